@@ -1,0 +1,50 @@
+// Each activation once, for host and device; PyTorch's definitions.
+//
+// V is a float, a double, or a vector of lanes of either. The including file defines, for V, before it includes
+// this: exp, expm1, log1p_unit (on [0, 1]), erf, sin, reciprocal, absolute, smaller, splat<V>(scalar).
+#pragma once
+#include "ops.h"
+#include "statistics.h"
+
+namespace lmn {
+namespace {
+
+template <class V>
+LMN_FN V sigmoid(V z) {
+  return reciprocal(1 + exp(-z));
+}
+
+// Through expm1: tanh keeps its relative precision near 0, where 1 - 2 / (1 + exp(2 z)) has none.
+template <class V>
+LMN_FN V tanh_(V z) {
+  const V m = expm1(smaller(2 * absolute(z), splat<V>(40)));  // tanh(20) rounds to 1
+  const V magnitude = m * reciprocal(m + 2);
+  return z < V{} ? -magnitude : magnitude;
+}
+
+template <ActivationKind kKind, class V, class T>
+LMN_FN V activate(V z, T alpha, T beta) {
+  if constexpr (kKind == ActivationKind::kIdentity) return z;
+  if constexpr (kKind == ActivationKind::kRelu) return z < V{} ? V{} : z;
+  if constexpr (kKind == ActivationKind::kLeakyRelu) return z < V{} ? z * alpha : z;
+  if constexpr (kKind == ActivationKind::kElu) return z < V{} ? alpha * expm1(z) : z;
+  if constexpr (kKind == ActivationKind::kSilu) return z * sigmoid(z);
+  if constexpr (kKind == ActivationKind::kGelu) {
+    return z * static_cast<T>(0.5) * (1 + erf(z * static_cast<T>(0.70710678118654752440)));
+  }
+  if constexpr (kKind == ActivationKind::kGeluTanh) {
+    const V inner = static_cast<T>(0.79788456080286535588) * (z + static_cast<T>(0.044715) * z * z * z);
+    return z * static_cast<T>(0.5) * (1 + tanh_(inner));
+  }
+  if constexpr (kKind == ActivationKind::kTanh) return tanh_(z);
+  if constexpr (kKind == ActivationKind::kSigmoid) return sigmoid(z);
+  if constexpr (kKind == ActivationKind::kSoftplus) {
+    const V scaled = z * alpha;
+    const V smooth = (scaled < V{} ? V{} : scaled) + log1p_unit(exp(-absolute(scaled)));
+    return scaled > splat<V>(beta) ? z : smooth / alpha;
+  }
+  if constexpr (kKind == ActivationKind::kSin) return sin(z);
+}
+
+}  // namespace
+}  // namespace lmn

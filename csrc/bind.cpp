@@ -1,0 +1,146 @@
+// The only pybind11 file: integers to pointers, GIL released, errors to Python. Checks nothing else: lmnfast/ops does.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct Nodes {  // interior t and weights with mean and variance of t over all nodes
+  std::vector<double> t, weights;
+  double mean_t, variance_t;
+  lmn::PathNodes view() const { return {t.data(), weights.data(), std::int32_t(t.size()), mean_t, variance_t}; }
+};
+
+// One path_connectivity call, kept while Python asks for its workspace and allocates it.
+struct PathConnectivityCall {
+  bool is_double;
+  Address z;
+  std::vector<Address> weights, biases;
+  std::vector<std::int64_t> widths;
+  std::vector<lmn::Activation> activations;
+  Nodes nodes;
+  std::int64_t samples;
+
+  template <class T>
+  lmn::PathConnectivity<T> op(Address connectivity, Address workspace) const {
+    // Vectors of addresses are arrays of pointers.
+    static_assert(sizeof(Address) == sizeof(T*));
+    return {pointer<const T>(z),
+            reinterpret_cast<const T* const*>(weights.data()),
+            reinterpret_cast<const T* const*>(biases.data()),
+            widths.data(),
+            activations.data(),
+            nodes.view(),
+            samples,
+            std::int32_t(weights.size()),
+            pointer<T>(connectivity),
+            pointer<void>(workspace)};
+  }
+  std::size_t workspace(int threads) const {
+    return is_double ? lmn::path_connectivity_workspace(op<double>(0, 0), threads)
+                     : lmn::path_connectivity_workspace(op<float>(0, 0), threads);
+  }
+  void run(Address connectivity, Address workspace, int threads) const {
+    py::gil_scoped_release release;
+    if (is_double) {
+      lmn::path_connectivity_cpu(op<double>(connectivity, workspace), threads);
+    } else {
+      lmn::path_connectivity_cpu(op<float>(connectivity, workspace), threads);
+    }
+  }
+};
+
+PathConnectivityCall path_connectivity(bool is_double, Address z, std::vector<Address> weights,
+                                       std::vector<Address> biases, std::vector<std::int64_t> widths,
+                                       const std::vector<int>& kinds, const std::vector<double>& parameters,
+                                       std::vector<double> t, std::vector<double> node_weights, double mean_t,
+                                       double variance_t, std::int64_t samples) {
+  std::vector<lmn::Activation> activations;
+  for (std::size_t n = 0; n < kinds.size(); ++n) {
+    activations.push_back({lmn::ActivationKind(kinds[n]), parameters[2 * n], parameters[2 * n + 1]});
+  }
+  return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), std::move(activations),
+          {std::move(t), std::move(node_weights), mean_t, variance_t}, samples};
+}
+
+template <class T>
+void path_r2(Address interior, Address ends, Address first, Address second, const Nodes& nodes, std::int64_t pairs,
+             std::int64_t samples, std::int64_t outputs, Address r2, Address workspace, int threads) {
+  lmn::path_r2_cpu(lmn::PathR2<T>{pointer<const T>(interior), pointer<const T>(ends),
+                                  pointer<const std::int64_t>(first), pointer<const std::int64_t>(second),
+                                  nodes.view(), pairs, samples, outputs, pointer<T>(r2), pointer<T>(workspace)},
+                   threads);
+}
+
+template <class T>
+lmn::SpectralEntropy<T> spectral_entropy(Address eigenvalues, Address bits, std::int64_t batch, std::int64_t samples) {
+  return {pointer<const T>(eigenvalues), pointer<double>(bits), batch, samples};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "lmnfast kernels; use lmnfast.ops, which checks and allocates.";
+
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (int n = 0; n < lmn::level_count(); ++n) {
+      if (lmn::levels()[n].supported) names.push_back(lmn::levels()[n].name);
+    }
+    return names;
+  });
+  m.def("isa", [] { return std::string(lmn::level_in_use().name); });
+  m.def("use_isa", &lmn::use_level);
+  m.attr("cuda_archs") = LMN_CUDA_ARCHS;  // "" in a build without CUDA
+  m.attr("activation_count") = int(lmn::ActivationKind::kCount);
+
+  py::class_<PathConnectivityCall>(m, "PathConnectivity")
+      .def(py::init(&path_connectivity))
+      .def("workspace", &PathConnectivityCall::workspace)
+      .def("run", &PathConnectivityCall::run);
+
+  m.def("path_r2", [](bool is_double, Address interior, Address ends, Address first, Address second,
+                      std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
+                      std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address workspace,
+                      int threads) {
+    py::gil_scoped_release release;
+    const Nodes nodes{std::move(t), std::move(weights), mean_t, variance_t};
+    (is_double ? path_r2<double> : path_r2<float>)(interior, ends, first, second, nodes, pairs, samples, outputs, r2,
+                                                   workspace, threads);
+  });
+
+  m.def("spectral_entropy", [](bool is_double, Address eigenvalues, Address bits, std::int64_t batch,
+                               std::int64_t samples, int threads) {
+    py::gil_scoped_release release;
+    if (is_double) {
+      lmn::spectral_entropy_cpu(spectral_entropy<double>(eigenvalues, bits, batch, samples), threads);
+    } else {
+      lmn::spectral_entropy_cpu(spectral_entropy<float>(eigenvalues, bits, batch, samples), threads);
+    }
+  });
+#if defined(LMN_CUDA)
+  m.def("spectral_entropy_cuda", [](bool is_double, Address eigenvalues, Address bits, std::int64_t batch,
+                                    std::int64_t samples, Address stream) {
+    CUstream_st* const on = pointer<CUstream_st>(stream);
+    const char* error =
+        is_double ? lmn::spectral_entropy_cuda(spectral_entropy<double>(eigenvalues, bits, batch, samples), on)
+                  : lmn::spectral_entropy_cuda(spectral_entropy<float>(eigenvalues, bits, batch, samples), on);
+    if (error) throw std::runtime_error(std::string("spectral_entropy: ") + error);
+  });
+#endif
+}

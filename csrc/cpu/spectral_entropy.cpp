@@ -1,0 +1,50 @@
+// A row of eigenvalues at a time, double lanes along it; float eigenvalues are widened as they are read.
+#include "level.h"
+
+namespace lmn {
+namespace {
+
+inline D widened(const float* from, std::int64_t count) {
+  double wide[kLanes<double>] = {};
+  for (std::int64_t lane = 0; lane < count; ++lane) wide[lane] = double(from[lane]);
+  return load<D>(wide);
+}
+inline D widened(const double* from, std::int64_t count) {
+  return count == kLanes<double> ? load<D>(from) : load_partial<D>(from, count);
+}
+
+/// Sum over the row of function(|eigenvalue|); function(0) = 0.
+template <class T, class Function>
+inline double sum_over(const T* row, std::int64_t samples, Function function) {
+  D sum{};
+  for (std::int64_t n = 0; n < samples; n += kLanes<double>) {
+    const std::int64_t count = samples - n < kLanes<double> ? samples - n : kLanes<double>;
+    sum += function(absolute(widened(row + n, count)));
+  }
+  double total = 0;
+  for (int lane = 0; lane < kLanes<double>; ++lane) total += sum[lane];
+  return total;
+}
+
+template <class T>
+void spectral_entropy_on(const SpectralEntropy<T>& op, int threads) {
+#pragma omp parallel for num_threads(threads) if (op.batch > 1)
+  for (std::int64_t b = 0; b < op.batch; ++b) {
+    const T* row = op.eigenvalues + b * op.samples;
+    const double mass = sum_over(row, op.samples, [](D w) { return w; });
+    const double bits = sum_over(row, op.samples, [mass](D w) {
+      const D p = w / mass;
+      return p * log2_(p);
+    });
+    op.bits[b] = bits < 0 ? -bits : bits == bits ? 0.0 : bits;  // one eigenvalue: 0, not -0 or a rounding below it
+  }
+}
+
+}  // namespace
+
+namespace LMN_LEVEL {
+void spectral_entropy(const SpectralEntropy<float>& op, int threads) { spectral_entropy_on(op, threads); }
+void spectral_entropy(const SpectralEntropy<double>& op, int threads) { spectral_entropy_on(op, threads); }
+}  // namespace LMN_LEVEL
+
+}  // namespace lmn

@@ -1,0 +1,51 @@
+#include <cuda_runtime.h>
+
+#include "../ops.h"
+
+namespace lmn {
+namespace {
+
+constexpr int kBlock = 256;
+constexpr int kWarp = 32;
+
+__device__ double block_sum(double value) {
+  __shared__ double partial[kBlock / kWarp];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  __syncthreads();  // the sum before may still be read
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double total = 0;
+  for (int warp = 0; warp < kBlock / kWarp; ++warp) total += partial[warp];  // the same order in every thread
+  return total;
+}
+
+// One block per row, threads striding over its eigenvalues: neighbouring threads read neighbouring values.
+template <class T>
+__global__ void spectral_entropy_kernel(SpectralEntropy<T> op) {
+  const T* row = op.eigenvalues + std::int64_t(blockIdx.x) * op.samples;
+  double mass = 0;
+  for (std::int64_t n = threadIdx.x; n < op.samples; n += kBlock) mass += fabs(double(row[n]));
+  mass = block_sum(mass);
+  double bits = 0;
+  for (std::int64_t n = threadIdx.x; n < op.samples; n += kBlock) {
+    const double p = fabs(double(row[n])) / mass;
+    if (p != 0) bits -= p * log2(p);  // a NaN goes through
+  }
+  bits = block_sum(bits);
+  if (threadIdx.x == 0) op.bits[blockIdx.x] = bits < 0 ? 0.0 : bits;
+}
+
+template <class T>
+const char* launch(const SpectralEntropy<T>& op, CUstream_st* stream) {
+  if (op.batch == 0) return nullptr;
+  spectral_entropy_kernel<<<unsigned(op.batch), kBlock, 0, stream>>>(op);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* spectral_entropy_cuda(const SpectralEntropy<float>& op, CUstream_st* stream) { return launch(op, stream); }
+const char* spectral_entropy_cuda(const SpectralEntropy<double>& op, CUstream_st* stream) { return launch(op, stream); }
+
+}  // namespace lmn

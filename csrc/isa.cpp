@@ -1,0 +1,82 @@
+#include "isa.h"
+
+#include <cstring>
+
+// Each level is a namespace of its own, filled by csrc/cpu compiled with that level's flags.
+#define LMN_DECLARE_LEVEL(level)                                                        \
+  namespace lmn::level {                                                                \
+  std::size_t path_connectivity_workspace(const PathConnectivity<float>&, int);         \
+  std::size_t path_connectivity_workspace(const PathConnectivity<double>&, int);        \
+  void path_connectivity(const PathConnectivity<float>&, int);                          \
+  void path_connectivity(const PathConnectivity<double>&, int);                         \
+  void path_r2(const PathR2<float>&, int);                                              \
+  void path_r2(const PathR2<double>&, int);                                             \
+  void spectral_entropy(const SpectralEntropy<float>&, int);                            \
+  void spectral_entropy(const SpectralEntropy<double>&, int);                           \
+  }
+#define LMN_KERNELS(level) \
+  {level::path_connectivity_workspace, level::path_connectivity, level::path_r2, level::spectral_entropy}
+#define LMN_LEVEL(level, supported) {#level, supported, LMN_KERNELS(level), LMN_KERNELS(level)}
+
+LMN_DECLARE_LEVEL(baseline)
+#if defined(__x86_64__)
+LMN_DECLARE_LEVEL(avx2)
+LMN_DECLARE_LEVEL(avx512)
+#endif
+
+namespace lmn {
+namespace {
+
+const Level kLevels[] = {
+    LMN_LEVEL(baseline, true),  // SSE2 on x86-64, NEON on aarch64
+#if defined(__x86_64__)
+    LMN_LEVEL(avx2, (__builtin_cpu_init(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))),
+    LMN_LEVEL(avx512, (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))),
+#endif
+};
+
+const Level* highest_supported() {
+  const Level* highest = kLevels;
+  for (const Level& level : kLevels) {
+    if (level.supported) highest = &level;
+  }
+  return highest;
+}
+
+const Level* g_in_use = highest_supported();
+
+template <class T> const Kernels<T>& kernels();
+template <> const Kernels<float>& kernels<float>() { return g_in_use->f32; }
+template <> const Kernels<double>& kernels<double>() { return g_in_use->f64; }
+
+}  // namespace
+
+const Level* levels() { return kLevels; }
+int level_count() { return sizeof(kLevels) / sizeof(kLevels[0]); }
+const Level& level_in_use() { return *g_in_use; }
+
+bool use_level(const char* name) {
+  for (const Level& level : kLevels) {
+    if (level.supported && std::strcmp(level.name, name) == 0) {
+      g_in_use = &level;
+      return true;
+    }
+  }
+  return false;
+}
+
+#define LMN_ENTRIES(T)                                                                                     \
+  std::size_t path_connectivity_workspace(const PathConnectivity<T>& op, int threads) {                    \
+    return kernels<T>().path_connectivity_workspace(op, threads);                                          \
+  }                                                                                                        \
+  void path_connectivity_cpu(const PathConnectivity<T>& op, int threads) {                                 \
+    kernels<T>().path_connectivity(op, threads);                                                           \
+  }                                                                                                        \
+  void path_r2_cpu(const PathR2<T>& op, int threads) { kernels<T>().path_r2(op, threads); }                \
+  void spectral_entropy_cpu(const SpectralEntropy<T>& op, int threads) { kernels<T>().spectral_entropy(op, threads); }
+
+LMN_ENTRIES(float)
+LMN_ENTRIES(double)
+
+}  // namespace lmn

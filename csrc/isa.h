@@ -1,0 +1,28 @@
+// CPU instruction-set levels: which were built, which the machine has, which is in use.
+#pragma once
+#include "ops.h"
+
+namespace lmn {
+
+/// Every CPU kernel of one level, per dtype.
+template <class T>
+struct Kernels {
+  std::size_t (*path_connectivity_workspace)(const PathConnectivity<T>&, int threads);
+  void (*path_connectivity)(const PathConnectivity<T>&, int threads);
+  void (*path_r2)(const PathR2<T>&, int threads);
+  void (*spectral_entropy)(const SpectralEntropy<T>&, int threads);
+};
+
+struct Level {
+  const char* name;
+  bool supported;  // by this machine
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+const Level* levels();  // lowest first
+int level_count();
+const Level& level_in_use();  // the highest supported one until use_level()
+bool use_level(const char* name);  // false: not built, or not supported here
+
+}  // namespace lmn

@@ -1,0 +1,81 @@
+// The whole native surface: per op one plain struct and one entry per device.
+//
+// Kernels own nothing: outputs and workspaces come from the caller. No torch, no CUDA header, no container.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+struct CUstream_st;  // opaque: no CUDA header needed
+
+namespace lmn {
+
+/// Matches lmnfast.network.ACTIVATIONS.
+enum class ActivationKind : std::int32_t {
+  kIdentity, kRelu, kLeakyRelu, kElu, kSilu, kGelu, kGeluTanh, kTanh, kSigmoid, kSoftplus, kSin, kCount
+};
+
+struct Activation {
+  ActivationKind kind;
+  double alpha;  // leaky_relu: slope; elu: alpha; softplus: beta
+  double beta;   // softplus: threshold
+};
+
+/// A quadrature rule on [0, 1] whose ends are nodes, as the kernels use it: at the ends the chord residual is zero,
+/// so of them only their share in mean_t and variance_t is left.
+struct PathNodes {
+  const double* t;        // [interior]
+  const double* weights;  // [interior]; with the ends' they sum to 1
+  std::int32_t interior;
+  double mean_t, variance_t;
+};
+
+/// Linear connectivity of y = act_L(W_L ... act_1(W_1 act_0(z) + b_1) ... + b_L).
+template <class T>
+struct PathConnectivity {
+  const T* z;                       // [samples, widths[0]]
+  const T* const* weights;          // [layers] of [widths[l + 1], widths[l]]
+  const T* const* biases;           // [layers] of null or [widths[l + 1]]
+  const std::int64_t* widths;       // [layers + 1]
+  const Activation* activations;    // [layers + 1]
+  PathNodes nodes;
+  std::int64_t samples;
+  std::int32_t layers;
+  T* connectivity;                  // [samples, samples]
+  void* workspace;                  // 64-byte aligned, path_connectivity_workspace() bytes
+};
+
+/// Mean over outputs of r2 along each path, from f's outputs at the interior nodes and at the samples.
+template <class T>
+struct PathR2 {
+  const T* interior;                // [pairs, nodes.interior, outputs]
+  const T* ends;                    // [samples, outputs]
+  const std::int64_t* first;        // [pairs], sample at t = 0
+  const std::int64_t* second;       // [pairs], sample at t = 1
+  PathNodes nodes;
+  std::int64_t pairs, samples, outputs;
+  T* r2;                            // [pairs]
+  T* workspace;                     // [outputs]
+};
+
+/// Nonlinear complexity in bits of each row of eigenvalues.
+template <class T>
+struct SpectralEntropy {
+  const T* eigenvalues;             // [batch, samples]
+  double* bits;                     // [batch]
+  std::int64_t batch, samples;
+};
+
+std::size_t path_connectivity_workspace(const PathConnectivity<float>&, int threads);
+std::size_t path_connectivity_workspace(const PathConnectivity<double>&, int threads);
+void path_connectivity_cpu(const PathConnectivity<float>&, int threads);
+void path_connectivity_cpu(const PathConnectivity<double>&, int threads);
+void path_r2_cpu(const PathR2<float>&, int threads);
+void path_r2_cpu(const PathR2<double>&, int threads);
+void spectral_entropy_cpu(const SpectralEntropy<float>&, int threads);
+void spectral_entropy_cpu(const SpectralEntropy<double>&, int threads);
+
+/// The CUDA entries return null, or what went wrong.
+const char* spectral_entropy_cuda(const SpectralEntropy<float>&, CUstream_st*);
+const char* spectral_entropy_cuda(const SpectralEntropy<double>&, CUstream_st*);
+
+}  // namespace lmn

@@ -1,0 +1,29 @@
+"""lmnfast: how many linear maps does a neural network use? (arXiv 2310.05918)"""
+
+from importlib.metadata import version as _version
+
+from .connectivity import connectivity
+from .network import cut
+from .probe import Probe
+from .spectrum import (
+    Measurement,
+    eigenvalues,
+    linear_mapping_number,
+    lmn,
+    measure,
+    nonlinear_complexity,
+)
+
+__version__ = _version("lmnfast")
+
+__all__ = [
+    "Measurement",
+    "Probe",
+    "connectivity",
+    "cut",
+    "eigenvalues",
+    "linear_mapping_number",
+    "lmn",
+    "measure",
+    "nonlinear_complexity",
+]

@@ -1,0 +1,51 @@
+"""The seam: loads the compiled core and turns tensors into addresses.
+
+Everything the kernels must be able to trust is checked before this point, by ``lmnfast.ops``.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"lmnfast's compiled core is missing or does not load ({error}); build it with: pip install ."
+    ) from error
+
+_isa = os.environ.get("LMNFAST_ISA")
+if _isa and not _C.use_isa(_isa):
+    raise RuntimeError(f"LMNFAST_ISA: expected one of {', '.join(_C.isas())} on this machine, got {_isa!r}")
+
+
+def is_native(*tensors: Tensor) -> bool:
+    """Whether a CPU kernel takes these: float32 or float64 in the memory of the CPU."""
+    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a contiguous tensor's values lie; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def path_nodes(nodes: Tensor, weights: Tensor) -> tuple[list[float], list[float], float, float]:
+    """A rule as the kernels use it: interior nodes, their weights, and mean and variance of t over all nodes."""
+    mean = weights @ nodes
+    variance = weights @ (nodes - mean) ** 2
+    return nodes[1:-1].tolist(), weights[1:-1].tolist(), float(mean), float(variance)
+
+
+def cuda_built() -> bool:
+    return bool(_C.cuda_archs)
+
+
+def info() -> dict[str, object]:
+    """What was built and what is in use: isa, isas, cuda_built, cuda_archs."""
+    return {
+        "isa": _C.isa(),
+        "isas": _C.isas(),
+        "cuda_built": cuda_built(),
+        "cuda_archs": _C.cuda_archs,
+    }

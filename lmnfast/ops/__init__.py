@@ -1,0 +1,7 @@
+"""The custom ops, one file each; every one has a reference of the same name in ``lmnfast.reference``."""
+
+from .path_connectivity import path_connectivity
+from .path_r2 import path_r2
+from .spectral_entropy import spectral_entropy
+
+__all__ = ["path_connectivity", "path_r2", "spectral_entropy"]

@@ -1,0 +1,95 @@
+"""``lmnfast::path_connectivity``: linear connectivity of a chain of Linear and pointwise activations, fused."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from ..network import ACTIVATIONS, Chain
+
+
+def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
+    """``reference.path_connectivity(chain, x, nodes, weights)`` in one kernel, for CPU tensors.
+
+    A first Linear commutes with the path and is applied to the samples alone, in float64. float32 in, statistics and result:
+    float32, sums over outputs compensated; float64: float64; half types are widened to float32 first.
+
+    Args:
+        chain: weights and samples on the CPU, of one dtype.
+        x: (N, D), or (N, *in) where the chain flattens.
+        nodes, weights: (nodes,) float64, as :func:`lmnfast.quadrature.path_nodes` returns them.
+
+    Returns:
+        (N, N). Raises as ``torch.ops.lmnfast.path_connectivity``: TypeError for a dtype, ValueError for a shape.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    z, linears, activations = x.flatten(1), list(zip(chain.weights, chain.biases)), list(chain.activations)
+    if linears and activations[0].name == "identity":
+        weight, bias = linears.pop(0)
+        z = F.linear(z.double(), weight.double(), None if bias is None else bias.double())
+        activations.pop(0)
+    return torch.ops.lmnfast.path_connectivity(
+        z.to(dtype),
+        [w.to(dtype) for w, _ in linears],
+        [None if b is None else b.to(dtype) for _, b in linears],
+        [ACTIVATIONS.index(a.name) for a in activations],
+        [parameter for a in activations for parameter in (a.alpha, a.beta)],
+        nodes,
+        weights,
+    )
+
+
+@torch.library.custom_op("lmnfast::path_connectivity", mutates_args=())
+def _path_connectivity(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    nodes: Tensor,
+    node_weights: Tensor,
+) -> Tensor:
+    widths = [z.shape[-1], *(w.shape[0] for w in weights)]
+    _check(z, weights, biases, widths)
+    z, weights = z.contiguous(), [w.contiguous() for w in weights]
+    biases = [None if b is None else b.contiguous() for b in biases]
+    call = _native._C.PathConnectivity(
+        z.dtype == torch.float64,
+        _native.address(z),
+        [_native.address(w) for w in weights],
+        [_native.address(b) for b in biases],
+        widths,
+        list(activations),
+        list(parameters),
+        *_native.path_nodes(nodes, node_weights),
+        len(z),
+    )
+    threads = torch.get_num_threads()
+    result = z.new_empty(len(z), len(z))
+    workspace = torch.empty(call.workspace(threads), dtype=torch.uint8)
+    call.run(_native.address(result), _native.address(workspace), threads)
+    return result
+
+
+@_path_connectivity.register_fake
+def _(z, weights, biases, activations, parameters, nodes, node_weights):
+    return z.new_empty(z.shape[0], z.shape[0])
+
+
+def _check(z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], widths: list[int]) -> None:
+    if not _native.is_native(z):
+        raise TypeError(f"z: expected float32 or float64 on the CPU, got {z.dtype} on {z.device}")
+    if z.dim() != 2 or z.numel() == 0:
+        raise ValueError(f"z: expected samples (N, D) with N > 0, got shape {tuple(z.shape)}")
+    for n, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        for name, tensor in (("weights", w), ("biases", b)):
+            if tensor is not None and (tensor.dtype != z.dtype or tensor.device != z.device):
+                raise TypeError(
+                    f"{name}[{n}]: expected {z.dtype} on {z.device}, got {tensor.dtype} on {tensor.device}"
+                )
+        if w.dim() != 2 or w.shape[1] != widths[n] or w.numel() == 0:
+            raise ValueError(f"weights[{n}]: expected (out, {widths[n]}), got shape {tuple(w.shape)}")
+        if b is not None and b.shape != (widths[n + 1],):
+            raise ValueError(f"biases[{n}]: expected ({widths[n + 1]},), got shape {tuple(b.shape)}")

@@ -1,0 +1,81 @@
+"""``lmnfast::path_r2``: r2 along paths from a network's outputs at their nodes."""
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+
+
+def path_r2(
+    interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
+) -> Tensor:
+    """:func:`lmnfast.reference.path_r2` in one pass over memory, without temporaries; float32 or float64.
+
+    Through the chord residual ``y(t) - (y_i + t (y_j - y_i))``, so an offset of y costs no digits.
+
+    Args:
+        interior: (pairs, nodes - 2, outputs), float32 or float64.
+        ends: (samples, outputs), the same dtype.
+        first, second: (pairs,) int64, samples at t = 0 and t = 1.
+        nodes, weights: (nodes,) float64, on the CPU.
+
+    Returns:
+        (pairs,) of interior's dtype.
+
+    Raises:
+        TypeError: dtypes or devices differ, or are none of these.
+        ValueError: shapes do not fit.
+    """
+    return torch.ops.lmnfast.path_r2(interior, ends, first, second, nodes, weights)
+
+
+@torch.library.custom_op("lmnfast::path_r2", mutates_args=())
+def _path_r2(
+    interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
+) -> Tensor:
+    _check(interior, ends, first, second, nodes)
+    if not _native.is_native(interior):
+        return reference.path_r2(interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device))
+    interior, ends, first, second = (v.contiguous() for v in (interior, ends, first, second))
+    result, workspace = interior.new_empty(len(interior)), interior.new_empty(ends.shape[1])
+    _native._C.path_r2(
+        interior.dtype == torch.float64,
+        *map(_native.address, (interior, ends, first, second)),
+        *_native.path_nodes(nodes, weights),
+        len(interior),
+        *ends.shape,
+        _native.address(result),
+        _native.address(workspace),
+        torch.get_num_threads(),
+    )
+    return result
+
+
+@_path_r2.register_fake
+def _(interior, ends, first, second, nodes, weights):
+    return interior.new_empty(interior.shape[0])
+
+
+def _check(interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor) -> None:
+    for name, tensor, dtypes in (
+        ("interior", interior, (torch.float32, torch.float64)),
+        ("ends", ends, (interior.dtype,)),
+        ("first", first, (torch.int64,)),
+        ("second", second, (torch.int64,)),
+    ):
+        if tensor.dtype not in dtypes or tensor.device != interior.device:
+            raise TypeError(
+                f"{name}: expected {' or '.join(map(str, dtypes))} on {interior.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    if interior.dim() != 3 or interior.shape[1] != len(nodes) - 2 or interior.shape[2] == 0:
+        raise ValueError(
+            f"interior: expected (pairs, {len(nodes) - 2}, outputs), got shape {tuple(interior.shape)}"
+        )
+    if ends.dim() != 2 or ends.shape[1] != interior.shape[2]:
+        raise ValueError(f"ends: expected (samples, {interior.shape[2]}), got shape {tuple(ends.shape)}")
+    for name, tensor in (("first", first), ("second", second)):
+        if tensor.shape != interior.shape[:1]:
+            raise ValueError(f"{name}: expected ({len(interior)},), got shape {tuple(tensor.shape)}")
+        if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < len(ends):
+            raise ValueError(f"{name}: expected samples 0 to {len(ends) - 1}, got {tensor.min()} to {tensor.max()}")

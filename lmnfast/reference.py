@@ -1,0 +1,97 @@
+"""The definitions of arXiv 2310.05918 in plain PyTorch: any dtype, any device, no compiled code.
+
+The truth in the tests, the rival in the benchmarks, the fallback where a kernel does not apply.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# An output whose standard deviation along a path is at most this many machine epsilons of its magnitude is
+# constant: four covers the rounding of a product of a few hundred terms, and nothing that can be called a slope.
+CONSTANT_ULPS = 4.0
+
+
+def r2_along_path(y: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
+    """Squared Pearson correlation of each output with t, averaged over the outputs.
+
+    ``cov(y_k, t)^2 / (var(t) var(y_k))``; 1 for an output that is constant to rounding.
+
+    Args:
+        y: (..., nodes, outputs), the outputs at every node, the path's ends first and last.
+        nodes: (nodes,) float64, the values of t, 0 first and 1 last.
+        weights: (nodes,) float64, sum 1.
+
+    Returns:
+        (...) of y's dtype. Source: arXiv 2310.05918, Eq. 1.
+    """
+    t = nodes - weights @ nodes
+    variance_t = float(weights @ t**2)
+    weights, t = (v.to(y)[:, None] for v in (weights, t))
+    magnitude = torch.maximum(y[..., 0, :].abs(), y[..., -1, :].abs())
+    y = y - y[..., :1, :]
+    centred = y - (weights * y).sum(-2, keepdim=True)
+    scale = centred.abs().amax(-2, keepdim=True)  # r2 does not see it; squares of tiny or huge outputs do
+    centred = centred / torch.where(scale > 0, scale, 1.0)
+    covariance, variance = (weights * t * centred).sum(-2), (weights * centred**2).sum(-2)
+    constant = scale.squeeze(-2) * variance.sqrt() <= CONSTANT_ULPS * torch.finfo(y.dtype).eps * magnitude
+    return torch.where(constant, 1.0, covariance**2 / (variance_t * variance)).mean(-1)
+
+
+def path_r2(
+    interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
+) -> Tensor:
+    """:func:`r2_along_path` where the paths' ends are the samples' own outputs.
+
+    Args:
+        interior: (pairs, nodes - 2, outputs), the outputs at the nodes between the ends.
+        ends: (samples, outputs).
+        first, second: (pairs,) int64, the samples at t = 0 and t = 1.
+        nodes, weights: (nodes,) float64, as above.
+
+    Returns:
+        (pairs,) of interior's dtype.
+    """
+    y = torch.cat([ends[first][:, None], interior, ends[second][:, None]], 1)
+    return r2_along_path(y, nodes, weights)
+
+
+def path_connectivity(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
+    """Linear connectivity matrix: r2 of f's outputs along the straight line between every two samples.
+
+    Args:
+        f: maps (B, *in) to (B, *out); the outputs are flattened.
+        x: (N, *in), the samples.
+        nodes, weights: (nodes,) float64, as above.
+
+    Returns:
+        (N, N) of f's dtype, symmetric, ones on the diagonal. Source: arXiv 2310.05918, Eq. 1-2.
+    """
+    result = torch.ones(len(x), len(x), dtype=f(x[:1]).dtype, device=x.device)
+    t = nodes.to(x).reshape(-1, *[1] * (x.dim() - 1))
+    for i in range(len(x) - 1):
+        others = x[i + 1 :, None]
+        y = f(torch.lerp(x[i], others, t).flatten(0, 1)).reshape(len(others), len(nodes), -1)
+        coincident = (others == x[i]).flatten(1).all(1)
+        result[i, i + 1 :] = torch.where(coincident, 1.0, r2_along_path(y, nodes, weights))
+    return result.triu() + result.triu(1).mT
+
+
+def spectral_entropy(eigenvalues: Tensor) -> Tensor:
+    """Nonlinear complexity S_NL = -sum p log2 p with p = |w| / sum |w|, in bits; 0 log 0 = 0.
+
+    Args:
+        eigenvalues: (..., N), any order and sign.
+
+    Returns:
+        (...) float64. Source: arXiv 2310.05918, Eq. 3.
+    """
+    p = eigenvalues.double().abs()
+    p = p / p.sum(-1, keepdim=True)
+    return -torch.special.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+
+
+def linear_mapping_number(connectivity: Tensor) -> Tensor:
+    """2 ** S_NL of a connectivity matrix (..., N, N), float64. Source: arXiv 2310.05918, Eq. 3."""
+    return 2 ** spectral_entropy(torch.linalg.eigvalsh(connectivity.double()))

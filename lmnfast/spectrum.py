@@ -1,0 +1,151 @@
+"""From a connectivity matrix to its eigenvalues, its entropy, and the linear mapping number."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .connectivity import DEFAULT_BUDGET, connectivity
+
+
+def eigenvalues(L: Tensor) -> Tensor:
+    """Eigenvalues of a connectivity matrix, by falling magnitude; equal to a sorted ``torch.linalg.eigvalsh``.
+
+    Always solved in float64: a matrix near rank one, as after grokking, has hundreds of eigenvalues below
+    float32 rounding, and their noise would count as linear maps.
+
+    Args:
+        L: (..., N, N), floating point, symmetric.
+
+    Returns:
+        (..., N) float64 on L's device.
+
+    Raises:
+        TypeError: L is not a floating-point tensor.
+        ValueError: L is not square, is empty, not finite, or not symmetric to 1e-4.
+    """
+    _check_matrix(L)
+    L = L.detach().double()
+    try:
+        values = torch.linalg.eigvalsh(L)
+    except torch.linalg.LinAlgError:
+        if L.device.type == "cpu":
+            raise
+        values = torch.linalg.eigvalsh(L.cpu()).to(L.device)  # GPU solvers fail on some nearly rank-one matrices
+    return values.gather(-1, values.abs().argsort(-1, descending=True))
+
+
+def nonlinear_complexity(L: Tensor) -> Tensor:
+    """Nonlinear complexity S_NL in bits: the von Neumann entropy of a connectivity matrix.
+
+    ``S_NL = -sum p log2 p`` with ``p = |w| / sum |w|`` over the eigenvalues w.
+
+    Args:
+        L: (..., N, N), floating point, symmetric.
+
+    Returns:
+        (...) float64. Raises as :func:`eigenvalues`. Source: arXiv 2310.05918, Eq. 3.
+    """
+    return ops.spectral_entropy(eigenvalues(L))
+
+
+def linear_mapping_number(L: Tensor) -> Tensor:
+    """Linear mapping number ``2 ** S_NL`` of a connectivity matrix: 1 for one linear map, N for N of them.
+
+    Args:
+        L: (..., N, N), floating point, symmetric.
+
+    Returns:
+        (...) float64. Raises as :func:`eigenvalues`. Source: arXiv 2310.05918, Eq. 3.
+    """
+    return torch.exp2(nonlinear_complexity(L))
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """A linear mapping number with all it depends on. A sub-sample's value is no estimate of the whole's."""
+
+    lmn: float
+    complexity_bits: float
+    eigenvalues: Tensor
+    """(samples,) float64, by falling magnitude."""
+    connectivity: Tensor
+    """(samples, samples)."""
+    samples: int
+    points: int
+    rule: str
+    method: str
+    precision: str
+    """``torch.get_float32_matmul_precision()`` at the time; the fused CPU kernels are "highest" whatever it says."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Measurement(lmn={self.lmn:.6g}, complexity_bits={self.complexity_bits:.6g}, samples={self.samples}, "
+            f"points={self.points}, rule={self.rule!r}, method={self.method!r}, precision={self.precision!r})"
+        )
+
+
+def measurement(L: Tensor, *, points: int, rule: str, method: str = "path") -> Measurement:
+    """Solves the eigenproblem of a connectivity matrix that :func:`connectivity` returned; (N, N)."""
+    values = eigenvalues(L)
+    bits = ops.spectral_entropy(values)
+    return Measurement(
+        lmn=float(torch.exp2(bits)),
+        complexity_bits=float(bits),
+        eigenvalues=values,
+        connectivity=L,
+        samples=len(L),
+        points=points,
+        rule=rule,
+        method=method,
+        precision=torch.get_float32_matmul_precision(),
+    )
+
+
+def measure(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    method: str = "path",
+    points: int = 21,
+    rule: str = "uniform",
+    budget: int = DEFAULT_BUDGET,
+) -> Measurement:
+    """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
+
+    Arguments, errors and detachment as :func:`connectivity`.
+    """
+    L = connectivity(f, x, method=method, points=points, rule=rule, budget=budget)
+    return measurement(L, points=points, rule=rule, method=method)
+
+
+def lmn(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    method: str = "path",
+    points: int = 21,
+    rule: str = "uniform",
+    budget: int = DEFAULT_BUDGET,
+) -> Tensor:
+    """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
+
+    Arguments, errors and detachment as :func:`connectivity`.
+
+    Returns:
+        0-dim float64 tensor. Source: arXiv 2310.05918, Eq. 1-3.
+    """
+    return linear_mapping_number(connectivity(f, x, method=method, points=points, rule=rule, budget=budget))
+
+
+def _check_matrix(L: Tensor) -> None:
+    if not isinstance(L, Tensor) or not L.is_floating_point():
+        raise TypeError(f"L: expected a floating-point tensor, got {getattr(L, 'dtype', type(L).__name__)}")
+    if L.dim() < 2 or L.shape[-1] != L.shape[-2] or L.shape[-1] == 0:
+        raise ValueError(f"L: expected square matrices (..., N, N) with N > 0, got shape {tuple(L.shape)}")
+    if not L.isfinite().all():
+        raise ValueError("L: expected finite entries, got NaN or Inf")
+    if not torch.allclose(L, L.mT, rtol=0.0, atol=1e-4):
+        raise ValueError("L: expected a symmetric matrix; eigenvalues would be those of its lower triangle")

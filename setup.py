@@ -1,0 +1,52 @@
+"""Drives CMakeLists.txt, the only build description; the metadata is in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import ExecError
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs into the package folder that setuptools asks for."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise ExecError("lmnfast needs CMake 3.22 or newer to build: pip install cmake")
+        if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
+            raise ExecError("lmnfast needs a C++17 compiler to build (Debian: apt install g++), or CXX set to one")
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_INSTALL_PREFIX": package.parent,
+            "Python_EXECUTABLE": sys.executable,
+            "PYBIND11_FINDPYTHON": "ON",
+            "pybind11_DIR": subprocess.check_output(
+                [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
+            ).strip(),
+            **{name: os.environ[name] for name in ("LMNFAST_CUDA", "LMNFAST_CUDA_ARCHS") if name in os.environ},
+        }
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        definitions = [f"-D{name}={value}" for name, value in settings.items()]
+        try:
+            # A cache made by another Python or in another build environment would point into a folder that is gone.
+            self._run([cmake, "--fresh", "-S", str(ROOT), "-B", str(build), *generator, *definitions])
+            self._run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
+            self._run([cmake, "--install", str(build)])
+        except subprocess.CalledProcessError as error:
+            raise ExecError("lmnfast: the build failed; the reason is in CMake's messages above") from error
+
+    def _run(self, command: list[str]) -> None:
+        self.announce(" ".join(command), level=2)
+        subprocess.run(command, check=True)
+
+
+setup(ext_modules=[Extension("lmnfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
