@@ -1,7 +1,7 @@
 // Each activation once, for host and device; PyTorch's definitions.
 //
 // V is a float, a double, or a vector of lanes of either. The including file defines, for V, before it includes
-// this: exp, expm1, log1p_unit (on [0, 1]), erf, sin, reciprocal, absolute, smaller, splat<V>(scalar).
+// this: exp, expm1, log1p_unit (on [0, 1]), erf, sin, tanh, reciprocal, absolute, splat<V>(scalar).
 #pragma once
 #include "ops.h"
 #include "statistics.h"
@@ -12,14 +12,6 @@ namespace {
 template <class V>
 LMN_FN V sigmoid(V z) {
   return reciprocal(1 + exp(-z));
-}
-
-// Through expm1: tanh keeps its relative precision near 0, where 1 - 2 / (1 + exp(2 z)) has none.
-template <class V>
-LMN_FN V tanh_(V z) {
-  const V m = expm1(smaller(2 * absolute(z), splat<V>(40)));  // tanh(20) rounds to 1
-  const V magnitude = m * reciprocal(m + 2);
-  return z < V{} ? -magnitude : magnitude;
 }
 
 template <ActivationKind kKind, class V, class T>
@@ -34,9 +26,9 @@ LMN_FN V activate(V z, T alpha, T beta) {
   }
   if constexpr (kKind == ActivationKind::kGeluTanh) {
     const V inner = static_cast<T>(0.79788456080286535588) * (z + static_cast<T>(0.044715) * z * z * z);
-    return z * static_cast<T>(0.5) * (1 + tanh_(inner));
+    return z * static_cast<T>(0.5) * (1 + tanh(inner));
   }
-  if constexpr (kKind == ActivationKind::kTanh) return tanh_(z);
+  if constexpr (kKind == ActivationKind::kTanh) return tanh(z);
   if constexpr (kKind == ActivationKind::kSigmoid) return sigmoid(z);
   if constexpr (kKind == ActivationKind::kSoftplus) {
     const V scaled = z * alpha;

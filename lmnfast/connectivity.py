@@ -56,7 +56,7 @@ def connectivity(
     x = x.detach()
     with evaluating(*[f] if isinstance(f, nn.Module) else []):
         with _AllocationCount() as allocated:
-            ends = _outputs(f, x)
+            ends = _outputs(f, x.clone())  # f may work in place
         _check_finite("f(x)", ends)
         chain = recognise(f) if isinstance(f, nn.Module) else None
         if chain is not None and _reproduces(chain, x, ends):
@@ -64,8 +64,8 @@ def connectivity(
         else:
             L = _generic(f, x, ends, nodes, weights, budget // -(-allocated.bytes // len(x)))
     if not L.isfinite().all():
-        sample = int((~L.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"f: NaN or Inf in the outputs on a path from sample {sample}")
+        first, second = (~L.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"f: NaN or Inf in an output on the path from sample {first} to sample {second}")
     return L
 
 

@@ -69,7 +69,7 @@ struct Plan {
   Layer<T>* layers = nullptr;
   T *t = nullptr, *w = nullptr, *w_t = nullptr;  // [interior] nodes, weights, weights times t - mean t
   T* scale = nullptr;                            // [outputs]
-  T* y_low = nullptr;  // what rounding the linear outputs to T lost; laid out as they are
+  T *y = nullptr, *y_low = nullptr;  // scaled outputs, laid out as a layer; what rounding linear ones to T lost
   Scratch<T>* scratch = nullptr;                 // [threads]
   bool separable = false;
 
@@ -93,6 +93,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, Arena& arena, int threads) {
   plan.w = arena.take<T>(interior);
   plan.w_t = arena.take<T>(interior);
   plan.scale = arena.take<T>(plan.outputs);
+  plan.y = arena.take<T>(plan.lane_blocks * plan.outputs * kLanes<T>);
   plan.y_low = arena.take<T>(plan.lane_blocks * plan.outputs * kLanes<T>);
   plan.scratch = arena.take<Scratch<T>>(threads);
   for (int l = 0; l <= op.layers; ++l) {
@@ -365,7 +366,7 @@ void scale_outputs(const Plan<T>& plan) {
     for (std::int64_t block = 0; block < plan.lane_blocks; ++block) {
       const std::int64_t start = (block * plan.outputs + k) * kLanes<T>;
       for (int lane = 0; lane < kLanes<T>; ++lane) {
-        last.a[start + lane] *= plan.scale[k];
+        plan.y[start + lane] = last.a[start + lane] * plan.scale[k];
         plan.y_low[start + lane] = plan.ends_linear() ? plan.y_low[start + lane] * plan.scale[k] : 0;
       }
     }
@@ -495,15 +496,14 @@ template <class T>
 void finish_pairs(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std::int64_t block) {
   using V = Vector<T>;
   const PathConnectivity<T>& op = plan.op;
-  const T* yi = s.first_a + (plan.total_width - plan.outputs);
-  const T* yj = plan.last().a + block * plan.outputs * kLanes<T>;
-  const T* low_i = plan.y_low + i / kLanes<T> * plan.outputs * kLanes<T> + i % kLanes<T>;
-  const T* low_j = plan.y_low + block * plan.outputs * kLanes<T>;
+  const std::int64_t start_i = i / kLanes<T> * plan.outputs * kLanes<T> + i % kLanes<T>;
+  const std::int64_t start_j = block * plan.outputs * kLanes<T>;
   CompensatedSum<V> nonlinear;
   for (std::int64_t k = 0; k < plan.outputs; ++k) {
-    const V second = load<V>(yj + k * kLanes<T>), first = splat<V>(yi[k]);
+    const std::int64_t at_i = start_i + k * kLanes<T>, at_j = start_j + k * kLanes<T>;
+    const V first = splat<V>(plan.y[at_i]), second = load<V>(plan.y + at_j);
     const V magnitude = larger(absolute(first), absolute(second));
-    const V chord = (second - first) + (load<V>(low_j + k * kLanes<T>) - low_i[k * kLanes<T>]);
+    const V chord = (second - first) + (load<V>(plan.y_low + at_j) - plan.y_low[at_i]);
     nonlinear.add(nonlinear_share<V, T>(chord, s.moments[k], magnitude, T(op.nodes.variance_t), Epsilon<T>::value));
   }
   const V r2 = 1 - nonlinear.sum / T(plan.outputs);

@@ -218,6 +218,27 @@ inline D erf(D x) {
   return per_lane(x, [](double v) { return ::erf(v); });
 }
 
+// (e^2a - 1) / (e^2a + 1) for a = |x|, which tells 1 from 1 - epsilon but not x from x + x^3; tanh(20) rounds to 1.
+template <class V>
+inline V tanh_by_exp(V x) {
+  const V m = expm1(smaller(2 * absolute(x), splat<V>(40)));
+  const V magnitude = m / (m + 2);
+  return x < V{} ? -magnitude : magnitude;
+}
+inline D tanh(D x) { return tanh_by_exp(x); }
+// Near 0 a Chebyshev interpolation of (tanh(x) / x - 1) / x^2 in x^2: within an ulp, as the curvature there is what
+// r2 looks at.
+inline F tanh(F x) {
+  const F u = x * x;
+  F q = splat<F>(0.0022695018f);
+  q = fma(q, u, splat<F>(-0.008323187f));
+  q = fma(q, u, splat<F>(0.021762503f));
+  q = fma(q, u, splat<F>(-0.05395846f));
+  q = fma(q, u, splat<F>(0.133333f));
+  q = fma(q, u, splat<F>(-0.33333334f));
+  return u < splat<F>(0.4f) ? fma(x * u, q, x) : tanh_by_exp(x);
+}
+
 // x = n pi + r with pi in three parts, exact products for |n| < 2^11; then a Chebyshev interpolation in r^2: 1e-7.
 inline F sin(F x) {
   if (any<F>(absolute(x) > splat<F>(6000.0f))) return per_lane(x, [](float v) { return ::sinf(v); });

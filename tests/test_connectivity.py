@@ -1,0 +1,334 @@
+"""The public function: both routes, every bad input of the contract, nothing left behind."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lmnfast
+from lmnfast import reference
+from lmnfast.network import Chain
+from lmnfast.quadrature import path_nodes
+
+UNIFORM = path_nodes("uniform", 21)
+
+
+def mlp(*widths: int, activation=nn.SiLU, seed: int = 0, gain: float = 2.0) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = []
+        for i, o in zip(widths, widths[1:]):
+            layers += [nn.Linear(i, o), activation()]
+        net = nn.Sequential(*layers[:-1])
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(gain)
+    return net
+
+
+def inputs(*shape: int, seed: int = 1, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def counted(f):
+    """f as a plain callable, which is never recognised, with the batch sizes it was called with."""
+
+    def call(x):
+        call.batches.append(len(x))
+        return f(x)
+
+    call.batches = []
+    return call
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=2, max_size=5),
+    st.integers(1, 20),
+    st.sampled_from([nn.SiLU, nn.ReLU, nn.GELU, nn.Tanh]),
+    st.integers(0, 1000),
+)
+def test_fused_and_generic_route_agree_with_the_definition(widths, n, activation, seed):
+    net, x = mlp(*widths, activation=activation, seed=seed).double(), inputs(n, widths[0], seed=seed).double()
+    with torch.no_grad():
+        truth = reference.path_connectivity(net, x, *UNIFORM)
+    assert (lmnfast.connectivity(net, x) - truth).abs().max() < 1e-11
+    assert (lmnfast.connectivity(counted(net), x) - truth).abs().max() < 1e-11
+
+
+def test_a_chain_is_called_on_the_samples_alone_and_any_other_network_on_the_paths():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.rows = mlp(6, 20, 6), 0
+
+        def forward(self, x):
+            self.rows += len(x)
+            return x + self.net(x)
+
+    f, x = Residual(), inputs(30, 6)
+    rows = []
+    f.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    L = lmnfast.connectivity(f, x)
+    assert rows[0] == 30 and sum(rows) == 30 + 435 * 19, "the ends must not be evaluated again"
+    with torch.no_grad():
+        assert (L - reference.path_connectivity(f, x, *UNIFORM)).abs().max() < 1e-5
+    chain, rows = mlp(6, 20, 4), []
+    lmnfast.connectivity(chain, x)
+    forwarded = counted(chain)
+    lmnfast.connectivity(forwarded, x)
+    assert sum(forwarded.batches) == 30 + 435 * 19
+
+
+@pytest.mark.parametrize("budget", [1, 10_000, 100_000, 2**30])
+def test_the_budget_changes_the_tiles_and_not_the_result(budget):
+    net, x = mlp(6, 20, 4), inputs(25, 6)
+    f = counted(net)
+    L = lmnfast.connectivity(f, x, budget=budget)
+    per_row = 4 * (20 + 20 + 4)  # results of two Linear and one SiLU
+    assert max(f.batches[1:]) * per_row <= max(budget, 19 * per_row)
+    assert (L - lmnfast.connectivity(counted(net), x)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5), (7,)])
+def test_samples_and_outputs_of_any_shape(shape):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(inputs(*shape, 4))
+
+        def forward(self, x):
+            y = torch.tensordot(x, self.weight, x.dim() - 1)
+            return torch.sin(y).reshape(len(x), 2, 2)
+
+    net, x = Net(), inputs(12, *shape)
+    with torch.no_grad():
+        assert (lmnfast.connectivity(net, x) - reference.path_connectivity(net, x, *UNIFORM)).abs().max() < 1e-5
+
+
+def test_a_linear_layer_over_the_last_of_several_dimensions_is_not_taken_for_a_chain():
+    net, x = mlp(5, 9, 3), inputs(10, 4, 5)
+    with torch.no_grad():
+        assert (lmnfast.connectivity(net, x) - reference.path_connectivity(net, x, *UNIFORM)).abs().max() < 1e-5
+
+
+def test_a_chain_that_does_not_give_the_networks_outputs_is_not_used(monkeypatch):
+    net, x = mlp(6, 20, 4), inputs(12, 6)
+    wrong = Chain((torch.zeros(4, 6),), (None,), (lmnfast.network.IDENTITY,) * 2)
+    truth = lmnfast.connectivity(net, x)
+    monkeypatch.setattr("lmnfast.connectivity.recognise", lambda f: wrong, raising=False)
+    monkeypatch.setattr(sys.modules["lmnfast.connectivity"], "recognise", lambda f: wrong)
+    assert (lmnfast.connectivity(net, x) - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_widened(dtype):
+    net, x = mlp(6, 20, 4).to(dtype), inputs(15, 6, dtype=dtype)
+    L = lmnfast.connectivity(net, x)
+    assert L.dtype == torch.float32
+    wide = lmnfast.connectivity(mlp(6, 20, 4).to(dtype).float(), x.float())
+    assert (L - wide).abs().max() < 1e-5
+    generic = lmnfast.connectivity(counted(net), x)
+    assert generic.dtype == torch.float32 and (generic - wide).abs().mean() < 0.05
+
+
+def test_nine_lobatto_points_are_close_to_the_21_they_stand_for():
+    net, x = mlp(16, 60, 60, 8, gain=1.5), inputs(150, 16)
+    exact, lobatto = lmnfast.lmn(net, x), lmnfast.lmn(net, x, points=9, rule="lobatto")
+    assert 2 < exact < 150
+    assert abs(lobatto / exact - 1) < 5e-4
+    assert abs(lmnfast.lmn(net, x, points=11) / exact - 1) > 2 * abs(lobatto / exact - 1)
+
+
+# ---- limit cases: 1, never NaN, never noise ----
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, counted], ids=["fused", "generic"])
+class TestLimits:
+    def test_one_sample_has_lmn_one(self, wrap):
+        assert lmnfast.lmn(wrap(mlp(5, 9, 3)), inputs(1, 5)).item() == 1
+
+    def test_an_affine_network_has_lmn_one(self, wrap):
+        # float32 rounding where an output hardly changes between two samples leaves a few 1e-5 in the generic route.
+        assert lmnfast.lmn(wrap(mlp(5, 3)), inputs(60, 5)).item() == pytest.approx(1, abs=1e-3)
+
+    def test_one_output(self, wrap):
+        net, x = mlp(5, 9, 1).double(), inputs(12, 5).double()
+        with torch.no_grad():
+            truth = reference.path_connectivity(net, x, *UNIFORM)
+        assert (lmnfast.connectivity(wrap(net), x) - truth).abs().max() < 1e-11
+
+    def test_coincident_samples(self, wrap):
+        x = inputs(5, 6).repeat(3, 1)
+        L = lmnfast.connectivity(wrap(mlp(6, 20, 20, 4)), x)
+        assert (L[:5, 5:10].diagonal() == 1).all() and (L[:5, 10:].diagonal() == 1).all()
+
+    def test_all_samples_the_same(self, wrap):
+        x = inputs(1, 6).expand(9, 6)
+        assert lmnfast.lmn(wrap(mlp(6, 20, 4)), x).item() == pytest.approx(1, abs=1e-12)
+
+    def test_a_constant_network(self, wrap):
+        net = mlp(6, 20, 4)
+        with torch.no_grad():
+            net[2].weight.zero_()
+        assert (lmnfast.connectivity(wrap(net), inputs(20, 6)) == 1).all()
+
+    def test_dead_relu_units(self, wrap):
+        net = mlp(6, 20, 4, activation=nn.ReLU)
+        with torch.no_grad():
+            net[0].bias.fill_(-1e3)
+        assert (lmnfast.connectivity(wrap(net), inputs(20, 6)) == 1).all()
+
+    @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh])
+    def test_saturated_units(self, activation, wrap):
+        net = mlp(6, 20, 4, activation=activation)
+        with torch.no_grad():
+            net[0].bias.fill_(1e3)
+        assert (lmnfast.connectivity(wrap(net), inputs(20, 6)) == 1).all()
+
+    @pytest.mark.parametrize("activation", [nn.SiLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.GELU])
+    def test_pre_activations_of_1e4(self, activation, wrap):
+        net, x = nn.Sequential(activation(), nn.Linear(6, 4, bias=False)), inputs(20, 6) * 1e4
+        with torch.no_grad():  # no cancellation: PyTorch rounds equal rows of a batch differently, and f may do as it likes
+            net[1].weight.copy_(torch.tensor([1, 2, 4, 8, 16, 32]).expand(4, 6))
+        with torch.no_grad():
+            truth = reference.path_connectivity(net.double(), x.double(), *UNIFORM)
+        L = lmnfast.connectivity(wrap(net.float()), x)
+        assert L.isfinite().all() and (L - truth).abs().max() < 2e-5
+
+    def test_strided_and_expanded_samples(self, wrap):
+        net, x = mlp(6, 20, 4), inputs(6, 24)
+        assert torch.equal(lmnfast.connectivity(wrap(net), x.mT[::2]), lmnfast.connectivity(wrap(net), x.mT[::2].contiguous()))
+        expanded = inputs(10, 1).expand(10, 6)
+        assert torch.equal(
+            lmnfast.connectivity(wrap(net), expanded), lmnfast.connectivity(wrap(net), expanded.contiguous())
+        )
+
+    def test_the_result_is_detached(self, wrap):
+        L = lmnfast.connectivity(wrap(mlp(6, 20, 4)), inputs(9, 6).requires_grad_())
+        assert not L.requires_grad and L.grad_fn is None
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_not_finite_samples_are_named(self, bad, wrap):
+        x = inputs(9, 6)
+        x[4, 2] = x[7, 0] = bad
+        with pytest.raises(ValueError, match="x: NaN or Inf in sample 4, the first of 2"):
+            lmnfast.connectivity(wrap(mlp(6, 20, 4)), x)
+
+    def test_not_finite_outputs_are_named(self, wrap):
+        net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+        with torch.no_grad():
+            net[0].weight.fill_(1e30)
+            net[2].weight.fill_(1e30)
+        with pytest.raises(ValueError, match=r"f\(x\): NaN or Inf in sample 1, the first of 2"):
+            lmnfast.connectivity(wrap(net), torch.tensor([[-1.0], [1.0], [-2.0], [3.0]]))
+
+
+def test_outputs_that_are_not_finite_between_the_samples_are_named():
+    with pytest.raises(ValueError, match="f: NaN or Inf in an output on the path from sample 0 to sample 1"):
+        lmnfast.connectivity(lambda x: 1 / (x - 1), torch.tensor([[4.0], [0.0], [2.0]]))
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    "x, keywords, error, message",
+    [
+        (torch.ones(3, 6, dtype=torch.int64), {}, TypeError, "x: expected floating-point samples, got torch.int64.*cut"),
+        ([[1.0] * 6], {}, TypeError, "x: expected a tensor of samples, got list"),
+        (torch.zeros(0, 6), {}, ValueError, r"x: expected samples \(N, \*in\) with N > 0, got shape \(0, 6\)"),
+        (torch.zeros(6), {}, ValueError, "x: expected samples"),
+        (inputs(3, 6).double(), {}, TypeError, "x: is torch.float64, but f's parameter '0.weight' is torch.float32"),
+        (inputs(3, 6), {"method": "magic"}, ValueError, "method: expected one of path, got 'magic'"),
+        (inputs(3, 6), {"rule": "simpson"}, ValueError, "rule: expected one of uniform, lobatto"),
+        (inputs(3, 6), {"points": 1}, ValueError, "points: a path has at least its 2 ends, got 1"),
+        (inputs(3, 6), {"points": 2.5}, TypeError, "points: expected an integer"),
+        (inputs(3, 6), {"budget": 0}, ValueError, "budget: expected a positive number of bytes, got 0"),
+        (torch.zeros(3, 6, device="meta"), {}, ValueError, "x: on meta, but f's parameter '0.weight' is on cpu"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(x, keywords, error, message):
+    net = mlp(6, 20, 4)
+    net.register_forward_hook(lambda *_: pytest.fail("f was called"))
+    with pytest.raises(error, match=message):
+        lmnfast.connectivity(net, x, **keywords)
+
+
+@pytest.mark.parametrize(
+    "f, error, message",
+    [
+        (lambda x: x.argmax(1), TypeError, "f: expected a floating-point tensor, got torch.int64"),
+        (lambda x: (x, x), TypeError, "f: expected a floating-point tensor, got tuple"),
+        (lambda x: x.sum(), ValueError, r"f: expected outputs \(5, \*out\) for 5 samples, got shape \(\)"),
+        (lambda x: x[:2], ValueError, r"f: expected outputs \(5, \*out\) for 5 samples, got shape \(2, 6\)"),
+        (lambda x: x[:, :0], ValueError, r"f: expected outputs .* got shape \(5, 0\)"),
+    ],
+)
+def test_functions_that_do_not_map_batches_are_refused(f, error, message):
+    with pytest.raises(error, match=message):
+        lmnfast.connectivity(f, inputs(5, 6))
+
+
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_is_as_it_was(failing, wrapped):
+    class Wrapped(nn.Module):  # not a chain
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            y = self.net(x)
+            if failing and not torch.is_grad_enabled():
+                raise RuntimeError("deliberate")
+            return y * y
+
+    net = nn.Sequential(nn.Linear(6, 20), nn.Dropout(0.5), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 4))
+    net = Wrapped(net) if wrapped or failing else net
+    x = inputs(9, 6).requires_grad_()
+    net.train()(x).sum().backward()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    grads = [p.grad.clone() for p in net.parameters()]
+    x_before, rng = x.detach().clone(), torch.get_rng_state()
+    if failing:
+        with pytest.raises(RuntimeError, match="deliberate"):
+            lmnfast.connectivity(net, x)
+    else:
+        L = lmnfast.connectivity(net, x)
+        assert torch.equal(L, lmnfast.connectivity(net.eval(), x)), "dropout was not in eval mode"
+        net.train()
+    assert all(m.training for m in net.modules()) and torch.is_grad_enabled()
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert all(torch.equal(g, p.grad) for g, p in zip(grads, net.parameters()))
+    assert torch.equal(x, x_before) and torch.equal(rng, torch.get_rng_state())
+
+
+def test_a_network_that_works_in_place_does_not_change_the_samples():
+    x = inputs(9, 6)
+    before = x.clone()
+    lmnfast.connectivity(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3)), x)
+    lmnfast.connectivity(lambda v: v.relu_().sin(), x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("route, n, allowance_mb", [("fused", 961, 64), ("generic", 300, 256 + 64)])
+def test_peak_memory_beyond_the_result(route, n, allowance_mb):
+    """Tail 100 -> 100 -> 31; the generic route would need 2 GB for all paths at once: growth of the process's peak over its state before, less the result."""
+    code = f"""
+import resource, torch, lmnfast
+from torch import nn
+net = nn.Sequential(nn.Linear(100, 100), nn.SiLU(), nn.Linear(100, 31))
+f = net if {route!r} == "fused" else lambda x: net(x)
+x = torch.randn({n}, 100)
+lmnfast.connectivity(f, x[:70])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+L = lmnfast.connectivity(f, x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - L.numel() * 4 // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) / 1024 < allowance_mb

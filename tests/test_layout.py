@@ -1,0 +1,53 @@
+"""Every op is found under its name in every folder; this walks the list and fails when one is not."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import lmnfast
+from lmnfast import ops, reference
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_an_op_has_its_kernel_reference_test_and_bench(name):
+    for place in (f"csrc/cpu/{name}.cpp", f"lmnfast/ops/{name}.py", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
+        assert (ROOT / place).is_file(), place
+    assert callable(getattr(reference, name))
+    assert f"{name}_cpu" in (ROOT / "csrc/ops.h").read_text()
+    assert hasattr(torch.ops.lmnfast, name)
+    tests = (ROOT / f"tests/test_{name}.py").read_text()
+    for part in (f"reference.{name}", "opcheck", "torch.compile", "isa", "dtype"):
+        assert part in tests, f"tests/test_{name}.py does not use {part}"
+
+
+def test_no_kernel_file_is_without_an_op():
+    files = {p.stem for folder in ("csrc/cpu", "csrc/cuda", "lmnfast/ops") for p in (ROOT / folder).glob("*.[cp]*")}
+    assert files - {"__init__"} == set(ops.__all__)
+
+
+def test_the_reference_does_not_know_the_compiled_core():
+    assert "_native" not in inspect.getsource(reference) and "_C" not in inspect.getsource(reference)
+
+
+@pytest.mark.parametrize("name", lmnfast.__all__)
+def test_public_names_are_documented_and_typed(name):
+    item = getattr(lmnfast, name)
+    assert item.__doc__
+    if inspect.isfunction(item):
+        assert set(inspect.signature(item).parameters) | {"return"} == set(item.__annotations__)
+
+
+def test_importing_neither_draws_nor_seeds():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch; before = torch.get_rng_state(); import lmnfast; "
+        "assert torch.equal(before, torch.get_rng_state()); "
+        "assert not {'matplotlib', 'tqdm'} & set(sys.modules); assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

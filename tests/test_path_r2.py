@@ -1,0 +1,151 @@
+"""The generic route's reduction against the float64 reference."""
+
+import pytest
+import torch
+
+from lmnfast import _native, ops, reference
+from lmnfast.quadrature import path_nodes
+
+LANES = 16
+
+
+def problem(pairs, outputs, rule=("uniform", 21), seed=0, samples=6):
+    """Smooth curves with a chord: interior, ends, first, second, nodes, weights; float64."""
+    g = torch.Generator().manual_seed(seed)
+    nodes, weights = path_nodes(*rule)
+    ends = torch.randn(samples, outputs, generator=g, dtype=torch.float64)
+    first, second = (torch.randint(samples, (pairs,), generator=g) for _ in range(2))
+    t = nodes[1:-1, None]
+    bend = torch.randn(pairs, 1, outputs, generator=g, dtype=torch.float64)
+    interior = torch.lerp(ends[first][:, None], ends[second][:, None], t) + bend * t * (1 - t) * (2 - t)
+    return interior, ends, first, second, nodes, weights
+
+
+def assert_right(arguments, dtype):
+    interior, ends, *rest = arguments
+    truth = reference.path_r2(*arguments)
+    ours = ops.path_r2(interior.to(dtype), ends.to(dtype), *rest)
+    assert ours.dtype == dtype and ours.shape == truth.shape
+    if truth.numel() == 0:
+        return
+    error = (ours.double() - truth).abs().max()
+    if dtype == torch.float64:
+        assert error <= 1e-12
+    else:
+        plain = reference.path_r2(interior.to(dtype), ends.to(dtype), *rest)
+        assert error <= 2 * (plain.double() - truth).abs().max() + 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3, 7, 8, 9, LANES - 1, LANES, LANES + 1, 31, 32, 33, 100])
+@pytest.mark.parametrize("pairs", [0, 1, 2, 15, 16, 17, 50])
+def test_any_number_of_pairs_and_outputs(pairs, outputs, isa, dtype):
+    arguments = problem(pairs, outputs)
+    assert_right(arguments, dtype)
+    if pairs == 50:
+        assert reference.path_r2(*arguments).min() < 0.9, "the curves are straight"
+
+
+@pytest.mark.parametrize("rule", [("uniform", 2), ("uniform", 3), ("uniform", 40), ("lobatto", 4), ("lobatto", 9)])
+@pytest.mark.parametrize("outputs", [3, 20])
+def test_any_nodes_and_weights(rule, outputs, isa, dtype):
+    assert_right(problem(30, outputs, rule), dtype)
+
+
+@pytest.mark.parametrize("outputs", [1, 5, 40])
+def test_constant_outputs_are_exactly_one(outputs, isa, dtype):
+    interior, ends, first, second, *rule = (v.to(dtype) if v.is_floating_point() else v for v in problem(20, outputs))
+    interior[:] = 3.25
+    ends[:] = 3.25
+    rounding = torch.finfo(dtype).eps * 3.25 * torch.randint(-1, 2, interior.shape)
+    for y in (interior, interior + rounding):
+        assert (ops.path_r2(y, ends, first, second, *rule) == 1).all()
+
+
+@pytest.mark.parametrize("outputs", [1, 5, 40])
+def test_straight_lines_are_one_and_bumps_without_chord_zero(outputs, isa, dtype):
+    interior, ends, first, second, nodes, weights = problem(20, outputs)
+    t = nodes[1:-1, None]
+    line = torch.lerp(ends[first][:, None], ends[second][:, None], t)
+    r2 = ops.path_r2(line.to(dtype), ends.to(dtype), first, second, nodes, weights)
+    assert (r2[first != second] - 1).abs().max() < 1e-6
+    bump = (t * (1 - t)).expand(20, -1, outputs)
+    r2 = ops.path_r2(bump.to(dtype), torch.zeros_like(ends).to(dtype), first, second, nodes, weights)
+    assert r2.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("outputs", [1, 5, 40])
+@pytest.mark.parametrize("factor", [2.0**-90, 2.0**90])
+def test_the_scale_of_the_outputs_does_not_matter(outputs, factor, isa):
+    interior, ends, *rest = (v.float() if v.is_floating_point() else v for v in problem(20, outputs)[:4])
+    rule = path_nodes("uniform", 21)
+    plain = ops.path_r2(interior, ends, *rest, *rule)
+    assert torch.equal(ops.path_r2(interior * factor, ends * factor, *rest, *rule), plain)
+
+
+def test_integers_agree_to_the_bit_across_instruction_sets(dtype):
+    g = torch.Generator().manual_seed(0)
+    nodes = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
+    weights = torch.tensor([1, 2, 2, 2, 1], dtype=torch.float64) / 8
+    first, second = torch.randint(7, (2, 40), generator=g)
+    before = _native._C.isa()
+    for outputs in (1, 4, 40):
+        interior = torch.randint(-9, 9, (40, 3, outputs), generator=g).to(dtype)
+        ends = 4 * torch.randint(-9, 9, (7, outputs), generator=g).to(dtype)
+        results = []
+        for isa in _native._C.isas():
+            _native._C.use_isa(isa)
+            results.append(ops.path_r2(interior, ends, first, second, nodes, weights))
+        # Sums over outputs run in another order in wider vectors: their last bits may differ, r2 itself may not.
+        for other in results[1:]:
+            ulps = 0 if outputs == 1 else 4 * torch.finfo(dtype).eps
+            assert (results[0] - other).abs().max() <= ulps
+    _native._C.use_isa(before)
+
+
+def test_the_same_bits_for_any_thread_count(isa, dtype, threads):
+    arguments = [v.to(dtype) if v.dtype == torch.float64 else v for v in problem(101, 31)[:4]] + [*path_nodes("uniform", 21)]
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(ops.path_r2(*arguments))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_a_nan_in_an_output_is_a_nan_in_its_path_only(isa, dtype):
+    interior, ends, *rest = problem(20, 5)
+    interior[7, 3, 2] = float("nan")
+    r2 = ops.path_r2(interior.to(dtype), ends.to(dtype), *rest)
+    assert r2.isnan().nonzero().flatten().tolist() == [7]
+
+
+def test_opcheck(dtype):
+    arguments = [v.to(dtype) if v.dtype == torch.float64 else v for v in problem(9, 5)[:4]] + [*path_nodes("uniform", 21)]
+    torch.library.opcheck(torch.ops.lmnfast.path_r2.default, arguments)
+
+
+def test_torch_compile_gives_the_same_bits():
+    def measured(y, *rest):
+        return ops.path_r2(y * 2, *rest) + 1
+
+    arguments = problem(9, 5)
+    compiled = torch.compile(measured, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), measured(*arguments))
+
+
+@pytest.mark.parametrize(
+    "position, value, error, message",
+    [
+        (0, torch.zeros(9, 19, 5, dtype=torch.int32), TypeError, "interior: expected torch.float32 or torch.float64"),
+        (0, torch.zeros(9, 18, 5).double(), ValueError, r"interior: expected \(pairs, 19, outputs\)"),
+        (1, torch.zeros(6, 5), TypeError, "ends: expected torch.float64"),
+        (1, torch.zeros(6, 4).double(), ValueError, r"ends: expected \(samples, 5\)"),
+        (2, torch.zeros(9), TypeError, "first: expected torch.int64"),
+        (3, torch.zeros(8).long(), ValueError, r"second: expected \(9,\)"),
+        (3, torch.full((9,), 6), ValueError, "second: expected samples 0 to 5, got 6 to 6"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(position, value, error, message):
+    arguments = list(problem(9, 5))
+    arguments[position] = value
+    with pytest.raises(error, match=message):
+        ops.path_r2(*arguments)

@@ -1,0 +1,271 @@
+"""Measuring a network while it trains."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lmnfast.probe
+from lmnfast.connectivity import connectivity
+from lmnfast.network import cut
+from lmnfast.probe import COLUMNS, MOST_PENDING, Probe
+from lmnfast.spectrum import measurement
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.drop = nn.Dropout(0.3)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.out(F.silu(self.norm(self.second(self.drop(F.silu(self.first(x)))))))
+
+
+class Untraceable(Network):
+    """Cut with a hook, as torch.fx cannot follow what depends on data."""
+
+    def forward(self, x):
+        return x if float(x.sum()) > 1e9 else super().forward(x)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Network()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+
+
+def trained(network, probed, steps=7, failing=False):
+    """Parameters, buffers, optimiser moments and random state after training, with or without a probe."""
+    torch.manual_seed(0)
+    model = network()
+    model.second.eval()  # a frozen part, among others in training
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, y = torch.randn(12, 5), torch.randint(3, (12,))
+    probe = Probe(model, x, ["first", "second"], every=2) if probed else None
+    for step in range(steps):
+        loss = F.cross_entropy(model(x), y)
+        if probe:
+            if failing:
+                probe.inputs = torch.full_like(x, torch.nan)
+                if step % 2 == 0:
+                    with pytest.raises(ValueError, match="NaN"):
+                        probe(step)
+            else:
+                probe(step)  # between forward and backward: the graph must survive it too
+        loss.backward()
+        optimizer.step()
+        if step % 3:
+            optimizer.zero_grad()
+    if probe:
+        probe.close()
+        assert len(probe.history) == (0 if failing else 8)
+    moments = [m for s in optimizer.state_dict()["state"].values() for m in s.values()]
+    grads = [p.grad for p in model.parameters()]
+    modes = torch.tensor([part.training for part in model.modules()])
+    assert not any(part._forward_hooks for part in model.modules())
+    return [*model.state_dict().values(), *moments, *grads, modes, torch.get_rng_state(), torch.rand(3)]
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["measuring", "failing to measure"])
+@pytest.mark.parametrize("network", [Network, Untraceable])
+def test_training_with_a_probe_is_bit_identical_to_training_without(network, failing):
+    with_probe, without = trained(network, True, failing=failing), trained(network, False)
+    for ours, plain in zip(with_probe, without, strict=True):
+        assert ours is plain is None or torch.equal(ours, plain)
+
+
+def test_a_row_holds_what_measuring_the_cut_gives(model, x):
+    probe = Probe(model, x, ["first", "second"], every=10, points=9, rule="lobatto")
+    assert probe(20, loss=0.5, accuracy=torch.tensor(0.25))
+    rows = probe.history
+    assert [row["layer"] for row in rows] == ["first", "second"]
+    for row in rows:
+        assert tuple(row) == (*COLUMNS, "loss", "accuracy")
+        L = connectivity(*cut(model, row["layer"], x), points=9, rule="lobatto")
+        expected = measurement(L, points=9, rule="lobatto")
+        assert row == {
+            "step": 20, "layer": row["layer"],
+            "lmn": expected.lmn, "complexity_bits": expected.complexity_bits,
+            "samples": 12, "points": 9, "rule": "lobatto", "method": "path", "precision": expected.precision,
+            "loss": 0.5, "accuracy": 0.25,
+        }
+        assert 1 <= row["lmn"] <= 12 and type(row["accuracy"]) is float
+
+
+def test_it_measures_at_step_zero_and_every_so_many_steps(model, x):
+    probe = Probe(model, x, "first", every=3)
+    assert [probe() for _ in range(7)] == [True, False, False, True, False, False, True]
+    assert [row["step"] for row in probe.history] == [0, 3, 6]
+    assert not probe(100) and not probe() and probe()  # its own count goes on from a step that was given
+    assert probe.history[-1]["step"] == 102
+
+
+def test_the_rows_follow_the_training(model, x):
+    probe = Probe(model, x, "first", every=1)
+    probe()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    probe()
+    first, second = probe.history
+    assert first["lmn"] != second["lmn"]
+
+
+def test_a_dropout_model_in_training_is_measured_in_eval_mode(model, x):
+    model.train()
+    probe = Probe(model, x, "first", every=1)
+    probe()
+    assert all(part.training for part in model.modules())
+    model.eval()
+    probe()
+    assert probe.history[0]["lmn"] == probe.history[1]["lmn"]
+
+
+def test_the_eigenproblem_is_solved_on_one_background_thread(model, x, monkeypatch):
+    threads = {"connectivity": set(), "measurement": set()}
+
+    def recording(name):
+        original = getattr(lmnfast.probe, name)
+
+        def call(*args, **kwargs):
+            threads[name].add(threading.get_ident())
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(lmnfast.probe, name, call)
+
+    recording("connectivity")
+    recording("measurement")
+    probe = Probe(model, x, ["first", "second"], every=1)
+    for _ in range(3):
+        probe()
+    assert len(probe.history) == 6
+    assert threads["connectivity"] == {threading.get_ident()}
+    assert len(threads["measurement"]) == 1 and threads["measurement"] != threads["connectivity"]
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Solves wait until the event is set."""
+    event = threading.Event()
+
+    def wait(L, **settings):
+        assert event.wait(10)
+        return measurement(L, **settings)
+
+    monkeypatch.setattr(lmnfast.probe, "measurement", wait)
+    yield event
+    event.set()
+
+
+def test_training_goes_on_while_the_eigenproblem_is_solved(model, x, held):
+    probe = Probe(model, x, ["first", "second"], every=5)
+    assert probe(0) and not probe(1) and probe(5)
+    assert probe.pending == 4 and not probe.ready(0) and not probe.ready(5)
+    held.set()
+    assert [row["step"] for row in probe.history] == [0, 0, 5, 5]
+    assert probe.pending == 0 and probe.ready(0) and probe.ready(5) and not probe.ready(1)
+
+
+def test_waiting_matrices_are_bounded(model, x, held):
+    probe = Probe(model, x, "first", every=1)
+    for _ in range(MOST_PENDING):
+        probe()
+    assert probe.pending == MOST_PENDING
+    threading.Timer(0.1, held.set).start()
+    probe()
+    assert held.is_set() and probe.pending <= MOST_PENDING
+    assert len(probe.history) == MOST_PENDING + 1
+
+
+def test_a_solvers_error_is_raised_by_history(model, x, monkeypatch):
+    probe = Probe(model, x, "second", every=1)
+
+    def fail(L, **settings):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(lmnfast.probe, "measurement", fail)
+    assert probe(7)
+    probe.close()
+    assert probe.ready(7) and probe.pending == 0
+    with pytest.raises(RuntimeError, match="solving layer 'second' at step 7 failed: did not converge"):
+        probe.history  # noqa: B018
+
+
+def test_a_step_that_fails_leaves_no_row(model, x, monkeypatch):
+    probe = Probe(model, x, ["first", "second"], every=1)
+    calls = []
+
+    def fail_on_second(f, samples, **settings):
+        calls.append(samples)
+        if len(calls) == 2:
+            raise ValueError("f: NaN")
+        return connectivity(f, samples, **settings)
+
+    monkeypatch.setattr(lmnfast.probe, "connectivity", fail_on_second)
+    with pytest.raises(ValueError, match="f: NaN"):
+        probe(0)
+    assert probe.history == [] and not probe.ready(0) and probe.pending == 0
+    assert probe(1) and len(probe.history) == 2
+
+
+def test_closing_waits_and_keeps_the_history(model, x):
+    threads = set(threading.enumerate())
+    with Probe(model, x, "first", every=1) as probe:
+        probe()
+    assert probe.pending == 0 and len(probe.history) == 1
+    probe.close()
+    with pytest.raises(RuntimeError, match="probe: closed; expected an open one"):
+        probe()
+    assert set(threading.enumerate()) <= threads
+
+
+def test_seconds_is_the_time_spent_in_the_probe(model, x, held):
+    probe = Probe(model, x, "first", every=2)
+    at_start = probe.seconds
+    probe(0)
+    measured = probe.seconds
+    probe(1)
+    assert 0 < at_start < measured == probe.seconds
+    threading.Timer(0.1, held.set).start()
+    probe.close()
+    assert probe.seconds - measured > 0.05
+
+
+def test_history_hands_out_copies(model, x):
+    probe = Probe(model, x, "first", every=1)
+    probe()
+    probe.history[0]["lmn"] = None
+    assert probe.history[0]["lmn"] is not None
+
+
+def test_inputs_and_model_that_require_grad_are_measured_without(model, x):
+    inputs = x.clone().requires_grad_()
+    probe = Probe(model, inputs, "first", every=1)
+    probe()
+    assert probe.history[0]["samples"] == 12 and inputs.grad is None
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"layers": "thrid"}, "layer: 'thrid' is not in the model; it has first, second, out, drop, norm"),
+    ({"layers": []}, r"layers: expected one name or several different ones, got \[\]"),
+    ({"layers": ["out", "out"]}, "layers: expected one name or several different ones, got .'out', 'out'"),
+    ({"every": 0}, "every: expected at least 1, got 0"),
+])
+def test_bad_arguments_are_refused_at_once(model, x, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Probe(model, x, **{"layers": "first", **arguments})
+
+
+def test_an_extra_named_like_a_column_is_refused(model, x):
+    with pytest.raises(ValueError, match="extra: expected names not the probe's own, got lmn"):
+        Probe(model, x, "first")(0, lmn=1.0)

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from lmnfast.quadrature import PAPER_POINTS, path_nodes
+
+GRID = np.linspace(0, 1, PAPER_POINTS)
+
+
+def test_uniform_is_the_papers_rule():
+    nodes, weights = path_nodes("uniform", 21)
+    assert nodes.dtype == weights.dtype == torch.float64
+    assert np.allclose(nodes, np.arange(21) * 0.05, atol=1e-15) and np.allclose(weights, 1 / 21)
+
+
+@pytest.mark.parametrize("points", range(2, 22))
+def test_lobatto_gives_the_21_point_sums_of_polynomials_up_to_degree_2m_minus_3(points):
+    nodes, weights = (v.numpy() for v in path_nodes("lobatto", points))
+    assert nodes[0] == 0 and nodes[-1] == 1 and (np.diff(nodes) > 0).all() and (weights > 0).all()
+    for degree in range(2 * points - 2):
+        assert weights @ nodes**degree == pytest.approx((GRID**degree).mean(), abs=1e-15)
+    if points < 10:
+        degree = 2 * points - 2
+        assert abs(weights @ nodes**degree - (GRID**degree).mean()) > 1e-11, "more exact than the claim"
+
+
+def test_lobatto_with_21_points_is_the_grid_itself():
+    nodes, weights = path_nodes("lobatto", 21)
+    assert np.allclose(nodes, GRID, atol=1e-15) and np.allclose(weights, 1 / 21, atol=1e-14)
+
+
+@pytest.mark.parametrize("points", [2, 5, 8, 21])
+def test_lobatto_is_symmetric_to_the_last_bits(points):
+    nodes, weights = path_nodes("lobatto", points)
+    assert torch.equal(weights, weights.flip(0)) and (nodes + nodes.flip(0) - 1).abs().max() < 3e-16
+
+
+def test_a_rule_handed_out_can_be_changed_without_harm():
+    path_nodes("lobatto", 9)[0].zero_()
+    assert path_nodes("lobatto", 9)[0][-1] == 1
+
+
+@pytest.mark.parametrize(
+    "rule, points, error, message",
+    [
+        ("simpson", 21, ValueError, "rule: expected one of uniform, lobatto, got 'simpson'"),
+        ("uniform", 1, ValueError, "points: a path has at least its 2 ends, got 1"),
+        ("uniform", 0, ValueError, "points"),
+        ("lobatto", 22, ValueError, "points: the lobatto rule has at most 21 points, got 22"),
+        ("uniform", 2.0, TypeError, "points: expected an integer, got 2.0"),
+        ("uniform", True, TypeError, "points: expected an integer, got True"),
+    ],
+)
+def test_bad_rules_are_refused(rule, points, error, message):
+    with pytest.raises(error, match=message):
+        path_nodes(rule, points)
