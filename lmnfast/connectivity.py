@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from . import ops
 from .network import Chain, evaluating, recognise
@@ -96,17 +96,17 @@ def _pairs(samples: int, tile: int, device: torch.device) -> Iterator[tuple[Tens
         yield first, pair - row_starts[first] + samples
 
 
-class _AllocationCount(TorchDispatchMode):
-    """Counts the bytes of all operators' results: an upper bound on what f holds at a time, per sample."""
+class _AllocationCount(TorchFunctionMode):
+    """Counts the bytes of all results of torch calls: what f holds at a time is hardly ever more."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 1
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, Tensor) and not func.is_view:
+            if isinstance(value, Tensor):
                 self.bytes += value.numel() * value.element_size()
         return result
 

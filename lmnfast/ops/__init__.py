@@ -1,4 +1,8 @@
-"""The custom ops, one file each; every one has a reference of the same name in ``lmnfast.reference``."""
+"""The custom ops, one file each; every one has a reference of the same name in ``lmnfast.reference``.
+
+Registered by ``torch.library.define`` and ``impl``: the ``custom_op`` decorator loads torch's compiler at the first
+call, two seconds that a first measurement need not take.
+"""
 
 from .path_connectivity import path_connectivity
 from .path_r2 import path_r2

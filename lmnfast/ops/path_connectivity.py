@@ -41,7 +41,14 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
     )
 
 
-@torch.library.custom_op("lmnfast::path_connectivity", mutates_args=())
+torch.library.define(
+    "lmnfast::path_connectivity",
+    "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, Tensor nodes, "
+    "Tensor node_weights) -> Tensor",
+)
+
+
+@torch.library.impl("lmnfast::path_connectivity", "default")
 def _path_connectivity(
     z: Tensor,
     weights: Sequence[Tensor],
@@ -73,7 +80,7 @@ def _path_connectivity(
     return result
 
 
-@_path_connectivity.register_fake
+@torch.library.register_fake("lmnfast::path_connectivity")
 def _(z, weights, biases, activations, parameters, nodes, node_weights):
     return z.new_empty(z.shape[0], z.shape[0])
 

@@ -29,7 +29,13 @@ def path_r2(
     return torch.ops.lmnfast.path_r2(interior, ends, first, second, nodes, weights)
 
 
-@torch.library.custom_op("lmnfast::path_r2", mutates_args=())
+torch.library.define(
+    "lmnfast::path_r2",
+    "(Tensor interior, Tensor ends, Tensor first, Tensor second, Tensor nodes, Tensor weights) -> Tensor",
+)
+
+
+@torch.library.impl("lmnfast::path_r2", "default")
 def _path_r2(
     interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
 ) -> Tensor:
@@ -51,7 +57,7 @@ def _path_r2(
     return result
 
 
-@_path_r2.register_fake
+@torch.library.register_fake("lmnfast::path_r2")
 def _(interior, ends, first, second, nodes, weights):
     return interior.new_empty(interior.shape[0])
 

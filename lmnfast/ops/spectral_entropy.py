@@ -22,7 +22,10 @@ def spectral_entropy(eigenvalues: Tensor) -> Tensor:
     return torch.ops.lmnfast.spectral_entropy(eigenvalues)
 
 
-@torch.library.custom_op("lmnfast::spectral_entropy", mutates_args=())
+torch.library.define("lmnfast::spectral_entropy", "(Tensor eigenvalues) -> Tensor")
+
+
+@torch.library.impl("lmnfast::spectral_entropy", "default")
 def _spectral_entropy(eigenvalues: Tensor) -> Tensor:
     if eigenvalues.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"eigenvalues: expected float32 or float64, got {eigenvalues.dtype}")
@@ -47,6 +50,6 @@ def _spectral_entropy(eigenvalues: Tensor) -> Tensor:
     return result
 
 
-@_spectral_entropy.register_fake
+@torch.library.register_fake("lmnfast::spectral_entropy")
 def _(eigenvalues):
     return eigenvalues.new_empty(eigenvalues.shape[:-1], dtype=torch.float64)

@@ -1,0 +1,28 @@
+"""Eigenvalues to bits against PyTorch.
+
+    pytest bench/bench_spectral_entropy.py
+"""
+
+import pytest
+import torch
+
+from lmnfast import ops, reference
+
+compiled = torch.compile(reference.spectral_entropy, dynamic=False)
+BARS = {
+    "ours": ops.spectral_entropy,
+    "eager": reference.spectral_entropy,
+    "torch.compile": compiled,
+    "sum of the same values": lambda w: w.sum(-1),
+}
+
+
+@pytest.mark.parametrize("shape", [(768,), (4096,), (64, 768), (201, 961)])
+@pytest.mark.parametrize("bar", BARS)
+def bench_spectral_entropy(benchmark, shape, bar):
+    benchmark.group = f"spectral_entropy {' x '.join(map(str, shape))}"
+    benchmark.extra_info["bar"] = bar
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if not bar.startswith("sum"):
+        assert torch.allclose(BARS[bar](w), reference.spectral_entropy(w), rtol=1e-12)
+    benchmark(BARS[bar], w)

@@ -1,0 +1,168 @@
+"""The command line: ``lmnfast grok``, ``lmnfast measure``, ``lmnfast info``."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from . import __version__, _native
+from .connectivity import METHODS
+from .grokking.figures import draw
+from .grokking.model import INITS, LAYERS
+from .grokking.tasks import TASKS
+from .grokking.train import Config, Run, measure, train
+from .quadrature import RULES
+
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0; 2 for bad input, named in one line; 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except KeyboardInterrupt:
+        print(f"\nlmnfast: interrupted{options.after_interrupt}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"lmnfast: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmnfast", description="The linear mapping number of neural networks (arXiv 2310.05918)."
+    )
+    parser.add_argument("--version", action="version", version=f"lmnfast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable, description: str, after_interrupt: str = ""
+    ) -> argparse.ArgumentParser:
+        # What is not given stays out of the options, so that every default is written once: in Config.
+        added = commands.add_parser(
+            name, help=description, description=description, argument_default=argparse.SUPPRESS
+        )
+        added.set_defaults(command=run, after_interrupt=after_interrupt)
+        return added
+
+    grok = command(
+        "grok",
+        _grok,
+        "Train the paper's network on a task, measure its LMN, draw its Figure 2.",
+        "; the same command continues the run",
+    )
+    grok.add_argument("task", choices=TASKS)
+    grok.add_argument("--p", type=int, help="modulus of modular-addition (31)")
+    grok.add_argument("--bits", type=int, help="length of the numbers of xor (5)")
+    grok.add_argument(
+        "--steps", type=int, help=f"updates ({Config.steps}); more of them continue a finished run"
+    )
+    grok.add_argument("--every", type=int, help=f"steps from one measurement to the next ({Config.every})")
+    grok.add_argument("--seed", type=int, help=f"of the split and the weights ({Config.seed})")
+    grok.add_argument("--init", choices=INITS, help=f"initialisation of the weights ({Config.init})")
+    grok.add_argument("--threads", type=int, help="on the CPU (the run's; torch's for a new one)")
+    grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
+    grok.add_argument("--force", action="store_true", help="delete the run that is there, start anew")
+
+    again = command("measure", _measure, "Measure a run's checkpoints again; writes RUN/measure-*.csv.")
+    again.add_argument("run", metavar="RUN", help="a directory that grok left")
+    again.add_argument("--every", type=int, help="only checkpoints at multiples of this step (1)")
+
+    for added, defaults in ((grok, vars(Config)), (again, dict.fromkeys(vars(Config), "the run's"))):
+        layers = " ".join(Config.layers) if added is grok else defaults["layers"]
+        added.add_argument(
+            "--layers", nargs="+", metavar="LAYER", help=f"some of {', '.join(LAYERS)} ({layers})"
+        )
+        added.add_argument(
+            "--points", type=int, help=f"nodes on a path, ends included ({defaults['points']})"
+        )
+        added.add_argument("--rule", choices=RULES, help=f"where on the path they lie ({defaults['rule']})")
+        added.add_argument("--method", choices=METHODS, help=f"of the connectivity ({defaults['method']})")
+        added.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (auto)")
+
+    command("info", _info, "Show the versions, the instruction set in use, and CUDA.")
+    return parser
+
+
+def _grok(options: argparse.Namespace) -> None:
+    _need_extra()
+    given = _given(options)
+    out, force = given.pop("out", None), given.pop("force", False)
+    config = Config(**given)
+    run = train(config, out or f"runs/{config.task}-seed{config.seed}", force=force, progress=True)
+    draw(run.path)
+    print(_summary(run))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    _need_extra()
+    path, rows = measure(**_given(options), progress=True)
+    columns = [name for name in rows[0] if name == "step" or name.startswith("lmn_")]
+    print(*(f"{name:>16}" for name in columns))
+    for row in rows:
+        print(*(f"{row[name]:>16.6g}" for name in columns))
+    print(f"written: {path}")
+
+
+def _info(options: argparse.Namespace) -> None:
+    native = _native.info()
+    built = f"built for {native['cuda_archs']}" if native["cuda_built"] else "not built"
+    seen = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device seen"
+    print(f"lmnfast          {__version__}")
+    print(f"torch            {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"instruction set  {native['isa']} (of {', '.join(native['isas'])}; LMNFAST_ISA chooses)")
+    print(f"CUDA             {built}, {seen}")
+
+
+def _summary(run: Run) -> str:
+    def at(step: int | None) -> str:
+        return "-" if step is None else f"step {step}"
+
+    def r(column: str) -> str:
+        value = run.correlation(column)
+        return "-" if math.isnan(value) else f"{value:.4f}"
+
+    config, last, seconds = run.config, run.rows[-1], run.seconds
+    lines = [
+        f"{config.task}, seed {config.seed}: {last['step']} steps, measured every {config.every} on "
+        f"{last['samples']} samples ({config.method}, {config.points} {config.rule} points)",
+        f"memorised at    {at(run.memorised)}",
+        f"generalised at  {at(run.generalised)}",
+    ]
+    for layer in config.layers:
+        column = f"lmn_{layer}"
+        peak = max(run.rows, key=lambda row: row[column])
+        lines.append(
+            f"LMN             {layer}: peak {peak[column]:.1f} at step {peak['step']}, end {last[column]:.1f}"
+        )
+    correlations = [
+        *(f"LMN {layer} {r(f'lmn_{layer}')}" for layer in config.layers),
+        f"L2 norm {r('l2_norm')}",
+    ]
+    lines += [
+        f"Pearson r       of test loss while generalising, with {', '.join(correlations)}",
+        f"time            training {seconds['training']:.0f} s, measuring {seconds['measuring']:.0f} s",
+        f"left in         {run.path}",
+    ]
+    return "\n".join(lines)
+
+
+def _given(options: argparse.Namespace) -> dict:
+    return {
+        name: value for name, value in vars(options).items() if name not in ("command", "after_interrupt")
+    }
+
+
+def _need_extra() -> None:
+    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"this command needs {' and '.join(missing)}: pip install 'lmnfast[grok]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""A run's row of the paper's Figure 2 (arXiv 2310.05918), with the paper's curves beside ours."""
+
+import csv
+import io
+import math
+import os
+from importlib.resources import files
+from pathlib import Path
+
+from .tasks import task_sizes
+from .train import Run, read_run, write_file
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+LMN, L2, ACCURACY = "#D55E00", "#009E73", "#0072B2"
+PHASES = {"memorising": ("#555555", "^"), "generalising": ("#E69F00", "o"), "finalising": ("#CC79A7", "s")}
+
+
+def paper_curves(task: str) -> dict[str, list[float]]:
+    """The paper's curves for a task: step, lmn of hidden_1, l2_norm; NaN where another line covers the curve.
+
+    Source: arXiv 2310.05918, Figure 2, read off by pixel; error about 0.15 in LMN, 0.1 in L2 norm.
+    """
+    lines = files(__package__).joinpath("figure2_curves.csv").read_text().splitlines()
+    rows = [
+        row
+        for row in csv.DictReader(line for line in lines if not line.startswith("#"))
+        if row["task"] == task
+    ]
+    return {name: [float(row[name] or "nan") for row in rows] for name in ("step", "lmn", "l2_norm")}
+
+
+def draw(run: str | os.PathLike) -> list[Path]:
+    """Draws RUN/figures/figure2-LAYER.png for each measured layer and returns their paths. Needs matplotlib.
+
+    Left: LMN, L2 norm and accuracies over the steps, beside the paper's where the task has the paper's size.
+    Right: test loss against LMN and against L2 norm, coloured by phase.
+
+    Raises:
+        ValueError: not a run.
+    """
+    run = read_run(run)
+    return [_draw_layer(run, layer) for layer in run.config.layers]
+
+
+def _draw_layer(run: Run, layer: str) -> Path:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 13, "legend.frameon": False, "lines.linewidth": 2}):
+        figure = Figure(figsize=(13, 4.4), layout="constrained")
+        left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
+        _draw_curves(left, run, layer)
+        _draw_losses(right, run, layer)
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=200)
+    path = run.path / "figures" / f"figure2-{layer}.png"
+    write_file(path, image.getvalue())
+    return path
+
+
+def _draw_curves(figure, run: Run, layer: str) -> None:
+    config, rows = run.config, run.rows
+    axes = figure.subplots()
+    accuracy = axes.twinx()
+    steps = [row["step"] for row in rows]
+    lines = []
+    for column, label, colour in ((f"lmn_{layer}", "LMN", LMN), ("l2_norm", "L2 norm", L2)):
+        lines += axes.plot(steps, [row[column] for row in rows], color=colour, label=label)
+    for column, label, style in (
+        ("test_accuracy", "Test accuracy", "-"),
+        ("train_accuracy", "Train accuracy", "--"),
+    ):
+        values = [row[column] for row in rows]
+        lines += accuracy.plot(steps, values, style, color=ACCURACY, linewidth=1.2, label=label)
+    if task_sizes(config.task) == task_sizes(config.task, p=config.p, bits=config.bits):
+        paper = paper_curves(config.task)
+        for column, label, colour in (("lmn", "LMN, paper", LMN), ("l2_norm", "L2 norm, paper", L2)):
+            if column == "l2_norm" or layer == "hidden_1":
+                dots = {"linestyle": "", "marker": ".", "markersize": 5, "alpha": 0.6}
+                lines += axes.plot(paper["step"], paper[column], color=colour, label=label, **dots)
+    axes.set(xlabel="Training step", ylabel="LMN, L2 norm", ylim=(0, None), xlim=(0, config.steps or 1))
+    accuracy.set_ylabel("Accuracy", color=ACCURACY)
+    accuracy.set_ylim(-0.03, 1.06)
+    accuracy.tick_params(axis="y", colors=ACCURACY)
+    figure.legend(handles=lines, loc="outside upper center", ncols=3)
+
+
+def _draw_losses(figure, run: Run, layer: str) -> None:
+    panels = figure.subplots(1, 2, sharey=True)
+    columns = {f"lmn_{layer}": f"LMN of {layer}", "l2_norm": "L2 norm"}
+    for axes, (column, label) in zip(panels, columns.items(), strict=True):
+        for phase, (colour, marker) in PHASES.items():
+            rows = [row for row in run.rows if run.phase(row) == phase]
+            x, y = [row[column] for row in rows], [row["test_loss"] for row in rows]
+            axes.scatter(x, y, s=22, color=colour, marker=marker, label=phase, clip_on=False, zorder=3)
+        r = run.correlation(column)
+        axes.set_title("" if math.isnan(r) else f"generalising: r = {r:.4f}", fontsize=12)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("Test loss (nats)")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, handletextpad=0.2
+    )

@@ -1,0 +1,51 @@
+"""The paper's network (arXiv 2310.05918, section 3)."""
+
+import math
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+INITS = ("default", "lecun-first")
+LAYERS = ("embedding", "hidden_1_pre", "hidden_1", "hidden_2_pre", "hidden_2")  # those that can be cut at
+EMBEDDING, HIDDEN = 32, 100  # the paper's widths
+
+
+def make_model(vocabulary: int, generator: torch.Generator, *, init: str = "default") -> nn.Sequential:
+    """Embedding of two tokens, concatenated -> Linear -> SiLU -> Linear -> SiLU -> Linear, in float32.
+
+    Its layers are LAYERS and "output", so ``lmnfast.cut(model, "hidden_1", tokens)`` finds them.
+
+    Args:
+        vocabulary: number of tokens.
+        generator: draws the weights, on the CPU.
+        init: "default" is PyTorch's. "lecun-first" scales the first linear layer's weights to standard
+            deviation 1/8 = 1/sqrt(fan in): the LMN at step 0 is then the paper's 32, not 22 to 24. The
+            paper does not state its initialisation.
+
+    Returns:
+        maps tokens (batch, 2) int64 to logits (batch, vocabulary).
+
+    Raises:
+        ValueError: unknown init.
+    """
+    if init not in INITS:
+        raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())  # torch's layers draw from the global generator only
+        model = nn.Sequential(
+            OrderedDict(
+                embedding=nn.Sequential(nn.Embedding(vocabulary, EMBEDDING), nn.Flatten()),
+                hidden_1_pre=nn.Linear(2 * EMBEDDING, HIDDEN),
+                hidden_1=nn.SiLU(),
+                hidden_2_pre=nn.Linear(HIDDEN, HIDDEN),
+                hidden_2=nn.SiLU(),
+                output=nn.Linear(HIDDEN, vocabulary),
+            )
+        )
+        generator.set_state(torch.get_rng_state())
+    if init == "lecun-first":
+        with torch.no_grad():
+            # The default is uniform in +-1/sqrt(fan in): standard deviation 1/sqrt(3 fan in).
+            model.hidden_1_pre.weight.mul_(math.sqrt(3))
+    return model

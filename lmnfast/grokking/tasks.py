@@ -1,0 +1,79 @@
+"""The paper's three tasks (arXiv 2310.05918, section 3): every pair of tokens and its answer."""
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+# Each task with the number that sizes it, if any: the paper's, and the smallest that can be split.
+TASKS = {"modular-addition": {"p": (31, 2)}, "s4": {}, "xor": {"bits": (5, 1)}}
+
+
+@dataclass(frozen=True)
+class Task:
+    """All pairs of tokens, split in two. Inputs (pairs, 2) and labels (pairs,), int64."""
+
+    vocabulary: int
+    train_inputs: Tensor
+    train_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+
+
+def task_sizes(name: str, **sizes: int | None) -> dict[str, int]:
+    """What sizes the task, {"p": 31} say: the given number, the paper's where it is None or missing.
+
+    Raises:
+        ValueError: unknown task, a size the task does not have, or one too small.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
+    result = {size: default for size, (default, _) in TASKS[name].items()}
+    for size, value in sizes.items():
+        if value is None:
+            continue
+        if size not in result:
+            raise ValueError(f"{size}: the task {name} has no such size")
+        smallest = TASKS[name][size][1]
+        if value < smallest:
+            raise ValueError(f"{size}: expected at least {smallest}, got {value}")
+        result[size] = value
+    return result
+
+
+def answers(name: str, **sizes: int | None) -> Tensor:
+    """The answer to each pair of tokens (a, b), (vocabulary, vocabulary) int64; errors as :func:`task_sizes`.
+
+    modular-addition: (a + b) mod p. s4: a after b, for the 24 permutations of four things, in lexicographic
+    order. xor: a ^ b, for numbers of ``bits`` bits.
+    """
+    sizes = task_sizes(name, **sizes)
+    if name == "s4":
+        elements = list(permutations(range(4)))
+        return torch.tensor([[elements.index(tuple(a[i] for i in b)) for b in elements] for a in elements])
+    tokens = torch.arange(sizes["p"] if name == "modular-addition" else 2 ** sizes["bits"])
+    a, b = tokens[:, None], tokens
+    return (a + b) % len(tokens) if name == "modular-addition" else a ^ b
+
+
+def make_task(name: str, generator: torch.Generator, **sizes: int | None) -> Task:
+    """All pairs with their answers, split 80-20 at random.
+
+    Args:
+        name: one of TASKS.
+        generator: draws the split, on the CPU.
+        sizes: p (modular-addition, 31 by default) or bits (xor, 5 by default).
+
+    Raises:
+        ValueError: as :func:`task_sizes`.
+    """
+    labels = answers(name, **sizes)
+    tokens = torch.arange(len(labels))
+    pairs = torch.cartesian_prod(tokens, tokens)  # (pairs, 2), in the order of labels.flatten()
+    order = torch.randperm(len(pairs), generator=generator)
+    train, test = order.tensor_split(
+        [len(pairs) * 4 // 5]
+    )  # 768 of 961, 460 of 576, 819 of 1024, as in the paper
+    labels = labels.flatten()
+    return Task(len(tokens), pairs[train], labels[train], pairs[test], labels[test])

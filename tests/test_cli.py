@@ -1,0 +1,120 @@
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from lmnfast import _native, cli
+
+TINY = ["grok", "modular-addition", "--p=5", "--steps=10", "--every=5", "--threads=1", "--device=cpu"]
+
+
+def failure(capsys, *arguments):
+    """The one line of a command that ends with exit code 2."""
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1 and lines[0].startswith("lmnfast: error: ")
+    return lines[0].removeprefix("lmnfast: error: ")
+
+
+def test_grok_trains_measures_draws_and_sums_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*TINY, "--seed=4"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "modular-addition, seed 4: 10 steps, measured every 5 on 20 samples (path, 21 uniform points)",
+        "memorised at    -",
+        "generalised at  -",
+        "LMN             hidden_1: peak ",
+        "Pearson r       of test loss while generalising, with LMN hidden_1 -, L2 norm -",
+        "time            training 0 s, measuring 0 s",
+        "left in         runs/modular-addition-seed4",
+    ):
+        assert line in said
+    run = tmp_path / "runs/modular-addition-seed4"
+    assert {path.name for path in run.iterdir()} == {
+        ".lock", "config.json", "metrics.csv", "state.pt", "checkpoints", "figures"
+    }  # fmt: skip
+    (run / "figures/figure2-hidden_1.png").unlink()
+    assert cli.main([*TINY, "--seed=4"]) == 0
+    assert "finished at step 10" in capsys.readouterr().out
+    assert (run / "figures/figure2-hidden_1.png").exists()
+
+
+@pytest.mark.parametrize("task", [["s4"], ["xor", "--bits=2"]])
+def test_grok_runs_every_task(task, tmp_path):
+    assert cli.main(["grok", *task, "--steps=2", "--every=1", "--init=lecun-first", f"--out={tmp_path}"]) == 0
+
+
+def test_measure_prints_and_writes_a_table(tmp_path, capsys):
+    assert cli.main([*TINY, f"--out={tmp_path}"]) == 0
+    capsys.readouterr()
+    assert (
+        cli.main(["measure", str(tmp_path), "--layers", "embedding", "hidden_1", "--points=11", "--every=10"])
+        == 0
+    )
+    header, *rows, written = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "lmn_embedding", "lmn_hidden_1"]
+    assert [row.split()[0] for row in rows] == ["0", "10"]
+    assert written == f"written: {tmp_path}/measure-embedding+hidden_1-path-uniform11.csv"
+
+
+def test_info_works_without_the_extra():
+    blocked = "import sys; sys.modules.update(tqdm=None, matplotlib=None); "
+    program = blocked + "from lmnfast.cli import main; main(['info'])"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    facts = dict(
+        line.split(maxsplit=1) for line in said.replace("instruction set", "instruction_set").splitlines()
+    )
+    native = _native.info()
+    assert facts["lmnfast"] == version("lmnfast")
+    assert facts["torch"].startswith(torch.__version__)
+    assert facts["instruction_set"].startswith(native["isa"])
+    assert ("not built" in facts["CUDA"]) != native["cuda_built"]
+    assert ("no device seen" in facts["CUDA"]) != torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("command", [["grok", "s4"], ["measure", "run"]])
+def test_without_the_extra_the_other_commands_say_what_to_install(command, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert failure(capsys, *command) == "this command needs matplotlib and tqdm: pip install 'lmnfast[grok]'"
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "out: cannot write to" in failure(capsys, *TINY, f"--out={tmp_path}/file/run")
+    assert "hidden_2_pre" in failure(capsys, *TINY, "--layers", "hidden_9", f"--out={tmp_path}/run")
+    assert "points" in failure(capsys, *TINY, "--points=1", f"--out={tmp_path}/run")
+    assert "bits: the task" in failure(capsys, *TINY, "--bits=5", f"--out={tmp_path}/run")
+    assert "holds no config.json" in failure(capsys, "measure", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    if not torch.cuda.is_available():
+        assert "cuda is not available" in failure(capsys, *TINY, "--device=cuda", f"--out={tmp_path}/run")
+
+
+def test_another_run_in_the_directory_needs_force(tmp_path, capsys):
+    assert cli.main([*TINY, f"--out={tmp_path}"]) == 0
+    assert "seed is 0 there, 1 here" in failure(capsys, *TINY, "--seed=1", f"--out={tmp_path}")
+    assert cli.main([*TINY, "--seed=1", "--force", f"--out={tmp_path}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["grok", "addition"], ["grok", "s4", "--method=guess"], ["measure"], ["info", "x"]]
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lmnfast.grokking.train._evaluate", interrupted)
+        assert cli.main([*TINY, f"--out={tmp_path}"]) == 130
+    assert "interrupted; the same command continues the run" in capsys.readouterr().err
+    assert cli.main([*TINY, f"--out={tmp_path}"]) == 0

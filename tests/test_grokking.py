@@ -1,0 +1,402 @@
+import csv
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import lmnfast
+from lmnfast.grokking import train as training
+from lmnfast.grokking.figures import draw, paper_curves
+from lmnfast.grokking.model import LAYERS, make_model
+from lmnfast.grokking.tasks import answers, make_task
+from lmnfast.grokking.train import Config, Run, measure, read_run, train
+
+TINY = Config("modular-addition", p=5, steps=20, every=5, threads=1, device="cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def files(path):
+    return {file.relative_to(path): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run never stopped. Tests only read it."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    return train(TINY, path)
+
+
+# Tasks
+
+
+def test_s4_is_a_group_and_not_commutative():
+    table = answers("s4")
+    elements = torch.arange(24)
+    assert torch.equal(table[0], elements) and torch.equal(table[:, 0], elements)  # the identity
+    assert torch.equal(table.sort(0).values, elements[:, None].expand(24, 24))  # every a has its inverse
+    assert torch.equal(table.sort(1).values, elements.expand(24, 24))
+    assert torch.equal(table[table], table[:, table])  # (a b) c = a (b c)
+    assert not torch.equal(table, table.T)
+
+
+def test_modular_addition_and_xor_are_what_they_say():
+    for a in range(7):
+        for b in range(7):
+            assert answers("modular-addition", p=7)[a, b] == (a + b) % 7
+    for a in range(8):
+        for b in range(8):
+            assert answers("xor", bits=3)[a, b] == a ^ b
+
+
+@pytest.mark.parametrize(
+    "name, train_pairs, pairs", [("modular-addition", 768, 961), ("s4", 460, 576), ("xor", 819, 1024)]
+)
+def test_a_split_has_the_papers_sizes_and_every_pair_once(name, train_pairs, pairs):
+    task = make_task(name, seeded())
+    assert len(task.train_inputs) == len(task.train_labels) == train_pairs
+    inputs = torch.cat([task.train_inputs, task.test_inputs])
+    assert inputs.shape == (pairs, 2) == inputs.unique(dim=0).shape
+    assert torch.equal(answers(name)[inputs.unbind(1)], torch.cat([task.train_labels, task.test_labels]))
+
+
+def test_a_split_depends_on_its_generator_only():
+    first, again, other = (make_task("s4", seeded(seed)).train_inputs for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# Model
+
+
+def test_default_and_lecun_first_differ_in_the_first_linear_layers_scale():
+    default, lecun = (make_model(31, seeded(), init=init) for init in ("default", "lecun-first"))
+    assert default.hidden_1_pre.weight.std().item() == pytest.approx(1 / (8 * 3**0.5), rel=0.02)
+    assert lecun.hidden_1_pre.weight.std().item() == pytest.approx(1 / 8, rel=0.02)
+    for name, weight in default.state_dict().items():
+        assert torch.equal(weight, lecun.state_dict()[name]) == (name != "hidden_1_pre.weight")
+
+
+def test_a_model_draws_from_its_generator_and_leaves_the_global_one_alone():
+    before, generator = torch.get_rng_state(), seeded()
+    first, second = make_model(5, generator), make_model(5, generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(first.output.weight, second.output.weight)
+    assert torch.equal(first.output.weight, make_model(5, seeded()).output.weight)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_model_can_be_cut_at_every_named_layer(layer):
+    model, tokens = make_model(5, seeded()), make_task("modular-addition", seeded(), p=5).train_inputs
+    tail, samples = lmnfast.cut(model, layer, tokens)
+    assert samples.shape == (20, 64 if layer == "embedding" else 100)
+    torch.testing.assert_close(tail(samples), model(tokens))
+
+
+# Config
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"task": "addition"}, "task: expected one of modular-addition, s4, xor, got 'addition'"),
+        ({"task": "s4"}, "p: the task s4 has no such size"),
+        ({"p": 1}, "p: expected at least 2, got 1"),
+        ({"steps": -5}, "steps: expected at least 0"),
+        ({"every": 0}, "every: expected at least 1"),
+        ({"steps": 21}, "steps: expected a multiple of every"),
+        ({"seed": -1}, "seed: expected at least 0"),
+        ({"threads": 0}, "threads: expected at least 1"),
+        (
+            {"layers": ("hidden_3",)},
+            "layers: expected some of embedding, hidden_1_pre, hidden_1, .*got hidden_3",
+        ),
+        ({"layers": ("hidden_1", "hidden_1")}, "layers: .*each once"),
+        ({"points": 1}, "points"),
+        ({"rule": "simpson"}, "rule: expected one of uniform, lobatto, got 'simpson'"),
+        ({"method": "guess"}, "method: expected one of path.*, got 'guess'"),
+        ({"init": "zero"}, "init: expected one of default, lecun-first, got 'zero'"),
+        ({"device": "tpu"}, "device: expected auto, cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_a_config_that_no_run_can_have_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+# Training
+
+
+def test_rows_are_the_network_after_that_many_updates(finished):
+    assert [row["step"] for row in finished.rows] == [0, 5, 10, 15, 20]
+    generator = seeded(TINY.seed)
+    task = make_task("modular-addition", generator, p=5)
+    model = make_model(task.vocabulary, generator)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.2)
+    for step in range(21):
+        if step % 5 == 0:
+            row = finished.rows[step // 5]
+            weights = torch.load(finished.path / f"checkpoints/step_{step:08}.pt", weights_only=True)
+            with torch.no_grad():
+                logits, unseen = model(task.train_inputs), model(task.test_inputs)
+            expected = {
+                "train_loss": cross_entropy(logits, task.train_labels),
+                "test_loss": cross_entropy(unseen, task.test_labels),
+                "train_accuracy": (logits.argmax(1) == task.train_labels).double().mean(),
+                "test_accuracy": (unseen.argmax(1) == task.test_labels).double().mean(),
+                "l2_norm": sum(p.double().square().sum() for p in model.parameters()).sqrt(),
+                "lmn_hidden_1": lmnfast.lmn(*lmnfast.cut(model, "hidden_1", task.train_inputs)),
+            }
+            for name, value in expected.items():
+                assert row[name] == pytest.approx(value.item(), rel=1e-4), name
+            for name, weight in model.state_dict().items():
+                torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-6)
+        optimiser.zero_grad()
+        cross_entropy(model(task.train_inputs), task.train_labels).backward()
+        optimiser.step()
+
+
+def test_every_row_carries_what_its_lmn_depends_on(finished):
+    with open(finished.path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert ",".join(rows[0]) == (
+        "step,train_loss,test_loss,train_accuracy,test_accuracy,l2_norm,lmn_hidden_1,samples,points,rule,"
+        "method"
+    )
+    assert all(
+        (r["samples"], r["points"], r["rule"], r["method"]) == ("20", "21", "uniform", "path") for r in rows
+    )
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(finished, tmp_path):
+    train(TINY, tmp_path / "again")
+    train(replace(TINY, seed=1), tmp_path / "other")
+    metrics = [
+        (path / "metrics.csv").read_bytes()
+        for path in (finished.path, tmp_path / "again", tmp_path / "other")
+    ]
+    assert metrics[0] == metrics[1] != metrics[2]
+
+
+def test_training_leaves_thread_count_and_random_state_alone(tmp_path):
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    train(replace(TINY, threads=1 if threads > 1 else 2), tmp_path)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_run_killed_before_or_within_any_write_ends_as_one_never_stopped(finished, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    write_file, writes, fatal = training.write_file, 0, 0
+
+    def fatal_write(path, content):
+        nonlocal writes
+        writes += 1
+        if writes == fatal:
+            path.parent.mkdir(exist_ok=True)
+            path.with_name(path.name + ".part").write_bytes(content[: len(content) // 2])
+            raise Killed
+        write_file(path, content)
+
+    survived = False
+    while not survived:
+        fatal += 1
+        writes, path = 0, tmp_path / f"killed-{fatal}"
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "write_file", fatal_write)
+            try:
+                train(TINY, path)
+                survived = True
+            except Killed:
+                pass
+        assert train(TINY, path).rows == finished.rows
+        assert (path / "metrics.csv").read_bytes() == (finished.path / "metrics.csv").read_bytes()
+    assert fatal > 8  # config, five checkpoints, metrics and state at least once
+
+
+def test_a_run_ended_by_sigkill_continues_to_the_same_bytes(tmp_path):
+    config = replace(TINY, steps=1000, every=50)
+    path, command = tmp_path / "killed", [sys.executable, "-m", "lmnfast.cli", "grok", "modular-addition"]
+    options = ["--p=5", "--steps=1000", "--every=50", "--threads=1", "--device=cpu", f"--out={path}"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (path / "state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(int.from_bytes(os.urandom(1), "big") / 2000)  # up to 0.13 s: anywhere in most of the run
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert torch.load(path / "state.pt", weights_only=True)["step"] < 1000
+    train(config, path)
+    train(config, tmp_path / "never")
+    assert (path / "metrics.csv").read_bytes() == (tmp_path / "never" / "metrics.csv").read_bytes()
+
+
+def test_a_finished_run_is_left_as_it_is_and_more_steps_continue_it(finished, tmp_path, capsys):
+    path = tmp_path / "run"
+    train(replace(TINY, steps=10), path)
+    before = files(path)
+    train(replace(TINY, steps=10), path, progress=True)
+    assert "finished at step 10" in capsys.readouterr().out
+    assert files(path) == before
+    train(TINY, path)
+    assert (path / "metrics.csv").read_bytes() == (finished.path / "metrics.csv").read_bytes()
+
+
+def test_left_open_threads_and_device_are_those_the_run_was_started_with(tmp_path):
+    threads = 1 if torch.get_num_threads() > 1 else 2
+    train(replace(TINY, steps=5, threads=threads), tmp_path)
+    assert train(replace(TINY, threads=None, device="auto"), tmp_path).config == replace(
+        TINY, threads=threads
+    )
+
+
+def test_another_config_is_refused_by_its_differences_and_force_starts_anew(finished, tmp_path):
+    path = tmp_path / "run"
+    train(replace(TINY, seed=3, steps=25), path)
+    (path / "measure-x.csv").touch()
+    (path / "notes.txt").touch()
+    before = files(path)
+    with pytest.raises(ValueError, match=r"steps is 25 there, 20 here; seed is 3 there, 0 here; .*--force"):
+        train(TINY, path)
+    assert files(path) == before
+    train(TINY, path, force=True)
+    assert (path / "metrics.csv").read_bytes() == (finished.path / "metrics.csv").read_bytes()
+    assert not (path / "measure-x.csv").exists() and not (path / "checkpoints/step_00000025.pt").exists()
+    assert (path / "notes.txt").exists()
+
+
+def test_a_directory_with_parts_of_a_run_is_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("mine")
+    with pytest.raises(ValueError, match="holds metrics.csv but no config.json"):
+        train(TINY, tmp_path)
+    assert (tmp_path / "metrics.csv").read_text() == "mine"
+    path = tmp_path / "run"
+    train(replace(TINY, steps=5), path)
+    (path / "metrics.csv").unlink()
+    with pytest.raises(ValueError, match="lacks rows that it had"):
+        train(TINY, path)
+
+
+def test_a_directory_at_work_is_refused(tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is at work"):
+            train(TINY, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_one_error_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_Training", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="out: cannot write to .*file/run: Not a directory"):
+        train(TINY, tmp_path / "file" / "run")
+
+
+def test_a_diverged_training_says_so(tmp_path):
+    with pytest.raises(FloatingPointError, match="training diverged: train_loss is .* at step 5"):
+        train(replace(TINY, learning_rate=1e30), tmp_path)
+
+
+# What a run says
+
+
+def run_of(accuracies, **columns):
+    rows = [
+        {"step": 10 * i, "train_accuracy": seen, "test_accuracy": unseen}
+        | {name: c[i] for name, c in columns.items()}
+        for i, (seen, unseen) in enumerate(accuracies)
+    ]
+    return Run(Path(), TINY, rows, {})
+
+
+def test_phases_are_memorising_generalising_finalising():
+    run = run_of([(0.1, 0), (0.9, 0), (1, 0.1), (0.99, 0.9), (1, 1), (0.9, 0.9)])
+    assert (run.memorised, run.generalised) == (20, 40)
+    assert [run.phase(row)[0] for row in run.rows] == list("mmggff")
+
+
+def test_correlation_is_pearsons_over_the_generalising_phase_only():
+    accuracies = [(0, 0), (1, 0), (1, 0), (1, 0), (1, 1)]
+    run = run_of(
+        accuracies, test_loss=[9, 3, 2, 1, 9], line=[5, -3, -2, -1, 5], bent=[0, 1, 0, 0, 0], flat=[1] * 5
+    )
+    assert run.correlation("line") == pytest.approx(-1)
+    assert run.correlation("bent") == pytest.approx(3**0.5 / 2)
+    assert run.correlation("flat") != run.correlation("flat")
+    assert run_of([(0, 0)] * 5, test_loss=[1] * 5, line=[1] * 5).correlation("line") != 0
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"task": "s4", "colour": 1}'])
+def test_what_is_not_a_run_is_named(tmp_path, content):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json"):
+        measure(tmp_path)
+
+
+def test_a_run_that_has_measured_nothing_yet_says_so(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "s4"}))
+    with pytest.raises(ValueError, match="has no metrics.csv yet"):
+        read_run(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoints"):
+        measure(tmp_path)
+
+
+def test_measuring_the_checkpoints_again_gives_the_runs_numbers(finished):
+    path, rows = measure(finished.path)
+    assert path.name == "measure-hidden_1-path-uniform21.csv"
+    with open(path) as again, open(finished.path / "metrics.csv") as first:
+        for row, known in zip(csv.DictReader(again), csv.DictReader(first), strict=True):
+            assert row == {name: known[name] for name in row}
+
+
+def test_checkpoints_can_be_measured_at_other_layers_nodes_and_steps(finished):
+    path, rows = measure(finished.path, layers=["embedding", "hidden_2"], rule="lobatto", points=9, every=10)
+    assert path.name == "measure-embedding+hidden_2-path-lobatto9.csv"
+    assert [row["step"] for row in rows] == [0, 10, 20]
+    assert all(row["lmn_embedding"] > 2 and row["lmn_hidden_2"] == pytest.approx(1, abs=1e-3) for row in rows)
+    with pytest.raises(ValueError, match="every"):
+        measure(finished.path, every=0)
+
+
+# Figures
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, Config("xor", steps=300, every=300, layers=("hidden_2", "hidden_1"))]
+)
+def test_draw_writes_a_picture_for_each_layer(config, tmp_path):
+    layers = {f"lmn_{layer}": 2.0 for layer in config.layers}
+    metrics = dict.fromkeys(training.METRICS, 1.0)
+    setting = {"samples": 20, "points": 21, "rule": "uniform", "method": "path"}
+    rows = [{"step": step} | metrics | layers | setting for step in range(0, config.steps + 1, config.every)]
+    training._write_csv(tmp_path / "metrics.csv", rows, training.METRICS)
+    training.save_tensors(tmp_path / "state.pt", {"seconds": {}})
+    (tmp_path / "config.json").write_text(json.dumps(training.asdict(config)))
+    drawn = draw(tmp_path)
+    assert [path.name for path in drawn] == [f"figure2-{layer}.png" for layer in config.layers]
+    for path in drawn:
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 20_000
+
+
+@pytest.mark.parametrize(
+    "task, peak, norm", [("modular-addition", 53.9, 44.3), ("s4", 28.75, 38.3), ("xor", 34.7, 41.2)]
+)
+def test_the_papers_curves_come_with_the_package(task, peak, norm):
+    curves = paper_curves(task)
+    assert max(value for value in curves["lmn"] if value == value) == pytest.approx(peak, abs=0.15)
+    assert max(value for value in curves["l2_norm"] if value == value) == pytest.approx(norm, abs=0.25)
