@@ -1,6 +1,7 @@
 """Every op is found under its name in every folder; this walks the list and fails when one is not."""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,11 @@ def test_importing_neither_draws_nor_seeds():
         "assert not {'matplotlib', 'torch._dynamo'} & set(sys.modules); assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readmes_example_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    exec(blocks[0], {})
+    said = capsys.readouterr().out
+    assert "Measurement(lmn=" in said and "'layer': '1'" in said
