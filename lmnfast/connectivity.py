@@ -12,6 +12,9 @@ from .quadrature import path_nodes
 
 METHODS = ("path",)
 DEFAULT_BUDGET = 256 * 2**20
+# A larger tile gains nothing on a CPU, and loses where single results pass 32 MB: the C library then maps fresh pages
+# for every one of them. Measured on a residual network: 0.27 s with 64 MB, 0.75 s with 256 MB.
+CPU_TILE = 64 * 2**20
 
 
 def connectivity(
@@ -54,15 +57,16 @@ def connectivity(
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
     _check_samples(f, x)
     x = x.detach()
-    with evaluating(*[f] if isinstance(f, nn.Module) else []):
+    with evaluating(f):
         with _AllocationCount() as allocated:
             ends = _outputs(f, x.clone())  # f may work in place
         _check_finite("f(x)", ends)
-        chain = recognise(f) if isinstance(f, nn.Module) else None
+        chain = recognise(f) if x.device.type == "cpu" else None  # the kernel runs on the CPU alone
         if chain is not None and _reproduces(chain, x, ends):
             L = ops.path_connectivity(chain, x, nodes, weights)
         else:
-            L = _generic(f, x, ends, nodes, weights, budget // -(-allocated.bytes // len(x)))
+            tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
+            L = _generic(f, x, ends, nodes, weights, tile * len(x) // allocated.bytes)
     if not L.isfinite().all():
         first, second = (~L.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"f: NaN or Inf in an output on the path from sample {first} to sample {second}")
@@ -143,6 +147,8 @@ def _check_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
         )
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x: expected samples (N, *in) with N > 0, got shape {tuple(x.shape)}")
+    if x.is_meta:
+        raise ValueError("x: on meta, where tensors have no values; expected samples on a real device")
     for name, p in f.named_parameters() if isinstance(f, nn.Module) else ():
         if p.device != x.device:
             raise ValueError(f"x: on {x.device}, but f's parameter {name!r} is on {p.device}; move one of them")

@@ -13,8 +13,8 @@ from .connectivity import DEFAULT_BUDGET, connectivity
 def eigenvalues(L: Tensor) -> Tensor:
     """Eigenvalues of a connectivity matrix, by falling magnitude; equal to a sorted ``torch.linalg.eigvalsh``.
 
-    Always solved in float64: a matrix near rank one, as after grokking, has hundreds of eigenvalues below
-    float32 rounding, and their noise would count as linear maps.
+    Always solved in float64: near rank one, hundreds of eigenvalues lie below float32 rounding, and their noise
+    counts (measured: an affine network's LMN of 1 comes out as 1.0001 at N = 768 and 4096).
 
     Args:
         L: (..., N, N), floating point, symmetric.

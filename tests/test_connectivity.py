@@ -1,5 +1,6 @@
 """The public function: both routes, every bad input of the contract, nothing left behind."""
 
+import copy
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from torch import nn
 
 import lmnfast
 from lmnfast import reference
+from lmnfast.grokking.model import make_model
+from lmnfast.grokking.tasks import make_task
 from lmnfast.network import Chain
 from lmnfast.quadrature import path_nodes
 
@@ -144,6 +147,52 @@ def test_nine_lobatto_points_are_close_to_the_21_they_stand_for():
     assert abs(lmnfast.lmn(net, x, points=11) / exact - 1) > 2 * abs(lobatto / exact - 1)
 
 
+# ---- networks of the paper, at initialisation and after memorisation ----
+
+
+@pytest.fixture(scope="module", params=[nn.SiLU, nn.GELU, nn.Tanh, nn.ReLU])
+def memorised(request):
+    """(activation, tail before training, its samples, tail at train accuracy 1, its samples); modular addition."""
+    generator = torch.Generator().manual_seed(0)
+    task = make_task("modular-addition", generator)
+    model = make_model(task.vocabulary, generator)
+    model.hidden_1, model.hidden_2 = request.param(), request.param()
+    before = lmnfast.cut(copy.deepcopy(model), "hidden_1", task.train_inputs)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.2)
+    for _ in range(1000):
+        logits = model(task.train_inputs)
+        if (logits.argmax(1) == task.train_labels).all():
+            break
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(logits, task.train_labels).backward()
+        optimiser.step()
+    else:
+        pytest.fail("did not memorise")
+    return request.param, before, lmnfast.cut(model, "hidden_1", task.train_inputs)
+
+
+def test_float32_is_right_to_2e_5_on_the_papers_networks(memorised):
+    for tail, samples in memorised[1:]:
+        x = samples[::5]
+        ours = lmnfast.connectivity(tail, x)
+        wide = copy.deepcopy(tail).double()
+        with torch.no_grad():
+            truth = reference.path_connectivity(wide, x.double(), *UNIFORM)
+            plain = reference.path_connectivity(tail, x, *UNIFORM)
+        assert truth.min() < 0.9
+        error = (ours - truth).abs().max()
+        assert error < 2e-5 and error <= 2 * (plain - truth).abs().max()
+        assert (lmnfast.connectivity(wide, x.double()) - truth).abs().max() < 1e-12
+
+
+def test_nine_lobatto_points_give_the_lmn_of_memorised_networks(memorised):
+    activation, _, (tail, samples) = memorised
+    exact = lmnfast.lmn(tail, samples)
+    lobatto = lmnfast.lmn(tail, samples, rule="lobatto", points=9)
+    assert 10 < exact < 768
+    assert abs(lobatto / exact - 1) < (2e-3 if activation is nn.ReLU else 5e-4)
+
+
 # ---- limit cases: 1, never NaN, never noise ----
 
 
@@ -249,7 +298,7 @@ def test_outputs_that_are_not_finite_between_the_samples_are_named():
         (inputs(3, 6), {"points": 1}, ValueError, "points: a path has at least its 2 ends, got 1"),
         (inputs(3, 6), {"points": 2.5}, TypeError, "points: expected an integer"),
         (inputs(3, 6), {"budget": 0}, ValueError, "budget: expected a positive number of bytes, got 0"),
-        (torch.zeros(3, 6, device="meta"), {}, ValueError, "x: on meta, but f's parameter '0.weight' is on cpu"),
+        (torch.zeros(3, 6, device="meta"), {}, ValueError, "x: on meta, where tensors have no values"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(x, keywords, error, message):
