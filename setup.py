@@ -21,7 +21,9 @@ class CMakeBuild(build_ext):
         if cmake is None:
             raise ExecError("lmnfast needs CMake 3.22 or newer to build: pip install cmake")
         if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
-            raise ExecError("lmnfast needs a C++17 compiler to build (Debian: apt install g++), or CXX set to one")
+            raise ExecError(
+                "lmnfast needs a C++17 compiler to build (Debian: apt install g++), or CXX set to one"
+            )
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         settings = {
@@ -32,7 +34,11 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": subprocess.check_output(
                 [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
             ).strip(),
-            **{name: os.environ[name] for name in ("LMNFAST_CUDA", "LMNFAST_CUDA_ARCHS") if name in os.environ},
+            **{
+                name: os.environ[name]
+                for name in ("LMNFAST_CUDA", "LMNFAST_CUDA_ARCHS")
+                if name in os.environ
+            },
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         definitions = [f"-D{name}={value}" for name, value in settings.items()]

@@ -1,6 +1,6 @@
 """The generic route against a loop over chunks written by hand around the same network.
 
-    pytest bench/bench_connectivity.py
+pytest bench/bench_connectivity.py
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Fused path connectivity against the best PyTorch we can write.
 
-    pytest bench/bench_path_connectivity.py
+pytest bench/bench_path_connectivity.py
 """
 
 import pytest
@@ -70,7 +70,10 @@ def eager_best(net, x, chunk):
     for first, second in zip(pairs[0].split(chunk), pairs[1].split(chunk)):
         a, y = (b[: len(first)] for b in buffers)
         zi, yi = z[first], ends[first]
-        zs, ys = z[second].sub_(zi), ends[second].sub_(yi)  # relative to the first end: no cancellation by an offset
+        zs, ys = (
+            z[second].sub_(zi),
+            ends[second].sub_(yi),
+        )  # relative to the first end: no cancellation by an offset
         sum_y, sum_ty, sum_yy = ys * w, ys * (w * (1 - mean_t)), (ys * ys).mul_(w)
         for m in range(1, len(t) - 1):
             torch.add(zi, zs, alpha=t[m], out=a)
@@ -109,7 +112,11 @@ def compiled(net, x, chunk):
 
 
 # Chunks of pairs that were fastest on 2 cores with 1 MB of L2 each, among the powers of 2 from 32 to 8192.
-RIVALS = {"eager, whole tail": (eager_whole, 256), "eager, best": (eager_best, 2048), "torch.compile": (compiled, 512)}
+RIVALS = {
+    "eager, whole tail": (eager_whole, 256),
+    "eager, best": (eager_best, 2048),
+    "torch.compile": (compiled, 512),
+}
 
 
 def floor_seconds(n, rule, depth, sgemm_rate, activation_rate):
@@ -145,7 +152,9 @@ def bench_deep_tail(benchmark, bar, sgemm_rate, activation_rate):
     multiply_adds = n * (n - 1) / 2 * 19 * 13100
     benchmark.extra_info["floor_s"] = multiply_adds / sgemm_rate
     if bar == "ours":
-        benchmark.pedantic(ops.path_connectivity, (recognise(tail(depth)), samples(n), *UNIFORM), rounds=7, warmup_rounds=1)
+        benchmark.pedantic(
+            ops.path_connectivity, (recognise(tail(depth)), samples(n), *UNIFORM), rounds=7, warmup_rounds=1
+        )
     else:
         side = round(multiply_adds ** (1 / 3))
         a, b, c = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
@@ -163,5 +172,8 @@ def bench_other_sizes(benchmark, widths, sgemm_rate, activation_rate):
     points = n * (n - 1) / 2 * 19
     benchmark.extra_info["floor_s"] = points * widths[1] * (widths[2] / sgemm_rate + 1 / activation_rate)
     benchmark.pedantic(
-        ops.path_connectivity, (recognise(net), torch.randn(n, widths[0]), *UNIFORM), rounds=7, warmup_rounds=1
+        ops.path_connectivity,
+        (recognise(net), torch.randn(n, widths[0]), *UNIFORM),
+        rounds=7,
+        warmup_rounds=1,
     )

@@ -1,6 +1,6 @@
 """The generic route's reduction against PyTorch and against a copy of its input.
 
-    pytest bench/bench_path_r2.py
+pytest bench/bench_path_r2.py
 """
 
 import pytest
@@ -35,7 +35,13 @@ def copy(interior, *_):
     return out.copy_(interior)
 
 
-BARS = {"ours": ops.path_r2, "eager": eager, "torch.compile": compiled, "reference": reference.path_r2, "copy of y": copy}
+BARS = {
+    "ours": ops.path_r2,
+    "eager": eager,
+    "torch.compile": compiled,
+    "reference": reference.path_r2,
+    "copy of y": copy,
+}
 
 
 @pytest.mark.parametrize("pairs, outputs", [(40000, 31), (100000, 10), (1000000, 1), (1500, 1000)])

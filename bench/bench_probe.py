@@ -1,6 +1,6 @@
 """What one value costs the training thread: a probe's call against the kernel alone and against the whole measurement.
 
-    pytest bench/bench_probe.py
+pytest bench/bench_probe.py
 """
 
 import pytest
@@ -24,7 +24,9 @@ def bench_one_value(benchmark, bar):
     with lmnfast.Probe(model, x, "1", every=1) as probe:
         calls = {
             "ours": probe,
-            "kernel alone": lambda: ops.path_connectivity(recognise(tail), samples, *path_nodes("uniform", 21)),
+            "kernel alone": lambda: ops.path_connectivity(
+                recognise(tail), samples, *path_nodes("uniform", 21)
+            ),
             "measured on the training thread": lambda: lmnfast.lmn(tail, samples),
         }
         # The solver's thread must not run into the next round's time.

@@ -1,6 +1,6 @@
 """Eigenvalues to bits against PyTorch.
 
-    pytest bench/bench_spectral_entropy.py
+pytest bench/bench_spectral_entropy.py
 """
 
 import pytest

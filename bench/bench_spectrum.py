@@ -1,6 +1,6 @@
 """The eigenproblem in float64, as it is solved, and in float32: time, and what the latter does to the value.
 
-    pytest bench/bench_spectrum.py
+pytest bench/bench_spectrum.py
 """
 
 import pytest

@@ -43,7 +43,9 @@ def activation_rate() -> float:
     pytorchs = 50 * len(z) / best_of(lambda: [torch.ops.aten.silu.out(z, out=out) for _ in range(50)])
     chain = Chain((torch.randn(1, 100),), (None,), (Activation("silu"), Activation("identity")))
     n, rule = 400, path_nodes("uniform", 21)
-    ours = n * (n - 1) / 2 * 19 * 100 / best_of(lambda: ops.path_connectivity(chain, torch.randn(n, 100), *rule))
+    ours = (
+        n * (n - 1) / 2 * 19 * 100 / best_of(lambda: ops.path_connectivity(chain, torch.randn(n, 100), *rule))
+    )
     return max(pytorchs, ours)
 
 
@@ -60,7 +62,9 @@ def pytest_terminal_summary(terminalreporter, config):
     groups = defaultdict(list)
     for bench in session.benchmarks:
         groups[bench.group].append(bench)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     terminalreporter.section("ratios")
     terminalreporter.write_line(
         f"{_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}"

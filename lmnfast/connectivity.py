@@ -121,7 +121,9 @@ def _outputs(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise TypeError(f"f: expected a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
     if y.dim() == 0 or len(y) != len(x) or y.numel() == 0:
-        raise ValueError(f"f: expected outputs ({len(x)}, *out) for {len(x)} samples, got shape {tuple(y.shape)}")
+        raise ValueError(
+            f"f: expected outputs ({len(x)}, *out) for {len(x)} samples, got shape {tuple(y.shape)}"
+        )
     return y.reshape(len(x), -1)
 
 
@@ -130,7 +132,9 @@ def _reproduces(chain: Chain, x: Tensor, ends: Tensor) -> bool:
     if x.dim() != 2 and not chain.flattens:
         return False
     y = chain(x)
-    return y.shape == ends.shape and bool(((y - ends).abs().amax(0) <= 1e-3 * ends.abs().amax(0) + 1e-30).all())
+    return y.shape == ends.shape and bool(
+        ((y - ends).abs().amax(0) <= 1e-3 * ends.abs().amax(0) + 1e-30).all()
+    )
 
 
 def _widened(y: Tensor) -> Tensor:
@@ -151,7 +155,9 @@ def _check_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
         raise ValueError("x: on meta, where tensors have no values; expected samples on a real device")
     for name, p in f.named_parameters() if isinstance(f, nn.Module) else ():
         if p.device != x.device:
-            raise ValueError(f"x: on {x.device}, but f's parameter {name!r} is on {p.device}; move one of them")
+            raise ValueError(
+                f"x: on {x.device}, but f's parameter {name!r} is on {p.device}; move one of them"
+            )
         if p.is_floating_point() and p.dtype != x.dtype:
             raise TypeError(f"x: is {x.dtype}, but f's parameter {name!r} is {p.dtype}; convert one of them")
     _check_finite("x", x)

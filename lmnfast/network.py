@@ -16,8 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 # The order is that of the enum in csrc/activation.h: the kernels get the index.
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid",
-               "softplus", "sin")
+ACTIVATIONS = (
+    "identity",
+    "relu",
+    "leaky_relu",
+    "elu",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "tanh",
+    "sigmoid",
+    "softplus",
+    "sin",
+)
 
 CHAIN_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -50,8 +61,14 @@ class Activation:
             return F.softplus(z, self.alpha, self.beta)
         if self.name == "gelu_tanh":
             return F.gelu(z, approximate="tanh")
-        plain = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
-                 "sin": torch.sin}
+        plain = {
+            "relu": F.relu,
+            "silu": F.silu,
+            "gelu": F.gelu,
+            "tanh": torch.tanh,
+            "sigmoid": torch.sigmoid,
+            "sin": torch.sin,
+        }
         return plain[self.name](z)
 
 
@@ -98,12 +115,19 @@ def evaluating(*modules: Any) -> Iterator[None]:
     """
     parts = [part for module in modules if isinstance(module, nn.Module) for part in module.modules()]
     flags = [(part, part.training) for part in parts]
-    attributes = [(names, dict(names)) for part in parts
-                  for names in (vars(part), part._parameters, part._buffers, part._modules)
-                  if isinstance(names, dict)]  # a scripted module's are not
+    attributes = [
+        (names, dict(names))
+        for part in parts
+        for names in (vars(part), part._parameters, part._buffers, part._modules)
+        if isinstance(names, dict)
+    ]  # a scripted module's are not
     with torch.random.fork_rng(_cuda_devices()), torch.no_grad():
-        buffers = [(b, b._version, b.clone()) for part in parts for b in part._buffers.values()
-                   if b is not None and not b.is_inference()]
+        buffers = [
+            (b, b._version, b.clone())
+            for part in parts
+            for b in part._buffers.values()
+            if b is not None and not b.is_inference()
+        ]
         try:
             for part in parts:
                 part.training = False
@@ -137,8 +161,12 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 
 def _hooked(module: nn.Module) -> bool:
     everywhere = torch.nn.modules.module
-    return bool(module._forward_hooks or module._forward_pre_hooks
-                or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+    )
 
 
 class _Call(nn.Module):
@@ -197,12 +225,14 @@ def _softplus(input, beta=1, threshold=20):
 def _dropout(training_default: bool):
     def read(input, p=0.5, training=training_default, inplace=False):
         return IDENTITY if training is False or p == 0 else None
+
     return read
 
 
 def _flatten(start_default: int):
     def read(input, start_dim=start_default, end_dim=-1):
         return FLATTEN if (start_dim, end_dim) == (1, -1) else None
+
     return read
 
 
@@ -213,22 +243,35 @@ def _unchanged(input):
 # Each reads the arguments of a call, by the called function's own signature, into an activation (identity for
 # what leaves a sample as it is) or FLATTEN, or None for what has no place in a chain.
 FUNCTIONS = {
-    F.relu: _named("relu"), F.relu_: _named("relu"), torch.relu: _named("relu"),
-    F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu,
-    F.elu: _elu, F.elu_: _elu,
+    F.relu: _named("relu"),
+    F.relu_: _named("relu"),
+    torch.relu: _named("relu"),
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: _leaky_relu,
+    F.elu: _elu,
+    F.elu_: _elu,
     F.silu: _named("silu"),
     F.gelu: _gelu,
-    torch.tanh: _named("tanh"), torch.tanh_: _named("tanh"),
-    torch.sigmoid: _named("sigmoid"), torch.sigmoid_: _named("sigmoid"),
+    torch.tanh: _named("tanh"),
+    torch.tanh_: _named("tanh"),
+    torch.sigmoid: _named("sigmoid"),
+    torch.sigmoid_: _named("sigmoid"),
     F.softplus: _softplus,
-    torch.sin: _named("sin"), torch.sin_: _named("sin"),
-    F.dropout: _dropout(True), F.dropout1d: _dropout(True), F.dropout2d: _dropout(True),
-    F.dropout3d: _dropout(True), F.alpha_dropout: _dropout(False), F.feature_alpha_dropout: _dropout(False),
+    torch.sin: _named("sin"),
+    torch.sin_: _named("sin"),
+    F.dropout: _dropout(True),
+    F.dropout1d: _dropout(True),
+    F.dropout2d: _dropout(True),
+    F.dropout3d: _dropout(True),
+    F.alpha_dropout: _dropout(False),
+    F.feature_alpha_dropout: _dropout(False),
     torch.flatten: _flatten(0),
 }
 METHODS = {
     **{name + suffix: _named(name) for name in ("relu", "tanh", "sigmoid", "sin") for suffix in ("", "_")},
-    "flatten": _flatten(0), "contiguous": _unchanged, "clone": _unchanged,
+    "flatten": _flatten(0),
+    "contiguous": _unchanged,
+    "clone": _unchanged,
 }
 MODULES = {
     nn.ReLU: lambda m: Activation("relu"),
@@ -240,8 +283,18 @@ MODULES = {
     nn.Sigmoid: lambda m: Activation("sigmoid"),
     nn.Softplus: lambda m: _softplus(None, m.beta, m.threshold),
     nn.Flatten: lambda m: _flatten(1)(None, m.start_dim, m.end_dim),
-    **{kind: _unchanged for kind in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-                                     nn.AlphaDropout, nn.FeatureAlphaDropout)},
+    **{
+        kind: _unchanged
+        for kind in (
+            nn.Identity,
+            nn.Dropout,
+            nn.Dropout1d,
+            nn.Dropout2d,
+            nn.Dropout3d,
+            nn.AlphaDropout,
+            nn.FeatureAlphaDropout,
+        )
+    },
 }
 
 
@@ -319,8 +372,10 @@ def _read_linear(node: fx.Node, current: fx.Node, root: nn.Module) -> tuple[Tens
     if type(module) is nn.Linear:
         return module.weight, module.bias
     if node.op == "call_function" and node.target is F.linear:
+
         def attributes(input, weight, bias=None):
             return _attribute(weight, root), None if bias is None else _attribute(bias, root)
+
         return attributes(*node.args, **node.kwargs)
     return None
 
@@ -347,15 +402,22 @@ def _read_pointwise(node: fx.Node, current: fx.Node, root: nn.Module) -> Activat
 def _checked_chain(weights, biases, activations, flattens) -> Chain | None:
     """The chain, if all of it is plain dense matrices of one dtype and device that fit together."""
     tensors = weights + [b for b in biases if b is not None]
-    if (not weights
-            or any(type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided for t in tensors)
-            or len({(t.dtype, t.device) for t in tensors}) != 1 or tensors[0].dtype not in CHAIN_DTYPES
-            or any(w.ndim != 2 for w in weights)
-            or any(b is not None and b.shape != w.shape[:1] for w, b in zip(weights, biases))
-            or any(w.shape[0] != after.shape[1] for w, after in zip(weights, weights[1:]))):
+    if (
+        not weights
+        or any(type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided for t in tensors)
+        or len({(t.dtype, t.device) for t in tensors}) != 1
+        or tensors[0].dtype not in CHAIN_DTYPES
+        or any(w.ndim != 2 for w in weights)
+        or any(b is not None and b.shape != w.shape[:1] for w, b in zip(weights, biases))
+        or any(w.shape[0] != after.shape[1] for w, after in zip(weights, weights[1:]))
+    ):
         return None
-    return Chain(tuple(w.detach() for w in weights), tuple(b if b is None else b.detach() for b in biases),
-                 tuple(activations), flattens)
+    return Chain(
+        tuple(w.detach() for w in weights),
+        tuple(b if b is None else b.detach() for b in biases),
+        tuple(activations),
+        flattens,
+    )
 
 
 # Cutting ---------------------------------------------------------------------------------------------------
@@ -402,9 +464,11 @@ def cut(model: nn.Module, layer: str, inputs: Tensor | tuple[Tensor, ...]) -> tu
             pass
     tail = _HookTail(model, layers[layer], arguments)
     if not _reproduces(tail, samples, output):
-        raise ValueError(f"layer: the model's output depends on the inputs also by another way than through "
-                         f"{layer!r} (a skip connection around it, say); expected a layer that all of it "
-                         f"passes through")
+        raise ValueError(
+            f"layer: the model's output depends on the inputs also by another way than through "
+            f"{layer!r} (a skip connection around it, say); expected a layer that all of it "
+            f"passes through"
+        )
     return tail, samples
 
 
@@ -427,8 +491,10 @@ def _run(model: nn.Module, layer: nn.Module, name: str, inputs: tuple[Tensor, ..
     _check_floating(f"layer: the output of {name!r}", seen[0])
     _check_floating("model: its output", output)
     if seen[0].shape[:1] != inputs[0].shape[:1]:
-        raise ValueError(f"layer: the output of {name!r} has shape {tuple(seen[0].shape)} for "
-                         f"{len(inputs[0])} inputs; expected one row per input")
+        raise ValueError(
+            f"layer: the output of {name!r} has shape {tuple(seen[0].shape)} for "
+            f"{len(inputs[0])} inputs; expected one row per input"
+        )
     return seen[0], output
 
 
@@ -499,8 +565,10 @@ class _HookTail(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) in place of the layer's output -> the model's output."""
-        inputs = [(i.expand(len(x), *i.shape[1:]) if batched else i).clone()
-                  for i, batched in zip(self.first, self.batched)]
+        inputs = [
+            (i.expand(len(x), *i.shape[1:]) if batched else i).clone()
+            for i, batched in zip(self.first, self.batched)
+        ]
         handle = self.layer[0].register_forward_hook(lambda *_: x.clone())
         try:
             return self.model(*inputs)

@@ -40,9 +40,18 @@ class Probe:
     Raises, beside what `cut` raises: ValueError for no layers, a layer named twice, or every < 1.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor | tuple[Tensor, ...], layers: str | Sequence[str], *,
-                 every: int = 100, method: str = "path", points: int = 21, rule: str = "uniform",
-                 budget: int = 256 * 2**20) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor | tuple[Tensor, ...],
+        layers: str | Sequence[str],
+        *,
+        every: int = 100,
+        method: str = "path",
+        points: int = 21,
+        rule: str = "uniform",
+        budget: int = 256 * 2**20,
+    ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
@@ -81,8 +90,9 @@ class Probe:
         extra = {name: value.item() if hasattr(value, "item") else value for name, value in extra.items()}
         with self._timed():
             tails = (cut(self.model, layer, self.inputs) for layer in self.layers)
-            matrices = [connectivity(tail, samples, budget=self._budget, **self._settings)
-                        for tail, samples in tails]
+            matrices = [
+                connectivity(tail, samples, budget=self._budget, **self._settings) for tail, samples in tails
+            ]
             for layer in self.layers:
                 self._submit(step, layer, matrices.pop(0), extra)
             while self.pending > MOST_PENDING:

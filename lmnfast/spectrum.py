@@ -33,7 +33,9 @@ def eigenvalues(L: Tensor) -> Tensor:
     except torch.linalg.LinAlgError:
         if L.device.type == "cpu":
             raise
-        values = torch.linalg.eigvalsh(L.cpu()).to(L.device)  # GPU solvers fail on some nearly rank-one matrices
+        values = torch.linalg.eigvalsh(L.cpu()).to(
+            L.device
+        )  # GPU solvers fail on some nearly rank-one matrices
     return values.gather(-1, values.abs().argsort(-1, descending=True))
 
 

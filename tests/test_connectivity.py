@@ -110,13 +110,17 @@ def test_samples_and_outputs_of_any_shape(shape):
 
     net, x = Net(), inputs(12, *shape)
     with torch.no_grad():
-        assert (lmnfast.connectivity(net, x) - reference.path_connectivity(net, x, *UNIFORM)).abs().max() < 1e-5
+        assert (
+            lmnfast.connectivity(net, x) - reference.path_connectivity(net, x, *UNIFORM)
+        ).abs().max() < 1e-5
 
 
 def test_a_linear_layer_over_the_last_of_several_dimensions_is_not_taken_for_a_chain():
     net, x = mlp(5, 9, 3), inputs(10, 4, 5)
     with torch.no_grad():
-        assert (lmnfast.connectivity(net, x) - reference.path_connectivity(net, x, *UNIFORM)).abs().max() < 1e-5
+        assert (
+            lmnfast.connectivity(net, x) - reference.path_connectivity(net, x, *UNIFORM)
+        ).abs().max() < 1e-5
 
 
 def test_a_chain_that_does_not_give_the_networks_outputs_is_not_used(monkeypatch):
@@ -242,7 +246,9 @@ class TestLimits:
     @pytest.mark.parametrize("activation", [nn.SiLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.GELU])
     def test_pre_activations_of_1e4(self, activation, wrap):
         net, x = nn.Sequential(activation(), nn.Linear(6, 4, bias=False)), inputs(20, 6) * 1e4
-        with torch.no_grad():  # no cancellation: PyTorch rounds equal rows of a batch differently, and f may do as it likes
+        with (
+            torch.no_grad()
+        ):  # no cancellation: PyTorch rounds equal rows of a batch differently, and f may do as it likes
             net[1].weight.copy_(torch.tensor([1, 2, 4, 8, 16, 32]).expand(4, 6))
         with torch.no_grad():
             truth = reference.path_connectivity(net.double(), x.double(), *UNIFORM)
@@ -251,7 +257,10 @@ class TestLimits:
 
     def test_strided_and_expanded_samples(self, wrap):
         net, x = mlp(6, 20, 4), inputs(6, 24)
-        assert torch.equal(lmnfast.connectivity(wrap(net), x.mT[::2]), lmnfast.connectivity(wrap(net), x.mT[::2].contiguous()))
+        assert torch.equal(
+            lmnfast.connectivity(wrap(net), x.mT[::2]),
+            lmnfast.connectivity(wrap(net), x.mT[::2].contiguous()),
+        )
         expanded = inputs(10, 1).expand(10, 6)
         assert torch.equal(
             lmnfast.connectivity(wrap(net), expanded), lmnfast.connectivity(wrap(net), expanded.contiguous())
@@ -288,11 +297,26 @@ def test_outputs_that_are_not_finite_between_the_samples_are_named():
 @pytest.mark.parametrize(
     "x, keywords, error, message",
     [
-        (torch.ones(3, 6, dtype=torch.int64), {}, TypeError, "x: expected floating-point samples, got torch.int64.*cut"),
+        (
+            torch.ones(3, 6, dtype=torch.int64),
+            {},
+            TypeError,
+            "x: expected floating-point samples, got torch.int64.*cut",
+        ),
         ([[1.0] * 6], {}, TypeError, "x: expected a tensor of samples, got list"),
-        (torch.zeros(0, 6), {}, ValueError, r"x: expected samples \(N, \*in\) with N > 0, got shape \(0, 6\)"),
+        (
+            torch.zeros(0, 6),
+            {},
+            ValueError,
+            r"x: expected samples \(N, \*in\) with N > 0, got shape \(0, 6\)",
+        ),
         (torch.zeros(6), {}, ValueError, "x: expected samples"),
-        (inputs(3, 6).double(), {}, TypeError, "x: is torch.float64, but f's parameter '0.weight' is torch.float32"),
+        (
+            inputs(3, 6).double(),
+            {},
+            TypeError,
+            "x: is torch.float64, but f's parameter '0.weight' is torch.float32",
+        ),
         (inputs(3, 6), {"method": "magic"}, ValueError, "method: expected one of path, got 'magic'"),
         (inputs(3, 6), {"rule": "simpson"}, ValueError, "rule: expected one of uniform, lobatto"),
         (inputs(3, 6), {"points": 1}, ValueError, "points: a path has at least its 2 ends, got 1"),
@@ -306,6 +330,13 @@ def test_bad_arguments_are_refused_before_any_work(x, keywords, error, message):
     net.register_forward_hook(lambda *_: pytest.fail("f was called"))
     with pytest.raises(error, match=message):
         lmnfast.connectivity(net, x, **keywords)
+
+
+def test_samples_on_another_device_than_the_model_are_refused():
+    with pytest.raises(
+        ValueError, match="x: on cpu, but f's parameter '0.weight' is on meta; move one of them"
+    ):
+        lmnfast.connectivity(mlp(6, 20, 4).to("meta"), inputs(3, 6))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every op is found under its name in every folder; this walks the list and fails when one is not."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -10,14 +11,19 @@ import pytest
 import torch
 
 import lmnfast
-from lmnfast import ops, reference
+from lmnfast import _native, ops, reference
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", ops.__all__)
 def test_an_op_has_its_kernel_reference_test_and_bench(name):
-    for place in (f"csrc/cpu/{name}.cpp", f"lmnfast/ops/{name}.py", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
+    for place in (
+        f"csrc/cpu/{name}.cpp",
+        f"lmnfast/ops/{name}.py",
+        f"tests/test_{name}.py",
+        f"bench/bench_{name}.py",
+    ):
         assert (ROOT / place).is_file(), place
     assert callable(getattr(reference, name))
     assert f"{name}_cpu" in (ROOT / "csrc/ops.h").read_text()
@@ -28,7 +34,9 @@ def test_an_op_has_its_kernel_reference_test_and_bench(name):
 
 
 def test_no_kernel_file_is_without_an_op():
-    files = {p.stem for folder in ("csrc/cpu", "csrc/cuda", "lmnfast/ops") for p in (ROOT / folder).glob("*.[cp]*")}
+    files = {
+        p.stem for folder in ("csrc/cpu", "csrc/cuda", "lmnfast/ops") for p in (ROOT / folder).glob("*.[cp]*")
+    }
     assert files - {"__init__"} == set(ops.__all__)
 
 
@@ -44,13 +52,31 @@ def test_public_names_are_documented_and_typed(name):
         assert set(inspect.signature(item).parameters) | {"return"} == set(item.__annotations__)
 
 
+def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
 def test_importing_neither_draws_nor_seeds():
     code = (
         "import sys, torch; before = torch.get_rng_state(); import lmnfast; "
         "assert torch.equal(before, torch.get_rng_state()); "
         "assert not {'matplotlib', 'torch._dynamo'} & set(sys.modules); assert not torch.cuda.is_initialized()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert in_a_new_process(code).returncode == 0
+
+
+def test_the_environment_chooses_the_instruction_set():
+    for isa in _native._C.isas():
+        done = in_a_new_process("import lmnfast; print(lmnfast._native.info()['isa'])", LMNFAST_ISA=isa)
+        assert done.stdout.strip() == isa
+    done = in_a_new_process("import lmnfast", LMNFAST_ISA="mmx")
+    assert (
+        done.returncode
+        and "LMNFAST_ISA: expected one of baseline" in done.stderr
+        and "got 'mmx'" in done.stderr
+    )
 
 
 def test_the_readmes_example_runs(capsys):

@@ -98,9 +98,17 @@ SPELLINGS = [
     (Activation("sin"), torch.sin),
     (Activation("sin"), lambda h: h.sin()),
 ]
-FILLERS = [nn.Identity(), nn.Dropout(0.5), nn.AlphaDropout(0.5), nn.Flatten(), lambda h: h.flatten(1),
-           lambda h: torch.flatten(h, start_dim=1), lambda h: h.contiguous(),
-           lambda h: F.dropout(h, 0.5, training=False), lambda h: F.dropout(h, p=0.0)]
+FILLERS = [
+    nn.Identity(),
+    nn.Dropout(0.5),
+    nn.AlphaDropout(0.5),
+    nn.Flatten(),
+    lambda h: h.flatten(1),
+    lambda h: torch.flatten(h, start_dim=1),
+    lambda h: h.contiguous(),
+    lambda h: F.dropout(h, 0.5, training=False),
+    lambda h: F.dropout(h, p=0.0),
+]
 LINEARS = [nn.Linear, FunctionalLinear]
 
 
@@ -128,8 +136,14 @@ def chains(draw):
     steps = draw(st.sampled_from([[], [], [torch.sin], [nn.GELU()]]))
     for inputs, outputs in zip(widths, widths[1:]):
         linear = draw(st.sampled_from(LINEARS))
-        steps = [*steps, *draw(fillers), linear(inputs, outputs, bias=draw(st.booleans())),
-                 *draw(fillers), *draw(activations), *draw(fillers)]
+        steps = [
+            *steps,
+            *draw(fillers),
+            linear(inputs, outputs, bias=draw(st.booleans())),
+            *draw(fillers),
+            *draw(activations),
+            *draw(fillers),
+        ]
     model = Steps(*steps).double()
     return (nn.Sequential(nn.Identity(), model) if draw(st.booleans()) else model), widths[0]
 
@@ -154,8 +168,15 @@ def test_every_tail_of_a_chain_gives_the_networks_output_and_is_recognised(case,
     try:
         tail, samples = cut(model, layer, x)
     except ValueError:  # a filler is one module, so one that is drawn twice is called twice
-        assert sum(step is model.get_submodule(layer) for m in model.modules() if isinstance(m, Steps)
-                   for step in m.steps) > 1
+        assert (
+            sum(
+                step is model.get_submodule(layer)
+                for m in model.modules()
+                if isinstance(m, Steps)
+                for step in m.steps
+            )
+            > 1
+        )
         return
     model.eval()
     expected = model(x).detach()
@@ -530,11 +551,14 @@ def test_a_layer_called_never_or_twice_is_refused():
         cut(model, "parts", torch.randn(5, 3))
 
 
-@pytest.mark.parametrize(("step", "error", "message"), [
-    (lambda h: (h, h), TypeError, "layer: the output of 'parts.1' is tuple; expected a floating"),
-    (lambda h: h.long(), TypeError, r"layer: the output of 'parts.1' is a tensor of torch\.int64"),
-    (lambda h: h.flatten(), ValueError, r"layer: the output of 'parts.1' has shape \(15,\) for 5 inputs"),
-])
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (lambda h: (h, h), TypeError, "layer: the output of 'parts.1' is tuple; expected a floating"),
+        (lambda h: h.long(), TypeError, r"layer: the output of 'parts.1' is a tensor of torch\.int64"),
+        (lambda h: h.flatten(), ValueError, r"layer: the output of 'parts.1' has shape \(15,\) for 5 inputs"),
+    ],
+)
 def test_a_layer_whose_output_is_no_batch_of_samples_is_refused(step, error, message):
     model = Steps(nn.Linear(3, 3), Steps(step), lambda h: torch.zeros(5, 1))
     with pytest.raises(error, match=message):
@@ -542,12 +566,15 @@ def test_a_layer_whose_output_is_no_batch_of_samples_is_refused(step, error, mes
     assert not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize(("inputs", "error", "message"), [
-    ("text", TypeError, "inputs: expected a tensor or a tuple of tensors, got str"),
-    ((), TypeError, "inputs: expected a tensor or a tuple of tensors, got nothing"),
-    (torch.zeros(0, 3), ValueError, r"inputs: expected at least one sample, got shape \(0, 3\)"),
-    (torch.tensor(1.0), ValueError, r"inputs: expected at least one sample, got shape \(\)"),
-])
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ("text", TypeError, "inputs: expected a tensor or a tuple of tensors, got str"),
+        ((), TypeError, "inputs: expected a tensor or a tuple of tensors, got nothing"),
+        (torch.zeros(0, 3), ValueError, r"inputs: expected at least one sample, got shape \(0, 3\)"),
+        (torch.tensor(1.0), ValueError, r"inputs: expected at least one sample, got shape \(\)"),
+    ],
+)
 def test_inputs_that_are_no_samples_are_refused(inputs, error, message):
     with pytest.raises(error, match=message):
         cut(nn.Sequential(nn.Linear(3, 3)), "0", inputs)

@@ -15,7 +15,9 @@ LANES = 16  # of the widest vectors in float32
 def condition(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     """(N, N): mean over outputs of magnitude over spread along the path, what a rounding of the output costs r2."""
     t = UNIFORM[0][:, None]
-    y = chain(torch.lerp(x[:, None, None], x[None, :, None], t).flatten(0, 2)).unflatten(0, (len(x), len(x), -1))
+    y = chain(torch.lerp(x[:, None, None], x[None, :, None], t).flatten(0, 2)).unflatten(
+        0, (len(x), len(x), -1)
+    )
     return (y.abs().amax(2) / y.std(2).clamp_min(1e-300)).mean(-1)
 
 
@@ -57,10 +59,14 @@ def test_one_linear_layer_and_an_activation(name, isa, dtype):
 
 @pytest.mark.parametrize("n", [1, 2, 3, LANES - 1, LANES, LANES + 1, 63, 64, 65, 130])
 def test_any_number_of_samples(n, isa, dtype):
-    assert_as_right_as_pytorch(random_chain([4, 10, 3], ["identity", "silu", "identity"]), samples(n, 4), dtype)
+    assert_as_right_as_pytorch(
+        random_chain([4, 10, 3], ["identity", "silu", "identity"]), samples(n, 4), dtype
+    )
 
 
-@pytest.mark.parametrize("widths", [[1, 1, 1], [1, 2, 7], [3, 7, 8], [5, 8, 9], [2, 9, 17], [6, 65, 31], [4, 3, 64]])
+@pytest.mark.parametrize(
+    "widths", [[1, 1, 1], [1, 2, 7], [3, 7, 8], [5, 8, 9], [2, 9, 17], [6, 65, 31], [4, 3, 64]]
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_width(widths, bias, isa, dtype):
     chain = random_chain(widths, ["tanh", "silu", "identity"], bias=bias, seed=sum(widths))
@@ -73,7 +79,9 @@ def test_any_depth(depth, isa, dtype):
     assert_as_right_as_pytorch(chain, samples(19, 6), dtype)
 
 
-@pytest.mark.parametrize("rule", [("uniform", p) for p in (2, 3, 4, 8, 51)] + [("lobatto", p) for p in (2, 3, 5, 9, 21)])
+@pytest.mark.parametrize(
+    "rule", [("uniform", p) for p in (2, 3, 4, 8, 51)] + [("lobatto", p) for p in (2, 3, 5, 9, 21)]
+)
 def test_any_nodes_and_weights(rule, isa, dtype):
     chain = random_chain([5, 30, 6], ["identity", "silu", "identity"])
     assert_as_right_as_pytorch(chain, samples(20, 5), dtype, path_nodes(*rule))
@@ -106,7 +114,8 @@ def test_units_that_do_not_move_leave_no_residual(isa, dtype):
 
 
 @pytest.mark.parametrize(
-    "name, shift", [("relu", -1e3), ("sigmoid", 1e3), ("sigmoid", -1e3), ("tanh", 1e3), ("tanh", -1e3), ("elu", -1e3)]
+    "name, shift",
+    [("relu", -1e3), ("sigmoid", 1e3), ("sigmoid", -1e3), ("tanh", 1e3), ("tanh", -1e3), ("elu", -1e3)],
 )
 def test_dead_and_saturated_units_give_exactly_one(name, shift, isa, dtype):
     chain = cast(random_chain([6, 24, 4], ["identity", name, "identity"]), dtype)
@@ -122,7 +131,9 @@ def test_an_affine_network_has_exactly_one_everywhere(isa, dtype):
 def test_a_constant_output_counts_one(isa, dtype):
     chain = random_chain([6, 20, 4], ["identity", "silu", "identity"])
     x = samples(25, 6)
-    without = Chain((chain.weights[0], chain.weights[1][1:]), (chain.biases[0], chain.biases[1][1:]), chain.activations)
+    without = Chain(
+        (chain.weights[0], chain.weights[1][1:]), (chain.biases[0], chain.biases[1][1:]), chain.activations
+    )
     chain.weights[1][0] = 0
     L = ops.path_connectivity(cast(chain, dtype), x.to(dtype), *UNIFORM).double()
     truth = (1 + 3 * reference.path_connectivity(without, x, *UNIFORM)) / 4
@@ -142,7 +153,11 @@ def test_an_offset_costs_no_digits(isa):
 def test_the_scale_of_the_outputs_does_not_matter(factor, isa):
     chain = cast(random_chain([6, 20, 4], ["identity", "silu", "identity"]), torch.float32)
     x = samples(25, 6).float()
-    scaled = Chain((chain.weights[0], chain.weights[1] * factor), (chain.biases[0], chain.biases[1] * factor), chain.activations)
+    scaled = Chain(
+        (chain.weights[0], chain.weights[1] * factor),
+        (chain.biases[0], chain.biases[1] * factor),
+        chain.activations,
+    )
     assert torch.equal(ops.path_connectivity(scaled, x, *UNIFORM), ops.path_connectivity(chain, x, *UNIFORM))
 
 
@@ -214,11 +229,26 @@ def test_torch_compile_gives_the_same_bits():
 @pytest.mark.parametrize(
     "position, value, error, message",
     [
-        (0, torch.zeros(4, 5, dtype=torch.float16), TypeError, "z: expected float32 or float64 on the CPU, got torch.float16"),
+        (
+            0,
+            torch.zeros(4, 5, dtype=torch.float16),
+            TypeError,
+            "z: expected float32 or float64 on the CPU, got torch.float16",
+        ),
         (0, torch.zeros(0, 5), ValueError, "z: expected samples"),
         (0, torch.zeros(5), ValueError, "z: expected samples"),
-        (1, [torch.zeros(7, 5), torch.zeros(3, 8)], ValueError, r"weights\[1\]: expected \(out, 7\), got shape \(3, 8\)"),
-        (1, [torch.zeros(7, 5), torch.zeros(3, 7).double()], TypeError, r"weights\[1\]: expected torch.float32"),
+        (
+            1,
+            [torch.zeros(7, 5), torch.zeros(3, 8)],
+            ValueError,
+            r"weights\[1\]: expected \(out, 7\), got shape \(3, 8\)",
+        ),
+        (
+            1,
+            [torch.zeros(7, 5), torch.zeros(3, 7).double()],
+            TypeError,
+            r"weights\[1\]: expected torch.float32",
+        ),
         (2, [None, torch.zeros(4)], ValueError, r"biases\[1\]: expected \(3,\), got shape \(4,\)"),
     ],
 )

@@ -45,7 +45,9 @@ def test_any_number_of_pairs_and_outputs(pairs, outputs, isa, dtype):
         assert reference.path_r2(*arguments).min() < 0.9, "the curves are straight"
 
 
-@pytest.mark.parametrize("rule", [("uniform", 2), ("uniform", 3), ("uniform", 40), ("lobatto", 4), ("lobatto", 9)])
+@pytest.mark.parametrize(
+    "rule", [("uniform", 2), ("uniform", 3), ("uniform", 40), ("lobatto", 4), ("lobatto", 9)]
+)
 @pytest.mark.parametrize("outputs", [3, 20])
 def test_any_nodes_and_weights(rule, outputs, isa, dtype):
     assert_right(problem(30, outputs, rule), dtype)
@@ -53,7 +55,9 @@ def test_any_nodes_and_weights(rule, outputs, isa, dtype):
 
 @pytest.mark.parametrize("outputs", [1, 5, 40])
 def test_constant_outputs_are_exactly_one(outputs, isa, dtype):
-    interior, ends, first, second, *rule = (v.to(dtype) if v.is_floating_point() else v for v in problem(20, outputs))
+    interior, ends, first, second, *rule = (
+        v.to(dtype) if v.is_floating_point() else v for v in problem(20, outputs)
+    )
     interior[:] = 3.25
     ends[:] = 3.25
     rounding = torch.finfo(dtype).eps * 3.25 * torch.randint(-1, 2, interior.shape)
@@ -103,7 +107,9 @@ def test_integers_agree_to_the_bit_across_instruction_sets(dtype):
 
 
 def test_the_same_bits_for_any_thread_count(isa, dtype, threads):
-    arguments = [v.to(dtype) if v.dtype == torch.float64 else v for v in problem(101, 31)[:4]] + [*path_nodes("uniform", 21)]
+    arguments = [v.to(dtype) if v.dtype == torch.float64 else v for v in problem(101, 31)[:4]] + [
+        *path_nodes("uniform", 21)
+    ]
     results = []
     for count in (1, 2, 5):
         threads(count)
@@ -119,7 +125,9 @@ def test_a_nan_in_an_output_is_a_nan_in_its_path_only(isa, dtype):
 
 
 def test_opcheck(dtype):
-    arguments = [v.to(dtype) if v.dtype == torch.float64 else v for v in problem(9, 5)[:4]] + [*path_nodes("uniform", 21)]
+    arguments = [v.to(dtype) if v.dtype == torch.float64 else v for v in problem(9, 5)[:4]] + [
+        *path_nodes("uniform", 21)
+    ]
     torch.library.opcheck(torch.ops.lmnfast.path_r2.default, arguments)
 
 
@@ -135,7 +143,12 @@ def test_torch_compile_gives_the_same_bits():
 @pytest.mark.parametrize(
     "position, value, error, message",
     [
-        (0, torch.zeros(9, 19, 5, dtype=torch.int32), TypeError, "interior: expected torch.float32 or torch.float64"),
+        (
+            0,
+            torch.zeros(9, 19, 5, dtype=torch.int32),
+            TypeError,
+            "interior: expected torch.float32 or torch.float64",
+        ),
         (0, torch.zeros(9, 18, 5).double(), ValueError, r"interior: expected \(pairs, 19, outputs\)"),
         (1, torch.zeros(6, 5), TypeError, "ends: expected torch.float64"),
         (1, torch.zeros(6, 4).double(), ValueError, r"ends: expected \(samples, 5\)"),

@@ -93,10 +93,17 @@ def test_a_row_holds_what_measuring_the_cut_gives(model, x):
         L = connectivity(*cut(model, row["layer"], x), points=9, rule="lobatto")
         expected = measurement(L, points=9, rule="lobatto")
         assert row == {
-            "step": 20, "layer": row["layer"],
-            "lmn": expected.lmn, "complexity_bits": expected.complexity_bits,
-            "samples": 12, "points": 9, "rule": "lobatto", "method": "path", "precision": expected.precision,
-            "loss": 0.5, "accuracy": 0.25,
+            "step": 20,
+            "layer": row["layer"],
+            "lmn": expected.lmn,
+            "complexity_bits": expected.complexity_bits,
+            "samples": 12,
+            "points": 9,
+            "rule": "lobatto",
+            "method": "path",
+            "precision": expected.precision,
+            "loss": 0.5,
+            "accuracy": 0.25,
         }
         assert 1 <= row["lmn"] <= 12 and type(row["accuracy"]) is float
 
@@ -255,12 +262,18 @@ def test_inputs_and_model_that_require_grad_are_measured_without(model, x):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"layers": "thrid"}, "layer: 'thrid' is not in the model; it has first, second, out, drop, norm"),
-    ({"layers": []}, r"layers: expected one name or several different ones, got \[\]"),
-    ({"layers": ["out", "out"]}, "layers: expected one name or several different ones, got .'out', 'out'"),
-    ({"every": 0}, "every: expected at least 1, got 0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": "thrid"}, "layer: 'thrid' is not in the model; it has first, second, out, drop, norm"),
+        ({"layers": []}, r"layers: expected one name or several different ones, got \[\]"),
+        (
+            {"layers": ["out", "out"]},
+            "layers: expected one name or several different ones, got .'out', 'out'",
+        ),
+        ({"every": 0}, "every: expected at least 1, got 0"),
+    ],
+)
 def test_bad_arguments_are_refused_at_once(model, x, arguments, message):
     with pytest.raises(ValueError, match=message):
         Probe(model, x, **{"layers": "first", **arguments})

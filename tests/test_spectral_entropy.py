@@ -31,7 +31,9 @@ def test_n_equal_eigenvalues_are_log2_n_bits(n, device, isa, dtype):
 
 def test_zeros_and_signs_do_not_count(isa, dtype):
     w = torch.tensor([3.0, -1.0, 0.0, 0.0, -0.0], dtype=dtype)
-    assert ops.spectral_entropy(w).item() == pytest.approx(0.25 * 2 + 0.75 * (2 - 1.584962500721156), abs=1e-14)
+    assert ops.spectral_entropy(w).item() == pytest.approx(
+        0.25 * 2 + 0.75 * (2 - 1.584962500721156), abs=1e-14
+    )
     assert ops.spectral_entropy(torch.tensor([0.0, 5.0, 0.0], dtype=dtype)).item() == 0
 
 

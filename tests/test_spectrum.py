@@ -33,7 +33,9 @@ def test_eigenvalues_come_by_falling_magnitude_and_in_float64(dtype):
 
 def test_negative_eigenvalues_count_by_their_magnitude():
     L = torch.tensor([[1.0, 2.0], [2.0, 1.0]])  # 3 and -1
-    assert lmnfast.nonlinear_complexity(L).item() == pytest.approx(-(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25)))
+    assert lmnfast.nonlinear_complexity(L).item() == pytest.approx(
+        -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25))
+    )
 
 
 def test_batches_are_measured_one_by_one(dtype):
@@ -86,7 +88,11 @@ def test_lmn_is_a_0_dim_float64_tensor():
 @pytest.mark.parametrize(
     "L, error, message",
     [
-        (torch.ones(3, 3, dtype=torch.int64), TypeError, "L: expected a floating-point tensor, got torch.int64"),
+        (
+            torch.ones(3, 3, dtype=torch.int64),
+            TypeError,
+            "L: expected a floating-point tensor, got torch.int64",
+        ),
         ([[1.0]], TypeError, "L: expected a floating-point tensor, got list"),
         (torch.ones(3, 4), ValueError, r"L: expected square matrices .* got shape \(3, 4\)"),
         (torch.ones(0, 0), ValueError, "L: expected square"),

@@ -63,7 +63,6 @@ struct Scratch {
 
 template <class T>
 struct Plan {
-  using V = Vector<T>;
   const PathConnectivity<T>& op;
   std::int64_t lane_blocks = 0, outputs = 0, total_width = 0, widest = 0;
   Layer<T>* layers = nullptr;
@@ -105,7 +104,8 @@ Plan<T> make_plan(const PathConnectivity<T>& op, Arena& arena, int threads) {
     if (arena.base) plan.layers[l] = layer;
   }
   const ActivationKind first = op.activations[0].kind;
-  plan.separable = first == ActivationKind::kSilu || first == ActivationKind::kSigmoid || first == ActivationKind::kTanh;
+  plan.separable =
+      first == ActivationKind::kSilu || first == ActivationKind::kSigmoid || first == ActivationKind::kTanh;
   for (int thread = 0; thread < threads; ++thread) {
     Scratch<T> s{};
     s.panel = arena.take<V>(plan.widest * kColumns);
@@ -332,7 +332,8 @@ void forward_block(const Plan<T>& plan, std::int64_t block) {
         for (double& sum : sums) sum = op.biases[l - 1] ? double(op.biases[l - 1][unit]) : 0.0;
         const T* weights = op.weights[l - 1] + unit * before.width;
         for (std::int64_t d = 0; d < before.width; ++d) {
-          for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] += double(weights[d]) * double(a[d * kLanes<T> + lane]);
+          const double weight = double(weights[d]);
+          for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] += weight * double(a[d * kLanes<T> + lane]);
         }
         for (int lane = 0; lane < kLanes<T>; ++lane) {
           z[unit * kLanes<T> + lane] = T(sums[lane]);
@@ -356,9 +357,9 @@ void scale_outputs(const Plan<T>& plan) {
   for (std::int64_t k = 0; k < plan.outputs; ++k) {
     T largest = 0;
     for (std::int64_t block = 0; block < plan.lane_blocks; ++block) {
-      const T* y = last.a + (block * plan.outputs + k) * kLanes<T>;
+      const T *y = last.a + (block * plan.outputs + k) * kLanes<T>, origin = last.a[k * kLanes<T>];
       for (int lane = 0; lane < kLanes<T>; ++lane) {
-        const T difference = y[lane] < last.a[k * kLanes<T>] ? last.a[k * kLanes<T>] - y[lane] : y[lane] - last.a[k * kLanes<T>];
+        const T difference = y[lane] < origin ? origin - y[lane] : y[lane] - origin;
         largest = largest < difference ? difference : largest;
       }
     }
@@ -422,7 +423,8 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
         find_separated<T, kColumns>(layer.activation.kind, columns)(panel, zi, ai, zj, aj, layer.width, t, first_table,
                                                                     s.second_table + begin, interior);
       } else if (l == 0) {
-        find_residuals<T, false>(layer.activation.kind)(panel, zi, ai, zj, aj, layer.width, t, columns, layer.activation);
+        find_residuals<T, false>(layer.activation.kind)(panel, zi, ai, zj, aj, layer.width, t, columns,
+                                                        layer.activation);
       } else {
         const std::int64_t depth = plan.layers[l - 1].width;
         if (l == op.layers && plan.ends_linear()) {
@@ -431,7 +433,8 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
         }
         multiply_layer<T>(layer, depth, columns, panel, next, nullptr, nullptr, nullptr);
         if (layer.activation.kind != ActivationKind::kIdentity) {
-          find_residuals<T, true>(layer.activation.kind)(next, zi, ai, zj, aj, layer.width, t, columns, layer.activation);
+          find_residuals<T, true>(layer.activation.kind)(next, zi, ai, zj, aj, layer.width, t, columns,
+                                                         layer.activation);
         }
         Vector<T>* const swapped = panel;
         panel = next;
@@ -575,8 +578,12 @@ std::size_t workspace(const PathConnectivity<T>& op, int threads) {
 }  // namespace
 
 namespace LMN_LEVEL {
-std::size_t path_connectivity_workspace(const PathConnectivity<float>& op, int threads) { return workspace(op, threads); }
-std::size_t path_connectivity_workspace(const PathConnectivity<double>& op, int threads) { return workspace(op, threads); }
+std::size_t path_connectivity_workspace(const PathConnectivity<float>& op, int threads) {
+  return workspace(op, threads);
+}
+std::size_t path_connectivity_workspace(const PathConnectivity<double>& op, int threads) {
+  return workspace(op, threads);
+}
 void path_connectivity(const PathConnectivity<float>& op, int threads) { path_connectivity_on(op, threads); }
 void path_connectivity(const PathConnectivity<double>& op, int threads) { path_connectivity_on(op, threads); }
 }  // namespace LMN_LEVEL

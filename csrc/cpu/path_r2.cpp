@@ -64,7 +64,8 @@ inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t star
     const Node<T> node(op.nodes, m);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kVectors == kGroup) __builtin_prefetch(y + (v + 2 * kGroup) * kLanes<T>);  // rows are long: far apart
+      // Rows are long here, one node's a page from the next's: the hardware does not see the stream.
+      if constexpr (kVectors == kGroup) __builtin_prefetch(y + (v + 2 * kGroup) * kLanes<T>);
       lanes[v].add(load_row(y + v * kLanes<T>, interior_end), node.t, node.weight, node.weight_t);
     }
   }
@@ -79,7 +80,9 @@ template <class T>
 T wide_pair(const PathR2<T>& op, std::int64_t pair) {
   CompensatedSum<Vector<T>> sum;
   std::int64_t start = 0;
-  for (; start + kGroup * kLanes<T> <= op.outputs; start += kGroup * kLanes<T>) add_shares<T, kGroup>(op, pair, start, sum);
+  for (; start + kGroup * kLanes<T> <= op.outputs; start += kGroup * kLanes<T>) {
+    add_shares<T, kGroup>(op, pair, start, sum);
+  }
   for (; start < op.outputs; start += kLanes<T>) add_shares<T, 1>(op, pair, start, sum);
   T total = 0;
   for (int lane = 0; lane < kLanes<T>; ++lane) total += sum.sum[lane];

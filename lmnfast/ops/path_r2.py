@@ -41,7 +41,9 @@ def _path_r2(
 ) -> Tensor:
     _check(interior, ends, first, second, nodes)
     if not _native.is_native(interior):
-        return reference.path_r2(interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device))
+        return reference.path_r2(
+            interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device)
+        )
     interior, ends, first, second = (v.contiguous() for v in (interior, ends, first, second))
     result, workspace = interior.new_empty(len(interior)), interior.new_empty(ends.shape[1])
     _native._C.path_r2(
@@ -84,4 +86,6 @@ def _check(interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes:
         if tensor.shape != interior.shape[:1]:
             raise ValueError(f"{name}: expected ({len(interior)},), got shape {tuple(tensor.shape)}")
         if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < len(ends):
-            raise ValueError(f"{name}: expected samples 0 to {len(ends) - 1}, got {tensor.min()} to {tensor.max()}")
+            raise ValueError(
+                f"{name}: expected samples 0 to {len(ends) - 1}, got {tensor.min()} to {tensor.max()}"
+            )
