@@ -282,3 +282,24 @@ def test_bad_arguments_are_refused_at_once(model, x, arguments, message):
 def test_an_extra_named_like_a_column_is_refused(model, x):
     with pytest.raises(ValueError, match="extra: expected names not the probe's own, got lmn"):
         Probe(model, x, "first")(0, lmn=1.0)
+
+
+def test_the_solver_takes_one_core_and_leaves_every_other_thread_its_count(model, x, monkeypatch):
+    counts = []
+
+    def counting(*args, **kwargs):
+        counts.append(torch.get_num_threads())
+        return measurement(*args, **kwargs)
+
+    monkeypatch.setattr(lmnfast.probe, "measurement", counting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with Probe(model, x, "first") as probe:
+            probe(0)
+        newcomer = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        newcomer.start()
+        newcomer.join()
+        assert counts == [1, 3] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
