@@ -116,8 +116,7 @@ class _AllocationCount(TorchFunctionMode):
 
 
 def _outputs(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with torch.no_grad():
-        y = f(x)
+    y = f(x)
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise TypeError(f"f: expected a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
     if y.dim() == 0 or len(y) != len(x) or y.numel() == 0:

@@ -33,9 +33,8 @@ def eigenvalues(L: Tensor) -> Tensor:
     except torch.linalg.LinAlgError:
         if L.device.type == "cpu":
             raise
-        values = torch.linalg.eigvalsh(L.cpu()).to(
-            L.device
-        )  # GPU solvers fail on some nearly rank-one matrices
+        # GPU solvers fail on some nearly rank-one matrices.
+        values = torch.linalg.eigvalsh(L.cpu()).to(L.device)
     return values.gather(-1, values.abs().argsort(-1, descending=True))
 
 

@@ -112,10 +112,7 @@ void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t count) {
     const std::int64_t at = from * op.outputs;
     for (int m = 0; m < nodes; ++m) {
       T* row = gathered + m * kLanes<T>;
-      for (int lane = 0; lane < kLanes<T>; ++lane) {
-        row[lane] = y[lane][at + m * op.outputs];
-        asm volatile("");  // or the compiler makes gather instructions of it, which are slower
-      }
+      for (int lane = 0; lane < kLanes<T>; ++lane) row[lane] = y[lane][at + m * op.outputs];
     }
     for (int m = 0; m < nodes; ++m) {
       const Node<T> node(op.nodes, from + m);
