@@ -20,6 +20,12 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+#if defined(LMN_CUDA)
+void raise(const char* op, const char* error) {
+  if (error) throw std::runtime_error(std::string(op) + ": " + error);
+}
+#endif
+
 struct Nodes {  // interior t and weights with mean and variance of t over all nodes
   std::vector<double> t, weights;
   double mean_t, variance_t;
@@ -35,6 +41,7 @@ struct PathConnectivityCall {
   std::vector<lmn::Activation> activations;
   Nodes nodes;
   std::int64_t samples;
+  bool tf32;
 
   template <class T>
   lmn::PathConnectivity<T> op(Address connectivity, Address workspace) const {
@@ -48,6 +55,7 @@ struct PathConnectivityCall {
             nodes.view(),
             samples,
             std::int32_t(weights.size()),
+            tf32,
             pointer<T>(connectivity),
             pointer<void>(workspace)};
   }
@@ -63,28 +71,39 @@ struct PathConnectivityCall {
       lmn::path_connectivity_cpu(op<float>(connectivity, workspace), threads);
     }
   }
+#if defined(LMN_CUDA)
+  std::size_t workspace_cuda() const {
+    return is_double ? lmn::path_connectivity_cuda_workspace(op<double>(0, 0))
+                     : lmn::path_connectivity_cuda_workspace(op<float>(0, 0));
+  }
+  void run_cuda(Address connectivity, Address workspace, Address stream) const {
+    CUstream_st* const on = pointer<CUstream_st>(stream);
+    const char* error = is_double ? lmn::path_connectivity_cuda(op<double>(connectivity, workspace), on)
+                                  : lmn::path_connectivity_cuda(op<float>(connectivity, workspace), on);
+    raise("path_connectivity", error);
+  }
+#endif
 };
 
 PathConnectivityCall path_connectivity(bool is_double, Address z, std::vector<Address> weights,
                                        std::vector<Address> biases, std::vector<std::int64_t> widths,
                                        const std::vector<int>& kinds, const std::vector<double>& parameters,
                                        std::vector<double> t, std::vector<double> node_weights, double mean_t,
-                                       double variance_t, std::int64_t samples) {
+                                       double variance_t, std::int64_t samples, bool tf32) {
   std::vector<lmn::Activation> activations;
   for (std::size_t n = 0; n < kinds.size(); ++n) {
     activations.push_back({lmn::ActivationKind(kinds[n]), parameters[2 * n], parameters[2 * n + 1]});
   }
   return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), std::move(activations),
-          {std::move(t), std::move(node_weights), mean_t, variance_t}, samples};
+          {std::move(t), std::move(node_weights), mean_t, variance_t}, samples, tf32};
 }
 
 template <class T>
-void path_r2(Address interior, Address ends, Address first, Address second, const Nodes& nodes, std::int64_t pairs,
-             std::int64_t samples, std::int64_t outputs, Address r2, Address workspace, int threads) {
-  lmn::path_r2_cpu(lmn::PathR2<T>{pointer<const T>(interior), pointer<const T>(ends),
-                                  pointer<const std::int64_t>(first), pointer<const std::int64_t>(second),
-                                  nodes.view(), pairs, samples, outputs, pointer<T>(r2), pointer<T>(workspace)},
-                   threads);
+lmn::PathR2<T> path_r2(Address interior, Address ends, Address first, Address second, const Nodes& nodes,
+                       std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address workspace) {
+  return {pointer<const T>(interior), pointer<const T>(ends), pointer<const std::int64_t>(first),
+          pointer<const std::int64_t>(second), nodes.view(), pairs, samples, outputs, pointer<T>(r2),
+          pointer<T>(workspace)};
 }
 
 template <class T>
@@ -112,7 +131,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PathConnectivityCall>(m, "PathConnectivity")
       .def(py::init(&path_connectivity))
       .def("workspace", &PathConnectivityCall::workspace)
-      .def("run", &PathConnectivityCall::run);
+      .def("run", &PathConnectivityCall::run)
+#if defined(LMN_CUDA)
+      .def("workspace_cuda", &PathConnectivityCall::workspace_cuda)
+      .def("run_cuda", &PathConnectivityCall::run_cuda)
+#endif
+      ;
 
   m.def("path_r2", [](bool is_double, Address interior, Address ends, Address first, Address second,
                       std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
@@ -120,8 +144,12 @@ PYBIND11_MODULE(_C, m) {
                       int threads) {
     py::gil_scoped_release release;
     const Nodes nodes{std::move(t), std::move(weights), mean_t, variance_t};
-    (is_double ? path_r2<double> : path_r2<float>)(interior, ends, first, second, nodes, pairs, samples, outputs, r2,
-                                                   workspace, threads);
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      lmn::path_r2_cpu(path_r2<T>(interior, ends, first, second, nodes, pairs, samples, outputs, r2, workspace),
+                       threads);
+    };
+    is_double ? run(0.0) : run(0.0f);
   });
 
   m.def("spectral_entropy", [](bool is_double, Address eigenvalues, Address bits, std::int64_t batch,
@@ -134,13 +162,25 @@ PYBIND11_MODULE(_C, m) {
     }
   });
 #if defined(LMN_CUDA)
+  m.def("path_r2_cuda", [](bool is_double, Address interior, Address ends, Address first, Address second,
+                           std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
+                           std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2,
+                           Address workspace, Address stream) {
+    const Nodes nodes{std::move(t), std::move(weights), mean_t, variance_t};
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      raise("path_r2", lmn::path_r2_cuda(path_r2<T>(interior, ends, first, second, nodes, pairs, samples, outputs, r2,
+                                                    workspace), pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
   m.def("spectral_entropy_cuda", [](bool is_double, Address eigenvalues, Address bits, std::int64_t batch,
                                     std::int64_t samples, Address stream) {
     CUstream_st* const on = pointer<CUstream_st>(stream);
     const char* error =
         is_double ? lmn::spectral_entropy_cuda(spectral_entropy<double>(eigenvalues, bits, batch, samples), on)
                   : lmn::spectral_entropy_cuda(spectral_entropy<float>(eigenvalues, bits, batch, samples), on);
-    if (error) throw std::runtime_error(std::string("spectral_entropy: ") + error);
+    raise("spectral_entropy", error);
   });
 #endif
 }

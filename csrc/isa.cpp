@@ -1,6 +1,12 @@
 #include "isa.h"
 
 #include <cstring>
+#if defined(LMN_EMULATED)
+#include <cstdio>
+#include <cstdlib>
+
+#include "emulator/emulator.h"
+#endif
 
 // Each level is a namespace of its own, filled by csrc/cpu compiled with that level's flags.
 #define LMN_DECLARE_LEVEL(level)                                                        \
@@ -16,12 +22,47 @@
   }
 #define LMN_KERNELS(level) \
   {level::path_connectivity_workspace, level::path_connectivity, level::path_r2, level::spectral_entropy}
-#define LMN_LEVEL(level, supported) {#level, supported, LMN_KERNELS(level), LMN_KERNELS(level)}
+#define LMN_LEVEL(level, supported) {#level, supported, LMN_KERNELS(level), LMN_KERNELS(level), true}
 
 LMN_DECLARE_LEVEL(baseline)
 #if defined(__x86_64__)
 LMN_DECLARE_LEVEL(avx2)
 LMN_DECLARE_LEVEL(avx512)
+#endif
+
+#if defined(LMN_EMULATED)
+// The CUDA kernels behind the CPU's entries, so that every test of a level is also one of theirs.
+namespace lmn::emulated {
+namespace {
+
+void check(const char* error) {
+  if (!error) return;
+  std::fprintf(stderr, "emulated CUDA kernel: %s\n", error);
+  std::abort();
+}
+
+template <class T>
+std::size_t path_connectivity_workspace(const PathConnectivity<T>& op, int) {
+  return path_connectivity_cuda_workspace(op);
+}
+template <class T>
+void path_connectivity(const PathConnectivity<T>& op, int threads) {
+  emulator::set_threads(threads);
+  check(path_connectivity_cuda(op, nullptr));
+}
+template <class T>
+void path_r2(const PathR2<T>& op, int threads) {
+  emulator::set_threads(threads);
+  check(path_r2_cuda(op, nullptr));
+}
+template <class T>
+void spectral_entropy(const SpectralEntropy<T>& op, int threads) {
+  emulator::set_threads(threads);
+  check(spectral_entropy_cuda(op, nullptr));
+}
+
+}  // namespace
+}  // namespace lmn::emulated
 #endif
 
 namespace lmn {
@@ -34,12 +75,15 @@ const Level kLevels[] = {
     LMN_LEVEL(avx512, (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))),
 #endif
+#if defined(LMN_EMULATED)
+    {"emulated-cuda", true, LMN_KERNELS(emulated), LMN_KERNELS(emulated), false},
+#endif
 };
 
 const Level* highest_supported() {
   const Level* highest = kLevels;
   for (const Level& level : kLevels) {
-    if (level.supported) highest = &level;
+    if (level.supported && level.is_default) highest = &level;
   }
   return highest;
 }

@@ -18,6 +18,7 @@ struct Level {
   bool supported;  // by this machine
   Kernels<float> f32;
   Kernels<double> f64;
+  bool is_default;  // where it is the highest supported; the emulated CUDA kernels never are
 };
 
 const Level* levels();  // lowest first

@@ -23,8 +23,8 @@ struct Activation {
 /// A quadrature rule on [0, 1] whose ends are nodes, as the kernels use it: at the ends the chord residual is zero,
 /// so of them only their share in mean_t and variance_t is left.
 struct PathNodes {
-  const double* t;        // [interior]
-  const double* weights;  // [interior]; with the ends' they sum to 1
+  const double* t;        // [interior], host
+  const double* weights;  // [interior], host; with the ends' they sum to 1
   std::int32_t interior;
   double mean_t, variance_t;
 };
@@ -33,15 +33,16 @@ struct PathNodes {
 template <class T>
 struct PathConnectivity {
   const T* z;                       // [samples, widths[0]]
-  const T* const* weights;          // [layers] of [widths[l + 1], widths[l]]
-  const T* const* biases;           // [layers] of null or [widths[l + 1]]
-  const std::int64_t* widths;       // [layers + 1]
-  const Activation* activations;    // [layers + 1]
+  const T* const* weights;          // [layers], host, of [widths[l + 1], widths[l]]
+  const T* const* biases;           // [layers], host, of null or [widths[l + 1]]
+  const std::int64_t* widths;       // [layers + 1], host
+  const Activation* activations;    // [layers + 1], host
   PathNodes nodes;
   std::int64_t samples;
   std::int32_t layers;
+  bool tf32;                        // CUDA, float: products of the chord residual may round it to TF32
   T* connectivity;                  // [samples, samples]
-  void* workspace;                  // 64-byte aligned, path_connectivity_workspace() bytes
+  void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
 };
 
 /// Mean over outputs of r2 along each path, from f's outputs at the interior nodes and at the samples.
@@ -54,7 +55,7 @@ struct PathR2 {
   PathNodes nodes;
   std::int64_t pairs, samples, outputs;
   T* r2;                            // [pairs]
-  T* workspace;                     // [outputs]
+  T* workspace;                     // [outputs + 3 * nodes.interior]
 };
 
 /// Nonlinear complexity in bits of each row of eigenvalues.
@@ -74,7 +75,14 @@ void path_r2_cpu(const PathR2<double>&, int threads);
 void spectral_entropy_cpu(const SpectralEntropy<float>&, int threads);
 void spectral_entropy_cpu(const SpectralEntropy<double>&, int threads);
 
-/// The CUDA entries return null, or what went wrong.
+/// The CUDA entries take device pointers (what is marked host stays there), enqueue on the stream, and return null, or
+/// what went wrong. On the current device; the workspace depends on it.
+std::size_t path_connectivity_cuda_workspace(const PathConnectivity<float>&);
+std::size_t path_connectivity_cuda_workspace(const PathConnectivity<double>&);
+const char* path_connectivity_cuda(const PathConnectivity<float>&, CUstream_st*);
+const char* path_connectivity_cuda(const PathConnectivity<double>&, CUstream_st*);
+const char* path_r2_cuda(const PathR2<float>&, CUstream_st*);
+const char* path_r2_cuda(const PathR2<double>&, CUstream_st*);
 const char* spectral_entropy_cuda(const SpectralEntropy<float>&, CUstream_st*);
 const char* spectral_entropy_cuda(const SpectralEntropy<double>&, CUstream_st*);
 

@@ -4,6 +4,9 @@ Everything the kernels must be able to trust is checked before this point, by ``
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,6 +42,40 @@ def path_nodes(nodes: Tensor, weights: Tensor) -> tuple[list[float], list[float]
 
 def cuda_built() -> bool:
     return bool(_C.cuda_archs)
+
+
+@contextmanager
+def cuda_stream(device: torch.device) -> Iterator[int]:
+    """Makes the device current for a kernel, and gives the address of torch's current stream on it.
+
+    Raises RuntimeError where the kernels cannot run there.
+    """
+    if problem := cuda_problem(device):
+        raise RuntimeError(f"no CUDA kernel for {device}: {problem}")
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+@cache
+def cuda_problem(device: torch.device | None = None) -> str | None:
+    """Why the CUDA kernels do not run on a device (None: the current one), in one sentence that says what to do;
+    None where they do."""
+    if not cuda_built():
+        return (
+            "this build of lmnfast has none; install it again with nvcc on the path, or with LMNFAST_CUDA=on"
+        )
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is a CPU build; install one for CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device; check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
+    major, minor = torch.cuda.get_device_capability(device)
+    oldest = min(map(int, _C.cuda_archs.split()))
+    if 10 * major + minor < oldest:
+        return (
+            f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, the oldest target of this build sm_{oldest}; "
+            f"build lmnfast with LMNFAST_CUDA_ARCHS={major}{minor} (8.0 or newer), or measure on the CPU"
+        )
+    return None
 
 
 def info() -> dict[str, object]:

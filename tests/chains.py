@@ -28,10 +28,10 @@ def random_chain(
     )
 
 
-def cast(chain: Chain, dtype: torch.dtype) -> Chain:
+def cast(chain: Chain, dtype: torch.dtype, device: torch.device | str = "cpu") -> Chain:
     return Chain(
-        tuple(w.to(dtype) for w in chain.weights),
-        tuple(None if b is None else b.to(dtype) for b in chain.biases),
+        tuple(w.to(device, dtype) for w in chain.weights),
+        tuple(None if b is None else b.to(device, dtype) for b in chain.biases),
         chain.activations,
     )
 

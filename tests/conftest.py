@@ -5,22 +5,49 @@ import torch
 
 from lmnfast import _native
 
-ISAS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
+LEVELS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
+EMULATED = "emulated-cuda"  # the CUDA kernels on the CPU, in a build with LMNFAST_CUDA=emulated
+if EMULATED in _native._C.isas():
+    LEVELS.append(EMULATED)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Every instruction-set level that was built, one after the other."""
+def has_cuda() -> bool:
+    return _native.cuda_built() and torch.cuda.is_available()
+
+
+@pytest.fixture(params=[*LEVELS, "cuda"])
+def device(request):
+    """Where the kernels get their tensors: the CPU, once per level that was built, and CUDA."""
+    if request.param == "cuda" and not has_cuda():
+        pytest.skip("no CUDA device")
     before = _native._C.isa()
-    if not _native._C.use_isa(request.param):
+    if request.param != "cuda" and not _native._C.use_isa(request.param):
         pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
+    yield torch.device("cuda" if request.param == "cuda" else "cpu")
+    _native._C.use_isa(before)
+
+
+@pytest.fixture
+def emulated():
+    """The CUDA kernels on the CPU."""
+    before = _native._C.isa()
+    if not _native._C.use_isa(EMULATED):
+        pytest.skip("built without LMNFAST_CUDA=emulated")
+    yield torch.device("cpu")
     _native._C.use_isa(before)
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def precision():
+    """Sets torch's float32 matmul precision; the one before comes back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

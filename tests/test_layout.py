@@ -20,16 +20,18 @@ ROOT = Path(__file__).parent.parent
 def test_an_op_has_its_kernel_reference_test_and_bench(name):
     for place in (
         f"csrc/cpu/{name}.cpp",
+        f"csrc/cuda/{name}.cu",
         f"lmnfast/ops/{name}.py",
         f"tests/test_{name}.py",
         f"bench/bench_{name}.py",
     ):
         assert (ROOT / place).is_file(), place
     assert callable(getattr(reference, name))
-    assert f"{name}_cpu" in (ROOT / "csrc/ops.h").read_text()
+    for entry in (f"{name}_cpu", f"{name}_cuda"):
+        assert entry in (ROOT / "csrc/ops.h").read_text(), entry
     assert hasattr(torch.ops.lmnfast, name)
     tests = (ROOT / f"tests/test_{name}.py").read_text()
-    for part in (f"reference.{name}", "opcheck", "torch.compile", "isa", "dtype"):
+    for part in (f"reference.{name}", "opcheck", "torch.compile", "device", "dtype"):
         assert part in tests, f"tests/test_{name}.py does not use {part}"
 
 

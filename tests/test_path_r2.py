@@ -21,14 +21,20 @@ def problem(pairs, outputs, rule=("uniform", 21), seed=0, samples=6):
     return interior, ends, first, second, nodes, weights
 
 
-def assert_right(arguments, dtype):
+def on(device, dtype, arguments):
+    """Arguments as the op takes them: outputs and indices on the device, the rule in float64 on the CPU."""
+    interior, ends, first, second, *rule = arguments
+    return interior.to(device, dtype), ends.to(device, dtype), first.to(device), second.to(device), *rule
+
+
+def assert_right(arguments, device, dtype):
     interior, ends, *rest = arguments
     truth = reference.path_r2(*arguments)
-    ours = ops.path_r2(interior.to(dtype), ends.to(dtype), *rest)
-    assert ours.dtype == dtype and ours.shape == truth.shape
+    ours = ops.path_r2(*on(device, dtype, arguments))
+    assert ours.dtype == dtype and ours.shape == truth.shape and ours.device.type == device.type
     if truth.numel() == 0:
         return
-    error = (ours.double() - truth).abs().max()
+    error = (ours.cpu().double() - truth).abs().max()
     if dtype == torch.float64:
         assert error <= 1e-12
     else:
@@ -38,9 +44,9 @@ def assert_right(arguments, dtype):
 
 @pytest.mark.parametrize("outputs", [1, 2, 3, 7, 8, 9, LANES - 1, LANES, LANES + 1, 31, 32, 33, 100])
 @pytest.mark.parametrize("pairs", [0, 1, 2, 15, 16, 17, 50])
-def test_any_number_of_pairs_and_outputs(pairs, outputs, isa, dtype):
+def test_any_number_of_pairs_and_outputs(pairs, outputs, device, dtype):
     arguments = problem(pairs, outputs)
-    assert_right(arguments, dtype)
+    assert_right(arguments, device, dtype)
     if pairs == 50:
         assert reference.path_r2(*arguments).min() < 0.9, "the curves are straight"
 
@@ -49,67 +55,79 @@ def test_any_number_of_pairs_and_outputs(pairs, outputs, isa, dtype):
     "rule", [("uniform", 2), ("uniform", 3), ("uniform", 40), ("lobatto", 4), ("lobatto", 9)]
 )
 @pytest.mark.parametrize("outputs", [3, 20])
-def test_any_nodes_and_weights(rule, outputs, isa, dtype):
-    assert_right(problem(30, outputs, rule), dtype)
+def test_any_nodes_and_weights(rule, outputs, device, dtype):
+    assert_right(problem(30, outputs, rule), device, dtype)
 
 
 @pytest.mark.parametrize("outputs", [1, 5, 40])
-def test_constant_outputs_are_exactly_one(outputs, isa, dtype):
-    interior, ends, first, second, *rule = (
-        v.to(dtype) if v.is_floating_point() else v for v in problem(20, outputs)
-    )
+def test_constant_outputs_are_exactly_one(outputs, device, dtype):
+    interior, ends, *rest = problem(20, outputs)
     interior[:] = 3.25
     ends[:] = 3.25
     rounding = torch.finfo(dtype).eps * 3.25 * torch.randint(-1, 2, interior.shape)
     for y in (interior, interior + rounding):
-        assert (ops.path_r2(y, ends, first, second, *rule) == 1).all()
+        assert (ops.path_r2(*on(device, dtype, (y, ends, *rest))) == 1).all()
 
 
 @pytest.mark.parametrize("outputs", [1, 5, 40])
-def test_straight_lines_are_one_and_bumps_without_chord_zero(outputs, isa, dtype):
+def test_straight_lines_are_one_and_bumps_without_chord_zero(outputs, device, dtype):
     interior, ends, first, second, nodes, weights = problem(20, outputs)
     t = nodes[1:-1, None]
     line = torch.lerp(ends[first][:, None], ends[second][:, None], t)
-    r2 = ops.path_r2(line.to(dtype), ends.to(dtype), first, second, nodes, weights)
+    r2 = ops.path_r2(*on(device, dtype, (line, ends, first, second, nodes, weights))).cpu()
     assert (r2[first != second] - 1).abs().max() < 1e-6
     bump = (t * (1 - t)).expand(20, -1, outputs)
-    r2 = ops.path_r2(bump.to(dtype), torch.zeros_like(ends).to(dtype), first, second, nodes, weights)
+    r2 = ops.path_r2(*on(device, dtype, (bump, torch.zeros_like(ends), first, second, nodes, weights)))
     assert r2.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("outputs", [1, 5, 40])
 @pytest.mark.parametrize("factor", [2.0**-90, 2.0**90])
-def test_the_scale_of_the_outputs_does_not_matter(outputs, factor, isa):
-    interior, ends, *rest = (v.float() if v.is_floating_point() else v for v in problem(20, outputs)[:4])
-    rule = path_nodes("uniform", 21)
-    plain = ops.path_r2(interior, ends, *rest, *rule)
-    assert torch.equal(ops.path_r2(interior * factor, ends * factor, *rest, *rule), plain)
+def test_the_scale_of_the_outputs_does_not_matter(outputs, factor, device):
+    interior, ends, *rest = on(device, torch.float32, problem(20, outputs))
+    plain = ops.path_r2(interior, ends, *rest)
+    assert torch.equal(ops.path_r2(interior * factor, ends * factor, *rest), plain)
 
 
-def test_integers_agree_to_the_bit_across_instruction_sets(dtype):
+@pytest.mark.parametrize("outputs", [1, 4, 40])
+def test_integers_agree_to_the_bit_across_devices(outputs, device, dtype):
+    """Sums over outputs run in another order in wider vectors: their last bits may differ, r2 itself may not."""
     g = torch.Generator().manual_seed(0)
     nodes = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
     weights = torch.tensor([1, 2, 2, 2, 1], dtype=torch.float64) / 8
     first, second = torch.randint(7, (2, 40), generator=g)
-    before = _native._C.isa()
-    for outputs in (1, 4, 40):
-        interior = torch.randint(-9, 9, (40, 3, outputs), generator=g).to(dtype)
-        ends = 4 * torch.randint(-9, 9, (7, outputs), generator=g).to(dtype)
-        results = []
-        for isa in _native._C.isas():
-            _native._C.use_isa(isa)
-            results.append(ops.path_r2(interior, ends, first, second, nodes, weights))
-        # Sums over outputs run in another order in wider vectors: their last bits may differ, r2 itself may not.
-        for other in results[1:]:
-            ulps = 0 if outputs == 1 else 4 * torch.finfo(dtype).eps
-            assert (results[0] - other).abs().max() <= ulps
-    _native._C.use_isa(before)
+    interior = torch.randint(-9, 9, (40, 3, outputs), generator=g)
+    ends = 4 * torch.randint(-9, 9, (7, outputs), generator=g)
+    arguments = (interior, ends, first, second, nodes, weights)
+    ours = ops.path_r2(*on(device, dtype, arguments)).cpu()
+    _native._C.use_isa("baseline")  # the fixture puts back what was before
+    ulps = 0 if outputs == 1 else 4 * torch.finfo(dtype).eps
+    assert (ours - ops.path_r2(*on("cpu", dtype, arguments))).abs().max() <= ulps
 
 
-def test_the_same_bits_for_any_thread_count(isa, dtype, threads):
-    arguments = [v.to(dtype) if v.dtype == torch.float64 else v for v in problem(101, 31)[:4]] + [
-        *path_nodes("uniform", 21)
+@pytest.mark.parametrize("outputs", [110, 257, 1000, 1001])
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_more_outputs_than_a_block_takes_at_once(pairs, outputs, device, dtype):
+    assert_right(problem(pairs, outputs), device, dtype)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+@pytest.mark.parametrize("outputs", [2, 7, 16, 256])
+def test_values_that_begin_anywhere(outputs, offset, device, dtype):
+    """Sixteen bytes at a time only where the address allows it."""
+    interior, ends, *rest = on(device, dtype, problem(20, outputs))
+    moved = [
+        torch.empty(v.numel() + offset, dtype=dtype, device=device)[offset:].view(v.shape)
+        for v in (interior, ends)
     ]
+    for to, v in zip(moved, (interior, ends)):
+        to.copy_(v)
+    difference = ops.path_r2(*moved, *rest) - ops.path_r2(interior, ends, *rest)
+    assert difference.abs().max() <= 4 * torch.finfo(dtype).eps
+
+
+def test_the_same_bits_for_any_thread_count(device, dtype, threads):
+    arguments = on(device, dtype, problem(101, 31))
     results = []
     for count in (1, 2, 5):
         threads(count)
@@ -117,17 +135,15 @@ def test_the_same_bits_for_any_thread_count(isa, dtype, threads):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_a_nan_in_an_output_is_a_nan_in_its_path_only(isa, dtype):
-    interior, ends, *rest = problem(20, 5)
-    interior[7, 3, 2] = float("nan")
-    r2 = ops.path_r2(interior.to(dtype), ends.to(dtype), *rest)
+def test_a_nan_in_an_output_is_a_nan_in_its_path_only(device, dtype):
+    arguments = problem(20, 5)
+    arguments[0][7, 3, 2] = float("nan")
+    r2 = ops.path_r2(*on(device, dtype, arguments))
     assert r2.isnan().nonzero().flatten().tolist() == [7]
 
 
 def test_opcheck(dtype):
-    arguments = [v.to(dtype) if v.dtype == torch.float64 else v for v in problem(9, 5)[:4]] + [
-        *path_nodes("uniform", 21)
-    ]
+    arguments = on("cpu", dtype, problem(9, 5))
     torch.library.opcheck(torch.ops.lmnfast.path_r2.default, arguments)
 
 

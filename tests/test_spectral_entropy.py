@@ -7,52 +7,47 @@ import torch
 
 from lmnfast import ops, reference
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
 
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(1,), (2,), (3, 7), (4, 8), (2, 3, 9), (0, 5), (5, 768)])
-def test_any_shape(shape, device, isa, dtype):
+def test_any_shape(shape, device, dtype):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     ours = ops.spectral_entropy(w.to(device))
-    assert ours.dtype == torch.float64 and ours.shape == shape[:-1] and ours.device.type == device
+    assert ours.dtype == torch.float64 and ours.shape == shape[:-1] and ours.device.type == device.type
     assert torch.allclose(ours.cpu(), reference.spectral_entropy(w), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 100])
-def test_n_equal_eigenvalues_are_log2_n_bits(n, device, isa, dtype):
+def test_n_equal_eigenvalues_are_log2_n_bits(n, device, dtype):
     bits = ops.spectral_entropy(torch.full((n,), -2.5, dtype=dtype, device=device))
     assert bits.item() == pytest.approx(math.log2(n), abs=1e-13)
 
 
-def test_zeros_and_signs_do_not_count(isa, dtype):
-    w = torch.tensor([3.0, -1.0, 0.0, 0.0, -0.0], dtype=dtype)
+def test_zeros_and_signs_do_not_count(device, dtype):
+    w = torch.tensor([3.0, -1.0, 0.0, 0.0, -0.0], dtype=dtype, device=device)
     assert ops.spectral_entropy(w).item() == pytest.approx(
         0.25 * 2 + 0.75 * (2 - 1.584962500721156), abs=1e-14
     )
-    assert ops.spectral_entropy(torch.tensor([0.0, 5.0, 0.0], dtype=dtype)).item() == 0
+    assert ops.spectral_entropy(torch.tensor([0.0, 5.0, 0.0], dtype=dtype, device=device)).item() == 0
 
 
-def test_eigenvalues_far_below_the_largest_keep_their_digits(isa):
+def test_eigenvalues_far_below_the_largest_keep_their_digits(device):
     w = torch.tensor([1.0, 1e-12, 1e-100, 1e-300], dtype=torch.float64)
-    assert ops.spectral_entropy(w).item() == pytest.approx(reference.spectral_entropy(w).item(), rel=1e-6)
+    assert ops.spectral_entropy(w.to(device)).item() == pytest.approx(
+        reference.spectral_entropy(w).item(), rel=1e-6
+    )
 
 
-def test_nan_stays_nan(isa, dtype):
-    assert ops.spectral_entropy(torch.tensor([1.0, float("nan")], dtype=dtype)).isnan()
+def test_nan_stays_nan(device, dtype):
+    assert ops.spectral_entropy(torch.tensor([1.0, float("nan")], dtype=dtype, device=device)).isnan()
 
 
-def test_strided_rows(isa, dtype):
-    w = torch.rand(9, 6, dtype=dtype).mT
+def test_strided_rows(device, dtype):
+    w = torch.rand(9, 6, dtype=dtype, device=device).mT
     assert torch.equal(ops.spectral_entropy(w), ops.spectral_entropy(w.contiguous()))
 
 
-def test_the_same_bits_for_any_thread_count(isa, dtype, threads):
-    w = torch.rand(17, 100, dtype=dtype)
+def test_the_same_bits_for_any_thread_count(device, dtype, threads):
+    w = torch.rand(17, 100, dtype=dtype, device=device)
     results = []
     for count in (1, 2, 5):
         threads(count)

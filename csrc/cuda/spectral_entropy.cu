@@ -1,16 +1,13 @@
-#include <cuda_runtime.h>
-
-#include "../ops.h"
+#include "device.h"
 
 namespace lmn {
 namespace {
 
 constexpr int kBlock = 256;
-constexpr int kWarp = 32;
 
 __device__ double block_sum(double value) {
   __shared__ double partial[kBlock / kWarp];
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  value = warp_sum(value);
   __syncthreads();  // the sum before may still be read
   if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
   __syncthreads();
@@ -36,16 +33,13 @@ __global__ void spectral_entropy_kernel(SpectralEntropy<T> op) {
 }
 
 template <class T>
-const char* launch(const SpectralEntropy<T>& op, CUstream_st* stream) {
-  if (op.batch == 0) return nullptr;
-  spectral_entropy_kernel<<<unsigned(op.batch), kBlock, 0, stream>>>(op);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+const char* run(const SpectralEntropy<T>& op, CUstream_st* stream) {
+  return launch(spectral_entropy_kernel<T>, op.batch, kBlock, 0, stream, op);
 }
 
 }  // namespace
 
-const char* spectral_entropy_cuda(const SpectralEntropy<float>& op, CUstream_st* stream) { return launch(op, stream); }
-const char* spectral_entropy_cuda(const SpectralEntropy<double>& op, CUstream_st* stream) { return launch(op, stream); }
+const char* spectral_entropy_cuda(const SpectralEntropy<float>& op, CUstream_st* stream) { return run(op, stream); }
+const char* spectral_entropy_cuda(const SpectralEntropy<double>& op, CUstream_st* stream) { return run(op, stream); }
 
 }  // namespace lmn

@@ -1,0 +1,216 @@
+// What the CUDA kernels share: launches, the mathematics activation.h asks for, the matrix instruction, the nodes.
+#pragma once
+#include <cuda_runtime.h>  // the CUDA toolkit's, or in an emulated build csrc/emulator's
+
+#include <cmath>
+
+#include "../ops.h"
+#include "../statistics.h"
+
+namespace lmn {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <class T> struct Epsilon;
+template <> struct Epsilon<float> { static constexpr float value = 0x1p-23f; };
+template <> struct Epsilon<double> { static constexpr double value = 0x1p-52; };
+
+LMN_FN std::int64_t blocks_of(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
+LMN_FN std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
+
+// ---- launching; null, or what went wrong ----
+
+inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared,
+                   [[maybe_unused]] CUstream_st* stream, const Arguments&... arguments) {
+  if (blocks == 0) return nullptr;
+  if (blocks > 0x7fffffff) return "more blocks than a grid can have";
+  if (shared > kSharedWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return message(error);
+  }
+#if defined(LMN_EMULATED)
+  emulator::run_grid(int(blocks), threads, shared, [&] { kernel(arguments...); });
+#else
+  kernel<<<unsigned(blocks), unsigned(threads), shared, stream>>>(arguments...);
+#endif
+  return message(cudaGetLastError());
+}
+
+/// The block's dynamic shared memory, 16-byte aligned.
+__device__ inline unsigned char* dynamic_shared() {
+#if defined(LMN_EMULATED)
+  return emulator::dynamic_shared();
+#else
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+#endif
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  return value;
+}
+
+// ---- single instructions ----
+
+/// 1 / v to about an ulp, 0 for a v whose reciprocal is no normal number.
+__device__ inline float reciprocal(float v) {
+#if defined(LMN_EMULATED)
+  return emulator::reciprocal(v);
+#else
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+#endif
+}
+__device__ inline double reciprocal(double v) { return 1.0 / v; }
+
+/// 2^v to 2 ulp, for normal results.
+__device__ inline float exp2_fast(float v) {
+#if defined(LMN_EMULATED)
+  return emulator::exp2_fast(v);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+#endif
+}
+
+/// Nearest TF32 number (10 bits of mantissa), a NaN stays one.
+__device__ inline std::uint32_t to_tf32(float v) {
+#if defined(LMN_EMULATED)
+  return emulator::to_tf32(v);
+#else
+  std::uint32_t result;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(v));
+  return result;
+#endif
+}
+
+/// c += a b for a warp's 16 x 8 tile of c, a 16 x 8, b 8 x 8 in TF32: lower bits of a and b are ignored.
+/// With g = lane / 4 and q = lane % 4: a = (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4); b = (q, g), (q + 4, g);
+/// c = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1). Source: PTX ISA, mma.m16n8k8.
+__device__ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+#if defined(LMN_EMULATED)
+  emulator::mma_m16n8k8_tf32(c, a, b0, b1);
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+/// 16 bytes on their way from the device's memory to the block's shared memory, both 16-byte aligned, past the registers.
+__device__ inline void copy_async16(void* to, const void* from) {
+#if defined(LMN_EMULATED)
+  emulator::copy_async16(to, from);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
+#endif
+}
+
+/// Waits for this thread's copies; others see them after the block's next barrier.
+__device__ inline void copy_async_wait() {
+#if defined(LMN_EMULATED)
+  emulator::copy_async_wait();
+#else
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// ---- what activation.h asks for ----
+
+template <class V> __device__ inline V splat(V value) { return value; }
+__device__ inline float absolute(float v) { return ::fabsf(v); }
+__device__ inline double absolute(double v) { return ::fabs(v); }
+__device__ inline float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+__device__ inline double fma(double a, double b, double c) { return ::fma(a, b, c); }
+__device__ inline float exp(float v) { return ::expf(v); }
+__device__ inline double exp(double v) { return ::exp(v); }
+__device__ inline float expm1(float v) { return ::expm1f(v); }
+__device__ inline double expm1(double v) { return ::expm1(v); }
+__device__ inline float log1p_unit(float u) { return ::log1pf(u); }
+__device__ inline double log1p_unit(double u) { return ::log1p(u); }
+__device__ inline float erf(float v) { return ::erff(v); }
+__device__ inline double erf(double v) { return ::erf(v); }
+__device__ inline float sin(float v) { return ::sinf(v); }
+__device__ inline double sin(double v) { return ::sin(v); }
+__device__ inline float tanh(float v) { return ::tanhf(v); }
+__device__ inline double tanh(double v) { return ::tanh(v); }
+
+template <class T> __device__ inline T larger(T a, T b) { return a < b ? b : a; }  // a NaN in a stays
+
+/// Power of two that brings the largest |value - value of the first sample| to [0.5, 1): r2 does not see it, but the
+/// squares of very small or large outputs would underflow or overflow. As in csrc/cpu/level.h.
+template <class T>
+__device__ inline T output_scale(T largest_difference) {
+  if (!(largest_difference > 0) || isinf(largest_difference)) return T(1);
+  int exponent = 0;
+  ::frexp(double(largest_difference), &exponent);
+  constexpr int kLimit = sizeof(T) == 4 ? 120 : 1000;
+  exponent = exponent > kLimit ? kLimit : exponent < -kLimit ? -kLimit : exponent;
+  return T(::ldexp(1.0, -exponent));
+}
+
+// ---- the nodes ----
+
+/// Interior nodes in the memory of the device.
+template <class T>
+struct DeviceNodes {
+  T *t, *w, *w_t;  // [interior] nodes, weights, weights times t - mean t
+  std::int32_t interior;
+  T variance_t;
+};
+
+/// Nodes of one launch: as parameters they are copied with it, also into a CUDA graph.
+struct NodeBatch {
+  static constexpr int kSize = 64;
+  double t[kSize], weights[kSize];
+};
+
+template <class T>
+__global__ void store_nodes_kernel(NodeBatch batch, DeviceNodes<T> to, double mean_t, int begin) {
+  const int m = begin + int(threadIdx.x);
+  if (m >= to.interior) return;
+  to.t[m] = T(batch.t[threadIdx.x]);
+  to.w[m] = T(batch.weights[threadIdx.x]);
+  to.w_t[m] = T(batch.weights[threadIdx.x] * (batch.t[threadIdx.x] - mean_t));
+}
+
+/// Writes the nodes to `memory`, 3 * interior values of T.
+template <class T>
+const char* store_nodes(const PathNodes& nodes, T* memory, DeviceNodes<T>& to, CUstream_st* stream) {
+  to = {memory, memory + nodes.interior, memory + 2 * std::int64_t(nodes.interior), nodes.interior, T(nodes.variance_t)};
+  for (int begin = 0; begin < nodes.interior; begin += NodeBatch::kSize) {
+    NodeBatch batch{};
+    for (int m = 0; m < NodeBatch::kSize && begin + m < nodes.interior; ++m) {
+      batch.t[m] = nodes.t[begin + m];
+      batch.weights[m] = nodes.weights[begin + m];
+    }
+    const char* error = launch(store_nodes_kernel<T>, 1, NodeBatch::kSize, 0, stream, batch, to, nodes.mean_t, begin);
+    if (error) return error;
+  }
+  return nullptr;
+}
+
+// ---- sums ----
+
+/// Sum over the lanes of a warp, the same in all of them; lanes that differ in `mask`'s bits are added.
+__device__ inline double warp_sum(double value, int width = kWarp) {
+  for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+}  // namespace
+}  // namespace lmn

@@ -1,0 +1,283 @@
+// One pass over f's outputs. Bandwidth-bound: what counts is how many bytes are on their way to a multiprocessor.
+#include "device.h"
+
+namespace lmn {
+namespace {
+
+// ---- one output of one pair ----
+
+template <class T>
+struct Output {
+  T first, chord, magnitude, scale;
+  Moments<T> moments;
+
+  __device__ void start(T y_first, T y_second, T y_scale) {
+    first = y_first;
+    chord = y_second - y_first;
+    magnitude = larger(absolute(y_first), absolute(y_second)) * y_scale;
+    scale = y_scale;
+    moments = {};
+  }
+  __device__ void add(T y, T t, T weight, T weight_t) {
+    const T e = (y - fma(t, chord, first)) * scale;
+    const T weighted = e * weight;
+    moments.e += weighted;
+    moments.te = fma(weight_t, e, moments.te);
+    moments.ee = fma(weighted, e, moments.ee);
+  }
+  __device__ T share(T variance_t) const {  // 1 - r2
+    return nonlinear_share(chord * scale, moments, magnitude, variance_t, Epsilon<T>::value);
+  }
+};
+
+template <class T>
+__device__ T not_a_number() {
+  return T(NAN);
+}
+
+/// Nobody could check the samples' indices without waiting for the device.
+template <class T>
+__device__ bool is_sample(const PathR2<T>& op, std::int64_t n) {
+  return n >= 0 && n < op.samples;
+}
+
+template <class T>
+__device__ T mean_r2(double shares, std::int64_t outputs) {
+  return T(1) - T(shares / double(outputs));
+}
+
+// ---- the outputs' scale ----
+
+constexpr int kScaleThreads = 1024;
+constexpr int kScaleColumns = 8;  // one 32-byte sector of a row of floats; the samples are what gives the threads work
+constexpr int kScaleBatch = 8;    // loads on their way per thread: 1024 samples of eight outputs are one round trip
+
+// A block takes `columns` neighbouring outputs (a power of two), kScaleThreads / columns samples at a time.
+template <class T>
+__global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int columns) {
+  T* const largest = reinterpret_cast<T*>(dynamic_shared());  // [kScaleThreads]
+  const int thread = int(threadIdx.x), rows = kScaleThreads / columns;
+  const std::int64_t k = std::int64_t(blockIdx.x) * columns + thread % columns;
+  T mine = 0;
+  if (k < op.outputs && op.samples > 0) {
+    const T origin = op.ends[k];
+    for (std::int64_t n = thread / columns; n < op.samples; n += kScaleBatch * rows) {
+      T y[kScaleBatch];
+#pragma unroll
+      for (int b = 0; b < kScaleBatch; ++b) {
+        const std::int64_t row = n + b * rows;
+        y[b] = row < op.samples ? op.ends[row * op.outputs + k] : origin;
+      }
+#pragma unroll
+      for (int b = 0; b < kScaleBatch; ++b) {
+        const T difference = absolute(y[b] - origin);
+        mine = difference > mine ? difference : mine;  // passes a NaN over, as the CPU's kernel does
+      }
+    }
+  }
+  largest[thread] = mine;
+  for (int half = kScaleThreads / 2; half >= columns; half /= 2) {
+    __syncthreads();
+    if (thread < half) largest[thread] = larger(largest[thread], largest[thread + half]);
+  }
+  if (thread < columns && k < op.outputs) op.workspace[k] = output_scale(largest[thread]);
+}
+
+// ---- small pairs, by way of shared memory ----
+
+constexpr int kThreads = 128;
+constexpr int kItems = 2;                     // outputs of pairs per thread, which share the loads of the nodes
+constexpr int kTileBytes = 24 * 1024;         // nine blocks on an sm_90 multiprocessor: some load while others add up
+constexpr int kSmallPairBytes = kTileBytes / 3;
+
+/// How a block's values lie in shared memory.
+struct Tile {
+  std::int32_t pairs;     // of a block
+  std::int32_t padding;   // values between two pairs' values
+  std::int32_t width;     // lanes that add up a pair's shares, a power of two
+};
+
+template <class T> constexpr int kChunk = int(16 / sizeof(T));  // values in 16 bytes
+
+/// Brings op.interior[begin .. begin + count) to `to`, its first value to to[head], where head is begin's distance from
+/// a 16-byte boundary of the memory of the device.
+template <class T>
+__device__ int copy_values(const PathR2<T>& op, std::int64_t begin, int count, int pair_values, int padding, T* to) {
+  const std::int64_t end = op.pairs * pair_values;
+  const int head = int(reinterpret_cast<std::uintptr_t>(op.interior + begin) % 16 / sizeof(T));
+  const int chunks = (head + count + kChunk<T> - 1) / kChunk<T>;
+  for (int chunk = int(threadIdx.x); chunk < chunks; chunk += kThreads) {
+    const int offset = chunk * kChunk<T>;
+    const std::int64_t from = begin - head + offset;
+    T* const target = to + offset + (padding ? offset / pair_values * padding : 0);
+    if (from >= 0 && from + kChunk<T> <= end) {
+      copy_async16(target, op.interior + from);
+    } else {  // the array's own first or last values
+      for (int n = 0; n < kChunk<T>; ++n) {
+        if (from + n >= 0 && from + n < end) target[n] = op.interior[from + n];
+      }
+    }
+  }
+  return head;
+}
+
+// A block takes tile.pairs neighbouring pairs, one stretch of memory, read 16 bytes at a time; then each thread kItems
+// (pair, output), outputs fastest; then `width` lanes each pair's shares.
+template <class T>
+__global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, DeviceNodes<T> nodes, Tile tile) {
+  T* const shares = reinterpret_cast<T*>(dynamic_shared());  // [kItems * kThreads]
+  T* const values = shares + kItems * kThreads;
+  const int outputs = int(op.outputs), pair_values = nodes.interior * outputs, thread = int(threadIdx.x);
+  const std::int64_t begin = std::int64_t(blockIdx.x) * tile.pairs;
+  const int pairs = int(at_most(tile.pairs, op.pairs - begin));
+  const int head = copy_values(op, begin * pair_values, pairs * pair_values, pair_values, tile.padding, values);
+
+  Output<T> items[kItems];
+  const T* y[kItems];
+#pragma unroll
+  for (int n = 0; n < kItems; ++n) {  // while the values are on their way
+    const int item = thread + n * kThreads, pair = item / outputs, k = item % outputs;
+    items[n].start(T(0), T(0), T(0));
+    y[n] = values + head;
+    if (pair < pairs) {
+      y[n] += pair * (pair_values + tile.padding) + k;
+      const std::int64_t i = op.first[begin + pair], j = op.second[begin + pair];
+      const bool known = is_sample(op, i) && is_sample(op, j);
+      items[n].start(known ? op.ends[i * outputs + k] : not_a_number<T>(),
+                     known ? op.ends[j * outputs + k] : not_a_number<T>(), op.workspace[k]);
+    }
+  }
+  copy_async_wait();
+  __syncthreads();
+#pragma unroll 4
+  for (int m = 0; m < nodes.interior; ++m) {
+    const T t = nodes.t[m], weight = nodes.w[m], weight_t = nodes.w_t[m];
+#pragma unroll
+    for (int n = 0; n < kItems; ++n) items[n].add(y[n][m * outputs], t, weight, weight_t);
+  }
+#pragma unroll
+  for (int n = 0; n < kItems; ++n) shares[thread + n * kThreads] = items[n].share(nodes.variance_t);
+  __syncthreads();
+  for (int base = 0; base < pairs; base += kThreads / tile.width) {  // whole warps, so the warp sum stays legal
+    const int pair = base + thread / tile.width;
+    double sum = 0;
+    if (pair < pairs) {
+      for (int k = thread % tile.width; k < outputs; k += tile.width) sum += double(shares[pair * outputs + k]);
+    }
+    sum = warp_sum(sum, tile.width);
+    if (pair < pairs && thread % tile.width == 0) op.r2[begin + pair] = mean_r2<T>(sum, outputs);
+  }
+}
+
+template <class T>
+const char* small_pairs(const PathR2<T>& op, const DeviceNodes<T>& nodes, CUstream_st* stream) {
+  const int outputs = int(op.outputs), values = nodes.interior * outputs;
+  Tile tile{};
+  // Neighbouring pairs' values a multiple of 32 bytes apart lie in few of the 32 banks, or with many outputs in all
+  // of them unless they are a multiple of 128 apart. 16 bytes more leave conflicts of five at most.
+  const int apart = outputs < 8 ? 2 * kChunk<T> : 8 * kChunk<T>;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(op.interior) % 16 == 0;
+  tile.padding = aligned && values > 0 && values % apart == 0 ? kChunk<T> : 0;
+  const int stride = values + tile.padding;
+  const int fitting = stride > 0 ? int(kTileBytes / sizeof(T)) / stride : kItems * kThreads;
+  tile.pairs = int(at_most(fitting, kItems * kThreads / outputs));
+  for (tile.width = 1; tile.width < kWarp && tile.width < outputs;) tile.width *= 2;
+  const std::size_t shared = (kItems * kThreads + kChunk<T> + std::size_t(tile.pairs) * stride + kChunk<T>) * sizeof(T);
+  return launch(small_pairs_kernel<T>, blocks_of(op.pairs, tile.pairs), kThreads, shared, stream, op, nodes, tile);
+}
+
+// ---- large pairs, straight from memory ----
+
+constexpr int kMostThreads = 256;
+constexpr int kBatchBytes = 64;  // on their way per thread
+
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T values[kWidth];
+};
+
+template <class T, int kWidth>
+__device__ Pack<T, kWidth> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, kWidth>*>(from);
+}
+
+// A block takes a pair, each thread kWidth neighbouring outputs at a time: neighbouring lanes read neighbouring values.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kMostThreads) large_pairs_kernel(PathR2<T> op, DeviceNodes<T> nodes) {
+  using Values = Pack<T, kWidth>;
+  constexpr int kBatch = kBatchBytes / int(sizeof(Values)) < 8 ? kBatchBytes / int(sizeof(Values)) : 8;
+  __shared__ double sums[kMostThreads / kWarp];
+  const std::int64_t pair = blockIdx.x, i = op.first[pair], j = op.second[pair];
+  const bool known = is_sample(op, i) && is_sample(op, j);
+  const T* const interior = op.interior + pair * nodes.interior * op.outputs;
+  double sum = 0;
+  for (std::int64_t k = std::int64_t(threadIdx.x) * kWidth; known && k < op.outputs; k += blockDim.x * kWidth) {
+    Output<T> items[kWidth];
+    {
+      const Values first = load<T, kWidth>(op.ends + i * op.outputs + k);
+      const Values second = load<T, kWidth>(op.ends + j * op.outputs + k);
+      const Values scale = load<T, kWidth>(op.workspace + k);
+#pragma unroll
+      for (int n = 0; n < kWidth; ++n) items[n].start(first.values[n], second.values[n], scale.values[n]);
+    }
+    const T* from = interior + k;
+    for (int begin = 0; begin < nodes.interior; begin += kBatch) {
+      Values y[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (begin + b < nodes.interior) y[b] = load<T, kWidth>(from);
+        from += op.outputs;
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (begin + b >= nodes.interior) break;
+        const T t = nodes.t[begin + b], weight = nodes.w[begin + b], weight_t = nodes.w_t[begin + b];
+#pragma unroll
+        for (int n = 0; n < kWidth; ++n) items[n].add(y[b].values[n], t, weight, weight_t);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kWidth; ++n) sum += double(items[n].share(nodes.variance_t));
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < int(blockDim.x) / kWarp; ++warp) sum += sums[warp];
+  op.r2[pair] = known ? mean_r2<T>(sum, op.outputs) : not_a_number<T>();
+}
+
+template <class T, int kWidth>
+const char* large_pairs(const PathR2<T>& op, const DeviceNodes<T>& nodes, CUstream_st* stream) {
+  const std::int64_t threads = blocks_of(op.outputs, kWarp * kWidth) * kWarp;
+  return launch(large_pairs_kernel<T, kWidth>, op.pairs, int(at_most(threads, kMostThreads)), 0, stream, op, nodes);
+}
+
+// ---- launcher ----
+
+template <class T>
+const char* path_r2_on(const PathR2<T>& op, CUstream_st* stream) {
+  if (op.pairs == 0) return nullptr;
+  int columns = 1;
+  while (columns < kScaleColumns && columns < op.outputs) columns *= 2;
+  const char* error = launch(scale_kernel<T>, blocks_of(op.outputs, columns), kScaleThreads, kScaleThreads * sizeof(T),
+                             stream, op, columns);
+  if (error) return error;
+  DeviceNodes<T> nodes;
+  error = store_nodes(op.nodes, op.workspace + op.outputs, nodes, stream);
+  if (error) return error;
+  if (op.outputs <= kItems * kThreads && op.nodes.interior * op.outputs * std::int64_t(sizeof(T)) <= kSmallPairBytes) {
+    return small_pairs(op, nodes, stream);
+  }
+  const auto together = reinterpret_cast<std::uintptr_t>(op.interior) | reinterpret_cast<std::uintptr_t>(op.ends) |
+                        reinterpret_cast<std::uintptr_t>(op.workspace) | std::uintptr_t(op.outputs * sizeof(T));
+  if (together % 16 == 0) return large_pairs<T, kChunk<T>>(op, nodes, stream);
+  return large_pairs<T, 1>(op, nodes, stream);
+}
+
+}  // namespace
+
+const char* path_r2_cuda(const PathR2<float>& op, CUstream_st* stream) { return path_r2_on(op, stream); }
+const char* path_r2_cuda(const PathR2<double>& op, CUstream_st* stream) { return path_r2_on(op, stream); }
+
+}  // namespace lmn

@@ -1,0 +1,542 @@
+// Threads of a block are fibers of one operating-system thread; blocks of a grid are spread over OpenMP's.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks, which is how fibers are switched
+#include "emulator.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+__thread uint3 threadIdx, blockIdx;
+__thread dim3 blockDim, gridDim;
+
+namespace emulator {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr std::size_t kStack = 256 * 1024;  // pages that are not touched cost nothing
+constexpr std::size_t kGuard = 1024;        // bytes of NaN before and after the dynamic shared memory
+
+enum class Wait { kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiply };
+const char* const kWaitNames[] = {"nothing", "__syncthreads", "__syncwarp", "vote", "shuffle", "mma"};
+
+struct Fragments {
+  float* c;
+  const std::uint32_t* a;
+  std::uint32_t b0, b1;
+};
+
+struct Fiber {
+  jmp_buf context;
+  ucontext_t start;
+  bool started = false;
+  // what it waits for, and after it the result
+  Wait wait;
+  unsigned mask;
+  Barrier barrier;
+  int source;
+  std::uint64_t value;
+  Fragments fragments;
+  std::vector<std::pair<void*, const void*>> copies;  // under way, 16 bytes each
+};
+
+struct Warp {
+  unsigned ready, at_collective, at_barrier, exited;  // lanes
+};
+
+// xorshift64: the order in which fibers are resumed
+struct Order {
+  std::uint64_t state;
+  unsigned next() {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return unsigned(state >> 32);
+  }
+};
+
+__attribute__((noinline)) void switch_context(jmp_buf& from, jmp_buf& to) {
+  if (_setjmp(from) == 0) _longjmp(to, 1);
+}
+
+void multiply_add(const Fragments* const* lanes);
+
+class Machine {
+ public:
+  ~Machine() {
+    if (stacks_) munmap(stacks_, stack_bytes_);
+  }
+
+  void run_block(int block, int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
+
+  // From a fiber: gives way until what it waits for has happened.
+  std::uint64_t wait(Wait wait, unsigned mask) {
+    Fiber& fiber = fibers_[current_];
+    fiber.wait = wait;
+    fiber.mask = mask;
+    switch_context(fiber.context, scheduler_);
+    return fiber.value;
+  }
+  Fiber& current() { return fibers_[current_]; }
+  int lane() const { return current_ % kWarp; }
+  unsigned char* shared() { return shared_; }
+  void copy(void* to, const void* from);
+
+ private:
+  static void fiber_main();
+  void resume(int thread);
+  void step(int warp);
+  void resolve_collectives(int warp);
+  void collective(int warp, unsigned mask);
+  bool resolve_block_barrier();
+  [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+  jmp_buf scheduler_;
+  std::unique_ptr<Fiber[]> fibers_;
+  void* stacks_ = nullptr;
+  std::size_t stack_bytes_ = 0;
+  std::vector<unsigned char> memory_;
+  unsigned char* shared_ = nullptr;
+  Warp warps_[kMaxThreads / kWarp];
+  int threads_ = 0, current_ = 0;
+  void (*body_)(const void*) = nullptr;
+  const void* kernel_ = nullptr;
+  Order order_;
+};
+
+thread_local Machine t_machine;
+__thread Machine* t_current;  // &t_machine, without the check that it was made
+thread_local int t_threads = 1;
+thread_local cudaError_t t_error = cudaSuccess;
+
+void Machine::fail(const char* format, ...) {
+  std::fprintf(stderr, "CUDA emulator, block %u: ", blockIdx.x);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fputc('\n', stderr);
+  std::abort();
+}
+
+void Machine::fiber_main() {
+  for (;;) {
+    Machine& machine = *t_current;
+    machine.body_(machine.kernel_);
+    if (!machine.current().copies.empty()) machine.fail("thread %d returns with copies under way", machine.current_);
+    machine.wait(Wait::kNothing, 0);
+  }
+}
+
+void Machine::copy(void* to, const void* from) {
+  if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16) {
+    fail("thread %d copies 16 bytes from %p to %p, not aligned to them", current_, from, to);
+  }
+  if (order_.next() & 1) {
+    std::memcpy(to, from, 16);
+  } else {
+    current().copies.emplace_back(to, from);
+  }
+}
+
+void Machine::resume(int thread) {
+  current_ = thread;
+  threadIdx.x = unsigned(thread);
+  Fiber& fiber = fibers_[thread];
+  if (fiber.started) {
+    switch_context(scheduler_, fiber.context);
+  } else {
+    fiber.started = true;
+    if (_setjmp(scheduler_) == 0) setcontext(&fiber.start);
+  }
+}
+
+// Every ready lane runs until it waits or leaves.
+void Machine::step(int warp) {
+  Warp& w = warps_[warp];
+  const unsigned ready = w.ready, random = order_.next();
+  const unsigned stride = random | 1, offset = random >> 8;  // an odd stride visits all
+  w.ready = 0;
+  for (unsigned n = 0; n < unsigned(kWarp); ++n) {
+    const unsigned lane = (n * stride + offset) % kWarp;
+    if (!(ready >> lane & 1)) continue;
+    resume(warp * kWarp + int(lane));
+    const Wait wait = fibers_[warp * kWarp + int(lane)].wait;
+    (wait == Wait::kNothing ? w.exited : wait == Wait::kBlock ? w.at_barrier : w.at_collective) |= 1u << lane;
+  }
+  resolve_collectives(warp);
+}
+
+void Machine::resolve_collectives(int warp) {
+  Warp& w = warps_[warp];
+  const Fiber* const fibers = &fibers_[warp * kWarp];
+  for (unsigned left = w.at_collective; left;) {
+    const int lane = __builtin_ctz(left);
+    const unsigned mask = fibers[lane].mask;
+    left &= ~mask & ~(1u << lane);
+    if (!(mask >> lane & 1)) fail("lane %d of warp %d is not in its own mask %08x", lane, warp, mask);
+    if (mask & w.exited) {
+      fail("%s with mask %08x in warp %d, whose lanes %08x have returned", kWaitNames[int(fibers[lane].wait)], mask, warp,
+           w.exited);
+    }
+    if (mask & ~w.at_collective) continue;
+    for (int other = 0; other < kWarp; ++other) {
+      if ((mask >> other & 1) && (fibers[other].wait != fibers[lane].wait || fibers[other].mask != mask)) {
+        fail("lane %d of warp %d is at a %s with mask %08x, lane %d at a %s with mask %08x", lane, warp,
+             kWaitNames[int(fibers[lane].wait)], mask, other, kWaitNames[int(fibers[other].wait)], fibers[other].mask);
+      }
+    }
+    collective(warp, mask);
+    w.at_collective &= ~mask;
+    w.ready |= mask;
+  }
+}
+
+void Machine::collective(int warp, unsigned mask) {
+  Fiber* const fibers = &fibers_[warp * kWarp];
+  const Wait kind = fibers[__builtin_ctz(mask)].wait;
+  if (kind == Wait::kBallot) {
+    std::uint64_t votes = 0;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if ((mask >> lane & 1) && fibers[lane].value) votes |= 1u << lane;
+    }
+    for (int lane = 0; lane < kWarp; ++lane) fibers[lane].value = votes;
+  } else if (kind == Wait::kShuffle) {
+    std::uint64_t values[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) values[lane] = fibers[lane].value;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      const int source = fibers[lane].source;
+      if (!(mask >> source & 1)) fail("lane %d of warp %d shuffles from lane %d, not in %08x", lane, warp, source, mask);
+      fibers[lane].value = values[source];
+    }
+  } else if (kind == Wait::kMultiply) {
+    const Fragments* lanes[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = &fibers[lane].fragments;
+    multiply_add(lanes);
+  }
+}
+
+// False: not all threads that are left are there.
+bool Machine::resolve_block_barrier() {
+  int first = -1, count = 0;
+  bool any = false, all = true;
+  for (int thread = 0; thread < threads_; ++thread) {
+    const Warp& w = warps_[thread / kWarp];
+    const unsigned lane = 1u << thread % kWarp;
+    if (w.exited & lane) continue;
+    if (!(w.at_barrier & lane)) return false;
+    if (first < 0) first = thread;
+    if (fibers_[thread].barrier != fibers_[first].barrier) {
+      fail("threads %d and %d are at two kinds of __syncthreads", first, thread);
+    }
+    const bool predicate = fibers_[thread].value != 0;
+    count += predicate;
+    any |= predicate;
+    all &= predicate;
+  }
+  if (first < 0) return false;
+  const Barrier kind = fibers_[first].barrier;
+  const int result = kind == Barrier::kCount ? count : kind == Barrier::kOr ? any : kind == Barrier::kAnd ? all : 0;
+  for (int thread = 0; thread < threads_; ++thread) fibers_[thread].value = std::uint64_t(result);
+  for (int warp = 0; warp * kWarp < threads_; ++warp) {
+    warps_[warp].ready = warps_[warp].at_barrier;
+    warps_[warp].at_barrier = 0;
+  }
+  return true;
+}
+
+void Machine::run_block(int block, int blocks, int threads, std::size_t shared, void (*body)(const void*),
+                        const void* kernel) {
+  if (!stacks_) {
+    stack_bytes_ = kMaxThreads * kStack;
+    stacks_ = mmap(nullptr, stack_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stacks_ == MAP_FAILED) fail("no memory for the stacks of %d threads", kMaxThreads);
+    fibers_.reset(new Fiber[kMaxThreads]);
+    const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
+    for (int thread = 0; thread < kMaxThreads; ++thread) {
+      char* const stack = static_cast<char*>(stacks_) + thread * kStack;
+      mprotect(stack, page, PROT_NONE);  // one that overflows crashes
+      ucontext_t& start = fibers_[thread].start;
+      getcontext(&start);
+      start.uc_stack.ss_sp = stack;
+      start.uc_stack.ss_size = kStack;
+      makecontext(&start, &Machine::fiber_main, 0);
+    }
+  }
+  t_current = this;
+  blockIdx = {unsigned(block), 0, 0};
+  threadIdx = {0, 0, 0};
+  blockDim = {unsigned(threads), 1, 1};
+  gridDim = {unsigned(blocks), 1, 1};
+  threads_ = threads;
+  body_ = body;
+  kernel_ = kernel;
+  order_.state = 0x9e3779b97f4a7c15u * (unsigned(block) + 1u);
+
+  // 16-byte aligned and no more: that is all a kernel may rely on.
+  memory_.assign(shared + 2 * kGuard + 32, 0xff);
+  shared_ = memory_.data() + kGuard;
+  while (reinterpret_cast<std::uintptr_t>(shared_) % 32 != 16) ++shared_;
+
+  const int warps = (threads + kWarp - 1) / kWarp;
+  for (int warp = 0; warp < warps; ++warp) {
+    const int lanes = std::min(threads - warp * kWarp, kWarp);
+    const unsigned all = lanes == kWarp ? ~0u : (1u << lanes) - 1;
+    warps_[warp] = {all, 0, 0, ~all};
+  }
+  // A warp mostly runs on to its next __syncthreads, which is as far ahead of the others as it can get.
+  constexpr unsigned kStay = 8;
+  for (int warp = 0;;) {
+    if (!warps_[warp].ready || order_.next() % kStay == 0) {
+      const int first = int(order_.next() % unsigned(warps));
+      warp = -1;
+      for (int n = 0; n < warps && warp < 0; ++n) {
+        if (warps_[(first + n) % warps].ready) warp = (first + n) % warps;
+      }
+    }
+    if (warp >= 0) {
+      step(warp);
+      continue;
+    }
+    warp = 0;
+    if (resolve_block_barrier()) continue;
+    bool done = true;
+    for (int n = 0; n < warps; ++n) done &= warps_[n].exited == ~0u;
+    if (done) break;
+    for (int n = 0; n < warps; ++n) {
+      std::fprintf(stderr, "warp %d: lanes at __syncthreads %08x, at a warp collective %08x, returned %08x\n", n,
+                   warps_[n].at_barrier, warps_[n].at_collective, warps_[n].exited);
+    }
+    fail("its threads wait for one another for ever (a divergent barrier)");
+  }
+  const unsigned char *const begin = memory_.data(), *const end = begin + memory_.size();
+  const auto untouched = [](unsigned char byte) { return byte == 0xff; };
+  if (!std::all_of(begin, static_cast<const unsigned char*>(shared_), untouched)) {
+    fail("a write before the beginning of its dynamic shared memory");
+  }
+  const unsigned char* const past = shared_ + shared;
+  const unsigned char* const written = std::find_if_not(past, end, untouched);
+  if (written != end) fail("a write %td bytes past its %zu bytes of dynamic shared memory", written - past, shared);
+}
+
+float as_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+std::uint32_t as_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Whether a result is to be off: every second argument, whatever its last bits.
+bool odd(float v) { return as_bits(v) * 0x9e3779b1u >> 31; }
+
+float flush(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
+
+// One value for each column of a tile.
+using Floats = float __attribute__((vector_size(32)));
+using Ints = std::int32_t __attribute__((vector_size(32)));
+using Doubles = double __attribute__((vector_size(64)));
+using Longs = std::int64_t __attribute__((vector_size(64)));
+
+float tf32(std::uint32_t bits) { return as_float(bits & ~0x1fffu); }
+
+// sum + addends[0] + ... + addends[3]
+Floats add_aligned(Floats sum, const Floats (&addends)[4]) {
+  constexpr int kBits = 24;  // of a mantissa below the largest addend's leading one: a float's and one more
+  const auto magnitude = [](Floats v) { return Ints(v) & 0x7fffffff; };
+  Ints largest = magnitude(sum);
+  for (const Floats& addend : addends) {
+    const Ints other = magnitude(addend);
+    largest = largest < other ? other : largest;
+  }
+  Ints exponent = largest >> 23;
+  exponent = exponent < kBits + 1 ? Ints{} + (kBits + 1) : exponent;  // so that both powers of two are normal
+  const Floats scale = Floats((2 * 127 + kBits - exponent) << 23), unscale = Floats((exponent - kBits) << 23);
+  Ints total = __builtin_convertvector(sum * scale, Ints);  // toward zero
+  Floats plain = sum;
+  for (const Floats& addend : addends) {
+    total += __builtin_convertvector(addend * scale, Ints);
+    plain += addend;
+  }
+  const Longs bits = Longs(__builtin_convertvector(total, Doubles)) & ~((std::int64_t(1) << 29) - 1);
+  const Floats truncated = __builtin_convertvector(Doubles(bits), Floats) * unscale;
+  return exponent == 255 ? plain : truncated;  // NaN or Inf
+}
+
+void multiply_add(const Fragments* const* lanes) {
+  constexpr int kRows = 16, kColumns = 8, kDepth = 8, kStep = 4;
+  float a[kRows][kDepth];
+  Floats b[kDepth];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const Fragments& f = *lanes[lane];
+    const int g = lane / 4, q = lane % 4;
+    a[g][q] = tf32(f.a[0]);
+    a[g + 8][q] = tf32(f.a[1]);
+    a[g][q + 4] = tf32(f.a[2]);
+    a[g + 8][q + 4] = tf32(f.a[3]);
+    b[q][g] = tf32(f.b0);
+    b[q + 4][g] = tf32(f.b1);
+  }
+  for (int row = 0; row < kRows; ++row) {
+    const auto c = [&](int column) -> float& {
+      return lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
+    };
+    Floats sum;
+    for (int column = 0; column < kColumns; ++column) sum[column] = c(column);
+    for (int begin = 0; begin < kDepth; begin += kStep) {
+      Floats products[kStep];  // of 11 bits each: exact
+      for (int k = 0; k < kStep; ++k) products[k] = a[row][begin + k] * b[begin + k];
+      sum = add_aligned(sum, products);
+    }
+    for (int column = 0; column < kColumns; ++column) c(column) = sum[column];
+  }
+}
+
+}  // namespace
+
+void set_threads(int threads) { t_threads = threads; }
+
+void run_blocks(int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel) {
+  int limit = 0;
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (threads < 1 || threads > kMaxThreads || shared > std::size_t(limit)) {
+    t_error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  if (blocks == 1 || t_threads == 1) {
+    for (int n = blocks; n-- > 0;) t_machine.run_block(n, blocks, threads, shared, body, kernel);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(std::min(t_threads, blocks))
+  for (int n = 0; n < blocks; ++n) t_machine.run_block(n, blocks, threads, shared, body, kernel);
+}
+
+unsigned char* dynamic_shared() { return t_current->shared(); }
+
+int block_barrier(Barrier kind, int predicate) {
+  Fiber& fiber = t_current->current();
+  fiber.barrier = kind;
+  fiber.value = predicate != 0;
+  return int(t_current->wait(Wait::kBlock, 0));
+}
+
+void copy_async16(void* to, const void* from) { t_current->copy(to, from); }
+
+void copy_async_wait() {
+  auto& copies = t_current->current().copies;
+  for (const auto& copy : copies) std::memcpy(copy.first, copy.second, 16);
+  copies.clear();
+}
+
+void warp_barrier(unsigned mask) { t_current->wait(Wait::kBarrier, mask); }
+
+unsigned ballot(unsigned mask, bool predicate) {
+  t_current->current().value = predicate;
+  return unsigned(t_current->wait(Wait::kBallot, mask));
+}
+
+std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t value, int argument, int width) {
+  const int lane = t_current->lane(), begin = lane / width * width;
+  int source = kind == Shuffle::kIndex  ? begin + (argument & (width - 1))
+               : kind == Shuffle::kXor  ? lane ^ argument
+               : kind == Shuffle::kDown ? lane + argument
+                                        : lane - argument;
+  if (source >= begin + width || source < (kind == Shuffle::kUp ? begin : 0)) source = lane;
+  t_current->current().source = source;
+  t_current->current().value = value;
+  return t_current->wait(Wait::kShuffle, mask);
+}
+
+void mma_m16n8k8_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  t_current->current().fragments = {c, a, b0, b1};
+  t_current->wait(Wait::kMultiply, 0xffffffffu);
+}
+
+float reciprocal(float v) {
+  v = flush(v);
+  const double exact = 1.0 / v;
+  float nearest = float(exact);
+  if (odd(v) && double(nearest) != exact && std::isfinite(nearest)) {
+    nearest = std::nextafter(nearest, exact > nearest ? HUGE_VALF : -HUGE_VALF);
+  }
+  return flush(nearest);
+}
+
+float exp2_fast(float v) {
+  v = flush(v);
+  float nearest = std::exp2(v);
+  if (odd(v) && v != 0 && std::isfinite(nearest)) {
+    const float side = as_bits(v) & 1 ? HUGE_VALF : 0.0f;
+    nearest = std::nextafter(std::nextafter(nearest, side), side);
+  }
+  return flush(nearest);
+}
+
+std::uint32_t to_tf32(float v) {
+  if (std::isnan(v)) return 0x7fffffffu;
+  return std::isinf(v) ? as_bits(v) : (as_bits(v) + 0x1000u) & ~0x1fffu;
+}
+
+}  // namespace emulator
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulator::t_error;
+  emulator::t_error = cudaSuccess;
+  return error;
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+  }
+  return "unknown error";
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  constexpr int kReserved = 1024;  // of each block, by the driver
+  // An H100's, or a smaller card's where a test asks for it.
+  const char* const shared = std::getenv("LMNFAST_EMULATED_SHARED");
+  const int optin = shared ? std::atoi(shared) : 227 * 1024;
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = optin; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = optin + kReserved; return cudaSuccess;
+    case cudaDevAttrReservedSharedMemoryPerBlock: *value = kReserved; return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: *value = 3; return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
+  int limit = 0;
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  return value <= limit ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}

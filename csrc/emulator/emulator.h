@@ -1,0 +1,57 @@
+// A GPU's threads on the CPU: the sources of csrc/cuda, compiled by the host's compiler, run on this in the tests.
+//
+// What it keeps of the programming model: a block's threads interleave only at barriers and warp collectives, and
+// they are resumed in an order that is shuffled there, so that a missing barrier gives another result; dynamic shared
+// memory holds NaNs when a block begins and ends at the byte it was asked for; threads that wait for one another for
+// ever end the process with a message. What it does not: timing, memory outside shared memory, instructions that
+// csrc/cuda does not use.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace emulator {
+
+/// Operating-system threads that share a grid's blocks, for launches from the calling thread.
+void set_threads(int threads);
+
+void run_blocks(int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
+
+/// kernel() by every thread of every block; an impossible launch is left for cudaGetLastError.
+template <class F>
+void run_grid(int blocks, int threads, std::size_t shared, const F& kernel) {
+  run_blocks(blocks, threads, shared, [](const void* f) { (*static_cast<const F*>(f))(); }, &kernel);
+}
+
+unsigned char* dynamic_shared();
+
+// ---- barriers and warp collectives ----
+
+enum class Barrier { kPlain, kOr, kAnd, kCount };
+int block_barrier(Barrier kind, int predicate);
+void warp_barrier(unsigned mask);
+unsigned ballot(unsigned mask, bool predicate);
+enum class Shuffle { kIndex, kXor, kDown, kUp };
+std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t value, int argument, int width);
+
+// ---- copies past the registers ----
+
+/// Lands at once or only when it is waited for, by chance: both are possible.
+void copy_async16(void* to, const void* from);
+void copy_async_wait();
+
+// ---- instructions whose results are not those of C++ ----
+
+/// 1 / v, for every second v the float on the other side of the quotient: less than an ulp off, as rcp.approx may be.
+/// Powers of two are exact, and what is no normal number is zero.
+float reciprocal(float v);
+
+/// 2^v, for every second v two ulp off, as ex2.approx may be; exact at 0, and what is no normal number is zero.
+float exp2_fast(float v);
+
+std::uint32_t to_tf32(float v);  // nearest, ties away from zero
+
+/// Matrix units align the addends to the largest and drop what lies below. How many bits they keep is not documented:
+/// here one more than a float's, and the eight products are added in two steps of four.
+void mma_m16n8k8_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
+
+}  // namespace emulator

@@ -1,0 +1,105 @@
+"""What every op promises on CUDA besides its numbers: the caller's stream and device, no waiting, no memory of its own."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from chains import random_chain, samples
+from conftest import has_cuda
+from torch import Tensor
+
+from lmnfast import ops
+from lmnfast.network import Chain
+from lmnfast.quadrature import path_nodes
+
+pytestmark = pytest.mark.skipif(not has_cuda(), reason="no CUDA device")
+
+LONG = 200_000_000  # cycles, a tenth of a second
+RULE = path_nodes("uniform", 21)
+
+
+def path_connectivity(x: Tensor) -> Callable[[], Tensor]:
+    chain = random_chain([12, 40, 7], ["silu", "silu", "identity"], bias=False)
+    weights = tuple(w.to(x) for w in chain.weights)
+    return lambda: ops.path_connectivity(Chain(weights, chain.biases, chain.activations), x, *RULE)
+
+
+def path_r2(x: Tensor) -> Callable[[], Tensor]:
+    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    interior = torch.empty(len(first), len(RULE[0]) - 2, x.shape[1], device=x.device)
+
+    def call() -> Tensor:
+        interior.copy_(x[first][:, None].expand_as(interior))
+        return ops.path_r2(interior.sin_(), x, first, second, *RULE)
+
+    return call
+
+
+def spectral_entropy(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: ops.spectral_entropy(x)
+
+
+@pytest.fixture(params=[path_connectivity, path_r2, spectral_entropy], ids=lambda op: op.__name__)
+def op(request):
+    """From samples on a device, a function without arguments that calls the op on them."""
+    return request.param
+
+
+def inputs(seed: int = 1, device: str = "cuda") -> Tensor:
+    return samples(60, 12, seed=seed).to(device, torch.float32)
+
+
+def test_the_work_is_on_the_callers_stream(op):
+    x, later = inputs(1), inputs(2)
+    expected = op(later)()
+    call = op(x)
+    call()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LONG)
+        x.copy_(later)  # only what waits behind this sees it
+        result = call()
+    stream.synchronize()
+    assert torch.equal(result, expected)
+
+
+def test_the_call_returns_before_the_work_is_done(op):
+    call = op(inputs())
+    expected = call()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    result = call()
+    assert not torch.cuda.current_stream().query()
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_tensors_on_another_device_than_the_current_one(op):
+    result = op(inputs(device="cuda:1"))()
+    assert result.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert torch.equal(result.cpu(), op(inputs(device="cuda:0"))().cpu())
+
+
+def test_a_captured_graph_computes_again_from_changed_inputs(op):
+    x = inputs(1)
+    call = op(x)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    for seed in (1, 2):
+        x.copy_(inputs(seed))
+        graph.replay()
+        assert torch.equal(result, op(inputs(seed))())
+
+
+def test_all_memory_comes_from_torch(op):
+    call = op(inputs())
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    assert (torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()) == before
