@@ -1,13 +1,16 @@
 """The linear connectivity matrix of a network on a set of samples."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import ops
-from .network import Chain, evaluating, recognise
+from . import _native, ops
+from .network import Chain, evaluating, recognise, same_output
 from .quadrature import path_nodes
 
 METHODS = ("path",)
@@ -47,8 +50,74 @@ def connectivity(
     Raises:
         TypeError: x is not a floating-point tensor, f does not return one, or their dtypes do not fit.
         ValueError: no samples, unknown method or rule, points or budget out of range, x and f on different
-            devices, or a NaN or Inf in samples or outputs (names the first sample).
+            devices, or a NaN or Inf in samples or outputs (names the first sample); on CUDA, f may be called
+            on samples that are not finite before it is raised.
         Source: arXiv 2310.05918, Eq. 1-2.
+    """
+    settings: dict[str, Any] = {"method": method, "points": points, "rule": rule, "budget": budget}
+    measured = enqueue(f, x, **settings)
+    try:
+        measured.check()
+    except NotTheChain:
+        measured = enqueue(f, x, fuse=False, **settings)
+        measured.check()
+    return measured.L
+
+
+class NotTheChain(RuntimeError):
+    """The chain that f was taken for does not give f's outputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Enqueued:
+    """A connectivity matrix on its way. Its values count once `check` has returned."""
+
+    L: Tensor
+    precision: str
+    """torch.get_float32_matmul_precision() when the kernels were chosen."""
+    verdicts: Tensor | None
+    """(checks, 2) int64, how many values fail a check and which is the first; None where all was looked at."""
+    errors: tuple[Callable[[int, int], Exception], ...]
+
+    def check(self) -> None:
+        """Raises what is wrong with samples, outputs or L, as `connectivity` does; waits for the device."""
+        if self.verdicts is None:
+            return
+        for (failing, first), error in zip(self.verdicts.cpu().tolist(), self.errors, strict=True):
+            if failing:
+                raise error(failing, first)
+
+
+def enqueue(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    method: str = "path",
+    points: int = 21,
+    rule: str = "uniform",
+    budget: int = DEFAULT_BUDGET,
+    fuse: bool = True,
+    expected: Tensor | None = None,
+    deferred: bool | None = None,
+    stream: torch.cuda.Stream | None = None,
+) -> Enqueued:
+    """:func:`connectivity` without waiting for a CUDA device.
+
+    What a check has to read from the device is left to :meth:`Enqueued.check`. Elsewhere every check is made
+    at once, before the work that follows it.
+
+    Args:
+        f, x, method, points, rule, budget: as there.
+        fuse: use the fused kernel for a chain.
+        expected: f(x), where that is known.
+        deferred: leave the checks to `check`; None: on CUDA.
+        stream: CUDA, another than the current one, that takes the work. What the current stream is given
+            next may change f's parameters: a chain's are copied, else the current stream waits for `stream`.
+            x itself must not change.
+
+    Raises:
+        As connectivity; RuntimeError when f(x) is not what was expected; NotTheChain in `check` only, as
+        elsewhere the chain is just not used.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -57,20 +126,122 @@ def connectivity(
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
     _check_samples(f, x)
     x = x.detach()
+    checks = _Checks(x.is_cuda if deferred is None else deferred)
+    precision = torch.get_float32_matmul_precision()
     with evaluating(f):
+        if not checks.deferred:  # of not finite samples f may say anything
+            checks.finite("x", x)
         with _AllocationCount() as allocated:
             ends = _outputs(f, x.clone())  # f may work in place
-        _check_finite("f(x)", ends)
-        chain = recognise(f) if x.device.type == "cpu" else None  # the kernel runs on the CPU alone
-        if chain is not None and _reproduces(chain, x, ends):
-            L = ops.path_connectivity(chain, x, nodes, weights)
+        chain = recognise(f) if fuse and _has_kernels(x) else None
+        if chain is not None and x.dim() != 2 and not chain.flattens:
+            chain = None
+        if stream is not None:
+            if chain is not None:
+                chain = _copied(chain)
+                for tensor in (x, ends, expected, *chain.weights, *chain.biases):
+                    if tensor is not None:  # else its memory may be used again before `stream` has read it
+                        tensor.record_stream(stream)
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+        try:
+            with on_stream(stream):
+                if checks.deferred:
+                    checks.finite("x", x)
+                checks.finite("f(x)", ends)
+                if expected is not None:
+                    checks.agree(ends, expected.reshape(len(x), -1))
+                if chain is not None and checks.reproduces(chain, x, ends):
+                    L = ops.path_connectivity(chain, x, nodes, weights)
+                else:
+                    chain = None
+                    tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
+                    L = _generic(f, x, ends, nodes, weights, tile * len(x) // allocated.bytes)
+                checks.entries(L)
+                return Enqueued(L, precision, checks.pending(), tuple(checks.errors))
+        finally:
+            if stream is not None and chain is None:
+                torch.cuda.current_stream(x.device).wait_stream(stream)
+
+
+def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager:
+    """Makes a stream the current one; None leaves CUDA alone, where torch's own context would initialise it."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.device.type == "cpu" or (x.is_cuda and _native.cuda_built())
+
+
+def _copied(chain: Chain) -> Chain:
+    return replace(
+        chain,
+        weights=tuple(w.clone() for w in chain.weights),
+        biases=tuple(None if b is None else b.clone() for b in chain.biases),
+    )
+
+
+class _Checks:
+    """Raises at once, or collects what fails on the device, to be read there all together."""
+
+    def __init__(self, deferred: bool) -> None:
+        self.deferred = deferred
+        self.verdicts: list[Tensor] = []
+        self.errors: list[Callable[[int, int], Exception]] = []
+
+    def finite(self, name: str, values: Tensor) -> None:
+        self._expect(
+            values.isfinite().flatten(1).all(1),
+            lambda failing, first: ValueError(
+                f"{name}: NaN or Inf in sample {first}, the first of {failing}"
+            ),
+        )
+
+    def agree(self, ends: Tensor, expected: Tensor) -> None:
+        self._expect(
+            same_output(ends, expected),
+            lambda *_: RuntimeError(
+                "f: its outputs on the samples are not those of the model that it was cut from; the model's "
+                "forward has changed since, in a way that only its outputs show"
+            ),
+        )
+
+    def reproduces(self, chain: Chain, x: Tensor, ends: Tensor) -> bool:
+        """Whether the recognised chain is f on the samples: a wrong number is worse than a slow one."""
+        y = chain(x)
+        if y.shape != ends.shape:
+            return False
+        same = ((y - ends).abs().amax(0) <= 1e-3 * ends.abs().amax(0) + 1e-30).all()
+        if not self.deferred:
+            return bool(same)
+        self._expect(
+            same,
+            lambda *_: NotTheChain(
+                "f: looks like a chain of Linear and activations, but that chain has other outputs"
+            ),
+        )
+        return True
+
+    def entries(self, L: Tensor) -> None:
+        def error(_: int, first: int) -> Exception:
+            i, j = divmod(first, len(L))
+            return ValueError(f"f: NaN or Inf in an output on the path from sample {i} to sample {j}")
+
+        self._expect(L.isfinite().flatten(), error)
+
+    def pending(self) -> Tensor | None:
+        return torch.stack(self.verdicts) if self.deferred else None
+
+    def _expect(self, good: Tensor | bool, error: Callable[[int, int], Exception]) -> None:
+        if isinstance(good, bool):
+            if not good:
+                raise error(1, 0)
+        elif not self.deferred:
+            if not good.all():
+                raise error(int((~good).sum()), int((~good).flatten().nonzero()[0]))
         else:
-            tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
-            L = _generic(f, x, ends, nodes, weights, tile * len(x) // allocated.bytes)
-    if not L.isfinite().all():
-        first, second = (~L.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"f: NaN or Inf in an output on the path from sample {first} to sample {second}")
-    return L
+            bad = (~good).flatten()
+            self.verdicts.append(torch.stack((bad.sum(), bad.byte().argmax())))
+            self.errors.append(error)
 
 
 def _generic(
@@ -79,7 +250,7 @@ def _generic(
     """Calls f on tiles of about ``rows`` points of paths; the paths' ends are f's outputs on the samples."""
     ends = _widened(ends)
     L = torch.ones(len(x), len(x), dtype=ends.dtype, device=x.device)
-    t = nodes[1:-1].to(x).reshape(-1, *[1] * (x.dim() - 1))
+    t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
     if len(t) == 0:
         return L
     for first, second in _pairs(len(x), max(1, rows // len(t)), x.device):
@@ -89,6 +260,12 @@ def _generic(
         coincident = (x[first] == x[second]).flatten(1).all(1)
         L[first, second] = L[second, first] = torch.where(coincident, 1.0, r2)
     return L
+
+
+def _like(x: Tensor, values: Tensor) -> Tensor:
+    """values in x's dtype on x's device; a copy from memory that is not page-locked would wait for a GPU."""
+    values = values.to(x.dtype)
+    return values.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else values.to(x.device)
 
 
 def _pairs(samples: int, tile: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,16 +303,6 @@ def _outputs(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return y.reshape(len(x), -1)
 
 
-def _reproduces(chain: Chain, x: Tensor, ends: Tensor) -> bool:
-    """Whether the recognised chain is f on the samples: a wrong number is worse than a slow one."""
-    if x.dim() != 2 and not chain.flattens:
-        return False
-    y = chain(x)
-    return y.shape == ends.shape and bool(
-        ((y - ends).abs().amax(0) <= 1e-3 * ends.abs().amax(0) + 1e-30).all()
-    )
-
-
 def _widened(y: Tensor) -> Tensor:
     return y if y.dtype == torch.float64 else y.float()
 
@@ -159,11 +326,3 @@ def _check_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
             )
         if p.is_floating_point() and p.dtype != x.dtype:
             raise TypeError(f"x: is {x.dtype}, but f's parameter {name!r} is {p.dtype}; convert one of them")
-    _check_finite("x", x)
-
-
-def _check_finite(name: str, values: Tensor) -> None:
-    finite = values.isfinite().flatten(1).all(1)
-    if not finite.all():
-        sample = int((~finite).nonzero()[0])
-        raise ValueError(f"{name}: NaN or Inf in sample {sample}, the first of {int((~finite).sum())}")

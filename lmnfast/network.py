@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ ACTIVATIONS = (
     "softplus",
     "sin",
 )
+
+# Entries of an attribute up to which it is compared from one measurement to the next: a few hundred microseconds.
+LARGE = 1000
+PLAIN = {type(None), bool, int, float, complex, str, bytes}
 
 CHAIN_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -438,31 +443,17 @@ def cut(model: nn.Module, layer: str, inputs: Tensor | tuple[Tensor, ...]) -> tu
     input, or around which the output depends on the inputs by another way; TypeError where model, inputs, the
     layer's output or the model's are no (floating) tensors.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    if not arguments or not all(isinstance(i, Tensor) for i in arguments):
-        got = ", ".join(type(i).__name__ for i in arguments) or "nothing"
-        raise TypeError(f"inputs: expected a tensor or a tuple of tensors, got {got}")
-    if arguments[0].ndim == 0 or len(arguments[0]) == 0:
-        raise ValueError(f"inputs: expected at least one sample, got shape {tuple(arguments[0].shape)}")
-    model = _uncompiled(model)
-    layers = dict(model.named_modules(remove_duplicate=False))
-    del layers[""]
-    if not isinstance(layer, str):
-        raise TypeError(f"layer: expected a name, got {type(layer).__name__}")
-    if layer not in layers:
-        raise ValueError(f"layer: {layer!r} is not in the model; it has {', '.join(layers) or 'no layers'}")
-
-    samples, output = _run(model, layers[layer], layer, arguments)
-    tail = _traced_tail(model, layers[layer], len(arguments) if isinstance(inputs, (tuple, list)) else None)
+    samples, output = run_to(model, layer, inputs)
+    model, arguments = _uncompiled(model), _arguments(inputs)
+    part = model.get_submodule(layer)
+    tail = _traced_tail(model, part, len(arguments) if isinstance(inputs, (tuple, list)) else None)
     if tail is not None:
         try:
             if _reproduces(tail, samples, output):
                 return tail, samples
         except Exception:  # traced along a branch that the samples do not take
             pass
-    tail = _HookTail(model, layers[layer], arguments)
+    tail = _HookTail(model, part, arguments)
     if not _reproduces(tail, samples, output):
         raise ValueError(
             f"layer: the model's output depends on the inputs also by another way than through "
@@ -470,6 +461,31 @@ def cut(model: nn.Module, layer: str, inputs: Tensor | tuple[Tensor, ...]) -> tu
             f"passes through"
         )
     return tail, samples
+
+
+def run_to(model: nn.Module, layer: str, inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The layer's output and the model's for `inputs`, all checked as `cut` does; never waits for a device."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    arguments = _arguments(inputs)
+    model = _uncompiled(model)
+    layers = dict(model.named_modules(remove_duplicate=False))
+    del layers[""]
+    if not isinstance(layer, str):
+        raise TypeError(f"layer: expected a name, got {type(layer).__name__}")
+    if layer not in layers:
+        raise ValueError(f"layer: {layer!r} is not in the model; it has {', '.join(layers) or 'no layers'}")
+    return _run(model, layers[layer], layer, arguments)
+
+
+def _arguments(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if not arguments or not all(isinstance(i, Tensor) for i in arguments):
+        got = ", ".join(type(i).__name__ for i in arguments) or "nothing"
+        raise TypeError(f"inputs: expected a tensor or a tuple of tensors, got {got}")
+    if arguments[0].ndim == 0 or len(arguments[0]) == 0:
+        raise ValueError(f"inputs: expected at least one sample, got shape {tuple(arguments[0].shape)}")
+    return arguments
 
 
 def _run(model: nn.Module, layer: nn.Module, name: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -505,16 +521,30 @@ def _check_floating(what: str, value: Any) -> None:
 
 
 def _reproduces(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
-    """Whether tail(samples) is the model's output, up to the rounding of the same operations in another order
-    (the shapes are the same, so mostly to the bit)."""
+    """Whether tail(samples) is the model's output."""
     with evaluating(tail):
         again = tail(samples)
-    if not isinstance(again, Tensor) or again.shape != output.shape or again.dtype != output.dtype:
+    return bool(same_output(again, output))
+
+
+def same_output(again: Any, output: Tensor) -> bool | Tensor:
+    """Whether two outputs are equal up to the rounding of the same operations in another order (the shapes are
+    the same, so mostly to the bit); a 0-dim bool on their device where that takes their values."""
+    if (
+        not isinstance(again, Tensor)
+        or again.device != output.device
+        or again.shape != output.shape
+        or again.dtype != output.dtype
+    ):
         return False
+    if output.numel() == 0:
+        return True
     tolerance = 32 * torch.finfo(output.dtype).eps
-    finite = output[output.isfinite()]
-    scale = finite.abs().max().item() if len(finite) else 0.0
-    return torch.allclose(again, output, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    finite = output.isfinite()
+    magnitude = torch.where(finite, output.abs(), 0)
+    close = (again - output).abs() <= tolerance * magnitude + tolerance * magnitude.amax()
+    equal = (again == output) | (again.isnan() & output.isnan())
+    return torch.where(finite, close, equal).all()
 
 
 def _traced_tail(model: nn.Module, layer: nn.Module, arguments: int | None) -> fx.GraphModule | None:
@@ -549,6 +579,58 @@ def _traced_tail(model: nn.Module, layer: nn.Module, arguments: int | None) -> f
     if not any(node.op == "output" for node in tail.nodes):
         return None
     return fx.GraphModule(root, tail)
+
+
+# Keeping a cut ---------------------------------------------------------------------------------------------
+
+
+def python_state(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> list:
+    """What a cut makes constants of, to be compared by ==: which modules, hooks and tensors a model has, of
+    what dtypes, its attributes, and which inputs they are. Left out are training flags, which a tail does not
+    read, and values of parameters, which it follows. Other tensors, where the forward is the user's, count with
+    how often they were changed: what is computed of them alone is a constant to torch.fx.
+
+    Attributes are followed two levels deep; below, an object counts by its identity alone.
+    """
+    state = [_frozen(inputs, 1, False)]
+    for part in model.modules():
+        traced = not type(part).__module__.startswith("torch.nn")  # fx.Tracer's own rule
+        attributes = [(name, _frozen(v, 2, traced)) for name, v in vars(part).items() if name != "training"]
+        state.append((_Same(part), attributes))
+    return state
+
+
+class _Same:
+    """Equal to the very same object; holding it keeps its id from being used again."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _frozen(value: Any, levels: int, versions: bool) -> Any:
+    if type(value) in PLAIN:
+        return type(value), value
+    if isinstance(value, Tensor):
+        versions = versions and not isinstance(value, nn.Parameter)
+        version = (float("nan") if value.is_inference() else value._version) if versions else 0
+        return _Same(value), value.dtype, value.device, value.shape, version
+    if isinstance(value, (list, tuple, set, frozenset)):
+        entries = list(value)
+    elif isinstance(value, dict):
+        entries = [entry for pair in value.items() for entry in pair]
+    else:
+        attributes = getattr(value, "__dict__", None)
+        if not isinstance(attributes, dict) or isinstance(value, (nn.Module, ModuleType)):
+            return _Same(value)
+        entries = [entry for pair in attributes.items() for entry in pair]
+    if levels == 0:
+        return _Same(value)
+    if len(entries) > LARGE:
+        return float("nan")  # equal to nothing: comparing would cost more than tracing anew
+    return _Same(value), [_frozen(entry, levels - 1, versions) for entry in entries]
 
 
 class _HookTail(nn.Module):

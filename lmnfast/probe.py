@@ -13,14 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .connectivity import connectivity
-from .network import cut
+from .connectivity import Enqueued, enqueue, on_stream
+from .network import cut, python_state, run_to
 from .spectrum import measurement
 
 # Bounds the memory of waiting connectivity matrices when solving falls behind measuring: 64 MB at N = 1000.
 MOST_PENDING = 16
 
-COLUMNS = ("step", "layer", "lmn", "complexity_bits", "samples", "points", "rule", "method", "precision")
+COLUMNS = (
+    "step",
+    "layer",
+    "lmn",
+    "complexity_bits",
+    "samples",
+    "points",
+    "rule",
+    "method",
+    "precision",
+    "solver",
+)
 
 
 class Probe:
@@ -32,9 +43,16 @@ class Probe:
             ...
         probe.history       # [{"step": 0, "layer": "hidden.1", "lmn": 22.9, ..., "loss": 3.4}, ...]
 
-    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs), cut anew each time. The
-    connectivity is computed on the calling thread, the eigenproblem on one background thread and one core.
-    Training with a probe is bit-identical to training without: see `network.evaluating`.
+    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs). The tail is kept, and cut anew
+    when anything in the model but its parameters' values has changed (see `network.python_state`), or when its
+    outputs on the samples are no longer the model's. The connectivity is computed on the calling thread, the eigenproblem on one background
+    thread and one core. Training with a probe is bit-identical to training without: see `network.evaluating`.
+
+    On CUDA the connectivity is computed on a stream of the probe's own while the current one goes on: the
+    weights of a fused chain are copied first; for any other network the current stream waits until its
+    connectivity is done. The calling thread does not wait for the device, unless it cuts or has too many rows
+    pending. So what is found wrong with the values there (NaN or Inf; outputs that are not the model's, by a
+    change that only they show) is raised by `history`.
 
     model, inputs: as in `cut`. layers: one name or several. every: measures when step % every == 0.
     method, points, rule, budget: as in `connectivity`.
@@ -62,7 +80,7 @@ class Probe:
         self.inputs = inputs
         self.every = every
         self.seconds = 0.0  # wall time the calling thread has spent in here, waiting included
-        self._settings = {"method": method, "points": points, "rule": rule}
+        self._settings: dict[str, Any] = {"method": method, "points": points, "rule": rule}
         self._budget = budget
         self._next_step = 0
         self._rows: dict[int, list[Future]] = {}
@@ -70,16 +88,19 @@ class Probe:
         self._solver = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="lmnfast-probe", initializer=_work_on_one_core
         )
+        self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
+        self._tails: dict[str, tuple[nn.Module, list]]  # by layer, with the state they were cut in
         with self._timed():
-            for layer in self.layers:
-                cut(model, layer, inputs)
+            tails = [cut(model, layer, inputs)[0] for layer in self.layers]
+            state = python_state(model, inputs)
+            self._tails = {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
 
     def __call__(self, step: int | None = None, **extra: float) -> bool:
         """Call once per training step; returns whether it measured.
 
         step: None counts on from the last call, from 0 at first. extra: numbers for this step's rows.
-        Raises as `cut` and `connectivity` do, and then leaves no row for this step; ValueError for an extra
-        named like a column; RuntimeError when the probe is closed.
+        Raises as `cut` and `connectivity` do, on CUDA but for what depends on values there, and then leaves no
+        row for this step; ValueError for an extra named like a column; RuntimeError when the probe is closed.
         """
         if step is None:
             step = self._next_step
@@ -90,41 +111,87 @@ class Probe:
             raise ValueError(f"extra: expected names not the probe's own, got {', '.join(sorted(clash))}")
         if self._solver is None:
             raise RuntimeError("probe: closed; expected an open one")
-        extra = {name: value.item() if hasattr(value, "item") else value for name, value in extra.items()}
+        extra = {name: self._number(value) for name, value in extra.items()}
         with self._timed():
-            tails = (cut(self.model, layer, self.inputs) for layer in self.layers)
-            matrices = [
-                connectivity(tail, samples, budget=self._budget, **self._settings) for tail, samples in tails
-            ]
+            state = python_state(self.model, self.inputs)
+            enqueued = [self._enqueue(layer, state) for layer in self.layers]
             for layer in self.layers:
-                self._submit(step, layer, matrices.pop(0), extra)
+                row = self._solver.submit(self._solve, step, layer, *enqueued.pop(0), extra)
+                self._rows.setdefault(step, []).append(row)
+                self._waiting.append(row)
             while self.pending > MOST_PENDING:
                 self._waiting[0].exception()
         return True
 
-    def _submit(self, step: int, layer: str, L: Tensor, extra: dict[str, Any]) -> None:
-        stream = None
-        if L.is_cuda:  # a stream of its own, so that the solver does not queue between training kernels
-            stream = torch.cuda.Stream(L.device)
-            stream.wait_stream(torch.cuda.current_stream(L.device))
-            L.record_stream(stream)
-        row = self._solver.submit(self._solve, step, layer, L, extra, stream)
-        self._rows.setdefault(step, []).append(row)
-        self._waiting.append(row)
+    def _enqueue(self, layer: str, state: list) -> tuple[Enqueued, torch.cuda.Event | None]:
+        """The connectivity, and on CUDA when it is done."""
+        kept = self._tails.get(layer)
+        if kept is not None and kept[1] == state:
+            samples, output = run_to(self.model, layer, self.inputs)
+            try:
+                return self._measure(kept[0], samples, output)
+            except Exception:  # of a fresh cut it counts; this one may be of a model that is no more
+                pass
+        tail, samples = cut(self.model, layer, self.inputs)
+        self._tails[layer] = tail, state
+        return self._measure(tail, samples, None)
 
-    def _solve(self, step: int, layer: str, L: Tensor, extra: dict[str, Any], stream) -> dict[str, Any]:
+    def _measure(
+        self, tail: nn.Module, samples: Tensor, output: Tensor | None
+    ) -> tuple[Enqueued, torch.cuda.Event | None]:
+        """The connectivity of a tail whose outputs are to be `output`, where that is given."""
+        stream = self._streams_on(samples.device)[0] if samples.is_cuda else None
+        enqueued = enqueue(
+            tail, samples, budget=self._budget, expected=output, stream=stream, **self._settings
+        )
+        if stream is None:
+            return enqueued, None
+        done = torch.cuda.Event(blocking=True)
+        done.record(stream)
+        return enqueued, done
+
+    def _solve(
+        self,
+        step: int,
+        layer: str,
+        enqueued: Enqueued,
+        done: torch.cuda.Event | None,
+        extra: dict[str, Any],
+    ) -> dict[str, Any]:
+        L = enqueued.L
+        # A stream of its own: the next connectivity, and a training that waits for it, do not wait for this.
+        stream = self._streams_on(L.device)[1] if L.is_cuda else None
         try:
-            with torch.cuda.stream(stream):  # None: no effect
-                m = measurement(L, **self._settings)
+            with on_stream(stream):
+                if done is not None:
+                    done.synchronize()
+                enqueued.check()
+                numbers = {k: v.read() if isinstance(v, _Later) else v for k, v in extra.items()}
+                m = measurement(L, precision=enqueued.precision, **self._settings)
         except Exception as error:
-            raise RuntimeError(f"probe: solving layer {layer!r} at step {step} failed: {error}") from error
+            self._tails.pop(layer, None)  # if it was outdated, the next row need not fail too
+            del L, enqueued  # the traceback keeps this frame, which must not keep the matrix
+            raise RuntimeError(
+                f"probe: solving layer {layer!r} at step {step} failed: {error}"
+            ) from error.with_traceback(None)
         measured = {name: getattr(m, name) for name in COLUMNS[2:]}
-        return {"step": step, "layer": layer, **measured, **extra}
+        return {"step": step, "layer": layer, **measured, **numbers}
+
+    def _streams_on(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """For connectivities, and for solving."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def _number(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_cuda and value.numel() == 1:
+            return _Later(value, self._streams_on(value.device)[1])
+        return value.item() if hasattr(value, "item") else value
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """One row per step and layer, in order: step, layer, lmn, complexity_bits, samples, points, rule,
-        method, precision, and the step's extra.
+        method, precision, solver, and the step's extra.
 
         Waits for pending rows; raises RuntimeError when one failed.
         """
@@ -162,6 +229,21 @@ class Probe:
             yield
         finally:
             self.seconds += time.perf_counter() - started
+
+
+class _Later:
+    """A number on a CUDA device as it is now, which whoever asks for it waits for, and not this thread."""
+
+    def __init__(self, value: Tensor, stream: torch.cuda.Stream) -> None:
+        self._value = value.detach().clone()  # training may overwrite it: a CUDA graph does, at every replay
+        self._stream = stream
+        self._ready = torch.cuda.Event(blocking=True)
+        self._ready.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> Any:
+        self._ready.synchronize()
+        with torch.cuda.stream(self._stream):
+            return self._value.item()
 
 
 def _work_on_one_core() -> None:

@@ -9,8 +9,13 @@ from torch import Tensor
 from . import ops
 from .connectivity import DEFAULT_BUDGET, connectivity
 
+SOLVERS = ("auto", "cpu", "cuda")
+# An estimate until it is measured on a card: cuSOLVER's dense solver is a long sequence of small dependent steps,
+# so latency bounds it where the matrix is small, and LAPACK on the CPU is ahead.
+CUDA_SOLVES_FROM = 2048
 
-def eigenvalues(L: Tensor) -> Tensor:
+
+def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
     """Eigenvalues of a connectivity matrix, by falling magnitude; equal to a sorted ``torch.linalg.eigvalsh``.
 
     Always solved in float64: near rank one, hundreds of eigenvalues lie below float32 rounding, and their noise
@@ -18,24 +23,36 @@ def eigenvalues(L: Tensor) -> Tensor:
 
     Args:
         L: (..., N, N), floating point, symmetric.
+        solver: where a matrix on a CUDA device is solved. "cpu"; "cuda", but on the CPU where the device's solver
+            fails; "auto" is "cuda" from N = CUDA_SOLVES_FROM on.
 
     Returns:
         (..., N) float64 on L's device.
 
     Raises:
         TypeError: L is not a floating-point tensor.
-        ValueError: L is not square, is empty, not finite, or not symmetric to 1e-4.
+        ValueError: L is not square, is empty, not finite, or not symmetric to 1e-4; unknown solver, or "cuda" for
+            a matrix elsewhere.
     """
+    return _solved(L, solver)[0].to(L.device)
+
+
+def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
+    """The eigenvalues, where they were solved for, and where that was."""
     _check_matrix(L)
-    L = L.detach().double()
-    try:
-        values = torch.linalg.eigvalsh(L)
-    except torch.linalg.LinAlgError:
-        if L.device.type == "cpu":
-            raise
-        # GPU solvers fail on some nearly rank-one matrices.
-        values = torch.linalg.eigvalsh(L.cpu()).to(L.device)
-    return values.gather(-1, values.abs().argsort(-1, descending=True))
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+    if solver == "cuda" and not L.is_cuda:
+        raise ValueError(f"solver: 'cuda' solves matrices on a CUDA device, got one on {L.device}")
+    L, values, used = L.detach(), None, "cpu"
+    if L.is_cuda and (solver == "cuda" or (solver == "auto" and L.shape[-1] >= CUDA_SOLVES_FROM)):
+        try:
+            values, used = torch.linalg.eigvalsh(L.double()), "cuda"
+        except torch.linalg.LinAlgError:  # GPU solvers fail on some nearly rank-one matrices
+            pass
+    if values is None:
+        values = torch.linalg.eigvalsh(L.cpu().double())
+    return values.gather(-1, values.abs().argsort(-1, descending=True)), used
 
 
 def nonlinear_complexity(L: Tensor) -> Tensor:
@@ -79,29 +96,40 @@ class Measurement:
     rule: str
     method: str
     precision: str
-    """``torch.get_float32_matmul_precision()`` at the time; the fused CPU kernels are "highest" whatever it says."""
+    """``torch.get_float32_matmul_precision()`` when the connectivity was computed. In float32 on CUDA, fused
+    kernels follow it: "highest" keeps float32's last bits by a split into two TF32 parts, "high" and "medium"
+    use TF32 on the distance from the chord. On the CPU they are "highest" whatever it says."""
+    solver: str
+    """Where the eigenproblem was solved, in float64: "cpu" or "cuda"."""
 
     def __repr__(self) -> str:
         return (
             f"Measurement(lmn={self.lmn:.6g}, complexity_bits={self.complexity_bits:.6g}, samples={self.samples}, "
-            f"points={self.points}, rule={self.rule!r}, method={self.method!r}, precision={self.precision!r})"
+            f"points={self.points}, rule={self.rule!r}, method={self.method!r}, precision={self.precision!r}, "
+            f"solver={self.solver!r})"
         )
 
 
-def measurement(L: Tensor, *, points: int, rule: str, method: str = "path") -> Measurement:
-    """Solves the eigenproblem of a connectivity matrix that :func:`connectivity` returned; (N, N)."""
-    values = eigenvalues(L)
+def measurement(
+    L: Tensor, *, points: int, rule: str, method: str = "path", precision: str | None = None
+) -> Measurement:
+    """Solves the eigenproblem of a connectivity matrix that :func:`connectivity` returned; (N, N).
+
+    precision: that of its computation; None: the present one.
+    """
+    values, solver = _solved(L)
     bits = ops.spectral_entropy(values)
     return Measurement(
         lmn=float(torch.exp2(bits)),
         complexity_bits=float(bits),
-        eigenvalues=values,
+        eigenvalues=values.to(L.device),
         connectivity=L,
         samples=len(L),
         points=points,
         rule=rule,
         method=method,
-        precision=torch.get_float32_matmul_precision(),
+        precision=precision or torch.get_float32_matmul_precision(),
+        solver=solver,
     )
 
 
@@ -118,8 +146,9 @@ def measure(
 
     Arguments, errors and detachment as :func:`connectivity`.
     """
+    precision = torch.get_float32_matmul_precision()
     L = connectivity(f, x, method=method, points=points, rule=rule, budget=budget)
-    return measurement(L, points=points, rule=rule, method=method)
+    return measurement(L, points=points, rule=rule, method=method, precision=precision)
 
 
 def lmn(

@@ -310,6 +310,49 @@ def test_a_diverged_training_says_so(tmp_path):
         train(replace(TINY, learning_rate=1e30), tmp_path)
 
 
+@pytest.mark.parametrize("updates_before", [0, 3], ids=["from the start", "resumed"])
+def test_warming_up_changes_nothing_and_keeps_every_address(updates_before, tmp_path):
+    warm, cold = (training._Training(TINY, tmp_path) for _ in range(2))
+    for run in (warm, cold):
+        for _ in range(updates_before):
+            run._update()
+    weights = [p.data_ptr() for p in warm.model.parameters()]
+    moments = [m.data_ptr() for state in warm.optimiser.state.values() for m in state.values()]
+    training._warm_up(warm._update, warm.model, warm.optimiser)
+    assert [p.data_ptr() for p in warm.model.parameters()] == weights
+    now = [m for state in warm.optimiser.state.values() for m in state.values()]
+    assert not moments or [m.data_ptr() for m in now] == moments
+    assert now and (updates_before or not any(m.any() for m in now))
+    for run in (warm, cold):
+        for _ in range(2):
+            run._update()
+    for ours, plain in zip(warm.model.parameters(), cold.model.parameters(), strict=True):
+        assert torch.equal(ours, plain) and torch.equal(ours.grad, plain.grad)
+        for name, value in cold.optimiser.state[plain].items():
+            assert torch.equal(warm.optimiser.state[ours][name], value)
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@CUDA
+def test_a_run_on_cuda_takes_the_steps_of_one_on_the_cpu_and_resumes(finished, tmp_path):
+    config = replace(TINY, device="cuda")
+    run = train(config, tmp_path / "at once")
+    train(replace(config, steps=10), tmp_path / "stopped")
+    for other in (run, train(config, tmp_path / "stopped")):
+        assert [row["step"] for row in other.rows] == [0, 5, 10, 15, 20]
+        for row, on_cpu in zip(other.rows, finished.rows, strict=True):
+            for name in ("train_loss", "test_loss", "l2_norm", "lmn_hidden_1"):
+                assert row[name] == pytest.approx(on_cpu[name], rel=1e-3), name
+
+
+@CUDA
+def test_a_diverged_training_on_cuda_says_so(tmp_path):
+    with pytest.raises(FloatingPointError, match="training diverged: train_loss is .* at step 5"):
+        train(replace(TINY, learning_rate=1e30, device="cuda"), tmp_path)
+
+
 # What a run says
 
 

@@ -1,6 +1,8 @@
 """Measuring a network while it trains."""
 
+import functools
 import threading
+import types
 
 import pytest
 import torch
@@ -8,10 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmnfast.probe
-from lmnfast.connectivity import connectivity
-from lmnfast.network import cut
+from lmnfast import _native
+from lmnfast.connectivity import connectivity, enqueue
+from lmnfast.network import cut, python_state
 from lmnfast.probe import COLUMNS, MOST_PENDING, Probe
 from lmnfast.spectrum import measurement
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 
 
 class Network(nn.Module):
@@ -43,22 +49,24 @@ def x():
     return torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
 
 
-def trained(network, probed, steps=7, failing=False):
+def trained(network, probed, device, steps=7, failing=False):
     """Parameters, buffers, optimiser moments and random state after training, with or without a probe."""
     torch.manual_seed(0)
-    model = network()
+    model = network().to(device)
     model.second.eval()  # a frozen part, among others in training
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    x, y = torch.randn(12, 5), torch.randint(3, (12,))
+    x, y = torch.randn(12, 5).to(device), torch.randint(3, (12,)).to(device)
     probe = Probe(model, x, ["first", "second"], every=2) if probed else None
     for step in range(steps):
         loss = F.cross_entropy(model(x), y)
         if probe:
             if failing:
                 probe.inputs = torch.full_like(x, torch.nan)
-                if step % 2 == 0:
+                if step % 2 == 0 and device == "cpu":
                     with pytest.raises(ValueError, match="NaN"):
                         probe(step)
+                else:
+                    probe(step)
             else:
                 probe(step)  # between forward and backward: the graph must survive it too
         loss.backward()
@@ -67,18 +75,24 @@ def trained(network, probed, steps=7, failing=False):
             optimizer.zero_grad()
     if probe:
         probe.close()
-        assert len(probe.history) == (0 if failing else 8)
+        if failing and device != "cpu":
+            with pytest.raises(RuntimeError, match="x: NaN or Inf in sample 0, the first of 12"):
+                probe.history  # noqa: B018
+        else:
+            assert len(probe.history) == (0 if failing else 8)
     moments = [m for s in optimizer.state_dict()["state"].values() for m in s.values()]
     grads = [p.grad for p in model.parameters()]
     modes = torch.tensor([part.training for part in model.modules()])
     assert not any(part._forward_hooks for part in model.modules())
-    return [*model.state_dict().values(), *moments, *grads, modes, torch.get_rng_state(), torch.rand(3)]
+    random = [torch.get_rng_state(), torch.rand(3), torch.rand(3, device=device)]
+    return [*model.state_dict().values(), *moments, *grads, modes, *random]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("failing", [False, True], ids=["measuring", "failing to measure"])
 @pytest.mark.parametrize("network", [Network, Untraceable])
-def test_training_with_a_probe_is_bit_identical_to_training_without(network, failing):
-    with_probe, without = trained(network, True, failing=failing), trained(network, False)
+def test_training_with_a_probe_is_bit_identical_to_training_without(network, failing, device):
+    with_probe, without = trained(network, True, device, failing=failing), trained(network, False, device)
     for ours, plain in zip(with_probe, without, strict=True):
         assert ours is plain is None or torch.equal(ours, plain)
 
@@ -102,6 +116,7 @@ def test_a_row_holds_what_measuring_the_cut_gives(model, x):
             "rule": "lobatto",
             "method": "path",
             "precision": expected.precision,
+            "solver": "cpu",
             "loss": 0.5,
             "accuracy": 0.25,
         }
@@ -138,7 +153,7 @@ def test_a_dropout_model_in_training_is_measured_in_eval_mode(model, x):
 
 
 def test_the_eigenproblem_is_solved_on_one_background_thread(model, x, monkeypatch):
-    threads = {"connectivity": set(), "measurement": set()}
+    threads = {"enqueue": set(), "measurement": set()}
 
     def recording(name):
         original = getattr(lmnfast.probe, name)
@@ -149,14 +164,14 @@ def test_the_eigenproblem_is_solved_on_one_background_thread(model, x, monkeypat
 
         monkeypatch.setattr(lmnfast.probe, name, call)
 
-    recording("connectivity")
+    recording("enqueue")
     recording("measurement")
     probe = Probe(model, x, ["first", "second"], every=1)
     for _ in range(3):
         probe()
     assert len(probe.history) == 6
-    assert threads["connectivity"] == {threading.get_ident()}
-    assert len(threads["measurement"]) == 1 and threads["measurement"] != threads["connectivity"]
+    assert threads["enqueue"] == {threading.get_ident()}
+    assert len(threads["measurement"]) == 1 and threads["measurement"] != threads["enqueue"]
 
 
 @pytest.fixture
@@ -213,15 +228,197 @@ def test_a_step_that_fails_leaves_no_row(model, x, monkeypatch):
 
     def fail_on_second(f, samples, **settings):
         calls.append(samples)
-        if len(calls) == 2:
+        if len(calls) in (2, 3):  # with the kept tail and with one cut anew
             raise ValueError("f: NaN")
-        return connectivity(f, samples, **settings)
+        return enqueue(f, samples, **settings)
 
-    monkeypatch.setattr(lmnfast.probe, "connectivity", fail_on_second)
+    monkeypatch.setattr(lmnfast.probe, "enqueue", fail_on_second)
     with pytest.raises(ValueError, match="f: NaN"):
         probe(0)
     assert probe.history == [] and not probe.ready(0) and probe.pending == 0
     assert probe(1) and len(probe.history) == 2
+
+
+# ---- a tail that is kept ----
+
+
+class Scaled(Network):
+    """Its forward reads Python values of every kind that tracing makes a constant of."""
+
+    gain = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.slope = 1.0
+        self.options = {"offsets": [0.0, 0.0]}
+        self.settings = types.SimpleNamespace(power=1)
+        self.scale = torch.ones(1)
+
+    def forward(self, x):
+        y = self.second(F.silu(self.first(x)))
+        y = F.silu(self.gain * self.slope * self.scale * y + self.options["offsets"][1])
+        return self.out(y) ** self.settings.power
+
+
+def weight_replaced(model):
+    model.out.weight = nn.Parameter(model.out.weight.detach() * F.silu(torch.arange(3.0) - 1)[:, None])
+
+
+def module_replaced(model):
+    model.second = nn.Sequential(model.second, nn.ReLU())
+
+
+CHANGES = {
+    "nothing": lambda model: None,
+    "training mode": lambda model: model.train(not model.training),
+    "values of parameters": lambda model: [p.data.mul_(2) for p in model.parameters()],
+    "values of a tensor": lambda model: model.scale.mul_(3),
+    "an attribute": lambda model: setattr(model, "slope", 4.0),
+    "an entry of a list in a dict": lambda model: model.options["offsets"].__setitem__(1, 2.0),
+    "an attribute of an attribute": lambda model: setattr(model.settings, "power", 2),
+    "a tensor": lambda model: setattr(model, "scale", torch.full((1,), 3.0)),
+    "a parameter": weight_replaced,
+    "a module": module_replaced,
+    "a hook": lambda model: model.out.register_forward_hook(lambda module, args, y: y.sin()),
+    "the dtype": lambda model: model.double(),
+    "what only outputs show": None,
+}
+FOLLOWED = ("nothing", "training mode", "values of parameters")
+SAME_NUMBER = ("nothing", "training mode", "the dtype")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_changes_is_measured_as_it_is(change, x, monkeypatch):
+    torch.manual_seed(0)
+    model, cuts = Scaled(), []
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+
+    def counting(*args):
+        cuts.append(args)
+        return cut(*args)
+
+    monkeypatch.setattr(lmnfast.probe, "cut", counting)
+    probe = Probe(model, x, "first", every=1)
+    probe()
+    assert len(cuts) == 1
+    before = connectivity(*cut(model, "first", x))
+    if change == "what only outputs show":
+        monkeypatch.setattr(Scaled, "gain", 5.0)
+    else:
+        CHANGES[change](model)
+        if change == "the dtype":
+            probe.inputs = x.double()
+    probe()
+    probe()
+    L = connectivity(*cut(model, "first", probe.inputs))
+    expected = measurement(L, points=21, rule="uniform").lmn
+    assert [row["lmn"] for row in probe.history[1:]] == pytest.approx([expected, expected], rel=1e-6)
+    if change not in SAME_NUMBER:
+        assert (L - before).abs().max() > 1e-3, "the change was to make a difference"
+    assert len(cuts) == (1 if change in FOLLOWED else 2)
+
+
+def test_measuring_does_not_change_the_python_state(model, x):
+    before = python_state(model, x)
+    Probe(model, x, ["first", "second"], every=1)()
+    assert python_state(model, x) == before != python_state(model, x.clone())
+    model.numbers = list(range(10_000))  # too long to be compared: as if it had changed
+    assert python_state(model, x) != python_state(model, x)
+
+
+def test_where_checks_wait_a_change_that_only_outputs_show_fails_that_row_and_no_other(x, monkeypatch):
+    torch.manual_seed(0)
+    probe = Probe(Scaled(), x, "first", every=1)
+    monkeypatch.setattr(lmnfast.probe, "enqueue", functools.partial(enqueue, deferred=True))
+    probe()
+    assert len(probe.history) == 1
+    monkeypatch.setattr(Scaled, "gain", 5.0)
+    probe()
+    with pytest.raises(
+        RuntimeError, match="layer 'first' at step 1 failed: f: its outputs on the samples are not"
+    ):
+        probe.history  # noqa: B018
+    probe()
+    assert probe._rows[2][0].result()["lmn"] > 1
+
+
+def test_the_precision_of_a_row_is_that_of_its_connectivity(model, x, held):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        probe = Probe(model, x, "first", every=1)
+        probe()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    held.set()
+    assert probe.history[0]["precision"] == "medium"
+
+
+# ---- on a CUDA device ----
+
+
+class Residual(nn.Module):
+    """No chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = F.silu(self.first(x))
+        return y + F.silu(self.second(y))
+
+
+def chain():
+    return nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 3))
+
+
+def on_cuda(network):
+    torch.manual_seed(0)
+    device = torch.device("cuda", torch.cuda.device_count() - 1)  # not the default one where there are more
+    return network().to(device), ("first" if network is Residual else "0"), torch.randn(12, 5).to(device)
+
+
+@CUDA
+@pytest.mark.parametrize("network", [chain, Residual])
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_training_may_go_on_at_once_and_does_not_change_the_value(network, own_stream):
+    model, layer, x = on_cuda(network)
+    expected = measurement(connectivity(*cut(model, layer, x)), points=21, rule="uniform").lmn
+    stream = torch.cuda.Stream(x.device) if own_stream else torch.cuda.default_stream(x.device)
+    stream.wait_stream(torch.cuda.default_stream(x.device))
+    with Probe(model, x, layer, every=1) as probe, torch.cuda.stream(stream):
+        with torch.cuda.stream(probe._streams_on(x.device)[0]):
+            torch.cuda._sleep(200_000_000)  # a tenth of a second: no connectivity before what follows
+        loss = torch.ones((), device=x.device)
+        probe(0, loss=loss)
+        with torch.no_grad():
+            for value in (*model.parameters(), loss):
+                value.mul_(3)
+    row = probe.history[0]
+    assert row["lmn"] == pytest.approx(expected, rel=1e-5) and row["loss"] == 1 and row["solver"] == "cpu"
+
+
+@CUDA
+@pytest.mark.parametrize("network", [chain, Residual])
+def test_the_calling_thread_does_not_wait_for_the_device(network):
+    if not _native.cuda_built():
+        pytest.skip("built without CUDA kernels")
+    model, layer, x = on_cuda(network)
+    with Probe(model, x, layer, every=1) as probe:
+        probe(0)
+        assert len(probe.history) == 1
+        free = threading.Event()
+        probe._solver.submit(free.wait, 60)  # it does wait, and the mode is for all threads
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            probe(1, loss=torch.ones((), device=x.device))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            free.set()
+    assert [row["lmn"] for row in probe.history] == pytest.approx([probe.history[0]["lmn"]] * 2, rel=1e-6)
 
 
 def test_closing_waits_and_keeps_the_history(model, x):

@@ -4,6 +4,15 @@ import torch
 from torch import nn
 
 import lmnfast
+from lmnfast import spectrum
+from lmnfast.spectrum import measurement
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def symmetric(*shape, seed=0):
+    A = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (A + A.mT) / 2
 
 
 def blocks(sizes, dtype=torch.float64):
@@ -70,14 +79,61 @@ def test_a_measurement_carries_what_its_value_depends_on():
     f, x = nn.Sequential(nn.Linear(6, 20), nn.SiLU(), nn.Linear(20, 3)), 3 * torch.randn(30, 6)
     m = lmnfast.measure(f, x, points=9, rule="lobatto")
     assert (m.samples, m.points, m.rule, m.method) == (30, 9, "lobatto", "path")
-    assert m.precision == torch.get_float32_matmul_precision()
+    assert m.precision == torch.get_float32_matmul_precision() and m.solver == "cpu"
     assert torch.equal(m.connectivity, lmnfast.connectivity(f, x, points=9, rule="lobatto"))
     assert torch.equal(m.eigenvalues, lmnfast.eigenvalues(m.connectivity))
     assert m.lmn == pytest.approx(2**m.complexity_bits, rel=1e-12)
     assert m.lmn == lmnfast.lmn(f, x, points=9, rule="lobatto").item() != lmnfast.lmn(f, x).item()
     assert 1 < m.lmn < 30 and "lmn=" in repr(m) and "tensor" not in repr(m)
+    assert "precision='highest', solver='cpu')" in repr(m)
+    assert measurement(m.connectivity, points=9, rule="lobatto", precision="medium").precision == "medium"
     with pytest.raises(AttributeError):
         m.lmn = 2.0
+
+
+def test_the_solver_of_a_matrix_on_the_cpu_is_the_cpu():
+    L = symmetric(2, 5, 5)
+    assert torch.equal(lmnfast.eigenvalues(L, "auto"), lmnfast.eigenvalues(L, solver="cpu"))
+    with pytest.raises(ValueError, match="solver: 'cuda' solves matrices on a CUDA device, got one on cpu"):
+        lmnfast.eigenvalues(L, solver="cuda")
+    with pytest.raises(ValueError, match="solver: expected one of auto, cpu, cuda, got 'magma'"):
+        lmnfast.eigenvalues(L, solver="magma")
+
+
+@CUDA
+@pytest.mark.parametrize("solver", spectrum.SOLVERS)
+@pytest.mark.parametrize("shape", [(30, 30), (3, 30, 30)])
+def test_solvers_agree_and_the_result_is_on_the_matrix_device(solver, shape, dtype):
+    L = symmetric(*shape).to(dtype)
+    values = lmnfast.eigenvalues(L.cuda(), solver=solver)
+    assert values.device.type == "cuda" and values.dtype == torch.float64
+    assert torch.allclose(values.abs().cpu(), lmnfast.eigenvalues(L).abs(), rtol=0, atol=1e-12)
+
+
+@CUDA
+def test_small_matrices_are_solved_on_the_cpu_and_large_ones_on_the_card(monkeypatch):
+    monkeypatch.setattr(spectrum, "CUDA_SOLVES_FROM", 8)
+    for n, where in ((7, "cpu"), (8, "cuda")):
+        m = measurement(symmetric(n, n).cuda(), points=21, rule="uniform")
+        assert m.solver == where and m.eigenvalues.device.type == "cuda"
+
+
+@CUDA
+def test_where_the_card_fails_the_cpu_solves_and_is_named(monkeypatch):
+    solve, L = torch.linalg.eigvalsh, symmetric(9, 9).cuda()
+    calls = []
+
+    def failing(L):
+        calls.append(L.device.type)
+        if L.is_cuda:
+            raise torch.linalg.LinAlgError("did not converge")
+        return solve(L)
+
+    monkeypatch.setattr(spectrum, "CUDA_SOLVES_FROM", 1)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", failing)
+    m = measurement(L, points=21, rule="uniform")
+    assert calls == ["cuda", "cpu"] and m.solver == "cpu"
+    assert m.eigenvalues.device == L.device
 
 
 def test_lmn_is_a_0_dim_float64_tensor():

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
@@ -189,6 +189,31 @@ class _Training:
         if [row["step"] for row in self.rows] != list(range(0, self.step + 1, self.config.every)):
             raise ValueError(f"out: {metrics} lacks rows that it had; --force starts the run anew")
 
+    def _update(self) -> None:
+        loss = cross_entropy(self.model(self.task.train_inputs), self.task.train_labels)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+
+    def _captured(self) -> Callable[[], None]:
+        """The update as one CUDA graph, launched as a whole."""
+
+        def set_capturable(value: bool) -> None:  # true only for the capture: a step outside of one warns
+            for group in self.optimiser.param_groups:
+                group["capturable"] = value
+
+        set_capturable(False)
+        stream = torch.cuda.Stream()  # one for both, as autograd remembers where it accumulates gradients
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            _warm_up(self._update, self.model, self.optimiser)
+        torch.cuda.current_stream().wait_stream(stream)
+        set_capturable(True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._update()
+        return graph.replay
+
     def run(self, progress: bool) -> None:
         config, task = self.config, self.task
         if progress and self.step >= 0:
@@ -196,6 +221,8 @@ class _Training:
             print(f"{self.path}: {how} step {self.step}")
         if self.step == config.steps:
             return
+        # Before the probe's thread is there: a capture does not stand other threads' calls of CUDA.
+        update = self._captured() if config.device == "cuda" else self._update
         with (
             _probe(self.model, task.train_inputs, config, config.every) as self.probe,
             _bar(config.steps, max(self.step, 0), progress) as self.bar,
@@ -203,10 +230,7 @@ class _Training:
             if self.step < 0:
                 self.measure(0)
             for step in range(max(self.step, 0) + 1, config.steps + 1):
-                loss = cross_entropy(self.model(task.train_inputs), task.train_labels)
-                self.optimiser.zero_grad()
-                loss.backward()
-                self.optimiser.step()
+                update()
                 if self.bar:
                     self.bar.update()
                 if step % config.every == 0:
@@ -252,6 +276,24 @@ class _Training:
         now = time.perf_counter()
         self.seconds[activity] += now - self.clock
         self.clock = now
+
+
+def _warm_up(update: Callable[[], None], model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    """Runs the update a few times, so that all that it sets up at first is there, and undoes it in place: the
+    optimiser's state exists afterwards, and counts as none if there was none."""
+    parameters = list(model.parameters())
+    before = [
+        (p.detach().clone(), {name: value.clone() for name, value in optimiser.state.get(p, {}).items()})
+        for p in parameters
+    ]
+    for _ in range(3):
+        update()
+    optimiser.zero_grad()
+    with torch.no_grad():
+        for p, (weights, moments) in zip(parameters, before, strict=True):
+            p.copy_(weights)
+            for name, value in optimiser.state[p].items():
+                value.copy_(moments[name] if moments else torch.zeros_like(value))
 
 
 def measure(
