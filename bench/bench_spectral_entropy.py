@@ -19,10 +19,13 @@ BARS = {
 
 @pytest.mark.parametrize("shape", [(768,), (4096,), (64, 768), (201, 961)])
 @pytest.mark.parametrize("bar", BARS)
-def bench_spectral_entropy(benchmark, shape, bar):
-    benchmark.group = f"spectral_entropy {' x '.join(map(str, shape))}"
+def bench_spectral_entropy(benchmark, measure, device, shape, bar):
+    benchmark.group = f"spectral_entropy {' x '.join(map(str, shape))}, {device.type}"
     benchmark.extra_info["bar"] = bar
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
     if not bar.startswith("sum"):
         assert torch.allclose(BARS[bar](w), reference.spectral_entropy(w), rtol=1e-12)
-    benchmark(BARS[bar], w)
+    if device.type == "cpu":
+        benchmark(BARS[bar], w)
+    else:
+        measure(BARS[bar], (w,), rounds=15)

@@ -1,20 +1,44 @@
-"""The table at the end of a benchmark run: ours, the rivals, the floor, and their ratios, all from this run.
+"""What every benchmark shares: devices, timing, floors, and the table at the end, all from this run.
 
 A benchmark's group is one problem; in it, the benchmark whose ``extra_info["bar"]`` is "ours" is compared with the
-others. ``floor_s`` in extra_info is a predicted time: work over a rate measured in this run.
+others. ``floor_s`` in extra_info is a predicted time: work over a rate measured in this run, or, where an execution
+unit of a card is the limit, over that unit's rate by the vendor's tables at the card's highest clock.
 """
 
-import platform
+import functools
 import subprocess
 import time
-from collections import defaultdict
 
 import pytest
 import torch
+from report import machine, table
 
 from lmnfast import ops
 from lmnfast.network import Activation, Chain
 from lmnfast.quadrature import path_nodes
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# Per multiprocessor and clock, dense: matrix units' TF32 multiply-adds, by compute capability. FP32 lanes and
+# special functions (MUFU) are 128 and 16 on sm_90, 64 and 16 on sm_80.
+TF32_RATE = {(8, 0): 512, (9, 0): 1024}
+FP32_RATE = {(8, 0): 64, (9, 0): 128}
+MUFU_RATE = 16
+FP32_PER_ACTIVATION = (
+    9  # interpolation, chord, product with the sigmoid, rounding to TF32: an estimate of the design
+)
+LONG_ENOUGH = 2e-3  # seconds, where a call's launches no longer show
+
+
+def synchronised() -> float:
+    """Seconds, once the device has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=synchronised))
 
 
 def best_of(call, repeats: int = 5) -> float:
@@ -22,10 +46,47 @@ def best_of(call, repeats: int = 5) -> float:
     call()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = synchronised()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(synchronised() - start)
     return min(times)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def measure(benchmark, device):
+    """Times a call. On CUDA it is what the device is busy: a short call is replayed from a CUDA graph, back to back,
+    so that neither Python nor a launch shows in it; ``call_ms`` in extra_info is one call and the wait for it."""
+
+    def run(call, arguments, rounds: int, warmup_rounds: int = 1) -> None:
+        if device.type == "cpu":
+            benchmark.pedantic(call, arguments, rounds=rounds, warmup_rounds=warmup_rounds)
+            return
+        seconds = best_of(lambda: call(*arguments))
+        benchmark.extra_info["call_ms"] = seconds * 1e3
+        replay = _captured(call, arguments) if seconds < LONG_ENOUGH else None
+        timed = replay or functools.partial(call, *arguments)
+        iterations = max(1, round(10 * LONG_ENOUGH / best_of(timed)))
+        benchmark.extra_info["graph"] = replay is not None
+        benchmark.pedantic(timed, rounds=rounds, iterations=iterations, warmup_rounds=1)
+
+    return run
+
+
+def _captured(call, arguments):
+    """The call's work on the device as one launch; None where it cannot be captured because it waits."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call(*arguments)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 @pytest.fixture
@@ -49,6 +110,71 @@ def activation_rate() -> float:
     return max(pytorchs, ours)
 
 
+@functools.cache
+def copy_rate() -> float:
+    """Bytes per second that a large copy within the card's memory reads and writes together."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_of(lambda: target.copy_(source), 10)
+
+
+@functools.cache
+def clock() -> float:
+    """The card's highest, in Hz."""
+    kilohertz = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0)
+    if kilohertz:
+        return 1e3 * kilohertz
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "-i0"]
+    return 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.fixture
+def path_connectivity_floor(request, device):
+    """Predicted seconds of the fused kernel, by what limits it, for SiLU between layers of these widths.
+
+    The first Linear works on the samples alone. On the CPU the parts add up; on a card they overlap, and the largest
+    counts.
+    """
+
+    def floor(n: int, interior: int, widths: tuple[int, ...]) -> dict[str, float]:
+        points, hidden = n * (n - 1) / 2 * interior, widths[1:-1]
+        layers = list(zip(hidden, widths[2:]))
+        if device.type == "cpu":
+            sgemm, activation = (request.getfixturevalue(f"{of}_rate") for of in ("sgemm", "activation"))
+            parts = {
+                "products_s": points * sum(k * m for k, m in layers) / sgemm,
+                "activations_s": points * sum(hidden) / activation,
+            }
+            return {"floor_s": sum(parts.values()), **parts}
+        card = torch.cuda.get_device_properties(0)
+        kind, cycles = (card.major, card.minor), card.multi_processor_count * clock()
+        parts = {
+            "MUFU_s": points * sum(map(_up_to_8, hidden)) / (MUFU_RATE * cycles),
+            "memory_s": 4 * n * (n + widths[1]) / copy_rate(),
+        }
+        if kind in TF32_RATE:
+            products = 3 if torch.get_float32_matmul_precision() == "highest" else 1  # a split into two parts
+            multiply_adds = points * sum(_up_to_8(k) * _up_to_8(m) for k, m in layers)
+            parts["TF32_s"] = products * multiply_adds / (TF32_RATE[kind] * cycles)
+            parts["FP32_s"] = FP32_PER_ACTIVATION * points * sum(hidden) / (FP32_RATE[kind] * cycles)
+        return {"floor_s": max(parts.values()), **parts}
+
+    return floor
+
+
+def _up_to_8(width: int) -> int:
+    return (width + 7) // 8 * 8
+
+
+@pytest.fixture
+def precision(request):
+    """torch.set_float32_matmul_precision for one benchmark; "highest" unless parametrised."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(getattr(request, "param", "highest"))
+    yield torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(autouse=True)
 def no_grad():
     with torch.no_grad():
@@ -59,33 +185,7 @@ def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     if session is None or not session.benchmarks:
         return
-    groups = defaultdict(list)
-    for bench in session.benchmarks:
-        groups[bench.group].append(bench)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     terminalreporter.section("ratios")
-    terminalreporter.write_line(
-        f"{_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}"
-    )
-    terminalreporter.write_line("| problem | bar | median ms | min ms | median over ours | over its floor |")
-    terminalreporter.write_line("|---|---|--:|--:|--:|--:|")
-    for group, benches in groups.items():
-        ours = next((b for b in benches if b.extra_info.get("bar") == "ours"), None)
-        for b in sorted(benches, key=lambda b: b.stats.median):
-            ratio = f"{b.stats.median / ours.stats.median:.3g}" if ours else ""
-            floor = b.extra_info.get("floor_s")
-            over = f"{b.stats.median / floor:.2f}" if floor else ""
-            terminalreporter.write_line(
-                f"| {group} | {b.extra_info.get('bar', b.name)} | {b.stats.median * 1e3:.3f} "
-                f"| {b.stats.min * 1e3:.3f} | {ratio} | {over} |"
-            )
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in machine().items()))
+    for line in table([bench.as_dict(include_data=False) for bench in session.benchmarks]):
+        terminalreporter.write_line(line)

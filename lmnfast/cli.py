@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _grok(options: argparse.Namespace) -> None:
     _need_extra()
+    _need_device(options)
     given = _given(options)
     out, force = given.pop("out", None), given.pop("force", False)
     config = Config(**given)
@@ -101,6 +102,7 @@ def _grok(options: argparse.Namespace) -> None:
 
 def _measure(options: argparse.Namespace) -> None:
     _need_extra()
+    _need_device(options)
     path, rows = measure(**_given(options), progress=True)
     columns = [name for name in rows[0] if name == "step" or name.startswith("lmn_")]
     print(*(f"{name:>16}" for name in columns))
@@ -111,12 +113,44 @@ def _measure(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     native = _native.info()
-    built = f"built for {native['cuda_archs']}" if native["cuda_built"] else "not built"
-    seen = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device seen"
-    print(f"lmnfast          {__version__}")
-    print(f"torch            {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"instruction set  {native['isa']} (of {', '.join(native['isas'])}; LMNFAST_ISA chooses)")
-    print(f"CUDA             {built}, {seen}")
+    facts = [
+        ("lmnfast", __version__),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("instruction set", f"{native['isa']} (of {', '.join(native['isas'])}; LMNFAST_ISA chooses)"),
+        ("CUDA kernels", _kernels(str(native["cuda_archs"]).split())),
+    ]
+    if reason := _no_device():
+        facts.append(("CUDA device", f"none: {reason}"))
+    for n in range(torch.cuda.device_count() if reason is None else 0):
+        facts.append((f"CUDA device {n}", _device(torch.device("cuda", n))))
+    for name, value in facts:
+        print(f"{name:15}  {value}")
+
+
+def _kernels(targets: list[str]) -> str:
+    if not targets:
+        return f"none: {_native.cuda_problem()}"
+    return f"for {', '.join(f'sm_{target}' for target in targets)}, and as PTX for later cards"
+
+
+def _device(device: torch.device) -> str:
+    card = torch.cuda.get_device_properties(device)
+    found = f"{card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / 2**30:.1f} GiB"
+    problem = _native.cuda_problem(device) if _native.cuda_built() else None
+    return f"{found}; not usable: {problem}" if problem else found
+
+
+def _no_device() -> str | None:
+    """Why torch sees no CUDA device; None where it sees one."""
+    if torch.cuda.is_available():
+        return None
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is a CPU build; install one for CUDA"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # torch knows whether the driver is missing or too old
+        return str(error).splitlines()[0]
+    return "torch does not say why; look at the driver with nvidia-smi, and at CUDA_VISIBLE_DEVICES"
 
 
 def _summary(run: Run) -> str:
@@ -162,6 +196,15 @@ def _need_extra() -> None:
     missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
     if missing:
         raise ValueError(f"this command needs {' and '.join(missing)}: pip install 'lmnfast[grok]'")
+
+
+def _need_device(options: argparse.Namespace) -> None:
+    wanted = getattr(options, "device", "auto")
+    reason = _no_device() if wanted == "cuda" else None
+    if wanted != "cpu" and torch.cuda.is_available() and _native.cuda_built():
+        reason = _native.cuda_problem()  # a card that the kernels were not built for
+    if reason:
+        raise ValueError(f"device: cuda is not available: {reason}; --device=cpu computes on the CPU")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,19 +61,88 @@ def test_measure_prints_and_writes_a_table(tmp_path, capsys):
     assert written == f"written: {tmp_path}/measure-embedding+hidden_1-path-uniform11.csv"
 
 
+def facts(said):
+    """What info printed, by name."""
+    return {line[:15].rstrip(): line[17:] for line in said.splitlines()}
+
+
 def test_info_works_without_the_extra():
     blocked = "import sys; sys.modules.update(tqdm=None, matplotlib=None); "
     program = blocked + "from lmnfast.cli import main; main(['info'])"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    facts = dict(
-        line.split(maxsplit=1) for line in said.replace("instruction set", "instruction_set").splitlines()
+    native, said = _native.info(), facts(said)
+    assert said["lmnfast"] == version("lmnfast")
+    assert said["torch"].startswith(torch.__version__)
+    assert said["instruction set"].startswith(native["isa"])
+    assert said["CUDA kernels"].startswith("for sm_") == native["cuda_built"]
+    assert ("CUDA device" in said) != torch.cuda.is_available()
+
+
+def fake_card(monkeypatch, major, minor):
+    card = SimpleNamespace(name="Card", major=major, minor=minor, total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(
+        _native,
+        "cuda_problem",
+        lambda device=None: "older than sm_80" if (major, minor) < (8, 0) else None,
     )
-    native = _native.info()
-    assert facts["lmnfast"] == version("lmnfast")
-    assert facts["torch"].startswith(torch.__version__)
-    assert facts["instruction_set"].startswith(native["isa"])
-    assert ("not built" in facts["CUDA"]) != native["cuda_built"]
-    assert ("no device seen" in facts["CUDA"]) != torch.cuda.is_available()
+    monkeypatch.setattr(_native, "cuda_built", lambda: True)
+
+
+@pytest.mark.parametrize(
+    "capability, line",
+    [
+        ((9, 0), "Card, compute capability 9.0, 16.0 GiB"),
+        ((7, 0), "Card, compute capability 7.0, 16.0 GiB; not usable: older than sm_80"),
+    ],
+)
+def test_info_names_the_card(capability, line, monkeypatch, capsys):
+    fake_card(monkeypatch, *capability)
+    assert cli.main(["info"]) == 0
+    assert facts(capsys.readouterr().out)["CUDA device 0"] == line
+
+
+@pytest.mark.parametrize(
+    "built, refusal, reason",
+    [
+        (False, None, f"torch {torch.__version__} is a CPU build; install one for CUDA"),
+        (
+            True,
+            "The NVIDIA driver is too old (found version 11040).\nUpdate it.",
+            "The NVIDIA driver is too old",
+        ),
+        (True, None, "torch does not say why; look at the driver"),
+    ],
+)
+def test_info_and_grok_say_why_there_is_no_card(built, refusal, reason, tmp_path, monkeypatch, capsys):
+    def init():
+        if refusal:
+            raise RuntimeError(refusal)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert cli.main(["info"]) == 0
+    assert facts(capsys.readouterr().out)["CUDA device"].startswith(f"none: {reason}")
+    for command in ([*TINY, f"--out={tmp_path}/run"], ["measure", tmp_path / "run"]):
+        said = failure(capsys, *command, "--device=cuda")
+        assert said.startswith(f"device: cuda is not available: {reason}")
+        assert said.endswith("; --device=cpu computes on the CPU")
+
+
+def test_a_card_older_than_the_build_is_refused_by_name(tmp_path, monkeypatch, capsys):
+    fake_card(monkeypatch, 7, 0)
+    said = failure(capsys, *TINY, "--device=cuda", f"--out={tmp_path}/run")
+    assert said.startswith("device: cuda is not available: older than sm_80; --device=cpu")
+
+
+def test_info_says_why_there_are_no_cuda_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(_native, "info", lambda: {"isa": "avx2", "isas": ["avx2"], "cuda_archs": ""})
+    monkeypatch.setattr(_native, "cuda_problem", lambda device=None: "this build of lmnfast has none")
+    assert cli.main(["info"]) == 0
+    assert facts(capsys.readouterr().out)["CUDA kernels"] == "none: this build of lmnfast has none"
 
 
 @pytest.mark.parametrize("command", [["grok", "s4"], ["measure", "run"]])
@@ -89,8 +159,6 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "bits: the task" in failure(capsys, *TINY, "--bits=5", f"--out={tmp_path}/run")
     assert "holds no config.json" in failure(capsys, "measure", tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    if not torch.cuda.is_available():
-        assert "cuda is not available" in failure(capsys, *TINY, "--device=cuda", f"--out={tmp_path}/run")
 
 
 def test_another_run_in_the_directory_needs_force(tmp_path, capsys):

@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Everything that only a machine with an NVIDIA card can say. Needs no network: a Python with torch for CUDA, pybind11,
+# cmake, ninja, pytest and pytest-benchmark, and nvcc. Builds and installs lmnfast into that Python.
+#
+#   bench/gpu.sh build test sanitize    9 minutes at most
+#   bench/gpu.sh build bench            likewise
+#   bench/gpu.sh bench PART...          only these: path_connectivity path_r2 connectivity spectral_entropy spectrum probe
+#
+# RESULTS=DIRECTORY: where the benchmarks' <card>.json and <card>.md go (bench/results). A stage that fails or runs out
+# of time does not keep the next from running; the exit code is 1 then. ONLY=cpu tries the script without a card.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results=${RESULTS:-bench/results}
+only=${ONLY:-cuda}
+python=${PYTHON:-python3}
+log=$(mktemp -d)
+trap 'rm -rf "$log"' EXIT
+failed=()
+command_line="bench/gpu.sh $*"
+
+# stage NAME SECONDS COMMAND...: SIGINT first, so that pytest still writes what it has
+stage() {
+  local name=$1 seconds=$2
+  shift 2
+  echo "=== $name (at most $seconds s)"
+  local start=$SECONDS
+  timeout --signal=INT --kill-after=15 "$seconds" "$@"
+  local code=$?
+  [ $code -eq 124 ] || [ $code -eq 137 ] && echo "$name: out of time" >&2
+  [ $code -eq 0 ] || failed+=("$name")
+  echo "=== $name: exit code $code after $((SECONDS - start)) s"
+}
+
+build() {
+  local cuda=on
+  [ "$only" = cuda ] || cuda=off
+  stage build 140 env LMNFAST_CUDA=$cuda "$python" -m pip install --no-build-isolation --no-deps .
+  # From elsewhere, or the checkout's own folder would be imported.
+  (cd / && "$python" -m lmnfast.cli info)
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm --format=csv 2>/dev/null || true
+}
+
+tests() {
+  # -P: else the checkout's lmnfast, which has no compiled core, comes before the installed one.
+  stage "GPU tests" 180 "$python" -P -m pytest -p no:cacheprovider -k "$only" --maxfail=20 tests
+}
+
+# One small call of each kernel and route, its result held to the CPU's; every shape has a remainder somewhere.
+small='
+import sys, torch
+from lmnfast import ops
+from lmnfast.network import recognise
+from lmnfast.quadrature import path_nodes
+device = sys.argv[1]
+def same(name, on_device, on_cpu, bound):
+    error = float((on_device.cpu().double() - on_cpu.double()).abs().max())
+    assert error < bound, (name, error)
+    print(name, error)
+torch.manual_seed(0)
+rule = path_nodes("uniform", 21)
+for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+    for pairs, k in ((37, 1), (37, 10), (19, 31), (5, 300), (5, 301)):
+        y, ends = torch.randn(pairs, 19, k, dtype=dtype), torch.randn(9, k, dtype=dtype)
+        first, second = torch.randint(9, (2, pairs))
+        there = [v.to(device) for v in (y, ends, first, second)]
+        same(f"path_r2 {dtype} {pairs} x 19 x {k}", ops.path_r2(*there, *rule),
+             ops.path_r2(y, ends, first, second, *rule), bound)
+    w = torch.randn(3, 101, dtype=dtype)
+    same(f"spectral_entropy {dtype}", ops.spectral_entropy(w.to(device)), ops.spectral_entropy(w), 1e-10)
+    for widths in ((7, 10, 3), (20, 100, 31), (20, 40, 50, 33)):
+        for act in (torch.nn.SiLU(), torch.nn.GELU(), torch.nn.ReLU()):
+            layers = [m for a, b in zip(widths, widths[1:]) for m in (torch.nn.Linear(a, b), act)][:-1]
+            net = torch.nn.Sequential(*layers).requires_grad_(False).to(dtype)
+            x = torch.randn(37, widths[0], dtype=dtype)
+            on_cpu = ops.path_connectivity(recognise(net), x, *rule)
+            for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+                torch.set_float32_matmul_precision(precision)
+                there = ops.path_connectivity(recognise(net.to(device)), x.to(device), *rule)
+                same(f"path_connectivity {dtype} {precision} {widths} {act}", there, on_cpu,
+                     2e-3 if precision == "high" else bound)
+                net.to("cpu")
+'
+
+sanitize() {
+  echo "$small" > "$log/small.py"
+  stage "small calls" 40 "$python" -P "$log/small.py" "$only"
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "sanitize: no compute-sanitizer on the path" >&2
+    failed+=(sanitize)
+    return
+  fi
+  for tool in memcheck racecheck; do
+    # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows.
+    stage $tool 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+      "$python" "$log/small.py" "$only"
+  done
+}
+
+bench() {
+  local parts=("$@") written=() seconds
+  if ! "$python" -c "import pytest_benchmark"; then
+    echo "bench: expected the Python package pytest-benchmark in $python" >&2
+    failed+=(bench)
+    return
+  fi
+  [ ${#parts[@]} -gt 0 ] || parts=(path_r2 path_connectivity spectral_entropy connectivity spectrum probe)
+  for part in "${parts[@]}"; do
+    case $part in
+      path_connectivity) seconds=220 ;;
+      path_r2 | spectrum) seconds=60 ;;
+      *) seconds=25 ;;
+    esac
+    stage "bench $part" $seconds "$python" -P -m pytest -p no:cacheprovider "bench/bench_$part.py" -k "$only" \
+      -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning --benchmark-json="$log/$part.json"
+    [ -s "$log/$part.json" ] && written+=("$log/$part.json")
+  done
+  [ ${#written[@]} -eq 0 ] || stage report 20 "$python" bench/report.py "$results" "$command_line" "${written[@]}"
+}
+
+[ $# -gt 0 ] || { sed -n '2,10s/^# \?//p' "$0"; exit 2; }
+while [ $# -gt 0 ]; do
+  case $1 in
+    build) build ;;
+    test) tests ;;
+    sanitize) sanitize ;;
+    bench) shift; bench "$@"; break ;;
+    *) echo "bench/gpu.sh: expected build, test, sanitize or bench, got $1" >&2; exit 2 ;;
+  esac
+  shift
+done
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
+echo "all stages passed"
