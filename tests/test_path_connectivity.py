@@ -243,8 +243,6 @@ def test_errors_at_each_matmul_precision(name, matmul, bound, device, precision)
     assert (L.double() - truth).abs().max() < bound
     lmn, true_lmn = map(reference.linear_mapping_number, (L, truth))
     assert (lmn / true_lmn - 1).abs() < 1e-4
-    if matmul == "highest":
-        assert_as_right_as_pytorch(chain, x, device, torch.float32)
 
 
 @pytest.mark.parametrize("kilobytes", [48, 64, 99, 163])  # without asking, sm_75, sm_86, sm_80
