@@ -1,4 +1,4 @@
-// Each activation once, for host and device; PyTorch's definitions.
+// Each activation and its derivative once, for host and device; PyTorch's definitions, also where they have a kink.
 //
 // V is a float, a double, or a vector of lanes of either. The including file defines, for V, before it includes
 // this: exp, expm1, log1p_unit (on [0, 1]), erf, sin, tanh, reciprocal, absolute, splat<V>(scalar).
@@ -36,6 +36,43 @@ LMN_FN V activate(V z, T alpha, T beta) {
     return scaled > splat<V>(beta) ? z : smooth / alpha;
   }
   if constexpr (kKind == ActivationKind::kSin) return sin(z);
+}
+
+template <ActivationKind kKind, class V, class T>
+LMN_FN V derivative(V z, T alpha, T beta) {
+  const V one = splat<V>(static_cast<T>(1));
+  if constexpr (kKind == ActivationKind::kIdentity) return one;
+  if constexpr (kKind == ActivationKind::kRelu) return z > V{} ? one : V{};
+  if constexpr (kKind == ActivationKind::kLeakyRelu) return z > V{} ? one : splat<V>(alpha);
+  if constexpr (kKind == ActivationKind::kElu) return z > V{} ? one : alpha * exp(z);
+  if constexpr (kKind == ActivationKind::kSilu) {
+    const V s = sigmoid(z);
+    return s * (1 + z * (1 - s));
+  }
+  if constexpr (kKind == ActivationKind::kGelu) {
+    const V normal = exp(z * z * static_cast<T>(-0.5)) * static_cast<T>(0.39894228040143267794);
+    return static_cast<T>(0.5) * (1 + erf(z * static_cast<T>(0.70710678118654752440))) + z * normal;
+  }
+  if constexpr (kKind == ActivationKind::kGeluTanh) {
+    constexpr T kScale = static_cast<T>(0.79788456080286535588), kCubic = static_cast<T>(0.044715);
+    const V t = tanh(kScale * (z + kCubic * z * z * z)), steep = 1 - t * t;
+    const V inner = kScale * (1 + 3 * kCubic * z * z);
+    const V slope = static_cast<T>(0.5) * z * steep * inner;
+    return static_cast<T>(0.5) * (1 + t) + (steep > V{} ? slope : V{});  // beyond, z * z may be infinite
+  }
+  if constexpr (kKind == ActivationKind::kTanh) {
+    const V t = tanh(z);
+    return 1 - t * t;
+  }
+  if constexpr (kKind == ActivationKind::kSigmoid) {
+    const V s = sigmoid(z);
+    return s * (1 - s);
+  }
+  if constexpr (kKind == ActivationKind::kSoftplus) {
+    const V scaled = z * alpha;
+    return scaled > splat<V>(beta) ? one : sigmoid(scaled);
+  }
+  if constexpr (kKind == ActivationKind::kSin) return sin(z + static_cast<T>(1.57079632679489661923));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,8 +33,8 @@ struct Nodes {  // interior t and weights with mean and variance of t over all n
   lmn::PathNodes view() const { return {t.data(), weights.data(), std::int32_t(t.size()), mean_t, variance_t}; }
 };
 
-// One path_connectivity call, kept while Python asks for its workspace and allocates it.
-struct PathConnectivityCall {
+// One path_connectivity or hermite_connectivity call, kept while Python asks for its workspace and allocates it.
+struct ConnectivityCall {
   bool is_double;
   Address z;
   std::vector<Address> weights, biases;
@@ -42,9 +43,10 @@ struct PathConnectivityCall {
   Nodes nodes;
   std::int64_t samples;
   bool tf32;
+  std::optional<bool> midpoint;  // none: path_connectivity
 
   template <class T>
-  lmn::PathConnectivity<T> op(Address connectivity, Address workspace) const {
+  lmn::PathConnectivity<T> path(Address connectivity, Address workspace) const {
     // Vectors of addresses are arrays of pointers.
     static_assert(sizeof(Address) == sizeof(T*));
     return {pointer<const T>(z),
@@ -59,43 +61,81 @@ struct PathConnectivityCall {
             pointer<T>(connectivity),
             pointer<void>(workspace)};
   }
+  /// function(op) of the kind and dtype that this is.
+  template <class Function>
+  auto with_op(Address connectivity, Address workspace, const Function& function) const {
+    const auto call = [&](auto zero) {
+      using T = decltype(zero);
+      const lmn::PathConnectivity<T> op = path<T>(connectivity, workspace);
+      return midpoint ? function(lmn::HermiteConnectivity<T>{op, *midpoint}) : function(op);
+    };
+    return is_double ? call(0.0) : call(0.0f);
+  }
   std::size_t workspace(int threads) const {
-    return is_double ? lmn::path_connectivity_workspace(op<double>(0, 0), threads)
-                     : lmn::path_connectivity_workspace(op<float>(0, 0), threads);
+    return with_op(0, 0, [&](const auto& op) { return workspace_of(op, threads); });
   }
   void run(Address connectivity, Address workspace, int threads) const {
     py::gil_scoped_release release;
-    if (is_double) {
-      lmn::path_connectivity_cpu(op<double>(connectivity, workspace), threads);
-    } else {
-      lmn::path_connectivity_cpu(op<float>(connectivity, workspace), threads);
-    }
+    with_op(connectivity, workspace, [&](const auto& op) { run_on_cpu(op, threads); });
   }
 #if defined(LMN_CUDA)
   std::size_t workspace_cuda() const {
-    return is_double ? lmn::path_connectivity_cuda_workspace(op<double>(0, 0))
-                     : lmn::path_connectivity_cuda_workspace(op<float>(0, 0));
+    return with_op(0, 0, [&](const auto& op) { return workspace_on_cuda(op); });
   }
   void run_cuda(Address connectivity, Address workspace, Address stream) const {
-    CUstream_st* const on = pointer<CUstream_st>(stream);
-    const char* error = is_double ? lmn::path_connectivity_cuda(op<double>(connectivity, workspace), on)
-                                  : lmn::path_connectivity_cuda(op<float>(connectivity, workspace), on);
-    raise("path_connectivity", error);
+    raise(midpoint ? "hermite_connectivity" : "path_connectivity",
+          with_op(connectivity, workspace, [&](const auto& op) { return run_on_cuda(op, pointer<CUstream_st>(stream)); }));
+  }
+#endif
+
+ private:
+  template <class T>
+  static std::size_t workspace_of(const lmn::PathConnectivity<T>& op, int threads) {
+    return lmn::path_connectivity_workspace(op, threads);
+  }
+  template <class T>
+  static std::size_t workspace_of(const lmn::HermiteConnectivity<T>& op, int threads) {
+    return lmn::hermite_connectivity_workspace(op, threads);
+  }
+  template <class T>
+  static void run_on_cpu(const lmn::PathConnectivity<T>& op, int threads) {
+    lmn::path_connectivity_cpu(op, threads);
+  }
+  template <class T>
+  static void run_on_cpu(const lmn::HermiteConnectivity<T>& op, int threads) {
+    lmn::hermite_connectivity_cpu(op, threads);
+  }
+#if defined(LMN_CUDA)
+  template <class T>
+  static std::size_t workspace_on_cuda(const lmn::PathConnectivity<T>& op) {
+    return lmn::path_connectivity_cuda_workspace(op);
+  }
+  template <class T>
+  static std::size_t workspace_on_cuda(const lmn::HermiteConnectivity<T>& op) {
+    return lmn::hermite_connectivity_cuda_workspace(op);
+  }
+  template <class T>
+  static const char* run_on_cuda(const lmn::PathConnectivity<T>& op, CUstream_st* stream) {
+    return lmn::path_connectivity_cuda(op, stream);
+  }
+  template <class T>
+  static const char* run_on_cuda(const lmn::HermiteConnectivity<T>& op, CUstream_st* stream) {
+    return lmn::hermite_connectivity_cuda(op, stream);
   }
 #endif
 };
 
-PathConnectivityCall path_connectivity(bool is_double, Address z, std::vector<Address> weights,
+ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Address> weights,
                                        std::vector<Address> biases, std::vector<std::int64_t> widths,
                                        const std::vector<int>& kinds, const std::vector<double>& parameters,
                                        std::vector<double> t, std::vector<double> node_weights, double mean_t,
-                                       double variance_t, std::int64_t samples, bool tf32) {
+                                       double variance_t, std::int64_t samples, bool tf32, std::optional<bool> midpoint) {
   std::vector<lmn::Activation> activations;
   for (std::size_t n = 0; n < kinds.size(); ++n) {
     activations.push_back({lmn::ActivationKind(kinds[n]), parameters[2 * n], parameters[2 * n + 1]});
   }
   return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), std::move(activations),
-          {std::move(t), std::move(node_weights), mean_t, variance_t}, samples, tf32};
+          {std::move(t), std::move(node_weights), mean_t, variance_t}, samples, tf32, midpoint};
 }
 
 template <class T>
@@ -128,13 +168,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = LMN_CUDA_ARCHS;  // "" in a build without CUDA
   m.attr("activation_count") = int(lmn::ActivationKind::kCount);
 
-  py::class_<PathConnectivityCall>(m, "PathConnectivity")
-      .def(py::init(&path_connectivity))
-      .def("workspace", &PathConnectivityCall::workspace)
-      .def("run", &PathConnectivityCall::run)
+  py::class_<ConnectivityCall>(m, "Connectivity")
+      .def(py::init(&connectivity_call))
+      .def("workspace", &ConnectivityCall::workspace)
+      .def("run", &ConnectivityCall::run)
 #if defined(LMN_CUDA)
-      .def("workspace_cuda", &PathConnectivityCall::workspace_cuda)
-      .def("run_cuda", &PathConnectivityCall::run_cuda)
+      .def("workspace_cuda", &ConnectivityCall::workspace_cuda)
+      .def("run_cuda", &ConnectivityCall::run_cuda)
 #endif
       ;
 

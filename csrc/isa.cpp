@@ -15,13 +15,18 @@
   std::size_t path_connectivity_workspace(const PathConnectivity<double>&, int);        \
   void path_connectivity(const PathConnectivity<float>&, int);                          \
   void path_connectivity(const PathConnectivity<double>&, int);                         \
+  std::size_t hermite_connectivity_workspace(const HermiteConnectivity<float>&, int);   \
+  std::size_t hermite_connectivity_workspace(const HermiteConnectivity<double>&, int);  \
+  void hermite_connectivity(const HermiteConnectivity<float>&, int);                    \
+  void hermite_connectivity(const HermiteConnectivity<double>&, int);                   \
   void path_r2(const PathR2<float>&, int);                                              \
   void path_r2(const PathR2<double>&, int);                                             \
   void spectral_entropy(const SpectralEntropy<float>&, int);                            \
   void spectral_entropy(const SpectralEntropy<double>&, int);                           \
   }
 #define LMN_KERNELS(level) \
-  {level::path_connectivity_workspace, level::path_connectivity, level::path_r2, level::spectral_entropy}
+  {level::path_connectivity_workspace, level::path_connectivity, level::hermite_connectivity_workspace, \
+   level::hermite_connectivity, level::path_r2, level::spectral_entropy}
 #define LMN_LEVEL(level, supported) {#level, supported, LMN_KERNELS(level), LMN_KERNELS(level), true}
 
 LMN_DECLARE_LEVEL(baseline)
@@ -49,6 +54,15 @@ template <class T>
 void path_connectivity(const PathConnectivity<T>& op, int threads) {
   emulator::set_threads(threads);
   check(path_connectivity_cuda(op, nullptr));
+}
+template <class T>
+std::size_t hermite_connectivity_workspace(const HermiteConnectivity<T>& op, int) {
+  return hermite_connectivity_cuda_workspace(op);
+}
+template <class T>
+void hermite_connectivity(const HermiteConnectivity<T>& op, int threads) {
+  emulator::set_threads(threads);
+  check(hermite_connectivity_cuda(op, nullptr));
 }
 template <class T>
 void path_r2(const PathR2<T>& op, int threads) {
@@ -116,6 +130,12 @@ bool use_level(const char* name) {
   }                                                                                                        \
   void path_connectivity_cpu(const PathConnectivity<T>& op, int threads) {                                 \
     kernels<T>().path_connectivity(op, threads);                                                           \
+  }                                                                                                        \
+  std::size_t hermite_connectivity_workspace(const HermiteConnectivity<T>& op, int threads) {              \
+    return kernels<T>().hermite_connectivity_workspace(op, threads);                                       \
+  }                                                                                                        \
+  void hermite_connectivity_cpu(const HermiteConnectivity<T>& op, int threads) {                           \
+    kernels<T>().hermite_connectivity(op, threads);                                                        \
   }                                                                                                        \
   void path_r2_cpu(const PathR2<T>& op, int threads) { kernels<T>().path_r2(op, threads); }                \
   void spectral_entropy_cpu(const SpectralEntropy<T>& op, int threads) { kernels<T>().spectral_entropy(op, threads); }

@@ -9,6 +9,8 @@ template <class T>
 struct Kernels {
   std::size_t (*path_connectivity_workspace)(const PathConnectivity<T>&, int threads);
   void (*path_connectivity)(const PathConnectivity<T>&, int threads);
+  std::size_t (*hermite_connectivity_workspace)(const HermiteConnectivity<T>&, int threads);
+  void (*hermite_connectivity)(const HermiteConnectivity<T>&, int threads);
   void (*path_r2)(const PathR2<T>&, int threads);
   void (*spectral_entropy)(const SpectralEntropy<T>&, int threads);
 };

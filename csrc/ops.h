@@ -45,6 +45,14 @@ struct PathConnectivity {
   void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
 };
 
+/// Linear connectivity of the polynomials that match each output's ends and end slopes along a path, and with the
+/// midpoint its value there; over the same nodes.
+template <class T>
+struct HermiteConnectivity {
+  PathConnectivity<T> path;
+  bool midpoint;
+};
+
 /// Mean over outputs of r2 along each path, from f's outputs at the interior nodes and at the samples.
 template <class T>
 struct PathR2 {
@@ -56,6 +64,37 @@ struct PathR2 {
   std::int64_t pairs, samples, outputs;
   T* r2;                            // [pairs]
   T* workspace;                     // [outputs + 3 * nodes.interior]
+};
+
+/// Jacobians of act_L(W_L ... act_1(W_1 act_0(x) + b_1) ... + b_L) at the samples.
+template <class T>
+struct Jacobian {
+  const T* x;                       // [samples, widths[0]]
+  const T* const* weights;          // [layers], host, of [widths[l + 1], widths[l]]
+  const T* const* biases;           // [layers], host, of null or [widths[l + 1]]
+  const std::int64_t* widths;       // [layers + 1], host
+  const Activation* activations;    // [layers + 1], host
+  std::int64_t samples;
+  std::int32_t layers;              // 1 or more
+  T* jacobian;                      // [samples, widths[layers], widths[0]]
+  void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
+};
+
+/// Rows whose squared distance is at most this share of the larger one's squared norm are the same: (32 epsilon)^2,
+/// the features' own rounding.
+constexpr double kSameFeatures = 0x1p-94;
+/// Second samples are padded to a multiple of this in the workspace: whole panels at every vector width.
+constexpr std::int64_t kDistanceGroup = 24;
+
+/// Euclidean distances of rows of features. The same rows as first and second: symmetric, half the work.
+template <class T>
+struct JacobianDistance {
+  const double* first;              // [first_samples, features]
+  const double* second;             // [second_samples, features]
+  std::int64_t first_samples, second_samples, features;
+  bool squared;
+  T* distance;                      // [first_samples, second_samples]
+  double* workspace;                // [(features + 1) * (second_samples rounded up) + first_samples]
 };
 
 /// Nonlinear complexity in bits of each row of eigenvalues.
@@ -70,6 +109,16 @@ std::size_t path_connectivity_workspace(const PathConnectivity<float>&, int thre
 std::size_t path_connectivity_workspace(const PathConnectivity<double>&, int threads);
 void path_connectivity_cpu(const PathConnectivity<float>&, int threads);
 void path_connectivity_cpu(const PathConnectivity<double>&, int threads);
+std::size_t hermite_connectivity_workspace(const HermiteConnectivity<float>&, int threads);
+std::size_t hermite_connectivity_workspace(const HermiteConnectivity<double>&, int threads);
+void hermite_connectivity_cpu(const HermiteConnectivity<float>&, int threads);
+void hermite_connectivity_cpu(const HermiteConnectivity<double>&, int threads);
+std::size_t jacobian_workspace(const Jacobian<float>&, int threads);
+std::size_t jacobian_workspace(const Jacobian<double>&, int threads);
+void jacobian_cpu(const Jacobian<float>&, int threads);
+void jacobian_cpu(const Jacobian<double>&, int threads);
+void jacobian_distance_cpu(const JacobianDistance<float>&, int threads);
+void jacobian_distance_cpu(const JacobianDistance<double>&, int threads);
 void path_r2_cpu(const PathR2<float>&, int threads);
 void path_r2_cpu(const PathR2<double>&, int threads);
 void spectral_entropy_cpu(const SpectralEntropy<float>&, int threads);
@@ -81,6 +130,16 @@ std::size_t path_connectivity_cuda_workspace(const PathConnectivity<float>&);
 std::size_t path_connectivity_cuda_workspace(const PathConnectivity<double>&);
 const char* path_connectivity_cuda(const PathConnectivity<float>&, CUstream_st*);
 const char* path_connectivity_cuda(const PathConnectivity<double>&, CUstream_st*);
+std::size_t hermite_connectivity_cuda_workspace(const HermiteConnectivity<float>&);
+std::size_t hermite_connectivity_cuda_workspace(const HermiteConnectivity<double>&);
+const char* hermite_connectivity_cuda(const HermiteConnectivity<float>&, CUstream_st*);
+const char* hermite_connectivity_cuda(const HermiteConnectivity<double>&, CUstream_st*);
+std::size_t jacobian_cuda_workspace(const Jacobian<float>&);
+std::size_t jacobian_cuda_workspace(const Jacobian<double>&);
+const char* jacobian_cuda(const Jacobian<float>&, CUstream_st*);
+const char* jacobian_cuda(const Jacobian<double>&, CUstream_st*);
+const char* jacobian_distance_cuda(const JacobianDistance<float>&, CUstream_st*);
+const char* jacobian_distance_cuda(const JacobianDistance<double>&, CUstream_st*);
 const char* path_r2_cuda(const PathR2<float>&, CUstream_st*);
 const char* path_r2_cuda(const PathR2<double>&, CUstream_st*);
 const char* spectral_entropy_cuda(const SpectralEntropy<float>&, CUstream_st*);

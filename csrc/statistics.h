@@ -1,5 +1,6 @@
 // The statistics of a path, once, for every kernel and device. V: a scalar, or a vector of lanes.
 #pragma once
+#include "ops.h"
 
 #if defined(__CUDACC__)
 #define LMN_FN __host__ __device__ inline
@@ -31,6 +32,52 @@ LMN_FN V nonlinear_share(V chord, const Moments<V>& m, V magnitude, T variance_t
   const V total = covariance * covariance + nonlinear;
   const V tolerance = magnitude * (static_cast<T>(kConstantUlps) * epsilon);
   return total <= tolerance * tolerance * variance_t ? V{} : nonlinear / total;
+}
+
+/// A polynomial in place of an output's residual along a path, from a few values of it: its slopes at both ends and,
+/// with the midpoint, its value there. e(t) = sum over v of value_v phi_v(t), so its moments come from these sums:
+template <class T>
+struct Stencil {
+  static constexpr int kMost = 3;
+  int size = 0;  // 2, or 3 with the midpoint; 0: none, the residual is evaluated at every node
+  T e[kMost] = {}, te[kMost] = {}, ee[kMost][kMost] = {};  // sum w phi_v, sum w (t - mean t) phi_v, sum w phi_v phi_u
+};
+
+/// phi = t (1 - t)^2, -t^2 (1 - t) and 16 t^2 (1 - t)^2, the first two less what they have at the midpoint.
+template <class T>
+inline Stencil<T> make_stencil(const PathNodes& nodes, bool midpoint) {
+  Stencil<T> stencil;
+  stencil.size = midpoint ? 3 : 2;
+  double e[3] = {}, te[3] = {}, ee[3][3] = {};
+  for (int m = 0; m < nodes.interior; ++m) {
+    const double t = nodes.t[m], w = nodes.weights[m], bump = 16 * t * t * (1 - t) * (1 - t);
+    const double half = midpoint ? bump / 8 : 0.0;
+    const double phi[3] = {t * (1 - t) * (1 - t) - half, half - t * t * (1 - t), bump};
+    for (int v = 0; v < 3; ++v) {
+      e[v] += w * phi[v];
+      te[v] += w * (t - nodes.mean_t) * phi[v];
+      for (int u = 0; u < 3; ++u) ee[v][u] += w * phi[v] * phi[u];
+    }
+  }
+  for (int v = 0; v < 3; ++v) {
+    stencil.e[v] = static_cast<T>(e[v]);
+    stencil.te[v] = static_cast<T>(te[v]);
+    for (int u = 0; u < 3; ++u) stencil.ee[v][u] = static_cast<T>(ee[v][u]);
+  }
+  return stencil;
+}
+
+template <int kSize, class V, class T>
+LMN_FN Moments<V> stencil_moments(const Stencil<T>& stencil, const V* value) {
+  Moments<V> m{value[0] * stencil.e[0], value[0] * stencil.te[0], value[0] * value[0] * stencil.ee[0][0]};
+  for (int v = 1; v < kSize; ++v) {
+    m.e = m.e + value[v] * stencil.e[v];
+    m.te = m.te + value[v] * stencil.te[v];
+    V sum = value[v] * stencil.ee[v][v];
+    for (int u = 0; u < v; ++u) sum = sum + value[u] * (2 * stencil.ee[v][u]);
+    m.ee = m.ee + value[v] * sum;
+  }
+  return m;
 }
 
 }  // namespace

@@ -78,6 +78,43 @@ def path_connectivity(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, w
     return result.triu() + result.triu(1).mT
 
 
+def hermite_connectivity(
+    f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool
+) -> Tensor:
+    """:func:`path_connectivity` of polynomials in place of f along the paths, which f's Jacobians make cheap.
+
+    For each output the cubic that has f's values at both ends and the slopes ``J_i (x_j - x_i)`` and
+    ``J_j (x_j - x_i)`` there; with the midpoint the quartic that also has f's value half way.
+
+    Args:
+        f: maps (B, *in) to (B, *out), differentiable; the outputs are flattened.
+        x: (N, *in), the samples.
+        nodes, weights: (nodes,) float64, as above.
+        midpoint: whether the midpoint is matched.
+
+    Returns:
+        (N, N) of f's dtype, symmetric, ones on the diagonal.
+    """
+    y = f(x).flatten(1)
+    J = torch.func.vmap(torch.func.jacrev(lambda sample: f(sample[None]).flatten()))(x).flatten(2)
+    result = torch.ones(len(x), len(x), dtype=y.dtype, device=x.device)
+    t = nodes.to(x)[:, None]
+    for i in range(len(x) - 1):
+        others = x[i + 1 :]
+        step = others - x[i]
+        chord = y[i + 1 :] - y[i]
+        start = torch.einsum("kd,nd->nk", J[i], step.flatten(1)) - chord
+        end = torch.einsum("nkd,nd->nk", J[i + 1 :], step.flatten(1)) - chord
+        e = start[:, None] * t * (1 - t) ** 2 - end[:, None] * t**2 * (1 - t)
+        if midpoint:
+            half = f(torch.lerp(x[i], others, 0.5)).flatten(1) - torch.lerp(y[i], y[i + 1 :], 0.5)
+            e = e + 16 * t**2 * (1 - t) ** 2 * (half - (start - end) / 8)[:, None]
+        r2 = r2_along_path(y[i] + t * chord[:, None] + e, nodes, weights)
+        coincident = (others == x[i]).flatten(1).all(1)
+        result[i, i + 1 :] = torch.where(coincident, 1.0, r2)
+    return result.triu() + result.triu(1).mT
+
+
 def spectral_entropy(eigenvalues: Tensor) -> Tensor:
     """Nonlinear complexity S_NL = -sum p log2 p with p = |w| / sum |w|, in bits; 0 log 0 = 0.
 

@@ -24,6 +24,12 @@ def path_connectivity(x: Tensor) -> Callable[[], Tensor]:
     return lambda: ops.path_connectivity(Chain(weights, chain.biases, chain.activations), x, *RULE)
 
 
+def hermite_connectivity(x: Tensor) -> Callable[[], Tensor]:
+    chain = random_chain([12, 40, 7], ["silu", "silu", "identity"], bias=False)
+    weights = tuple(w.to(x) for w in chain.weights)
+    return lambda: ops.hermite_connectivity(Chain(weights, chain.biases, chain.activations), x, *RULE, True)
+
+
 def path_r2(x: Tensor) -> Callable[[], Tensor]:
     first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
     interior = torch.empty(len(first), len(RULE[0]) - 2, x.shape[1], device=x.device)
@@ -39,7 +45,9 @@ def spectral_entropy(x: Tensor) -> Callable[[], Tensor]:
     return lambda: ops.spectral_entropy(x)
 
 
-@pytest.fixture(params=[path_connectivity, path_r2, spectral_entropy], ids=lambda op: op.__name__)
+@pytest.fixture(
+    params=[path_connectivity, hermite_connectivity, path_r2, spectral_entropy], ids=lambda op: op.__name__
+)
 def op(request):
     """From samples on a device, a function without arguments that calls the op on them."""
     return request.param

@@ -4,8 +4,9 @@ Registered by ``torch.library.define`` and ``impl``: the ``custom_op`` decorator
 call, two seconds that a first measurement need not take.
 """
 
+from .hermite_connectivity import hermite_connectivity
 from .path_connectivity import path_connectivity
 from .path_r2 import path_r2
 from .spectral_entropy import spectral_entropy
 
-__all__ = ["path_connectivity", "path_r2", "spectral_entropy"]
+__all__ = ["hermite_connectivity", "path_connectivity", "path_r2", "spectral_entropy"]

@@ -28,20 +28,23 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
         (N, N). Raises as ``torch.ops.lmnfast.path_connectivity``: TypeError for a dtype, ValueError for a shape,
         RuntimeError where the CUDA kernels cannot run on the device.
     """
+    return torch.ops.lmnfast.path_connectivity(*chain_arguments(chain, x), nodes, weights)
+
+
+def chain_arguments(chain: Chain, x: Tensor) -> tuple:
+    """A chain and its samples as the registered ops take them: z, weights, biases, activations, parameters."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     z, linears, activations = x.flatten(1), list(zip(chain.weights, chain.biases)), list(chain.activations)
     if linears and activations[0].name == "identity":
         weight, bias = linears.pop(0)
         z = F.linear(z.double(), weight.double(), None if bias is None else bias.double())
         activations.pop(0)
-    return torch.ops.lmnfast.path_connectivity(
+    return (
         z.to(dtype),
         [w.to(dtype) for w, _ in linears],
         [None if b is None else b.to(dtype) for _, b in linears],
         [ACTIVATIONS.index(a.name) for a in activations],
         [parameter for a in activations for parameter in (a.alpha, a.beta)],
-        nodes,
-        weights,
     )
 
 
@@ -62,11 +65,30 @@ def _path_connectivity(
     nodes: Tensor,
     node_weights: Tensor,
 ) -> Tensor:
+    return run(z, weights, biases, activations, parameters, nodes, node_weights, None)
+
+
+@torch.library.register_fake("lmnfast::path_connectivity")
+def _(z, weights, biases, activations, parameters, nodes, node_weights):
+    return z.new_empty(z.shape[0], z.shape[0])
+
+
+def run(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    nodes: Tensor,
+    node_weights: Tensor,
+    midpoint: bool | None,
+) -> Tensor:
+    """path_connectivity, or with a midpoint that is not None hermite_connectivity."""
     widths = [z.shape[-1], *(w.shape[0] for w in weights)]
     _check(z, weights, biases, widths)
     z, weights = z.contiguous(), [w.contiguous() for w in weights]
     biases = [None if b is None else b.contiguous() for b in biases]
-    call = _native._C.PathConnectivity(
+    call = _native._C.Connectivity(
         z.dtype == torch.float64,
         _native.address(z),
         [_native.address(w) for w in weights],
@@ -77,6 +99,7 @@ def _path_connectivity(
         *_native.path_nodes(nodes, node_weights),
         len(z),
         torch.get_float32_matmul_precision() != "highest",
+        midpoint,
     )
     result = z.new_empty(len(z), len(z))
     if z.is_cuda:
@@ -88,11 +111,6 @@ def _path_connectivity(
         workspace = torch.empty(call.workspace(threads), dtype=torch.uint8)
         call.run(_native.address(result), _native.address(workspace), threads)
     return result
-
-
-@torch.library.register_fake("lmnfast::path_connectivity")
-def _(z, weights, biases, activations, parameters, nodes, node_weights):
-    return z.new_empty(z.shape[0], z.shape[0])
 
 
 def _check(z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], widths: list[int]) -> None:

@@ -1,0 +1,54 @@
+"""``lmnfast::hermite_connectivity``: path connectivity of the polynomials through ends, end slopes and midpoints."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..network import Chain
+from .path_connectivity import chain_arguments, run
+
+
+def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool) -> Tensor:
+    """``reference.hermite_connectivity(chain, x, nodes, weights, midpoint)``, fused; devices, precision and errors as
+    ``path_connectivity``.
+
+    Slopes are carried from layer to layer as their difference from the chord's, at both ends of every path; nothing
+    but the midpoint is evaluated along it, and no Jacobian is formed.
+
+    Args:
+        chain: weights on the samples' device, of their dtype.
+        x: (N, D), or (N, *in) where the chain flattens.
+        nodes, weights: (nodes,) float64, as :func:`lmnfast.quadrature.path_nodes` returns them.
+        midpoint: whether the polynomials also match the outputs half way.
+
+    Returns:
+        (N, N) float64 for float64 samples, else float32.
+    """
+    return torch.ops.lmnfast.hermite_connectivity(*chain_arguments(chain, x), nodes, weights, midpoint)
+
+
+torch.library.define(
+    "lmnfast::hermite_connectivity",
+    "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, Tensor nodes, "
+    "Tensor node_weights, bool midpoint) -> Tensor",
+)
+
+
+@torch.library.impl("lmnfast::hermite_connectivity", "default")
+def _hermite_connectivity(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    nodes: Tensor,
+    node_weights: Tensor,
+    midpoint: bool,
+) -> Tensor:
+    return run(z, weights, biases, activations, parameters, nodes, node_weights, midpoint)
+
+
+@torch.library.register_fake("lmnfast::hermite_connectivity")
+def _(z, weights, biases, activations, parameters, nodes, node_weights, midpoint):
+    return z.new_empty(z.shape[0], z.shape[0])

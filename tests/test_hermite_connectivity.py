@@ -1,0 +1,158 @@
+"""The fused kernel against the float64 reference, which takes its slopes from automatic differentiation."""
+
+import pytest
+import torch
+from chains import cast, random_chain, samples
+
+from lmnfast import ops, reference
+from lmnfast.network import ACTIVATIONS, Chain
+from lmnfast.quadrature import path_nodes
+
+UNIFORM = path_nodes("uniform", 21)
+MIDPOINT = pytest.mark.parametrize("midpoint", [False, True], ids=["cubic", "quartic"])
+
+
+def measured(chain, x, device, dtype, midpoint, rule=UNIFORM) -> torch.Tensor:
+    """The kernel's matrix, brought to the CPU."""
+    L = ops.hermite_connectivity(cast(chain, dtype, device), x.to(device, dtype), *rule, midpoint)
+    assert L.dtype == dtype and L.shape == (len(x), len(x)) and L.device.type == device.type
+    return L.cpu()
+
+
+def assert_right(chain, x, device, dtype, midpoint, rule=UNIFORM) -> torch.Tensor:
+    truth = reference.hermite_connectivity(chain, x, *rule, midpoint)
+    ours = measured(chain, x, device, dtype, midpoint, rule)
+    assert torch.equal(ours, ours.mT) and (ours.diagonal() == 1).all()
+    allowed = 1e-12
+    if dtype == torch.float32:
+        plain = reference.hermite_connectivity(cast(chain, dtype), x.to(dtype), *rule, midpoint)
+        allowed = 2 * (plain.double() - truth).abs().max() + 16 * torch.finfo(dtype).eps
+    assert (ours.double() - truth).abs().max() <= allowed
+    return truth
+
+
+@MIDPOINT
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_on_the_input_and_between_layers(name, midpoint, device, dtype):
+    chain = random_chain([9, 33, 20, 5], [name, name, name, "identity"])
+    truth = assert_right(chain, 2 * samples(21, 9), device, dtype, midpoint)
+    if name != "identity":
+        assert truth.min() < 0.95, "the input does not exercise the nonlinearity"
+
+
+@MIDPOINT
+@pytest.mark.parametrize(
+    "names", [["identity", "silu", "tanh"], ["identity", "silu"], ["silu", "identity", "identity"]]
+)
+def test_activations_anywhere(names, midpoint, device, dtype):
+    chain = random_chain([5, 12, 4][: len(names)], names, scale=0.7)
+    assert_right(chain, samples(20, 5), device, dtype, midpoint)
+
+
+@MIDPOINT
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 15, 16, 17, 33, 65])
+def test_any_number_of_samples(n, midpoint, device, dtype):
+    chain = random_chain([4, 10, 3], ["identity", "silu", "identity"])
+    assert_right(chain, samples(n, 4), device, dtype, midpoint)
+
+
+@MIDPOINT
+@pytest.mark.parametrize("widths", [[1, 1, 1], [1, 2, 7], [5, 8, 9], [2, 9, 17], [6, 65, 31], [4, 3, 70]])
+def test_any_width(widths, midpoint, device, dtype):
+    chain = random_chain(widths, ["tanh", "silu", "identity"], bias=False, seed=sum(widths))
+    assert_right(chain, samples(18, widths[0]), device, dtype, midpoint)
+
+
+@MIDPOINT
+@pytest.mark.parametrize("rule", [("uniform", 2), ("uniform", 3), ("uniform", 51), ("lobatto", 9)])
+def test_any_nodes_and_weights(rule, midpoint, device, dtype):
+    chain = random_chain([5, 30, 6], ["identity", "silu", "identity"])
+    assert_right(chain, samples(20, 5), device, dtype, midpoint, path_nodes(*rule))
+
+
+@MIDPOINT
+def test_coincident_samples_dead_units_and_affine_networks_are_exactly_one(midpoint, device, dtype):
+    x = samples(24, 7)
+    x[1::2] = x[::2]
+    chain = random_chain([7, 20, 12, 3], ["silu", "gelu", "tanh", "identity"])
+    assert (measured(chain, x, device, dtype, midpoint).diagonal(1)[::2] == 1).all()
+    chain.biases[0].sub_(1e3)
+    dead = Chain(
+        chain.weights,
+        chain.biases,
+        (chain.activations[-1], *random_chain([1, 1], ["relu", "relu"]).activations, chain.activations[-1]),
+    )
+    assert (measured(dead, x, device, dtype, midpoint) == 1).all()
+    affine = random_chain([6, 9, 4], ["identity"] * 3)
+    assert (measured(affine, samples(20, 6), device, dtype, midpoint) == 1).all()
+
+
+def test_between_close_samples_the_polynomials_become_the_path(device):
+    """Relative to 1 - r2, the network's own distance from a straight line."""
+    chain = random_chain([6, 30, 5], ["identity", "silu", "identity"])
+    x = samples(1, 6) + 0.1 * samples(30, 6, seed=3)
+    bend = 1 - reference.path_connectivity(chain, x, *UNIFORM) + torch.eye(30)
+    errors = [
+        ((1 - measured(chain, x, device, torch.float64, midpoint) - bend).abs() / bend)
+        .fill_diagonal_(0)
+        .max()
+        for midpoint in (False, True)
+    ]
+    assert 5e-3 < errors[0] < 0.2 and errors[1] < 5e-3
+
+
+@MIDPOINT
+@pytest.mark.parametrize("matmul, bound", [("highest", 2e-5), ("high", 1e-3)])
+def test_errors_at_each_matmul_precision(matmul, bound, midpoint, device, precision):
+    chain, x = (
+        random_chain([20, 60, 50, 10], ["identity", "silu", "silu", "identity"], scale=1.0),
+        2 * samples(24, 20),
+    )
+    precision(matmul)
+    truth = reference.hermite_connectivity(chain, x, *UNIFORM, midpoint)
+    L = measured(chain, x, device, torch.float32, midpoint)
+    assert truth.min() < 0.9 and (L.double() - truth).abs().max() < bound
+
+
+def test_the_same_bits_for_any_thread_count(device, dtype, threads):
+    chain, x = random_chain([6, 30, 20, 7], ["identity", "silu", "tanh", "identity"]), samples(70, 6)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(measured(chain, x, device, dtype, True))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def raw(dtype: torch.dtype) -> list:
+    """Arguments of the registered op."""
+    chain = cast(random_chain([5, 7, 3], ["silu", "relu", "identity"]), dtype)
+    codes = [ACTIVATIONS.index(a.name) for a in chain.activations]
+    return [
+        samples(12, 5).to(dtype),
+        list(chain.weights),
+        list(chain.biases),
+        codes,
+        [0.0] * 6,
+        *UNIFORM,
+        True,
+    ]
+
+
+def test_opcheck(dtype):
+    torch.library.opcheck(torch.ops.lmnfast.hermite_connectivity.default, raw(dtype))
+
+
+def test_torch_compile_gives_the_same_bits(dtype):
+    def measured(z, *rest):
+        return torch.ops.lmnfast.hermite_connectivity(z * 2, *rest) + 1
+
+    arguments = raw(dtype)
+    compiled = torch.compile(measured, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), measured(*arguments))
+
+
+def test_arguments_that_do_not_fit_are_named():
+    arguments = raw(torch.float32)
+    arguments[1] = [torch.zeros(7, 5), torch.zeros(3, 8)]
+    with pytest.raises(ValueError, match=r"weights\[1\]: expected \(out, 7\), got shape \(3, 8\)"):
+        torch.ops.lmnfast.hermite_connectivity(*arguments)
