@@ -125,16 +125,74 @@ struct ConnectivityCall {
 #endif
 };
 
+// One jacobian call, kept while Python asks for its workspace and allocates it.
+struct JacobianCall {
+  bool is_double;
+  Address x;
+  std::vector<Address> weights, biases;
+  std::vector<std::int64_t> widths;
+  std::vector<lmn::Activation> activations;
+  std::int64_t samples;
+
+  template <class Function>
+  auto with_op(Address jacobian, Address workspace, const Function& function) const {
+    const auto call = [&](auto zero) {
+      using T = decltype(zero);
+      return function(lmn::Jacobian<T>{pointer<const T>(x), reinterpret_cast<const T* const*>(weights.data()),
+                                       reinterpret_cast<const T* const*>(biases.data()), widths.data(),
+                                       activations.data(), samples, std::int32_t(weights.size()),
+                                       pointer<T>(jacobian), pointer<void>(workspace)});
+    };
+    return is_double ? call(0.0) : call(0.0f);
+  }
+  std::size_t workspace(int threads) const {
+    return with_op(0, 0, [&](const auto& op) { return lmn::jacobian_workspace(op, threads); });
+  }
+  void run(Address jacobian, Address workspace, int threads) const {
+    py::gil_scoped_release release;
+    with_op(jacobian, workspace, [&](const auto& op) { lmn::jacobian_cpu(op, threads); });
+  }
+#if defined(LMN_CUDA)
+  std::size_t workspace_cuda() const {
+    return with_op(0, 0, [&](const auto& op) { return lmn::jacobian_cuda_workspace(op); });
+  }
+  void run_cuda(Address jacobian, Address workspace, Address stream) const {
+    raise("jacobian", with_op(jacobian, workspace, [&](const auto& op) {
+            return lmn::jacobian_cuda(op, pointer<CUstream_st>(stream));
+          }));
+  }
+#endif
+};
+
+std::vector<lmn::Activation> activations_of(const std::vector<int>& kinds, const std::vector<double>& parameters) {
+  std::vector<lmn::Activation> activations;
+  for (std::size_t n = 0; n < kinds.size(); ++n) {
+    activations.push_back({lmn::ActivationKind(kinds[n]), parameters[2 * n], parameters[2 * n + 1]});
+  }
+  return activations;
+}
+
+JacobianCall jacobian_call(bool is_double, Address x, std::vector<Address> weights, std::vector<Address> biases,
+                           std::vector<std::int64_t> widths, const std::vector<int>& kinds,
+                           const std::vector<double>& parameters, std::int64_t samples) {
+  return {is_double, x, std::move(weights), std::move(biases), std::move(widths), activations_of(kinds, parameters),
+          samples};
+}
+
+template <class T>
+lmn::JacobianDistance<T> jacobian_distance(Address first, Address second, std::int64_t first_samples,
+                                           std::int64_t second_samples, std::int64_t features, bool squared,
+                                           Address distance, Address workspace) {
+  return {pointer<const double>(first), pointer<const double>(second), first_samples, second_samples, features, squared,
+          pointer<T>(distance), pointer<double>(workspace)};
+}
+
 ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Address> weights,
                                        std::vector<Address> biases, std::vector<std::int64_t> widths,
                                        const std::vector<int>& kinds, const std::vector<double>& parameters,
                                        std::vector<double> t, std::vector<double> node_weights, double mean_t,
                                        double variance_t, std::int64_t samples, bool tf32, std::optional<bool> midpoint) {
-  std::vector<lmn::Activation> activations;
-  for (std::size_t n = 0; n < kinds.size(); ++n) {
-    activations.push_back({lmn::ActivationKind(kinds[n]), parameters[2 * n], parameters[2 * n + 1]});
-  }
-  return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), std::move(activations),
+  return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), activations_of(kinds, parameters),
           {std::move(t), std::move(node_weights), mean_t, variance_t}, samples, tf32, midpoint};
 }
 
@@ -178,6 +236,27 @@ PYBIND11_MODULE(_C, m) {
 #endif
       ;
 
+  py::class_<JacobianCall>(m, "Jacobian")
+      .def(py::init(&jacobian_call))
+      .def("workspace", &JacobianCall::workspace)
+      .def("run", &JacobianCall::run)
+#if defined(LMN_CUDA)
+      .def("workspace_cuda", &JacobianCall::workspace_cuda)
+      .def("run_cuda", &JacobianCall::run_cuda)
+#endif
+      ;
+  m.attr("distance_group") = lmn::kDistanceGroup;
+  m.def("jacobian_distance", [](bool is_double, Address first, Address second, std::int64_t first_samples,
+                                std::int64_t second_samples, std::int64_t features, bool squared, Address distance,
+                                Address workspace, int threads) {
+    py::gil_scoped_release release;
+    const auto run = [&](auto zero) {
+      lmn::jacobian_distance_cpu(jacobian_distance<decltype(zero)>(first, second, first_samples, second_samples,
+                                                                   features, squared, distance, workspace), threads);
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
+
   m.def("path_r2", [](bool is_double, Address interior, Address ends, Address first, Address second,
                       std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
                       std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address workspace,
@@ -202,6 +281,17 @@ PYBIND11_MODULE(_C, m) {
     }
   });
 #if defined(LMN_CUDA)
+  m.def("jacobian_distance_cuda", [](bool is_double, Address first, Address second, std::int64_t first_samples,
+                                     std::int64_t second_samples, std::int64_t features, bool squared,
+                                     Address distance, Address workspace, Address stream) {
+    const auto run = [&](auto zero) {
+      raise("jacobian_distance",
+            lmn::jacobian_distance_cuda(jacobian_distance<decltype(zero)>(first, second, first_samples, second_samples,
+                                                                          features, squared, distance, workspace),
+                                        pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
   m.def("path_r2_cuda", [](bool is_double, Address interior, Address ends, Address first, Address second,
                            std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
                            std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2,

@@ -19,6 +19,12 @@
   std::size_t hermite_connectivity_workspace(const HermiteConnectivity<double>&, int);  \
   void hermite_connectivity(const HermiteConnectivity<float>&, int);                    \
   void hermite_connectivity(const HermiteConnectivity<double>&, int);                   \
+  std::size_t jacobian_workspace(const Jacobian<float>&, int);                          \
+  std::size_t jacobian_workspace(const Jacobian<double>&, int);                         \
+  void jacobian(const Jacobian<float>&, int);                                           \
+  void jacobian(const Jacobian<double>&, int);                                          \
+  void jacobian_distance(const JacobianDistance<float>&, int);                          \
+  void jacobian_distance(const JacobianDistance<double>&, int);                         \
   void path_r2(const PathR2<float>&, int);                                              \
   void path_r2(const PathR2<double>&, int);                                             \
   void spectral_entropy(const SpectralEntropy<float>&, int);                            \
@@ -26,7 +32,8 @@
   }
 #define LMN_KERNELS(level) \
   {level::path_connectivity_workspace, level::path_connectivity, level::hermite_connectivity_workspace, \
-   level::hermite_connectivity, level::path_r2, level::spectral_entropy}
+   level::hermite_connectivity, level::jacobian_workspace, level::jacobian, level::jacobian_distance,   \
+   level::path_r2, level::spectral_entropy}
 #define LMN_LEVEL(level, supported) {#level, supported, LMN_KERNELS(level), LMN_KERNELS(level), true}
 
 LMN_DECLARE_LEVEL(baseline)
@@ -63,6 +70,20 @@ template <class T>
 void hermite_connectivity(const HermiteConnectivity<T>& op, int threads) {
   emulator::set_threads(threads);
   check(hermite_connectivity_cuda(op, nullptr));
+}
+template <class T>
+std::size_t jacobian_workspace(const Jacobian<T>& op, int) {
+  return jacobian_cuda_workspace(op);
+}
+template <class T>
+void jacobian(const Jacobian<T>& op, int threads) {
+  emulator::set_threads(threads);
+  check(jacobian_cuda(op, nullptr));
+}
+template <class T>
+void jacobian_distance(const JacobianDistance<T>& op, int threads) {
+  emulator::set_threads(threads);
+  check(jacobian_distance_cuda(op, nullptr));
 }
 template <class T>
 void path_r2(const PathR2<T>& op, int threads) {
@@ -136,6 +157,13 @@ bool use_level(const char* name) {
   }                                                                                                        \
   void hermite_connectivity_cpu(const HermiteConnectivity<T>& op, int threads) {                           \
     kernels<T>().hermite_connectivity(op, threads);                                                        \
+  }                                                                                                        \
+  std::size_t jacobian_workspace(const Jacobian<T>& op, int threads) {                                     \
+    return kernels<T>().jacobian_workspace(op, threads);                                                   \
+  }                                                                                                        \
+  void jacobian_cpu(const Jacobian<T>& op, int threads) { kernels<T>().jacobian(op, threads); }            \
+  void jacobian_distance_cpu(const JacobianDistance<T>& op, int threads) {                                 \
+    kernels<T>().jacobian_distance(op, threads);                                                           \
   }                                                                                                        \
   void path_r2_cpu(const PathR2<T>& op, int threads) { kernels<T>().path_r2(op, threads); }                \
   void spectral_entropy_cpu(const SpectralEntropy<T>& op, int threads) { kernels<T>().spectral_entropy(op, threads); }

@@ -11,6 +11,9 @@ struct Kernels {
   void (*path_connectivity)(const PathConnectivity<T>&, int threads);
   std::size_t (*hermite_connectivity_workspace)(const HermiteConnectivity<T>&, int threads);
   void (*hermite_connectivity)(const HermiteConnectivity<T>&, int threads);
+  std::size_t (*jacobian_workspace)(const Jacobian<T>&, int threads);
+  void (*jacobian)(const Jacobian<T>&, int threads);
+  void (*jacobian_distance)(const JacobianDistance<T>&, int threads);
   void (*path_r2)(const PathR2<T>&, int threads);
   void (*spectral_entropy)(const SpectralEntropy<T>&, int threads);
 };

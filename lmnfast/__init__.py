@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from .connectivity import connectivity
+from .jacobian import jacobian_distances, jacobians, linear_regions
 from .network import cut
 from .probe import Probe
 from .spectrum import (
@@ -22,7 +23,10 @@ __all__ = [
     "connectivity",
     "cut",
     "eigenvalues",
+    "jacobian_distances",
+    "jacobians",
     "linear_mapping_number",
+    "linear_regions",
     "lmn",
     "measure",
     "nonlinear_complexity",

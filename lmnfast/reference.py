@@ -96,7 +96,7 @@ def hermite_connectivity(
         (N, N) of f's dtype, symmetric, ones on the diagonal.
     """
     y = f(x).flatten(1)
-    J = torch.func.vmap(torch.func.jacrev(lambda sample: f(sample[None]).flatten()))(x).flatten(2)
+    J = jacobian(f, x)
     result = torch.ones(len(x), len(x), dtype=y.dtype, device=x.device)
     t = nodes.to(x)[:, None]
     for i in range(len(x) - 1):
@@ -113,6 +113,35 @@ def hermite_connectivity(
         coincident = (others == x[i]).flatten(1).all(1)
         result[i, i + 1 :] = torch.where(coincident, 1.0, r2)
     return result.triu() + result.triu(1).mT
+
+
+def jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Jacobians of f at the samples, by automatic differentiation.
+
+    Args:
+        f: maps (B, *in) to (B, *out), differentiable, one row independent of the others; both are flattened.
+        x: (N, *in), the samples.
+
+    Returns:
+        (N, K, D) of f's dtype.
+    """
+    J = torch.func.vmap(torch.func.jacrev(lambda sample: f(sample[None]).flatten()))(x)
+    return J.reshape(len(x), J.shape[1], -1)
+
+
+def jacobian_distance(first: Tensor, second: Tensor, squared: bool) -> Tensor:
+    """Euclidean distances of rows, by direct differences: ``d[m, n]^2 = sum_f (first[m, f] - second[n, f])^2``.
+
+    Args:
+        first: (M, F), features of samples.
+        second: (N, F).
+        squared: d^2 in place of d.
+
+    Returns:
+        (M, N) of their dtype.
+    """
+    square = torch.stack([(second - row).square().sum(-1) for row in first])
+    return square if squared else square.sqrt()
 
 
 def spectral_entropy(eigenvalues: Tensor) -> Tensor:

@@ -5,8 +5,17 @@ call, two seconds that a first measurement need not take.
 """
 
 from .hermite_connectivity import hermite_connectivity
+from .jacobian import jacobian
+from .jacobian_distance import jacobian_distance
 from .path_connectivity import path_connectivity
 from .path_r2 import path_r2
 from .spectral_entropy import spectral_entropy
 
-__all__ = ["hermite_connectivity", "path_connectivity", "path_r2", "spectral_entropy"]
+__all__ = [
+    "hermite_connectivity",
+    "jacobian",
+    "jacobian_distance",
+    "path_connectivity",
+    "path_r2",
+    "spectral_entropy",
+]

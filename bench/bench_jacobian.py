@@ -1,0 +1,77 @@
+"""Jacobians of an MLP tail against PyTorch's and against filling the result.
+
+pytest bench/bench_jacobian.py
+"""
+
+import pytest
+import torch
+from conftest import best_of
+
+from lmnfast import ops, reference
+from lmnfast.network import Activation, Chain
+
+TAIL = (100, 100, 31)
+SHAPES = [(768, TAIL), (961, TAIL), (4096, TAIL), (961, (100, 100, 100, 31)), (257, (31, 100, 100, 97))]
+
+
+def chain_of(widths, device):
+    g = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g, device=device)
+
+    return Chain(
+        tuple(draw(o, i) / i**0.5 for i, o in zip(widths, widths[1:])),
+        tuple(draw(o) for o in widths[1:]),
+        tuple(Activation("silu" if 0 < n < len(widths) - 1 else "identity") for n in range(len(widths))),
+    )
+
+
+def one_product(chain, x):
+    """All samples' last layers as one matrix against the first, or layer after layer."""
+    z, slopes = x, []
+    for weight, bias in list(zip(chain.weights, chain.biases))[:-1]:
+        z = torch.nn.functional.linear(z, weight, bias)
+        s = z.sigmoid()
+        slopes.append(s * (1 + z * (1 - s)))
+        z = z * s
+    J = chain.weights[-1].expand(len(x), -1, -1)
+    for weight, slope in zip(reversed(chain.weights[:-1]), reversed(slopes)):
+        J = (J * slope[:, None]) @ weight
+    return J
+
+
+compiled = torch.compile(one_product, dynamic=False)
+
+
+def fill(chain, x):
+    """The floor: write the result."""
+    return x.new_ones(len(x), len(chain.weights[-1]), x.shape[1])
+
+
+BARS = {
+    "ours": ops.jacobian,
+    "vmap(jacrev)": reference.jacobian,
+    "batched product": one_product,
+    "batched product, torch.compile": compiled,
+    "fill": fill,
+}
+
+
+@pytest.mark.parametrize("n, widths", SHAPES, ids=str)
+@pytest.mark.parametrize("bar", BARS)
+def bench_jacobian(benchmark, measure, precision, device, n, widths, bar):
+    benchmark.group = f"jacobian {n}, {'-'.join(map(str, widths))}, {device.type}"
+    benchmark.extra_info["bar"] = bar
+    chain = chain_of(widths, device)
+    x = torch.randn(n, widths[0], generator=torch.Generator(device).manual_seed(1), device=device)
+    benchmark.extra_info["floor_s"] = best_of(lambda: fill(chain, x))
+    if bar != "fill":
+        double = Chain(
+            tuple(w.double() for w in chain.weights),
+            tuple(b.double() for b in chain.biases),
+            chain.activations,
+        )
+        truth = reference.jacobian(double, x[:100].double())
+        assert (BARS[bar](chain, x)[:100] - truth).abs().max() < 1e-5 * truth.abs().max()
+    measure(BARS[bar], (chain, x), rounds=15, warmup_rounds=2)

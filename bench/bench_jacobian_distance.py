@@ -1,0 +1,102 @@
+"""Distances of Jacobians, features included, against PyTorch's Jacobians and cdist or the Gram form.
+
+pytest bench/bench_jacobian_distance.py
+"""
+
+import pytest
+import torch
+from conftest import best_of
+from torch import nn
+
+import lmnfast
+from lmnfast import ops, reference
+
+CLOSENESS = 1e-5  # of every second sample to the one before: what the Gram form has no digits for
+
+
+def network(device, outputs=31):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(100, 100), nn.SiLU(), nn.Linear(100, outputs)).to(device)
+
+
+def samples(n, device):
+    x = torch.randn(n, 100, generator=torch.Generator().manual_seed(1))
+    x[1::2] = x[: n // 2 * 2 : 2] + CLOSENESS * torch.randn(
+        n // 2, 100, generator=torch.Generator().manual_seed(2)
+    )
+    return x.to(device)
+
+
+def through_cdist(f, x):
+    J = reference.jacobian(f, x).flatten(1)
+    return torch.cdist(J, J)
+
+
+def through_gram(f, x):
+    J = reference.jacobian(f, x).flatten(1)
+    gram = J @ J.mT
+    norms = gram.diagonal()
+    return gram.mul_(-2).add_(norms).add_(norms[:, None].clone()).clamp_(min=0).sqrt_()
+
+
+def fill(f, x):
+    """The floor: write the result."""
+    return x.new_ones(len(x), len(x))
+
+
+BARS = {
+    "ours": lmnfast.jacobian_distances,
+    "ours, affine": lambda f, x: lmnfast.jacobian_distances(f, x, affine=True),
+    "vmap(jacrev), cdist": through_cdist,
+    "vmap(jacrev), Gram": through_gram,
+    "fill": fill,
+}
+
+
+def relative_error(d, f, x):
+    """Largest of the first samples' distances, close pairs among them, against float64 Jacobians."""
+    some = x[:100].double()
+    J = reference.jacobian(f.double(), some).flatten(1)
+    f.float()
+    truth = reference.jacobian_distance(J, J, False)
+    return float(((d[:100, :100] - truth).abs() / truth).nan_to_num(0).max())
+
+
+@pytest.mark.parametrize("n", [768, 961, 4096])
+@pytest.mark.parametrize("bar", BARS)
+def bench_jacobian_distances(benchmark, measure, precision, device, n, bar):
+    benchmark.group = f"jacobian distances {n}, 100-100-31, {device.type}"
+    benchmark.extra_info["bar"] = bar
+    f, x = network(device), samples(n, device)
+    benchmark.extra_info["floor_s"] = best_of(lambda: fill(f, x))
+    if bar not in ("fill", "ours, affine"):
+        error = relative_error(BARS[bar](f, x), f, x)
+        benchmark.extra_info["relative error"] = error
+        assert error < 1e-4 or bar != "ours"
+    measure(BARS[bar], (f, x), rounds=7)
+
+
+def squared_differences(first, second):
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").float()
+
+
+OPS = {
+    "ours": lambda u, v: ops.jacobian_distance(u, v, False, torch.float32),
+    "cdist of differences": squared_differences,
+    "reference": lambda u, v: reference.jacobian_distance(u, v, False).float(),
+    "fill": lambda u, v: u.new_ones(len(u), len(v), dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("m, n, width", [(768, 768, 100), (961, 250, 33), (200, 200, 3100)])
+@pytest.mark.parametrize("bar", OPS)
+def bench_jacobian_distance(benchmark, measure, device, m, n, width, bar):
+    benchmark.group = f"jacobian_distance {m} x {n} x {width}, {device.type}"
+    benchmark.extra_info["bar"] = bar
+    u = torch.randn(m, width, device=device, dtype=torch.float64)
+    v = u if m == n else torch.randn(n, width, device=device, dtype=torch.float64)
+    benchmark.extra_info["floor_s"] = best_of(lambda: OPS["fill"](u, v))
+    if bar != "fill":
+        truth = reference.jacobian_distance(u[:50], v, False)
+        assert (OPS[bar](u, v)[:50] - truth).abs().max() < 1e-6 * truth.max()
+    measure(OPS[bar], (u, v), rounds=7)

@@ -1,0 +1,394 @@
+"""Jacobians of a network at its samples: the linear maps themselves, how far apart they are, how many there are."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .connectivity import (
+    CPU_TILE,
+    DEFAULT_BUDGET,
+    _AllocationCount,
+    _check_samples,
+    _Checks,
+    _has_kernels,
+    _outputs,
+    _widened,
+)
+from .network import IDENTITY, Activation, Chain, evaluating, recognise
+
+PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
+# Bytes of features held at a time; the kernel packs the second samples' once more. All at once, or two tiles of them.
+ALL_FEATURES = 24 * 2**20
+TILE_FEATURES = 8 * 2**20
+TILE_ROWS = 1024  # more would only make the tile of the result larger than those of the features
+# What the features of `_isometry` may lose of a squared distance, for the 1e-4 of a distance that is promised.
+ISOMETRY_ERROR = 1e-6
+
+
+def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT_BUDGET) -> Tensor:
+    """Jacobian of f at every sample; ``torch.func.vmap(torch.func.jacrev(f))(x)`` to rounding, flattened.
+
+    Chains of Linear and pointwise activations run in one fused kernel. Any other f is differentiated by torch.func,
+    forwards where it has more outputs than inputs and backwards elsewhere, on as many samples at a time as the budget
+    allows; where that cannot run one of f's layers, by torch.autograd, output after output. An ``nn.Module`` is
+    measured in eval mode and left as it was. The result carries no graph.
+
+    Args:
+        f: maps a batch (B, *in) to (B, *out), one row independent of the others, differentiable.
+        x: (N, *in), floating point, the samples.
+        budget: bytes that f's intermediate results and their derivatives may take together; not for chains.
+
+    Returns:
+        (N, K, D) with K outputs and D inputs; float64 for float64 samples, else float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`lmnfast.connectivity`; a NaN or Inf in a Jacobian, or an f that cannot be
+            differentiated, is a ValueError.
+    """
+    if budget <= 0:
+        raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
+    _check_samples(f, x)
+    x = x.detach()
+    with evaluating(f):
+        chain, y, allocated = _prepared(f, x)
+        if chain is not None:
+            J = ops.jacobian(chain, x)
+        else:
+            J = _Differentiated(f, x, y, allocated, budget)(0, len(x))
+    _check_finite(J)
+    return J
+
+
+def jacobian_distances(
+    f: Callable[[Tensor], Tensor], x: Tensor, *, affine: bool = False, squared: bool = False
+) -> Tensor:
+    """Frobenius distances of f's Jacobians: ``d[i, j] = |J_i - J_j|``, right for close pairs, too.
+
+    Always sums of squared differences in float64, never the Gram form. For chains what is subtracted is float64
+    throughout, whatever f's dtype, so samples in one linear region of a piecewise-linear chain are exactly 0 apart:
+    distances of at most 32 epsilons of the larger Jacobian's norm are 0. With one nonlinearity,
+    ``f = W3 a(W2 x + b2) + b3`` and ``s = a'(W2 x + b2)``, no Jacobian is formed: ``<J_i, J_j> = s_i^T M s_j`` with
+    ``M = (W3^T W3) o (W2 W2^T) = B^T B``, and ``d[i, j] = |B s_i - B s_j|``. Otherwise Jacobians are taken for two tiles of
+    samples at a time, again and again, and never all held. Networks that are no chain are differentiated in their own
+    dtype, as :func:`jacobians` does; below its rounding a distance is noise.
+    Memory beyond the result: under 64 MB, but for what f itself needs.
+
+    Args:
+        f, x: as there.
+        affine: compare the affine maps ``x -> J_i x + o_i``: the offset ``o_i = f(x_i) - J_i x_i`` is one more column.
+        squared: d^2 in place of d.
+
+    Returns:
+        (N, N), symmetric, zeros on the diagonal; float64 for float64 samples, else float32.
+
+    Raises:
+        As jacobians.
+    """
+    _check_samples(f, x)
+    x = x.detach()
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with evaluating(f):
+        chain, y, allocated = _prepared(f, x)
+        rows: Callable[[int, int], Tensor]
+        if chain is None:
+            rows, width = _other_features(f, x, y, allocated, affine), y.shape[1] * (x[0].numel() + affine)
+        else:
+            chain = _merged(chain)
+            if all(a.name == "identity" for a in chain.activations):
+                return torch.zeros(len(x), len(x), dtype=dtype, device=x.device)
+            rows, width = _chain_features(chain, x, affine)
+        return _tiled(rows, len(x), width, squared, dtype)
+
+
+def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Number of linear regions of a piecewise-linear chain that the samples lie in.
+
+    Counts the distinct patterns ``z > 0`` over all units before an activation, z in f's own dtype. This is what the linear
+    mapping number generalises: regions count here, however alike their linear maps are.
+
+    Args:
+        f: Linear layers with ReLU, leaky ReLU or nothing between them.
+        x: (N, *in), floating point, the samples.
+
+    Returns:
+        From 1 to N.
+
+    Raises:
+        TypeError, ValueError: as :func:`lmnfast.connectivity`; another f is a ValueError.
+    """
+    _check_samples(f, x)
+    x = x.detach()
+    with evaluating(f):
+        chain, _, _ = _prepared(f, x, with_kernels=False)
+        if chain is None:
+            raise ValueError("f: expected a chain of Linear layers and piecewise-linear activations")
+        for activation in chain.activations:
+            if activation.name not in PIECEWISE_LINEAR:
+                raise ValueError(
+                    f"f: expected activations among {', '.join(PIECEWISE_LINEAR)}, got {activation.name}"
+                )
+        z, patterns = x.flatten(1), []
+        layers: list[tuple[Tensor | None, Tensor | None]] = [(None, None), *zip(chain.weights, chain.biases)]
+        for (weight, bias), activation in zip(layers, chain.activations):
+            z = z if weight is None else F.linear(z, weight, bias)
+            if activation.name != "identity":
+                patterns.append(z > 0)
+            z = activation(z)
+        return len(torch.cat(patterns, 1).unique(dim=0)) if patterns else 1
+
+
+def _prepared(
+    f: Callable[[Tensor], Tensor], x: Tensor, with_kernels: bool = True
+) -> tuple[Chain | None, Tensor, int]:
+    """The chain that f is, if so; f(x), checked; and the bytes that f's results took."""
+    checks = _Checks(False)
+    checks.finite("x", x)
+    with _AllocationCount() as allocated:
+        y = _outputs(f, x.clone())  # f may work in place
+    checks.finite("f(x)", y)
+    chain = recognise(f) if _has_kernels(x) or not with_kernels else None
+    if chain is not None and ((x.dim() != 2 and not chain.flattens) or not checks.reproduces(chain, x, y)):
+        chain = None
+    return chain, y, allocated.bytes
+
+
+def _check_finite(J: Tensor, begin: int = 0) -> None:
+    good = J.isfinite().flatten(1).all(1)
+    if not good.all():
+        first = begin + int((~good).nonzero()[0])
+        raise ValueError(
+            f"f: NaN or Inf in the Jacobian of sample {first}, the first of {int((~good).sum())}"
+        )
+
+
+# Chains ----------------------------------------------------------------------------------------------------
+
+
+def _merged(chain: Chain) -> Chain:
+    """The chain in float64, Linear layers with nothing between them multiplied."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    activations = [chain.activations[0]]
+    for weight, bias, activation in zip(chain.weights, chain.biases, chain.activations[1:]):
+        weight, bias = weight.double(), None if bias is None else bias.double()
+        if weights and activations[-1].name == "identity":
+            before = biases.pop()
+            if before is not None:
+                bias = F.linear(before, weight, bias)
+            weight = weight @ weights.pop()
+            activations.pop()
+        weights.append(weight)
+        biases.append(bias)
+        activations.append(activation)
+    return replace(chain, weights=tuple(weights), biases=tuple(biases), activations=tuple(activations))
+
+
+def _chain_features(chain: Chain, x: Tensor, affine: bool) -> tuple[Callable[[int, int], Tensor], int]:
+    """Rows of features, as far apart as the Jacobians of a merged chain, for samples from begin to end; and their
+    number."""
+    if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
+        # W = Q R: a last Linear with more outputs than inputs keeps every distance as R.
+        R = torch.linalg.qr(chain.weights[-1], mode="r").R
+        chain = replace(chain, weights=(*chain.weights[:-1], R), biases=(*chain.biases[:-1], None))
+    inputs, outputs = chain.weights[0].shape[1], len(chain.weights[-1])
+    isometry = _isometry(chain)
+    width = (inputs * outputs if isometry is None else len(isometry)) + affine * outputs
+
+    def rows(begin: int, end: int) -> Tensor:
+        some = x[begin:end].flatten(1).double()
+        if isometry is None:
+            features = ops.jacobian(chain, some).flatten(1)
+        else:
+            # The nonlinearity is on the input, or after the first Linear.
+            on_input = chain.activations[0].name != "identity"
+            z = some if on_input else F.linear(some, chain.weights[0], chain.biases[0])
+            features = _slope(chain.activations[0 if on_input else 1], z)[1] @ isometry.mT
+        if affine:
+            features = torch.cat((features, _offsets(chain, some)), 1)
+        _check_finite(features, begin)
+        return features
+
+    return rows, width
+
+
+def _isometry(chain: Chain) -> Tensor | None:
+    """B (F, H) with ``|J_i - J_j| = |B s_i - B s_j|`` for slopes s of the only nonlinearity.
+
+    None where there are more, where Jacobians are no larger than the features, and where M is so close to singular
+    that B would lose digits of them.
+    """
+    if sum(a.name != "identity" for a in chain.activations) > 1:
+        return None
+    first, last = chain.weights[0], chain.weights[-1]
+    if chain.activations[0] != IDENTITY:
+        M = (last.mT @ last).diagonal().diag()
+    elif chain.activations[-1] != IDENTITY:
+        M = (first @ first.mT).diagonal().diag()
+    else:
+        M = (last.mT @ last) * (first @ first.mT)
+    norms = M.diagonal().sqrt()
+    units = norms > 0  # the others change no Jacobian
+    if len(last) * first.shape[1] <= int(units.sum()):
+        return None
+    kept = M[units][:, units] / (norms[units, None] * norms[units])
+    root, failed = torch.linalg.cholesky_ex(kept)
+    if failed:
+        return None
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
+    # Rounding changes kept by about H epsilon, a squared distance by as much over the least eigenvalue.
+    if not len(root) * torch.finfo(torch.float64).eps * inverse.square().sum() <= ISOMETRY_ERROR:
+        return None
+    B = M.new_zeros(len(root), len(M))
+    B[:, units] = root.mT * norms[units]
+    return B
+
+
+def _slope(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
+    """a(z) and a'(z), PyTorch's also at a kink."""
+    with torch.inference_mode(False), torch.enable_grad():
+        z = z.clone().requires_grad_()
+        a = activation(z * 1)  # the identity of a leaf would be the leaf
+        (slope,) = torch.autograd.grad(a, z, torch.ones_like(a))
+    return a.detach(), slope
+
+
+def _offsets(chain: Chain, x: Tensor) -> Tensor:
+    """f(x) - J x up to f's last bias, from layer to layer: where a unit is linear, ``a(z) - a'(z) z`` is exactly 0, so
+    the offset depends on the linear piece alone."""
+    a, slope = _slope(chain.activations[0], x)
+    offsets = a - slope * x
+    for n, (weight, bias, activation) in enumerate(zip(chain.weights, chain.biases, chain.activations[1:])):
+        z = F.linear(a, weight, bias)
+        if n + 1 == len(chain.weights) and activation.name == "identity":
+            return offsets @ weight.mT  # the last bias is the same for all
+        a, slope = _slope(activation, z)
+        offsets = F.linear(offsets, weight, bias) * slope + (a - slope * z)
+    return offsets
+
+
+def _tiled(
+    rows: Callable[[int, int], Tensor], samples: int, width: int, squared: bool, dtype: torch.dtype
+) -> Tensor:
+    """Distances of all rows of features, of which two tiles exist at a time."""
+    if 8 * samples * width <= ALL_FEATURES:
+        features = rows(0, samples)
+        return ops.jacobian_distance(features, features, squared, dtype)
+    tile = max(1, min(TILE_FEATURES // (8 * width), TILE_ROWS))
+    result: Tensor | None = None
+    for i in range(0, samples, tile):
+        first = rows(i, min(i + tile, samples))
+        if result is None:
+            result = first.new_empty(samples, samples, dtype=dtype)
+        result[i : i + tile, i : i + tile] = ops.jacobian_distance(first, first, squared, dtype)
+        for j in range(i + tile, samples, tile):
+            distances = ops.jacobian_distance(first, rows(j, min(j + tile, samples)), squared, dtype)
+            result[i : i + tile, j : j + tile] = distances
+            result[j : j + tile, i : i + tile] = distances.mT
+    assert result is not None
+    return result
+
+
+# Other networks --------------------------------------------------------------------------------------------
+
+
+def _other_features(
+    f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, allocated: int, affine: bool
+) -> Callable[[int, int], Tensor]:
+    differentiated = _Differentiated(f, x, y, allocated, CPU_TILE // 4)
+
+    def rows(begin: int, end: int) -> Tensor:
+        J = differentiated(begin, end).double()
+        _check_finite(J, begin)
+        if not affine:
+            return J.flatten(1)
+        some = x[begin:end].flatten(1).double()
+        offsets = y[begin:end].double() - (J @ some[:, :, None]).squeeze(2)
+        return torch.cat((J.flatten(1), offsets), 1)
+
+    return rows
+
+
+class _Differentiated:
+    """Jacobians of any f at samples from begin to end, (end - begin, K, D), by whichever way works."""
+
+    def __init__(
+        self, f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, allocated: int, budget: int
+    ) -> None:
+        self.f, self.x, self.y = f, x.clone() if x.is_inference() else x, y
+        self.inputs, self.outputs = x[0].numel(), y.shape[1]
+        sample = -(-allocated // len(x))  # bytes that one sample takes
+        directions = min(self.inputs, self.outputs)
+        self.chunk = max(1, budget // (sample * (directions + 1)))
+        self.chunk_outputs = max(1, budget // sample)
+        self.ways = [self._forwards] if self.inputs < self.outputs else []
+        self.ways += [self._backwards, self._output_by_output]
+        self.constant = self._is_constant()
+
+    def __call__(self, begin: int, end: int) -> Tensor:
+        J = _widened(self.y.new_empty(end - begin, self.outputs, self.inputs))
+        if self.constant:
+            return J.zero_()
+        for start in range(begin, end, self.chunk):
+            some = self.x[start : min(start + self.chunk, end)]
+            J[start - begin : start - begin + len(some)] = self._differentiate(some)
+        return J
+
+    def _differentiate(self, x: Tensor) -> Tensor:
+        while True:
+            try:
+                with torch.inference_mode(False):
+                    return self.ways[0](x).detach().reshape(len(x), self.outputs, self.inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                if len(self.ways) == 1:
+                    raise ValueError(f"f: cannot be differentiated: {error}") from error
+                self.ways.pop(0)  # for good: the next chunk would fail as well
+
+    def _is_constant(self) -> bool:
+        """Whether nothing leads back from the outputs to the samples; an error where they do depend on them."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = self.x[:1].clone().requires_grad_()
+            y = _outputs(self.f, leaf.clone())
+            if y.requires_grad:
+                try:
+                    if torch.autograd.grad(y.sum(), leaf, allow_unused=True)[0] is not None:
+                        return False
+                except RuntimeError as error:
+                    raise ValueError(f"f: cannot be differentiated: {error}") from error
+        if (self.y != self.y[0]).any():
+            raise ValueError(
+                "f: cannot be differentiated: its outputs differ from sample to sample, but no graph leads back from "
+                "them to the samples (a detach, no_grad, or a layer without a derivative)"
+            )
+        return True
+
+    def _of_one(self, sample: Tensor) -> Tensor:
+        return self.f(sample[None].clone()).flatten()
+
+    def _forwards(self, x: Tensor) -> Tensor:
+        jacobian = torch.func.jacfwd(self._of_one, randomness="different")
+        with warnings.catch_warnings():  # torch's own, where it first differentiates forwards
+            warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
+            return torch.func.vmap(jacobian, randomness="different")(x)
+
+    def _backwards(self, x: Tensor) -> Tensor:
+        jacobian = torch.func.jacrev(self._of_one, chunk_size=self.chunk_outputs)
+        return torch.func.vmap(jacobian, randomness="different")(x)
+
+    def _output_by_output(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            sums = _outputs(self.f, leaf.clone()).sum(0)
+            rows = [
+                torch.autograd.grad(
+                    total, leaf, retain_graph=True, allow_unused=True, materialize_grads=True
+                )[0]
+                for total in sums
+            ]
+        return torch.stack(rows, 1)

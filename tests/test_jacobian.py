@@ -1,0 +1,132 @@
+"""The fused kernel against automatic differentiation in float64."""
+
+import pytest
+import torch
+from chains import cast, random_chain, samples
+
+from lmnfast import ops, reference
+from lmnfast.network import ACTIVATIONS
+
+
+def measured(chain, x, device, dtype):
+    """The kernel's Jacobians, brought to the CPU."""
+    J = ops.jacobian(cast(chain, dtype, device), x.to(device, dtype))
+    shape = (len(x), len(chain.weights[-1]), chain.weights[0].shape[1])
+    assert J.dtype == dtype and J.shape == shape and J.device.type == device.type
+    return J.cpu()
+
+
+def assert_right(chain, x, device, dtype):
+    truth = reference.jacobian(chain, x)
+    allowed = 1e-13 * truth.abs().max()
+    if dtype == torch.float32:
+        plain = reference.jacobian(cast(chain, dtype), x.to(dtype))
+        allowed = 2 * (plain.double() - truth).abs().max() + 4 * torch.finfo(dtype).eps * truth.abs().max()
+    assert (measured(chain, x, device, dtype).double() - truth).abs().max() <= allowed
+    return truth
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_on_the_input_and_between_layers(name, device, dtype):
+    chain = random_chain([9, 33, 20, 5], [name, name, name, name])
+    truth = assert_right(chain, samples(21, 9), device, dtype)
+    if name != "identity":
+        assert (truth - truth[0]).abs().max() > 0.1 * truth.abs().max(), (
+            "the input does not exercise the nonlinearity"
+        )
+
+
+@pytest.mark.parametrize(
+    "widths", [[1, 1], [4, 7], [1, 1, 1], [1, 9, 40], [40, 9, 1], [5, 16, 17], [50, 33, 31], [100, 100, 31]]
+)
+def test_any_width_of_one_or_two_layers(widths, device, dtype):
+    chain = random_chain(widths, ["identity", "silu", "tanh"][: len(widths)], seed=sum(widths))
+    assert_right(chain, samples(18, widths[0]), device, dtype)
+
+
+@pytest.mark.parametrize(
+    "widths", [[3, 40, 8, 70], [70, 8, 40, 3], [6, 65, 64, 6], [2, 128, 130, 9, 33], [33, 9, 128, 130, 2]]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_deep_chains_from_either_side(widths, bias, device, dtype):
+    names = ["tanh", *["silu", "gelu", "sin"][: len(widths) - 2], "sigmoid"]
+    assert_right(random_chain(widths, names, bias=bias), samples(18, widths[0]), device, dtype)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 15, 16, 17, 33, 65])
+def test_any_number_of_samples(n, device, dtype):
+    assert_right(random_chain([4, 10, 3], ["identity", "silu", "identity"]), samples(n, 4), device, dtype)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "elu"])
+def test_kinks_have_pytorchs_slope(name, device, dtype):
+    chain = random_chain([3, 8, 2], [name, name, "identity"], bias=False)
+    x = torch.zeros(5, 3, dtype=torch.float64)
+    x[1:, 0] = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    assert_right(chain, x, device, dtype)
+
+
+def test_large_samples_saturate_instead_of_overflowing(device, dtype):
+    for name in ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", "elu"):
+        chain = random_chain([3, 8, 2], [name, name, "identity"])
+        assert measured(chain, 1e4 * samples(9, 3), device, dtype).isfinite().all(), name
+
+
+def test_the_same_bits_for_any_thread_count_and_any_place(device, dtype, threads):
+    chain, x = random_chain([6, 30, 20, 7], ["identity", "silu", "tanh", "identity"]), samples(70, 6)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(measured(chain, x, device, dtype))
+    results.append(measured(chain, x.flip(0), device, dtype).flip(0))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_half_precision_is_widened(device):
+    chain, x = random_chain([4, 10, 3], ["identity", "silu", "identity"]), samples(5, 4)
+    half = ops.jacobian(cast(chain, torch.bfloat16, device), x.to(device, torch.bfloat16))
+    wide = cast(cast(chain, torch.bfloat16), torch.float32, device)
+    assert torch.equal(half, ops.jacobian(wide, x.to(device, torch.bfloat16).float()))
+
+
+def raw(dtype: torch.dtype) -> list:
+    """Arguments of the registered op."""
+    chain = cast(random_chain([5, 7, 3], ["silu", "relu", "identity"]), dtype)
+    codes = [ACTIVATIONS.index(a.name) for a in chain.activations]
+    return [samples(12, 5).to(dtype), list(chain.weights), list(chain.biases), codes, [0.0] * 6]
+
+
+def test_opcheck(dtype):
+    torch.library.opcheck(torch.ops.lmnfast.jacobian.default, raw(dtype))
+
+
+def test_torch_compile_gives_the_same_bits(dtype):
+    def measured(x, *rest):
+        return torch.ops.lmnfast.jacobian(x * 2, *rest) + 1
+
+    arguments = raw(dtype)
+    compiled = torch.compile(measured, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), measured(*arguments))
+
+
+@pytest.mark.parametrize(
+    "position, value, error, message",
+    [
+        (0, torch.zeros(3, 5).half(), TypeError, "x: expected float32 or float64"),
+        (0, torch.zeros(0, 5), ValueError, r"x: expected samples \(N, D\)"),
+        (1, [], ValueError, "weights: expected one or more"),
+        (1, [torch.zeros(7, 5), torch.zeros(3, 8)], ValueError, r"weights\[1\]: expected \(out, 7\)"),
+        (
+            1,
+            [torch.zeros(7, 5).double(), torch.zeros(3, 7)],
+            TypeError,
+            r"weights\[0\]: expected torch.float32",
+        ),
+        (2, [torch.zeros(7), torch.zeros(7)], ValueError, r"biases\[1\]: expected \(3,\), got shape \(7,\)"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(position, value, error, message):
+    arguments = raw(torch.float32)
+    arguments[position] = value
+    with pytest.raises(error, match=message):
+        torch.ops.lmnfast.jacobian(*arguments)

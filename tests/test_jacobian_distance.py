@@ -1,0 +1,123 @@
+"""Distances of features against direct differences in float64."""
+
+import pytest
+import torch
+
+from lmnfast import _native, ops, reference
+
+F64 = torch.float64
+
+
+def features(n, width, seed=0):
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def measured(first, second, device, dtype, squared=False):
+    """The kernel's matrix, brought to the CPU."""
+    to = first.to(device)
+    d = ops.jacobian_distance(to, to if second is first else second.to(device), squared, dtype)
+    assert d.dtype == dtype and d.shape == (len(first), len(second)) and d.device.type == device.type
+    return d.cpu()
+
+
+def assert_right(first, second, device, dtype, squared=False):
+    truth = reference.jacobian_distance(first, second, squared)
+    ours = measured(first, second, device, dtype, squared).double()
+    assert ((ours - truth).abs() <= 4 * torch.finfo(dtype).eps * truth).all()
+    return ours
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 23, 24, 25, 63, 64, 65, 100])
+def test_any_number_of_samples_against_themselves(n, squared, device, dtype):
+    u = features(n, 5)
+    d = assert_right(u, u, device, dtype, squared)
+    assert torch.equal(d, d.mT) and (d.diagonal() == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (1, 97), (97, 1), (25, 65), (70, 130)])
+def test_any_number_of_samples_against_others(shape, device, dtype):
+    if 0 in shape:
+        assert measured(features(shape[0], 4), features(shape[1], 4), device, dtype).shape == shape
+    else:
+        assert_right(features(shape[0], 4), features(shape[1], 4, seed=1), device, dtype)
+
+
+@pytest.mark.parametrize("width", [1, 2, 31, 32, 33, 257])
+def test_any_number_of_features(width, device, dtype):
+    u = features(30, width)
+    assert_right(u, u, device, dtype)
+    assert_right(u, features(41, width, seed=1), device, dtype)
+
+
+@pytest.mark.parametrize("closeness", [1e-2, 1e-3, 1e-5, 1e-7, 1e-12])
+def test_close_rows_keep_their_digits(closeness, device, dtype):
+    """The Gram form in float64 would be wrong here by 1e-16 / closeness^2 relatively."""
+    u = features(12, 50)
+    close = u + closeness * features(12, 50, seed=2)
+    d = assert_right(u, close, device, dtype)
+    assert (d.diagonal() > 0).all()
+
+
+def test_rows_the_same_to_rounding_are_exactly_zero_apart(device, dtype):
+    u = features(20, 30)
+    noisy = u * (1 + torch.finfo(F64).eps * features(20, 30, seed=3).sign())
+    assert (measured(u, noisy, device, dtype).diagonal() == 0).all()
+    assert (measured(u, u * (1 + 1e-14), device, dtype).diagonal() > 0).all()
+
+
+def test_a_nan_is_a_nan_in_its_row_and_column_only(device, dtype):
+    u = features(40, 6)
+    u[13, 2] = float("nan")
+    d = measured(u, u, device, dtype)
+    there = torch.zeros(40, 40, dtype=torch.bool)
+    there[13] = there[:, 13] = True
+    assert torch.equal(d.isnan(), there)
+
+
+def test_integers_agree_to_the_bit_across_devices(device, dtype):
+    u = torch.randint(-9, 9, (50, 12), generator=torch.Generator().manual_seed(0)).double()
+    ours = measured(u, u, device, dtype)
+    _native._C.use_isa("baseline")  # the fixture puts back what was before
+    assert torch.equal(ours, measured(u, u, torch.device("cpu"), dtype))
+
+
+def test_the_same_bits_for_any_thread_count(device, dtype, threads):
+    u, results = features(150, 20), []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(measured(u, u, device, dtype))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_opcheck(dtype):
+    arguments = (features(9, 5), features(7, 5, seed=1), True, dtype)
+    torch.library.opcheck(torch.ops.lmnfast.jacobian_distance.default, arguments)
+
+
+def test_torch_compile_gives_the_same_bits():
+    def distances(u, v):
+        return ops.jacobian_distance(u * 2, v, False, torch.float32) + 1
+
+    compiled = torch.compile(distances, fullgraph=True, backend="aot_eager")
+    arguments = features(9, 5), features(7, 5, seed=1)
+    assert torch.equal(compiled(*arguments), distances(*arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (
+            (torch.zeros(3, 4), features(3, 4)),
+            TypeError,
+            "first: expected torch.float64 .* got torch.float32",
+        ),
+        ((features(3, 4), torch.zeros(3, 4)), TypeError, "second: expected torch.float64"),
+        ((features(3, 4)[0], features(3, 4)), ValueError, r"first: expected \(M, F\)"),
+        ((features(3, 4), features(3, 5)), ValueError, r"second: expected \(N, 4\), got shape \(3, 5\)"),
+        ((features(3, 4), features(3, 4), False, torch.int32), TypeError, "dtype: expected torch.float32"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.jacobian_distance(*arguments)

@@ -1,0 +1,285 @@
+"""Jacobians of any network, their distances, and linear regions."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lmnfast
+from lmnfast import jacobian as module
+from lmnfast import reference
+
+F64 = torch.float64
+
+
+def network(*widths, activation=nn.SiLU, end=None, seed=0):
+    torch.manual_seed(seed)
+    layers = []
+    for n, (i, o) in enumerate(zip(widths, widths[1:])):
+        layers += [nn.Linear(i, o), activation()]
+    return nn.Sequential(*layers[:-1], *([end()] if end else []))
+
+
+def samples(n, *shape, seed=1):
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Residual(nn.Module):
+    """No chain."""
+
+    def __init__(self, width=6, outputs=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(width, width), nn.Linear(width, outputs)
+
+    def forward(self, x):
+        return self.last(x + torch.tanh(self.first(x)))
+
+
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(), nn.Flatten(), nn.Linear(27, 2)
+        )
+
+    def forward(self, x):
+        return self.layers(x).tanh() * 2
+
+
+NETWORKS = {
+    "one hidden layer": (network(5, 20, 3), (5,)),
+    "deep": (network(5, 20, 15, 3), (5,)),
+    "more outputs than inputs": (network(3, 20, 15, 40, activation=nn.ReLU), (3,)),
+    "activation at the end": (network(5, 20, 3, end=nn.Tanh), (5,)),
+    "residual": (Residual(), (6,)),
+    "residual, more outputs": (Residual(3, 9), (3,)),
+    "convolution": (Convolution(), (1, 5, 5)),
+    "function": (lambda x: torch.stack((x.prod(1), x.sin().sum(1)), 1), (4,)),
+    "one of each": (network(1, 8, 1), (1,)),
+}
+
+
+@pytest.mark.parametrize("budget", [1, 256 * 2**20])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_jacobians_are_those_of_vmap_and_jacrev(name, budget):
+    f, shape = NETWORKS[name]
+    x = samples(11, *shape)
+    if isinstance(f, nn.Module):
+        f.eval()
+    truth = reference.jacobian(f, x).detach()
+    J = lmnfast.jacobians(f, x, budget=budget)
+    assert J.shape == truth.shape and J.dtype == torch.float32 and not J.requires_grad
+    assert (J - truth).abs().max() <= 1e-5 * truth.abs().max() and truth.abs().max() > 0.02
+
+
+def plain_distances(f, x, affine=False):
+    """Of float64 Jacobians, and offsets where asked for."""
+    f = copy.deepcopy(f).double().eval()
+    x = x.double()
+    J = reference.jacobian(f, x).detach()
+    features = J.flatten(1)
+    if affine:
+        offsets = f(x).detach().flatten(1) - (J @ x.flatten(1)[:, :, None]).squeeze(2)
+        features = torch.cat((features, offsets), 1)
+    return reference.jacobian_distance(features, features, False)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n != "function"])
+def test_distances_are_those_of_the_jacobians(name, affine):
+    f, shape = NETWORKS[name]
+    x = samples(23, *shape)
+    truth = plain_distances(f, x, affine)
+    d = lmnfast.jacobian_distances(f, x, affine=affine)
+    bound = 1e-5 * truth + (0 if "residual" not in name and name != "convolution" else 1e-5)
+    assert d.dtype == torch.float32 and ((d - truth).abs() <= bound).all()
+    squared = lmnfast.jacobian_distances(f, x, affine=affine, squared=True)
+    assert ((squared - d.square()).abs() <= 1e-5 * d.square()).all()
+
+
+@pytest.mark.parametrize("widths", [(30, 40, 10), (30, 40, 20, 10), (2, 40, 1), (4, 12, 200)])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("closeness", [1e-2, 1e-3, 1e-5, 1e-7])
+def test_close_pairs_keep_their_digits(widths, affine, closeness):
+    f, x = network(*widths), samples(20, widths[0]).double()
+    x = torch.cat((x, x + closeness * samples(20, widths[0], seed=2)))
+    f.double()
+    truth = plain_distances(f, x, affine)
+    d = lmnfast.jacobian_distances(f, x, affine=affine)
+    close = truth.diagonal(20)
+    assert ((d - truth).abs() <= 1e-6 * truth + 1e-14).all() and 0 < close.median() < 20 * closeness
+
+
+@pytest.mark.parametrize("widths", [(6, 15, 4), (6, 15, 10, 4), (6, 3, 40)])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+@pytest.mark.parametrize("affine", [False, True])
+def test_samples_in_one_linear_region_are_exactly_zero_apart(widths, activation, affine):
+    f = network(*widths, activation=activation)
+    x = torch.lerp(samples(12, 6)[:, None], samples(12, 6)[0], torch.linspace(0, 1e-4, 5)[:, None]).flatten(
+        0, 1
+    )
+    d = lmnfast.jacobian_distances(f, x, affine=affine)
+    z, patterns = x, []
+    for layer in f:
+        z = layer(z)
+        if isinstance(layer, nn.Linear) and layer is not f[-1]:
+            patterns.append(z > 0)
+    pattern = torch.cat(patterns, 1)
+    same = (pattern[:, None] == pattern).all(2)
+    assert same.sum() > len(x) and (d[same] == 0).all() and (d[~same] > 0).all()
+    assert lmnfast.linear_regions(f, x) == len(pattern.unique(dim=0))
+
+
+@pytest.mark.parametrize("widths", [(7, 20, 4), (7, 20, 15, 4)])
+@pytest.mark.parametrize("affine", [False, True])
+def test_tiles_give_the_same_distances(widths, affine, monkeypatch):
+    f, x = network(*widths), samples(50, 7)
+    whole = lmnfast.jacobian_distances(f, x, affine=affine)
+    monkeypatch.setattr(module, "ALL_FEATURES", 0)
+    for rows in (1, 7, 50):
+        monkeypatch.setattr(module, "TILE_ROWS", rows)
+        d = lmnfast.jacobian_distances(f, x, affine=affine)
+        assert torch.equal(d, d.mT) and (d.diagonal() == 0).all()
+        assert (d - whole).abs().max() <= 1e-6 * whole.max()
+
+
+def test_memory_beyond_the_result_is_bounded():
+    """Two tiles of features, where all Jacobians would be 1.6 GB."""
+    f, x = network(40, 30, 30, 1000), samples(300, 40)
+    sizes = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                sizes.append(result.untyped_storage().nbytes())
+            return result
+
+    with Count():
+        lmnfast.jacobian_distances(f, x)
+    assert max(sizes) <= module.ALL_FEATURES
+
+
+def test_affine_networks_and_dead_units_have_one_linear_map():
+    affine = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    x = samples(9, 4)
+    assert (lmnfast.jacobian_distances(affine, x, affine=True) == 0).all()
+    assert lmnfast.linear_regions(affine, x) == 1
+    dead = network(4, 6, 3, activation=nn.ReLU)
+    with torch.no_grad():
+        dead[0].bias.fill_(-1e3)
+    assert (lmnfast.jacobians(dead, x) == 0).all() and (lmnfast.jacobian_distances(dead, x) == 0).all()
+    assert lmnfast.linear_regions(dead, x) == 1
+
+
+def test_outputs_that_do_not_depend_on_the_samples_have_zero_jacobians():
+    def constant(x):
+        return torch.ones(len(x), 3)
+
+    x = samples(5, 2)
+    assert (lmnfast.jacobians(constant, x) == 0).all()
+    assert (lmnfast.jacobian_distances(constant, x) == 0).all()
+
+
+def test_relu_exactly_at_zero_has_pytorchs_slope():
+    f = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.zeros(2, 2)
+    assert (lmnfast.jacobians(f, x) == 0).all() and (lmnfast.jacobian_distances(f, x) == 0).all()
+    assert lmnfast.linear_regions(f, x) == 1
+
+
+def test_layers_that_vmap_cannot_run_are_differentiated_output_by_output():
+    class Branch(Residual):
+        def forward(self, x):
+            return super().forward(x) * (2 if x.sum().item() > -1e9 else 1)
+
+    x = samples(7, 6)
+    truth = 2 * reference.jacobian(Residual(), x)
+    assert (lmnfast.jacobians(Branch(), x) - truth).abs().max() <= 1e-5
+
+
+def test_networks_that_work_in_place_do_not_change_the_samples():
+    def f(x):
+        return x.mul_(2).sin_()
+
+    x = samples(6, 3)
+    before = x.clone()
+    J = lmnfast.jacobians(f, x)
+    assert torch.equal(x, before)
+    assert (J - torch.diag_embed(2 * (2 * x).cos())).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.detach().sin(),
+        lambda x: torch.from_numpy(x.detach().numpy().copy()),
+    ],
+)
+def test_what_cannot_be_differentiated_is_an_error(f):
+    for measure in (lmnfast.jacobians, lmnfast.jacobian_distances):
+        with pytest.raises(ValueError, match="f: cannot be differentiated"):
+            measure(f, samples(4, 3))
+
+
+def test_the_network_stays_as_it_was():
+    f = Convolution().train()
+    x = samples(5, 1, 5, 5).requires_grad_()
+    before, random = copy.deepcopy(f.state_dict()), torch.get_rng_state()
+    lmnfast.jacobians(f, x)
+    lmnfast.jacobian_distances(f, x)
+    assert all(part.training for part in f.modules()) and x.grad is None
+    assert all(p.grad is None and p.requires_grad for p in f.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in f.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["one hidden layer", "deep", "residual"])
+def test_any_grad_mode(name, context):
+    f, shape = NETWORKS[name]
+    plain = lmnfast.jacobians(f, samples(5, *shape)), lmnfast.jacobian_distances(f, samples(5, *shape))
+    with context():
+        x = samples(5, *shape)
+        assert torch.equal(lmnfast.jacobians(f, x), plain[0])
+        assert torch.equal(lmnfast.jacobian_distances(f, x), plain[1])
+
+
+@pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances, lmnfast.linear_regions])
+def test_bad_input_is_named(measure):
+    f, x = network(3, 5, 2, activation=nn.ReLU), samples(6, 3)
+    bad = x.clone()
+    bad[4, 1] = float("nan")
+    for arguments, error, message in [
+        ((f, [1.0]), TypeError, "x: expected a tensor"),
+        ((f, torch.ones(2, 3, dtype=torch.int64)), TypeError, "x: expected floating-point samples"),
+        ((f, torch.ones(0, 3)), ValueError, "x: expected samples"),
+        ((f, x.double()), TypeError, "convert one of them"),
+        ((f, bad), ValueError, "x: NaN or Inf in sample 4"),
+        ((lambda x: x.log(), -x.abs()), ValueError, r"f\(x\): NaN or Inf in sample 0"),
+    ]:
+        with pytest.raises(error, match=message):
+            measure(*arguments)
+
+
+@pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances])
+def test_a_jacobian_that_is_not_finite_names_its_sample(measure):
+    x = samples(6, 3).abs()
+    x[2, 0] = 0
+    with pytest.raises(ValueError, match="f: NaN or Inf in the Jacobian of sample 2, the first of 1"):
+        measure(lambda x: x.sqrt(), x)
+
+
+def test_only_piecewise_linear_chains_have_linear_regions():
+    with pytest.raises(ValueError, match="f: expected activations among .* got silu"):
+        lmnfast.linear_regions(network(3, 5, 2), samples(4, 3))
+    with pytest.raises(ValueError, match="f: expected a chain of Linear"):
+        lmnfast.linear_regions(Residual(), samples(4, 6))
+
+
+def test_budgets_are_positive():
+    with pytest.raises(ValueError, match="budget: expected a positive number of bytes, got 0"):
+        lmnfast.jacobians(network(3, 5, 2), samples(4, 3), budget=0)
