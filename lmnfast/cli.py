@@ -10,7 +10,7 @@ import torch
 
 from . import __version__, _native
 from .connectivity import METHODS
-from .grokking.figures import draw
+from .grokking.figures import draw, draw_methods
 from .grokking.model import INITS, LAYERS
 from .grokking.tasks import TASKS
 from .grokking.train import Config, Run, measure, train
@@ -82,7 +82,15 @@ def _parser() -> argparse.ArgumentParser:
             "--points", type=int, help=f"nodes on a path, ends included ({defaults['points']})"
         )
         added.add_argument("--rule", choices=RULES, help=f"where on the path they lie ({defaults['rule']})")
-        added.add_argument("--method", choices=METHODS, help=f"of the connectivity ({defaults['method']})")
+        if added is grok:
+            added.add_argument("--method", choices=METHODS, help=f"of the connectivity ({Config.method})")
+        else:
+            added.add_argument(
+                "--method",
+                type=_methods,
+                metavar="METHOD[,METHOD...]",
+                help=f"of the connectivity, among {', '.join(METHODS)} (the run's); several also in one figure",
+            )
         added.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (auto)")
 
     command("info", _info, "Show the versions, the instruction set in use, and CUDA.")
@@ -105,10 +113,20 @@ def _measure(options: argparse.Namespace) -> None:
     _need_device(options)
     path, rows = measure(**_given(options), progress=True)
     columns = [name for name in rows[0] if name == "step" or name.startswith("lmn_")]
-    print(*(f"{name:>16}" for name in columns))
+    widths = [max(16, len(name)) for name in columns]
+    print(*(f"{name:>{width}}" for name, width in zip(columns, widths)))
     for row in rows:
-        print(*(f"{row[name]:>16.6g}" for name in columns))
+        print(*(f"{row[name]:>{width}.6g}" for name, width in zip(columns, widths)))
     print(f"written: {path}")
+    if "+" in rows[0]["method"]:
+        print(f"written: {draw_methods(path, rows)}")
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    methods = tuple(text.split(","))
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
+    return methods
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -164,18 +182,19 @@ def _summary(run: Run) -> str:
     config, last, seconds = run.config, run.rows[-1], run.seconds
     lines = [
         f"{config.task}, seed {config.seed}: {last['step']} steps, measured every {config.every} on "
-        f"{last['samples']} samples ({config.method}, {config.points} {config.rule} points)",
+        f"{last['samples']} samples ({_how(config)})",
         f"memorised at    {at(run.memorised)}",
         f"generalised at  {at(run.generalised)}",
     ]
+    name = "LMN" if config.method == "path" else f"LMN ({config.method})"
     for layer in config.layers:
         column = f"lmn_{layer}"
         peak = max(run.rows, key=lambda row: row[column])
         lines.append(
-            f"LMN             {layer}: peak {peak[column]:.1f} at step {peak['step']}, end {last[column]:.1f}"
+            f"{name:<15} {layer}: peak {peak[column]:.1f} at step {peak['step']}, end {last[column]:.1f}"
         )
     correlations = [
-        *(f"LMN {layer} {r(f'lmn_{layer}')}" for layer in config.layers),
+        *(f"{name} {layer} {r(f'lmn_{layer}')}" for layer in config.layers),
         f"L2 norm {r('l2_norm')}",
     ]
     lines += [
@@ -184,6 +203,10 @@ def _summary(run: Run) -> str:
         f"left in         {run.path}",
     ]
     return "\n".join(lines)
+
+
+def _how(config: Config) -> str:
+    return config.method + ("" if config.method == "jacobian" else f", {config.points} {config.rule} points")
 
 
 def _given(options: argparse.Namespace) -> dict:

@@ -12,8 +12,9 @@ from torch.overrides import TorchFunctionMode
 from . import _native, ops
 from .network import Chain, evaluating, recognise, same_output
 from .quadrature import path_nodes
+from .reference import CONSTANT_ULPS
 
-METHODS = ("path",)
+METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
 DEFAULT_BUDGET = 256 * 2**20
 # A larger tile gains nothing on a CPU, and loses where single results pass 32 MB: the C library then maps fresh pages
 # for every one of them. Measured on a residual network: 0.27 s with 64 MB, 0.75 s with 256 MB.
@@ -36,13 +37,20 @@ def connectivity(
     kernel; any other f is called on tiles of path points. An ``nn.Module`` is measured in eval mode and left as
     it was. The result carries no graph, whatever requires grad.
 
+    The other methods stand in for it where f is dear, and are always to be named with the number; see docs/methods.md
+    for how well each follows:
+    "hermite" takes the cubic that has f's outputs and its slopes ``J_i (x_j - x_i)``, ``J_j (x_j - x_i)`` at both
+    ends of the path, so f is differentiated at the samples and never evaluated between them. "hermite-midpoint" takes
+    the quartic that also has f's outputs half way. "jacobian" compares the linear maps at the ends alone:
+    ``L[i, j] = 1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2)``, Frobenius, from -1 to 1; 1 where both are zero.
+
     Args:
         f: maps a batch (B, *in) to (B, *out), one row independent of the others; outputs are flattened.
         x: (N, *in), floating point, the samples.
-        method: "path".
-        points: nodes on a path, ends included.
+        method: "path", "hermite", "hermite-midpoint" or "jacobian".
+        points: nodes on a path, ends included; of no effect on "jacobian".
         rule: "uniform" (the definition, with 21 points) or "lobatto" (approximates the 21-point sums with fewer).
-        budget: bytes a tile of path points and f's intermediate results may take together.
+        budget: bytes a tile of path points, or of Jacobians, and f's intermediate results may take together.
 
     Returns:
         (N, N), symmetric, ones on the diagonal; float64 for float64 samples, else float32.
@@ -50,8 +58,9 @@ def connectivity(
     Raises:
         TypeError: x is not a floating-point tensor, f does not return one, or their dtypes do not fit.
         ValueError: no samples, unknown method or rule, points or budget out of range, x and f on different
-            devices, or a NaN or Inf in samples or outputs (names the first sample); on CUDA, f may be called
-            on samples that are not finite before it is raised.
+            devices, or a NaN or Inf in samples, outputs or Jacobians (names the first sample); on CUDA, f may be
+            called on samples that are not finite before it is raised; for the other methods, an f that cannot be
+            differentiated.
         Source: arXiv 2310.05918, Eq. 1-2.
     """
     settings: dict[str, Any] = {"method": method, "points": points, "rule": rule, "budget": budget}
@@ -150,12 +159,20 @@ def enqueue(
                 checks.finite("f(x)", ends)
                 if expected is not None:
                     checks.agree(ends, expected.reshape(len(x), -1))
-                if chain is not None and checks.reproduces(chain, x, ends):
-                    L = ops.path_connectivity(chain, x, nodes, weights)
-                else:
+                if chain is not None and not checks.reproduces(chain, x, ends):
                     chain = None
-                    tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
+                midpoint = method == "hermite-midpoint"
+                tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
+                if method == "jacobian":
+                    L = _of_jacobians(f, chain, x, ends, allocated.bytes)
+                elif chain is not None and method == "path":
+                    L = ops.path_connectivity(chain, x, nodes, weights)
+                elif chain is not None:
+                    L = ops.hermite_connectivity(chain, x, nodes, weights, midpoint)
+                elif method == "path":
                     L = _generic(f, x, ends, nodes, weights, tile * len(x) // allocated.bytes)
+                else:
+                    L = _generic_hermite(f, x, ends, nodes, weights, midpoint, tile, allocated.bytes)
                 checks.entries(L)
                 return Enqueued(L, precision, checks.pending(), tuple(checks.errors))
         finally:
@@ -259,6 +276,140 @@ def _generic(
         r2 = ops.path_r2(y, ends, first, second, nodes, weights)
         coincident = (x[first] == x[second]).flatten(1).all(1)
         L[first, second] = L[second, first] = torch.where(coincident, 1.0, r2)
+    return L
+
+
+def _generic_hermite(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    ends: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    midpoint: bool,
+    tile: int,
+    allocated: int,
+) -> Tensor:
+    """The polynomials' r2 from Jacobians of two tiles of samples at a time; f took ``allocated`` bytes for all samples.
+
+    With A and B the slopes at both ends less the chord's and C the midpoint's distance from the chord, the residual is
+    ``e(t) = A t (1-t)^2 - B t^2 (1-t) + 16 t^2 (1-t)^2 (C - (A - B)/8)``, without C the first two terms.
+    """
+    from .jacobian import _Differentiated  # which itself needs this module
+
+    y, outputs, inputs = _widened(ends), ends.shape[1], x[0].numel()
+    L = torch.ones(len(x), len(x), dtype=y.dtype, device=x.device)
+    differentiated = _Differentiated(f, x, ends, allocated, tile // 2)
+    moments = _PolynomialMoments(nodes, weights, midpoint)
+    # A quarter of the tile for each of two tiles of Jacobians, half of it for what the pairs of them take.
+    pair = y.element_size() * (inputs + 8 * outputs) + (-(-allocated // len(x)) if midpoint else 0)
+    most = max(1, tile // max(4 * y.element_size() * outputs * inputs, 2 * pair))
+    flat = _widened(x.flatten(1))
+    for begin in range(0, len(x), most):
+        J_first = differentiated(begin, min(begin + most, len(x)))
+        for other in range(begin, len(x), most):
+            J_second = J_first if other == begin else differentiated(other, min(other + most, len(x)))
+            together = max(1, tile // (2 * pair * len(J_second)))
+            for i in range(begin, begin + len(J_first), together):
+                first = slice(i, min(i + together, begin + len(J_first)))
+                second = slice(max(i, other), other + len(J_second))
+                # Differences before products: close samples keep their digits.
+                step = flat[second] - flat[first, None]  # [first, second, inputs]
+                chord = y[second] - y[first, None]  # [first, second, outputs]
+                A = step @ J_first[first.start - begin : first.stop - begin].mT - chord
+                B = (step.transpose(0, 1) @ J_second[second.start - other :].mT).transpose(0, 1) - chord
+                values = [A, B]
+                if midpoint:
+                    values.append(_half_way(f, x, y, first, second))
+                magnitude = torch.maximum(y[first, None].abs(), y[second].abs())
+                r2 = 1 - moments.nonlinear_share(chord, values, magnitude).mean(-1)
+                r2 = torch.where((step == 0).all(-1), 1.0, r2)
+                if second.start == i:  # the samples' own paths, and those of one another twice
+                    own = r2[:, : len(r2)]
+                    own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
+                L[first, second], L[second, first] = r2, r2.mT
+    return L
+
+
+def _half_way(f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, first: slice, second: slice) -> Tensor:
+    """f's distance from the chord at the midpoints of the paths with i < j; 0 for the other pairs."""
+    sample = torch.arange(len(x), device=x.device)
+    i, j = (sample[second] > sample[first, None]).nonzero(as_tuple=True)
+    result = y.new_zeros(first.stop - first.start, second.stop - second.start, y.shape[1])
+    i, j = i + first.start, j + second.start
+    if len(i):
+        middle = _widened(_outputs(f, torch.lerp(x[i], x[j], 0.5)))
+        result[i - first.start, j - second.start] = middle - torch.lerp(y[i], y[j], 0.5)
+    return result
+
+
+class _PolynomialMoments:
+    """Sums over the nodes of the polynomials that carry A, B and C, once; see csrc/statistics.h."""
+
+    def __init__(self, nodes: Tensor, weights: Tensor, midpoint: bool) -> None:
+        t = nodes - weights @ nodes
+        self.variance_t = float(weights @ t**2)
+        bump = 16 * (nodes * (1 - nodes)) ** 2
+        half = bump / 8 if midpoint else 0 * bump
+        phi = torch.stack(
+            [nodes * (1 - nodes) ** 2 - half, half - nodes**2 * (1 - nodes), bump][: 2 + midpoint]
+        )
+        e, te = phi @ weights, phi @ (weights * t)
+        self.te = te.tolist()
+        # var(t) var(e) - cov(e, t)^2 as a quadratic form of the values
+        self.residual = (
+            self.variance_t * ((phi * weights) @ phi.mT - torch.outer(e, e)) - torch.outer(te, te)
+        ).tolist()
+
+    def nonlinear_share(self, chord: Tensor, values: list[Tensor], magnitude: Tensor) -> Tensor:
+        """1 - r2; 0 for what is constant to rounding. ``values`` are overwritten."""
+        scale = chord.abs()
+        for value in values:
+            torch.maximum(scale, value.abs(), out=scale)
+        safe = torch.where(scale > 0, scale, 1.0)  # squares of tiny or huge outputs would not be finite
+        covariance = chord * (self.variance_t / safe)
+        for value, te in zip(values, self.te):
+            covariance += value.div_(safe) * te
+        nonlinear = torch.zeros_like(covariance)
+        for v, value in enumerate(values):
+            row = value * self.residual[v][v]
+            for u in range(v):
+                row += values[u] * (2 * self.residual[v][u])
+            nonlinear += row.mul_(value)
+        total = covariance.square_() + nonlinear.clamp_(min=0)
+        tolerance = magnitude * (CONSTANT_ULPS * torch.finfo(chord.dtype).eps * self.variance_t**0.5)
+        return torch.where(total.sqrt() * scale <= tolerance, 0.0, nonlinear / total)
+
+
+def _of_jacobians(
+    f: Callable[[Tensor], Tensor], chain: Chain | None, x: Tensor, ends: Tensor, allocated: int
+) -> Tensor:
+    """1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2), from the distances of jacobian_distances."""
+    from .jacobian import _chain_features, _merged, _other_features, _tiled  # which itself needs this module
+
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    if chain is None:
+        rows, width = _other_features(f, x, ends, allocated, False), ends.shape[1] * x[0].numel()
+    else:
+        chain = _merged(chain)
+        if all(a.name == "identity" for a in chain.activations):
+            return torch.ones(len(x), len(x), dtype=dtype, device=x.device)
+        rows, width = _chain_features(chain, x, False)
+
+    def with_norms(begin: int, end: int) -> Tensor:
+        features = rows(begin, end)
+        norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
+        return features
+
+    L = _tiled(with_norms, len(x), width, False, dtype)
+    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
+    for some in range(0, len(x), 256):
+        pair = norms[some : some + 256, None], norms
+        both = torch.hypot(
+            torch.maximum(*pair), torch.minimum(*pair)
+        )  # in one order: symmetric to the last bit
+        share = L[some : some + 256] / torch.where(both > 0, both, 1.0)
+        L[some : some + 256] = 1 - share.square()
     return L
 
 

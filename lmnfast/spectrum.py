@@ -95,6 +95,7 @@ class Measurement:
     points: int
     rule: str
     method: str
+    """As in `connectivity`; what another than "path" gives stands in for LMN, and "jacobian" has no nodes."""
     precision: str
     """``torch.get_float32_matmul_precision()`` when the connectivity was computed. In float32 on CUDA, fused
     kernels follow it: "highest" keeps float32's last bits by a split into two TF32 parts, "high" and "medium"
@@ -162,6 +163,7 @@ def lmn(
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
+    With another method than "path" it is that method's stand-in for it, and goes by the method's name.
     Arguments, errors and detachment as :func:`connectivity`.
 
     Returns:

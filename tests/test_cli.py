@@ -61,6 +61,28 @@ def test_measure_prints_and_writes_a_table(tmp_path, capsys):
     assert written == f"written: {tmp_path}/measure-embedding+hidden_1-path-uniform11.csv"
 
 
+def test_measure_puts_methods_side_by_side_in_one_table_and_one_figure(tmp_path, capsys):
+    assert cli.main([*TINY, f"--out={tmp_path}"]) == 0
+    capsys.readouterr()
+    methods = ["path", "hermite", "jacobian"]
+    assert cli.main(["measure", str(tmp_path), f"--method={','.join(methods)}"]) == 0
+    header, *rows, table, figure = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", *(f"lmn_hidden_1_{method}" for method in methods)]
+    assert [row.split()[0] for row in rows] == ["0", "5", "10"]
+    name = "hidden_1-path+hermite+jacobian-uniform21"
+    assert table == f"written: {tmp_path}/measure-{name}.csv"
+    assert figure == f"written: {tmp_path}/figures/methods-{name}.png"
+    assert (tmp_path / f"figures/methods-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method, how", [("hermite", "hermite, 21 uniform points"), ("jacobian", "jacobian")])
+def test_grok_names_another_method_with_its_numbers(method, how, tmp_path, capsys):
+    assert cli.main([*TINY, f"--method={method}", f"--out={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert f"on 20 samples ({how})" in said
+    assert f"LMN ({method})" in said and f"with LMN ({method}) hidden_1 -" in said
+
+
 def facts(said):
     """What info printed, by name."""
     return {line[:15].rstrip(): line[17:] for line in said.splitlines()}
@@ -168,7 +190,15 @@ def test_another_run_in_the_directory_needs_force(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["grok", "addition"], ["grok", "s4", "--method=guess"], ["measure"], ["info", "x"]]
+    "arguments",
+    [
+        [],
+        ["grok", "addition"],
+        ["grok", "s4", "--method=guess"],
+        ["measure"],
+        ["measure", "run", "--method=path,guess"],
+        ["info", "x"],
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -415,6 +415,33 @@ def test_checkpoints_can_be_measured_at_other_layers_nodes_and_steps(finished):
         measure(finished.path, every=0)
 
 
+def test_several_methods_are_measured_side_by_side(finished):
+    path, rows = measure(
+        finished.path, layers=["hidden_1", "embedding"], method=["path", "jacobian"], every=10
+    )
+    assert path.name == "measure-hidden_1+embedding-path+jacobian-uniform21.csv"
+    with open(path) as file:
+        read = list(csv.DictReader(file))
+    names = [
+        f"lmn_{layer}_{method}" for method in ("path", "jacobian") for layer in ("hidden_1", "embedding")
+    ]
+    assert list(read[0]) == ["step", *names, "samples", "points", "rule", "method"]
+    assert {row["method"] for row in read} == {"path+jacobian"}
+    for method in ("path", "jacobian"):
+        alone = measure(finished.path, method=method, every=10)[1]
+        assert [row["lmn_hidden_1"] for row in alone] == [row[f"lmn_hidden_1_{method}"] for row in rows]
+    for method in ([], ["path", "path"]):
+        with pytest.raises(ValueError, match="method: expected some of path, hermite, .*, each once"):
+            measure(finished.path, method=method)
+
+
+def test_a_run_by_another_method_trains_the_same_network(finished, tmp_path):
+    run = train(replace(TINY, method="hermite"), tmp_path)
+    for row, known in zip(run.rows, finished.rows, strict=True):
+        assert row["method"] == "hermite" and row["lmn_hidden_1"] != known["lmn_hidden_1"]
+        assert all(row[name] == known[name] for name in training.METRICS)
+
+
 # Figures
 
 

@@ -49,14 +49,14 @@ def x():
     return torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
 
 
-def trained(network, probed, device, steps=7, failing=False):
+def trained(network, probed, device, steps=7, failing=False, method="path"):
     """Parameters, buffers, optimiser moments and random state after training, with or without a probe."""
     torch.manual_seed(0)
     model = network().to(device)
     model.second.eval()  # a frozen part, among others in training
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     x, y = torch.randn(12, 5).to(device), torch.randint(3, (12,)).to(device)
-    probe = Probe(model, x, ["first", "second"], every=2) if probed else None
+    probe = Probe(model, x, ["first", "second"], every=2, method=method) if probed else None
     for step in range(steps):
         loss = F.cross_entropy(model(x), y)
         if probe:
@@ -95,6 +95,29 @@ def test_training_with_a_probe_is_bit_identical_to_training_without(network, fai
     with_probe, without = trained(network, True, device, failing=failing), trained(network, False, device)
     for ours, plain in zip(with_probe, without, strict=True):
         assert ours is plain is None or torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("method", ["hermite-midpoint", "jacobian"])
+@pytest.mark.parametrize("network", [Network, Untraceable])
+def test_differentiating_for_a_probe_changes_no_bit_of_the_training_either(network, method):
+    with_probe, without = trained(network, True, "cpu", method=method), trained(network, False, "cpu")
+    for ours, plain in zip(with_probe, without, strict=True):
+        assert ours is plain is None or torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("method", ["hermite", "hermite-midpoint", "jacobian"])
+@pytest.mark.parametrize("network", [Network, Untraceable])
+def test_a_probe_measures_by_any_method_and_names_it(network, method, x):
+    torch.manual_seed(0)
+    model = network().eval()
+    with Probe(model, x, "first", method=method) as probe:
+        probe(0)
+        (row,) = probe.history
+    assert row["method"] == method
+    traced = Network().eval()
+    traced.load_state_dict(model.state_dict())
+    expected = lmnfast.lmn(*cut(traced, "first", x), method=method).item()
+    assert row["lmn"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_row_holds_what_measuring_the_cut_gives(model, x):

@@ -91,6 +91,15 @@ def test_a_measurement_carries_what_its_value_depends_on():
         m.lmn = 2.0
 
 
+@pytest.mark.parametrize("method", ["hermite", "hermite-midpoint", "jacobian"])
+def test_a_stand_in_goes_by_its_name(method):
+    f, x = nn.Sequential(nn.Linear(4, 9), nn.SiLU(), nn.Linear(9, 3)), torch.randn(20, 4)
+    m = lmnfast.measure(f, x, method=method, points=9, rule="lobatto")
+    assert (m.method, m.points, m.rule) == (method, 9, "lobatto") and f"method={method!r}" in repr(m)
+    assert m.lmn == lmnfast.lmn(f, x, method=method, points=9, rule="lobatto").item()
+    assert m.lmn != lmnfast.lmn(f, x).item()
+
+
 def test_the_solver_of_a_matrix_on_the_cpu_is_the_cpu():
     L = symmetric(2, 5, 5)
     assert torch.equal(lmnfast.eigenvalues(L, "auto"), lmnfast.eigenvalues(L, solver="cpu"))

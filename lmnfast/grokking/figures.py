@@ -8,10 +8,16 @@ from importlib.resources import files
 from pathlib import Path
 
 from .tasks import task_sizes
-from .train import Run, read_run, write_file
+from .train import Config, Run, read_run, write_file
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 LMN, L2, ACCURACY = "#D55E00", "#009E73", "#0072B2"
+METHOD_LINES = {
+    "path": (LMN, "-"),
+    "hermite": (ACCURACY, "--"),
+    "hermite-midpoint": ("#000000", ":"),
+    "jacobian": (L2, "-."),
+}
 PHASES = {"memorising": ("#555555", "^"), "generalising": ("#E69F00", "o"), "finalising": ("#CC79A7", "s")}
 
 
@@ -42,6 +48,37 @@ def draw(run: str | os.PathLike) -> list[Path]:
     return [_draw_layer(run, layer) for layer in run.config.layers]
 
 
+def draw_methods(table: Path, rows: list[dict]) -> Path:
+    """Draws what `measure` left with several methods, a panel for each layer; returns
+    RUN/figures/methods-LAYERS-METHODS-RULEPOINTS.png. Needs matplotlib."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    methods = rows[0]["method"].split("+")
+    layers = list(
+        dict.fromkeys(
+            name.removeprefix("lmn_").rpartition("_")[0] for name in rows[0] if name.startswith("lmn_")
+        )
+    )
+    with rc_context({"font.size": 13, "legend.frameon": False, "lines.linewidth": 2}):
+        figure = Figure(figsize=(1.5 + 5 * len(layers), 4.4), layout="constrained")
+        panels = figure.subplots(1, len(layers), squeeze=False)[0]
+        for axes, layer in zip(panels, layers, strict=True):
+            for method in methods:
+                colour, style = METHOD_LINES[method]
+                values = [row[f"lmn_{layer}_{method}"] for row in rows]
+                axes.plot([row["step"] for row in rows], values, style, color=colour, label=method)
+            axes.set(title=layer, xlabel="Training step", ylim=(0, None))
+            axes.locator_params(axis="x", nbins=5)
+        panels[0].set_ylabel("LMN, and its stand-ins by name" if "path" in methods else "Stand-ins for LMN")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods))
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=200)
+    path = table.parent / "figures" / f"methods{table.stem.removeprefix('measure')}.png"
+    write_file(path, image.getvalue())
+    return path
+
+
 def _draw_layer(run: Run, layer: str) -> Path:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -58,13 +95,18 @@ def _draw_layer(run: Run, layer: str) -> Path:
     return path
 
 
+def _named(config: Config) -> str:
+    """What another method than the path gives is no LMN without its name."""
+    return "LMN" if config.method == "path" else f"LMN ({config.method})"
+
+
 def _draw_curves(figure, run: Run, layer: str) -> None:
     config, rows = run.config, run.rows
     axes = figure.subplots()
     accuracy = axes.twinx()
     steps = [row["step"] for row in rows]
     lines = []
-    for column, label, colour in ((f"lmn_{layer}", "LMN", LMN), ("l2_norm", "L2 norm", L2)):
+    for column, label, colour in ((f"lmn_{layer}", _named(config), LMN), ("l2_norm", "L2 norm", L2)):
         lines += axes.plot(steps, [row[column] for row in rows], color=colour, label=label)
     for column, label, style in (
         ("test_accuracy", "Test accuracy", "-"),
@@ -87,7 +129,7 @@ def _draw_curves(figure, run: Run, layer: str) -> None:
 
 def _draw_losses(figure, run: Run, layer: str) -> None:
     panels = figure.subplots(1, 2, sharey=True)
-    columns = {f"lmn_{layer}": f"LMN of {layer}", "l2_norm": "L2 norm"}
+    columns = {f"lmn_{layer}": f"{_named(run.config)} of {layer}", "l2_norm": "L2 norm"}
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
         for phase, (colour, marker) in PHASES.items():
             rows = [row for row in run.rows if run.phase(row) == phase]

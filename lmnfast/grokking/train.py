@@ -14,11 +14,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -302,7 +303,7 @@ def measure(
     layers: Sequence[str] | None = None,
     points: int | None = None,
     rule: str | None = None,
-    method: str | None = None,
+    method: str | Sequence[str] | None = None,
     device: str = "auto",
     every: int = 1,
     progress: bool = False,
@@ -311,12 +312,13 @@ def measure(
 
     Args:
         run: the run's directory.
-        layers, points, rule, method, device: as in Config.
+        layers, points, rule, method, device: as in Config; several methods stand side by side.
         every: only steps that are multiples of it.
         progress: show a bar (needs tqdm).
 
     Returns:
-        RUN/measure-LAYERS-METHOD-RULEPOINTS.csv, written, and its rows.
+        RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, written, and its rows: the numbers are lmn_LAYER, or with several
+        methods lmn_LAYER_METHOD.
 
     Raises:
         ValueError: not a run, no checkpoint, or as Config.
@@ -324,27 +326,35 @@ def measure(
     path = Path(run)
     if every < 1:
         raise ValueError(f"every: expected at least 1, got {every}")
-    changes = {"layers": layers, "points": points, "rule": rule, "method": method}
-    config = replace(
-        read_config(path), device=device, **{k: v for k, v in changes.items() if v is not None}
-    ).settled()
+    stored = read_config(path)
+    methods = (stored.method,) if method is None else (method,) if isinstance(method, str) else tuple(method)
+    if not methods or len(set(methods)) < len(methods):
+        raise ValueError(
+            f"method: expected some of {', '.join(METHODS)}, each once, got {', '.join(methods)}"
+        )
+    given = {"layers": layers, "points": points, "rule": rule}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    configs = [replace(stored, device=device, method=name, **changes).settled() for name in methods]
+    config = configs[0]
     checkpoints = {int(file.stem[5:]): file for file in sorted(path.glob("checkpoints/step_*.pt"))}
     checkpoints = {step: file for step, file in checkpoints.items() if step % every == 0}
     if not checkpoints:
         raise ValueError(f"run: no checkpoints of such steps in {path}")
     task, model = _start(config)
-    with (
-        _threads(config.threads),
-        _probe(model, task.train_inputs, config, 1) as probe,
-        _bar(len(checkpoints), 0, progress) as bar,
-    ):
-        for step, file in checkpoints.items():
-            model.load_state_dict(torch.load(file, map_location=config.device, weights_only=True))
-            probe(step)
-            if bar:
-                bar.update()
-        rows = _by_step(probe.history)
-    name = f"measure-{'+'.join(config.layers)}-{config.method}-{config.rule}{config.points}.csv"
+    together = "+".join(methods)
+    rows: list[dict] = [{} for _ in checkpoints]
+    with _threads(config.threads), _bar(len(checkpoints) * len(methods), 0, progress) as bar:
+        for each in configs:
+            with _probe(model, task.train_inputs, each, 1) as probe:
+                for step, file in checkpoints.items():
+                    model.load_state_dict(torch.load(file, map_location=config.device, weights_only=True))
+                    probe(step)
+                    if bar:
+                        bar.update()
+                measured = _by_step(probe.history, f"_{each.method}" if len(methods) > 1 else "")
+            for row, more in zip(rows, measured, strict=True):
+                row.update(more, method=together)
+    name = f"measure-{'+'.join(config.layers)}-{together}-{config.rule}{config.points}.csv"
     _write_csv(path / name, rows, ())
     return path / name, rows
 
@@ -487,11 +497,11 @@ def _evaluate(model: nn.Module, task: Task) -> dict[str, float]:
     }
 
 
-def _by_step(history: Iterator[dict]) -> list[dict]:
-    """The probe's rows, one per step and layer, as one per step."""
+def _by_step(history: Iterable[dict], suffix: str = "") -> list[dict]:
+    """The probe's rows, one per step and layer, as one per step; the suffix ends their names."""
     steps: dict[int, dict] = {}
     for row in history:
-        steps.setdefault(row["step"], dict(row))[f"lmn_{row['layer']}"] = row["lmn"]
+        steps.setdefault(row["step"], dict(row))[f"lmn_{row['layer']}{suffix}"] = row["lmn"]
     return list(steps.values())
 
 

@@ -1,0 +1,308 @@
+"""How the stand-ins for LMN follow it over training: the tables and the figure of docs/methods.md.
+
+lmnfast grok TASK --seed SEED --every 500 --out RUNS/TASK-SEED   for every task and seed; only checkpoints are used
+python bench/methods.py RUNS/*                                   measures what VALUES lacks, then writes both
+
+``--relu DIRECTORY`` first trains a network of every task with ReLU in place of SiLU, for linear_regions, and measures
+it as well. What is in VALUES is not measured again: a stopped study goes on, a deleted file starts it anew.
+"""
+
+import argparse
+import csv
+import math
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from report import machine
+from torch import nn
+
+import lmnfast
+from lmnfast.grokking import train as trainer
+from lmnfast.grokking.figures import ACCURACY, L2, LMN
+from lmnfast.grokking.model import make_model
+from lmnfast.grokking.tasks import TASKS
+
+DOCS = Path(__file__).parent.parent / "docs"
+COLUMNS = ("run", "task", "seed", "activation", "step", "layer", "method", "value", "seconds")
+# The last layer's tail is linear.
+LAYERS = ("embedding", "hidden_1_pre", "hidden_1", "hidden_2_pre")
+# A Linear between two layers does not change the paths between the samples: the same number from either.
+SAME_PATHS = {"hidden_1_pre": "embedding", "hidden_2_pre": "hidden_1"}
+STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
+LOBATTO = tuple(f"lobatto {points}" for points in range(4, 10))
+MARKS = {"hermite": ("s", ACCURACY), "hermite-midpoint": ("D", "#000000"), "jacobian": ("^", L2)}
+RELU = {"steps": 5000, "every": 250, "points": 4, "rule": "lobatto", "threads": 1}
+
+
+def relu_model(*arguments, **keywords) -> nn.Sequential:
+    model = make_model(*arguments, **keywords)
+    model.hidden_1, model.hidden_2 = nn.ReLU(), nn.ReLU()
+    return model
+
+
+def trained_with_relu(directory: Path) -> list[Path]:
+    runs = [directory / f"{task}-relu" for task in TASKS]
+    with patch.object(trainer, "make_model", relu_model):
+        for task, run in zip(TASKS, runs, strict=True):
+            trainer.train(trainer.Config(task, **RELU), run, progress=True)
+    return runs
+
+
+def measured(method: str) -> Callable[[nn.Module, torch.Tensor], torch.Tensor | int]:
+    """What is timed: the matrix, or the number of regions."""
+    if method == "linear_regions":
+        return lmnfast.linear_regions
+    if method.startswith("lobatto"):
+        return lambda f, x: lmnfast.connectivity(f, x, rule="lobatto", points=int(method.split()[1]))
+    return lambda f, x: lmnfast.connectivity(f, x, method=method)
+
+
+def wanted(layer: str, relu: bool) -> Iterable[str]:
+    yield "jacobian"
+    if layer not in SAME_PATHS:
+        yield from ("path", "hermite", "hermite-midpoint")
+        if relu:
+            yield "linear_regions"
+
+
+def study(runs: list[Path], values: Path, every: int) -> None:
+    """Measures every checkpoint of the runs at multiples of `every`, and appends to `values`."""
+    for run in runs:
+        measure(run, values, every, LAYERS, lambda layer, run=run: wanted(layer, is_relu(run)))
+    # One seed of each task is enough to tell the rules apart, and exact work for one more layer can wait.
+    for layer in ("hidden_1", "embedding"):
+        for run in runs:
+            if trainer.read_config(run).seed == 0:
+                measure(run, values, every, (layer,), lambda layer: LOBATTO)
+
+
+def is_relu(run: Path) -> bool:
+    return run.name.endswith("-relu")
+
+
+def measure(
+    run: Path, values: Path, every: int, layers: Iterable[str], methods: Callable[[str], Iterable[str]]
+) -> None:
+    known = {tuple(row[c] for c in ("run", "step", "layer", "method")) for row in read(values)}
+    config = trainer.read_config(run)
+    with patch.object(trainer, "make_model", relu_model if is_relu(run) else make_model):
+        task, model = trainer._start(config)
+    activation = "ReLU" if is_relu(run) else "SiLU"
+    for checkpoint in sorted(run.glob("checkpoints/step_*.pt")):
+        step, rows = int(checkpoint.stem[5:]), []
+        if step % every:
+            continue
+        model.load_state_dict(torch.load(checkpoint, weights_only=True))
+        for layer in layers:
+            missing = [m for m in methods(layer) if (run.name, str(step), layer, m) not in known]
+            if not missing:
+                continue
+            tail, samples = lmnfast.cut(model, layer, task.train_inputs)
+            for method in missing:
+                start = time.perf_counter()
+                result = measured(method)(tail, samples)
+                seconds = time.perf_counter() - start
+                value = result if isinstance(result, int) else float(lmnfast.linear_mapping_number(result))
+                rows.append(
+                    (run.name, config.task, config.seed, activation, step, layer, method, value, seconds)
+                )
+        with open(values, "a", newline="") as file:
+            table = csv.writer(file)
+            if not file.tell():
+                table.writerow(COLUMNS)
+            table.writerows(rows)
+    print(run.name, flush=True)
+
+
+def read(values: Path) -> list[dict[str, str]]:
+    if not values.exists():
+        return []
+    with open(values, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Values:
+    """Values and seconds over the checkpoints that all methods of a layer have."""
+
+    def __init__(self, rows: list[dict[str, str]]) -> None:
+        self.value: dict[tuple, dict[int, float]] = defaultdict(dict)  # by run, layer, method; then by step
+        self.seconds: dict[tuple, list[float]] = defaultdict(list)  # by task, activation, layer, method
+        self.runs: dict[tuple, list[str]] = defaultdict(list)  # by task, activation
+        for row in rows:
+            self.value[row["run"], row["layer"], row["method"]][int(row["step"])] = float(row["value"])
+            self.seconds[row["task"], row["activation"], row["layer"], row["method"]].append(
+                float(row["seconds"])
+            )
+            runs = self.runs[row["task"], row["activation"]]
+            if row["run"] not in runs:
+                runs.append(row["run"])
+
+    def pair(self, run: str, layer: str, method: str) -> torch.Tensor:
+        """(2, checkpoints): the exact LMN, and the stand-in's."""
+        source = SAME_PATHS.get(layer, layer)
+        ours = self.value.get((run, layer, method)) or self.value[run, source, method]
+        exact = self.value[run, source, "path"]
+        steps = sorted(exact.keys() & ours.keys())
+        return torch.tensor([[exact[s] for s in steps], [ours[s] for s in steps]], dtype=torch.float64)
+
+    def milliseconds(self, task: str, activation: str, layer: str, method: str) -> float:
+        key = task, activation, layer, method
+        if key not in self.seconds:
+            key = task, activation, SAME_PATHS.get(layer, layer), method
+        return 1e3 * min(self.seconds[key])
+
+
+def pearson(pair: torch.Tensor) -> float:
+    return torch.corrcoef(pair)[0, 1].item()
+
+
+def bias_at_peak(pair: torch.Tensor) -> float:
+    """Per cent."""
+    peak = pair[0].argmax()
+    return 100 * (pair[1, peak] / pair[0, peak] - 1).item()
+
+
+def spread(numbers: list[float], digits: int) -> str:
+    """Median and range."""
+    numbers = sorted(numbers)
+    if any(map(math.isnan, numbers)):
+        return "constant"
+    text = f"{statistics.median(numbers):.{digits}f}"
+    return text if len(numbers) == 1 else f"{text} ({numbers[0]:.{digits}f} to {numbers[-1]:.{digits}f})"
+
+
+def table(
+    values: Values, activation: str, methods: Iterable[str], layers: Iterable[str], digits: int = 1
+) -> list[str]:
+    lines = [
+        "| task | layer | method | r | bias at the peak, % | largest error, % | ms | exact, ms |",
+        "|---|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for (task, known), runs in values.runs.items():
+        for layer in layers if known == activation else ():
+            for method in methods:
+                pairs = [values.pair(run, layer, method) for run in runs]
+                pairs = [pair for pair in pairs if pair.shape[1] > 2]  # Lobatto: of seed 0 alone
+                if not pairs:
+                    continue
+                cells = [
+                    task,
+                    f"`{layer}`",
+                    f"`{method}`",
+                    spread([pearson(pair) for pair in pairs], 4),
+                    spread([bias_at_peak(pair) for pair in pairs], digits),
+                    spread([100 * (pair[1] / pair[0] - 1).abs().max().item() for pair in pairs], digits),
+                    f"{values.milliseconds(task, activation, layer, method):.0f}",
+                    f"{values.milliseconds(task, activation, layer, 'path'):.0f}",
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def draw(values: Values, path: Path) -> None:
+    """Error of LMN, median over checkpoints and its largest, against the matrix's cost."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    shown = {layer: [] for layer in ("hidden_1", "embedding")}
+    for (task, activation), (run, *_) in values.runs.items():  # seed 0's run comes first
+        for layer, panels in shown.items():
+            if activation == "SiLU" and (run, layer, LOBATTO[0]) in values.value:
+                panels.append((task, layer, run))
+    shown = {layer: panels for layer, panels in shown.items() if panels}
+    with rc_context({"font.size": 12, "legend.frameon": False, "lines.linewidth": 1.5}):
+        columns = max(map(len, shown.values()))
+        figure = Figure(figsize=(4.2 * columns + 1, 4 * len(shown) + 0.5), layout="constrained")
+        grid = figure.subplots(len(shown), columns, sharey=True, squeeze=False)
+        for row, panels in zip(grid, shown.values(), strict=True):
+            for axes, panel in zip(row, panels):
+                draw_panel(axes, values, *panel)
+            row[0].set_ylabel("Error of LMN (%)")
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+        figure.savefig(path, dpi=110)
+
+
+def draw_panel(axes, values: Values, task: str, layer: str, run: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    def point(method: str) -> tuple[float, float, float]:
+        pair = values.pair(run, layer, method)
+        error = 100 * (pair[1] / pair[0] - 1).abs()
+        return values.milliseconds(task, "SiLU", layer, method), error.median().item(), error.max().item()
+
+    cost, middle, most = zip(*map(point, LOBATTO), strict=True)
+    axes.plot(cost, middle, "o-", color=LMN, label="Lobatto, 4 to 9 nodes")
+    axes.vlines(cost, middle, most, color=LMN, alpha=0.4)
+    for name, x, y in zip(LOBATTO, cost, middle, strict=True):
+        axes.annotate(name.split()[1], (x, y), (5, 4), textcoords="offset points", annotation_clip=True)
+    for method, (marker, colour) in MARKS.items():
+        cost, middle, most = point(method)
+        axes.plot(cost, middle, marker, color=colour, label=method, markersize=8)
+        axes.vlines(cost, middle, most, color=colour, alpha=0.4)
+    exact = values.milliseconds(task, "SiLU", layer, "path")
+    axes.axvline(exact, color="#888888", linestyle=":", label="exact, 21 points")
+    axes.set(title=f"{task}, {layer}", xscale="log", yscale="log", xlabel="Time of the matrix (ms)")
+    axes.set_ylim(1e-3, 200)  # below, an error is of no use to anyone
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def counts(values: Values) -> Iterable[str]:
+    for activation in dict.fromkeys(activation for _, activation in values.runs):
+        runs = [run for (_, known), runs in values.runs.items() if known == activation for run in runs]
+        numbers = sorted({len(values.value[run, "hidden_1", "path"]) for run in runs})
+        yield f"{activation}: {len(runs)} runs, {' or '.join(map(str, numbers))} checkpoints of each"
+    lobatto = next(steps for (*_, method), steps in values.value.items() if method == LOBATTO[0])
+    yield f"Lobatto: seed 0 alone, {len(lobatto)} checkpoints"
+
+
+def write(values: Values, page: Path) -> None:
+    """Puts the tables in the page, between its marks."""
+    text = page.read_text()
+    facts = ", ".join(f"{name} {value}" for name, value in machine().items() if name != "commit")
+    sections = {
+        "SiLU": table(values, "SiLU", STAND_INS, LAYERS),
+        "ReLU": table(
+            values,
+            "ReLU",
+            ("linear_regions", *STAND_INS, "lobatto 7", "lobatto 9"),
+            ("embedding", "hidden_1"),
+        ),
+        "Lobatto": table(values, "SiLU", LOBATTO, ("embedding", "hidden_1"), digits=2),
+        "facts": [f"{'; '.join(counts(values))}. {facts}."],
+    }
+    for name, lines in sections.items():
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = f"({marks[0]}\n).*?({marks[1]})"
+        if not re.search(pattern, text, re.DOTALL):
+            raise ValueError(f"{page}: lacks the marks {' and '.join(marks)}")
+        body = "".join(f"{line}\n" for line in lines)
+        text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL)
+    page.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("--every", type=int, default=1000, help="only checkpoints at multiples of this step")
+    parser.add_argument("--values", type=Path, default=Path("methods.csv"))
+    parser.add_argument("--relu", type=Path, metavar="DIRECTORY")
+    options = parser.parse_args()
+    relu = trained_with_relu(options.relu) if options.relu else []
+    study([run for run in options.runs if run.is_dir()] + relu, options.values, options.every)
+    values = Values(read(options.values))
+    draw(values, DOCS / "methods.png")
+    write(values, DOCS / "methods.md")
+
+
+if __name__ == "__main__":
+    main()
