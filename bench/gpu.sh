@@ -4,7 +4,9 @@
 #
 #   bench/gpu.sh build test sanitize    9 minutes at most
 #   bench/gpu.sh build bench            likewise
-#   bench/gpu.sh bench PART...          only these: path_connectivity path_r2 connectivity spectral_entropy spectrum probe
+#   bench/gpu.sh bench PART...          only these bench/bench_PART.py; without: path_r2 path_connectivity spectral_entropy
+#                                       connectivity spectrum probe, which fit the time. The others: hermite_connectivity
+#                                       jacobian jacobian_distance
 #
 # RESULTS=DIRECTORY: where the benchmarks' <card>.json and <card>.md go (bench/results). A stage that fails or runs out
 # of time does not keep the next from running; the exit code is 1 then. ONLY=cpu tries the script without a card.
@@ -117,7 +119,7 @@ bench() {
   [ ${#written[@]} -eq 0 ] || stage report 20 "$python" bench/report.py "$results" "$command_line" "${written[@]}"
 }
 
-[ $# -gt 0 ] || { sed -n '2,10s/^# \?//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,12s/^# \?//p' "$0"; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     build) build ;;
