@@ -64,10 +64,8 @@ def cuda_problem(device: torch.device | None = None) -> str | None:
         return (
             "this build of lmnfast has none; install it again with nvcc on the path, or with LMNFAST_CUDA=on"
         )
-    if not torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} is a CPU build; install one for CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device; check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
+    if reason := no_cuda_device():
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
     oldest = min(map(int, _C.cuda_archs.split()))
     if 10 * major + minor < oldest:
@@ -76,6 +74,32 @@ def cuda_problem(device: torch.device | None = None) -> str | None:
             f"build lmnfast with LMNFAST_CUDA_ARCHS={major}{minor} (8.0 or newer), or measure on the CPU"
         )
     return None
+
+
+def no_cuda_device() -> str | None:
+    """Why torch sees no CUDA device; None where it sees one."""
+    if torch.cuda.is_available():
+        return None
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is a CPU build; install one for CUDA"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # torch knows whether the driver is missing or too old
+        return str(error).splitlines()[0]
+    return "torch does not say why; look at the driver with nvidia-smi, and at CUDA_VISIBLE_DEVICES"
+
+
+def run(call, result: Tensor) -> Tensor:
+    """Runs a call that is kept while its workspace is allocated, on the device of its result."""
+    if result.is_cuda:
+        with cuda_stream(result.device) as stream:
+            workspace = result.new_empty(call.workspace_cuda(), dtype=torch.uint8)
+            call.run_cuda(address(result), address(workspace), stream)
+    else:
+        threads = torch.get_num_threads()
+        workspace = torch.empty(call.workspace(threads), dtype=torch.uint8)
+        call.run(address(result), address(workspace), threads)
+    return result
 
 
 def info() -> dict[str, object]:

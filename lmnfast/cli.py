@@ -137,7 +137,7 @@ def _info(options: argparse.Namespace) -> None:
         ("instruction set", f"{native['isa']} (of {', '.join(native['isas'])}; LMNFAST_ISA chooses)"),
         ("CUDA kernels", _kernels(str(native["cuda_archs"]).split())),
     ]
-    if reason := _no_device():
+    if reason := _native.no_cuda_device():
         facts.append(("CUDA device", f"none: {reason}"))
     for n in range(torch.cuda.device_count() if reason is None else 0):
         facts.append((f"CUDA device {n}", _device(torch.device("cuda", n))))
@@ -156,19 +156,6 @@ def _device(device: torch.device) -> str:
     found = f"{card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / 2**30:.1f} GiB"
     problem = _native.cuda_problem(device) if _native.cuda_built() else None
     return f"{found}; not usable: {problem}" if problem else found
-
-
-def _no_device() -> str | None:
-    """Why torch sees no CUDA device; None where it sees one."""
-    if torch.cuda.is_available():
-        return None
-    if not torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} is a CPU build; install one for CUDA"
-    try:
-        torch.cuda.init()
-    except RuntimeError as error:  # torch knows whether the driver is missing or too old
-        return str(error).splitlines()[0]
-    return "torch does not say why; look at the driver with nvidia-smi, and at CUDA_VISIBLE_DEVICES"
 
 
 def _summary(run: Run) -> str:
@@ -223,7 +210,7 @@ def _need_extra() -> None:
 
 def _need_device(options: argparse.Namespace) -> None:
     wanted = getattr(options, "device", "auto")
-    reason = _no_device() if wanted == "cuda" else None
+    reason = _native.no_cuda_device() if wanted == "cuda" else None
     if wanted != "cpu" and torch.cuda.is_available() and _native.cuda_built():
         reason = _native.cuda_problem()  # a card that the kernels were not built for
     if reason:

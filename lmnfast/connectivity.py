@@ -6,19 +6,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from . import _native, ops
-from .network import Chain, evaluating, recognise, same_output
+from . import ops
+from .evaluation import (
+    CPU_TILE,
+    DEFAULT_BUDGET,
+    AllocationCount,
+    Checks,
+    NotTheChain,
+    check_samples,
+    has_kernels,
+    outputs_of,
+    widened,
+)
+from .jacobian import Differentiated, chain_features, merged, other_features, tiled
+from .network import Chain, evaluating, recognise
 from .quadrature import path_nodes
 from .reference import CONSTANT_ULPS
 
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
-DEFAULT_BUDGET = 256 * 2**20
-# A larger tile gains nothing on a CPU, and loses where single results pass 32 MB: the C library then maps fresh pages
-# for every one of them. Measured on a residual network: 0.27 s with 64 MB, 0.75 s with 256 MB.
-CPU_TILE = 64 * 2**20
 
 
 def connectivity(
@@ -71,10 +78,6 @@ def connectivity(
         measured = enqueue(f, x, fuse=False, **settings)
         measured.check()
     return measured.L
-
-
-class NotTheChain(RuntimeError):
-    """The chain that f was taken for does not give f's outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,16 +136,16 @@ def enqueue(
     nodes, weights = path_nodes(rule, points)
     if budget <= 0:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
-    _check_samples(f, x)
+    check_samples(f, x)
     x = x.detach()
-    checks = _Checks(x.is_cuda if deferred is None else deferred)
+    checks = Checks(x.is_cuda if deferred is None else deferred)
     precision = torch.get_float32_matmul_precision()
     with evaluating(f):
         if not checks.deferred:  # of not finite samples f may say anything
             checks.finite("x", x)
-        with _AllocationCount() as allocated:
-            ends = _outputs(f, x.clone())  # f may work in place
-        chain = recognise(f) if fuse and _has_kernels(x) else None
+        with AllocationCount() as allocated:
+            ends = outputs_of(f, x.clone())  # f may work in place
+        chain = recognise(f) if fuse and has_kernels(x) else None
         if chain is not None and x.dim() != 2 and not chain.flattens:
             chain = None
         if stream is not None:
@@ -185,10 +188,6 @@ def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager:
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return x.device.type == "cpu" or (x.is_cuda and _native.cuda_built())
-
-
 def _copied(chain: Chain) -> Chain:
     return replace(
         chain,
@@ -197,82 +196,18 @@ def _copied(chain: Chain) -> Chain:
     )
 
 
-class _Checks:
-    """Raises at once, or collects what fails on the device, to be read there all together."""
-
-    def __init__(self, deferred: bool) -> None:
-        self.deferred = deferred
-        self.verdicts: list[Tensor] = []
-        self.errors: list[Callable[[int, int], Exception]] = []
-
-    def finite(self, name: str, values: Tensor) -> None:
-        self._expect(
-            values.isfinite().flatten(1).all(1),
-            lambda failing, first: ValueError(
-                f"{name}: NaN or Inf in sample {first}, the first of {failing}"
-            ),
-        )
-
-    def agree(self, ends: Tensor, expected: Tensor) -> None:
-        self._expect(
-            same_output(ends, expected),
-            lambda *_: RuntimeError(
-                "f: its outputs on the samples are not those of the model that it was cut from; the model's "
-                "forward has changed since, in a way that only its outputs show"
-            ),
-        )
-
-    def reproduces(self, chain: Chain, x: Tensor, ends: Tensor) -> bool:
-        """Whether the recognised chain is f on the samples: a wrong number is worse than a slow one."""
-        y = chain(x)
-        if y.shape != ends.shape:
-            return False
-        same = ((y - ends).abs().amax(0) <= 1e-3 * ends.abs().amax(0) + 1e-30).all()
-        if not self.deferred:
-            return bool(same)
-        self._expect(
-            same,
-            lambda *_: NotTheChain(
-                "f: looks like a chain of Linear and activations, but that chain has other outputs"
-            ),
-        )
-        return True
-
-    def entries(self, L: Tensor) -> None:
-        def error(_: int, first: int) -> Exception:
-            i, j = divmod(first, len(L))
-            return ValueError(f"f: NaN or Inf in an output on the path from sample {i} to sample {j}")
-
-        self._expect(L.isfinite().flatten(), error)
-
-    def pending(self) -> Tensor | None:
-        return torch.stack(self.verdicts) if self.deferred else None
-
-    def _expect(self, good: Tensor | bool, error: Callable[[int, int], Exception]) -> None:
-        if isinstance(good, bool):
-            if not good:
-                raise error(1, 0)
-        elif not self.deferred:
-            if not good.all():
-                raise error(int((~good).sum()), int((~good).flatten().nonzero()[0]))
-        else:
-            bad = (~good).flatten()
-            self.verdicts.append(torch.stack((bad.sum(), bad.byte().argmax())))
-            self.errors.append(error)
-
-
 def _generic(
     f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor, nodes: Tensor, weights: Tensor, rows: int
 ) -> Tensor:
     """Calls f on tiles of about ``rows`` points of paths; the paths' ends are f's outputs on the samples."""
-    ends = _widened(ends)
+    ends = widened(ends)
     L = torch.ones(len(x), len(x), dtype=ends.dtype, device=x.device)
     t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
     if len(t) == 0:
         return L
     for first, second in _pairs(len(x), max(1, rows // len(t)), x.device):
         points = torch.lerp(x[first, None], x[second, None], t).flatten(0, 1)
-        y = _widened(_outputs(f, points)).reshape(len(first), len(t), -1)
+        y = widened(outputs_of(f, points)).reshape(len(first), len(t), -1)
         r2 = ops.path_r2(y, ends, first, second, nodes, weights)
         coincident = (x[first] == x[second]).flatten(1).all(1)
         L[first, second] = L[second, first] = torch.where(coincident, 1.0, r2)
@@ -294,16 +229,14 @@ def _generic_hermite(
     With A and B the slopes at both ends less the chord's and C the midpoint's distance from the chord, the residual is
     ``e(t) = A t (1-t)^2 - B t^2 (1-t) + 16 t^2 (1-t)^2 (C - (A - B)/8)``, without C the first two terms.
     """
-    from .jacobian import _Differentiated  # which itself needs this module
-
-    y, outputs, inputs = _widened(ends), ends.shape[1], x[0].numel()
+    y, outputs, inputs = widened(ends), ends.shape[1], x[0].numel()
     L = torch.ones(len(x), len(x), dtype=y.dtype, device=x.device)
-    differentiated = _Differentiated(f, x, ends, allocated, tile // 2)
+    differentiated = Differentiated(f, x, ends, allocated, tile // 2)
     moments = _PolynomialMoments(nodes, weights, midpoint)
     # A quarter of the tile for each of two tiles of Jacobians, half of it for what the pairs of them take.
     pair = y.element_size() * (inputs + 8 * outputs) + (-(-allocated // len(x)) if midpoint else 0)
     most = max(1, tile // max(4 * y.element_size() * outputs * inputs, 2 * pair))
-    flat = _widened(x.flatten(1))
+    flat = widened(x.flatten(1))
     for begin in range(0, len(x), most):
         J_first = differentiated(begin, min(begin + most, len(x)))
         for other in range(begin, len(x), most):
@@ -337,7 +270,7 @@ def _half_way(f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, first: slice,
     result = y.new_zeros(first.stop - first.start, second.stop - second.start, y.shape[1])
     i, j = i + first.start, j + second.start
     if len(i):
-        middle = _widened(_outputs(f, torch.lerp(x[i], x[j], 0.5)))
+        middle = widened(outputs_of(f, torch.lerp(x[i], x[j], 0.5)))
         result[i - first.start, j - second.start] = middle - torch.lerp(y[i], y[j], 0.5)
     return result
 
@@ -384,24 +317,22 @@ def _of_jacobians(
     f: Callable[[Tensor], Tensor], chain: Chain | None, x: Tensor, ends: Tensor, allocated: int
 ) -> Tensor:
     """1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2), from the distances of jacobian_distances."""
-    from .jacobian import _chain_features, _merged, _other_features, _tiled  # which itself needs this module
-
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if chain is None:
-        rows, width = _other_features(f, x, ends, allocated, False), ends.shape[1] * x[0].numel()
+        rows, width = other_features(f, x, ends, allocated, False), ends.shape[1] * x[0].numel()
     else:
-        chain = _merged(chain)
+        chain = merged(chain)
         if all(a.name == "identity" for a in chain.activations):
             return torch.ones(len(x), len(x), dtype=dtype, device=x.device)
-        rows, width = _chain_features(chain, x, False)
+        rows, width = chain_features(chain, x, False)
 
     def with_norms(begin: int, end: int) -> Tensor:
         features = rows(begin, end)
         norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
         return features
 
-    L = _tiled(with_norms, len(x), width, False, dtype)
+    L = tiled(with_norms, len(x), width, False, dtype)
     # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
     for some in range(0, len(x), 256):
         pair = norms[some : some + 256, None], norms
@@ -426,54 +357,3 @@ def _pairs(samples: int, tile: int, device: torch.device) -> Iterator[tuple[Tens
         pair = torch.arange(start, min(start + tile, samples * (samples - 1) // 2), device=device)
         first = torch.searchsorted(row_starts, pair, right=True)
         yield first, pair - row_starts[first] + samples
-
-
-class _AllocationCount(TorchFunctionMode):
-    """Counts the bytes of all results of torch calls: what f holds at a time is hardly ever more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 1
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, Tensor):
-                self.bytes += value.numel() * value.element_size()
-        return result
-
-
-def _outputs(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    y = f(x)
-    if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"f: expected a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
-    if y.dim() == 0 or len(y) != len(x) or y.numel() == 0:
-        raise ValueError(
-            f"f: expected outputs ({len(x)}, *out) for {len(x)} samples, got shape {tuple(y.shape)}"
-        )
-    return y.reshape(len(x), -1)
-
-
-def _widened(y: Tensor) -> Tensor:
-    return y if y.dtype == torch.float64 else y.float()
-
-
-def _check_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor of samples, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(
-            f"x: expected floating-point samples, got {x.dtype}; integers (tokens) cannot be interpolated: "
-            "cut the network at a layer with lmnfast.cut"
-        )
-    if x.dim() < 2 or x.numel() == 0:
-        raise ValueError(f"x: expected samples (N, *in) with N > 0, got shape {tuple(x.shape)}")
-    if x.is_meta:
-        raise ValueError("x: on meta, where tensors have no values; expected samples on a real device")
-    for name, p in f.named_parameters() if isinstance(f, nn.Module) else ():
-        if p.device != x.device:
-            raise ValueError(
-                f"x: on {x.device}, but f's parameter {name!r} is on {p.device}; move one of them"
-            )
-        if p.is_floating_point() and p.dtype != x.dtype:
-            raise TypeError(f"x: is {x.dtype}, but f's parameter {name!r} is {p.dtype}; convert one of them")

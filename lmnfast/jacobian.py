@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .connectivity import (
+from .evaluation import (
     CPU_TILE,
     DEFAULT_BUDGET,
-    _AllocationCount,
-    _check_samples,
-    _Checks,
-    _has_kernels,
-    _outputs,
-    _widened,
+    AllocationCount,
+    Checks,
+    check_samples,
+    has_kernels,
+    outputs_of,
+    widened,
 )
 from .network import IDENTITY, Activation, Chain, evaluating, recognise
 
@@ -52,14 +52,14 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT
     """
     if budget <= 0:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
-    _check_samples(f, x)
+    check_samples(f, x)
     x = x.detach()
     with evaluating(f):
         chain, y, allocated = _prepared(f, x)
         if chain is not None:
             J = ops.jacobian(chain, x)
         else:
-            J = _Differentiated(f, x, y, allocated, budget)(0, len(x))
+            J = Differentiated(f, x, y, allocated, budget)(0, len(x))
     _check_finite(J)
     return J
 
@@ -89,20 +89,20 @@ def jacobian_distances(
     Raises:
         As jacobians.
     """
-    _check_samples(f, x)
+    check_samples(f, x)
     x = x.detach()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with evaluating(f):
         chain, y, allocated = _prepared(f, x)
         rows: Callable[[int, int], Tensor]
         if chain is None:
-            rows, width = _other_features(f, x, y, allocated, affine), y.shape[1] * (x[0].numel() + affine)
+            rows, width = other_features(f, x, y, allocated, affine), y.shape[1] * (x[0].numel() + affine)
         else:
-            chain = _merged(chain)
+            chain = merged(chain)
             if all(a.name == "identity" for a in chain.activations):
                 return torch.zeros(len(x), len(x), dtype=dtype, device=x.device)
-            rows, width = _chain_features(chain, x, affine)
-        return _tiled(rows, len(x), width, squared, dtype)
+            rows, width = chain_features(chain, x, affine)
+        return tiled(rows, len(x), width, squared, dtype)
 
 
 def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
@@ -121,7 +121,7 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     Raises:
         TypeError, ValueError: as :func:`lmnfast.connectivity`; another f is a ValueError.
     """
-    _check_samples(f, x)
+    check_samples(f, x)
     x = x.detach()
     with evaluating(f):
         chain, _, _ = _prepared(f, x, with_kernels=False)
@@ -146,12 +146,12 @@ def _prepared(
     f: Callable[[Tensor], Tensor], x: Tensor, with_kernels: bool = True
 ) -> tuple[Chain | None, Tensor, int]:
     """The chain that f is, if so; f(x), checked; and the bytes that f's results took."""
-    checks = _Checks(False)
+    checks = Checks(False)
     checks.finite("x", x)
-    with _AllocationCount() as allocated:
-        y = _outputs(f, x.clone())  # f may work in place
+    with AllocationCount() as allocated:
+        y = outputs_of(f, x.clone())  # f may work in place
     checks.finite("f(x)", y)
-    chain = recognise(f) if _has_kernels(x) or not with_kernels else None
+    chain = recognise(f) if has_kernels(x) or not with_kernels else None
     if chain is not None and ((x.dim() != 2 and not chain.flattens) or not checks.reproduces(chain, x, y)):
         chain = None
     return chain, y, allocated.bytes
@@ -169,7 +169,7 @@ def _check_finite(J: Tensor, begin: int = 0) -> None:
 # Chains ----------------------------------------------------------------------------------------------------
 
 
-def _merged(chain: Chain) -> Chain:
+def merged(chain: Chain) -> Chain:
     """The chain in float64, Linear layers with nothing between them multiplied."""
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
@@ -188,7 +188,7 @@ def _merged(chain: Chain) -> Chain:
     return replace(chain, weights=tuple(weights), biases=tuple(biases), activations=tuple(activations))
 
 
-def _chain_features(chain: Chain, x: Tensor, affine: bool) -> tuple[Callable[[int, int], Tensor], int]:
+def chain_features(chain: Chain, x: Tensor, affine: bool) -> tuple[Callable[[int, int], Tensor], int]:
     """Rows of features, as far apart as the Jacobians of a merged chain, for samples from begin to end; and their
     number."""
     if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
@@ -271,7 +271,7 @@ def _offsets(chain: Chain, x: Tensor) -> Tensor:
     return offsets
 
 
-def _tiled(
+def tiled(
     rows: Callable[[int, int], Tensor], samples: int, width: int, squared: bool, dtype: torch.dtype
 ) -> Tensor:
     """Distances of all rows of features, of which two tiles exist at a time."""
@@ -296,10 +296,10 @@ def _tiled(
 # Other networks --------------------------------------------------------------------------------------------
 
 
-def _other_features(
+def other_features(
     f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, allocated: int, affine: bool
 ) -> Callable[[int, int], Tensor]:
-    differentiated = _Differentiated(f, x, y, allocated, CPU_TILE // 4)
+    differentiated = Differentiated(f, x, y, allocated, CPU_TILE // 4)
 
     def rows(begin: int, end: int) -> Tensor:
         J = differentiated(begin, end).double()
@@ -313,7 +313,7 @@ def _other_features(
     return rows
 
 
-class _Differentiated:
+class Differentiated:
     """Jacobians of any f at samples from begin to end, (end - begin, K, D), by whichever way works."""
 
     def __init__(
@@ -330,7 +330,7 @@ class _Differentiated:
         self.constant = self._is_constant()
 
     def __call__(self, begin: int, end: int) -> Tensor:
-        J = _widened(self.y.new_empty(end - begin, self.outputs, self.inputs))
+        J = widened(self.y.new_empty(end - begin, self.outputs, self.inputs))
         if self.constant:
             return J.zero_()
         for start in range(begin, end, self.chunk):
@@ -354,7 +354,7 @@ class _Differentiated:
         """Whether nothing leads back from the outputs to the samples; an error where they do depend on them."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = self.x[:1].clone().requires_grad_()
-            y = _outputs(self.f, leaf.clone())
+            y = outputs_of(self.f, leaf.clone())
             if y.requires_grad:
                 try:
                     if torch.autograd.grad(y.sum(), leaf, allow_unused=True)[0] is not None:
@@ -384,7 +384,7 @@ class _Differentiated:
     def _output_by_output(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()
-            sums = _outputs(self.f, leaf.clone()).sum(0)
+            sums = outputs_of(self.f, leaf.clone()).sum(0)
             rows = [
                 torch.autograd.grad(
                     total, leaf, retain_graph=True, allow_unused=True, materialize_grads=True

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .connectivity import DEFAULT_BUDGET, connectivity
+from .connectivity import connectivity
+from .evaluation import DEFAULT_BUDGET
 
 SOLVERS = ("auto", "cpu", "cuda")
 # An estimate until it is measured on a card: cuSOLVER's dense solver is a long sequence of small dependent steps,

@@ -29,19 +29,6 @@ template <class T> constexpr T kSeparableLimit = sizeof(T) == 4 ? T(80) : T(700)
 template <class T> constexpr T kTanhSeparableMean = T(0.25);
 
 inline std::int64_t blocks_of(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
-inline std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
-
-/// Hands out 64-byte aligned pieces of a workspace; with a null base it only counts.
-struct Arena {
-  char* base;
-  std::size_t used = 0;
-  template <class U> U* take(std::int64_t count) {
-    U* piece = base ? reinterpret_cast<U*>(base + used) : nullptr;
-    used += (std::size_t(count) * sizeof(U) + 63) / 64 * 64;
-    return piece;
-  }
-};
-
 /// Values of one layer at the samples: [blocks of lanes][width][lanes].
 template <class T>
 struct Layer {

@@ -17,19 +17,6 @@ constexpr int kRows = 4, kColumns = 2;
 #endif
 constexpr int kUnits = 4;  // of a layer at a time, in the forward pass
 
-inline std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
-
-/// Hands out 64-byte aligned pieces of a workspace; with a null base it only counts.
-struct Arena {
-  char* base;
-  std::size_t used = 0;
-  template <class U> U* take(std::int64_t count) {
-    U* piece = base ? reinterpret_cast<U*>(base + used) : nullptr;
-    used += (std::size_t(count) * sizeof(U) + 63) / 64 * 64;
-    return piece;
-  }
-};
-
 /// Row stride of a right factor: whole vectors, and no multiple of 512 bytes, whose rows would share few sets of L1.
 template <class T>
 std::int64_t padded(std::int64_t columns) {

@@ -21,8 +21,6 @@ static_assert(kDistanceGroup % kPanel == 0, "the workspace is counted in whole p
 constexpr int kTaskRows = 64, kTaskColumns = kDistanceGroup * 4;
 static_assert(kTaskRows % kRows == 0, "blocks of rows do not leave the buffer");
 
-inline std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
-
 struct Workspace {
   double* panels;         // [panels][features][kPanel], second samples; beyond the last one zeros
   double* first_norms;    // [first_samples] squared

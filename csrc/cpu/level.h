@@ -9,6 +9,19 @@
 namespace lmn {
 namespace {
 
+inline std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
+
+/// Hands out 64-byte aligned pieces of a workspace; with a null base it only counts.
+struct Arena {
+  char* base;
+  std::size_t used = 0;
+  template <class U> U* take(std::int64_t count) {
+    U* piece = base ? reinterpret_cast<U*>(base + used) : nullptr;
+    used += (std::size_t(count) * sizeof(U) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
 template <class T> struct Epsilon;
 template <> struct Epsilon<float> { static constexpr float value = 0x1p-23f; };
 template <> struct Epsilon<double> { static constexpr double value = 0x1p-52; };

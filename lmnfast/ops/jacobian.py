@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..network import ACTIVATIONS, Chain
+from ..network import Chain
+from .path_connectivity import activation_arguments, check_chain
 
 
 def jacobian(chain: Chain, x: Tensor) -> Tensor:
@@ -34,8 +35,7 @@ def jacobian(chain: Chain, x: Tensor) -> Tensor:
         x.flatten(1).to(dtype),
         [w.to(dtype) for w in chain.weights],
         [None if b is None else b.to(dtype) for b in chain.biases],
-        [ACTIVATIONS.index(a.name) for a in chain.activations],
-        [parameter for a in chain.activations for parameter in (a.alpha, a.beta)],
+        *activation_arguments(chain.activations),
     )
 
 
@@ -53,7 +53,9 @@ def _jacobian(
     activations: Sequence[int],
     parameters: Sequence[float],
 ) -> Tensor:
-    _check(x, weights, biases)
+    if not weights:
+        raise ValueError("weights: expected one or more, got none")
+    widths = check_chain("x", x, weights, biases)
     x, weights = x.contiguous(), [w.contiguous() for w in weights]
     biases = [None if b is None else b.contiguous() for b in biases]
     call = _native._C.Jacobian(
@@ -61,44 +63,14 @@ def _jacobian(
         _native.address(x),
         [_native.address(w) for w in weights],
         [_native.address(b) for b in biases],
-        [x.shape[1], *(len(w) for w in weights)],
+        widths,
         list(activations),
         list(parameters),
         len(x),
     )
-    result = x.new_empty(len(x), len(weights[-1]), x.shape[1])
-    if x.is_cuda:
-        with _native.cuda_stream(x.device) as stream:
-            workspace = x.new_empty(call.workspace_cuda(), dtype=torch.uint8)
-            call.run_cuda(_native.address(result), _native.address(workspace), stream)
-    else:
-        threads = torch.get_num_threads()
-        workspace = torch.empty(call.workspace(threads), dtype=torch.uint8)
-        call.run(_native.address(result), _native.address(workspace), threads)
-    return result
+    return _native.run(call, x.new_empty(len(x), widths[-1], widths[0]))
 
 
 @torch.library.register_fake("lmnfast::jacobian")
 def _(x, weights, biases, activations, parameters):
     return x.new_empty(x.shape[0], weights[-1].shape[0], x.shape[1])
-
-
-def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-    if x.dtype not in (torch.float32, torch.float64) or x.device.type not in ("cpu", "cuda"):
-        raise TypeError(f"x: expected float32 or float64 on the CPU or on CUDA, got {x.dtype} on {x.device}")
-    if x.dim() != 2 or x.numel() == 0:
-        raise ValueError(f"x: expected samples (N, D) with N > 0, got shape {tuple(x.shape)}")
-    if not weights:
-        raise ValueError("weights: expected one or more, got none")
-    width = x.shape[1]
-    for n, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        for name, tensor in (("weights", w), ("biases", b)):
-            if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-                raise TypeError(
-                    f"{name}[{n}]: expected {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}"
-                )
-        if w.dim() != 2 or w.shape[1] != width or w.numel() == 0:
-            raise ValueError(f"weights[{n}]: expected (out, {width}), got shape {tuple(w.shape)}")
-        width = len(w)
-        if b is not None and b.shape != (width,):
-            raise ValueError(f"biases[{n}]: expected ({width},), got shape {tuple(b.shape)}")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from ..network import ACTIVATIONS, Chain
+from ..network import ACTIVATIONS, Activation, Chain
 
 
 def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
@@ -43,9 +43,14 @@ def chain_arguments(chain: Chain, x: Tensor) -> tuple:
         z.to(dtype),
         [w.to(dtype) for w, _ in linears],
         [None if b is None else b.to(dtype) for _, b in linears],
-        [ACTIVATIONS.index(a.name) for a in activations],
-        [parameter for a in activations for parameter in (a.alpha, a.beta)],
+        *activation_arguments(activations),
     )
+
+
+def activation_arguments(activations: Sequence[Activation]) -> tuple[list[int], list[float]]:
+    """Activations as the registered ops take them: codes, and two parameters for each."""
+    codes = [ACTIVATIONS.index(a.name) for a in activations]
+    return codes, [parameter for a in activations for parameter in (a.alpha, a.beta)]
 
 
 torch.library.define(
@@ -84,8 +89,7 @@ def run(
     midpoint: bool | None,
 ) -> Tensor:
     """path_connectivity, or with a midpoint that is not None hermite_connectivity."""
-    widths = [z.shape[-1], *(w.shape[0] for w in weights)]
-    _check(z, weights, biases, widths)
+    widths = check_chain("z", z, weights, biases)
     z, weights = z.contiguous(), [w.contiguous() for w in weights]
     biases = [None if b is None else b.contiguous() for b in biases]
     call = _native._C.Connectivity(
@@ -101,30 +105,29 @@ def run(
         torch.get_float32_matmul_precision() != "highest",
         midpoint,
     )
-    result = z.new_empty(len(z), len(z))
-    if z.is_cuda:
-        with _native.cuda_stream(z.device) as stream:
-            workspace = z.new_empty(call.workspace_cuda(), dtype=torch.uint8)
-            call.run_cuda(_native.address(result), _native.address(workspace), stream)
-    else:
-        threads = torch.get_num_threads()
-        workspace = torch.empty(call.workspace(threads), dtype=torch.uint8)
-        call.run(_native.address(result), _native.address(workspace), threads)
-    return result
+    return _native.run(call, z.new_empty(len(z), len(z)))
 
 
-def _check(z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], widths: list[int]) -> None:
-    if z.dtype not in (torch.float32, torch.float64) or z.device.type not in ("cpu", "cuda"):
-        raise TypeError(f"z: expected float32 or float64 on the CPU or on CUDA, got {z.dtype} on {z.device}")
-    if z.dim() != 2 or z.numel() == 0:
-        raise ValueError(f"z: expected samples (N, D) with N > 0, got shape {tuple(z.shape)}")
+def check_chain(
+    name: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[int]:
+    """Raises what does not fit in samples (`name`) and Linear layers; returns the widths."""
+    if x.dtype not in (torch.float32, torch.float64) or x.device.type not in ("cpu", "cuda"):
+        raise TypeError(
+            f"{name}: expected float32 or float64 on the CPU or on CUDA, got {x.dtype} on {x.device}"
+        )
+    if x.dim() != 2 or x.numel() == 0:
+        raise ValueError(f"{name}: expected samples (N, D) with N > 0, got shape {tuple(x.shape)}")
+    widths = [x.shape[1]]
     for n, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        for name, tensor in (("weights", w), ("biases", b)):
-            if tensor is not None and (tensor.dtype != z.dtype or tensor.device != z.device):
+        for kind, tensor in (("weights", w), ("biases", b)):
+            if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
                 raise TypeError(
-                    f"{name}[{n}]: expected {z.dtype} on {z.device}, got {tensor.dtype} on {tensor.device}"
+                    f"{kind}[{n}]: expected {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}"
                 )
         if w.dim() != 2 or w.shape[1] != widths[n] or w.numel() == 0:
             raise ValueError(f"weights[{n}]: expected (out, {widths[n]}), got shape {tuple(w.shape)}")
-        if b is not None and b.shape != (widths[n + 1],):
-            raise ValueError(f"biases[{n}]: expected ({widths[n + 1]},), got shape {tuple(b.shape)}")
+        widths.append(len(w))
+        if b is not None and b.shape != (len(w),):
+            raise ValueError(f"biases[{n}]: expected ({len(w)},), got shape {tuple(b.shape)}")
+    return widths
