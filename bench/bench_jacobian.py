@@ -1,4 +1,4 @@
-"""Jacobians of an MLP tail against PyTorch's and against filling the result.
+"""Jacobians of an MLP tail against PyTorch's and against filling the result; the op, and the call of the user.
 
 pytest bench/bench_jacobian.py
 """
@@ -6,7 +6,9 @@ pytest bench/bench_jacobian.py
 import pytest
 import torch
 from conftest import best_of
+from torch import nn
 
+import lmnfast
 from lmnfast import ops, reference
 from lmnfast.network import Activation, Chain
 
@@ -75,3 +77,31 @@ def bench_jacobian(benchmark, measure, precision, device, n, widths, bar):
         truth = reference.jacobian(double, x[:100].double())
         assert (BARS[bar](chain, x)[:100] - truth).abs().max() < 1e-5 * truth.abs().max()
     measure(BARS[bar], (chain, x), rounds=15, warmup_rounds=2)
+
+
+def network(widths, device):
+    chain, layers = chain_of(widths, device), []
+    for weight, bias in zip(chain.weights, chain.biases):
+        layers += [nn.Linear(weight.shape[1], len(weight), device=device), nn.SiLU()]
+        layers[-2].weight.copy_(weight)
+        layers[-2].bias.copy_(bias)
+    return nn.Sequential(*layers[:-1])
+
+
+CALLS = {"ours": lmnfast.jacobians, "vmap(jacrev)": reference.jacobian, "fill": fill}
+
+
+@pytest.mark.parametrize("n, widths", SHAPES, ids=str)
+@pytest.mark.parametrize("bar", CALLS)
+def bench_jacobians(benchmark, measure, precision, device, n, widths, bar):
+    benchmark.group = f"jacobians {n}, {'-'.join(map(str, widths))}, {device.type}"
+    benchmark.extra_info["bar"] = bar
+    f, chain = network(widths, device), chain_of(widths, device)
+    x = torch.randn(n, widths[0], generator=torch.Generator(device).manual_seed(1), device=device)
+    benchmark.extra_info["floor_s"] = best_of(lambda: fill(chain, x))
+    if bar == "fill":
+        return measure(fill, (chain, x), rounds=15, warmup_rounds=2)
+    truth = reference.jacobian(f.double(), x[:100].double())
+    f.float()
+    assert (CALLS[bar](f, x)[:100] - truth).abs().max() < 1e-5 * truth.abs().max()
+    measure(CALLS[bar], (f, x), rounds=15, warmup_rounds=2)

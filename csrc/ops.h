@@ -84,9 +84,10 @@ struct Jacobian {
 /// the features' own rounding.
 constexpr double kSameFeatures = 0x1p-94;
 /// Second samples are padded to a multiple of this in the workspace: whole panels at every vector width.
-constexpr std::int64_t kDistanceGroup = 24;
+constexpr std::int64_t kDistanceGroup = 48;
 
 /// Euclidean distances of rows of features. The same rows as first and second: symmetric, half the work.
+/// On the CPU float32 distances are of the Gram form, but those of close rows.
 template <class T>
 struct JacobianDistance {
   const double* first;              // [first_samples, features]
@@ -94,8 +95,8 @@ struct JacobianDistance {
   std::int64_t first_samples, second_samples, features;
   bool squared;
   T* distance;                      // [first_samples, second_samples]
-  double* workspace;                // [(features + 1) * (second_samples rounded up) + first_samples]
-};
+  double* workspace;                // [4 * (first_samples + second_samples) + features], then T: second_samples rounded
+};                                  // up, and in float32 first_samples, rows of features
 
 /// Nonlinear complexity in bits of each row of eigenvalues.
 template <class T>

@@ -18,6 +18,9 @@ except ImportError as error:
         f"lmnfast's compiled core is missing or does not load ({error}); build it with: pip install ."
     ) from error
 
+# Bytes from which the C library has every result on pages of its own, fresh from the system.
+FRESH_PAGES = 4 * 2**20
+
 _isa = os.environ.get("LMNFAST_ISA")
 if _isa and not _C.use_isa(_isa):
     raise RuntimeError(f"LMNFAST_ISA: expected one of {', '.join(_C.isas())} on this machine, got {_isa!r}")
@@ -87,6 +90,14 @@ def no_cuda_device() -> str | None:
     except RuntimeError as error:  # torch knows whether the driver is missing or too old
         return str(error).splitlines()[0]
     return "torch does not say why; look at the driver with nvidia-smi, and at CUDA_VISIBLE_DEVICES"
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty(shape)``, for results: a large one on huge pages, where the system has them."""
+    result = like.new_empty(shape, dtype=dtype)
+    if result.device.type == "cpu" and result.nbytes >= FRESH_PAGES:
+        _C.advise_huge_pages(address(result), result.nbytes)
+    return result
 
 
 def run(call, result: Tensor) -> Tensor:

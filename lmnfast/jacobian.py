@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import _native, ops
 from .evaluation import (
     CPU_TILE,
     DEFAULT_BUDGET,
     AllocationCount,
     Checks,
+    all_finite,
     check_samples,
     has_kernels,
     outputs_of,
@@ -69,9 +70,10 @@ def jacobian_distances(
 ) -> Tensor:
     """Frobenius distances of f's Jacobians: ``d[i, j] = |J_i - J_j|``, right for close pairs, too.
 
-    Always sums of squared differences in float64, never the Gram form. For chains what is subtracted is float64
-    throughout, whatever f's dtype, so samples in one linear region of a piecewise-linear chain are exactly 0 apart:
-    distances of at most 32 epsilons of the larger Jacobian's norm are 0. With one nonlinearity,
+    Close pairs are sums of squared differences in float64, and so is every pair of float64 samples; see
+    ``lmnfast.ops.jacobian_distance``. For chains what is subtracted is float64 throughout, whatever f's dtype, so
+    samples in one linear region of a piecewise-linear chain are exactly 0 apart: distances of at most 32
+    epsilons of the larger Jacobian's norm are 0. With one nonlinearity,
     ``f = W3 a(W2 x + b2) + b3`` and ``s = a'(W2 x + b2)``, no Jacobian is formed: ``<J_i, J_j> = s_i^T M s_j`` with
     ``M = (W3^T W3) o (W2 W2^T) = B^T B``, and ``d[i, j] = |B s_i - B s_j|``. Otherwise Jacobians are taken for two tiles of
     samples at a time, again and again, and never all held. Networks that are no chain are differentiated in their own
@@ -158,12 +160,11 @@ def _prepared(
 
 
 def _check_finite(J: Tensor, begin: int = 0) -> None:
+    if all_finite(J):
+        return
     good = J.isfinite().flatten(1).all(1)
-    if not good.all():
-        first = begin + int((~good).nonzero()[0])
-        raise ValueError(
-            f"f: NaN or Inf in the Jacobian of sample {first}, the first of {int((~good).sum())}"
-        )
+    first = begin + int((~good).nonzero()[0])
+    raise ValueError(f"f: NaN or Inf in the Jacobian of sample {first}, the first of {int((~good).sum())}")
 
 
 # Chains ----------------------------------------------------------------------------------------------------
@@ -250,9 +251,11 @@ def _isometry(chain: Chain) -> Tensor | None:
 
 def _slope(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
     """a(z) and a'(z), PyTorch's also at a kink."""
+    if activation == IDENTITY:
+        return z, torch.ones_like(z)
     with torch.inference_mode(False), torch.enable_grad():
-        z = z.clone().requires_grad_()
-        a = activation(z * 1)  # the identity of a leaf would be the leaf
+        z = (z.clone() if z.is_inference() else z.detach()).requires_grad_()
+        a = activation(z)
         (slope,) = torch.autograd.grad(a, z, torch.ones_like(a))
     return a.detach(), slope
 
@@ -283,7 +286,7 @@ def tiled(
     for i in range(0, samples, tile):
         first = rows(i, min(i + tile, samples))
         if result is None:
-            result = first.new_empty(samples, samples, dtype=dtype)
+            result = _native.empty(first, samples, samples, dtype=dtype)
         result[i : i + tile, i : i + tile] = ops.jacobian_distance(first, first, squared, dtype)
         for j in range(i + tile, samples, tile):
             distances = ops.jacobian_distance(first, rows(j, min(j + tile, samples)), squared, dtype)

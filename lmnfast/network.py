@@ -205,6 +205,7 @@ class _Tracer(fx.Tracer):
 
 
 FLATTEN = "flatten"
+Linear = tuple[Tensor, Tensor | None]
 
 
 def _named(name: str):
@@ -316,19 +317,33 @@ def recognise(f: Any) -> Chain | None:
         try:
             if isinstance(f, fx.GraphModule) and _plain(f):
                 return _read_chain(f.graph, f)
+            if (parts := _in_order(f)) is not None:
+                return _chain_of([_read_module(part) for part in parts])
             root = _Call(f)
             return _read_chain(_Tracer().trace(root), root)
         except Exception:  # the user's forward ran on proxies: any error means that it cannot be read
             return None
 
 
+def _in_order(f: nn.Module) -> list[nn.Module] | None:
+    """The parts of nested nn.Sequential, where there is nothing else: what tracing them would find, at once."""
+    if type(f) is not nn.Sequential:
+        return [f] if type(f) is nn.Linear or type(f) in MODULES else None
+    if not _plain(f):
+        return None
+    parts: list[nn.Module] = []
+    for part in f:
+        inner = _in_order(part)
+        if inner is None:
+            return None
+        parts += inner
+    return parts
+
+
 def _read_chain(graph: fx.Graph, root: nn.Module) -> Chain | None:
     """The chain, if each node of the graph works on the result of the one before and on nothing else."""
     current = None
-    weights: list[Tensor] = []
-    biases: list[Tensor | None] = []
-    activations = [IDENTITY]
-    flattens = False
+    steps: list[Linear | Activation | str | None] = []
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
@@ -336,23 +351,34 @@ def _read_chain(graph: fx.Graph, root: nn.Module) -> Chain | None:
             current = node
             continue
         if node.op == "output":
-            linked = node.args[0] is current
-            return _checked_chain(weights, biases, activations, flattens) if linked else None
-        linear = _read_linear(node, current, root)
-        if linear is not None:
-            weights.append(linear[0])
-            biases.append(linear[1])
-            activations.append(IDENTITY)
-        else:
-            step = _read_pointwise(node, current, root)
-            if step == FLATTEN:
-                flattens = flattens or not weights
-            elif step != IDENTITY:
-                if step is None or activations[-1] != IDENTITY:
-                    return None
-                activations[-1] = step
+            return _chain_of(steps) if node.args[0] is current else None
+        steps.append(_read_step(node, root) if _input(node) is current else None)
+        if steps[-1] is None:
+            return None
         current = node
     return None
+
+
+def _chain_of(steps: list[Linear | Activation | str | None]) -> Chain | None:
+    """Steps in a row as a chain; None where one of them has no place in it."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    activations = [IDENTITY]
+    flattens = False
+    for step in steps:
+        if step is None:
+            return None
+        if isinstance(step, tuple):
+            weights.append(step[0])
+            biases.append(step[1])
+            activations.append(IDENTITY)
+        elif step == FLATTEN:
+            flattens = flattens or not weights
+        elif step != IDENTITY:
+            if activations[-1] != IDENTITY:
+                return None
+            activations[-1] = step
+    return _checked_chain(weights, biases, activations, flattens)
 
 
 def _input(node: fx.Node) -> Any:
@@ -364,25 +390,26 @@ def _plain(module: nn.Module) -> bool:
     return not _hooked(module) and "forward" not in vars(module)
 
 
-def _plain_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    module = root.get_submodule(node.target) if node.op == "call_module" else None
-    return module if module is not None and _plain(module) else None
-
-
-def _read_linear(node: fx.Node, current: fx.Node, root: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias, if the node is Linear of `current`."""
-    if _input(node) is not current:
+def _read_module(module: nn.Module) -> Linear | Activation | str | None:
+    if not _plain(module):
         return None
-    module = _plain_module(node, root)
     if type(module) is nn.Linear:
         return module.weight, module.bias
+    return MODULES[type(module)](module) if type(module) in MODULES else None
+
+
+def _read_step(node: fx.Node, root: nn.Module) -> Linear | Activation | str | None:
+    """Linear as weight and bias, an activation, or FLATTEN; None for what has no place in a chain."""
+    if node.op == "call_module":
+        return _read_module(root.get_submodule(node.target))
     if node.op == "call_function" and node.target is F.linear:
 
         def attributes(input, weight, bias=None):
             return _attribute(weight, root), None if bias is None else _attribute(bias, root)
 
         return attributes(*node.args, **node.kwargs)
-    return None
+    table = FUNCTIONS if node.op == "call_function" else METHODS
+    return table[node.target](*node.args, **node.kwargs) if node.target in table else None
 
 
 def _attribute(node: fx.Node, root: nn.Module) -> Tensor:
@@ -392,16 +419,6 @@ def _attribute(node: fx.Node, root: nn.Module) -> Tensor:
     for name in node.target.split("."):
         value = getattr(value, name)
     return value
-
-
-def _read_pointwise(node: fx.Node, current: fx.Node, root: nn.Module) -> Activation | str | None:
-    if _input(node) is not current:
-        return None
-    if node.op == "call_module":
-        module = _plain_module(node, root)
-        return MODULES[type(module)](module) if type(module) in MODULES else None
-    table = FUNCTIONS if node.op == "call_function" else METHODS
-    return table[node.target](*node.args, **node.kwargs) if node.target in table else None
 
 
 def _checked_chain(weights, biases, activations, flattens) -> Chain | None:

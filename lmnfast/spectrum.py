@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import ops
 from .connectivity import connectivity
-from .evaluation import DEFAULT_BUDGET
+from .evaluation import DEFAULT_BUDGET, all_finite
 
 SOLVERS = ("auto", "cpu", "cuda")
 # An estimate until it is measured on a card: cuSOLVER's dense solver is a long sequence of small dependent steps,
@@ -178,7 +178,7 @@ def _check_matrix(L: Tensor) -> None:
         raise TypeError(f"L: expected a floating-point tensor, got {getattr(L, 'dtype', type(L).__name__)}")
     if L.dim() < 2 or L.shape[-1] != L.shape[-2] or L.shape[-1] == 0:
         raise ValueError(f"L: expected square matrices (..., N, N) with N > 0, got shape {tuple(L.shape)}")
-    if not L.isfinite().all():
+    if not all_finite(L):
         raise ValueError("L: expected finite entries, got NaN or Inf")
     if not torch.allclose(L, L.mT, rtol=0.0, atol=1e-4):
         raise ValueError("L: expected a symmetric matrix; eigenvalues would be those of its lower triangle")

@@ -44,6 +44,13 @@ def test_any_width_of_one_or_two_layers(widths, device, dtype):
     assert_right(chain, samples(18, widths[0]), device, dtype)
 
 
+@pytest.mark.parametrize("n", [1, 127, 128, 129])
+@pytest.mark.parametrize("widths", [[1, 3, 1], [7, 20, 7], [8, 16, 6], [50, 33, 31], [3, 5, 97], [150, 4, 2]])
+def test_one_hidden_layer_as_one_product(widths, n, device, dtype):
+    chain = random_chain(widths, ["identity", "silu", "identity"], seed=sum(widths))
+    assert_right(chain, samples(n, widths[0]), device, dtype)
+
+
 @pytest.mark.parametrize(
     "widths", [[3, 40, 8, 70], [70, 8, 40, 3], [6, 65, 64, 6], [2, 128, 130, 9, 33], [33, 9, 128, 130, 2]]
 )

@@ -16,6 +16,8 @@ constexpr int kRows = 4, kColumns = 3;
 constexpr int kRows = 4, kColumns = 2;
 #endif
 constexpr int kUnits = 4;  // of a layer at a time, in the forward pass
+constexpr std::int64_t kTaskSamples = 128, kTaskPanels = 4;  // of the one product that one hidden layer takes
+template <class T> constexpr int kPanel = kColumns * kLanes<T>;
 
 /// Row stride of a right factor: whole vectors, and no multiple of 512 bytes, whose rows would share few sets of L1.
 template <class T>
@@ -27,18 +29,25 @@ std::int64_t padded(std::int64_t columns) {
 template <class T>
 struct Plan {
   const Jacobian<T>& op;
+  bool one_product;        // one hidden layer and no other activation: all samples in one product
   bool from_outputs;       // multiply from the outputs' side
   T** right = nullptr;     // [layers], weights as right factors, rows padded with zeros; from the outputs' side
   T* slopes = nullptr;     // [threads][slope_size]
   T* sample = nullptr;     // [threads][total_width], one sample's slopes, layer after layer
+  T* hidden = nullptr;     // [samples][widths[1]], slopes, of one product only
   T* values = nullptr;     // [threads][2][widest][kLanes]
-  T* panels = nullptr;     // [threads][2][panel_size]
+  T* panels = nullptr;     // [threads][panel_size]: two of a sample's, or one product's [widths[1]][kPanel]
   std::int64_t widest = 0, total_width = 0, panel_size = 0;
 };
 
 template <class T>
+bool is_identity(const Jacobian<T>& op, int l) {
+  return op.activations[l].kind == ActivationKind::kIdentity;
+}
+
+template <class T>
 Plan<T> make_plan(const Jacobian<T>& op, Arena& arena, int threads) {
-  Plan<T> plan{op, op.widths[op.layers] <= op.widths[0]};
+  Plan<T> plan{op, op.layers == 2 && is_identity(op, 0) && is_identity(op, 2), op.widths[op.layers] <= op.widths[0]};
   std::int64_t tallest = 0, broadest = 0;
   for (int l = 0; l <= op.layers; ++l) {
     plan.total_width += op.widths[l];
@@ -46,16 +55,19 @@ Plan<T> make_plan(const Jacobian<T>& op, Arena& arena, int threads) {
     if (l > 0) tallest = tallest < op.widths[l] ? op.widths[l] : tallest;
     if (l < op.layers) broadest = broadest < padded<T>(op.widths[l]) ? padded<T>(op.widths[l]) : broadest;
   }
-  plan.panel_size = plan.from_outputs ? op.widths[op.layers] * broadest : tallest * padded<T>(op.widths[0]);
+  plan.panel_size = plan.one_product    ? op.widths[1] * kPanel<T>
+                    : plan.from_outputs ? 2 * op.widths[op.layers] * broadest
+                                        : 2 * tallest * padded<T>(op.widths[0]);
   plan.right = arena.take<T*>(op.layers);
-  for (int l = 0; l + 1 < op.layers && plan.from_outputs; ++l) {
+  for (int l = 0; l + 1 < op.layers && plan.from_outputs && !plan.one_product; ++l) {
     T* right = arena.take<T>(op.widths[l + 1] * padded<T>(op.widths[l]));
     if (arena.base) plan.right[l] = right;
   }
   plan.slopes = arena.take<T>(threads * plan.total_width * kLanes<T>);
   plan.sample = arena.take<T>(threads * plan.total_width);
   plan.values = arena.take<T>(threads * 2 * plan.widest * kLanes<T>);
-  plan.panels = arena.take<T>(threads * 2 * plan.panel_size);
+  plan.panels = arena.take<T>(threads * plan.panel_size);
+  if (plan.one_product) plan.hidden = arena.take<T>(op.samples * op.widths[1]);
   return plan;
 }
 
@@ -85,6 +97,7 @@ Values<T> find_values(ActivationKind kind) {
 /// Sums in double: a slope is as right as its argument, and a kink is on the right side of it.
 template <class T>
 void slopes_of(const Plan<T>& plan, std::int64_t begin, T* values, T* next, T* slopes) {
+  constexpr int kParts = kLanes<T> / kLanes<double>;
   const Jacobian<T>& op = plan.op;
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     const T* sample = op.x + at_most(begin + lane, op.samples - 1) * op.widths[0];
@@ -95,24 +108,32 @@ void slopes_of(const Plan<T>& plan, std::int64_t begin, T* values, T* next, T* s
     find_values<T>(op.activations[l].kind)(values, slopes, width * kLanes<T>, op.activations[l]);
     if (l == op.layers) return;
     slopes += width * kLanes<T>;
+    if (l + 1 == op.layers && is_identity(op, op.layers)) {  // whatever the outputs are
+      for (std::int64_t n = 0; n < op.widths[op.layers] * kLanes<T>; ++n) slopes[n] = T(1);
+      return;
+    }
     for (std::int64_t unit = 0; unit < op.widths[l + 1]; unit += kUnits) {
-      double sums[kUnits][kLanes<T>];
+      D sums[kUnits][kParts];
       const T* rows[kUnits];
       for (int u = 0; u < kUnits; ++u) {
         const std::int64_t row = at_most(unit + u, op.widths[l + 1] - 1);
         rows[u] = op.weights[l] + row * width;
-        for (double& sum : sums[u]) sum = op.biases[l] ? double(op.biases[l][row]) : 0.0;
+        for (D& sum : sums[u]) sum = splat<D>(op.biases[l] ? double(op.biases[l][row]) : 0.0);
       }
       for (std::int64_t d = 0; d < width; ++d) {
-        for (int u = 0; u < kUnits; ++u) {
-          const double weight = double(rows[u][d]);
-          for (int lane = 0; lane < kLanes<T>; ++lane) {
-            sums[u][lane] += weight * double(values[d * kLanes<T> + lane]);
-          }
+        double wide[kLanes<T>];
+        for (int lane = 0; lane < kLanes<T>; ++lane) wide[lane] = double(values[d * kLanes<T> + lane]);
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+          const D value = load<D>(wide + part * kLanes<double>);
+#pragma GCC unroll 4
+          for (int u = 0; u < kUnits; ++u) sums[u][part] = fma(splat<D>(double(rows[u][d])), value, sums[u][part]);
         }
       }
       for (std::int64_t u = 0; u < at_most(kUnits, op.widths[l + 1] - unit); ++u) {
-        for (int lane = 0; lane < kLanes<T>; ++lane) next[(unit + u) * kLanes<T> + lane] = T(sums[u][lane]);
+        double wide[kLanes<T>];
+        for (int part = 0; part < kParts; ++part) store<D>(wide + part * kLanes<double>, sums[u][part]);
+        for (int lane = 0; lane < kLanes<T>; ++lane) next[(unit + u) * kLanes<T> + lane] = T(wide[lane]);
       }
     }
     T* const free = values;
@@ -142,6 +163,9 @@ inline void block(const Factors<T>& f, std::int64_t row, std::int64_t column) {
   for (int r = 0; r < kRows; ++r) {
     left[r] = f.left + at_most(row + r, f.rows - 1) * f.left_stride;
     for (int c = 0; c < kC; ++c) sums[r][c] = V{};
+    // Stores that miss the cache retire one after the other; the product's time is enough to fetch their lines.
+    const char* const out = reinterpret_cast<const char*>(f.out + at_most(row + r, f.rows - 1) * f.out_stride + column);
+    for (int line = 0; line <= kC * kVectorBytes / 64; ++line) __builtin_prefetch(out + line * 64, 1);
   }
   const T* right = f.right + column;
   for (std::int64_t d = 0; d < f.depth; ++d, right += f.right_stride) {
@@ -242,11 +266,42 @@ void jacobian_of(const Plan<T>& plan, const T* slopes, T* panel, T* next, T* res
   }
 }
 
+/// J[n] = sum_h slope[n, h] W_2[:, h] W_1[h, :]: samples as rows against (outputs, inputs) as columns, a panel of which
+/// is made where it is used.
+template <class T>
+void multiply_at_once(const Plan<T>& plan, int threads) {
+  const Jacobian<T>& op = plan.op;
+  const std::int64_t inputs = op.widths[0], units = op.widths[1], outputs = op.widths[2], columns = outputs * inputs;
+  const std::int64_t chunk = kTaskPanels * kPanel<T>, chunks = (columns + chunk - 1) / chunk;
+  const std::int64_t blocks = (op.samples + kTaskSamples - 1) / kTaskSamples;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (std::int64_t task = 0; task < blocks * chunks; ++task) {
+    T* const panel = plan.panels + omp_get_thread_num() * plan.panel_size;
+    const std::int64_t begin = task / chunks * kTaskSamples, from = task % chunks * chunk;
+    for (std::int64_t at = from; at < at_most(from + chunk, columns); at += kPanel<T>) {
+      const std::int64_t count = at_most(kPanel<T>, columns - at);
+      std::int64_t output = at / inputs, input = at % inputs;
+      for (std::int64_t c = 0; c < count;) {
+        const std::int64_t run = at_most(inputs - input, count - c);  // columns of one output
+        for (std::int64_t h = 0; h < units; ++h) {
+          const T weight = op.weights[1][output * units + h], *row = op.weights[0] + h * inputs + input;
+          for (std::int64_t n = 0; n < run; ++n) panel[h * kPanel<T> + c + n] = weight * row[n];
+        }
+        c += run;
+        output += 1;
+        input = 0;
+      }
+      product<T>({plan.hidden + begin * units, panel, nullptr, nullptr, op.jacobian + begin * columns + at,
+                  at_most(kTaskSamples, op.samples - begin), units, count, units, kPanel<T>, columns});
+    }
+  }
+}
+
 template <class T>
 void jacobian_on(const Jacobian<T>& op, int threads) {
   Arena arena{static_cast<char*>(op.workspace)};
   const Plan<T> plan = make_plan(op, arena, threads);
-  for (int l = 0; l + 1 < op.layers && plan.from_outputs; ++l) {
+  for (int l = 0; l + 1 < op.layers && plan.from_outputs && !plan.one_product; ++l) {
     const std::int64_t width = op.widths[l], stride = padded<T>(width);
     for (std::int64_t row = 0; row < op.widths[l + 1]; ++row) {
       T* const to = plan.right[l] + row * stride;
@@ -254,20 +309,27 @@ void jacobian_on(const Jacobian<T>& op, int threads) {
       for (std::int64_t c = width; c < stride; ++c) to[c] = 0;
     }
   }
-  memset(plan.panels, 0, std::size_t(threads * 2 * plan.panel_size) * sizeof(T));  // what pads a right factor
+  memset(plan.panels, 0, std::size_t(threads * plan.panel_size) * sizeof(T));  // what pads a right factor
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (std::int64_t begin = 0; begin < op.samples; begin += kLanes<T>) {
     const int thread = omp_get_thread_num();
     T* const slopes = plan.slopes + thread * plan.total_width * kLanes<T>;
     T* const sample = plan.sample + thread * plan.total_width;
     T* const values = plan.values + thread * 2 * plan.widest * kLanes<T>;
-    T* const panel = plan.panels + thread * 2 * plan.panel_size;
+    T* const panel = plan.panels + thread * plan.panel_size;
     slopes_of(plan, begin, values, values + plan.widest * kLanes<T>, slopes);
     for (std::int64_t lane = 0; lane < at_most(kLanes<T>, op.samples - begin); ++lane) {
+      const std::int64_t n = begin + lane;
+      if (plan.one_product) {
+        const T* const hidden = slopes + op.widths[0] * kLanes<T>;
+        for (std::int64_t h = 0; h < op.widths[1]; ++h) plan.hidden[n * op.widths[1] + h] = hidden[h * kLanes<T> + lane];
+        continue;
+      }
       for (std::int64_t unit = 0; unit < plan.total_width; ++unit) sample[unit] = slopes[unit * kLanes<T> + lane];
-      jacobian_of(plan, sample, panel, panel + plan.panel_size, op.jacobian + (begin + lane) * op.widths[op.layers] * op.widths[0]);
+      jacobian_of(plan, sample, panel, panel + plan.panel_size / 2, op.jacobian + n * op.widths[op.layers] * op.widths[0]);
     }
   }
+  if (plan.one_product) multiply_at_once(plan, threads);
 }
 
 template <class T>

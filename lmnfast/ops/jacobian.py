@@ -68,7 +68,7 @@ def _jacobian(
         list(parameters),
         len(x),
     )
-    return _native.run(call, x.new_empty(len(x), widths[-1], widths[0]))
+    return _native.run(call, _native.empty(x, len(x), widths[-1], widths[0]))
 
 
 @torch.library.register_fake("lmnfast::jacobian")

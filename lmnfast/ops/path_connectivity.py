@@ -105,7 +105,7 @@ def run(
         torch.get_float32_matmul_precision() != "highest",
         midpoint,
     )
-    return _native.run(call, z.new_empty(len(z), len(z)))
+    return _native.run(call, _native.empty(z, len(z), len(z)))
 
 
 def check_chain(
