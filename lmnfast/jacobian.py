@@ -233,20 +233,21 @@ def _isometry(chain: Chain) -> Tensor | None:
     else:
         M = (last.mT @ last) * (first @ first.mT)
     norms = M.diagonal().sqrt()
-    units = norms > 0  # the others change no Jacobian
-    if len(last) * first.shape[1] <= int(units.sum()):
+    used = norms > 0  # the others change no Jacobian
+    units = int(used.sum())
+    if len(last) * first.shape[1] <= units:
         return None
-    kept = M[units][:, units] / (norms[units, None] * norms[units])
-    root, failed = torch.linalg.cholesky_ex(kept)
+    if units < len(M):
+        M, norms = M[used][:, used], norms[used]
+    root, failed = torch.linalg.cholesky_ex(M / (norms[:, None] * norms))
     if failed:
         return None
-    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
-    # Rounding changes kept by about H epsilon, a squared distance by as much over the least eigenvalue.
-    if not len(root) * torch.finfo(torch.float64).eps * inverse.square().sum() <= ISOMETRY_ERROR:
+    inverse = torch.linalg.solve_triangular(root, torch.eye(units).to(root), upper=False)
+    # Rounding changes M by about H epsilon, a squared distance by as much over the least eigenvalue.
+    if not units * torch.finfo(torch.float64).eps * inverse.square().sum() <= ISOMETRY_ERROR:
         return None
-    B = M.new_zeros(len(root), len(M))
-    B[:, units] = root.mT * norms[units]
-    return B
+    B = root.mT * norms
+    return B if units == len(used) else B.new_zeros(units, len(used)).masked_scatter_(used, B)
 
 
 def _slope(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
