@@ -3,8 +3,9 @@
 from importlib.metadata import version as _version
 
 from .connectivity import connectivity
+from .explain import explain
 from .jacobian import jacobian_distances, jacobians, linear_regions
-from .network import cut
+from .network import cut, match_layers
 from .probe import Probe
 from .spectrum import (
     Measurement,
@@ -23,11 +24,13 @@ __all__ = [
     "connectivity",
     "cut",
     "eigenvalues",
+    "explain",
     "jacobian_distances",
     "jacobians",
     "linear_mapping_number",
     "linear_regions",
     "lmn",
+    "match_layers",
     "measure",
     "nonlinear_complexity",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from .evaluation import (
@@ -15,13 +15,14 @@ from .evaluation import (
     AllocationCount,
     Checks,
     NotTheChain,
-    check_samples,
+    checked_samples,
     has_kernels,
+    out_of_memory,
     outputs_of,
     widened,
 )
 from .jacobian import Differentiated, chain_features, merged, other_features, tiled
-from .network import Chain, evaluating, recognise
+from .network import Chain, Stacked, evaluating, loaded, networks_in, recognise
 from .quadrature import path_nodes
 from .reference import CONSTANT_ULPS
 
@@ -36,6 +37,7 @@ def connectivity(
     points: int = 21,
     rule: str = "uniform",
     budget: int = DEFAULT_BUDGET,
+    stacked: Stacked | None = None,
 ) -> Tensor:
     """Linear connectivity matrix: how straight is f's output along the line between every two samples.
 
@@ -57,20 +59,25 @@ def connectivity(
         method: "path", "hermite", "hermite-midpoint" or "jacobian".
         points: nodes on a path, ends included; of no effect on "jacobian".
         rule: "uniform" (the definition, with 21 points) or "lobatto" (approximates the 21-point sums with fewer).
-        budget: bytes a tile of path points, or of Jacobians, and f's intermediate results may take together.
+        budget: bytes a tile of path points, or of Jacobians, and f's intermediate results may take together. Where a
+            device has no memory left all the same, tiles are halved until it has.
+        stacked: parameters and buffers of B networks like the module f, as torch.func.stack_module_state returns them;
+            x is then (B, N, *in), each network's own samples.
 
     Returns:
-        (N, N), symmetric, ones on the diagonal; float64 for float64 samples, else float32.
+        (N, N), symmetric, ones on the diagonal; float64 for float64 samples, else float32. (B, N, N) with `stacked`.
 
     Raises:
         TypeError: x is not a floating-point tensor, f does not return one, or their dtypes do not fit.
         ValueError: no samples, unknown method or rule, points or budget out of range, x and f on different
             devices, or a NaN or Inf in samples, outputs or Jacobians (names the first sample); on CUDA, f may be
-            called on samples that are not finite before it is raised; for the other methods, an f that cannot be
-            differentiated.
+            called on samples that are not finite before it is raised; an f that is no chain and gives a sample other
+            outputs when called on fewer; for the other methods, an f that cannot be differentiated.
         Source: arXiv 2310.05918, Eq. 1-2.
     """
     settings: dict[str, Any] = {"method": method, "points": points, "rule": rule, "budget": budget}
+    if stacked is not None:
+        return torch.stack([connectivity(f, x[b], **settings) for b in _each(f, x, stacked)])
     measured = enqueue(f, x, **settings)
     try:
         measured.check()
@@ -78,6 +85,21 @@ def connectivity(
         measured = enqueue(f, x, fuse=False, **settings)
         measured.check()
     return measured.L
+
+
+def _each(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> Iterator[int]:
+    """Numbers of stacked networks, f being each of them in turn."""
+    if not isinstance(f, nn.Module):
+        raise TypeError(f"f: expected an nn.Module to load stacked parameters into, got {type(f).__name__}")
+    networks = networks_in(stacked)
+    if not isinstance(x, Tensor) or x.dim() < 3 or len(x) != networks:
+        raise ValueError(
+            f"x: expected samples ({networks}, N, *in), a set for each of the stacked networks, got shape "
+            f"{tuple(getattr(x, 'shape', ()))}; x.expand({networks}, *x.shape) gives all of them the same"
+        )
+    for number in range(networks):
+        with loaded(f, stacked, number):
+            yield number
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +158,7 @@ def enqueue(
     nodes, weights = path_nodes(rule, points)
     if budget <= 0:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
-    check_samples(f, x)
-    x = x.detach()
+    x = checked_samples(f, x)
     checks = Checks(x.is_cuda if deferred is None else deferred)
     precision = torch.get_float32_matmul_precision()
     with evaluating(f):
@@ -164,6 +185,8 @@ def enqueue(
                     checks.agree(ends, expected.reshape(len(x), -1))
                 if chain is not None and not checks.reproduces(chain, x, ends):
                     chain = None
+                if chain is None:
+                    checks.repeats(outputs_of(f, x[: max(1, len(x) // 2)].clone()), ends)
                 midpoint = method == "hermite-midpoint"
                 tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
                 if method == "jacobian":
@@ -205,10 +228,22 @@ def _generic(
     t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
     if len(t) == 0:
         return L
-    for first, second in _pairs(len(x), max(1, rows // len(t)), x.device):
-        points = torch.lerp(x[first, None], x[second, None], t).flatten(0, 1)
-        y = widened(outputs_of(f, points)).reshape(len(first), len(t), -1)
-        r2 = ops.path_r2(y, ends, first, second, nodes, weights)
+    most = max(1, rows // len(t))
+    for first, second in _pairs(len(x), most, x.device):
+        r2 = x.new_empty(len(first), dtype=ends.dtype)
+        done = 0
+        while done < len(first):
+            pair = slice(done, done + most)
+            try:
+                points = torch.lerp(x[first[pair], None], x[second[pair], None], t).flatten(0, 1)
+                y = widened(outputs_of(f, points)).reshape(-1, len(t), ends.shape[1])
+                r2[pair] = ops.path_r2(y, ends, first[pair], second[pair], nodes, weights)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if most == 1 or not out_of_memory(error):
+                    raise
+                most = -(-most // 2)  # for good; what has been measured stays
+                continue
+            done += most
         coincident = (x[first] == x[second]).flatten(1).all(1)
         L[first, second] = L[second, first] = torch.where(coincident, 1.0, r2)
     return L

@@ -79,6 +79,18 @@ class Checks:
         )
         return True
 
+    def repeats(self, again: Tensor, ends: Tensor) -> None:
+        """`again` are outputs of the first samples alone."""
+        ends = ends[: len(again)]
+        tolerance = max(1e-3, 8 * torch.finfo(ends.dtype).eps)
+        self._expect(
+            ((again - ends).abs() <= tolerance * ends.abs().amax(0) + 1e-30).all(1),
+            lambda failing, first: ValueError(
+                f"f: gives other outputs for sample {first} when called on {len(again)} samples alone; it is random "
+                "(dropout left on, sampling, noise), or rows of a batch depend on each other (batch norm of the batch)"
+            ),
+        )
+
     def entries(self, L: Tensor) -> None:
         def error(_: int, first: int) -> Exception:
             i, j = divmod(first, len(L))
@@ -129,11 +141,17 @@ def outputs_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return y.reshape(len(x), -1)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def widened(y: Tensor) -> Tensor:
     return y if y.dtype == torch.float64 else y.float()
 
 
-def check_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The samples as they are measured, detached, and under autocast float32; raises what is wrong with them."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor of samples, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -145,10 +163,15 @@ def check_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
         raise ValueError(f"x: expected samples (N, *in) with N > 0, got shape {tuple(x.shape)}")
     if x.is_meta:
         raise ValueError("x: on meta, where tensors have no values; expected samples on a real device")
+    x = x.detach()
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()  # an output of a layer in low precision; paths between such need not be in it
     for name, p in f.named_parameters() if isinstance(f, nn.Module) else ():
         if p.device != x.device:
             raise ValueError(
                 f"x: on {x.device}, but f's parameter {name!r} is on {p.device}; move one of them"
             )
-        if p.is_floating_point() and p.dtype != x.dtype:
+        if p.is_floating_point() and p.dtype != x.dtype and not autocast:
             raise TypeError(f"x: is {x.dtype}, but f's parameter {name!r} is {p.dtype}; convert one of them")
+    return x

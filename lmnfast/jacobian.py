@@ -15,7 +15,7 @@ from .evaluation import (
     AllocationCount,
     Checks,
     all_finite,
-    check_samples,
+    checked_samples,
     has_kernels,
     outputs_of,
     widened,
@@ -53,8 +53,7 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT
     """
     if budget <= 0:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
-    check_samples(f, x)
-    x = x.detach()
+    x = checked_samples(f, x)
     with evaluating(f):
         chain, y, allocated = _prepared(f, x)
         if chain is not None:
@@ -91,8 +90,7 @@ def jacobian_distances(
     Raises:
         As jacobians.
     """
-    check_samples(f, x)
-    x = x.detach()
+    x = checked_samples(f, x)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with evaluating(f):
         chain, y, allocated = _prepared(f, x)
@@ -123,8 +121,7 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     Raises:
         TypeError, ValueError: as :func:`lmnfast.connectivity`; another f is a ValueError.
     """
-    check_samples(f, x)
-    x = x.detach()
+    x = checked_samples(f, x)
     with evaluating(f):
         chain, _, _ = _prepared(f, x, with_kernels=False)
         if chain is None:

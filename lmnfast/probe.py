@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .connectivity import Enqueued, enqueue, on_stream
-from .network import cut, python_state, run_to
+from .evaluation import DEFAULT_BUDGET
+from .network import Forward, Output, cut, match_layers, python_state, run_to
 from .spectrum import measurement
 
 # Bounds the memory of waiting connectivity matrices when solving falls behind measuring: 64 MB at N = 1000.
@@ -34,6 +35,14 @@ COLUMNS = (
 )
 
 
+class Writer(Protocol):
+    """Where a probe's rows go; see `lmnfast.integrations.writers`."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Probe:
     """Measures a model's linear mapping number every so many training steps.
 
@@ -43,7 +52,7 @@ class Probe:
             ...
         probe.history       # [{"step": 0, "layer": "hidden.1", "lmn": 22.9, ..., "loss": 3.4}, ...]
 
-    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs). The tail is kept, and cut anew
+    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The tail is kept, and cut anew
     when anything in the model but its parameters' values has changed (see `network.python_state`), or when its
     outputs on the samples are no longer the model's. The connectivity is computed on the calling thread, the eigenproblem on one background
     thread and one core. Training with a probe is bit-identical to training without: see `network.evaluating`.
@@ -54,36 +63,46 @@ class Probe:
     pending. So what is found wrong with the values there (NaN or Inf; outputs that are not the model's, by a
     change that only they show) is raised by `history`.
 
-    model, inputs: as in `cut`. layers: one name or several. every: measures when step % every == 0.
+    model, inputs, forward, output: as in `cut`. layers: names or patterns as in `match_layers`, one or several; `layers`
+        then has the names. every: measures when step % every == 0.
     method, points, rule, budget: as in `connectivity`.
+    writers: take finished rows, in order, on the thread that calls the probe: at its next calls, and when it is closed.
     Raises, beside what `cut` raises: ValueError for no layers, a layer named twice, or every < 1.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        inputs: Tensor | tuple[Tensor, ...],
+        inputs: Any,
         layers: str | Sequence[str],
         *,
         every: int = 100,
         method: str = "path",
         points: int = 21,
         rule: str = "uniform",
-        budget: int = 256 * 2**20,
+        budget: int = DEFAULT_BUDGET,
+        forward: Forward = None,
+        output: Output = None,
+        writers: Sequence[Writer] = (),
     ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
-        self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
-        if not self.layers or len(set(self.layers)) != len(self.layers):
+        patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+        if not patterns or len(set(patterns)) != len(patterns):
             raise ValueError(f"layers: expected one name or several different ones, got {layers!r}")
+        self.layers = match_layers(model, patterns)
         self.model = model
         self.inputs = inputs
         self.every = every
         self.seconds = 0.0  # wall time the calling thread has spent in here, waiting included
         self._settings: dict[str, Any] = {"method": method, "points": points, "rule": rule}
         self._budget = budget
+        self._call: dict[str, Any] = {"forward": forward, "output": output}
+        self._writers = tuple(writers)
         self._next_step = 0
+        self._before: list[dict[str, Any]] = []  # rows of a run that this one goes on with
         self._rows: dict[int, list[Future]] = {}
+        self._unread: deque[Future] = deque()  # not yet given away by new_rows
         self._waiting: deque[Future] = deque()  # one thread solves them, so they end in order
         self._solver = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="lmnfast-probe", initializer=_work_on_one_core
@@ -91,7 +110,7 @@ class Probe:
         self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
         self._tails: dict[str, tuple[nn.Module, list]]  # by layer, with the state they were cut in
         with self._timed():
-            tails = [cut(model, layer, inputs)[0] for layer in self.layers]
+            tails = [cut(model, layer, inputs, **self._call)[0] for layer in self.layers]
             state = python_state(model, inputs)
             self._tails = {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
 
@@ -106,6 +125,7 @@ class Probe:
             step = self._next_step
         self._next_step = step + 1
         if step % self.every:
+            self._write(wait=False)
             return False
         if clash := set(extra) & set(COLUMNS):
             raise ValueError(f"extra: expected names not the probe's own, got {', '.join(sorted(clash))}")
@@ -119,20 +139,22 @@ class Probe:
                 row = self._solver.submit(self._solve, step, layer, *enqueued.pop(0), extra)
                 self._rows.setdefault(step, []).append(row)
                 self._waiting.append(row)
+                self._unread.append(row)
             while self.pending > MOST_PENDING:
                 self._waiting[0].exception()
+        self._write(wait=False)
         return True
 
     def _enqueue(self, layer: str, state: list) -> tuple[Enqueued, torch.cuda.Event | None]:
         """The connectivity, and on CUDA when it is done."""
         kept = self._tails.get(layer)
         if kept is not None and kept[1] == state:
-            samples, output = run_to(self.model, layer, self.inputs)
+            samples, output = run_to(self.model, layer, self.inputs, **self._call)
             try:
                 return self._measure(kept[0], samples, output)
             except Exception:  # of a fresh cut it counts; this one may be of a model that is no more
                 pass
-        tail, samples = cut(self.model, layer, self.inputs)
+        tail, samples = cut(self.model, layer, self.inputs, **self._call)
         self._tails[layer] = tail, state
         return self._measure(tail, samples, None)
 
@@ -196,7 +218,41 @@ class Probe:
         Waits for pending rows; raises RuntimeError when one failed.
         """
         with self._timed():
-            return [dict(row.result()) for rows in self._rows.values() for row in rows]
+            return [
+                *map(dict, self._before),
+                *(dict(row.result()) for rows in self._rows.values() for row in rows),
+            ]
+
+    def new_rows(self, wait: bool = False) -> list[dict[str, Any]]:
+        """Rows that were finished since the last call, in order; those still pending too, where asked to wait.
+
+        Rows go to writers in place of this, where there are any. Raises as `history`; the failed row is not met again.
+        """
+        rows = []
+        with self._timed():
+            while self._unread and (wait or self._unread[0].done()):
+                rows.append(dict(self._unread.popleft().result()))
+        return rows
+
+    def _write(self, wait: bool) -> None:
+        if self._writers:
+            for row in self.new_rows(wait):
+                for writer in self._writers:
+                    writer.write(row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the training needs for the probe to go on: its rows, waited for, and the next step."""
+        return {"next_step": self._next_step, "rows": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`; rows of this probe's own are dropped, and those loaded go to no writer."""
+        with self._timed():
+            for row in self._waiting:
+                row.exception()
+        self._next_step = state["next_step"]
+        self._before = [dict(row) for row in state["rows"]]
+        self._rows.clear()
+        self._unread.clear()
 
     @property
     def pending(self) -> int:
@@ -215,6 +271,11 @@ class Probe:
             with self._timed():
                 self._solver.shutdown()
             self._solver = None
+            try:
+                self._write(wait=True)
+            finally:
+                for writer in self._writers:
+                    writer.close()
 
     def __enter__(self) -> Probe:
         return self

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import ops
 from .connectivity import connectivity
 from .evaluation import DEFAULT_BUDGET, all_finite
+from .network import Stacked
 
 SOLVERS = ("auto", "cpu", "cuda")
 # An estimate until it is measured on a card: cuSOLVER's dense solver is a long sequence of small dependent steps,
@@ -161,6 +162,7 @@ def lmn(
     points: int = 21,
     rule: str = "uniform",
     budget: int = DEFAULT_BUDGET,
+    stacked: Stacked | None = None,
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
@@ -168,9 +170,10 @@ def lmn(
     Arguments, errors and detachment as :func:`connectivity`.
 
     Returns:
-        0-dim float64 tensor. Source: arXiv 2310.05918, Eq. 1-3.
+        0-dim float64 tensor; (B,) with `stacked`. Source: arXiv 2310.05918, Eq. 1-3.
     """
-    return linear_mapping_number(connectivity(f, x, method=method, points=points, rule=rule, budget=budget))
+    L = connectivity(f, x, method=method, points=points, rule=rule, budget=budget, stacked=stacked)
+    return linear_mapping_number(L)
 
 
 def _check_matrix(L: Tensor) -> None:

@@ -109,7 +109,30 @@ FILLERS = [
     lambda h: F.dropout(h, 0.5, training=False),
     lambda h: F.dropout(h, p=0.0),
 ]
-LINEARS = [nn.Linear, FunctionalLinear]
+
+
+def weight_normed(inputs, outputs, bias):
+    return torch.nn.utils.parametrizations.weight_norm(nn.Linear(inputs, outputs, bias=bias))
+
+
+def batch_norm(width, bias):
+    norm = nn.BatchNorm1d(width, affine=bias)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.1, 2)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm
+
+
+def normed_after(inputs, outputs, bias):
+    return nn.Sequential(nn.Linear(inputs, outputs, bias=bias), batch_norm(outputs, bias))
+
+
+def normed_before(inputs, outputs, bias):
+    return nn.Sequential(batch_norm(inputs, not bias), nn.Linear(inputs, outputs, bias=bias))
+
+
+LINEARS = [nn.Linear, FunctionalLinear, weight_normed, normed_after, normed_before]
 
 
 @pytest.mark.parametrize(("activation", "spelling"), SPELLINGS)
@@ -163,7 +186,8 @@ def test_a_recognised_chain_agrees_with_the_network(case):
 @given(chains(), st.data())
 def test_every_tail_of_a_chain_gives_the_networks_output_and_is_recognised(case, data):
     model, width = case
-    layer = data.draw(st.sampled_from([name for name, _ in model.named_modules() if "parts." in name]))
+    names = [name for name, _ in model.named_modules() if "parts." in name and "parametrizations" not in name]
+    layer = data.draw(st.sampled_from(names))
     x = 3 * torch.randn(20, width, dtype=torch.float64)
     try:
         tail, samples = cut(model, layer, x)
@@ -282,7 +306,11 @@ NO_CHAINS = {
     "two outputs": lambda: TwoOutputs(3, 3),
     "noise": lambda: Noisy(3, 3),
     "layer norm": lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)),
-    "batch norm": lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
+    "batch norm after an activation": lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3)),
+    "batch norm before an activation": lambda: nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3)),
+    "batch norm of the batch": lambda: nn.Sequential(
+        nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)
+    ),
     "parametric relu": lambda: nn.Sequential(nn.Linear(3, 3), nn.PReLU()),
     "softmax": lambda: Steps(nn.Linear(3, 3), lambda h: h.softmax(-1)),
     "scaling": lambda: Steps(nn.Linear(3, 3), lambda h: 2 * h),
@@ -299,7 +327,6 @@ NO_CHAINS = {
     "hook on a container": lambda: with_hook("forward_hook", "0"),
     "hook on the root": lambda: with_hook("forward_hook", ""),
     "pruned by a hook": pruned,
-    "parametrised weight": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
     "a forward of its own": own_forward,
     "a graph module with a forward of its own": own_forward_traced,
     "a graph module with a hook": hooked_traced,
@@ -533,7 +560,7 @@ def test_work_in_place_that_the_graph_does_not_show_is_not_lost():
 
 
 def test_a_layer_that_does_not_exist_is_refused_with_those_that_do():
-    message = "layer: 'hiden' is not in the model; it has embedding, hidden, act, drop, second, out"
+    message = "layer: 'hiden' is not in the model; it has hidden, .*"
     with pytest.raises(ValueError, match=message):
         cut(Network(), "hiden", TOKENS)
     with pytest.raises(ValueError, match="layer: '' is not in the model"):
@@ -545,7 +572,9 @@ def test_a_layer_that_does_not_exist_is_refused_with_those_that_do():
 def test_a_layer_called_never_or_twice_is_refused():
     shared = nn.Linear(3, 3)
     model = Steps(shared, torch.relu, shared)
-    with pytest.raises(ValueError, match="layer: 'parts.0' was called 2 times in one forward pass; expect"):
+    with pytest.raises(
+        ValueError, match="layer: 'parts.0' was called 2 times in one forward pass; expected once; which call"
+    ):
         cut(model, "parts.0", torch.randn(5, 3))
     with pytest.raises(ValueError, match="layer: 'parts' was called 0 times"):
         cut(model, "parts", torch.randn(5, 3))
@@ -554,7 +583,7 @@ def test_a_layer_called_never_or_twice_is_refused():
 @pytest.mark.parametrize(
     ("step", "error", "message"),
     [
-        (lambda h: (h, h), TypeError, "layer: the output of 'parts.1' is tuple; expected a floating"),
+        (lambda h: (h.long(), 1), TypeError, "layer: the output of 'parts.1' is tuple; expected a floating"),
         (lambda h: h.long(), TypeError, r"layer: the output of 'parts.1' is a tensor of torch\.int64"),
         (lambda h: h.flatten(), ValueError, r"layer: the output of 'parts.1' has shape \(15,\) for 5 inputs"),
     ],
@@ -569,8 +598,8 @@ def test_a_layer_whose_output_is_no_batch_of_samples_is_refused(step, error, mes
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        ("text", TypeError, "inputs: expected a tensor or a tuple of tensors, got str"),
-        ((), TypeError, "inputs: expected a tensor or a tuple of tensors, got nothing"),
+        ("text", TypeError, "inputs: expected a tensor, or a tuple or a dict of tensors, got str"),
+        ((), TypeError, "inputs: expected a tensor, or a tuple or a dict of tensors, got nothing"),
         (torch.zeros(0, 3), ValueError, r"inputs: expected at least one sample, got shape \(0, 3\)"),
         (torch.tensor(1.0), ValueError, r"inputs: expected at least one sample, got shape \(\)"),
     ],

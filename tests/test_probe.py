@@ -318,9 +318,9 @@ def test_a_model_that_changes_is_measured_as_it_is(change, x, monkeypatch):
         for p in model.parameters():
             p.mul_(3)
 
-    def counting(*args):
+    def counting(*args, **keywords):
         cuts.append(args)
-        return cut(*args)
+        return cut(*args, **keywords)
 
     monkeypatch.setattr(lmnfast.probe, "cut", counting)
     probe = Probe(model, x, "first", every=1)

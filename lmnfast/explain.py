@@ -1,0 +1,82 @@
+"""Which route a measurement takes, and why."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .evaluation import Checks, has_kernels
+from .network import (
+    Chain,
+    Forward,
+    NotAChain,
+    Output,
+    chain_or_reason,
+    cut,
+    evaluating,
+    match_layers,
+    why_not_traced,
+)
+
+
+def explain(
+    model: nn.Module, layer: str, inputs: Any = None, *, forward: Forward = None, output: Output = None
+) -> None:
+    """Prints which route a measurement from a layer on takes, and why.
+
+    Args:
+        model, layer, inputs, forward, output: as in :func:`lmnfast.cut`; the layer may be a pattern, as in `match_layers`.
+            Without inputs nothing is run: what only samples show (a branch on their shape, a layer called twice) is left
+            open, and the model is taken to have one argument.
+
+    Raises:
+        As :func:`lmnfast.cut`.
+    """
+    for name in match_layers(model, layer):
+        print(f"{name}:")
+        for line in _route(model, name, inputs, forward, output):
+            print(f"  {line}")
+
+
+def _route(model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output) -> list[str]:
+    tail, reason = why_not_traced(model, layer, inputs, forward, output)
+    if inputs is None:
+        if tail is None:
+            return [f"generic: a forward hook replaces the layer's output, as {reason}"]
+        return [_of_tail(tail, None)]
+    measured, samples = cut(model, layer, inputs, forward=forward, output=output)
+    lines = [
+        f"{len(samples)} samples of shape {tuple(samples.shape[1:])}, {samples.dtype} on {samples.device}"
+    ]
+    if not isinstance(measured, torch.fx.GraphModule):
+        reason = reason or "what torch.fx traced has other outputs on the samples"
+        return [*lines, f"generic: a forward hook replaces the layer's output, as {reason}"]
+    return [*lines, _of_tail(measured, samples)]
+
+
+def _of_tail(tail: nn.Module, samples: Tensor | None) -> str:
+    generic = "generic: the layers after it are called on tiles of path points, as"
+    try:
+        chain = chain_or_reason(tail)
+    except NotAChain as reason:
+        return f"{generic} {reason}"
+    if samples is not None:
+        if not has_kernels(samples):
+            return f"{generic} there is no kernel for {samples.device}"
+        if samples.dim() != 2 and not chain.flattens:
+            return f"{generic} samples of shape {tuple(samples.shape[1:])} are no vectors, and nothing flattens them"
+        with evaluating(tail):
+            if not Checks(False).reproduces(chain, samples, tail(samples).flatten(1)):
+                return f"{generic} the chain of Linear and activations that they look like has other outputs"
+    return f"fused kernel: {_said(chain)}"
+
+
+def _said(chain: Chain) -> str:
+    """Widths, and the activations between: 100 -> 31, silu, -> 100."""
+    parts = [str(chain.weights[0].shape[1])]
+    for weight, activation in zip((None, *chain.weights), chain.activations, strict=True):
+        if weight is not None:
+            parts.append(f"-> {len(weight)}")
+        if activation.name != "identity":
+            parts.append(activation.name)
+    return " ".join(parts)
