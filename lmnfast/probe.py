@@ -226,17 +226,20 @@ class Probe:
     def new_rows(self, wait: bool = False) -> list[dict[str, Any]]:
         """Rows that were finished since the last call, in order; those still pending too, where asked to wait.
 
-        Rows go to writers in place of this, where there are any. Raises as `history`; the failed row is not met again.
+        Where there are writers, they get the rows, and this none. A row that failed is raised, as `history` raises it, once:
+        by the call after the one that returns the rows before it.
         """
-        rows = []
+        rows: list[dict[str, Any]] = []
         with self._timed():
             while self._unread and (wait or self._unread[0].done()):
+                if rows and self._unread[0].exception():
+                    break
                 rows.append(dict(self._unread.popleft().result()))
         return rows
 
     def _write(self, wait: bool) -> None:
-        if self._writers:
-            for row in self.new_rows(wait):
+        while self._writers and (rows := self.new_rows(wait)):
+            for row in rows:
                 for writer in self._writers:
                     writer.write(row)
 
@@ -266,16 +269,26 @@ class Probe:
         return step in self._rows and all(row.done() for row in self._rows[step])
 
     def close(self) -> None:
-        """Waits for pending rows and ends the thread; the history stays."""
+        """Waits for pending rows, gives them to the writers and closes those, and ends the thread; the history stays.
+
+        Raises RuntimeError for the first row that failed, where there are writers to miss it.
+        """
         if self._solver is not None:
             with self._timed():
                 self._solver.shutdown()
             self._solver = None
+            failure = None
             try:
-                self._write(wait=True)
+                while self._writers and self._unread:
+                    try:
+                        self._write(wait=True)
+                    except RuntimeError as error:  # of a row; those after it are to be written
+                        failure = failure or error
             finally:
                 for writer in self._writers:
                     writer.close()
+            if failure:
+                raise failure
 
     def __enter__(self) -> Probe:
         return self

@@ -485,7 +485,7 @@ def test_inputs_and_model_that_require_grad_are_measured_without(model, x):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": "thrid"}, "layer: 'thrid' is not in the model; it has first, second, out, drop, norm"),
+        ({"layers": "thrid"}, "layer: 'thrid' is not in the model; it has first"),
         ({"layers": []}, r"layers: expected one name or several different ones, got \[\]"),
         (
             {"layers": ["out", "out"]},
@@ -523,3 +523,85 @@ def test_the_solver_takes_one_core_and_leaves_every_other_thread_its_count(model
         assert counts == [1, 3] and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+class Recorder:
+    """A writer."""
+
+    def __init__(self):
+        self.rows, self.threads, self.closed = [], set(), 0
+
+    def write(self, row):
+        assert not self.closed
+        self.rows.append((row["step"], row["layer"], row["lmn"]))
+        self.threads.add(threading.current_thread())
+
+    def close(self):
+        self.closed += 1
+
+
+def seen_in(history):
+    return [(row["step"], row["layer"], row["lmn"]) for row in history]
+
+
+def test_new_rows_come_once_and_in_order(model, x):
+    with Probe(model, x, ["first", "second"], every=2) as probe:
+        rows = []
+        for step in range(5):
+            probe(step)
+            rows += probe.new_rows()
+        rows += probe.new_rows(wait=True)
+        assert rows == probe.history and len(rows) == 6
+        assert probe.new_rows(wait=True) == []
+
+
+def test_writers_get_every_row_once_on_the_callers_thread(model, x):
+    writers = Recorder(), Recorder()
+    with Probe(model, x, ["first", "second"], writers=writers) as probe:
+        for step in range(250):
+            probe(step)
+        history = probe.history
+    for writer in writers:
+        assert writer.rows == seen_in(history) and len(history) == 6
+        assert writer.threads == {threading.current_thread()} and writer.closed == 1
+
+
+def test_a_row_that_fails_keeps_no_other_from_the_writers(model, x, monkeypatch):
+    calls = []
+
+    def fail_once(*args, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError("by chance")
+        return measurement(*args, **keywords)
+
+    monkeypatch.setattr(lmnfast.probe, "measurement", fail_once)
+    writer = Recorder()
+    probe = Probe(model, x, ["first", "second"], every=1, writers=[writer])
+    with pytest.raises(RuntimeError, match="solving layer 'second' at step 0 failed: by chance"):
+        with probe:
+            monkeypatch.setattr(probe, "_write", lambda wait: wait and Probe._write(probe, wait))
+            probe(0)
+            probe(1)
+    assert [row[:2] for row in writer.rows] == [(0, "first"), (1, "first"), (1, "second")]
+    assert writer.closed == 1
+
+
+def test_a_probe_goes_on_from_a_state(model, x):
+    first, again = Probe(model, x, "first", every=2), Probe(model, x, "first", every=2)
+    for _ in range(5):
+        first(loss=0.5)
+    state = first.state_dict()
+    again(0)
+    again.load_state_dict(state)
+    assert again.history == first.history
+    again()  # step 5
+    assert again()  # step 6
+    rows = again.history
+    assert [row["step"] for row in rows] == [0, 2, 4, 6] and rows[0]["loss"] == 0.5
+    assert seen_in(again.new_rows(wait=True)) == seen_in(rows[-1:])
+
+
+def test_layers_may_be_patterns(model, x):
+    with Probe(model, x, ["first", "s*"]) as probe:
+        assert probe.layers == ("first", "second")
