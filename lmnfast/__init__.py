@@ -3,9 +3,9 @@
 from importlib.metadata import version as _version
 
 from .connectivity import connectivity
+from .cutting import cut, match_layers
 from .explain import explain
 from .jacobian import jacobian_distances, jacobians, linear_regions
-from .network import cut, match_layers
 from .probe import Probe
 from .spectrum import (
     Measurement,

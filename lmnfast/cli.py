@@ -2,13 +2,16 @@
 
 import argparse
 import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from . import __version__, _native
+from .checkpoints import cores, draw_checkpoints, first_samples, load_inputs, measure_checkpoints
 from .connectivity import METHODS
 from .grokking.figures import draw, draw_methods
 from .grokking.model import INITS, LAYERS
@@ -17,6 +20,7 @@ from .grokking.train import Config, Run, measure, train
 from .quadrature import RULES
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+OF_A_MODEL = ("checkpoint", "inputs", "samples", "output", "forward", "key", "jobs", "out", "force")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,15 +73,23 @@ def _parser() -> argparse.ArgumentParser:
     grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
     grok.add_argument("--force", action="store_true", help="delete the run that is there, start anew")
 
-    again = command("measure", _measure, "Measure a run's checkpoints again; writes RUN/measure-*.csv.")
-    again.add_argument("run", metavar="RUN", help="a directory that grok left")
-    again.add_argument("--every", type=int, help="only checkpoints at multiples of this step (1)")
+    again = command(
+        "measure",
+        _measure,
+        "Measure a run's checkpoints again; writes RUN/measure-*.csv. With --model, those of any model.",
+    )
+    again.add_argument("run", metavar="RUN", nargs="?", help="a directory that grok left")
+    again.add_argument("--every", type=int, help="of a RUN, only checkpoints at multiples of this step (1)")
 
-    for added, defaults in ((grok, vars(Config)), (again, dict.fromkeys(vars(Config), "the run's"))):
-        layers = " ".join(Config.layers) if added is grok else defaults["layers"]
-        added.add_argument(
-            "--layers", nargs="+", metavar="LAYER", help=f"some of {', '.join(LAYERS)} ({layers})"
-        )
+    others = {name: f"the run's; {value} with --model" for name, value in vars(Config).items()}
+    for added, defaults in ((grok, vars(Config)), (again, others)):
+        names = f"some of {', '.join(LAYERS)}"
+        if added is grok:
+            names += f" ({' '.join(Config.layers)})"
+            added.add_argument("--layers", nargs="+", metavar="LAYER", help=names)
+        else:
+            names += " (the run's); with --model names of its layers, or patterns, as 'blocks.*.mlp'"
+            added.add_argument("--layers", "--layer", nargs="+", action="extend", metavar="LAYER", help=names)
         added.add_argument(
             "--points", type=int, help=f"nodes on a path, ends included ({defaults['points']})"
         )
@@ -89,9 +101,28 @@ def _parser() -> argparse.ArgumentParser:
                 "--method",
                 type=_methods,
                 metavar="METHOD[,METHOD...]",
-                help=f"of the connectivity, among {', '.join(METHODS)} (the run's); several also in one figure",
+                help=f"of the connectivity, among {', '.join(METHODS)} ({defaults['method']}); of a RUN "
+                "also several, which go into one figure",
             )
         added.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (auto)")
+
+    other = again.add_argument_group("checkpoints of another model (docs/checkpoints.md)")
+    other.add_argument(
+        "--model", metavar="MODULE:FACTORY", help="called without arguments, returns the model"
+    )
+    other.add_argument(
+        "--checkpoint", nargs="+", action="extend", metavar="FILE", help="files or patterns, as 'ckpts/*.pt'"
+    )
+    other.add_argument("--inputs", metavar="FILE", help=".npy, .npz, .pt or .safetensors")
+    other.add_argument("--samples", type=int, help="only the first of the inputs (all)")
+    other.add_argument(
+        "--output", metavar="KEY", help="which of the model's outputs counts: key, attribute or index"
+    )
+    other.add_argument("--forward", metavar="MODULE:FUNCTION", help="called as function(model, inputs)")
+    other.add_argument("--key", help="where in a checkpoint the state dict is, as state.ema")
+    other.add_argument("--jobs", type=int, help="processes (1)")
+    other.add_argument("--out", metavar="DIR", help="where lmn.csv and lmn.png go (lmn)")
+    other.add_argument("--force", action="store_true", help="begin the table there anew")
 
     command("info", _info, "Show the versions, the instruction set in use, and CUDA.")
     return parser
@@ -111,15 +142,63 @@ def _grok(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
-    path, rows = measure(**_given(options), progress=True)
+    given = _given(options)
+    if "run" in given and "model" in given:
+        raise ValueError("measure: expected a RUN or --model, got both")
+    if "run" in given:
+        _refuse(given, OF_A_MODEL, "--model")
+        path, rows = measure(**given, progress=True)
+        written = [path, draw_methods(path, rows)] if "+" in rows[0]["method"] else [path]
+    elif "model" in given:
+        options.after_interrupt = "; the same command goes on"
+        _refuse(given, ("every",), "a RUN")
+        rows, written = _measure_model(given)
+    else:
+        raise ValueError(
+            "measure: expected a RUN, or --model with --checkpoint, --inputs and --layer, got neither"
+        )
     columns = [name for name in rows[0] if name == "step" or name.startswith("lmn_")]
     widths = [max(16, len(name)) for name in columns]
     print(*(f"{name:>{width}}" for name, width in zip(columns, widths)))
     for row in rows:
         print(*(f"{row[name]:>{width}.6g}" for name, width in zip(columns, widths)))
-    print(f"written: {path}")
-    if "+" in rows[0]["method"]:
-        print(f"written: {draw_methods(path, rows)}")
+    for path in written:
+        print(f"written: {path}")
+
+
+def _measure_model(given: dict) -> tuple[list[dict], list[Path]]:
+    """The rows, and what was written."""
+    for name, option in (("checkpoint", "--checkpoint"), ("inputs", "--inputs"), ("layers", "--layer")):
+        if name not in given:
+            raise ValueError(f"{name}: expected {option} with --model, got none")
+    methods = given.pop("method", ("path",))
+    if len(methods) > 1:
+        raise ValueError(f"method: expected one with --model, got {','.join(methods)}")
+    inputs, samples = load_inputs(given.pop("inputs")), given.pop("samples", None)
+    if samples is not None:
+        inputs = first_samples(inputs, samples)
+    output = given.pop("output", None)
+    out = Path(given.pop("out", "lmn"))
+    if (jobs := given.get("jobs", 1)) > cores():
+        print(f"jobs: {jobs} processes on {cores()} cores", file=sys.stderr)
+    rows = measure_checkpoints(
+        given.pop("model"),
+        given.pop("checkpoint"),
+        inputs,
+        given.pop("layers"),
+        output=int(output) if output is not None and re.fullmatch(r"-?[0-9]+", output) else output,
+        method=methods[0],
+        out=out,
+        progress=True,
+        **given,
+    )
+    return rows, [out / "lmn.csv", draw_checkpoints(out, rows)]
+
+
+def _refuse(given: dict, names: Iterable[str], without: str) -> None:
+    for name in names:
+        if name in given:
+            raise ValueError(f"{name}: expected only with {without}")
 
 
 def _methods(text: str) -> tuple[str, ...]:

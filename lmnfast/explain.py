@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cutting import cut, match_layers, why_not_traced
 from .evaluation import Checks, has_kernels
 from .network import (
     Chain,
@@ -12,10 +13,7 @@ from .network import (
     NotAChain,
     Output,
     chain_or_reason,
-    cut,
     evaluating,
-    match_layers,
-    why_not_traced,
 )
 
 

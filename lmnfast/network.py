@@ -1,25 +1,21 @@
-"""Take a network apart: the tail after a layer, and whether that tail is a chain of Linear and activations.
+"""Whether a network is a chain of Linear and activations, and how one is run without a trace.
 
 Nothing here changes the user's model: see `evaluating`.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
-import fnmatch
-import inspect
 import math
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from .nested import contents
 
 # The order is that of the enum in csrc/activation.h: the kernels get the index.
 ACTIVATIONS = (
@@ -35,10 +31,6 @@ ACTIVATIONS = (
     "softplus",
     "sin",
 )
-
-# Entries of an attribute up to which it is compared from one measurement to the next: a few hundred microseconds.
-LARGE = 1000
-PLAIN = {type(None), bool, int, float, complex, str, bytes}
 
 Forward = Callable[[nn.Module, Any], Any] | None  # runs the model on inputs
 Stacked = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # parameters and buffers of several networks
@@ -203,10 +195,30 @@ def _cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
+def same_output(again: Any, output: Tensor) -> bool | Tensor:
+    """Whether two outputs are equal up to the rounding of the same operations in another order (the shapes are
+    the same, so mostly to the bit); a 0-dim bool on their device where that takes their values."""
+    if (
+        not isinstance(again, Tensor)
+        or again.device != output.device
+        or again.shape != output.shape
+        or again.dtype != output.dtype
+    ):
+        return False
+    if output.numel() == 0:
+        return True
+    tolerance = 32 * torch.finfo(output.dtype).eps
+    finite = output.isfinite()
+    magnitude = torch.where(finite, output.abs(), 0)
+    close = (again - output).abs() <= tolerance * magnitude + tolerance * magnitude.amax()
+    equal = (again == output) | (again.isnan() & output.isnan())
+    return torch.where(finite, close, equal).all()
+
+
 # Tracing ---------------------------------------------------------------------------------------------------
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
+def uncompiled(model: nn.Module) -> nn.Module:
     """The module that torch.compile wrapped."""
     return getattr(model, "_orig_mod", model)
 
@@ -221,7 +233,7 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-class _Call(nn.Module):
+class Call(nn.Module):
     """Calls the model as a user does, and selects the output. Tracing this, and not the model, makes the model's
     default arguments, its own hooks and constants met on the way no special cases."""
 
@@ -254,20 +266,10 @@ def _selected(result: Any, output: Output) -> Any:
         named = isinstance(output, str) and not isinstance(result, Mapping)
         return getattr(result, output) if named else result[output]
     except (KeyError, IndexError, AttributeError, TypeError):
-        raise ValueError(f"output: no {output!r} in what the model returns, {_contents(result)}") from None
+        raise ValueError(f"output: no {output!r} in what the model returns, {contents(result)}") from None
 
 
-def _contents(value: Any) -> str:
-    """A container, for a reader."""
-    kind = type(value).__name__
-    if isinstance(value, Mapping):
-        return f"a {kind} of {', '.join(map(repr, value))}"
-    if isinstance(value, (tuple, list)):
-        return f"a {kind} of {len(value)}"
-    return f"a {kind}"
-
-
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Keeps whole, beside torch's own modules: the layer to cut at, and every module with hooks, which would
     else be run on proxies."""
 
@@ -404,15 +406,15 @@ def chain_or_reason(f: Any) -> Chain:
     """:func:`recognise`; raises NotAChain with the reason where there is none."""
     if not isinstance(f, nn.Module):
         raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
-    f = _uncompiled(f)
+    f = uncompiled(f)
     with evaluating(f):
         try:
             if isinstance(f, fx.GraphModule) and _plain(f):
                 return _chain_of(_read_graph(f.graph, f))
             if (parts := _in_order(f)) is not None:
                 return _chain_of([_read_module(part) for part in parts])
-            root = _Call(f)
-            return _chain_of(_read_graph(_Tracer().trace(root), root))
+            root = Call(f)
+            return _chain_of(_read_graph(Tracer().trace(root), root))
         except NotAChain:
             raise
         except (
@@ -611,479 +613,3 @@ def _checked_chain(
         tuple(activations),
         flattens,
     )
-
-
-# Cutting ---------------------------------------------------------------------------------------------------
-
-
-def cut(
-    model: nn.Module,
-    layer: str,
-    inputs: Any,
-    *,
-    forward: Forward = None,
-    output: Output = None,
-    stacked: Stacked | None = None,
-) -> tuple[nn.Module, Tensor]:
-    """The sub-network from a layer's output on, and that output for `inputs`: tail(samples) == model(inputs).
-
-    model: measured in eval mode, left as it was. The tail shares its parameters, so it follows its training;
-        Python values and branches in its forward are as at the moment of the cut.
-    layer: a name in model.named_modules(), called once per forward pass; "name@k" is its k-th call, from 0 on.
-        Where it returns a tuple, dict or dataclass (LSTM, transformer blocks), the first floating-point tensor there.
-    inputs: (N, ...), any dtype; or a tuple or a dict of tensors passed as arguments. Those that have not N
-        rows as the first has are taken to be the same for every sample.
-    forward: called as forward(model, inputs) in place of model(inputs), for models that take something else;
-        inputs then are whatever it takes, tensors somewhere in tuples, lists and dicts.
-    output: what of the model's output counts, where that is no tensor or not all of it matters: a key or an
-        attribute, an index, or a function of it.
-    stacked: parameters and buffers of B networks like the model, as torch.func.stack_module_state returns them:
-        samples are then theirs, (B, N, ...), and the tail is to be measured with the same `stacked`.
-    Returns (tail, samples): a module, and the layer's output (N, ...), detached. Where torch.fx cannot
-    isolate what follows the layer, the tail is the model with that output replaced by a forward hook.
-
-    Raises ValueError for a layer that does not exist, is not called exactly once, does not give one row per
-    input, or around which the output depends on the inputs by another way, for a model on several devices or on meta;
-    TypeError where model, inputs, the layer's output or the model's are no (floating)
-    tensors, or inputs do not fit the model's forward.
-    """
-    if stacked is not None:
-        samples = []
-        for number in range(networks_in(stacked)):
-            with loaded(model, stacked, number):
-                tail, own = cut(model, layer, inputs, forward=forward, output=output)
-            samples.append(own)
-        tail, _ = cut(model, layer, inputs, forward=forward, output=output)
-        tail.whole = (model,)  # whose names `stacked` has, where modules share a tensor
-        return tail, torch.stack(samples)
-    seen, result, path = _run_to(model, layer, inputs, forward, output)
-    model = _uncompiled(model)
-    part, call = _find(model, layer)
-    try:
-        tail: nn.Module = _traced_tail(_Call(model, inputs, forward, output), part, call, path)
-        if _reproduces(tail, seen, result):
-            return tail, seen
-    except Exception:  # not traced, or along a branch that the samples do not take
-        pass
-    tail = _HookTail(_Call(model, inputs, forward, output), part, call or 0, path, inputs)
-    if not _reproduces(tail, seen, result):
-        raise ValueError(
-            f"layer: the model's output depends on the inputs also by another way than through "
-            f"{layer!r} (a skip connection around it, say); expected a layer that all of it "
-            f"passes through"
-        )
-    return tail, seen
-
-
-def run_to(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward = None, output: Output = None
-) -> tuple[Tensor, Tensor]:
-    """The layer's output and the model's for `inputs`, all checked as `cut` does; never waits for a device."""
-    return _run_to(model, layer, inputs, forward, output)[:2]
-
-
-def why_not_traced(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
-) -> tuple[nn.Module | None, str]:
-    """The tail by torch.fx, not compared with the model; or None, and why there is none."""
-    path = [] if inputs is None else _run_to(model, layer, inputs, forward, output)[2]
-    part, number = _find(model, layer)
-    try:
-        return _traced_tail(_Call(_uncompiled(model), inputs, forward, output), part, number, path), ""
-    except Exception as error:  # of the user's forward, on proxies
-        return None, f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0]})"
-
-
-def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of the model's layers that match, in the model's order for each pattern: "blocks.*.mlp" is one of each block.
-
-    patterns: names as in `cut`, or shell patterns (fnmatch) of whole names, in which * also stands for dots.
-    Raises ValueError for a pattern that nothing matches, with the names that come close.
-    """
-    names = [name for name, _ in _uncompiled(model).named_modules(remove_duplicate=False) if name]
-    found: dict[str, None] = {}
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"layer: expected a name, got {type(pattern).__name__}")
-        if not any(c in pattern for c in "*?["):
-            _find(model, pattern)
-            found[pattern] = None
-            continue
-        matching = [
-            n for n in names if fnmatch.fnmatchcase(n, pattern) and "parametrizations" not in n.split(".")
-        ]
-        if not matching:
-            raise ValueError(f"layer: nothing matches {pattern!r}; {_close(pattern, names)}")
-        found.update(dict.fromkeys(matching))
-    return tuple(found)
-
-
-def _close(wanted: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(wanted, names, 5, 0.5) or names[:20]
-    more = ", ..." if len(close) < len(names) else ""
-    return f"it has {', '.join(close)}{more}" if names else "the model has no layers"
-
-
-def _find(model: nn.Module, layer: str) -> tuple[nn.Module, int | None]:
-    """The module of that name, and which of its calls is meant; None for its only one."""
-    if not isinstance(layer, str):
-        raise TypeError(f"layer: expected a name, got {type(layer).__name__}")
-    layers = dict(_uncompiled(model).named_modules(remove_duplicate=False))
-    del layers[""]
-    if layer in layers:
-        return layers[layer], None
-    name, _, call = layer.rpartition("@")
-    if name in layers and call.isdecimal():
-        return layers[name], int(call)
-    raise ValueError(f"layer: {layer!r} is not in the model; {_close(layer, list(layers))}")
-
-
-def _run_to(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
-) -> tuple[Tensor, Tensor, list]:
-    """As run_to, and where in the layer's output its tensor is."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    rows = _rows(inputs, forward)
-    model = _uncompiled(model)
-    part, call = _find(model, layer)
-    _check_fit(model, inputs, forward)
-    seen: list[Any] = []
-    calls = 0
-
-    def record(module: nn.Module, args: Any, result: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if call is None or calls == call + 1:
-            path = _path_to_tensor(result)
-            tensor = None if path is None else _at(result, path)
-            # What follows may work in place.
-            seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
-
-    handle = part.register_forward_hook(record)
-    try:
-        with evaluating(model):
-            copies = _mapped(inputs, lambda tensor: tensor.detach().clone())
-            result = _Call(model, inputs, forward, output)(copies)
-    finally:
-        handle.remove()
-    if call is None and calls != 1:
-        which = (
-            f"; which call? name one, from {layer + '@0'!r} to {layer + f'@{calls - 1}'!r}" if calls else ""
-        )
-        raise ValueError(
-            f"layer: {layer!r} was called {calls} times in one forward pass; expected once{which}"
-        )
-    if call is not None and calls <= call:
-        raise ValueError(
-            f"layer: {layer!r} is its call {call}, from 0 on, but there are {calls} in a forward pass"
-        )
-    samples, path = seen[0]
-    _check_floating(f"layer: the output of {layer!r}", samples)
-    _check_floating(
-        "model: its output", result, "; output= selects the tensor in it" if output is None else ""
-    )
-    if samples.shape[:1] != (rows,):
-        raise ValueError(
-            f"layer: the output of {layer!r} has shape {tuple(samples.shape)} for "
-            f"{rows} inputs; expected one row per input"
-        )
-    return samples, result, path
-
-
-def _rows(inputs: Any, forward: Forward) -> int:
-    """How many samples the inputs are."""
-    tensors = list(_tensors(inputs))
-    plain = isinstance(inputs, (Tensor, Mapping)) or (
-        isinstance(inputs, (tuple, list)) and all(isinstance(i, Tensor) for i in inputs)
-    )
-    if not tensors or (forward is None and not plain):
-        got = type(inputs).__name__
-        if isinstance(inputs, (tuple, list)):
-            got = ", ".join(type(i).__name__ for i in inputs) or "nothing"
-        gather = ""
-        if not isinstance(inputs, (tuple, list, Mapping)) and hasattr(inputs, "__iter__"):
-            gather = "; gather the samples first, for instance torch.cat([x for x, labels in loader])"
-        raise TypeError(f"inputs: expected a tensor, or a tuple or a dict of tensors, got {got}{gather}")
-    if tensors[0].ndim == 0 or len(tensors[0]) == 0:
-        raise ValueError(f"inputs: expected at least one sample, got shape {tuple(tensors[0].shape)}")
-    return len(tensors[0])
-
-
-def _check_fit(model: nn.Module, inputs: Any, forward: Forward) -> None:
-    """Raises where model and inputs cannot be run together, which torch would say at its own length."""
-    devices: dict[torch.device, str] = {}
-    for name, parameter in model.named_parameters():
-        devices.setdefault(parameter.device, name)
-    if any(device.type == "meta" for device in devices):
-        name = next(name for device, name in devices.items() if device.type == "meta")
-        raise ValueError(
-            f"model: its parameter {name!r} is on meta, where tensors have no values; load its weights"
-        )
-    if len(devices) > 1:
-        where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
-        raise ValueError(f"model: its parameters are on several devices ({where}); expected one")
-    if forward is not None:
-        return
-    for tensor in _tensors(inputs):
-        if devices and tensor.device not in devices:
-            raise ValueError(
-                f"inputs: on {tensor.device}, but the model is on {next(iter(devices))}; move one of them"
-            )
-    if isinstance(inputs, Tensor):
-        return
-    try:
-        fits = inspect.signature(model.forward).bind
-    except (TypeError, ValueError):  # a scripted one has none
-        return
-    try:
-        fits(**inputs) if isinstance(inputs, Mapping) else fits(*inputs)
-    except TypeError as error:
-        raise TypeError(
-            f"inputs: do not fit the arguments of the model's forward ({error}); expected those alone, without labels; "
-            "forward= runs a model that is called otherwise"
-        ) from None
-
-
-def _check_floating(what: str, value: Any, hint: str = "") -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{what} is {got}; expected a floating-point tensor{hint}")
-
-
-# Tensors in tuples, lists, dicts and dataclasses -----------------------------------------------------------
-
-
-def _entries(value: Any) -> list[tuple[Any, Any]]:
-    """A container's keys and values; nothing of what is none."""
-    if isinstance(value, (tuple, list)):
-        return list(enumerate(value))
-    if isinstance(value, Mapping):
-        return list(value.items())
-    if is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name)) for field in fields(value)]
-    return []
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    for _, entry in _entries(value):
-        yield from _tensors(entry)
-
-
-def _with(value: Any, changes: dict[Any, Any]) -> Any:
-    """A copy of a container with some entries replaced."""
-    if isinstance(value, tuple):
-        entries = [changes.get(key, entry) for key, entry in enumerate(value)]
-        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
-    result = copy.copy(value)
-    for key, entry in changes.items():
-        if isinstance(value, (list, Mapping)):
-            result[key] = entry
-        else:
-            object.__setattr__(result, key, entry)
-    return result
-
-
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers with every tensor replaced by a function of it."""
-    if isinstance(value, Tensor):
-        return function(value)
-    entries = _entries(value)
-    return _with(value, {key: _mapped(entry, function) for key, entry in entries}) if entries else value
-
-
-def _path_to_tensor(value: Any) -> list | None:
-    """Keys that lead to the first floating-point tensor; [] where the value is one, None where there is none."""
-    if isinstance(value, Tensor):
-        return [] if value.is_floating_point() else None
-    for key, entry in _entries(value):
-        path = _path_to_tensor(entry)
-        if path is not None:
-            return [key, *path]
-    return None
-
-
-def _at(value: Any, path: list) -> Any:
-    for key in path:
-        value = value[key] if isinstance(value, (tuple, list, Mapping)) else getattr(value, key)
-    return value
-
-
-def _replaced(value: Any, path: list, tensor: Tensor) -> Any:
-    """The value with another tensor at the end of the path."""
-    if not path:
-        return tensor
-    return _with(value, {path[0]: _replaced(_at(value, path[:1]), path[1:], tensor)})
-
-
-# Tails -----------------------------------------------------------------------------------------------------
-
-
-def _reproduces(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
-    """Whether tail(samples) is the model's output."""
-    with evaluating(tail):
-        again = tail(samples)
-    return bool(same_output(again, output))
-
-
-def same_output(again: Any, output: Tensor) -> bool | Tensor:
-    """Whether two outputs are equal up to the rounding of the same operations in another order (the shapes are
-    the same, so mostly to the bit); a 0-dim bool on their device where that takes their values."""
-    if (
-        not isinstance(again, Tensor)
-        or again.device != output.device
-        or again.shape != output.shape
-        or again.dtype != output.dtype
-    ):
-        return False
-    if output.numel() == 0:
-        return True
-    tolerance = 32 * torch.finfo(output.dtype).eps
-    finite = output.isfinite()
-    magnitude = torch.where(finite, output.abs(), 0)
-    close = (again - output).abs() <= tolerance * magnitude + tolerance * magnitude.amax()
-    equal = (again == output) | (again.isnan() & output.isnan())
-    return torch.where(finite, close, equal).all()
-
-
-def _traced_tail(call: _Call, layer: nn.Module, number: int | None, path: list) -> fx.GraphModule:
-    """What follows a call of the layer as a GraphModule of its own.
-
-    Raises whatever the user's forward raises on proxies; ValueError where the layer cannot be separated.
-    """
-    with evaluating(call.model):
-        graph = _Tracer(layer).trace(call)
-    cuts = [n for n in graph.nodes if n.op == "call_module" and call.get_submodule(n.target) is layer]
-    if not cuts or (number is None and len(cuts) > 1) or (number or 0) >= len(cuts):
-        raise ValueError(f"torch.fx sees {len(cuts)} calls of the layer")
-    start = [cuts[number or 0]]
-    for key in path:  # of a layer that returns a tuple, say, only the entry that is measured is replaced
-        start = [n for last in start for n in last.users if n.target is operator.getitem and n.args[1] == key]
-    tail = fx.Graph()
-    # Cloned, as what follows may work in place.
-    samples = tail.call_method("clone", (tail.placeholder("samples"),))
-    copies = dict.fromkeys(start, samples)
-    fixed = set()  # nodes that depend on parameters only
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            copies[node] = tail.node_copy(node, copied)
-        return copies[node]
-
-    for node in graph.nodes:
-        if node.op == "placeholder" or node in copies:
-            continue
-        before = node.all_input_nodes
-        if all(n in fixed for n in before):
-            fixed.add(node)
-        elif all(n in fixed or n in copies for n in before):
-            copied(node)
-    if not any(node.op == "output" for node in tail.nodes):
-        raise ValueError("the output depends on more than the layer's output")
-    for node in reversed(tail.nodes):
-        if not node.users and _pure(node):  # a loss beside the output, say
-            tail.erase_node(node)
-    return fx.GraphModule(call, tail)
-
-
-def _pure(node: fx.Node) -> bool:
-    """Whether a call does nothing but return a result, by PyTorch's way of naming what works in place."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "_")
-    in_place = (
-        name.endswith("_") or name.startswith(("i", "setitem")) or node.kwargs.keys() & {"inplace", "out"}
-    )
-    return not in_place
-
-
-# Keeping a cut ---------------------------------------------------------------------------------------------
-
-
-def python_state(model: nn.Module, inputs: Any) -> list:
-    """What a cut makes constants of, to be compared by ==: which modules, hooks and tensors a model has, of
-    what dtypes, its attributes, and which inputs they are. Left out are training flags, which a tail does not
-    read, and values of parameters, which it follows. Other tensors, where the forward is the user's, count with
-    how often they were changed: what is computed of them alone is a constant to torch.fx.
-
-    Attributes are followed two levels deep; below, an object counts by its identity alone.
-    """
-    state = [_frozen(inputs, 1, False)]
-    for part in model.modules():
-        traced = not type(part).__module__.startswith("torch.nn")  # fx.Tracer's own rule
-        attributes = [(name, _frozen(v, 2, traced)) for name, v in vars(part).items() if name != "training"]
-        state.append((_Same(part), attributes))
-    return state
-
-
-class _Same:
-    """Equal to the very same object; holding it keeps its id from being used again."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-
-def _frozen(value: Any, levels: int, versions: bool) -> Any:
-    if type(value) in PLAIN:
-        return type(value), value
-    if isinstance(value, Tensor):
-        versions = versions and not isinstance(value, nn.Parameter)
-        version = (float("nan") if value.is_inference() else value._version) if versions else 0
-        return _Same(value), value.dtype, value.device, value.shape, version
-    if isinstance(value, (list, tuple, set, frozenset)):
-        entries = list(value)
-    elif isinstance(value, dict):
-        entries = [entry for pair in value.items() for entry in pair]
-    else:
-        attributes = getattr(value, "__dict__", None)
-        if not isinstance(attributes, dict) or isinstance(value, (nn.Module, ModuleType)):
-            return _Same(value)
-        entries = [entry for pair in attributes.items() for entry in pair]
-    if levels == 0:
-        return _Same(value)
-    if len(entries) > LARGE:
-        return float("nan")  # equal to nothing: comparing would cost more than tracing anew
-    return _Same(value), [_frozen(entry, levels - 1, versions) for entry in entries]
-
-
-class _HookTail(nn.Module):
-    """The model with one layer's output replaced. Everything before the layer is computed in vain, on the
-    first input repeated."""
-
-    def __init__(self, call: _Call, layer: nn.Module, number: int, path: list, inputs: Any) -> None:
-        super().__init__()
-        self.model = call.model
-        self.call = (call,)  # in tuples, as they are registered under the model already
-        self.layer = (layer,)
-        self.number = number
-        self.path = path
-        batch = len(next(_tensors(inputs)))
-
-        def of_first(tensor: Tensor) -> Tensor:
-            return (tensor[:1] if tensor.ndim and len(tensor) == batch else tensor).detach().clone()
-
-        self.first = _mapped(inputs, of_first)
-        self.batched = [bool(i.ndim and len(i) == batch) for i in _tensors(inputs)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, ...) in place of the layer's output -> the model's output."""
-        batched, calls = iter(self.batched), 0
-
-        def repeated(tensor: Tensor) -> Tensor:
-            return (tensor.expand(len(x), *tensor.shape[1:]) if next(batched) else tensor).clone()
-
-        def replace(module: nn.Module, args: Any, output: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return _replaced(output, self.path, x.clone()) if calls == self.number + 1 else None
-
-        handle = self.layer[0].register_forward_hook(replace)
-        try:
-            return self.call[0](_mapped(self.first, repeated))
-        finally:
-            handle.remove()

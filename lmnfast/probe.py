@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .connectivity import Enqueued, enqueue, on_stream
+from .cutting import cut, match_layers, python_state, run_to
 from .evaluation import DEFAULT_BUDGET
-from .network import Forward, Output, cut, match_layers, python_state, run_to
+from .network import Forward, Output
 from .spectrum import measurement
 
 # Bounds the memory of waiting connectivity matrices when solving falls behind measuring: 64 MB at N = 1000.

@@ -183,6 +183,31 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_measure_takes_a_run_or_a_model(tmp_path, capsys):
+    assert failure(capsys, "measure", "run", "--model=a:b") == "measure: expected a RUN or --model, got both"
+    neither = "measure: expected a RUN, or --model with --checkpoint, --inputs and --layer, got neither"
+    assert failure(capsys, "measure") == failure(capsys, "measure", "--points=9") == neither
+    assert failure(capsys, "measure", "run", "--jobs=2") == "jobs: expected only with --model"
+    assert failure(capsys, "measure", "--model=a:b", "--every=2") == "every: expected only with a RUN"
+    for given, missing in (
+        ([], "checkpoint: expected --checkpoint"),
+        (["--checkpoint=a.pt"], "inputs: expected --inputs"),
+        (["--checkpoint=a.pt", "--inputs=x.npy"], "layers: expected --layer"),
+    ):
+        assert failure(capsys, "measure", "--model=a:b", *given) == f"{missing} with --model, got none"
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["RUN --points=5 --layers embedding", "--points=5 RUN --layer embedding", "--layers embedding -- RUN"],
+)
+def test_measure_takes_its_run_among_options(order, tmp_path, capsys):
+    assert cli.main([*TINY, f"--out={tmp_path}"]) == 0
+    capsys.readouterr()
+    assert cli.main(["measure", *(str(tmp_path) if word == "RUN" else word for word in order.split())]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["step", "lmn_embedding"]
+
+
 def test_another_run_in_the_directory_needs_force(tmp_path, capsys):
     assert cli.main([*TINY, f"--out={tmp_path}"]) == 0
     assert "seed is 0 there, 1 here" in failure(capsys, *TINY, "--seed=1", f"--out={tmp_path}")
@@ -195,7 +220,6 @@ def test_another_run_in_the_directory_needs_force(tmp_path, capsys):
         [],
         ["grok", "addition"],
         ["grok", "s4", "--method=guess"],
-        ["measure"],
         ["measure", "run", "--method=path,guess"],
         ["info", "x"],
     ],

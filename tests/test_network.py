@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn.utils import prune
 
-from lmnfast.network import ACTIVATIONS, Activation, Chain, cut, evaluating, recognise
+from lmnfast.cutting import cut
+from lmnfast.network import ACTIVATIONS, Activation, Chain, evaluating, recognise
 
 
 class Steps(nn.Module):

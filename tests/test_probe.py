@@ -12,7 +12,7 @@ from torch import nn
 import lmnfast.probe
 from lmnfast import _native
 from lmnfast.connectivity import connectivity, enqueue
-from lmnfast.network import cut, python_state
+from lmnfast.cutting import cut, python_state
 from lmnfast.probe import COLUMNS, MOST_PENDING, Probe
 from lmnfast.spectrum import measurement
 

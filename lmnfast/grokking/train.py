@@ -143,7 +143,7 @@ def train(config: Config, out: str | os.PathLike, *, force: bool = False, progre
         FloatingPointError: a loss is NaN or infinite.
     """
     path = Path(out)
-    with _claimed(path):
+    with claimed(path):
         stored = read_config(path) if (path / "config.json").exists() and not force else None
         if stored is None:
             _clear(path, force)
@@ -226,7 +226,7 @@ class _Training:
         update = self._captured() if config.device == "cuda" else self._update
         with (
             _probe(self.model, task.train_inputs, config, config.every) as self.probe,
-            _bar(config.steps, max(self.step, 0), progress) as self.bar,
+            progress_bar(config.steps, max(self.step, 0), progress) as self.bar,
         ):
             if self.step < 0:
                 self.measure(0)
@@ -343,7 +343,7 @@ def measure(
     task, model = _start(config)
     together = "+".join(methods)
     rows: list[dict] = [{} for _ in checkpoints]
-    with _threads(config.threads), _bar(len(checkpoints) * len(methods), 0, progress) as bar:
+    with _threads(config.threads), progress_bar(len(checkpoints) * len(methods), 0, progress) as bar:
         for each in configs:
             with _probe(model, task.train_inputs, each, 1) as probe:
                 for step, file in checkpoints.items():
@@ -397,7 +397,7 @@ def save_tensors(path: Path, content: dict) -> None:
 
 
 @contextmanager
-def _claimed(path: Path) -> Iterator[None]:
+def claimed(path: Path) -> Iterator[None]:
     """Makes the directory and keeps other processes out of it; a killed process loses its lock."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -472,7 +472,7 @@ def _probe(model: nn.Module, inputs: Tensor, config: Config, every: int) -> Prob
 
 
 @contextmanager
-def _bar(total: int, initial: int, progress: bool) -> Iterator:
+def progress_bar(total: int, initial: int, progress: bool) -> Iterator:
     """A tqdm bar, or None."""
     if not progress:
         yield None

@@ -1,0 +1,689 @@
+"""Measures checkpoints that others trained: loads them into the user's model, cuts, measures, keeps a table.
+
+A table is a directory: lmn.csv, one row for every checkpoint measured; lmn.json, with what settings, and
+which files they were; lmn.png, once drawn. Every file is written under another name and then renamed, lmn.csv
+after each checkpoint: so what is stopped, by kill -9 too, goes on with the checkpoints that have no row yet.
+"""
+
+import csv
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from glob import glob
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .connectivity import METHODS
+from .cutting import cut, match_layers
+from .grokking.train import claimed, progress_bar, write_file
+from .nested import contents, few, mapped, tensors_in
+from .network import Forward, Output
+from .quadrature import path_nodes
+from .spectrum import measure
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, LightningModules
+INTEGERS, WORDS = ("step", "samples", "points"), ("checkpoint", "rule", "method", "precision", "solver")
+STYLES = ("-", "--", ":", "-.")  # so that of equal curves both are seen
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def measure_checkpoints(
+    factory: Callable[[], nn.Module] | str,
+    checkpoints: str | os.PathLike | Sequence[str | os.PathLike],
+    inputs: Any,
+    layers: str | Sequence[str],
+    *,
+    forward: Forward | str = None,
+    output: Output = None,
+    key: str | None = None,
+    method: str = "path",
+    points: int = 21,
+    rule: str = "uniform",
+    device: str = "auto",
+    jobs: int = 1,
+    out: str | os.PathLike | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Linear mapping number of a model at each of its checkpoints.
+
+    ``measure(*cut(model, layer, inputs))`` for each layer and each checkpoint, its weights in the model.
+    No code from a checkpoint is ever run: see `read_state`. Any number of processes gives the same numbers.
+
+    Args:
+        factory: called without arguments, returns the model; or where to import it, "package.module:factory".
+        checkpoints: files, or patterns of them (glob, ** too): .pt, .pth, .ckpt, .bin, .safetensors.
+        inputs: as in `cut`, tensors in tuples, lists and dicts; or a file, see `load_inputs`. Floating-point
+            inputs are converted to the model's dtype.
+        layers: names or patterns as in `match_layers`.
+        forward, output: as in `cut`; forward also as "package.module:function".
+        key: where in a checkpoint the state dict is, "a.b" for ["a"]["b"]; None: see `read_state`.
+        method, points, rule: as in `connectivity`.
+        device: "cpu", "cuda", or "auto": that of the table in `out`, else "cuda" if there is one, else "cpu".
+        jobs: processes. Those of several are spawned, so a script that asks for them does it under
+            ``if __name__ == "__main__"``, and gives what can be imported.
+        out: a directory to keep the table in; the same call goes on with what is there. Rows of checkpoints
+            that are gone stay, a file that was written anew is measured anew.
+        force: begin a new table, whatever is in `out`.
+        progress: show a bar (needs tqdm).
+
+    Returns:
+        One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, points,
+        rule, method, precision, solver. Numbers have seven digits, what float32 holds, as in lmn.csv. Steps
+        are as in `steps_of`; where that has none, the checkpoints are counted from 0.
+
+    Raises:
+        ValueError: an argument that is not what it should be; a checkpoint that cannot be read, does not fit
+            the model, or cannot be measured (names it; the others begun are kept); `out` holds a table with
+            other settings (names them), or another process is at work there.
+        OSError: `out` cannot be written; a process died.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    path_nodes(rule, points)
+    patterns = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
+    paths = find_checkpoints(patterns)
+    if isinstance(inputs, (str, os.PathLike)):
+        inputs = load_inputs(inputs)
+    model = _made(factory)
+    call = imported(forward, "forward", "function") if isinstance(forward, str) else forward
+    names = match_layers(model, layers)
+    if not names:
+        raise ValueError(f"layers: expected at least one, got {layers!r}")
+    with nullcontext() if out is None else claimed(Path(out)):
+        stored = None if out is None or force else _read_settings(Path(out))
+        work = _Work(
+            factory, forward, output, key, names, method, points, rule, _settled(device, stored),
+            torch.get_float32_matmul_precision(),
+        )  # fmt: skip
+        settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
+        table = _Table(None if out is None else Path(out), settings, stored, paths)
+        waiting = [path for path in paths if not table.has(path)]
+        if progress and table.rows:
+            print(f"{out}: {len(table.rows)} checkpoints measured before, {len(waiting)} to go")
+        workers = min(jobs, len(waiting))
+        if workers > 1:
+            measured = _in_processes(work, inputs, waiting, workers)
+        else:
+            measured = _in_this_process(work, model, call, inputs, waiting)
+        with progress_bar(len(table.rows) + len(waiting), len(table.rows), progress) as bar:
+            for row in measured:
+                table.add(row)
+                if bar:
+                    bar.update()
+    return table.rows
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def imported(spec: str, argument: str, what: str) -> Callable:
+    """The callable at "package.module:name", also in the current directory, as with ``python -m``.
+
+    Raises ValueError, by the argument's name, for a spec of another form, no such module or name, a module
+    that cannot be imported, or something not callable.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{argument}: expected package.module:{what}, got {spec!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the module is the user's
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"{argument}: no module {error.name!r} in the current directory or installed, for {spec!r}"
+            ) from None
+        raise ValueError(f"{argument}: importing {module_name!r} failed: {_said(error)}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(
+                f"{argument}: no {part!r} in {getattr(found, '__name__', found)!r}, for {spec!r}"
+            )
+        found = getattr(found, part)
+    if not callable(found) or isinstance(found, nn.Module):
+        raise ValueError(f"{argument}: expected a {what}, {spec!r} is a {type(found).__name__}")
+    return found
+
+
+# Files -----------------------------------------------------------------------------------------------------
+
+
+def find_checkpoints(patterns: Sequence[str | os.PathLike]) -> list[str]:
+    """The files of paths and glob patterns, each once, numbers in names by value: step_2 before step_10.
+
+    Raises ValueError for a pattern without files, a directory, or a file that `read_state` does not read.
+    """
+    found: dict[str, str] = {}
+    for pattern in (os.fspath(given) for given in patterns):
+        if os.path.isdir(pattern):
+            raise ValueError(
+                f"checkpoint: expected files, as {os.path.join(pattern, '*.pt')!r}, got a directory"
+            )
+        literal = os.path.exists(pattern) or not any(c in pattern for c in "*?[")
+        files = [pattern] if literal else glob(pattern, recursive=True)
+        files = [file for file in files if os.path.isfile(file)]
+        if not files:
+            raise ValueError(f"checkpoint: no file {'is' if literal else 'matches'} {pattern!r}")
+        for file in files:
+            if Path(file).suffix not in (*PICKLES, ".safetensors"):
+                raise ValueError(f"checkpoint: expected {', '.join(PICKLES)} or .safetensors, got {file!r}")
+            found.setdefault(os.path.abspath(file), str(Path(file)))
+    if not found:
+        raise ValueError("checkpoint: expected at least one file, got none")
+    return sorted(found.values(), key=_natural)
+
+
+def steps_of(checkpoints: Sequence[str]) -> list[int] | None:
+    """The number in each name that tells the files apart; None where none does, or not all have as many.
+
+    Of several, one after "step" or "iter" comes first, else the first. Of a single file only its name counts.
+    """
+    pieces = [_pieces(path if len(checkpoints) > 1 else Path(path).name) for path in checkpoints]
+    if len({len(parts) for parts in pieces}) != 1:
+        return None
+    telling = [k for k in range(1, len(pieces[0]), 2) if len({int(p[k]) for p in pieces}) == len(pieces)]
+    named = [
+        k for k in telling if re.search(r"(step|iter(ation)?)s?[^a-z]*$", pieces[0][k - 1], re.IGNORECASE)
+    ]
+    return [int(parts[(named or telling)[0]]) for parts in pieces] if telling else None
+
+
+def _pieces(name: str) -> list[str]:
+    """Text and numbers by turns, from text on."""
+    return re.split(r"([0-9]+)", name)
+
+
+def _natural(name: str) -> list[str | int]:
+    return [int(piece) if k % 2 else piece for k, piece in enumerate(_pieces(name))]
+
+
+def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any]:
+    """The state dict in a checkpoint file.
+
+    Pickles are read by ``torch.load(weights_only=True)`` alone, which runs no code of theirs. The state dict
+    is the whole, or below one or several of STATE_KEYS, or where `key` says.
+
+    Raises:
+        ValueError: not readable that way; no state dict there; .safetensors without the safetensors package.
+    """
+    state = _read_tensors(Path(path), "checkpoint")
+    for part in key.split(".") if key else ():
+        if not isinstance(state, Mapping) or part not in state:
+            raise ValueError(f"key: no {part!r} of {key!r} in {path}, {_holding(state)}")
+        state = state[part]
+    while not key and isinstance(state, Mapping):
+        below = [state[name] for name in STATE_KEYS if isinstance(state.get(name), Mapping)]
+        if not below:
+            break
+        state = below[0]
+    if not _is_state(state):
+        hint = "" if key else f"; looked for {', '.join(STATE_KEYS)}, --key names another"
+        raise ValueError(
+            f"{'key' if key else 'checkpoint'}: no state dict in {path}, {_holding(state)}{hint}"
+        )
+    return dict(state)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values()) and all(
+        isinstance(name, str) and (isinstance(v, Tensor) or name.endswith("_extra_state"))
+        for name, v in value.items()
+    )  # fmt: skip
+
+
+def _holding(value: Any) -> str:
+    return f"which holds {contents(value)}"
+
+
+def load_inputs(path: str | os.PathLike) -> Any:
+    """Inputs of a model from a file: a tensor, or a tuple or dict of tensors, passed as arguments.
+
+    .npy: the array. .npz and .safetensors: one array is passed alone, several by their names, or in their
+    order where np.savez was given no names. .pt: as it is, by ``torch.load(weights_only=True)``.
+
+    Raises:
+        ValueError: no such file, of another kind, not readable that way, or holds something else.
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".npz", ".pt", ".safetensors"):
+        raise ValueError(f"inputs: expected a file .npy, .npz, .pt or .safetensors, got '{path}'")
+    if not path.is_file():
+        raise ValueError(f"inputs: no file is '{path}'")
+    if path.suffix not in (".npy", ".npz"):
+        loaded = _read_tensors(path, "inputs")
+    else:
+        try:
+            arrays = np.load(path, allow_pickle=False)
+            if path.suffix == ".npy":
+                return torch.from_numpy(arrays)
+            with arrays:
+                loaded = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        except Exception as error:  # numpy names no others
+            raise ValueError(f"inputs: cannot read {path}: {_said(error)}") from error
+        if len(loaded) > 1 and set(loaded) == {f"arr_{n}" for n in range(len(loaded))}:
+            loaded = tuple(loaded[f"arr_{n}"] for n in range(len(loaded)))
+    if path.suffix != ".pt" and isinstance(loaded, dict) and len(loaded) == 1:
+        (loaded,) = loaded.values()
+    entries = [loaded] if isinstance(loaded, Tensor) else loaded
+    entries = list(entries.values()) if isinstance(entries, Mapping) else entries
+    if (
+        not isinstance(entries, (tuple, list))
+        or not entries
+        or not all(isinstance(e, Tensor) for e in entries)
+    ):
+        raise ValueError(
+            f"inputs: expected a tensor, or a tuple or a dict of tensors, in {path}, {_holding(loaded)}"
+        )
+    return loaded
+
+
+def first_samples(inputs: Any, count: int) -> Any:
+    """The first `count` samples of `load_inputs`: of each tensor with as many rows as the first one has.
+
+    Raises ValueError where there are not as many.
+    """
+    tensors = list(tensors_in(inputs))
+    rows = len(tensors[0]) if tensors[0].ndim else 0
+    if not 1 <= count <= rows:
+        raise ValueError(f"samples: expected 1 to {rows}, what the inputs have, got {count}")
+    return mapped(inputs, lambda tensor: tensor[:count] if tensor.ndim and len(tensor) == rows else tensor)
+
+
+def _read_tensors(path: Path, argument: str) -> Any:
+    """What a .safetensors file, or a pickle of plain values and tensors, holds; on the CPU."""
+    try:
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    except ImportError:
+        raise ValueError(
+            f"{argument}: {path} needs the safetensors package: pip install 'lmnfast[safetensors]'"
+        ) from None
+    except Exception as error:  # a broken file raises anything
+        code = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error))
+        if not code:
+            raise ValueError(f"{argument}: cannot read {path}: {_said(error)}") from error
+        raise ValueError(
+            f"{argument}: {path} holds more than tensors and plain values ({code[1]}), and no code "
+            "of a file is run here; where you trust it, save its state dict alone: "
+            f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'plain.pt'), or "
+            ".state_dict() in place of ['state_dict'] for a whole module"
+        ) from None
+
+
+# Measuring -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a process needs to know to measure a checkpoint, beside the inputs."""
+
+    factory: Callable[[], nn.Module] | str
+    forward: Forward | str
+    output: Output
+    key: str | None
+    layers: tuple[str, ...]
+    method: str
+    points: int
+    rule: str
+    device: str
+    precision: str
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides on numbers, as JSON has it."""
+        named = {"factory": "model"}
+        return {named.get(name, name): _plain(value) for name, value in vars(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if callable(value):
+        return (
+            f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+        )
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _made(factory: Callable[[], nn.Module] | str) -> nn.Module:
+    """The model; the same random numbers in every process, for what no checkpoint has."""
+    make = imported(factory, "model", "factory") if isinstance(factory, str) else factory
+    said = repr(factory) if isinstance(factory, str) else repr(_plain(factory))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        try:
+            model = make()
+        except Exception as error:  # the factory is the user's
+            raise ValueError(f"model: {said}, called without arguments, failed: {_said(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected {said} to return an nn.Module, got a {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)  # what torch.compile wraps
+
+
+def _load_state(model: nn.Module, state: dict[str, Any], path: str) -> None:
+    """Gives the model the weights of a checkpoint, all of them; ValueError where they do not fit."""
+    own = model.state_dict()
+    state = {_stripped(name, own): value for name, value in state.items()}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"checkpoint: {path} does not fit the model: {reason[min(1, len(reason) - 1)].strip()}"
+        ) from error
+    # Of tied weights safetensors keep one.
+    there = {value.data_ptr() for name, value in own.items() if name in state and isinstance(value, Tensor)}
+    missing = [n for n in missing if not isinstance(own.get(n), Tensor) or own[n].data_ptr() not in there]
+    if missing or unexpected:
+        problems = [("lacks", missing), ("has, unexpected,", unexpected)]
+        said = "; it ".join(f"{verb} {few(names)}" for verb, names in problems if names)
+        raise ValueError(f"checkpoint: {path} does not fit the model: it {said}")
+
+
+def _stripped(name: str, own: Mapping[str, Any]) -> str:
+    """The name as the model has it, without prefixes that wrappers added."""
+    while name not in own:
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None:
+            break
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:
+    """The row of one checkpoint; its step takes knowing all of them."""
+    _load_state(model, read_state(path, work.key), path)
+    row: dict[str, Any] = {"step": None, "checkpoint": path}
+    for layer in work.layers:
+        try:
+            tail, samples = cut(model, layer, inputs, forward=call, output=work.output)
+            m = measure(tail, samples, method=work.method, points=work.points, rule=work.rule)
+        except Exception as error:  # the model is the user's
+            raise ValueError(f"checkpoint: {path}, layer {layer!r}: {_said(error)}") from error
+        row[f"lmn_{layer}"] = float(f"{m.lmn:.7g}")
+        solvers = {*row.get("solver", m.solver).split("+"), m.solver}
+        row.update(samples=m.samples, points=m.points, rule=m.rule, method=m.method, precision=m.precision)
+        row["solver"] = "+".join(sorted(solvers))
+    return row
+
+
+def _in_this_process(
+    work: _Work, model: nn.Module, call: Forward, inputs: Any, paths: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    model, inputs = _placed(model, inputs, work.device)
+    for path in paths:
+        yield _measured(work, model, call, inputs, path)
+
+
+def _in_processes(work: _Work, inputs: Any, paths: Sequence[str], count: int) -> Iterator[dict[str, Any]]:
+    """As they come. Where one fails, those begun are measured still, those not begun are left."""
+    try:
+        pickle.dumps(work)
+    except Exception as error:
+        raise ValueError(
+            f"jobs: {count} processes need a factory, forward and output that can be imported: {_said(error)}"
+        ) from None
+    threads = max(1, min(torch.get_num_threads(), cores() // count))
+    content = io.BytesIO()  # as bytes: torch would move the tensors of the caller to shared memory
+    torch.save(mapped(inputs, lambda tensor: tensor.detach().cpu()), content)
+    pool = ProcessPoolExecutor(
+        count, multiprocessing.get_context("spawn"), _begin, (work, content.getvalue(), threads)
+    )
+    try:
+        futures = [pool.submit(_measure_here, path) for path in paths]
+        failed = None
+        for future in as_completed(futures):
+            if future.cancelled():
+                continue
+            if future.exception() is None:
+                yield future.result()
+            elif failed is None:
+                failed = future.exception()
+                for other in futures:
+                    other.cancel()
+        if failed is not None:
+            raise failed
+    except BrokenProcessPool:
+        raise OSError(
+            "jobs: a process died, perhaps for want of memory, where fewer may do; what was measured is kept"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_given: tuple[_Work, bytes]  # a spawned process's own
+
+
+def _begin(work: _Work, content: bytes, threads: int) -> None:
+    """Prepares a spawned process: it ends with its parent, however that ends, and silently at Ctrl-C."""
+    global _given
+    _given = work, content
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(work.precision)
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+@cache
+def _own() -> tuple[nn.Module, Forward, Any]:
+    """A spawned process's model, forward and inputs; not made in `_begin`, whose errors get lost."""
+    work, content = _given
+    call = imported(work.forward, "forward", "function") if isinstance(work.forward, str) else work.forward
+    inputs = torch.load(io.BytesIO(content), weights_only=True)
+    model, inputs = _placed(_made(work.factory), inputs, work.device)
+    return model, call, inputs
+
+
+def _measure_here(path: str) -> dict[str, Any]:
+    try:
+        model, call, inputs = _own()
+    except Exception as error:
+        raise ValueError(f"checkpoint: {path}: {_said(error)}") from error
+    return _measured(_given[0], model, call, inputs, path)
+
+
+def _placed(model: nn.Module, inputs: Any, device: str) -> tuple[nn.Module, Any]:
+    """Both on the device, floating-point inputs in the model's dtype."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return model.to(device), mapped(inputs, place)
+
+
+def _settled(device: str, stored: dict[str, Any] | None) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if device == "auto":
+        device = stored["device"] if stored else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda is not available")
+    return device
+
+
+def _fingerprint(inputs: Any) -> str:
+    """Equal for equal inputs, and short."""
+    structure = mapped(inputs, lambda tensor: (str(tensor.dtype), tuple(tensor.shape)))
+    digest = hashlib.sha256(repr(structure).encode())
+    for tensor in tensors_in(inputs):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
+    first = next(iter(str(error).strip().splitlines()), "").partition(". ")[0]
+    ours = type(error) in (ValueError, TypeError)
+    return first if ours and first else f"{type(error).__name__}: {first}"
+
+
+# The table -------------------------------------------------------------------------------------------------
+
+
+class _Table:
+    """The rows, and lmn.csv and lmn.json in `out`, where there is one."""
+
+    def __init__(
+        self, out: Path | None, settings: dict[str, Any], stored: dict[str, Any] | None, paths: Sequence[str]
+    ) -> None:
+        self.out = out
+        self.rows: list[dict[str, Any]] = []
+        files, now = {}, {os.path.abspath(path): _version(path) for path in paths}
+        if out is not None and stored is not None:
+            files = stored.pop("files")
+            _check_continues(settings, stored, out)
+            changed = {path for path, version in now.items() if files.get(path) != version}
+            written = _read_rows(out / "lmn.csv")
+            self.rows = [row for row in written if os.path.abspath(row["checkpoint"]) not in changed]
+        written_as = [row["checkpoint"] for row in self.rows]
+        names = sorted(written_as + [path for path in paths if not self.has(path)], key=_natural)
+        steps = steps_of(names) or range(len(names))
+        self.steps = dict(zip(names, steps, strict=True))
+        self._write()  # before lmn.json says that the rows are of the files as they are now
+        if out is not None:
+            content = settings | {"files": files | now}
+            write_file(out / "lmn.json", json.dumps(content, indent=2).encode() + b"\n")
+
+    def has(self, path: str) -> bool:
+        return os.path.abspath(path) in {os.path.abspath(row["checkpoint"]) for row in self.rows}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds the row of a checkpoint, and writes them all."""
+        self.rows.append(row)
+        self._write()
+
+    def _write(self) -> None:
+        for row in self.rows:
+            row["step"] = self.steps[row["checkpoint"]]
+        self.rows.sort(key=lambda row: row["step"])
+        if self.out is None:
+            return
+        if not self.rows:
+            (self.out / "lmn.csv").unlink(missing_ok=True)
+            return
+        text = io.StringIO()
+        layers = [name for name in self.rows[0] if name.startswith("lmn_")]
+        columns = ["step", "checkpoint", *layers, "samples", "points", *WORDS[1:]]
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows([f"{row[c]:.7g}" if c in layers else row[c] for c in columns] for row in self.rows)
+        write_file(self.out / "lmn.csv", text.getvalue().encode())
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    def typed(name: str, text: str) -> int | str | float:
+        return int(text) if name in INTEGERS else text if name in WORDS else float(text)
+
+    with open(path, newline="") as file:
+        return [{name: typed(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _read_settings(out: Path) -> dict[str, Any] | None:
+    """Of the table there; one without rows binds nobody."""
+    if not (out / "lmn.csv").exists():
+        return None
+    try:
+        return json.loads((out / "lmn.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"out: {out} holds lmn.csv but no lmn.json; --force deletes it") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"out: cannot read {out / 'lmn.json'}: {error}; --force begins anew") from None
+
+
+def _version(path: str) -> list[int]:
+    """Another one when the file was written anew."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _check_continues(settings: dict[str, Any], stored: dict[str, Any], out: Path) -> None:
+    more = set(stored["checkpoints"]) <= set(settings["checkpoints"])
+    differences = [
+        f"{name} is {_brief(stored.get(name))} there, {_brief(value)} here"
+        for name, value in settings.items()
+        if stored.get(name) != value and not (name == "checkpoints" and more)
+    ]
+    if differences:
+        raise ValueError(
+            f"out: {out} holds a table with other settings: {'; '.join(differences)}; "
+            "choose another --out, or --force to begin anew"
+        )
+
+
+def _brief(value: Any) -> str:
+    return few(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def draw_checkpoints(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
+    """Draws OUT/lmn.png, a line for each layer, from the rows of `measure_checkpoints`; returns its path.
+    Needs matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    layers = [name for name in rows[0] if name.startswith("lmn_")]
+    colours: Sequence[Any] = COLOURS
+    if len(layers) > len(COLOURS):  # in the order of depth
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers))).tolist()
+    with matplotlib.rc_context({"font.size": 13, "legend.frameon": False, "lines.linewidth": 2}):
+        figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+        axes = figure.subplots()
+        steps = [row["step"] for row in rows]
+        marker = "." if len(rows) <= 50 else ""
+        for name, colour, style in zip(layers, colours, cycle(STYLES), strict=False):
+            look = {"color": colour, "linestyle": style, "marker": marker, "label": name.removeprefix("lmn_")}
+            axes.plot(steps, [row[name] for row in rows], **look)
+        counted = steps_of([row["checkpoint"] for row in rows]) is None
+        method = rows[0]["method"]
+        axes.set(
+            xlabel="Checkpoint, by name" if counted else "Step",
+            ylabel="LMN" if method == "path" else f"LMN ({method})",
+            ylim=(0, None),
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        widest = max(map(len, layers))
+        columns = max(1, min(len(layers), 60 // (widest + 4)))
+        if len(layers) > 12:
+            figure.legend(loc="outside right upper", fontsize=9, ncols=-(-len(layers) // 25))
+        else:
+            figure.legend(loc="outside upper center", ncols=columns)
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=200)
+    path = Path(out) / "lmn.png"
+    write_file(path, image.getvalue())
+    return path

@@ -1,0 +1,90 @@
+"""Tensors in tuples, lists, dicts and dataclasses, as models take and return them."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+NAMED = 4  # names in an error message: enough to see a pattern, and one line
+
+
+def entries_of(value: Any) -> list[tuple[Any, Any]]:
+    """A container's keys and values; nothing of what is none."""
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
+    return []
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    for _, entry in entries_of(value):
+        yield from tensors_in(entry)
+
+
+def _with(value: Any, changes: dict[Any, Any]) -> Any:
+    """A copy of a container with some entries replaced."""
+    if isinstance(value, tuple):
+        entries = [changes.get(key, entry) for key, entry in enumerate(value)]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    result = copy.copy(value)
+    for key, entry in changes.items():
+        if isinstance(value, (list, Mapping)):
+            result[key] = entry
+        else:
+            object.__setattr__(result, key, entry)
+    return result
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers with every tensor replaced by a function of it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    entries = entries_of(value)
+    return _with(value, {key: mapped(entry, function) for key, entry in entries}) if entries else value
+
+
+def path_to_tensor(value: Any) -> list | None:
+    """Keys that lead to the first floating-point tensor; [] where the value is one, None where there is none."""
+    if isinstance(value, Tensor):
+        return [] if value.is_floating_point() else None
+    for key, entry in entries_of(value):
+        path = path_to_tensor(entry)
+        if path is not None:
+            return [key, *path]
+    return None
+
+
+def at_path(value: Any, path: list) -> Any:
+    for key in path:
+        value = value[key] if isinstance(value, (tuple, list, Mapping)) else getattr(value, key)
+    return value
+
+
+def replaced(value: Any, path: list, tensor: Tensor) -> Any:
+    """The value with another tensor at the end of the path."""
+    if not path:
+        return tensor
+    return _with(value, {path[0]: replaced(at_path(value, path[:1]), path[1:], tensor)})
+
+
+def contents(value: Any) -> str:
+    """A container, for a reader."""
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"a {kind} of {few(map(repr, value)) or 'nothing'}"
+    if isinstance(value, (tuple, list)):
+        return f"a {kind} of {len(value)}"
+    return f"a {kind}"
+
+
+def few(names: Iterable[str]) -> str:
+    """The first names of a list, and how many there are more."""
+    names = list(names)
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -1,0 +1,654 @@
+import argparse
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lmnfast
+from lmnfast import checkpoints, cli
+from lmnfast.checkpoints import find_checkpoints, load_inputs, measure_checkpoints, read_state, steps_of
+
+DOCS = Path(__file__).parent.parent / "docs/checkpoints.md"
+LAYERS = ("1", "3")
+
+NETS = """
+import os, time, torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(6, 10), nn.SiLU(), nn.Linear(10, 10), nn.SiLU(), nn.Linear(10, 3))
+
+class Noisy(nn.Module):
+    "Has something random that no checkpoint has."
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 10), nn.Linear(10, 3)
+        self.register_buffer("mask", torch.randn(10), persistent=False)
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x) * self.mask))
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.first, self.last = nn.Embedding(7, 4), nn.Linear(8, 9), nn.Linear(9, 3)
+    def forward(self, tokens, scale=None):
+        x = self.embedding(tokens).flatten(1)
+        x = x if scale is None else x * scale
+        return {"logits": self.last(torch.tanh(self.first(x))), "other": x}
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 7), nn.Linear(7, 7, bias=False)
+        self.head.weight = self.embedding.weight
+    def forward(self, x):
+        return self.head(torch.tanh(self.embedding(x)))
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(8, 5)
+    def forward(self, x):
+        x = torch.tanh(2 * self.hidden(x))
+        return self.a(x), self.b(x)
+
+class Slow(nn.Sequential):
+    "Takes its time for all checkpoints but the first."
+    def load_state_dict(self, *args, **kwargs):
+        if os.path.exists("loaded"):
+            time.sleep(60)
+        open("loaded", "w").close()
+        return super().load_state_dict(*args, **kwargs)
+
+def slow():
+    return Slow(*make())
+
+def dies():
+    if "spawn" in __import__("multiprocessing").current_process().name.lower():
+        os._exit(1)
+    return make()
+
+def twice(model, inputs):
+    return model(2 * inputs)
+
+def fails():
+    raise RuntimeError("out of\\nluck")
+
+def needs(width):
+    return make()
+
+def number():
+    return 3
+
+net = make()
+table = {}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty current directory with the module nets, and what imports leave undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    Path("nets.py").write_text(NETS)
+    yield tmp_path
+    for name in ("nets", "broken", "absent", "digits"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def trained(place):
+    """step_2.pt, step_10.pt, step_100.pt of nets:make, and x.npy."""
+    sys.path.insert(0, str(place))
+    import nets
+
+    generator = torch.Generator().manual_seed(0)
+    states = {}
+    for step in (2, 10, 100):
+        states[step] = random_state(nets.make(), generator)
+        torch.save(states[step], f"step_{step}.pt")
+    np.save("x.npy", torch.randn(12, 6, generator=generator, dtype=torch.float64).numpy())
+    return states
+
+
+def random_state(model, generator):
+    return {
+        name: torch.randn(value.shape, generator=generator).clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def by_hand(model, state, layer, x, **settings):
+    model.load_state_dict(state)
+    return float(f"{lmnfast.measure(*lmnfast.cut(model, layer, x), **settings).lmn:.7g}")
+
+
+def command(*more, model="nets:make", checkpoint="step_*.pt", inputs="x.npy", layers=LAYERS):
+    given = [f"--layer={layer}" for layer in layers]
+    return [
+        "measure", f"--model={model}", f"--checkpoint={checkpoint}", f"--inputs={inputs}", *given, *more
+    ]  # fmt: skip
+
+
+def failure(capsys, arguments):
+    """The one line of a command that ends with exit code 2."""
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and lines[0].startswith("lmnfast: error: ")
+    return lines[0].removeprefix("lmnfast: error: ")
+
+
+def table(path="lmn/lmn.csv"):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Values ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "hermite"}, {"points": 9, "rule": "lobatto"}])
+def test_rows_are_what_measure_gives_by_hand(settings, trained):
+    import nets
+
+    rows = measure_checkpoints(nets.make, "step_*.pt", "x.npy", LAYERS, **settings)
+    x = torch.from_numpy(np.load("x.npy")).float()
+    assert [row["step"] for row in rows] == [2, 10, 100]
+    for row in rows:
+        for layer in LAYERS:
+            assert row[f"lmn_{layer}"] == by_hand(nets.make(), trained[row["step"]], layer, x, **settings)
+        assert row["samples"] == 12 and row["method"] == settings.get("method", "path")
+    assert len({row["lmn_1"] for row in rows}) == 3
+    assert not Path("lmn").exists()
+
+
+def test_the_command_prints_and_leaves_a_table_and_a_figure(trained, capsys):
+    assert cli.main(command("--samples=9", layers=["[13]"])) == 0
+    header, *lines, written, drawn = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "lmn_1", "lmn_3"]
+    rows = table()
+    columns = "step checkpoint lmn_1 lmn_3 samples points rule method precision solver"
+    assert list(rows[0]) == columns.split()
+    assert [line.split()[0] for line in lines] == [row["step"] for row in rows] == ["2", "10", "100"]
+    assert [row["checkpoint"] for row in rows] == ["step_2.pt", "step_10.pt", "step_100.pt"]
+    assert all(
+        (row["samples"], row["points"], row["rule"], row["method"], row["precision"], row["solver"])
+        == ("9", "21", "uniform", "path", "highest", "cpu")
+        for row in rows
+    )
+    assert (written, drawn) == ("written: lmn/lmn.csv", "written: lmn/lmn.png")
+    assert Path("lmn/lmn.png").read_bytes().startswith(b"\x89PNG")
+    import nets
+
+    x = torch.from_numpy(np.load("x.npy")).float()[:9]
+    assert float(rows[0]["lmn_1"]) == by_hand(nets.make(), trained[2], "1", x)
+
+
+def test_several_processes_give_the_same_table_and_keep_what_they_have_when_one_fails(trained, capsys):
+    assert cli.main(command("--out=one", "--forward=nets:twice")) == 0
+    Path("step_50.pt").write_bytes(Path("step_2.pt").read_bytes()[:200])
+    several = command("--out=two", "--forward=nets:twice", "--jobs=2")
+    assert failure(capsys, several).startswith("checkpoint: cannot read step_50.pt: ")
+    assert {row["step"] for row in table("two/lmn.csv")} >= {"2", "10"}
+    os.remove("step_50.pt")
+    assert cli.main(several) == 0
+    assert Path("one/lmn.csv").read_bytes() == Path("two/lmn.csv").read_bytes()
+
+
+def test_a_model_with_something_random_is_the_same_each_time(trained):
+    import nets
+
+    before = torch.get_rng_state()
+    torch.save(random_state(nets.Noisy(), torch.Generator().manual_seed(1)), "noisy.pt")
+    torch.set_rng_state(before)
+    rows = [measure_checkpoints("nets:Noisy", "noisy.pt", "x.npy", "first") for _ in range(2)]
+    assert rows[0] == rows[1] and torch.equal(before, torch.get_rng_state())
+
+
+def test_tokens_named_arguments_and_one_of_several_outputs(trained):
+    import nets
+
+    generator = torch.Generator().manual_seed(0)
+    model = nets.Tokens()
+    torch.save(random_state(model, generator), "tokens.pt")
+    tokens, scale = torch.randint(7, (12, 2), generator=generator), torch.rand(12, 8, generator=generator)
+    np.savez("named.npz", tokens=tokens.numpy(), scale=scale.numpy())
+    np.savez("ordered.npz", tokens.numpy(), scale.numpy())
+    expected = by_hand(LogitsOnly(model), {f"model.{k}": v for k, v in torch.load("tokens.pt").items()},
+                       "model.first", (tokens, scale))  # fmt: skip
+    for file in ("named.npz", "ordered.npz"):
+        (row,) = measure_checkpoints(nets.Tokens, "tokens.pt", file, "first", output="logits")
+        assert row["lmn_first"] == expected and row["step"] == 0
+    shapes = [tuple(t.shape) for t in checkpoints.first_samples((tokens, scale, torch.ones(3)), 5)]
+    assert shapes == [(5, 2), (5, 8), (3,)]
+
+
+class LogitsOnly(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs):
+        return self.model(*inputs)["logits"]
+
+
+def test_an_output_of_digits_is_an_index(trained, capsys):
+    torch.save(random_state(sys.modules["nets"].Pair(), torch.Generator().manual_seed(0)), "pair.pt")
+    shared = {"model": "nets:Pair", "checkpoint": "pair.pt", "layers": ["hidden"]}
+    for output in ("0", "-2", "1"):
+        assert cli.main(command(f"--output={output}", f"--out=of{output}", **shared)) == 0
+    numbers = [table(f"of{output}/lmn.csv")[0]["lmn_hidden"] for output in ("0", "-2", "1")]
+    assert numbers[0] == numbers[1] != numbers[2]
+    assert "output: no 2 in what the model returns" in failure(capsys, command("--output=2", **shared))
+
+
+# Files -----------------------------------------------------------------------------------------------------
+
+
+def test_numbers_in_names_count_by_their_value(place):
+    names = ["run_2/step_10.pt", "run_2/step_9.pt", "run_10/step_1.pt", "a.pt"]
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    expected = ["a.pt", "run_2/step_9.pt", "run_2/step_10.pt", "run_10/step_1.pt"]
+    assert find_checkpoints(["*/*.pt", "./a.pt", place / "a.pt"]) == expected
+    assert find_checkpoints(["**/*.pt"]) == expected
+    Path("odd[1].pt").touch()
+    assert find_checkpoints(["odd[1].pt"]) == ["odd[1].pt"]
+
+
+@pytest.mark.parametrize(
+    "names, steps",
+    [
+        (["step_2.pt", "step_10.pt"], [2, 10]),
+        (["v1/epoch=0-step=100.ckpt", "v1/epoch=1-step=200.ckpt"], [100, 200]),
+        (["checkpoint-500/model.bin", "checkpoint-1000/model.bin"], [500, 1000]),
+        (["net3-iter_00010-loss0.5.pt", "net3-iter_00020-loss0.4.pt"], [10, 20]),
+        (["e1-l5.pt", "e2-l5.pt"], [1, 2]),
+        (["run7/step_30.pt"], [30]),
+        (["run7/last.pt"], None),
+        (["first.pt", "last.pt"], None),
+        (["step_1.pt", "last.pt"], None),
+        (["s0/step_1.pt", "s0/step_2.pt", "s1/step_1.pt", "s1/step_2.pt"], None),
+    ],
+)
+def test_the_step_is_the_number_that_tells_the_files_apart(names, steps):
+    assert steps_of(names) == steps
+
+
+def test_without_such_a_number_checkpoints_are_counted(trained):
+    os.rename("step_100.pt", "last.pt")
+    rows = measure_checkpoints("nets:make", "*.pt", "x.npy", "1")
+    assert [(row["step"], row["checkpoint"]) for row in rows] == [
+        (0, "last.pt"), (1, "step_2.pt"), (2, "step_10.pt")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: s,
+    lambda s: {"state_dict": s, "epoch": 3},
+    lambda s: {"model": {"model_state_dict": s}, "loss": torch.tensor(1.0)},
+    lambda s: {"module": s},
+    lambda s: {f"module.{name}": value for name, value in s.items()},
+    lambda s: {f"_orig_mod.module.{name}": value for name, value in s.items()},
+    lambda s: {"state_dict": {f"model._orig_mod.{name}": value for name, value in s.items()}},
+])  # fmt: skip
+def test_nested_and_prefixed_state_dicts_are_found(wrap, trained):
+    plain = measure_checkpoints("nets:make", "step_2.pt", "x.npy", "1")
+    torch.save(wrap(trained[2]), "wrapped_2.pth")
+    wrapped = measure_checkpoints("nets:make", "wrapped_2.pth", "x.npy", "1")
+    assert wrapped[0]["lmn_1"] == plain[0]["lmn_1"]
+
+
+def test_a_module_named_like_a_prefix_keeps_its_name(place):
+    sys.path.insert(0, str(place))
+    import nets
+
+    inner = nets.make()
+    outer = nn.Module()
+    outer.module = inner
+    torch.save(outer.state_dict(), "outer.pt")
+    state = read_state("outer.pt")
+    checkpoints._load_state(outer, {name: value + 1 for name, value in state.items()}, "outer.pt")
+    assert torch.equal(inner[0].bias, state["module.0.bias"] + 1)
+
+
+def test_a_key_names_the_state_dict(trained):
+    torch.save({"model": trained[2], "averages": {"ema": trained[10]}}, "both.pt")
+    for key, step in ((None, 2), ("averages.ema", 10)):
+        for name, value in read_state("both.pt", key).items():
+            assert torch.equal(value, trained[step][name])
+
+
+def test_safetensors_are_read_tied_weights_too(trained):
+    files = pytest.importorskip("safetensors.torch", reason="needs the safetensors package")
+    for step, state in trained.items():
+        files.save_file(state, f"step_{step}.safetensors")
+    files.save_file({"x": torch.from_numpy(np.load("x.npy"))}, "inputs.safetensors")
+    pickles = measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS)
+    rows = measure_checkpoints("nets:make", "step_*.safetensors", "inputs.safetensors", LAYERS)
+    for row, expected in zip(rows, pickles, strict=True):
+        assert row == expected | {"checkpoint": expected["checkpoint"].replace(".pt", ".safetensors")}
+    import nets
+
+    model = nets.Tied()
+    files.save_model(model, "tied.safetensors")
+    assert len(read_state("tied.safetensors")) == 1
+    checkpoints._load_state(nets.Tied(), read_state("tied.safetensors"), "tied.safetensors")
+
+
+def test_without_the_safetensors_package_the_error_says_what_to_install(trained, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    Path("a.safetensors").touch()
+    line = failure(capsys, command(checkpoint="a.safetensors"))
+    assert line.startswith("checkpoint: a.safetensors needs") and "pip install 'lmnfast[safetensors]'" in line
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (Evil(), "mkdir"),
+        ({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
+        (nn.Linear(6, 3), "Linear"),
+    ],
+)
+def test_a_pickle_that_needs_code_is_refused_and_not_run(content, named, trained, monkeypatch, capsys):
+    torch.save(content, "evil.pt")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    line = failure(capsys, command(checkpoint="evil.pt"))
+    assert line.startswith("checkpoint: evil.pt holds more than tensors and plain values (") and named in line
+    assert "no code of a file is run" in line
+    assert "torch.save(torch.load('evil.pt', weights_only=False)['state_dict'], 'plain.pt')" in line
+    assert failure(capsys, command(inputs="evil.pt")).startswith("inputs: evil.pt holds more than")
+    np.save("evil.npy", np.array([Evil()]), allow_pickle=True)
+    assert failure(capsys, command(inputs="evil.npy")).startswith("inputs: cannot read evil.npy: ")
+    assert not Path("executed").exists()
+
+
+def test_inputs_of_every_kind_are_read(place):
+    x, y = torch.rand(3, 2), torch.arange(3)
+    np.save("x.npy", x.numpy())
+    np.savez("one.npz", x=x.numpy())
+    for name, content in {"tensor": x, "pair": (x, y), "named": {"x": x}}.items():
+        torch.save(content, f"{name}.pt")
+    for name in ("x.npy", "one.npz", "tensor.pt"):
+        assert torch.equal(load_inputs(name), x)
+    assert all(torch.equal(a, b) for a, b in zip(load_inputs("pair.pt"), (x, y), strict=True))
+    assert torch.equal(load_inputs("named.pt")["x"], x)
+
+
+# Going on --------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_command_goes_on_where_it_was(trained):
+    """Killed with -9 in its second checkpoint."""
+    whole = measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS)
+    script = Path("run.py")
+    script.write_text("import sys\nfrom lmnfast.cli import main\nif __name__ == '__main__': sys.exit(main())")
+    arguments = [sys.executable, "run.py", *command(model="nets:slow")]
+    killed = subprocess.Popen(
+        arguments, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    until(lambda: Path("lmn/lmn.csv").exists())
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    (first,) = table()
+    assert first["step"] == "2" and float(first["lmn_1"]) == whole[0]["lmn_1"]
+    os.utime("step_10.pt")  # changed before it was measured, so of no effect
+    Path("loaded").unlink()
+    import nets
+
+    nets.time.sleep, loads = lambda seconds: None, []
+    plain = nets.Slow.load_state_dict
+    nets.Slow.load_state_dict = lambda self, *args, **kwargs: loads.append(1) or plain(self, *args, **kwargs)
+    assert cli.main(command(model="nets:slow")) == 0
+    assert len(loads) == 2
+    assert checkpoints._read_rows(Path("lmn/lmn.csv")) == whole
+
+
+def until(holds):
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_more_checkpoints_are_added_and_changed_ones_measured_anew(trained):
+    assert cli.main(command()) == 0
+    before = table()
+    os.remove("step_2.pt")
+    torch.save(trained[2], "step_10.pt")
+    torch.save({"state_dict": trained[100]}, "step_1000.pt")
+    assert cli.main(command()) == 0
+    after = table()
+    assert [row["step"] for row in after] == ["2", "10", "100", "1000"]
+    assert after[0] == before[0] and after[2] == before[2]
+    assert after[1]["lmn_1"] == before[0]["lmn_1"] and after[3]["lmn_1"] == before[2]["lmn_1"]
+    torch.save(trained[10], "later_20.pt")
+    assert cli.main(command("--checkpoint", "later_*.pt", os.path.abspath("step_*.pt"))) == 0
+    assert [row["step"] for row in table()] == ["2", "10", "20", "100", "1000"]
+
+
+def test_finished_is_finished(trained, capsys, monkeypatch):
+    assert cli.main(command()) == 0
+    monkeypatch.setattr(checkpoints, "_measured", None)
+    said = capsys.readouterr().out
+    content = Path("lmn/lmn.csv").read_bytes()
+    assert cli.main(command()) == 0
+    assert capsys.readouterr().out == "lmn: 3 checkpoints measured before, 0 to go\n" + said
+    assert Path("lmn/lmn.csv").read_bytes() == content
+
+
+def test_other_settings_are_an_error_until_forced(trained, capsys):
+    assert cli.main(command()) == 0
+    for change, said in (
+        ("--points=11", "points is 21 there, 11 here"),
+        ("--rule=lobatto", "rule is uniform there, lobatto here"),
+        ("--method=hermite", "method is path there, hermite here"),
+        ("--layer=0", "layers is 1, 3 there, 1, 3, 0 here"),
+        ("--samples=5", "inputs is sha256 "),
+        ("--model=nets:slow", "model is nets:make there, nets:slow here"),
+        ("--forward=nets:twice", "forward is None there, nets:twice here"),
+    ):
+        line = failure(capsys, command(change))
+        assert line.startswith("out: lmn holds a table with other settings: ") and said in line
+        assert line.endswith("; choose another --out, or --force to begin anew")
+    line = failure(capsys, command(checkpoint="step_1*.pt"))
+    assert "checkpoints is step_*.pt there, step_1*.pt here" in line
+    assert len(table()) == 3
+    assert cli.main(command("--force", checkpoint="step_1*.pt")) == 0
+    assert [row["step"] for row in table()] == ["10", "100"]
+
+
+def test_a_table_of_unknown_origin_is_kept(trained, capsys):
+    Path("lmn").mkdir()
+    Path("lmn/lmn.csv").write_text("mine")
+    assert failure(capsys, command()) == "out: lmn holds lmn.csv but no lmn.json; --force deletes it"
+    assert Path("lmn/lmn.csv").read_text() == "mine"
+    Path("lmn/lmn.json").write_text("{")
+    assert failure(capsys, command()).startswith("out: cannot read lmn/lmn.json: ")
+    Path("file").touch()
+    assert failure(capsys, command("--out=file/lmn")).startswith("out: cannot write to file/lmn")
+
+
+def test_what_fails_names_its_checkpoint_and_those_before_are_kept(trained, capsys):
+    Path("step_50.pt").write_bytes(Path("step_2.pt").read_bytes()[:200])
+    assert failure(capsys, command()).startswith("checkpoint: cannot read step_50.pt: ")
+    assert [row["step"] for row in table()] == ["2", "10"]
+    torch.save(trained[2], "step_50.pt")
+    assert cli.main(command()) == 0
+    assert [row["step"] for row in table()] == ["2", "10", "50", "100"]
+
+
+def test_a_process_that_dies_is_said(trained, capsys):
+    line = failure(capsys, command("--jobs=2", model="nets:dies"))
+    assert line.startswith("jobs: a process died")
+
+
+def test_ctrl_c_says_how_to_go_on(trained, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "_measured", interrupted)
+    assert cli.main(command()) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
+# Errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        ("nets", "model: expected package.module:factory, got 'nets'"),
+        ("absent:make", "model: no module 'absent' in the current directory or installed, for 'absent:make'"),
+        (
+            "nets.sub:make",
+            "model: no module 'nets.sub' in the current directory or installed, for 'nets.sub:make'",
+        ),
+        ("broken:make", "model: importing 'broken' failed: ModuleNotFoundError: No module named 'nowhere'"),
+        ("nets:mak", "model: no 'mak' in 'nets', for 'nets:mak'"),
+        ("nets:table", "model: expected a factory, 'nets:table' is a dict"),
+        ("nets:net", "model: expected a factory, 'nets:net' is a Sequential"),
+        ("nets:number", "model: expected 'nets:number' to return an nn.Module, got a int"),
+        ("nets:fails", "model: 'nets:fails', called without arguments, failed: RuntimeError: out of"),
+        ("nets:needs", "model: 'nets:needs', called without arguments, failed: needs() missing 1 required"),
+    ],
+)
+def test_a_wrong_factory_is_one_line(model, said, trained, capsys):
+    Path("broken.py").write_text("import nowhere")
+    assert failure(capsys, command(model=model)).startswith(said)
+
+
+def test_wrong_checkpoints_are_one_line(trained, capsys):
+    generator = torch.Generator().manual_seed(0)
+    torch.save({"a": {"b": torch.ones(1)}, "c": 1}, "nested.pt")
+    torch.save([1], "list.pt")
+    torch.save({name: value for name, value in trained[2].items() if name != "0.bias"}, "less.pt")
+    torch.save({f"net.{name}": value for name, value in trained[2].items()}, "other.pt")
+    torch.save(random_state(nn.Sequential(nn.Linear(6, 9)), generator) | trained[2] | {
+        "0.weight": torch.ones(9, 6)}, "wide.pt")  # fmt: skip
+    Path("weights.h5").touch()
+    Path("empty.pt").touch()
+    for file, more, said in (
+        ("none.pt", [], "checkpoint: no file is 'none.pt'"),
+        ("none_*.pt", [], "checkpoint: no file matches 'none_*.pt'"),
+        (".", [], "checkpoint: expected files, as './*.pt', got a directory"),
+        ("weights.h5", [], "checkpoint: expected .pt, .pth, .ckpt, .bin or .safetensors, got 'weights.h5'"),
+        ("empty.pt", [], "checkpoint: cannot read empty.pt: EOFError"),
+        (
+            "nested.pt",
+            [],
+            "checkpoint: no state dict in nested.pt, which holds a dict of 'a', 'c'; looked for state_dict, ",
+        ),
+        ("list.pt", [], "checkpoint: no state dict in list.pt, which holds a list of 1; "),
+        ("nested.pt", ["--key=a.x"], "key: no 'x' of 'a.x' in nested.pt, which holds a dict of 'b'"),
+        ("nested.pt", ["--key=c"], "key: no state dict in nested.pt, which holds a int"),
+        ("less.pt", [], "checkpoint: less.pt does not fit the model: it lacks 0.bias"),
+        (
+            "other.pt",
+            [],
+            "checkpoint: other.pt does not fit the model: it lacks 0.weight, 0.bias, 2.weight, 2.bias and "
+            "2 more; it has, unexpected, net.0.weight, net.0.bias, net.2.weight, net.2.bias and 2 more",
+        ),
+        ("wide.pt", [], "checkpoint: wide.pt does not fit the model: size mismatch for 0.weight: "),
+    ):
+        assert failure(capsys, command(*more, checkpoint=file)).startswith(said)
+
+
+def test_wrong_inputs_layers_and_settings_are_one_line(trained, capsys):
+    np.save("narrow.npy", np.ones((3, 2)))
+    np.save("nan.npy", np.full((3, 6), np.nan))
+    np.save("tokens.npy", np.ones((3, 6), dtype=np.int64))
+    torch.save({"x": 3}, "numbers.pt")
+    Path("torn.npz").write_bytes(b"PK")
+    Path("x.csv").touch()
+    for arguments, said in (
+        (command(inputs="none.npy"), "inputs: no file is 'none.npy'"),
+        (command(inputs="x.csv"), "inputs: expected a file .npy, .npz, .pt or .safetensors, got 'x.csv'"),
+        (command(inputs="torn.npz"), "inputs: cannot read torn.npz: "),
+        (
+            command(inputs="numbers.pt"),
+            "inputs: expected a tensor, or a tuple or a dict of tensors, in numbers.pt",
+        ),
+        (command("--samples=13"), "samples: expected 1 to 12, what the inputs have, got 13"),
+        (command("--samples=0"), "samples: expected 1 to 12, what the inputs have, got 0"),
+        (
+            command(inputs="narrow.npy"),
+            "checkpoint: step_2.pt, layer '1': RuntimeError: mat1 and mat2 shapes",
+        ),
+        (command(inputs="tokens.npy"), "checkpoint: step_2.pt, layer '1': RuntimeError: mat1 and mat2 must"),
+        (command(inputs="nan.npy"), "checkpoint: step_2.pt, layer '1': x: NaN or Inf in sample 0"),
+        (command(layers=["hidden"]), "layer: 'hidden' is not in the model; it has 0, 1, 2, 3, 4"),
+        (command(layers=["blocks.*"]), "layer: nothing matches 'blocks.*'; "),
+        (
+            command("--output=logits"),
+            "checkpoint: step_2.pt, layer '1': output: no 'logits' in what the model",
+        ),
+        (command("--forward=nets:none"), "forward: no 'none' in 'nets'"),
+        (command("--forward=nets"), "forward: expected package.module:function, got 'nets'"),
+        (command("--points=1"), "points: "),
+        (command("--method=path,hermite"), "method: expected one with --model, got path,hermite"),
+        (command("--jobs=0"), "jobs: expected at least 1, got 0"),
+    ):
+        assert failure(capsys, arguments).startswith(said)
+
+
+def test_more_processes_than_cores_are_said_and_used(trained, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "cores", lambda: 1)
+    monkeypatch.setattr(checkpoints, "_in_processes", lambda *_: iter([]))
+    assert cli.main(command()) == 0
+    assert "jobs: " not in capsys.readouterr().err
+    assert cli.main(command("--jobs=2")) == 0
+    assert "jobs: 2 processes on 1 cores\n" in capsys.readouterr().err
+
+
+def test_the_api_refuses_what_it_cannot_use(trained):
+    for change, said in (
+        ({"method": "guess"}, "method: expected one of path, "),
+        ({"device": "tpu"}, "device: expected auto, cpu or cuda, got 'tpu'"),
+        ({"checkpoints": []}, "checkpoint: expected at least one file, got none"),
+        ({"layers": ()}, "layers: expected at least one, got ()"),
+        (
+            {"factory": lambda: nn.Sequential(nn.ReLU()), "layers": "0", "jobs": 2},
+            "jobs: 2 processes need a ",
+        ),
+    ):
+        given = {
+            "factory": "nets:make",
+            "checkpoints": "step_*.pt",
+            "inputs": "x.npy",
+            "layers": "1",
+        } | change
+        with pytest.raises(ValueError, match="^" + re.escape(said)):
+            measure_checkpoints(**given)
+
+
+def test_the_example_of_the_documentation_runs(place, capsys):
+    script, commands, program = re.findall(r"```(?:python|sh)\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    Path("digits.py").write_text(script)
+    train, measure = commands.strip().splitlines()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *train.split()[1:]], check=True, env=environment)
+    assert cli.main([word.strip("'") for word in measure.split()[1:]]) == 0
+    assert [row["step"] for row in table()] == ["0", "10", "20", "30", "40"]
+    capsys.readouterr()
+    exec(program, {})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [float(word) for line in printed for word in line] == [
+        float(row[name]) for row in table() for name in ("step", "lmn_1", "lmn_3")
+    ]
