@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from .connectivity import METHODS
 from .cutting import cut, match_layers
-from .grokking.train import claimed, progress_bar, write_file
+from .files import claimed, write_file
+from .grokking.train import progress_bar
 from .nested import contents, few, mapped, tensors_in
 from .network import Forward, Output
 from .quadrature import path_nodes

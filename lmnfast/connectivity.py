@@ -228,6 +228,8 @@ def _generic(
     t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
     if len(t) == 0:
         return L
+    # Equal samples have equal sums. On CUDA reading how many differ would mean to wait.
+    repeated = x.is_cuda or len(x.flatten(1).double().sum(1).unique()) < len(x)
     most = max(1, rows // len(t))
     for first, second in _pairs(len(x), most, x.device):
         r2 = x.new_empty(len(first), dtype=ends.dtype)
@@ -244,8 +246,10 @@ def _generic(
                 most = -(-most // 2)  # for good; what has been measured stays
                 continue
             done += most
-        coincident = (x[first] == x[second]).flatten(1).all(1)
-        L[first, second] = L[second, first] = torch.where(coincident, 1.0, r2)
+        if repeated:
+            r2[(x[first] == x[second]).flatten(1).all(1)] = 1.0
+        L[first, second] = r2
+        L[second, first] = r2
     return L
 
 

@@ -135,7 +135,7 @@ class Probe:
         extra = {name: self._number(value) for name, value in extra.items()}
         with self._timed():
             state = python_state(self.model, self.inputs)
-            enqueued = [self._enqueue(layer, state) for layer in self.layers]
+            enqueued = [self._enqueue(layer, state, step) for layer in self.layers]
             for layer in self.layers:
                 row = self._solver.submit(self._solve, step, layer, *enqueued.pop(0), extra)
                 self._rows.setdefault(step, []).append(row)
@@ -146,18 +146,21 @@ class Probe:
         self._write(wait=False)
         return True
 
-    def _enqueue(self, layer: str, state: list) -> tuple[Enqueued, torch.cuda.Event | None]:
+    def _enqueue(self, layer: str, state: list[Any], step: int) -> tuple[Enqueued, torch.cuda.Event | None]:
         """The connectivity, and on CUDA when it is done."""
         kept = self._tails.get(layer)
-        if kept is not None and kept[1] == state:
-            samples, output = run_to(self.model, layer, self.inputs, **self._call)
-            try:
-                return self._measure(kept[0], samples, output)
-            except Exception:  # of a fresh cut it counts; this one may be of a model that is no more
-                pass
-        tail, samples = cut(self.model, layer, self.inputs, **self._call)
-        self._tails[layer] = tail, state
-        return self._measure(tail, samples, None)
+        try:
+            if kept is not None and kept[1] == state:
+                samples, output = run_to(self.model, layer, self.inputs, **self._call)
+                try:
+                    return self._measure(kept[0], samples, output)
+                except Exception:  # of a fresh cut it counts; this one may be of a model that is no more
+                    pass
+            tail, samples = cut(self.model, layer, self.inputs, **self._call)
+            self._tails[layer] = tail, state
+            return self._measure(tail, samples, None)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{error} (probe of layer {layer!r}, step {step})") from error
 
     def _measure(
         self, tail: nn.Module, samples: Tensor, output: Tensor | None
@@ -245,7 +248,11 @@ class Probe:
                     writer.write(row)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the training needs for the probe to go on: its rows, waited for, and the next step."""
+        """What a checkpoint of the training needs for the probe to go on: its rows, waited for, and the next step.
+
+        Writers get the rows first, as those that are loaded go to none.
+        """
+        self._write(wait=True)
         return {"next_step": self._next_step, "rows": self.history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -602,6 +602,21 @@ def test_a_probe_goes_on_from_a_state(model, x):
     assert seen_in(again.new_rows(wait=True)) == seen_in(rows[-1:])
 
 
+def test_writers_have_what_a_state_has(model, x):
+    writer = Recorder()
+    probe = Probe(model, x, "first", every=1, writers=[writer])
+    probe(0)
+    assert seen_in(probe.state_dict()["rows"]) == writer.rows != []
+
+
+def test_an_error_names_layer_and_step(model, x):
+    probe = Probe(model, x, ["first", "second"], every=1)
+    with torch.no_grad():
+        model.second.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or Inf in sample 0.* \(probe of layer 'first', step 3\)"):
+        probe(3)
+
+
 def test_layers_may_be_patterns(model, x):
     with Probe(model, x, ["first", "s*"]) as probe:
         assert probe.layers == ("first", "second")

@@ -7,8 +7,9 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
+from ..files import write_file
 from .tasks import task_sizes
-from .train import Config, Run, read_run, write_file
+from .train import Config, Run, read_run
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 LMN, L2, ACCURACY = "#D55E00", "#009E73", "#0072B2"

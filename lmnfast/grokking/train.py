@@ -7,7 +7,6 @@ so a run killed at any moment continues, and ends in the same metrics.csv, byte 
 """
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..connectivity import METHODS
+from ..files import claimed, write_file
 from ..probe import Probe
 from ..quadrature import path_nodes
 from .model import INITS, LAYERS, make_model
@@ -381,35 +381,11 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"run: cannot read {path / 'config.json'}: {error}") from None
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file so that whoever reads it finds the old one or the new one, whole."""
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def save_tensors(path: Path, content: dict) -> None:
     """torch.save of tensors and plain values, loadable with weights_only=True."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getvalue())
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Makes the directory and keeps other processes out of it; a killed process loses its lock."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")
-    except OSError as error:
-        raise OSError(f"out: cannot write to {path}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: another process is at work in {path}") from None
-        yield
 
 
 def _clear(path: Path, force: bool) -> None:

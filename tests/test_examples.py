@@ -1,0 +1,45 @@
+"""The examples run, print a table of LMN over steps, and go on where they say so."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+def run(example: Path, folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, example, *arguments],
+        check=False,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_prints_numbers(example, tmp_path):
+    said = run(example, tmp_path, "--steps", "4")
+    assert re.search(r"\d\.\d", said) and "LMN" in said and "nan" not in said.lower(), said
+
+
+def test_the_plain_loop_resumes_to_the_same_rows(tmp_path):
+    example = Path(EXAMPLES[0].parent, "plain_loop.py")
+    for steps, folder in (("4", "stopped"), ("8", "stopped"), ("8", "straight")):
+        said = run(example, tmp_path, "--steps", steps, "--every", "2", "--run", folder)
+        assert ("resumed at step 5" in said) == ((steps, folder) == ("8", "stopped"))
+    stopped, straight = ((tmp_path / folder / "lmn.csv").read_text() for folder in ("stopped", "straight"))
+    assert stopped == straight
+    assert [row["step"] for row in csv.DictReader(straight.splitlines())] == [
+        s for s in "02468" for _ in "01"
+    ]
