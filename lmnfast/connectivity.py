@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .cutting import affine_start
 from .evaluation import (
     CPU_TILE,
     DEFAULT_BUDGET,
@@ -187,6 +188,8 @@ def enqueue(
                     chain = None
                 if chain is None:
                     checks.repeats(outputs_of(f, x[: max(1, len(x) // 2)].clone()), ends)
+                    if fuse and method != "jacobian":  # which depends on the coordinates
+                        f, x = _hoisted(f, x, ends, checks)
                 midpoint = method == "hermite-midpoint"
                 tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
                 if method == "jacobian":
@@ -204,6 +207,20 @@ def enqueue(
         finally:
             if stream is not None and chain is None:
                 torch.cuda.current_stream(x.device).wait_stream(stream)
+
+
+def _hoisted(
+    f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor, checks: Checks
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """f without the affine maps that it begins with, and its samples behind those; f and x where it has none."""
+    parts = affine_start(f)
+    if parts is None:
+        return f, x
+    first, rest = parts
+    samples = first(x).detach()
+    if torch.is_autocast_enabled(x.device.type) and samples.dtype != x.dtype:
+        samples = samples.to(x.dtype)  # paths between them need not be in low precision
+    return (rest, samples) if checks.same(outputs_of(rest, samples.clone()), ends) else (f, x)
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager:

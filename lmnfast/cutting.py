@@ -11,16 +11,23 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .nested import at_path, mapped, path_to_tensor, replaced, tensors_in
 from .network import (
+    FLATTEN,
+    FUNCTIONS,
+    IDENTITY,
+    METHODS,
+    MODULES,
     Call,
     Forward,
     Output,
     Stacked,
     Tracer,
     evaluating,
+    is_plain,
     loaded,
     networks_in,
     same_output,
@@ -30,6 +37,21 @@ from .network import (
 # Entries of an attribute up to which it is compared from one measurement to the next: a few hundred microseconds.
 LARGE = 1000
 PLAIN = {type(None), bool, int, float, complex, str, bytes}
+# Affine in eval mode.
+AFFINE_MODULES = (
+    nn.Linear,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(
+        nn.AvgPool1d,
+        nn.AvgPool2d,
+        nn.AvgPool3d,
+        nn.AdaptiveAvgPool1d,
+        nn.AdaptiveAvgPool2d,
+        nn.AdaptiveAvgPool3d,
+    ),
+)
+AFFINE_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 def cut(
@@ -67,8 +89,7 @@ def cut(
         samples = []
         for number in range(networks_in(stacked)):
             with loaded(model, stacked, number):
-                tail, own = cut(model, layer, inputs, forward=forward, output=output)
-            samples.append(own)
+                samples.append(run_to(model, layer, inputs, forward, output)[0])
         tail, _ = cut(model, layer, inputs, forward=forward, output=output)
         tail.whole = (model,)  # whose names `stacked` has, where modules share a tensor
         return tail, torch.stack(samples)
@@ -116,6 +137,8 @@ def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
     patterns: names as in `cut`, or shell patterns (fnmatch) of whole names, in which * also stands for dots.
     Raises ValueError for a pattern that nothing matches, with the names that come close.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     names = [name for name, _ in uncompiled(model).named_modules(remove_duplicate=False) if name]
     found: dict[str, None] = {}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
@@ -290,6 +313,11 @@ def _traced_tail(call: Call, layer: nn.Module, number: int | None, path: list) -
     start = [cuts[number or 0]]
     for key in path:  # of a layer that returns a tuple, say, only the entry that is measured is replaced
         start = [n for last in start for n in last.users if n.target is operator.getitem and n.args[1] == key]
+    return _after(graph, call, start)
+
+
+def _after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphModule:
+    """What follows the nodes `start`, all of them taken for the samples."""
     tail = fx.Graph()
     # Cloned, as what follows may work in place.
     samples = tail.call_method("clone", (tail.placeholder("samples"),))
@@ -314,7 +342,58 @@ def _traced_tail(call: Call, layer: nn.Module, number: int | None, path: list) -
     for node in reversed(tail.nodes):
         if not node.users and _pure(node):  # a loss beside the output, say
             tail.erase_node(node)
-    return fx.GraphModule(call, tail)
+    return fx.GraphModule(root, tail)
+
+
+def affine_start(f: Any) -> tuple[fx.GraphModule, fx.GraphModule] | None:
+    """What a traced tail does to its samples first, as long as it is affine, and what it does then.
+
+    An affine map commutes with the path: applied to N samples it need not be applied to all points between them.
+    None where f is no traced tail, or does not begin so.
+    """
+    if not isinstance(f, fx.GraphModule) or not is_plain(f):
+        return None
+    end = start = next(node for node in f.graph.nodes if node.op == "placeholder")
+    maps = 0
+    while len(end.users) == 1:
+        node = next(iter(end.users))
+        step = _affine_step(node, end, f)
+        if step is None:
+            break
+        maps += step
+        end = node
+    if not maps:
+        return None
+    first = fx.Graph()
+    copies = {start: first.placeholder("samples")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = first.node_copy(node, copied)
+        return copies[node]
+
+    first.output(copied(end))
+    return fx.GraphModule(f, first), _after(f.graph, f, [end])
+
+
+def _affine_step(node: fx.Node, before: fx.Node, root: nn.Module) -> int | None:
+    """1 for an affine map of the result before and of parameters alone, 0 for one that only moves values; None else."""
+    if not node.args or node.args[0] is not before:
+        return None
+    if any(other is not before and other.op != "get_attr" for other in node.all_input_nodes):
+        return None
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        if not is_plain(module):
+            return None
+        if type(module) in AFFINE_MODULES:
+            return 1 if getattr(module, "running_mean", True) is not None else None
+        return 0 if type(module) in MODULES and MODULES[type(module)](module) in (IDENTITY, FLATTEN) else None
+    if node.target in AFFINE_FUNCTIONS:
+        return 1
+    table: dict[Any, Any] = FUNCTIONS if node.op == "call_function" else METHODS
+    step = table[node.target](*node.args, **node.kwargs) if node.target in table else None
+    return 0 if step in (IDENTITY, FLATTEN) else None
 
 
 def _pure(node: fx.Node) -> bool:

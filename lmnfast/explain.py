@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cutting import cut, match_layers, why_not_traced
+from .cutting import affine_start, cut, match_layers, why_not_traced
 from .evaluation import Checks, has_kernels
 from .network import (
     Chain,
@@ -57,7 +57,10 @@ def _of_tail(tail: nn.Module, samples: Tensor | None) -> str:
     try:
         chain = chain_or_reason(tail)
     except NotAChain as reason:
-        return f"{generic} {reason}"
+        hoisted = (
+            "" if affine_start(tail) is None else "; the affine maps they begin with run on the samples alone"
+        )
+        return f"{generic} {reason}{hoisted}"
     if samples is not None:
         if not has_kernels(samples):
             return f"{generic} there is no kernel for {samples.device}"

@@ -409,7 +409,7 @@ def chain_or_reason(f: Any) -> Chain:
     f = uncompiled(f)
     with evaluating(f):
         try:
-            if isinstance(f, fx.GraphModule) and _plain(f):
+            if isinstance(f, fx.GraphModule) and is_plain(f):
                 return _chain_of(_read_graph(f.graph, f))
             if (parts := _in_order(f)) is not None:
                 return _chain_of([_read_module(part) for part in parts])
@@ -427,7 +427,7 @@ def _in_order(f: nn.Module) -> list[nn.Module] | None:
     """The parts of nested nn.Sequential, where there is nothing else: what tracing them would find, at once."""
     if type(f) is not nn.Sequential:
         return [f] if _known(f) else None
-    if not _plain(f):
+    if not is_plain(f):
         return None
     parts: list[nn.Module] = []
     for part in f:
@@ -505,7 +505,7 @@ def _input(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-def _plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether calling the module means just its class's forward."""
     return not _hooked(module) and "forward" not in vars(module)
 
@@ -521,7 +521,7 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 
 def _read_module(module: nn.Module, name: str = "") -> Step:
     said = f"{_kind(module).__name__} {name!r}" if name else _kind(module).__name__
-    if not _plain(module):
+    if not is_plain(module):
         raise NotAChain(f"{said} has hooks, or a forward of its own")
     if _kind(module) is nn.Linear:
         return module.weight, module.bias
