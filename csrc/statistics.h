@@ -11,6 +11,8 @@
 namespace lmn {
 namespace {
 
+// What a sum of a few terms, none above its values at a path's ends, loses to rounding, in epsilons of those.
+constexpr int kRoundedUlps = 8;
 // An output whose standard deviation along a path is at most this many epsilons of its magnitude at the ends is
 // constant; the same number as lmnfast.reference.CONSTANT_ULPS.
 constexpr double kConstantUlps = 4.0;

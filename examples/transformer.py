@@ -1,9 +1,9 @@
 """A one-layer transformer groks modular addition; its linear mapping number (LMN) after attention is watched.
 
-Seen with seeds 0, 1, 2: train accuracy is 1 from step 150, 150, 250, test accuracy 1 first at 1150, 450, 1750 (at
-least 0.99 from 1000, 400, 1000). LMN rises from 1.4 to 15-19 while memorising, and with generalisation it does not
-fall, as it does in the paper's fully connected networks, but rises on: to 21, 19, 26 at those steps. Afterwards it
-goes either way (21.9, 17.8, 27.3 at step 2000). 21 to 22 s each, 5 to 7 of them measuring, on one CPU thread.
+Seen with seeds 0, 1, 2: train accuracy is 1 from step 150, 150, 250, test accuracy first at 1150, 450, 1750
+(0.99 from 1000, 350, 950). LMN rises from 1.4 to 16, 15, 19 while memorising. In the paper's fully connected
+networks it then falls; here it rises on, to 21, 19, 26 when test accuracy is 1, and afterwards goes either
+way: 21.9, 17.8, 27.3 at step 2000. 20 to 22 s each, 5 to 7 of them measuring, on one thread of an AMD EPYC.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import lmnfast
 WIDTH, HEADS, HIDDEN = 64, 4, 128
 TRAINED_ON = 0.6  # of all pairs
 MEASURED = 200  # training inputs: the cost grows with their square; 0.13 s for these, on one thread
-RULE, POINTS = (
+RULE, POINTS = "lobatto", 9  # for the paper's 21 uniform points: 19.628 for 19.619, seed 0, 1001 updates
+ROW = "{step:6} {train_loss:11.5f} {test_loss:10.4f} {train_accuracy:11.3f} {test_accuracy:10.3f} {lmn:7.2f}"
     "lobatto",
     9,
 )  # in place of the paper's 21 uniform points; seed 0 at step 1000: 19.63 for their 19.62
@@ -79,31 +80,23 @@ def train(p: int, steps: int, every: int, seed: int) -> list[dict]:
     model = Transformer(p)
     inputs, labels = modular_addition(p)
     train, test = torch.randperm(p * p).tensor_split([int(TRAINED_ON * p * p)])
-    # The default betas: with 0.98 for the second, seed 0's training loss falls below 5e-6, jumps to 0.04, and LMN by 6.
+    # The default betas: with 0.98 for the second, seed 0's training loss falls below 5e-6 and then jumps to
+    # 0.04, and LMN falls from 22 to 16.
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=2, fused=True)
     sample = inputs[train[:MEASURED]]
 
     print(f"LMN after attention: method path, rule {RULE}, {POINTS} points, {len(sample)} training inputs")
-    print(f"{'step':>6} {'train loss':>11} {'test loss':>10} {'train acc.':>11} {'test acc.':>10} {'LMN':>7}")
+    print("  step  train loss  test loss  train acc.  test acc.     LMN")
     with lmnfast.Probe(model, sample, "after_attention", every=every, rule=RULE, points=POINTS) as probe:
         started = time.perf_counter()
         for step in range(steps + 1):
             if step % every == 0:
-                train_loss, train_accuracy = evaluate(model, inputs[train], labels[train])
-                test_loss, test_accuracy = evaluate(model, inputs[test], labels[test])
-                probe(
-                    step,
-                    train_loss=train_loss,
-                    test_loss=test_loss,
-                    train_accuracy=train_accuracy,
-                    test_accuracy=test_accuracy,
-                )
-                row = probe.history[-1]
-                print(
-                    f"{step:6} {train_loss:11.5f} {test_loss:10.4f} {train_accuracy:11.3f} {test_accuracy:10.3f}"
-                    f" {row['lmn']:7.2f}",
-                    flush=True,
-                )
+                scores: dict[str, float] = {}
+                for name, part in (("train", train), ("test", test)):
+                    loss, accuracy = evaluate(model, inputs[part], labels[part])
+                    scores |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+                probe(step, **scores)
+                print(ROW.format(**probe.history[-1]), flush=True)
             optimiser.zero_grad()
             F.cross_entropy(model(inputs[train]), labels[train]).backward()
             optimiser.step()
@@ -143,7 +136,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50, help="steps between measurements")
     parser.add_argument("--out", type=Path, default=Path("transformer.png"), help="the figure")
     options = parser.parse_args()
-    # A second thread gains nothing on matrices this small, and waits where cores are shared (seen: 289 s for 21).
+    # The same numbers on any machine; two threads took 12 s for 21, but minutes where others used the cores.
     torch.set_num_threads(1)
     draw(train(options.p, options.steps, options.every, options.seed), options.out)
 

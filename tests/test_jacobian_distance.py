@@ -23,8 +23,9 @@ def measured(first, second, device, dtype, squared=False):
 def assert_right(first, second, device, dtype, squared=False):
     truth = reference.jacobian_distance(first, second, squared)
     ours = measured(first, second, device, dtype, squared).double()
-    # In float32 rows are rounded and summed: 2e-6.
-    tolerance = (16 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+    # In float32 rows are rounded and summed: 2e-6. In float64 it is the reference's and the kernel's order of summing.
+    ulps = 16 if dtype == torch.float32 else max(4, first.shape[1] ** 0.5)
+    tolerance = ulps * torch.finfo(dtype).eps
     assert ((ours - truth).abs() <= tolerance * truth).all()
     return ours
 

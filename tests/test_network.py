@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn.utils import prune
 
+from lmnfast.connectivity import connectivity, enqueue
 from lmnfast.cutting import cut
 from lmnfast.network import ACTIVATIONS, Activation, Chain, evaluating, recognise
 
@@ -181,6 +182,16 @@ def test_a_recognised_chain_agrees_with_the_network(case):
     model.eval()
     x = 3 * torch.randn(20, width, dtype=torch.float64)
     torch.testing.assert_close(chain(x), model(x).detach(), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(chains())
+def test_the_connectivity_of_a_chain_is_that_of_the_network(case):
+    """The fused route and the generic one, both in float64: what float32 loses of a small bump depends on the network."""
+    model, width = case
+    x = 2 * torch.randn(9, width, dtype=torch.float64)
+    generic = enqueue(model, x, fuse=False).L
+    assert recognise(model) is not None and (connectivity(model, x) - generic).abs().max() < 1e-7
 
 
 @settings(max_examples=25, deadline=None)

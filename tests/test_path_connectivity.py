@@ -321,3 +321,16 @@ def test_arguments_that_do_not_fit_are_named(position, value, error, message):
 
 def test_kernel_and_python_count_the_same_activations():
     assert _native._C.activation_count == len(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("widths", [[1, 1, 1], [2, 3, 4], [3, 5, 7, 2]])
+def test_units_that_are_off_at_both_ends_stay_off_where_rounding_leaves_more_than_zero(widths, device, dtype):
+    """Outputs -|W| relu(...) behind a ReLU are 0 everywhere, and where the units before are off 0 is all but reached."""
+    chain = random_chain(widths, ["identity", *["relu"] * (len(widths) - 1)], bias=False)
+    chain = Chain(
+        (*chain.weights[:-1], -chain.weights[-1].abs()), (None,) * len(chain.weights), chain.activations
+    )
+    x = samples(40, widths[0])
+    assert chain(x).abs().max() == 0
+    L = ops.path_connectivity(cast(chain, dtype, device), x.to(device, dtype), *path_nodes("uniform", 21))
+    assert torch.equal(L.cpu(), torch.ones(40, 40, dtype=dtype))

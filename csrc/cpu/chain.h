@@ -205,6 +205,16 @@ inline V on_chord(V first, V second, Scalar<V> t) {
   return fma(splat<V>(t), second - first, first);
 }
 
+/// z on the path, from its chord and its distance from it. ReLU makes an output of what rounding leaves of 0: where all
+/// units before it are off z is 0, or the bias, and that may be all there is along a path.
+template <ActivationKind kKind, class V>
+inline V off_chord(V on_chord, V residual, V first, V second) {
+  const V z = on_chord + residual;
+  if constexpr (kKind != ActivationKind::kRelu) return z;
+  const V rounding = larger(absolute(first), absolute(second)) * (kRoundedUlps * Epsilon<Scalar<V>>::value);
+  return absolute(z) <= rounding ? V{} : z;
+}
+
 template <class T>
 using Values = void (*)(T* a, T* slope, const T* z, std::int64_t count, Activation);
 template <class T, ActivationKind kKind>
@@ -232,7 +242,7 @@ void residuals(Vector<T>* panel, const T* zi, const T* ai, const T* zj, const T*
     for (int c = 0; c < columns; ++c) {
       V& residual = panel[unit * columns + c];
       V z = on_chord<V>(z_first, z_second, t[c]);
-      if constexpr (kDeviates) z += residual;
+      if constexpr (kDeviates) z = off_chord<kKind>(z, residual, z_first, z_second);
       residual = activate<kKind>(z, alpha, beta) - on_chord<V>(a_first, a_second, t[c]);
     }
   }
@@ -478,8 +488,9 @@ void stencil_residuals(const Layer<T>& layer, Vector<T>* panel, const T* zi, con
     }
     if (midpoint) {
       V& middle = residual[columns - 1];
-      const V z = on_chord<V>(z_first, z_second, T(0.5));
-      middle = activate<kKind>(kDeviates ? z + middle : z, alpha, beta) - on_chord<V>(a_first, a_second, T(0.5));
+      V z = on_chord<V>(z_first, z_second, T(0.5));
+      if constexpr (kDeviates) z = off_chord<kKind>(z, middle, z_first, z_second);
+      middle = activate<kKind>(z, alpha, beta) - on_chord<V>(a_first, a_second, T(0.5));
     }
   }
 }

@@ -326,7 +326,11 @@ __device__ void make_residuals(const Layer<T>& layer, std::int64_t i0, std::int6
   if (of == Of::kValue) {
     with_kind(layer.kind, [&](auto kind) {
       each([&](std::int64_t first, std::int64_t second, T deviation) {
-        const T z = on_chord(layer.z[first], layer.z[second], t) + deviation;
+        T z = on_chord(layer.z[first], layer.z[second], t) + deviation;
+        if constexpr (kind.value == ActivationKind::kRelu) {  // which makes an output of what rounding leaves of 0
+          const T largest = larger(absolute(layer.z[first]), absolute(layer.z[second]));
+          if (deviates && absolute(z) <= largest * (kRoundedUlps * Epsilon<T>::value)) z = T(0);
+        }
         return activate<kind.value, T>(z, layer.alpha, layer.beta) - on_chord(layer.a[first], layer.a[second], t);
       });
     });
