@@ -26,7 +26,7 @@ ROW = "{step:6} {train_loss:11.5f} {test_loss:10.4f} {train_accuracy:11.3f} {tes
 
 
 class Transformer(nn.Module):
-    """The answer to the tokens a, b, =, read at the last one. No layer norm, as in most studies of grokking."""
+    """The answer to the tokens a, b, =, read at the last one. There is no layer norm."""
 
     def __init__(self, p: int) -> None:
         super().__init__()
@@ -46,9 +46,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, 3) -> logits (batch, p)."""
         x = self.token(tokens) + self.position.weight
-        last = x[
-            :, -1:
-        ]  # the only position that is read, so the only query; it may look at all, so needs no mask
+        # The last position is the only one read, so the only query; it may look at all, so needs no mask.
+        last = x[:, -1:]
         q, k, v = (
             y.unflatten(2, (HEADS, -1)).transpose(1, 2)  # (batch, heads, positions, width / heads)
             for y in (self.query(last), self.key(x), self.value(x))
@@ -133,7 +132,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50, help="steps between measurements")
     parser.add_argument("--out", type=Path, default=Path("transformer.png"), help="the figure")
     options = parser.parse_args()
-    # The same numbers on any machine; two threads took 12 s for 21, but minutes where others used the cores.
+    # So the number of cores does not change the numbers. Two threads took 12 s for 21, but minutes where
+    # others used the cores.
     torch.set_num_threads(1)
     draw(train(options.p, options.steps, options.every, options.seed), options.out)
 
