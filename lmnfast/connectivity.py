@@ -18,6 +18,7 @@ from .evaluation import (
     NotTheChain,
     checked_samples,
     has_kernels,
+    keep_freed_pages,
     out_of_memory,
     outputs_of,
     widened,
@@ -245,6 +246,8 @@ def _generic(
     t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
     if len(t) == 0:
         return L
+    if x.device.type == "cpu":
+        keep_freed_pages()
     # Equal samples have equal sums. On CUDA reading how many differ would mean to wait.
     repeated = x.is_cuda or len(x.flatten(1).double().sum(1).unique()) < len(x)
     most = max(1, rows // len(t))
