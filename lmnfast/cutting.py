@@ -21,6 +21,7 @@ from .network import (
     IDENTITY,
     METHODS,
     MODULES,
+    WHOLE,
     Call,
     Forward,
     Output,
@@ -91,7 +92,7 @@ def cut(
             with loaded(model, stacked, number):
                 samples.append(run_to(model, layer, inputs, forward, output)[0])
         tail, _ = cut(model, layer, inputs, forward=forward, output=output)
-        tail.whole = (model,)  # whose names `stacked` has, where modules share a tensor
+        setattr(tail, WHOLE, (model,))  # whose names `stacked` has, where modules share a tensor
         return tail, torch.stack(samples)
     seen, result, path = _run_to(model, layer, inputs, forward, output)
     model = uncompiled(model)

@@ -89,7 +89,8 @@ class Checks:
         self._expect(
             same,
             lambda *_: NotTheChain(
-                "f: looks like a chain of Linear and activations, or begins with affine maps, but that chain has other outputs"
+                "f: looks like a chain of Linear and activations, or begins with affine maps, but that chain has "
+                "other outputs"
             ),
         )
         return True

@@ -34,6 +34,7 @@ ACTIVATIONS = (
 
 Forward = Callable[[nn.Module, Any], Any] | None  # runs the model on inputs
 Stacked = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # parameters and buffers of several networks
+WHOLE = "_lmnfast_whole"  # of a tail to be measured with stacked parameters: the model it was cut from, in a tuple
 Output = str | int | Callable[[Any], Any] | None  # selects a tensor of what the model returns
 
 CHAIN_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -172,7 +173,7 @@ def loaded(f: nn.Module, stacked: Stacked, number: int) -> Iterator[None]:
     """
     values = {**stacked[0], **stacked[1]}
     names: dict[int, str] = {}  # the first of those that share a tensor
-    whole = getattr(f, "whole", (f,))[0]
+    whole = getattr(f, WHOLE, (f,))[0]
     for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
         names[id(tensor)] = name if name in values else name.removeprefix("model.")
     with evaluating(f):
