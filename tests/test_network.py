@@ -198,7 +198,14 @@ def test_the_connectivity_of_a_chain_is_that_of_the_network(case):
 @given(chains(), st.data())
 def test_every_tail_of_a_chain_gives_the_networks_output_and_is_recognised(case, data):
     model, width = case
-    names = [name for name, _ in model.named_modules() if "parts." in name and "parametrizations" not in name]
+    norms = [name for name, part in model.named_modules() if isinstance(part, nn.BatchNorm1d)]
+    # Between a Linear and its batch norm is no place of a chain: an activation may follow the latter.
+    torn = {f"{name.rpartition('.')[0]}.0" for name in norms if name.endswith(".1")}
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if "parts." in name and "parametrizations" not in name and name not in torn
+    ]
     layer = data.draw(st.sampled_from(names))
     x = 3 * torch.randn(20, width, dtype=torch.float64)
     try:
