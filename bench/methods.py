@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from report import machine
@@ -25,7 +24,6 @@ from torch import nn
 import lmnfast
 from lmnfast.grokking import train as trainer
 from lmnfast.grokking.figures import ACCURACY, L2, LMN
-from lmnfast.grokking.model import make_model
 from lmnfast.grokking.tasks import TASKS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -37,20 +35,13 @@ SAME_PATHS = {"hidden_1_pre": "embedding", "hidden_2_pre": "hidden_1"}
 STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
 LOBATTO = tuple(f"lobatto {points}" for points in range(4, 10))
 MARKS = {"hermite": ("s", ACCURACY), "hermite-midpoint": ("D", "#000000"), "jacobian": ("^", L2)}
-RELU = {"steps": 5000, "every": 250, "points": 4, "rule": "lobatto", "threads": 1}
-
-
-def relu_model(*arguments, **keywords) -> nn.Sequential:
-    model = make_model(*arguments, **keywords)
-    model.hidden_1, model.hidden_2 = nn.ReLU(), nn.ReLU()
-    return model
+RELU = {"activation": "relu", "steps": 5000, "every": 250, "points": 4, "rule": "lobatto", "threads": 1}
 
 
 def trained_with_relu(directory: Path) -> list[Path]:
     runs = [directory / f"{task}-relu" for task in TASKS]
-    with patch.object(trainer, "make_model", relu_model):
-        for task, run in zip(TASKS, runs, strict=True):
-            trainer.train(trainer.Config(task, **RELU), run, progress=True)
+    for task, run in zip(TASKS, runs, strict=True):
+        trainer.train(trainer.Config(task, **RELU), run, progress=True)
     return runs
 
 
@@ -83,7 +74,7 @@ def study(runs: list[Path], values: Path, every: int) -> None:
 
 
 def is_relu(run: Path) -> bool:
-    return run.name.endswith("-relu")
+    return trainer.read_config(run).activation == "relu"
 
 
 def measure(
@@ -91,8 +82,7 @@ def measure(
 ) -> None:
     known = {tuple(row[c] for c in ("run", "step", "layer", "method")) for row in read(values)}
     config = trainer.read_config(run)
-    with patch.object(trainer, "make_model", relu_model if is_relu(run) else make_model):
-        task, model = trainer._start(config)
+    task, model = trainer._start(config)
     activation = "ReLU" if is_relu(run) else "SiLU"
     for checkpoint in sorted(run.glob("checkpoints/step_*.pt")):
         step, rows = int(checkpoint.stem[5:]), []

@@ -14,7 +14,7 @@ from . import __version__, _native
 from .checkpoints import cores, draw_checkpoints, first_samples, load_inputs, measure_checkpoints
 from .connectivity import METHODS
 from .grokking.figures import draw, draw_methods
-from .grokking.model import INITS, LAYERS
+from .grokking.model import ACTIVATIONS, INITS, LAYERS
 from .grokking.tasks import TASKS
 from .grokking.train import Config, Run, measure, train
 from .quadrature import RULES
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     grok.add_argument("--every", type=int, help=f"steps from one measurement to the next ({Config.every})")
     grok.add_argument("--seed", type=int, help=f"of the split and the weights ({Config.seed})")
     grok.add_argument("--init", choices=INITS, help=f"initialisation of the weights ({Config.init})")
+    grok.add_argument("--activation", choices=ACTIVATIONS, help=f"between the layers ({Config.activation})")
     grok.add_argument("--threads", type=int, help="on the CPU (the run's; torch's for a new one)")
     grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
     grok.add_argument("--force", action="store_true", help="delete the run that is there, start anew")

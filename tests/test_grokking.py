@@ -2,6 +2,7 @@ import csv
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from torch.nn.functional import cross_entropy
 import lmnfast
 from lmnfast.grokking import train as training
 from lmnfast.grokking.figures import draw, paper_curves
-from lmnfast.grokking.model import LAYERS, make_model
+from lmnfast.grokking.gradients import Gradients
+from lmnfast.grokking.model import ACTIVATIONS, LAYERS, make_model
 from lmnfast.grokking.tasks import answers, make_task
 from lmnfast.grokking.train import Config, Run, measure, read_run, train
 
@@ -102,6 +104,29 @@ def test_the_model_can_be_cut_at_every_named_layer(layer):
     tail, samples = lmnfast.cut(model, layer, tokens)
     assert samples.shape == (20, 64 if layer == "embedding" else 100)
     torch.testing.assert_close(tail(samples), model(tokens))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name, sizes", [("modular-addition", {"p": 7}), ("s4", {}), ("xor", {"bits": 1})])
+def test_the_gradients_are_autograds(name, sizes, activation):
+    generator = seeded()
+    task = make_task(name, generator, **sizes)
+    model = make_model(task.vocabulary, generator, activation=activation).double()
+    gradients = Gradients(model, task.train_inputs, task.train_labels)
+    for _ in range(2):  # the second call finds the buffers as the first left them
+        gradients()
+        ours = [parameter.grad.clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), ours):
+                parameter -= 0.1 * gradient
+    with torch.no_grad():
+        for parameter, gradient in zip(model.parameters(), ours):
+            parameter += 0.1 * gradient
+    loss = cross_entropy(model(task.train_inputs), task.train_labels)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for gradient, autograds in zip(ours, expected, strict=True):
+        assert autograds.abs().max() > 0
+        torch.testing.assert_close(gradient, autograds, rtol=1e-10, atol=1e-12)
 
 
 # Config
@@ -288,6 +313,17 @@ def test_a_directory_with_parts_of_a_run_is_refused(tmp_path):
     (path / "metrics.csv").unlink()
     with pytest.raises(ValueError, match="lacks rows that it had"):
         train(TINY, path)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "metrics.csv"])
+def test_a_damaged_run_is_refused_and_left_as_it_is(name, finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "run")
+    damaged = tmp_path / "run" / name
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    before = damaged.read_bytes()
+    with pytest.raises(ValueError, match=f"^out: .*{name}.*--force starts the run anew"):
+        train(replace(TINY, steps=25), tmp_path / "run")
+    assert damaged.read_bytes() == before
 
 
 def test_a_directory_at_work_is_refused(tmp_path):

@@ -28,7 +28,8 @@ from ..connectivity import METHODS
 from ..files import claimed, write_file
 from ..probe import Probe
 from ..quadrature import path_nodes
-from .model import INITS, LAYERS, make_model
+from .gradients import Gradients
+from .model import ACTIVATIONS, INITS, LAYERS, make_model
 from .tasks import Task, make_task, task_sizes
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "l2_norm")
@@ -51,6 +52,7 @@ class Config:
     rule: str = "uniform"
     method: str = "path"
     init: str = "default"
+    activation: str = "silu"
     device: str = "auto"
     """"auto" is the device the run was started on; for a new run "cuda" if there is one, else "cpu"."""
     threads: int | None = None
@@ -75,7 +77,7 @@ class Config:
                 f"layers: expected some of {', '.join(LAYERS)}, each once, got {', '.join(self.layers)}"
             )
         path_nodes(self.rule, self.points)
-        for name, known in (("method", METHODS), ("init", INITS)):
+        for name, known in (("method", METHODS), ("init", INITS), ("activation", tuple(ACTIVATIONS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -168,6 +170,7 @@ class _Training:
     def __init__(self, config: Config, path: Path) -> None:
         self.config, self.path = config, path
         self.task, self.model = _start(config)
+        self.gradients = Gradients(self.model, self.task.train_inputs, self.task.train_labels)
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -180,20 +183,26 @@ class _Training:
         self.clock = time.perf_counter()
 
     def _resume(self) -> None:
-        state = torch.load(self.path / "state.pt", map_location=self.config.device, weights_only=True)
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        metrics = self.path / "metrics.csv"
-        written = _read_csv(metrics) if metrics.exists() else []
+        file, metrics = self.path / "state.pt", self.path / "metrics.csv"
+        try:
+            state = torch.load(file, map_location=self.config.device, weights_only=True)
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.model.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            file = metrics
+            written = _read_csv(metrics) if metrics.exists() else []
+        except OSError:
+            raise
+        except Exception as error:  # a damaged file raises anything
+            raise ValueError(
+                f"out: cannot read {file}, {type(error).__name__}; --force starts the run anew"
+            ) from None
         self.rows = [row for row in written if row["step"] <= self.step]
         if [row["step"] for row in self.rows] != list(range(0, self.step + 1, self.config.every)):
             raise ValueError(f"out: {metrics} lacks rows that it had; --force starts the run anew")
 
     def _update(self) -> None:
-        loss = cross_entropy(self.model(self.task.train_inputs), self.task.train_labels)
-        self.optimiser.zero_grad()
-        loss.backward()
+        self.gradients()
         self.optimiser.step()
 
     def _captured(self) -> Callable[[], None]:
@@ -289,7 +298,6 @@ def _warm_up(update: Callable[[], None], model: nn.Module, optimiser: torch.opti
     ]
     for _ in range(3):
         update()
-    optimiser.zero_grad()
     with torch.no_grad():
         for p, (weights, moments) in zip(parameters, before, strict=True):
             p.copy_(weights)
@@ -368,6 +376,10 @@ def read_run(path: str | os.PathLike) -> Run:
         seconds = torch.load(path / "state.pt", weights_only=True)["seconds"]
     except FileNotFoundError as error:
         raise ValueError(f"run: {path} has no {Path(error.filename).name} yet") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file raises anything
+        raise ValueError(f"run: {path} is damaged, {type(error).__name__}: {error}") from None
     return Run(path, config, rows, seconds)
 
 
@@ -418,7 +430,7 @@ def _start(config: Config) -> tuple[Task, nn.Module]:
     """The task and the untrained model, on the device. One generator draws the split, then the weights."""
     generator = torch.Generator().manual_seed(config.seed)
     task = make_task(config.task, generator, p=config.p, bits=config.bits)
-    model = make_model(task.vocabulary, generator, init=config.init)
+    model = make_model(task.vocabulary, generator, init=config.init, activation=config.activation)
     tensors = {
         f.name: getattr(task, f.name).to(config.device) for f in fields(Task) if f.name != "vocabulary"
     }

@@ -1,0 +1,83 @@
+"""The gradients of the training loss, without autograd: every sample at every step is what makes them cheap."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from .model import EMBEDDING, HIDDEN
+
+aten = torch.ops.aten
+# Of each activation: out = a(z), and out = gradient times a'(z); out may be the gradient, or z.
+FORWARD = {
+    nn.SiLU: lambda z, out: aten.silu.out(z, out=out),
+    nn.ReLU: lambda z, out: torch.clamp_min(z, 0, out=out),
+}
+BACKWARD = {
+    nn.SiLU: lambda gradient, z, out: aten.silu_backward.grad_input(gradient, z, grad_input=out),
+    nn.ReLU: lambda gradient, z, out: aten.threshold_backward.grad_input(gradient, z, 0, grad_input=out),
+}
+
+
+class Gradients:
+    """Calling it sets the ``grad`` of every parameter to that of the mean cross-entropy over all samples.
+
+    The same derivative as autograd's, to rounding, in two thirds of its time. The first Linear works on tokens, not
+    on pairs of them: a sample's pre-activation is a row for its first token and a row for its second, added up.
+    All memory is taken here and used again at each call.
+
+    Args:
+        model: as make_model returns it, any floating dtype and device; it keeps its parameters' tensors.
+        inputs: (samples, 2) int64, no pair twice. labels: (samples,) int64.
+    """
+
+    def __init__(self, model: nn.Sequential, inputs: Tensor, labels: Tensor) -> None:
+        self.embedding, *layers = model.parameters()
+        self.weights, self.biases = layers[::2], layers[1::2]
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        kind = type(model.hidden_1)
+        self.activation, self.activation_backward = FORWARD[kind], BACKWARD[kind]
+        tokens, samples = len(self.embedding), len(inputs)
+        self.cells = inputs[:, 0] * tokens + inputs[:, 1]  # of the square of all pairs
+        self.samples_of_cells = self.cells.new_full((tokens**2,), samples)
+        self.samples_of_cells[self.cells] = torch.arange(samples, device=inputs.device)
+        new = self.embedding.new_empty
+        self.targets = one_hot(labels, tokens).T.to(self.embedding.dtype).contiguous()
+        self.square = new(tokens, tokens, HIDDEN)
+        self.z_1 = new(samples + 1, HIDDEN).zero_()  # and a row of zeros for the pairs that are no samples
+        self.z_2, self.a_1, self.a_2 = (new(samples, HIDDEN) for _ in range(3))
+        self.logits = new(tokens, samples)  # the narrow product is three times faster this way round
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        (w_1, w_2, w_3), (b_1, b_2, b_3) = self.weights, self.biases
+        first, second = w_1[:, :EMBEDDING], w_1[:, EMBEDDING:]
+        z_1, rows = self.z_1[:-1], self.square.view(-1, HIDDEN)
+
+        torch.add(
+            (self.embedding @ first.T)[:, None],
+            torch.addmm(b_1, self.embedding, second.T),
+            out=self.square,
+        )
+        torch.index_select(rows, 0, self.cells, out=z_1)
+        self.activation(z_1, self.a_1)
+        torch.addmm(b_2, self.a_1, w_2.T, out=self.z_2)
+        self.activation(self.z_2, self.a_2)
+        torch.addmm(b_3[:, None], w_3, self.a_2.T, out=self.logits)
+
+        # From here on the buffers hold gradients.
+        d = torch.softmax(self.logits, 0).sub_(self.targets).div_(len(z_1))
+        torch.mm(d, self.a_2, out=w_3.grad)
+        torch.sum(d, 1, out=b_3.grad)
+        torch.mm(d.T, w_3, out=self.a_2)
+        self.activation_backward(self.a_2, self.z_2, self.z_2)
+        torch.mm(self.z_2.T, self.a_1, out=w_2.grad)
+        torch.sum(self.z_2, 0, out=b_2.grad)
+        torch.mm(self.z_2, w_2, out=self.a_1)
+        self.activation_backward(self.a_1, z_1, z_1)
+        torch.index_select(self.z_1, 0, self.samples_of_cells, out=rows)
+        by_first, by_second = self.square.sum(1), self.square.sum(0)
+        torch.sum(by_second, 0, out=b_1.grad)
+        torch.mm(by_first.T, self.embedding, out=w_1.grad[:, :EMBEDDING])
+        torch.mm(by_second.T, self.embedding, out=w_1.grad[:, EMBEDDING:])
+        torch.addmm(by_first @ first, by_second, second, out=self.embedding.grad)
