@@ -82,7 +82,7 @@ def measure(
 ) -> None:
     known = {tuple(row[c] for c in ("run", "step", "layer", "method")) for row in read(values)}
     config = trainer.read_config(run)
-    task, model = trainer._start(config)
+    task, model = trainer.start(config)
     activation = "ReLU" if is_relu(run) else "SiLU"
     for checkpoint in sorted(run.glob("checkpoints/step_*.pt")):
         step, rows = int(checkpoint.stem[5:]), []

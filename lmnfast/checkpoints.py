@@ -14,9 +14,7 @@ import multiprocessing
 import os
 import pickle
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -38,6 +36,7 @@ from .files import claimed, write_file
 from .grokking.train import progress_bar
 from .nested import contents, few, mapped, tensors_in
 from .network import Forward, Output
+from .processes import cores, prepare_worker
 from .quadrature import path_nodes
 from .spectrum import measure
 
@@ -137,11 +136,6 @@ def measure_checkpoints(
                 if bar:
                     bar.update()
     return table.rows
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def imported(spec: str, argument: str, what: str) -> Callable:
@@ -484,19 +478,11 @@ _given: tuple[_Work, bytes]  # a spawned process's own
 
 
 def _begin(work: _Work, content: bytes, threads: int) -> None:
-    """Prepares a spawned process: it ends with its parent, however that ends, and silently at Ctrl-C."""
     global _given
     _given = work, content
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    prepare_worker()
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(work.precision)
-
-
-def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
 
 
 @cache

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from . import __version__, _native
-from .checkpoints import cores, draw_checkpoints, first_samples, load_inputs, measure_checkpoints
+from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_checkpoints
 from .connectivity import METHODS
 from .grokking.figures import draw, draw_methods
 from .grokking.model import ACTIVATIONS, INITS, LAYERS
 from .grokking.tasks import TASKS
 from .grokking.train import Config, Run, measure, train
+from .processes import cores
 from .quadrature import RULES
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C

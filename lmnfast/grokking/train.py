@@ -169,7 +169,7 @@ class _Training:
 
     def __init__(self, config: Config, path: Path) -> None:
         self.config, self.path = config, path
-        self.task, self.model = _start(config)
+        self.task, self.model = start(config)
         self.gradients = Gradients(self.model, self.task.train_inputs, self.task.train_labels)
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -348,7 +348,7 @@ def measure(
     checkpoints = {step: file for step, file in checkpoints.items() if step % every == 0}
     if not checkpoints:
         raise ValueError(f"run: no checkpoints of such steps in {path}")
-    task, model = _start(config)
+    task, model = start(config)
     together = "+".join(methods)
     rows: list[dict] = [{} for _ in checkpoints]
     with _threads(config.threads), progress_bar(len(checkpoints) * len(methods), 0, progress) as bar:
@@ -426,7 +426,7 @@ def _check_continues(config: Config, stored: Config, path: Path) -> None:
         )
 
 
-def _start(config: Config) -> tuple[Task, nn.Module]:
+def start(config: Config) -> tuple[Task, nn.Module]:
     """The task and the untrained model, on the device. One generator draws the split, then the weights."""
     generator = torch.Generator().manual_seed(config.seed)
     task = make_task(config.task, generator, p=config.p, bits=config.bits)

@@ -1,0 +1,366 @@
+"""The paper's experiment over many seeds (arXiv 2310.05918), and what else is asked of it: the runs and the numbers.
+
+A study is a directory: study.json, what determines it; runs/, a run for every task and seed, trained as `train`
+leaves them, and the shorter ones that two of the questions need; answers/, a table for every run. Each is resumed
+where it stopped. `report` makes tables, figures and verdicts of it.
+"""
+
+import csv
+import io
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..connectivity import connectivity
+from ..cutting import cut
+from ..files import claimed, write_file
+from ..jacobian import linear_regions
+from ..processes import prepare_worker
+from ..spectrum import eigenvalues, linear_mapping_number
+from .tasks import TASKS
+from .train import Config, progress_bar, read_config, start, train
+
+LAYER = "hidden_1"  # where the paper measures
+OTHER_LAYERS = (
+    "embedding",
+    "hidden_2",
+)  # the other two differ from one of these by a Linear, which LMN does not see
+STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
+RULES = (("lobatto", 7), ("lobatto", 9), ("uniform", 5), ("uniform", 11), ("uniform", 51), ("uniform", 101))
+SIZES = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # and all pairs
+COLUMNS = ("question", "variant", "step", "layer", "samples", "value")
+DEATHS = 3  # of worker processes, after which it is no accident
+
+
+@dataclass(frozen=True)
+class Study:
+    """What determines a study, beside its tasks and seeds; the defaults are the paper's."""
+
+    steps: int = 20_000
+    every: int = 100
+    milestones: tuple[int, ...] = (0, 200, 400, 700, 1000, 1500, *range(2000, 20_001, 1000))
+    """Steps at which the other layers, other samples and stand-ins are measured."""
+    few: tuple[int, ...] = (0, 400, 4000, 20_000)
+    """Steps for what is dear: other nodes, other numbers of samples."""
+    init_steps: int = 1000
+    relu_steps: int = 5000
+    relu_every: int = 250
+
+    def config(self, task: str, seed: int, **changes) -> Config:
+        given = {"steps": self.steps, "every": self.every, "seed": seed, "threads": 1, **changes}
+        return Config(task, layers=(LAYER,), **given)
+
+
+QUICK = Study(
+    steps=1000,
+    milestones=(0, 400, 1000),
+    few=(400,),
+    init_steps=400,
+    relu_steps=500,
+    relu_every=100,
+)
+
+
+def run_study(
+    out: Path, tasks: tuple[str, ...], seeds: int, jobs: int, study: Study, *, progress: bool = False
+) -> None:
+    """Runs what is missing of a study, in `jobs` processes of one thread each.
+
+    Args:
+        out: its directory; made if it does not exist. Other tasks and more seeds are added to what is there.
+        tasks: some of TASKS. seeds: 0 to seeds - 1.
+        jobs: processes; 1: this one, with the GPU if there is one.
+        progress: show a bar (needs tqdm).
+
+    Raises:
+        ValueError: an argument; another process is at work in `out`; `out` holds another study, or something else;
+            damaged runs (names them all, once the others are done).
+        OSError: `out` cannot be written; workers died again and again.
+    """
+    if not tasks or (unknown := [task for task in tasks if task not in TASKS]):
+        raise ValueError(
+            f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(unknown) if tasks else 'none'}"
+        )
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    with claimed(out):
+        _check_continues(out, study)
+        write_file(out / "study.json", json.dumps(asdict(study), indent=2).encode() + b"\n")
+        work = [(out, study, task, seed) for seed in range(seeds) for task in sorted(tasks, key=_cost)]
+        with progress_bar(_total(study) * len(work), 0, progress) as bar:
+            _run(work, min(jobs, len(work)), bar)
+
+
+def _cost(task: str) -> int:
+    """Dear ones first, so that the processes end together."""
+    return ("xor", "modular-addition", "s4").index(task)
+
+
+def _check_continues(out: Path, study: Study) -> None:
+    file = out / "study.json"
+    if not file.exists():
+        if strange := [item.name for item in out.iterdir() if item.name != ".lock"]:
+            raise ValueError(f"out: {out} is not empty and no study, it holds {sorted(strange)[0]}")
+        return
+    try:
+        stored = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(file.read_text()).items()
+        }
+    except ValueError as error:
+        raise ValueError(f"out: cannot read {file}: {error}") from None
+    new = asdict(study)
+    if different := [name for name in new if stored.get(name) != new[name]]:
+        name = different[0]
+        raise ValueError(
+            f"out: {out} holds another study: {name} is {stored.get(name)} there, {new[name]} here; "
+            "choose another --out"
+        )
+
+
+# Processes -------------------------------------------------------------------------------------------------
+
+
+Job = tuple[Path, Study, str, int]  # where, what, task, seed
+
+
+def _run(work: list[Job], processes: int, bar) -> None:
+    failures: list[Exception] = []
+    if processes == 1:
+        for job in work:
+            try:
+                do(*job)
+            except ValueError as error:
+                failures.append(error)
+            if bar:
+                _show(bar, work)
+    else:
+        for death in range(DEATHS + 1):
+            try:
+                _in_processes(work, processes, bar, failures)
+                break
+            except BrokenProcessPool:
+                if death == DEATHS:
+                    raise OSError(
+                        "jobs: processes died again and again, perhaps for want of memory, where fewer may do; "
+                        "the same command goes on with what is there"
+                    ) from None
+                failures.clear()
+                print("\nlmnfast: a process died; going on with what it left", file=sys.stderr)
+    if failures:
+        raise ValueError("; ".join(dict.fromkeys(map(str, failures))))
+
+
+def _in_processes(work: list[Job], processes: int, bar, failures: list[Exception]) -> None:
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_worker)
+    try:
+        waiting: set[Future] = {pool.submit(do, *job) for job in work}
+        while waiting:
+            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                error = future.exception()
+                if isinstance(error, ValueError):
+                    failures.append(error)  # of this run alone
+                elif error is not None:
+                    raise error
+            if bar:
+                _show(bar, work)
+    except BaseException:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()  # a run goes on where it was
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _total(study: Study) -> int:
+    """What a bar counts for a task and seed: measured steps of its runs, and milestones."""
+    runs = (
+        study.steps // study.every
+        + study.init_steps // study.every
+        + study.relu_steps // study.relu_every
+        + 3
+    )
+    return runs + len(study.milestones)
+
+
+def _show(bar, work: list[Job]) -> None:
+    """Sets the bar to what lies on disk, whoever wrote it."""
+    done, at_work = 0, []
+    for out, study, task, seed in work:
+        paths = [path / "metrics.csv" for path in _runs(out, task, seed)]
+        counts = [_lines(path) for path in paths]
+        answers = _answers_file(out, task, seed)
+        counts.append(len({row["step"] for row in read_answers(answers) if row["question"] == "samples"}))
+        done += sum(counts)
+        if 0 < sum(counts) < _total(study):
+            at_work.append(f"{task} {seed}")
+    bar.set_postfix_str(", ".join(at_work), refresh=False)
+    bar.update(done - bar.n)
+
+
+def _lines(path: Path) -> int:
+    try:
+        return max(0, path.read_bytes().count(b"\n") - 1)
+    except FileNotFoundError:
+        return 0
+
+
+# One task and seed -----------------------------------------------------------------------------------------
+
+
+def run_path(out: Path, task: str, seed: int, kind: str = "") -> Path:
+    """The run's directory; kind: "", "lecun-first" or "relu"."""
+    return out / "runs" / "-".join(filter(None, (task, kind, f"seed{seed}")))
+
+
+def _runs(out: Path, task: str, seed: int) -> list[Path]:
+    return [run_path(out, task, seed, kind) for kind in ("", "lecun-first", "relu")]
+
+
+def _answers_file(out: Path, task: str, seed: int) -> Path:
+    return out / "answers" / f"{task}-seed{seed}.csv"
+
+
+def do(out: Path, study: Study, task: str, seed: int) -> None:
+    """Everything of one task and seed that is not there yet; ValueError for damaged files, by their names."""
+    torch.set_num_threads(1)
+    changes = (
+        {},
+        {"init": "lecun-first", "steps": study.init_steps},
+        {"activation": "relu", "steps": study.relu_steps, "every": study.relu_every},
+    )
+    for path, change in zip(_runs(out, task, seed), changes, strict=True):
+        train(study.config(task, seed, **change), path)
+    main, _, relu = _runs(out, task, seed)
+    answers = _answers_file(out, task, seed)
+    rows = read_answers(answers)
+    known = {row["step"] for row in rows if row["question"] == "samples"}
+    for step, tails in _tails(main, [step for step in study.milestones if step not in known]):
+        begin = time.perf_counter()
+        rows += _at_milestone(step, tails)
+        if step in study.few:
+            rows += _at_few(step, tails)
+        rows.append(_row("seconds", "", step, "", 0, time.perf_counter() - begin))
+        _write_answers(answers, rows)
+    if not any(row["question"] == "regions" for row in rows):
+        for step, tails in _tails(relu, range(0, study.relu_steps + 1, study.relu_every)):
+            f, x = tails(LAYER)[:2]
+            rows.append(_row("regions", "relu", step, LAYER, len(x), linear_regions(f, x)))
+        _write_answers(answers, rows)
+
+
+Tails = Callable[
+    [str], tuple[nn.Module, Tensor, Tensor]
+]  # by layer: the tail, its training and its test samples
+
+
+def _tails(run: Path, steps: Iterator[int] | list[int] | range) -> Iterator[tuple[int, Tails]]:
+    config = read_config(run)
+    task, model = start(config)
+
+    def tails(layer: str) -> tuple[nn.Module, Tensor, Tensor]:
+        f, samples = cut(model, layer, torch.cat([task.train_inputs, task.test_inputs]))
+        return f, *samples.tensor_split([len(task.train_inputs)])
+
+    for step in steps:
+        file = run / "checkpoints" / f"step_{step:08}.pt"
+        try:
+            model.load_state_dict(torch.load(file, map_location=config.device, weights_only=True))
+        except Exception as error:  # a damaged file raises anything
+            raise ValueError(
+                f"out: cannot read {file}, {type(error).__name__}; delete {run} to run it anew"
+            ) from None
+        yield step, tails
+
+
+def _row(question: str, variant: str, step: int, layer: str, samples: int, value: float) -> dict:
+    return dict(zip(COLUMNS, (question, variant, step, layer, samples, value), strict=True))
+
+
+def _lmn(f: nn.Module, x: Tensor, **how) -> float:
+    return linear_mapping_number(connectivity(f, x, **how)).item()
+
+
+def _at_milestone(step: int, tails: Tails) -> list[dict]:
+    f, train_samples, test_samples = tails(LAYER)
+    n = len(train_samples)
+    L = connectivity(f, train_samples)
+    w = eigenvalues(L)
+    everywhere = torch.cat([train_samples, test_samples])
+    small = train_samples[: len(test_samples)]
+    rows = [
+        _row("samples", "train", step, LAYER, n, 2 ** ops.spectral_entropy(w).item()),
+        _row("samples", "test", step, LAYER, len(test_samples), _lmn(f, test_samples)),
+        _row("samples", "train, as many as test", step, LAYER, len(small), _lmn(f, small)),
+        _row("samples", "both", step, LAYER, len(everywhere), _lmn(f, everywhere)),
+        _row("negative", "clipped", step, LAYER, n, 2 ** ops.spectral_entropy(w.clamp(min=0)).item()),
+        _row("negative", "share", step, LAYER, n, (w.clamp(max=0).sum() / -w.abs().sum()).item()),
+        _row("entries", "mean", step, LAYER, n, ((L.double().sum() - n) / (n * (n - 1))).item()),
+    ]
+    rows += [_row("stand-ins", how, step, LAYER, n, _lmn(f, train_samples, method=how)) for how in STAND_INS]
+    for layer in OTHER_LAYERS:
+        g, x, _ = tails(layer)
+        rows.append(_row("layers", "path", step, layer, len(x), _lmn(g, x)))
+    return rows
+
+
+def _at_few(step: int, tails: Tails) -> list[dict]:
+    f, train_samples, test_samples = tails(LAYER)
+    rows = [
+        _row(
+            "nodes",
+            f"{rule} {k}",
+            step,
+            LAYER,
+            len(train_samples),
+            _lmn(f, train_samples, rule=rule, points=k),
+        )
+        for rule, k in RULES
+    ]
+    pairs = torch.cat([train_samples, test_samples])
+    pairs = pairs[
+        torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
+    ]  # nested sub-samples
+    sizes = [*(size for size in SIZES if size < len(pairs)), len(pairs)]
+    return rows + [_row("number", "random", step, LAYER, size, _lmn(f, pairs[:size])) for size in sizes]
+
+
+# Files -----------------------------------------------------------------------------------------------------
+
+
+def read_answers(path: Path) -> list[dict]:
+    """The rows of a table of answers, none where there is none; ValueError for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [
+            {**row, "step": int(row["step"]), "samples": int(row["samples"]), "value": float(row["value"])}
+            for row in rows
+        ]
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"out: cannot read {path}; delete it to make it anew") from None
+
+
+def _write_answers(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    table.writerows(
+        [f"{row[c]:.7g}" if isinstance(row[c], float) else row[c] for c in COLUMNS] for row in rows
+    )
+    write_file(path, text.getvalue().encode())
