@@ -1,4 +1,4 @@
-"""The command line: ``lmnfast grok``, ``lmnfast measure``, ``lmnfast info``."""
+"""The command line: ``lmnfast grok``, ``lmnfast measure``, ``lmnfast paper``, ``lmnfast info``."""
 
 import argparse
 import math
@@ -15,6 +15,7 @@ from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_c
 from .connectivity import METHODS
 from .grokking.figures import draw, draw_methods
 from .grokking.model import ACTIVATIONS, INITS, LAYERS
+from .grokking.study import QUICK, Study, run_study
 from .grokking.tasks import TASKS
 from .grokking.train import Config, Run, measure, train
 from .processes import cores
@@ -126,6 +127,23 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument("--out", metavar="DIR", help="where lmn.csv and lmn.png go (lmn)")
     other.add_argument("--force", action="store_true", help="begin the table there anew")
 
+    paper = command(
+        "paper",
+        _paper,
+        "Reproduce the paper: every task and seed, figures, claims with intervals, and a report.",
+        "; the same command goes on",
+    )
+    paper.add_argument("--seeds", type=int, default=8, help="of every task, from 0 on (8)")
+    paper.add_argument(
+        "--tasks", nargs="+", default=["all"], choices=("all", *TASKS), metavar="TASK",
+        help=f"some of {', '.join(TASKS)} (all)",
+    )  # fmt: skip
+    paper.add_argument("--jobs", type=int, help="processes (as many as cores; 1 where there is a GPU)")
+    paper.add_argument("--out", default="paper", metavar="DIR", help="where everything goes (paper)")
+    paper.add_argument(
+        "--quick", action="store_true", help="1000 steps: a look at everything in minutes, no reproduction"
+    )
+
     command("info", _info, "Show the versions, the instruction set in use, and CUDA.")
     return parser
 
@@ -139,6 +157,25 @@ def _grok(options: argparse.Namespace) -> None:
     run = train(config, out or f"runs/{config.task}-seed{config.seed}", force=force, progress=True)
     draw(run.path)
     print(_summary(run))
+
+
+def _paper(options: argparse.Namespace) -> None:
+    _need_extra("paper", ("markdown", "matplotlib", "pandas", "scipy", "sklearn", "tqdm"))
+    from .grokking.report import write_report
+
+    study = QUICK if options.quick else Study()
+    tasks = tuple(TASKS) if "all" in options.tasks else tuple(dict.fromkeys(options.tasks))
+    jobs = getattr(options, "jobs", 1 if torch.cuda.is_available() else cores())
+    if jobs > cores():
+        print(f"jobs: {jobs} processes on {cores()} cores", file=sys.stderr)
+    out = Path(options.out)
+    run_study(out, tasks, options.seeds, jobs, study, progress=True)
+    given = {"seeds": options.seeds, "tasks": " ".join(options.tasks), "out": options.out}
+    command = " ".join(f"--{name} {value}" for name, value in given.items())
+    for path in write_report(
+        out, tasks, options.seeds, study, f"lmnfast paper {command}{' --quick' * options.quick}"
+    ):
+        print(f"written: {path}")
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -283,10 +320,10 @@ def _given(options: argparse.Namespace) -> dict:
     }
 
 
-def _need_extra() -> None:
-    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
+def _need_extra(extra: str = "grok", modules: Iterable[str] = ("matplotlib", "tqdm")) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise ValueError(f"this command needs {' and '.join(missing)}: pip install 'lmnfast[grok]'")
+        raise ValueError(f"this command needs {' and '.join(missing)}: pip install 'lmnfast[{extra}]'")
 
 
 def _need_device(options: argparse.Namespace) -> None:

@@ -46,7 +46,9 @@ def draw(run: str | os.PathLike) -> list[Path]:
         ValueError: not a run.
     """
     run = read_run(run)
-    return [_draw_layer(run, layer) for layer in run.config.layers]
+    return [
+        draw_layer(run, layer, run.path / "figures" / f"figure2-{layer}.png") for layer in run.config.layers
+    ]
 
 
 def draw_methods(table: Path, rows: list[dict]) -> Path:
@@ -73,14 +75,11 @@ def draw_methods(table: Path, rows: list[dict]) -> Path:
             axes.locator_params(axis="x", nbins=5)
         panels[0].set_ylabel("LMN, and its stand-ins by name" if "path" in methods else "Stand-ins for LMN")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods))
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=200)
-    path = table.parent / "figures" / f"methods{table.stem.removeprefix('measure')}.png"
-    write_file(path, image.getvalue())
-    return path
+        return save(figure, table.parent / "figures" / f"methods{table.stem.removeprefix('measure')}.png")
 
 
-def _draw_layer(run: Run, layer: str) -> Path:
+def draw_layer(run: Run, layer: str, path: Path, dpi: int = 200, colours: int | None = None) -> Path:
+    """What `draw` draws of one layer."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -89,9 +88,19 @@ def _draw_layer(run: Run, layer: str) -> Path:
         left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
         _draw_curves(left, run, layer)
         _draw_losses(right, run, layer)
+        return save(figure, path, dpi, colours)
+
+
+def save(figure, path: Path, dpi: int = 200, colours: int | None = None) -> Path:
+    """Writes a matplotlib figure as .png, whole or not at all; returns the path. With a palette of 256 colours the file is a third."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=dpi)
+    if colours is not None:
+        from PIL import Image  # what matplotlib writes images with
+
+        picture = Image.open(image).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
         image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=200)
-    path = run.path / "figures" / f"figure2-{layer}.png"
+        picture.save(image, format="png", optimize=True)
     write_file(path, image.getvalue())
     return path
 

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from ..jacobian import linear_regions
 from ..processes import prepare_worker
 from ..spectrum import eigenvalues, linear_mapping_number
 from .tasks import TASKS
-from .train import Config, progress_bar, read_config, start, train
+from .train import Config, Run, progress_bar, read_config, read_run, start, train
 
 LAYER = "hidden_1"  # where the paper measures
 OTHER_LAYERS = (
@@ -336,6 +336,37 @@ def _at_few(step: int, tails: Tails) -> list[dict]:
     ]  # nested sub-samples
     sizes = [*(size for size in SIZES if size < len(pairs)), len(pairs)]
     return rows + [_row("number", "random", step, LAYER, size, _lmn(f, pairs[:size])) for size in sizes]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What a study has of a task and a seed: its run, the short one with another initialisation, its answers."""
+
+    run: Run
+    lecun: Run
+    relu: Run
+    answers: list[dict]
+
+    def answer(self, question: str, variant: str | None = None, layer: str | None = None) -> dict[int, float]:
+        """By step."""
+        return {
+            row["step"]: row["value"]
+            for row in self.answers
+            if row["question"] == question
+            and (variant is None or row["variant"] == variant)
+            and (layer is None or row["layer"] == layer)
+        }
+
+
+def read_study(out: Path, tasks: Iterable[str], seeds: int) -> dict[str, list[Seed]]:
+    """What a study has, by task; ValueError for what is missing or damaged."""
+    return {
+        task: [
+            Seed(*map(read_run, _runs(out, task, seed)), read_answers(_answers_file(out, task, seed)))
+            for seed in range(seeds)
+        ]
+        for task in tasks
+    }
 
 
 # Files -----------------------------------------------------------------------------------------------------

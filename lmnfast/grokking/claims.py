@@ -1,0 +1,338 @@
+"""The paper's claims and numbers (arXiv 2310.05918), each as a statistic of a run, over the seeds of a study."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+import lmnfast
+
+from .figures import paper_curves
+from .study import LAYER, Seed
+from .tasks import TASKS, task_sizes
+from .train import Run, start
+
+COLUMN = f"lmn_{LAYER}"
+PAPER_ENDS = 15_000  # the last step of the paper's Figure 2 is 14 500
+CONFIDENCE = 0.95
+RISE = 1.1  # a rise by less than a tenth is not called one
+
+# Read off Figure 2 by pixel: +-0.15 in LMN, +-0.1 in L2 norm; steps of generalisation to a few hundred.
+PAPER = {
+    "modular-addition": {
+        "LMN at step 0": 32.1,
+        "LMN, lowest before memorisation": 23.4,
+        "LMN, peak": 53.9,
+        "LMN at step 4000": 39.1,
+        "LMN at step 8000": 16.4,
+        "L2 norm at step 0": 33.75,
+        "L2 norm, peak": 44.3,
+        "L2 norm at step 10000": 32.7,
+        "test loss, peak": 15.8,
+        "step of generalisation": 7600,
+    },
+    "s4": {
+        "LMN at step 0": 22.3,
+        "LMN, lowest before memorisation": 15.9,
+        "LMN, peak": 28.75,
+        "LMN at step 4000": 20.2,
+        "LMN at step 8000": 10.8,
+        "L2 norm at step 0": 30.2,
+        "L2 norm, peak": 38.3,
+        "L2 norm at step 10000": 30.3,
+        "test loss, peak": 14.3,
+        "step of generalisation": 10_000,
+    },
+    "xor": {
+        "LMN at step 0": 33.7,
+        "LMN, peak": 34.7,
+        "LMN at step 4000": 14.9,
+        "LMN at step 8000": 19.7,
+        "L2 norm at step 0": 32.65,
+        "L2 norm, peak": 41.2,
+        "L2 norm at step 10000": 27.9,
+        "test loss, peak": 7.3,
+        "step of generalisation": 3100,
+    },
+}
+# What counts as reproduced: the median of the seeds within these of the paper's; a step within a factor.
+TOLERANCES = {"LMN, peak": 0.08, "LMN at step 4000": 0.15, "L2 norm at step 10000": 0.03}
+FACTOR = 1.6  # of the step of generalisation
+NO_TOLERANCE = {("xor", "LMN at step 4000")}  # where the second rise begins
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number for every seed, NaN where a run has none; with the paper's and what is made of it."""
+
+    name: str
+    task: str
+    meaning: str
+    paper: str
+    values: tuple[float, ...]
+    verdict: str
+
+    @property
+    def finite(self) -> list[float]:
+        return [value for value in self.values if math.isfinite(value)]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.finite)) if self.finite else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return interval(self.finite)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Bootstrap interval of the median, CONFIDENCE, by percentiles; NaN for less than two values. Needs scipy."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    from scipy.stats import bootstrap
+
+    result = bootstrap(
+        (np.asarray(values),),
+        np.median,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def judged(values: Sequence[float], holds: tuple[float, float]) -> str:
+    """ "holds" where the interval lies between the two numbers, "fails" where it lies outside, else "undecided"."""
+    reached = [value for value in values if math.isfinite(value)]
+    low, high = interval(reached)
+    if math.isnan(low):
+        return "one seed" if reached else "not reached"
+    if holds[0] <= low and high <= holds[1]:
+        return "holds"
+    return "fails" if high < holds[0] or low > holds[1] else "undecided"
+
+
+# Of one run ------------------------------------------------------------------------------------------------
+
+
+def at(run: Run, step: int, column: str = COLUMN) -> float:
+    return next((row[column] for row in run.rows if row["step"] == step), math.nan)
+
+
+def peak(run: Run) -> dict:
+    """The row of the largest LMN after memorisation, while generalising."""
+    rows = [row for row in run.rows if run.phase(row) == "generalising"]
+    return max(rows, key=lambda row: row[COLUMN], default={"step": -1, COLUMN: math.nan})
+
+
+def fall(run: Run) -> float:
+    """LMN at generalisation over its peak."""
+    return math.nan if run.generalised is None else at(run, run.generalised) / peak(run)[COLUMN]
+
+
+def _papers_fall(task: str) -> float:
+    curve = paper_curves(task)
+    known = [(step, lmn) for step, lmn in zip(curve["step"], curve["lmn"]) if not math.isnan(lmn)]
+    return float(np.interp(PAPER[task]["step of generalisation"], *zip(*known))) / PAPER[task]["LMN, peak"]
+
+
+def r_squared(run: Run, column: str = COLUMN, since_peak: bool = False) -> float:
+    """Of a linear fit of the test loss while generalising: the square of Pearson's r; NaN until generalised."""
+    if run.generalised is None:
+        return math.nan
+    first = peak(run)["step"] if since_peak else 0
+    rows = [row for row in run.rows if run.phase(row) == "generalising" and row["step"] >= first]
+    return pearson([(row["test_loss"], row[column]) for row in rows]) ** 2
+
+
+def pearson(pairs: Sequence[tuple[float, float]]) -> float:
+    """NaN for less than 3 pairs, or where one of the two is constant."""
+    if len(pairs) < 3 or min(np.ptp(np.asarray(pairs), axis=0)) == 0:
+        return math.nan
+    return float(np.corrcoef(np.asarray(pairs).T)[0, 1])
+
+
+def levelling(run: Run) -> float:
+    """Slope of LMN over steps after generalisation, up to PAPER_ENDS, over the slope from the peak to generalisation."""
+    if run.generalised is None:
+        return math.nan
+    top = peak(run)["step"]
+    before = [row for row in run.rows if top <= row["step"] <= run.generalised]
+    after = [row for row in run.rows if run.generalised <= row["step"] <= PAPER_ENDS]
+    if min(len(before), len(after)) < 5:
+        return math.nan
+    slopes = [
+        np.polyfit([r["step"] for r in rows], [r[COLUMN] for r in rows], 1)[0] for rows in (after, before)
+    ]
+    return float(slopes[0] / slopes[1])
+
+
+@dataclass(frozen=True)
+class Rise:
+    valley_step: int
+    valley: float
+    top_step: int
+    top: float
+
+
+def second_rise(run: Run) -> Rise | None:
+    """The largest rise of LMN between its peak after memorisation and PAPER_ENDS; None while not generalised."""
+    rows = [row for row in run.rows if peak(run)["step"] <= row["step"] <= PAPER_ENDS]
+    if run.generalised is None or not rows:
+        return None
+    best, valley = None, rows[0]
+    for row in rows:
+        valley = min(valley, row, key=lambda r: r[COLUMN])
+        if best is None or row[COLUMN] - valley[COLUMN] > best.top - best.valley:
+            best = Rise(valley["step"], valley[COLUMN], row["step"], row[COLUMN])
+    return best
+
+
+def layers_r_squared(seed: Seed, layer: str) -> float:
+    """As r_squared, at the milestones, where all layers are measured."""
+    run = seed.run
+    if run.generalised is None:
+        return math.nan
+    values = seed.answer("samples", "train") if layer == LAYER else seed.answer("layers", layer=layer)
+    rows = [row for row in run.rows if run.phase(row) == "generalising" and row["step"] in values]
+    return pearson([(row["test_loss"], values[row["step"]]) for row in rows]) ** 2
+
+
+def linear_network_lmn(run: Run) -> float:
+    """LMN of the run's untrained network without its activations, from the embedding on."""
+    task, model = start(run.config)
+    layers = [module for module in model if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        return lmnfast.lmn(nn.Sequential(*layers), model.embedding(task.train_inputs)).item()
+
+
+# Over the seeds --------------------------------------------------------------------------------------------
+
+
+def claims(seeds: dict[str, list[Seed]]) -> list[Statistic]:
+    """The paper's claims, in its order, with a verdict each."""
+    found: list[Statistic] = []
+
+    def claim(
+        name: str,
+        task: str,
+        meaning: str,
+        paper: str,
+        of: Callable[[Seed], float],
+        holds: tuple[float, float],
+    ) -> None:
+        values = tuple(of(seed) for seed in seeds[task])
+        found.append(Statistic(name, task, meaning, paper, values, judged(values, holds)))
+
+    for task in seeds:
+        claim(
+            "A linear network has LMN 1", task, "LMN - 1", "0",
+            lambda seed: linear_network_lmn(seed.run) - 1, (-1e-6, 1e-6),
+        )  # fmt: skip
+    for task in seeds:
+        claim(
+            "The network is near linear at initialisation", task, "mean entry of L at step 0; holds from 0.9",
+            "near 1", lambda seed: seed.answer("entries", "mean").get(0, math.nan), (0.9, 1),
+        )  # fmt: skip
+    for task in seeds:
+        claim(
+            "LMN falls while the network generalises", task, "LMN at generalisation / its peak; holds below 1",
+            f"{_papers_fall(task):.2f}",
+            lambda seed: fall(seed.run), (0, 1),
+        )  # fmt: skip
+    for task in seeds:
+        claim(
+            "Test loss is linear in LMN while generalising", task, "R² of a linear fit; holds from 0.9",
+            "near 1", lambda seed: r_squared(seed.run), (0.9, 1),
+        )  # fmt: skip
+    for task in seeds:
+        claim(
+            "More so than in the L2 norm", task, "R² with LMN - R² with L2 norm; holds above 0", "above 0",
+            lambda seed: r_squared(seed.run) - r_squared(seed.run, "l2_norm"), (1e-9, 1),
+        )  # fmt: skip
+    for task in seeds:
+        claim(
+            "The same, from the peak of LMN on", task, "R² with LMN - R² with L2 norm; holds above 0", "above 0",
+            lambda seed: r_squared(seed.run, since_peak=True) - r_squared(seed.run, "l2_norm", since_peak=True),
+            (1e-9, 1),
+        )  # fmt: skip
+    for task in seeds:
+        if task != "xor":
+            claim(
+                "LMN levels off once generalised", task,
+                "slope after / slope before, to step 15 000; holds within 0.2", "near 0",
+                lambda seed: levelling(seed.run), (-0.2, 0.2),
+            )  # fmt: skip
+    if "xor" in seeds:
+        rises = {id(seed): second_rise(seed.run) for seed in seeds["xor"]}
+
+        def of_rise(value: Callable[[Rise], float]) -> Callable[[Seed], float]:
+            return lambda seed: math.nan if (rise := rises[id(seed)]) is None else value(rise)
+
+        claim(
+            "XOR: LMN rises a second time", "xor", f"top / valley before it; holds from {RISE}", "1.36",
+            of_rise(lambda rise: rise.top / rise.valley), (RISE, math.inf),
+        )  # fmt: skip
+        claim(
+            "XOR: the valley is 15 = 5 x 3", "xor", "LMN at the valley; holds within 10 %", "14.9",
+            of_rise(lambda rise: rise.valley), (13.5, 16.5),
+        )  # fmt: skip
+        claim(
+            "XOR: the top is 20 = 5 x 4", "xor", "LMN at the top; holds within 10 %", "20.2",
+            of_rise(lambda rise: rise.top), (18, 22),
+        )  # fmt: skip
+    for task in seeds:
+        claim(
+            "The embedding's LMN says less", task, "R² with hidden_1's LMN - R² with embedding's; holds above 0",
+            "above 0", lambda seed: layers_r_squared(seed, LAYER) - layers_r_squared(seed, "embedding"), (1e-9, 1),
+        )  # fmt: skip
+    for task in seeds:
+        claim(
+            "The second hidden layer's LMN says nothing", task, "largest LMN - 1 over all steps", "0",
+            lambda seed: max(seed.answer("layers", layer="hidden_2").values(), default=math.nan) - 1,
+            (-1e-6, 1e-6),
+        )  # fmt: skip
+    return found
+
+
+NUMBERS: dict[str, Callable[[Run], float]] = {
+    "LMN at step 0": lambda run: at(run, 0),
+    "LMN, lowest before memorisation": lambda run: min(
+        (row[COLUMN] for row in run.rows if row["step"] <= (run.memorised or 0)), default=math.nan
+    ),
+    "LMN, peak": lambda run: peak(run)[COLUMN],
+    "LMN at step 4000": lambda run: at(run, 4000),
+    "LMN at step 8000": lambda run: at(run, 8000),
+    "L2 norm at step 0": lambda run: at(run, 0, "l2_norm"),
+    "L2 norm, peak": lambda run: max(row["l2_norm"] for row in run.rows),
+    "L2 norm at step 10000": lambda run: at(run, 10_000, "l2_norm"),
+    "test loss, peak": lambda run: max(row["test_loss"] for row in run.rows),
+    "step of generalisation": lambda run: math.nan if run.generalised is None else run.generalised,
+}
+
+
+def numbers(seeds: dict[str, list[Seed]]) -> list[Statistic]:
+    """The paper's numbers beside ours, where the task has the paper's size."""
+    found = []
+    for task, members in seeds.items():
+        config = members[0].run.config
+        assert task in TASKS and task_sizes(task) == task_sizes(task, p=config.p, bits=config.bits)
+        for name, paper in PAPER[task].items():
+            values = tuple(NUMBERS[name](seed.run) for seed in members)
+            verdict = _within(task, name, Statistic(name, task, "", "", values, "").median / paper)
+            found.append(Statistic(name, task, "", f"{paper:g}", values, verdict))
+    return found
+
+
+def _within(task: str, name: str, ratio: float) -> str:
+    if math.isnan(ratio):
+        return "not reached"
+    if name == "step of generalisation":
+        return f"{'within' if 1 / FACTOR <= ratio <= FACTOR else 'outside'} a factor {FACTOR}"
+    tolerance = None if (task, name) in NO_TOLERANCE else TOLERANCES.get(name)
+    if tolerance is None:
+        return ""
+    return f"{'within' if abs(ratio - 1) <= tolerance else 'outside'} {tolerance:.0%}"

@@ -1,0 +1,330 @@
+"""The paper's figures (arXiv 2310.05918) from a study: Figures 1, 3 and 4, Figure 2 over seeds, XOR's second rise, and
+what the report's questions are answered by. All need matplotlib; draw_connectivity scikit-learn too."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..connectivity import connectivity
+from ..cutting import cut
+from ..spectrum import eigenvalues, linear_mapping_number
+from .claims import COLUMN, PAPER_ENDS, second_rise
+from .figures import ACCURACY, L2, LMN, paper_curves, save
+from .study import LAYER, RULES, STAND_INS, Seed
+from .train import Run, start
+
+SMALL = {"dpi": 110, "colours": 256}  # a third of the file of all colours; a colour bar needs all
+STYLE = {"font.size": 11, "legend.frameon": False, "lines.linewidth": 1.8}
+MORE = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CLUSTERS = 10  # the paper's
+
+
+def draw_idea(path: Path) -> Path:
+    """Figure 1, the idea: a ReLU network on the plane, its linear regions, three pairs of samples, their paths in the
+    output, the connectivity matrix of all samples."""
+    from matplotlib import rc_context
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    generator = torch.Generator().manual_seed(4)
+    network = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(generator=generator)
+    samples = 4 * torch.rand(24, 2, generator=generator, dtype=torch.float64) - 2
+    L = connectivity(network, samples)
+    flat = (L + torch.diag(torch.full((len(L),), math.nan))).flatten()
+    order = flat.argsort()[: flat.numel() - len(L)]
+    pairs = [divmod(int(order[k]), len(L)) for k in (len(order) - 1, len(order) // 3, 0)]  # straight to bent
+
+    axis = torch.linspace(-2, 2, 400, dtype=torch.float64)
+    plane = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        first = network[0](plane)
+        signs = torch.cat([first > 0, network[2](first.relu()) > 0], dim=1).double()
+    code = (signs @ 2.0 ** torch.arange(signs.shape[1], dtype=torch.float64)).unique(return_inverse=True)[1]
+    shades = np.random.default_rng(0).uniform(0.75, 1, (int(code.max()) + 1, 3))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(12.5, 4), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        left.imshow(
+            code.view(400, 400).T.numpy(), origin="lower", extent=(-2, 2, -2, 2), cmap=ListedColormap(shades)
+        )
+        left.plot(*samples.T.numpy(), "k.", markersize=4)
+        t = torch.linspace(0, 1, 21, dtype=torch.float64)
+        for (i, j), colour, name in zip(pairs, (L2, ACCURACY, LMN), "ABC", strict=True):
+            points = samples[i] + t[:, None] * (samples[j] - samples[i])
+            with torch.no_grad():
+                y = network(points)[:, 0].numpy()
+            left.plot(*points.T.numpy(), "o-", color=colour, markevery=20)
+            left.annotate(
+                name,
+                points[10].tolist(),
+                color=colour,
+                weight="bold",
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
+            middle.plot(t.numpy(), y, ".-", color=colour, label=f"{name}: r² = {L[i, j]:.3f}")
+            middle.plot([0, 1], y[[0, -1]], ":", color=colour)
+        left.set_title(f"{int(code.max()) + 1} linear regions, {len(samples)} samples")
+        middle.set(title="The output along three paths", xlabel="t, from one sample to the other")
+        middle.legend()
+        image = right.imshow(_reordered(L, 4), vmin=0, vmax=1, cmap="viridis")
+        right.set_title(f"Connectivity: LMN {linear_mapping_number(L):.1f}")
+        figure.colorbar(image, ax=right, label="r²")
+        return save(figure, path, 110)
+
+
+def _reordered(L: Tensor, clusters: int) -> np.ndarray:
+    """The matrix cluster by cluster, by scikit-learn's spectral clustering; large ones first."""
+    from sklearn.cluster import SpectralClustering
+    from threadpoolctl import threadpool_limits
+
+    model = SpectralClustering(clusters, affinity="precomputed", random_state=0)
+    with threadpool_limits(1):  # its many small steps are slower on more threads
+        found = model.fit_predict(L.double().clamp(0, 1).numpy())
+    counts = np.bincount(found, minlength=clusters)
+    order = np.lexsort((found, -counts[found]))
+    return L.numpy()[np.ix_(order, order)]
+
+
+def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
+    """Figure 2 over seeds: medians, the middle half and the range, the paper's curves on top."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    runs = [seed.run for seed in seeds]
+    task = runs[0].config.task
+    steps = [row["step"] for row in runs[0].rows]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(12.5, 4.2), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
+        accuracy = left.twinx()
+        for axes, column, label, colour in (
+            (left, COLUMN, "LMN", LMN),
+            (left, "l2_norm", "L2 norm", L2),
+            (accuracy, "test_accuracy", "test accuracy", ACCURACY),
+        ):
+            _band(axes, steps, [[row[column] for row in run.rows] for run in runs], label, colour)
+        paper = paper_curves(task)
+        for column, colour in (("lmn", LMN), ("l2_norm", L2)):
+            left.plot(
+                paper["step"], paper[column], ".", color=colour, markersize=6, alpha=0.7, mec="k", mew=0.3
+            )
+        left.plot([], [], ".k", label="dots: the paper's")
+        left.plot([], [], color="#56B4E9", linewidth=1, label="test accuracy (right)")
+        left.legend(loc="upper right", fontsize=9)
+        left.set(xlabel="Training step", ylabel="LMN, L2 norm", ylim=(0, None), xlim=(0, steps[-1] or 1))
+        left.set_title(f"{task}: median, middle half and range of {len(runs)} seeds", fontsize=11)
+        accuracy.set_ylim(-0.03, 1.06)
+        accuracy.tick_params(axis="y", colors=ACCURACY)
+        colours = [*(LMN, L2, ACCURACY), *MORE, "#999999"]
+        for axes, column, label in ((middle, COLUMN, "LMN"), (right, "l2_norm", "L2 norm")):
+            for run, colour in zip(runs, (colours * len(runs))[: len(runs)]):
+                rows = [row for row in run.rows if run.phase(row) == "generalising"]
+                x, y = [row[column] for row in rows], [row["test_loss"] for row in rows]
+                axes.plot(x, y, ".", markersize=3, color=colour)
+            axes.set(xlabel=f"{label} while generalising", ylabel="Test loss (nats)")
+        return save(figure, path, **SMALL)
+
+
+def _band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, colour: str) -> None:
+    """Median, the middle half, and the range."""
+    low, first, middle, third, high = np.quantile(np.asarray(curves), (0, 0.25, 0.5, 0.75, 1), axis=0)
+    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.fill_between(x, first, third, color=colour, alpha=0.3, linewidth=0)
+    axes.plot(x, middle, color=colour, label=label)
+
+
+def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
+    """Figure 3: LMN from every layer on. A Linear between two layers does not change it."""
+    layers = {
+        "embedding (and before the first SiLU)": ("embedding", ACCURACY),
+        "hidden_1 (and before the second SiLU)": (LAYER, LMN),
+        "hidden_2": ("hidden_2", L2),
+    }
+
+    def panel(axes, members: list[Seed]) -> None:
+        for label, (layer, colour) in layers.items():
+            tables = [
+                seed.answer("samples", "train") if layer == LAYER else seed.answer("layers", layer=layer)
+                for seed in members
+            ]
+            _band(
+                axes,
+                sorted(tables[0]),
+                [[table[s] for s in sorted(tables[0])] for table in tables],
+                label,
+                colour,
+            )
+        axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
+
+    return _panels(seeds, path, panel, "LMN")
+
+
+def _panels(seeds: dict[str, list[Seed]], path: Path, panel: Callable, ylabel: str) -> Path:
+    """One panel for each task, with one legend."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1 + 4 * len(seeds), 3.9), layout="constrained")
+        row = figure.subplots(1, len(seeds), squeeze=False)[0]
+        for axes, members in zip(row, seeds.values(), strict=True):
+            panel(axes, members)
+        row[0].set_ylabel(ylabel)
+        figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        return save(figure, path, **SMALL)
+
+
+def draw_connectivity(run: Run, path: Path) -> Path:
+    """Figure 4: the matrix, reordered into clusters, and its eigenvalues; at step 0, memorised, generalised."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    moments = {"at initialisation": 0, "memorised": run.memorised, "generalised": run.generalised}
+    moments = {name: step for name, step in moments.items() if step is not None}
+    task, model = start(run.config)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.1 * len(moments), 6.6), layout="constrained")
+        matrices, spectra = figure.subplots(2, len(moments), height_ratios=[1.6, 1], squeeze=False)
+        for upper, lower, (name, step) in zip(matrices, spectra, moments.items(), strict=True):
+            file = run.path / "checkpoints" / f"step_{step:08}.pt"
+            model.load_state_dict(torch.load(file, map_location=run.config.device, weights_only=True))
+            L = connectivity(*cut(model, LAYER, task.train_inputs)).cpu()
+            image = upper.imshow(
+                _reordered(L, CLUSTERS), vmin=0, vmax=1, cmap="viridis", interpolation="antialiased"
+            )
+            upper.set_title(f"{name}, step {step}: LMN {linear_mapping_number(L):.1f}", fontsize=11)
+            w = eigenvalues(L).sort(descending=True).values
+            lower.plot(w.numpy(), ".", color=LMN, markersize=2)
+            lower.axhline(0, color="#888888", linewidth=0.8)
+            lower.set(yscale="symlog", ylim=(-1e3, 1e3), xlabel="Index of the eigenvalue")
+            lower.set_yscale("symlog", linthresh=1e-2)
+        spectra[0].set_ylabel("Eigenvalue")
+        figure.colorbar(image, ax=list(matrices), label="r²", shrink=0.9)
+        return save(figure, path, 80)
+
+
+def draw_second_rise(seeds: Sequence[Seed], path: Path) -> Path:
+    """LMN of every seed, with the valley and the top of its second rise; and the paper's curve."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    paper = paper_curves(seeds[0].run.config.task)
+    columns = min(4, len(seeds))
+    with rc_context(STYLE):
+        rows = -(-len(seeds) // columns)
+        figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+        for axes, seed in zip(grid, seeds):
+            run = seed.run
+            axes.plot(paper["step"], paper["lmn"], ".", color="#888888", markersize=3)
+            axes.plot(
+                [row["step"] for row in run.rows], [row[COLUMN] for row in run.rows], color=LMN, linewidth=1.2
+            )
+            if rise := second_rise(run):
+                axes.plot(rise.valley_step, rise.valley, "v", color=ACCURACY)
+                axes.plot(rise.top_step, rise.top, "^", color=L2)
+            axes.axvline(PAPER_ENDS, color="#888888", linewidth=0.8, linestyle=":")
+            axes.set_title(f"seed {run.config.seed}", fontsize=10)
+        figure.supxlabel("Training step (dotted: where the paper ends; dots: the paper's curve)", fontsize=10)
+        figure.supylabel("LMN", fontsize=10)
+        return save(figure, path, **SMALL)
+
+
+def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
+    """What the report's questions are answered by, for one task: six panels, medians over seeds."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(13, 7.6), layout="constrained")
+        (init, nodes, number), (samples, negative, stand_ins) = figure.subplots(2, 3)
+        paper = paper_curves(seeds[0].run.config.task)
+        for label, runs, colour in (
+            ("default", [seed.run for seed in seeds], LMN),
+            ("lecun-first", [seed.lecun for seed in seeds], ACCURACY),
+        ):
+            rows = [row for row in runs[0].rows if row["step"] <= seeds[0].lecun.config.steps]
+            curves = [[row[COLUMN] for row in run.rows[: len(rows)]] for run in runs]
+            _band(init, [row["step"] for row in rows], curves, label, colour)
+        early = [(s, v) for s, v in zip(paper["step"], paper["lmn"]) if s <= seeds[0].lecun.config.steps]
+        init.plot(*zip(*early), "k.", label="the paper's") if early else None
+        init.set(title="Initialisation", xlabel="Training step", ylabel="LMN", ylim=(0, None))
+
+        for k, (rule, points) in enumerate(RULES):
+            errors = [relative_errors(seed, "nodes", f"{rule} {points}") for seed in seeds]
+            values = [100 * abs(e) for table in errors for e in table.values()]
+            nodes.plot(
+                [k] * len(values), np.maximum(values, 1e-5), ".", color=L2 if rule == "lobatto" else LMN
+            )
+        nodes.set(title="Other nodes: error against 21 points", yscale="log", ylabel="Error of LMN (%)")
+        nodes.set_xticks(range(len(RULES)), [f"{rule}\n{points}" for rule, points in RULES], fontsize=8)
+
+        steps = sorted({row["step"] for row in seeds[0].answers if row["question"] == "number"})
+        for step, colour in zip(steps, (ACCURACY, LMN, L2, *MORE)):
+            tables = [{r["samples"]: r["value"] for r in seed.answers if r["question"] == "number" and r["step"] == step}
+                      for seed in seeds]  # fmt: skip
+            _band(
+                number,
+                sorted(tables[0]),
+                [[t[n] for n in sorted(tables[0])] for t in tables],
+                f"step {step}",
+                colour,
+            )
+        number.set(title="Number of samples N", xscale="log", yscale="log", xlabel="N", ylabel="LMN")
+
+        _over_steps(samples, seeds, "samples", ("train", "both", "test", "train, as many as test"))
+        samples.set(title="Which samples", yscale="log")
+        _over_steps(negative, seeds, "samples", ("train",), {"train": "absolute value"})
+        _over_steps(negative, seeds, "negative", ("clipped",), {"clipped": "negative ones clipped"}, 1)
+        negative.set(title="Negative eigenvalues")
+        _over_steps(stand_ins, seeds, "samples", ("train",), {"train": "path (LMN)"})
+        _over_steps(stand_ins, seeds, "stand-ins", STAND_INS, {}, 1)
+        stand_ins.set(title="Stand-ins")
+        for axes in (init, number, samples, negative, stand_ins):
+            axes.legend(fontsize=9)
+        return save(figure, path, **SMALL)
+
+
+def _over_steps(
+    axes,
+    seeds: Sequence[Seed],
+    question: str,
+    variants: Iterable[str],
+    names: dict | None = None,
+    skip: int = 0,
+) -> None:
+    for variant, colour in zip(variants, (LMN, ACCURACY, L2, *MORE)[skip:]):
+        tables = [seed.answer(question, variant) for seed in seeds]
+        steps = sorted(tables[0])
+        _band(
+            axes, steps, [[t[s] for s in steps] for t in tables], (names or {}).get(variant, variant), colour
+        )
+    axes.set(xlabel="Training step", ylabel="LMN")
+
+
+def relative_errors(seed: Seed, question: str, variant: str) -> dict[int, float]:
+    """Relative to LMN of the training samples, by step."""
+    exact = seed.answer("samples", "train")
+    return {step: value / exact[step] - 1 for step, value in seed.answer(question, variant).items()}
+
+
+def draw_regions(seeds: dict[str, list[Seed]], path: Path) -> Path:
+    """ReLU networks: LMN, and the number of linear regions that the samples lie in, over training."""
+
+    def panel(axes, members: list[Seed]) -> None:
+        steps = [row["step"] for row in members[0].relu.rows]
+        regions = [seed.answer("regions") for seed in members]
+        _band(axes, steps, [[row[COLUMN] for row in seed.relu.rows] for seed in members], "LMN", LMN)
+        _band(axes, steps, [[table[s] for s in steps] for table in regions], "linear regions", ACCURACY)
+        axes.axhline(members[0].relu.rows[0]["samples"], color="#888888", linestyle=":", label="N")
+        axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
+
+    return _panels(seeds, path, panel, "LMN, regions")

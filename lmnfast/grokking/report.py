@@ -1,0 +1,495 @@
+"""The report of a study: report.md, report.html with the figures in it, results.csv."""
+
+import base64
+import html
+import platform
+import re
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pandas
+import torch
+
+from .. import __version__, _native
+from ..files import write_file
+from . import paper_figures as figures
+from .claims import (
+    COLUMN,
+    CONFIDENCE,
+    PAPER,
+    PAPER_ENDS,
+    RISE,
+    Statistic,
+    at,
+    claims,
+    numbers,
+    peak,
+    pearson,
+    second_rise,
+)
+from .figures import draw_layer
+from .study import LAYER, OTHER_LAYERS, RULES, SIZES, STAND_INS, Seed, Study, read_study
+from .train import METRICS
+
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+img { max-width: 100% } table { border-collapse: collapse; margin: 1rem 0; font-size: 0.85rem; display: block; overflow-x: auto }
+th, td { border: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: left } th { background: #f4f4f4 }
+code { background: #f4f4f4; padding: 0 0.2rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
+"""
+
+
+def write_report(out: Path, tasks: Sequence[str], seeds: int, study: Study, command: str) -> list[Path]:
+    """Draws the figures of a finished study and writes its report; returns the paths of the files.
+
+    Raises:
+        ValueError: a run is missing or damaged.
+        OSError: `out` cannot be written.
+    """
+    members = read_study(out, tasks, seeds)
+    results = _results(members)
+    write_file(out / "results.csv", results.to_csv(index=False, float_format="%.7g").encode())
+    text = _report(out, members, study, command)
+    write_file(out / "report.md", text.encode())
+    write_file(out / "report.html", _html(text, out).encode())
+    return [out / name for name in ("report.html", "report.md", "results.csv")]
+
+
+def _results(members: dict[str, list[Seed]]) -> pandas.DataFrame:
+    """One row for every task, seed, step and layer."""
+    rows = []
+    for task, seeds in members.items():
+        for seed in seeds:
+            config = seed.run.config
+            common = {row["step"]: {name: row[name] for name in METRICS} for row in seed.run.rows}
+            for layer in (LAYER, *OTHER_LAYERS):
+                lmn = (
+                    {row["step"]: row[f"lmn_{layer}"] for row in seed.run.rows}
+                    if layer == LAYER
+                    else seed.answer("layers", layer=layer)
+                )
+                rows += [
+                    {
+                        "task": task, "seed": config.seed, "step": step, "layer": layer, "lmn": value,
+                        "samples": seed.run.rows[0]["samples"], "points": config.points, "rule": config.rule,
+                        "method": config.method, "phase": seed.run.phase({"step": step}), **common[step],
+                    }
+                    for step, value in lmn.items()
+                ]  # fmt: skip
+    return pandas.DataFrame(rows)
+
+
+# Markdown --------------------------------------------------------------------------------------------------
+
+
+def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: str) -> str:
+    count = len(next(iter(members.values())))
+    found, measured = claims(members), numbers(members)
+    lines = [
+        "# Grokking as compression, reproduced",
+        "",
+        f"Every figure of [arXiv 2310.05918](https://arxiv.org/abs/2310.05918), its numbers and its claims, by lmnfast: "
+        f"{len(members)} task{'s' * (len(members) > 1)}, {count} seed{'s' * (count > 1)} (split and weights), "
+        f"{study.steps} steps each, the linear mapping number (LMN) every {study.every} steps on all training samples, from "
+        f"`{LAYER}` on at 21 points. The network, the optimiser and the tasks are the paper's; the initialisation, which the "
+        "paper does not state, is PyTorch's.",
+        "",
+        f"Ours is the median of the seeds with a {CONFIDENCE:.0%} bootstrap interval of that median (percentiles of 9999 "
+        'resamples of the seeds). A claim "holds" where that whole interval is on its side, "fails" where all of it is on '
+        'the other, and is "undecided" else. The bounds were set before the runs of the seeds were looked at, none was fitted. A seed that does not '
+        "reach what a row needs is counted in its column.",
+        "",
+        *_summary(found, measured),
+        "## The claims",
+        "",
+        *_table(
+            ("claim", "task", "statistic", "paper", f"ours (median, {CONFIDENCE:.0%})", "seeds", "verdict"),
+            [(c.name, c.task, c.meaning, c.paper, _ours(c), _counted(c), f"**{c.verdict}**") for c in found],
+        ),
+        "",
+        "## The numbers",
+        "",
+        "The paper's are read off its figures (about ±0.15 in LMN, ±0.1 in L2 norm).",
+        "",
+        *_table(
+            ("number", "task", "paper", "ours (median, 95%)", "all seeds", "difference", "asked"),
+            [(c.name, c.task, c.paper, _ours(c), _all(c), _difference(c), c.verdict) for c in measured],
+        ),
+        "",
+        *_figures(out, members),
+        *_questions(out, members, study),
+        *_how(members, study, command),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
+    verdicts = [claim.verdict for claim in found]
+    asked = [number for number in measured if number.verdict.startswith(("within", "outside"))]
+    off = [number for number in asked if number.verdict.startswith("outside")]
+    lines = [
+        "## In short",
+        "",
+        f"- Of {len(found)} claims, a task each: "
+        + ", ".join(f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts))
+        + ".",
+    ]
+    for verdict in ("fails", "undecided"):
+        if names := [f"{claim.name} ({claim.task})" for claim in found if claim.verdict == verdict]:
+            lines.append(f"- {verdict.capitalize()}: {'; '.join(names)}.")
+    if asked:
+        lines.append(f"- Of {len(asked)} numbers with a bound, {len(asked) - len(off)} lie within it.")
+    lines += [
+        f"- Outside: {number.name} of {number.task}, {_number(number.median)} for the paper's {number.paper}, "
+        f"{_difference(number)}."
+        for number in off
+    ]
+    return [*lines, ""]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _number(value: float) -> str:
+    if not np.isfinite(value):
+        return "-"
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def _ours(statistic: Statistic) -> str:
+    low, high = statistic.interval
+    return (
+        f"{_number(statistic.median)} ({_number(low)} to {_number(high)})"
+        if np.isfinite(low)
+        else _number(statistic.median)
+    )
+
+
+def _counted(statistic: Statistic) -> str:
+    return f"{len(statistic.finite)} of {len(statistic.values)}"
+
+
+def _all(statistic: Statistic) -> str:
+    return ", ".join(map(_number, statistic.values))
+
+
+def _difference(statistic: Statistic) -> str:
+    ratio = statistic.median / float(statistic.paper)
+    return f"{ratio - 1:+.1%}" if np.isfinite(ratio) else "-"
+
+
+def _figures(out: Path, members: dict[str, list[Seed]]) -> list[str]:
+    """Draws them all, as the text that shows them."""
+    folder = out / "figures"
+    shown: list[str] = []
+
+    def show(title: str, caption: str, path: Path) -> None:
+        shown.extend([f"### {title}", "", f"![{title}]({path.relative_to(out).as_posix()})", "", caption, ""])
+
+    shown += ["## The figures", ""]
+    show(
+        "Figure 1: the idea",
+        "A small ReLU network on the plane. Left: its linear regions, one colour each, samples, and three pairs of them. "
+        "Middle: its output along the straight lines between the pairs (dotted: the chord). Right: the connectivity of all "
+        "pairs of samples, reordered.",
+        figures.draw_idea(folder / "figure1.png"),
+    )
+    for task, seeds in members.items():
+        show(
+            f"Figure 2, {task}, seed 0",
+            "Dots: the paper's curves, read off by pixel.",
+            draw_layer(seeds[0].run, LAYER, folder / f"figure2-{task}-seed0.png", **figures.SMALL),
+        )
+        show(
+            f"Figure 2, {task}, {len(seeds)} seeds",
+            "Left: median, the middle half and the range; dots: the paper's curves. Right: test loss against LMN and against "
+            "the L2 norm while generalising, one colour a seed.",
+            figures.draw_seeds(seeds, folder / f"figure2-{task}.png"),
+        )
+    show(
+        "Figure 3: LMN from every layer on",
+        "Median, the middle half and the range of the seeds. From `hidden_2` the rest is linear.",
+        figures.draw_layers(members, folder / "figure3.png"),
+    )
+    for task, seeds in members.items():
+        show(
+            f"Figure 4, {task}, seed 0",
+            f"The connectivity matrix of the training samples, reordered into {figures.CLUSTERS} spectral clusters, and its "
+            "eigenvalues (symmetric logarithmic axis).",
+            figures.draw_connectivity(seeds[0].run, folder / f"figure4-{task}.png"),
+        )
+    if "xor" in members:
+        show(
+            "XOR's second rise, every seed",
+            "Triangles: the valley and the top of the largest rise between the peak after memorisation and step "
+            f"{PAPER_ENDS}.",
+            figures.draw_second_rise(members["xor"], folder / "xor-second-rise.png"),
+        )
+        shown += [*_rises(members["xor"]), ""]
+    return shown
+
+
+def _rises(seeds: Sequence[Seed]) -> list[str]:
+    rises = [(seed, second_rise(seed.run)) for seed in seeds]
+    risen = [rise for _, rise in rises if rise is not None and rise.top / rise.valley >= RISE]
+    return [
+        f"{len(risen)} of {len(seeds)} seeds rise by a tenth or more.",
+        "",
+        *_table(
+            ("seed", "generalised", "valley at step", "LMN there", "top at step", "LMN there", "ratio"),
+            [
+                (seed.run.config.seed, seed.run.generalised, rise.valley_step, _number(rise.valley), rise.top_step,
+                 _number(rise.top), f"{rise.top / rise.valley:.2f}")
+                for seed, rise in rises
+                if rise is not None
+            ],
+        ),
+    ]  # fmt: skip
+
+
+def _questions(out: Path, members: dict[str, list[Seed]], study: Study) -> list[str]:
+    folder = out / "figures"
+    lines = ["## Questions", ""]
+    for task, seeds in members.items():
+        path = figures.draw_questions(seeds, folder / f"questions-{task}.png")
+        lines += [f"![Questions, {task}]({path.relative_to(out).as_posix()})", "", f"*{task}: medians, the middle half and "
+                  "the range of the seeds.*", ""]  # fmt: skip
+    moments = [step for step in study.few if any(at(seeds[0].run, step) > 0 for seeds in members.values())]
+    lines += [
+        "### Which initialisation matches the paper's step 0?",
+        "",
+        "`lecun-first` scales the first Linear's weights to standard deviation 1/8; all else is PyTorch's default. "
+        f"Peak: within {study.init_steps} steps.",
+        "",
+        *_per_task(
+            members,
+            ("LMN at step 0, paper", "default", "lecun-first", "peak, paper", "default", "lecun-first"),
+            lambda task, seeds: [
+                _number(PAPER[task]["LMN at step 0"]),
+                _median(at(seed.run, 0) for seed in seeds),
+                _median(at(seed.lecun, 0) for seed in seeds),
+                _number(PAPER[task]["LMN, peak"]),
+                _median(peak(seed.run)[COLUMN] for seed in seeds),
+                _median(max(row[COLUMN] for row in seed.lecun.rows) for seed in seeds),
+            ],
+        ),
+        "",
+        "### 21 points against others",
+        "",
+        f"Largest error of LMN against 21 uniform points over all seeds, at steps {', '.join(map(str, moments))}, in per cent. "
+        "A rule with other uniform points converges to another number, that of the continuous line; the Lobatto rules are "
+        "made for the 21.",
+        "",
+        *_per_task(
+            members,
+            [f"{rule} {points}" for rule, points in RULES],
+            lambda task, seeds: [_largest_error(seeds, "nodes", f"{rule} {points}") for rule, points in RULES],
+        ),
+        "",
+        "### How does LMN grow with the number of samples?",
+        "",
+        f"Random sub-samples of all pairs, {SIZES[0]} to all of them; exponent of a power law LMN ~ N^k fitted to the medians, "
+        "and LMN of the smallest and of all.",
+        "",
+        *_per_task(
+            members,
+            [f"step {step}" for step in moments],
+            lambda task, seeds: [_growth(seeds, step) for step in moments],
+        ),
+        "",
+        "### Training samples, test samples, or both?",
+        "",
+        "Medians. The test samples are a fifth of all pairs, so they are compared with as many training samples; "
+        "r: correlation of both over all milestones.",
+        "",
+        *_per_task(
+            members,
+            ("step", "train", "both", "test", "train, as many as test", "r, test with as many of train"),
+            lambda task, seeds: [
+                *[_median(_at_milestone(seed, "samples", name) for seed in seeds)
+                  for name in ("step", "train", "both", "test", "train, as many as test")],
+                _median(_together(seed, "samples", "test", seed.answer("samples", "train, as many as test"))
+                        for seed in seeds),
+            ],
+        ),
+        "",
+        "### Absolute value, or negative eigenvalues clipped?",
+        "",
+        "Share of the eigenvalues' mass that is negative, at step 0 and at its largest; LMN at the peak either way; r: over all "
+        "milestones.",
+        "",
+        *_per_task(
+            members,
+            ("negative share at 0", "at most", "LMN, absolute", "clipped", "r"),
+            lambda task, seeds: [
+                _median(seed.answer("negative", "share")[0] for seed in seeds),
+                _median(max(seed.answer("negative", "share").values()) for seed in seeds),
+                _median(_at_peak(seed, seed.answer("samples", "train")) for seed in seeds),
+                _median(_at_peak(seed, seed.answer("negative", "clipped")) for seed in seeds),
+                _median(_together(seed, "negative", "clipped") for seed in seeds),
+            ],
+        ),
+        "",
+        "### Stand-ins",
+        "",
+        "Against the exact LMN, over all milestones: r, and the error at the peak (medians).",
+        "",
+        *_per_task(
+            members,
+            [f"{name}: {what}" for name in STAND_INS for what in ("r", "error at the peak")],
+            lambda task, seeds: [
+                text
+                for name in STAND_INS
+                for text in (
+                    _median(_together(seed, "stand-ins", name) for seed in seeds),
+                    _percent(_at_peak(seed, seed.answer("stand-ins", name))
+                             / _at_peak(seed, seed.answer("samples", "train")) - 1 for seed in seeds),
+                )
+            ],
+        ),
+        "",
+        "### ReLU networks: LMN against linear regions",
+        "",
+        f"The same network with ReLU, {study.relu_steps} steps. Regions: distinct activation patterns at the training samples.",
+        "",
+    ]  # fmt: skip
+    path = figures.draw_regions(members, folder / "relu-regions.png")
+    lines += [
+        f"![ReLU networks]({path.relative_to(out).as_posix()})",
+        "",
+        *_per_task(
+            members,
+            ("N", "regions at 0", "fewest", "at the end", "LMN at 0", "peak", "at the end", "r"),
+            lambda task, seeds: [
+                str(seeds[0].relu.rows[0]["samples"]),
+                _median(seed.answer("regions")[0] for seed in seeds),
+                _median(min(seed.answer("regions").values()) for seed in seeds),
+                _median(seed.answer("regions")[study.relu_steps] for seed in seeds),
+                _median(at(seed.relu, 0) for seed in seeds),
+                _median(max(row[COLUMN] for row in seed.relu.rows) for seed in seeds),
+                _median(at(seed.relu, study.relu_steps) for seed in seeds),
+                _median(
+                    pearson([(row[COLUMN], seed.answer("regions")[row["step"]]) for row in seed.relu.rows])
+                    for seed in seeds
+                ),
+            ],
+        ),
+        "",
+    ]
+    return lines
+
+
+def _per_task(
+    members: dict[str, list[Seed]], head: Sequence[str], row: Callable[[str, list[Seed]], Sequence[str]]
+) -> list[str]:
+    return _table(("task", *head), [(task, *row(task, seeds)) for task, seeds in members.items()])
+
+
+def _median(values: Iterable[float]) -> str:
+    """With the range in brackets, where there is more than one."""
+    known = sorted(value for value in values if np.isfinite(value))
+    if not known:
+        return "-"
+    text = _number(float(np.median(known)))
+    return (
+        text
+        if len(known) == 1 or known[0] == known[-1]
+        else f"{text} ({_number(known[0])} to {_number(known[-1])})"
+    )
+
+
+def _percent(values: Iterable[float]) -> str:
+    known = [value for value in values if np.isfinite(value)]
+    return f"{np.median(known):+.1%}" if known else "-"
+
+
+def _peak_step(seed: Seed) -> int:
+    table = seed.answer("samples", "train")
+    return max(table, key=lambda step: table[step])
+
+
+def _at_peak(seed: Seed, table: dict[int, float]) -> float:
+    return table[_peak_step(seed)]
+
+
+def _at_milestone(seed: Seed, question: str, variant: str) -> float:
+    return _peak_step(seed) if variant == "step" else _at_peak(seed, seed.answer(question, variant))
+
+
+def _together(seed: Seed, question: str, variant: str, other: dict[int, float] | None = None) -> float:
+    other = other or seed.answer("samples", "train")
+    return pearson([(value, other[step]) for step, value in seed.answer(question, variant).items()])
+
+
+def _largest_error(seeds: Sequence[Seed], question: str, variant: str) -> str:
+    errors = [abs(e) for seed in seeds for e in figures.relative_errors(seed, question, variant).values()]
+    return f"{100 * max(errors):.2g}" if errors else "-"
+
+
+def _growth(seeds: Sequence[Seed], step: int) -> str:
+    tables = [
+        {
+            row["samples"]: row["value"]
+            for row in seed.answers
+            if row["question"] == "number" and row["step"] == step
+        }
+        for seed in seeds
+    ]
+    if not tables[0]:
+        return "-"
+    sizes = sorted(tables[0])
+    medians = [np.median([table[size] for table in tables]) for size in sizes]
+    exponent = np.polyfit(np.log(sizes), np.log(medians), 1)[0]
+    return f"k = {exponent:.2f}; {_number(medians[0])} ... {_number(medians[-1])}"
+
+
+def _how(members: dict[str, list[Seed]], study: Study, command: str) -> list[str]:
+    runs = [run for seeds in members.values() for seed in seeds for run in (seed.run, seed.lecun, seed.relu)]
+    training, measuring = (sum(run.seconds[name] for run in runs) for name in ("training", "measuring"))
+    answers = sum(sum(seed.answer("seconds").values()) for seeds in members.values() for seed in seeds)
+    main = [seed.run for seeds in members.values() for seed in seeds]
+    native = _native.info()
+    return [
+        "## How this was made",
+        "",
+        f"- Command: `{command}`; the same command goes on where it was stopped, and makes nothing twice.",
+        f"- lmnfast {__version__}, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+        + f"; instruction set {native['isa']}, {main[0].config.device}, "
+        f"float32 products at {torch.get_float32_matmul_precision()!r}, {main[0].config.threads} thread a process.",
+        f"- Time, summed over processes: training {training / 60:.0f} min, measuring while training {measuring / 60:.0f} min, "
+        f"the other layers and the questions {answers / 60:.0f} min. One run's training takes "
+        f"{np.median([run.seconds['training'] for run in main]):.0f} s, its measuring "
+        f"{np.median([run.seconds['measuring'] for run in main]):.0f} s (medians).",
+        "- `results.csv`: one row for every task, seed, step and layer. `runs/` and `answers/`: everything else.",
+        "",
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _html(text: str, out: Path) -> str:
+    """The report as one page that needs nothing else."""
+    from markdown import markdown
+
+    def embedded(match: re.Match) -> str:
+        content = base64.b64encode((out / html.unescape(match[1])).read_bytes()).decode()
+        return f'src="data:image/png;base64,{content}"'
+
+    body = re.sub(r'src="([^":]+\.png)"', embedded, markdown(text, extensions=["tables"]))
+    title = html.escape(text.partition("\n")[0].lstrip("# "))
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n'
+    )
