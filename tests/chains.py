@@ -13,7 +13,13 @@ def activation(name: str) -> Activation:
 
 
 def random_chain(
-    widths: list[int], names: list[str], *, seed: int = 0, scale: float = 1.5, bias: bool = True
+    widths: list[int],
+    names: list[str],
+    skips: tuple[tuple[int, int], ...] = (),
+    *,
+    seed: int = 0,
+    scale: float = 1.5,
+    bias: bool = True,
 ) -> Chain:
     """float64; as many Linear layers as steps in widths, names[l] after the l-th (names[0] on the input)."""
     generator = torch.Generator().manual_seed(seed)
@@ -25,6 +31,7 @@ def random_chain(
         weights=tuple(scale * draw(o, i) / i**0.5 for i, o in zip(widths, widths[1:])),
         biases=tuple(draw(o) if bias else None for o in widths[1:]),
         activations=tuple(map(activation, names)),
+        skips=skips,
     )
 
 
@@ -33,6 +40,7 @@ def cast(chain: Chain, dtype: torch.dtype, device: torch.device | str = "cpu") -
         tuple(w.to(device, dtype) for w in chain.weights),
         tuple(None if b is None else b.to(device, dtype) for b in chain.biases),
         chain.activations,
+        skips=chain.skips,
     )
 
 

@@ -133,6 +133,8 @@ def raw(dtype: torch.dtype) -> list:
         list(chain.biases),
         codes,
         [0.0] * 6,
+        [],
+        [],
         *UNIFORM,
         True,
     ]

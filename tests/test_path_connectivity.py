@@ -270,7 +270,7 @@ def raw(n: int = 12, dtype: torch.dtype = torch.float32):
     """Arguments of the registered op."""
     chain = cast(random_chain([5, 7, 3], ["silu", "relu", "identity"]), dtype)
     codes = [ACTIVATIONS.index(a.name) for a in chain.activations]
-    return [samples(n, 5).to(dtype), list(chain.weights), list(chain.biases), codes, [0.0] * 6, *UNIFORM]
+    return [samples(n, 5).to(dtype), list(chain.weights), list(chain.biases), codes, [0.0] * 6, [], [], *UNIFORM]
 
 
 def test_opcheck(dtype):
