@@ -121,7 +121,11 @@ class Chain:
             raise ValueError(f"x: expected samples of {width} elements, got shape {tuple(x.shape)}")
         skips, values = dict(self.skips), []
         for n, activation in enumerate(self.activations):
-            z = F.linear(values[-1], self.weights[n - 1], self.biases[n - 1]) if n else x.reshape(len(x), width)
+            z = (
+                F.linear(values[-1], self.weights[n - 1], self.biases[n - 1])
+                if n
+                else x.reshape(len(x), width)
+            )
             for into in (2 * n, 2 * n + 1):
                 value = activation(z) if into % 2 else z
                 values.append(value + values[skips[into]] if into in skips else value)
@@ -535,7 +539,9 @@ def _chain_of(steps: list[Step]) -> Chain:
     scale: Affine | None = None  # waits for the Linear after it
     skips: dict[int, int] = {}
     sources = {step.source for step in steps if isinstance(step, Skip)}
-    values: list[int | None] = [0]  # of the chain, after each number of steps; None where it is not one, or no more
+    values: list[int | None] = [
+        0
+    ]  # of the chain, after each number of steps; None where it is not one, or no more
     for number, step in enumerate(steps):
         value = 2 * len(weights) + (activations[-1] != IDENTITY)  # the last
         if isinstance(step, Affine):

@@ -163,8 +163,8 @@ def check_sums(
     each; two values per activation, before it and after it."""
     if not skips and not shifts:
         return
-    if z.is_cuda:
-        raise RuntimeError("skips: no CUDA kernel for a chain with sums; expected none")
+    if not _native.knows_sums(z):
+        raise RuntimeError("skips, shifts: no CUDA kernel for a chain with sums; expected none")
     if not len(skips) == len(shifts) == 2 * len(activations):
         raise ValueError(
             f"skips, shifts: expected {2 * len(activations)} of each, got {len(skips)} and {len(shifts)}"
@@ -178,4 +178,6 @@ def check_sums(
                 f"shifts[{n}]: expected ({len(z)}, {width}) {z.dtype}, got {tuple(shift.shape)} {shift.dtype}"
             )
         if (source != -1 or shift is not None) and (n == 0 or (n % 2 and activations[n // 2] == 0)):
-            raise ValueError(f"skips, shifts: expected nothing to add to value {n}, which no activation gives")
+            raise ValueError(
+                f"skips, shifts: expected nothing to add to value {n}, which no activation gives"
+            )
