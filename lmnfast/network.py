@@ -120,16 +120,13 @@ class Chain:
         if x.ndim < 2 or math.prod(x.shape[1:]) != width:
             raise ValueError(f"x: expected samples of {width} elements, got shape {tuple(x.shape)}")
         skips, values = dict(self.skips), []
+        z = x.reshape(len(x), width)
         for n, activation in enumerate(self.activations):
-            z = (
-                F.linear(values[-1], self.weights[n - 1], self.biases[n - 1])
-                if n
-                else x.reshape(len(x), width)
-            )
+            z = F.linear(z, self.weights[n - 1], self.biases[n - 1]) if n else z
             for into in (2 * n, 2 * n + 1):
-                value = activation(z) if into % 2 else z
-                values.append(value + values[skips[into]] if into in skips else value)
-                z = values[-1]
+                z = activation(z) if into % 2 else z
+                z = z + values[skips[into]] if into in skips else z
+                values.append(z)
         return values
 
 
@@ -475,16 +472,15 @@ def _read_graph(graph: fx.Graph, root: nn.Module) -> list[Step]:
             results[node] = 0
             continue
         if node.op == "output":
-            if results.get(node.args[0]) != len(steps):
+            if _steps_to(node.args[0], results) != len(steps):
                 raise NotAChain("its output is not the last result alone")
             return steps
         if node.op != "call_module" and node.target in ADDITIONS:
             step = _read_sum(node, root, results, len(steps))
         else:
-            given = _input(node)
-            before = results.get(given) if isinstance(given, fx.Node) else None
+            before = _steps_to(_input(node), results)
             step = None if before is None else _read_step(node, root)
-            if step == IDENTITY:
+            if step == IDENTITY or (step == FLATTEN and any(isinstance(s, tuple) for s in steps[:before])):
                 results[node] = before
                 continue
             if before != len(steps):
@@ -504,9 +500,13 @@ class Skip:
     source: int
 
 
+def _steps_to(value: Any, results: dict[fx.Node, int]) -> int | None:
+    return results.get(value) if isinstance(value, fx.Node) else None
+
+
 def _read_sum(node: fx.Node, root: nn.Module, results: dict[fx.Node, int], last: int) -> Skip:
     operands = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
-    known = [results.get(operand) if isinstance(operand, fx.Node) else None for operand in operands]
+    known = [_steps_to(operand, results) for operand in operands]
     if len(known) != 2 or None in known or node.kwargs.keys() - {"input", "other"}:
         raise NotAChain(f"{_said(node, root)} has other operands than two results of the chain")
     if max(known) != last or min(known) == last:
@@ -539,9 +539,7 @@ def _chain_of(steps: list[Step]) -> Chain:
     scale: Affine | None = None  # waits for the Linear after it
     skips: dict[int, int] = {}
     sources = {step.source for step in steps if isinstance(step, Skip)}
-    values: list[int | None] = [
-        0
-    ]  # of the chain, after each number of steps; None where it is not one, or no more
+    values: list[int | None] = [0]  # of the chain, after each number of steps; None: not one, or no more
     for number, step in enumerate(steps):
         value = 2 * len(weights) + (activations[-1] != IDENTITY)  # the last
         if isinstance(step, Affine):

@@ -418,6 +418,9 @@ NO_CHAINS = {
     "sum that broadcasts": lambda: Added(nn.Linear(3, 1)),
     "sum across a flatten": lambda: Added(nn.Sequential(nn.Flatten(), nn.Linear(3, 3))),
     "sum with what relu_ has changed": lambda: residual(block=Steps(F.relu_, nn.Linear(3, 3))),
+    "sum with what relu_ has changed by a view": lambda: residual(
+        block=Steps(nn.Flatten(), F.relu_, nn.Linear(3, 3))
+    ),
     "sum with what an inplace ReLU has changed": lambda: residual(
         block=nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))
     ),
@@ -473,7 +476,7 @@ BLOCKS = {
     "h + W act(h)": (lambda: Added(Steps(F.silu, nn.Linear(3, 3))), ((2, 0), (4, 2))),
     "h + W act(W act(h))": (lambda: Added(Steps(F.gelu, linears(torch.relu))), ((4, 0), (8, 4))),
     "h + act(W h)": (lambda: Added(Steps(nn.Linear(3, 3), F.silu)), ((3, 0), (5, 3))),
-    "h + block(h)": (lambda: Added(linears(torch.sin)), ((4, 0), (8, 4))),
+    "h + block(h)": (lambda: Added(linears(nn.ReLU(inplace=True))), ((4, 0), (8, 4))),
     "one in another": (
         lambda: Added(Steps(nn.Linear(3, 3), torch.tanh, Added(linears(F.gelu)), F.gelu, nn.Linear(3, 3))),
         ((6, 3), (8, 0), (14, 11), (16, 8)),
