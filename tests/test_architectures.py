@@ -480,7 +480,7 @@ def test_under_autocast(name):
 
 @pytest.mark.parametrize("limit", [1, 7, 100])
 def test_out_of_memory_halves_the_tiles_and_changes_nothing(limit):
-    f, x = ResidualMLP().eval(), vectors()
+    f, x = ResidualMLP(normed=True).eval(), vectors()
     most = []
 
     def starved(points):
