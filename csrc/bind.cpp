@@ -43,6 +43,8 @@ struct ConnectivityCall {
   std::vector<Address> weights, biases;
   std::vector<std::int64_t> widths;
   std::vector<lmn::Activation> activations;
+  std::vector<std::int32_t> skips;  // empty: no sums
+  std::vector<Address> shifts;
   Nodes nodes;
   std::int64_t samples;
   bool tf32;
@@ -57,6 +59,8 @@ struct ConnectivityCall {
             reinterpret_cast<const T* const*>(biases.data()),
             widths.data(),
             activations.data(),
+            skips.empty() ? nullptr : skips.data(),
+            skips.empty() ? nullptr : reinterpret_cast<const T* const*>(shifts.data()),
             nodes.view(),
             samples,
             std::int32_t(weights.size()),
@@ -193,10 +197,11 @@ lmn::JacobianDistance<T> jacobian_distance(Address first, Address second, std::i
 ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Address> weights,
                                        std::vector<Address> biases, std::vector<std::int64_t> widths,
                                        const std::vector<int>& kinds, const std::vector<double>& parameters,
+                                       std::vector<std::int32_t> skips, std::vector<Address> shifts,
                                        std::vector<double> t, std::vector<double> node_weights, double mean_t,
                                        double variance_t, std::int64_t samples, bool tf32, std::optional<bool> midpoint) {
   return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), activations_of(kinds, parameters),
-          {std::move(t), std::move(node_weights), mean_t, variance_t}, samples, tf32, midpoint};
+          std::move(skips), std::move(shifts), {std::move(t), std::move(node_weights), mean_t, variance_t}, samples, tf32, midpoint};
 }
 
 template <class T>

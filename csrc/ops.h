@@ -30,6 +30,8 @@ struct PathNodes {
 };
 
 /// Linear connectivity of y = act_L(W_L ... act_1(W_1 act_0(z) + b_1) ... + b_L).
+/// Value 2 l is layer l's before its activation, value 2 l + 1 after it; an earlier one of the same width may be added to
+/// either, but to none after the identity. What is affine in the samples has no residual: it comes as a shift.
 template <class T>
 struct PathConnectivity {
   const T* z;                       // [samples, widths[0]]
@@ -37,6 +39,8 @@ struct PathConnectivity {
   const T* const* biases;           // [layers], host, of null or [widths[l + 1]]
   const std::int64_t* widths;       // [layers + 1], host
   const Activation* activations;    // [layers + 1], host
+  const std::int32_t* skips;        // [2 * (layers + 1)], host, the value added to each, none: -1; null: no sums (CUDA)
+  const T* const* shifts;           // [2 * (layers + 1)], host, of null or [samples, width], added to each; null with skips
   PathNodes nodes;
   std::int64_t samples;
   std::int32_t layers;

@@ -32,6 +32,12 @@ def is_native(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
 
 
+def knows_sums(tensor: Tensor) -> bool:
+    """Whether the kernels that take this tensor add earlier values of a chain: those for the CPU do, CUDA's, also
+    emulated, do not."""
+    return tensor.device.type == "cpu" and _C.isa() != "emulated-cuda"
+
+
 def address(tensor: Tensor | None) -> int:
     """Where a contiguous tensor's values lie; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

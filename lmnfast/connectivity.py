@@ -17,6 +17,7 @@ from .evaluation import (
     Checks,
     NotTheChain,
     checked_samples,
+    has_kernel_of,
     has_kernels,
     keep_freed_pages,
     out_of_memory,
@@ -44,8 +45,8 @@ def connectivity(
     """Linear connectivity matrix: how straight is f's output along the line between every two samples.
 
     ``L[i, j] = mean_k cov(y_k, t)^2 / (var(t) var(y_k))`` over the nodes t of the path ``x_i + t (x_j - x_i)``.
-    An output that is constant to rounding counts 1. Chains of Linear and pointwise activations run in one fused
-    kernel; any other f is called on tiles of path points. An ``nn.Module`` is measured in eval mode and left as
+    An output that is constant to rounding counts 1. Chains of Linear and pointwise activations, also with residual
+    blocks, run in one fused kernel; any other f is called on tiles of path points. An ``nn.Module`` is measured in eval mode and left as
     it was. The result carries no graph, whatever requires grad.
 
     The other methods stand in for it where f is dear, and are always to be named with the number; see docs/methods.md
@@ -169,7 +170,7 @@ def enqueue(
         with AllocationCount() as allocated:
             ends = outputs_of(f, x.clone())  # f may work in place
         chain = recognise(f) if fuse and has_kernels(x) else None
-        if chain is not None and x.dim() != 2 and not chain.flattens:
+        if chain is not None and not (has_kernel_of(chain, x) and not (chain.skips and method == "jacobian")):
             chain = None
         if stream is not None:
             if chain is not None:

@@ -39,6 +39,11 @@ def has_kernels(x: Tensor) -> bool:
     return x.device.type == "cpu" or (x.is_cuda and _native.cuda_built())
 
 
+def has_kernel_of(chain: Chain, x: Tensor) -> bool:
+    """Whether there is a kernel of paths for a chain on samples like these."""
+    return (x.dim() == 2 or chain.flattens) and (not chain.skips or _native.knows_sums(x))
+
+
 def all_finite(values: Tensor) -> bool:
     """Whether there is no NaN or Inf among them; waits for their device."""
     if values.numel() == 0:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .cutting import affine_start, cut, match_layers, why_not_traced
-from .evaluation import Checks, has_kernels
+from .evaluation import Checks, has_kernel_of, has_kernels
 from .network import (
     Chain,
     Forward,
@@ -66,18 +66,24 @@ def _of_tail(tail: nn.Module, samples: Tensor | None) -> str:
             return f"{generic} there is no kernel for {samples.device}"
         if samples.dim() != 2 and not chain.flattens:
             return f"{generic} samples of shape {tuple(samples.shape[1:])} are no vectors, and nothing flattens them"
+        if not has_kernel_of(chain, samples):
+            return f"{generic} the CUDA kernels know no sums with earlier results"
         with evaluating(tail):
             if not Checks(False).reproduces(chain, samples, tail(samples).flatten(1)):
                 return f"{generic} the chain of Linear and activations that they look like has other outputs"
-    return f"fused kernel: {_said(chain)}"
+    jacobians = "; Jacobians by automatic differentiation, as of any network with sums" if chain.skips else ""
+    return f"fused kernel: {_said(chain)}{jacobians}"
 
 
 def _said(chain: Chain) -> str:
-    """Widths, and the activations between: 100 -> 31, silu, -> 100."""
+    """Widths, the activations between, and + for what an earlier result is added to: 100 -> 31 silu -> 100 +."""
     parts = [str(chain.weights[0].shape[1])]
-    for weight, activation in zip((None, *chain.weights), chain.activations, strict=True):
+    into = dict(chain.skips)
+    for n, (weight, activation) in enumerate(zip((None, *chain.weights), chain.activations, strict=True)):
         if weight is not None:
             parts.append(f"-> {len(weight)}")
+        parts += ["+"] * (2 * n in into)
         if activation.name != "identity":
             parts.append(activation.name)
+        parts += ["+"] * (2 * n + 1 in into)
     return " ".join(parts)

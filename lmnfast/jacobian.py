@@ -34,7 +34,7 @@ ISOMETRY_ERROR = 1e-6
 def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT_BUDGET) -> Tensor:
     """Jacobian of f at every sample; ``torch.func.vmap(torch.func.jacrev(f))(x)`` to rounding, flattened.
 
-    Chains of Linear and pointwise activations run in one fused kernel. Any other f is differentiated by torch.func,
+    Chains of Linear and pointwise activations without residual blocks run in one fused kernel. Any other f is differentiated by torch.func,
     forwards where it has more outputs than inputs and backwards elsewhere, on as many samples at a time as the budget
     allows; where that cannot run one of f's layers, by torch.autograd, output after output. An ``nn.Module`` is
     measured in eval mode and left as it was. The result carries no graph.
@@ -112,7 +112,7 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     mapping number generalises: regions count here, however alike their linear maps are.
 
     Args:
-        f: Linear layers with ReLU, leaky ReLU or nothing between them.
+        f: Linear layers with ReLU, leaky ReLU or nothing between them, also in residual blocks.
         x: (N, *in), floating point, the samples.
 
     Returns:
@@ -131,13 +131,8 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
                 raise ValueError(
                     f"f: expected activations among {', '.join(PIECEWISE_LINEAR)}, got {activation.name}"
                 )
-        z, patterns = x.flatten(1), []
-        layers: list[tuple[Tensor | None, Tensor | None]] = [(None, None), *zip(chain.weights, chain.biases)]
-        for (weight, bias), activation in zip(layers, chain.activations):
-            z = z if weight is None else F.linear(z, weight, bias)
-            if activation.name != "identity":
-                patterns.append(z > 0)
-            z = activation(z)
+        before = chain.values(x)[::2]
+        patterns = [z > 0 for z, activation in zip(before, chain.activations) if activation != IDENTITY]
         return len(torch.cat(patterns, 1).unique(dim=0)) if patterns else 1
 
 
@@ -151,6 +146,8 @@ def _prepared(
         y = outputs_of(f, x.clone())  # f may work in place
     checks.finite("f(x)", y)
     chain = recognise(f) if has_kernels(x) or not with_kernels else None
+    if chain is not None and with_kernels and chain.skips:
+        chain = None
     if chain is not None and ((x.dim() != 2 and not chain.flattens) or not checks.reproduces(chain, x, y)):
         chain = None
     return chain, y, allocated.bytes

@@ -6,6 +6,7 @@ Nothing here changes the user's model: see `evaluating`.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,25 +90,44 @@ class Chain:
     weights: (out, in) each, detached; they share memory with the model's, so they follow its training.
     biases: (out,) or None, one per weight. activations: len(weights) + 1, identity where there is none.
     flattens: whether the network flattens its samples before the first weight.
+    skips: (into, source) of earlier values that are added to later ones, one each, as residual blocks do. Value 2 n is
+        what activation n works on, value 2 n + 1 what it gives, both with what is added to them; where it is the identity,
+        2 n alone counts.
     """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     activations: tuple[Activation, ...]
     flattens: bool = False
+    skips: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for into, source in self.skips:
+            nothing = [v for v in (into, source) if v % 2 and self.activations[v // 2] == IDENTITY]
+            if not 0 <= source < into or nothing or [v for v, _ in self.skips].count(into) > 1:
+                raise ValueError(f"skips: {into, source} is no earlier value for a later one, once")
 
     def __call__(self, x: Tensor) -> Tensor:
         """The chain in plain torch: x (B, D) or (B, *in), flattened to D = weights[0].shape[1] -> (B, K).
 
         Raises ValueError when a sample has not D elements.
         """
+        return self.values(x)[-1]
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """Every value of the chain, as `skips` counts them."""
         width = self.weights[0].shape[1]
         if x.ndim < 2 or math.prod(x.shape[1:]) != width:
             raise ValueError(f"x: expected samples of {width} elements, got shape {tuple(x.shape)}")
-        x = self.activations[0](x.reshape(len(x), width))
-        for weight, bias, activation in zip(self.weights, self.biases, self.activations[1:]):
-            x = activation(F.linear(x, weight, bias))
-        return x
+        skips, values = dict(self.skips), []
+        z = x.reshape(len(x), width)
+        for n, activation in enumerate(self.activations):
+            z = F.linear(z, self.weights[n - 1], self.biases[n - 1]) if n else z
+            for into in (2 * n, 2 * n + 1):
+                z = activation(z) if into % 2 else z
+                z = z + values[skips[into]] if into in skips else z
+                values.append(z)
+        return values
 
 
 @contextmanager
@@ -287,7 +307,7 @@ class Tracer(fx.Tracer):
 
 FLATTEN = "flatten"
 Linear = tuple[Tensor, Tensor | None]  # weight and bias
-Step = Any  # of a chain: Linear, Affine, Activation or FLATTEN
+Step = Any  # of a chain: Linear, Affine, Activation, Skip or FLATTEN
 
 
 def _named(name: str):
@@ -361,6 +381,7 @@ METHODS = {
     "contiguous": _unchanged,
     "clone": _unchanged,
 }
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 MODULES = {
     nn.ReLU: lambda m: Activation("relu"),
     nn.LeakyReLU: lambda m: _leaky_relu(None, m.negative_slope),
@@ -440,24 +461,65 @@ def _in_order(f: nn.Module) -> list[nn.Module] | None:
 
 
 def _read_graph(graph: fx.Graph, root: nn.Module) -> list[Step]:
-    """The steps of a graph in which each node works on the result of the one before and on nothing else."""
-    current = None
+    """The steps of a graph in which each node works on the result of the one before, and on nothing else but, to be
+    added, an earlier one."""
+    results: dict[fx.Node, int] = {}  # how many steps lead to each, as long as no other overwrites it
     steps: list[Step] = []
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
-        if node.op == "placeholder" and current is None:
-            current = node
+        if node.op == "placeholder" and not results:
+            results[node] = 0
             continue
         if node.op == "output":
-            if node.args[0] is not current:
+            if _steps_to(node.args[0], results) != len(steps):
                 raise NotAChain("its output is not the last result alone")
             return steps
-        if _input(node) is not current:
-            raise NotAChain(f"{_said(node, root)} does not work on the result before it alone")
-        steps.append(_read_step(node, root))
-        current = node
+        if node.op != "call_module" and node.target in ADDITIONS:
+            step = _read_sum(node, root, results, len(steps))
+        else:
+            before = _steps_to(_input(node), results)
+            step = None if before is None else _read_step(node, root)
+            if step == IDENTITY or (step == FLATTEN and any(isinstance(s, tuple) for s in steps[:before])):
+                results[node] = before
+                continue
+            if before != len(steps):
+                raise NotAChain(f"{_said(node, root)} does not work on the result before it alone")
+        if _in_place(node, root):
+            overwritten = {results.get(operand) for operand in node.all_input_nodes}
+            results = {n: number for n, number in results.items() if number not in overwritten}
+        steps.append(step)
+        results[node] = len(steps)
     raise NotAChain("it has no output")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Adds the result of the first `source` steps."""
+
+    source: int
+
+
+def _steps_to(value: Any, results: dict[fx.Node, int]) -> int | None:
+    return results.get(value) if isinstance(value, fx.Node) else None
+
+
+def _read_sum(node: fx.Node, root: nn.Module, results: dict[fx.Node, int], last: int) -> Skip:
+    operands = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
+    known = [_steps_to(operand, results) for operand in operands]
+    if len(known) != 2 or None in known or node.kwargs.keys() - {"input", "other"}:
+        raise NotAChain(f"{_said(node, root)} has other operands than two results of the chain")
+    if max(known) != last or min(known) == last:
+        raise NotAChain(f"{_said(node, root)} does not add an earlier result to the last one")
+    return Skip(min(known))
+
+
+def _in_place(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a call may overwrite what it works on."""
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if node.op == "call_method" else node.target.__name__
+    return name.endswith("_") or name == "iadd" or any(a is True for a in (*node.args, *node.kwargs.values()))
 
 
 def _said(node: fx.Node, root: nn.Module) -> str:
@@ -475,10 +537,15 @@ def _chain_of(steps: list[Step]) -> Chain:
     activations = [IDENTITY]
     flattens = False
     scale: Affine | None = None  # waits for the Linear after it
-    for step in steps:
+    skips: dict[int, int] = {}
+    sources = {step.source for step in steps if isinstance(step, Skip)}
+    values: list[int | None] = [0]  # of the chain, after each number of steps; None: not one, or no more
+    for number, step in enumerate(steps):
+        value = 2 * len(weights) + (activations[-1] != IDENTITY)  # the last
         if isinstance(step, Affine):
-            if weights and activations[-1] == IDENTITY and scale is None:
+            if weights and value % 2 == 0 and scale is None and value not in skips and number not in sources:
                 weights[-1], biases[-1] = step.after(weights[-1], biases[-1])
+                values = [None if earlier == value else earlier for earlier in values]
             elif scale is None:
                 scale = step
             else:
@@ -489,17 +556,26 @@ def _chain_of(steps: list[Step]) -> Chain:
             biases.append(bias)
             activations.append(IDENTITY)
             scale = None
+        elif isinstance(step, Skip):
+            source = values[step.source]
+            if source is None or source == value or scale is not None or value in skips:
+                raise NotAChain("a sum of more, or of other values, than a chain has")
+            skips[value] = source
+            values = [None if earlier == value else earlier for earlier in values]
         elif step == FLATTEN:
             flattens = flattens or not weights
+            if not weights:  # samples of another shape
+                values = [None] * len(values)
         elif step != IDENTITY:
             if scale is not None:
                 raise NotAChain(f"{step.name} after a batch norm that no Linear precedes")
             if activations[-1] != IDENTITY:
                 raise NotAChain(f"{activations[-1].name} and {step.name} in a row")
             activations[-1] = step
+        values.append(None if scale is not None else 2 * len(weights) + (activations[-1] != IDENTITY))
     if scale is not None:
         raise NotAChain("a batch norm that neither follows a Linear nor precedes one")
-    return _checked_chain(weights, biases, activations, flattens)
+    return _checked_chain(weights, biases, activations, flattens, skips)
 
 
 def _input(node: fx.Node) -> Any:
@@ -591,7 +667,11 @@ def _attribute(node: fx.Node, root: nn.Module) -> Tensor:
 
 
 def _checked_chain(
-    weights: list[Tensor], biases: list[Tensor | None], activations: list[Activation], flattens: bool
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    activations: list[Activation],
+    flattens: bool,
+    skips: dict[int, int],
 ) -> Chain:
     """The chain, if all of it is plain dense matrices of one dtype and device that fit together."""
     tensors = weights + [b for b in biases if b is not None]
@@ -608,9 +688,13 @@ def _checked_chain(
         or any(w.shape[0] != after.shape[1] for w, after in zip(weights, weights[1:]))
     ):
         raise NotAChain("shapes of weights that do not fit together")
+    widths = [weights[0].shape[1], *map(len, weights)]
+    if any(widths[into // 2] != widths[source // 2] for into, source in skips.items()):
+        raise NotAChain("a sum of results of different widths")
     return Chain(
         tuple(w.detach() for w in weights),
         tuple(b if b is None else b.detach() for b in biases),
         tuple(activations),
         flattens,
+        tuple(skips.items()),
     )

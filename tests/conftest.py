@@ -28,6 +28,14 @@ def device(request):
 
 
 @pytest.fixture
+def summing(device):
+    """A device whose kernels add earlier values of a chain."""
+    if not _native.knows_sums(torch.empty(0, device=device)):
+        pytest.skip("the CUDA kernels know no sums")
+    return device
+
+
+@pytest.fixture
 def emulated():
     """The CUDA kernels on the CPU."""
     before = _native._C.isa()

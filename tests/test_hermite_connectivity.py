@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chains import cast, random_chain, samples
+from chains import SUMS, cast, chain_with, random_chain, random_sums, samples
 
 from lmnfast import ops, reference
 from lmnfast.network import ACTIVATIONS, Chain
@@ -47,6 +47,20 @@ def test_every_activation_on_the_input_and_between_layers(name, midpoint, device
 def test_activations_anywhere(names, midpoint, device, dtype):
     chain = random_chain([5, 12, 4][: len(names)], names, scale=0.7)
     assert_right(chain, samples(20, 5), device, dtype, midpoint)
+
+
+@MIDPOINT
+@pytest.mark.parametrize("sums", SUMS)
+def test_sums_with_earlier_values(sums, midpoint, summing, dtype):
+    chain = chain_with(sums, scale=1.0)
+    assert_right(chain, samples(20, len(chain.weights[0].mT)), summing, dtype, midpoint)
+
+
+@MIDPOINT
+@pytest.mark.parametrize("seed", range(6))
+def test_any_sums_in_any_chain(seed, midpoint, summing, dtype):
+    chain = random_sums(seed, scale=0.4)  # saturated outputs cost digits
+    assert_right(chain, samples(18, len(chain.weights[0].mT)), summing, dtype, midpoint)
 
 
 @MIDPOINT
@@ -133,6 +147,8 @@ def raw(dtype: torch.dtype) -> list:
         list(chain.biases),
         codes,
         [0.0] * 6,
+        [],
+        [],
         *UNIFORM,
         True,
     ]

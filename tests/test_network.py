@@ -1,5 +1,7 @@
 """Cutting a network at a layer, and recognising what follows as a chain."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,9 +152,38 @@ def test_the_spellings_cover_every_activation():
     assert {activation.name for activation, _ in SPELLINGS} == set(ACTIVATIONS) - {"identity"}
 
 
+class Added(nn.Module):
+    """A residual block: the sum, by some spelling, of its input and of what a block makes of it."""
+
+    def __init__(self, block, add=operator.add):
+        super().__init__()
+        self.block, self.add = block, add
+
+    def forward(self, h):
+        return self.add(h, self.block(h))
+
+
+ADDITIONS = {
+    "h + block(h)": operator.add,
+    "block(h) + h": lambda h, block: block + h,
+    "torch.add": torch.add,
+    "torch.add by keyword": lambda h, block: torch.add(other=h, input=block),
+    "method": lambda h, block: h.add(block),
+    "h += block(h)": operator.iadd,
+    "block(h) += h": lambda h, block: operator.iadd(block, h),
+    "in place": lambda h, block: block.add_(h),
+    "in place, of the skip": lambda h, block: h.add_(block),
+    "copy of the skip": lambda h, block: h.clone() + block,
+    "dropout on the skip": lambda h, block: F.dropout(h, training=False) + block,
+    "dropout on the block": lambda h, block: h + F.dropout(block, training=False).contiguous(),
+    "flattened block": lambda h, block: h + block.flatten(1),
+}
+
+
 @st.composite
-def chains(draw):
-    """(model, input width): linear maps of random shape and form, at most one activation after each."""
+def chains(draw, residual=False):
+    """(model, input width): linear maps of random shape and form, at most one activation after each, and residual blocks
+    between."""
     torch.manual_seed(draw(st.integers(0, 2**32)))
     widths = draw(st.lists(st.integers(1, 7), min_size=2, max_size=5))
     fillers = st.lists(st.sampled_from(FILLERS), max_size=2)
@@ -169,12 +200,24 @@ def chains(draw):
             *draw(activations),
             *draw(fillers),
         ]
+        for _ in range(draw(st.integers(0, 2)) if residual else 0):
+            inner, add = draw(st.integers(1, 7)), draw(st.sampled_from(list(ADDITIONS.values())))
+            shallow = draw(st.booleans())
+            block = [linear(outputs, outputs, bias=draw(st.booleans())), *draw(fillers), *draw(activations)]
+            if not shallow:
+                block = [
+                    linear(outputs, inner, bias=draw(st.booleans())),
+                    *draw(activations),
+                    draw(st.sampled_from(LINEARS))(inner, outputs, bias=draw(st.booleans())),
+                    *draw(fillers),
+                ]
+            steps += [Added(Steps(*block), add), *draw(fillers), *([] if shallow else draw(activations))]
     model = Steps(*steps).double()
     return (nn.Sequential(nn.Identity(), model) if draw(st.booleans()) else model), widths[0]
 
 
 @settings(max_examples=60, deadline=None)
-@given(chains())
+@given(chains(residual=True))
 def test_a_recognised_chain_agrees_with_the_network(case):
     model, width = case
     chain = recognise(model)
@@ -185,7 +228,7 @@ def test_a_recognised_chain_agrees_with_the_network(case):
 
 
 @settings(max_examples=25, deadline=None)
-@given(chains())
+@given(chains(residual=True))
 def test_the_connectivity_of_a_chain_is_that_of_the_network(case):
     """The fused route and the generic one, both in float64: what float32 loses of a small bump depends on the network."""
     model, width = case
@@ -313,11 +356,28 @@ def pruned():
     return model
 
 
+class Tangled(nn.Module):
+    """A forward of three Linear layers that is given as a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.first, self.second, self.third = (nn.Linear(3, 3) for _ in range(3))
+        self.shift = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.function(self, self.first(x))
+
+
+def residual(add=operator.add, block=None):
+    block = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)) if block is None else block
+    return nn.Sequential(nn.Linear(3, 3), Added(block, add), nn.Linear(3, 2))
+
+
 NO_CHAINS = {
     "two activations in a row": lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Tanh()),
     "two activations before the first weight": lambda: nn.Sequential(nn.ReLU(), nn.Tanh(), nn.Linear(3, 3)),
     "no weight": lambda: nn.Sequential(nn.ReLU()),
-    "residual": Residual,
     "in place, result unused": HiddenInPlace,
     "branch on data": Branching,
     "computed weight": lambda: TransposedWeight(3, 3),
@@ -346,6 +406,44 @@ NO_CHAINS = {
     "hook on a container": lambda: with_hook("forward_hook", "0"),
     "hook on the root": lambda: with_hook("forward_hook", ""),
     "pruned by a hook": pruned,
+    "sum of a result with itself": lambda: Steps(nn.Linear(3, 3), lambda h: h + h),
+    "sum with a number": lambda: Steps(nn.Linear(3, 3), lambda h: h + 1),
+    "sum with a parameter": lambda: Tangled(lambda m, h: h + m.shift),
+    "scaled sum": lambda: residual(lambda h, block: torch.add(h, block, alpha=2)),
+    "difference": lambda: residual(operator.sub),
+    "gate": lambda: residual(operator.mul),
+    "sum of three": lambda: residual(lambda h, block: h + block + h),
+    "two branches": lambda: Tangled(lambda m, h: m.second(h) + m.third(h)),
+    "projected skip": lambda: Tangled(lambda m, h: m.second(h) + m.third(torch.relu(h))),
+    "sum that broadcasts": lambda: Added(nn.Linear(3, 1)),
+    "sum across a flatten": lambda: Added(nn.Sequential(nn.Flatten(), nn.Linear(3, 3))),
+    "sum with what relu_ has changed": lambda: residual(block=Steps(F.relu_, nn.Linear(3, 3))),
+    "sum with what relu_ has changed by a view": lambda: residual(
+        block=Steps(nn.Flatten(), F.relu_, nn.Linear(3, 3))
+    ),
+    "sum with what an inplace ReLU has changed": lambda: residual(
+        block=nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))
+    ),
+    "sum with what a sum in place has changed": lambda: Tangled(
+        lambda m, h: m.third(torch.relu(h.add_(m.second(h)))) + h
+    ),
+    "sum in place with what is used again": lambda: Tangled(
+        lambda m, h: m.third(torch.relu(operator.iadd(m.second(h), h))) + h.relu_()
+    ),
+    "term of a sum used again": lambda: Tangled(
+        lambda m, h: (lambda term: m.third(torch.relu(term + h)) + term)(m.second(h))
+    ),
+    "activation of an earlier result": lambda: Tangled(lambda m, h: m.second(torch.relu(h)) + torch.tanh(h)),
+    "sum with what is before a batch norm": lambda: Added(
+        nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3))
+    ),
+    "batch norm between a sum and an activation": lambda: nn.Sequential(
+        Added(nn.Linear(3, 3)), nn.BatchNorm1d(3), nn.ReLU()
+    ),
+    "activation after an activated sum": lambda: nn.Sequential(
+        Added(nn.Sequential(nn.Linear(3, 3), nn.ReLU())), nn.Tanh()
+    ),
+    "layer norm in a block": lambda: residual(block=nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 3))),
     "a forward of its own": own_forward,
     "a graph module with a forward of its own": own_forward_traced,
     "a graph module with a hook": hooked_traced,
@@ -355,6 +453,75 @@ NO_CHAINS = {
 @pytest.mark.parametrize("case", NO_CHAINS)
 def test_what_is_no_chain_is_not_recognised(case):
     assert recognise(NO_CHAINS[case]()) is None
+
+
+@pytest.mark.parametrize("add", ADDITIONS)
+def test_every_spelling_of_a_sum_is_recognised(add):
+    model, x = residual(ADDITIONS[add]), torch.randn(20, 3)
+    chain = recognise(model)
+    assert chain.skips == ((6, 2),)
+    torch.testing.assert_close(chain(x), model(x).detach())
+
+
+def linears(activation):
+    return Steps(nn.Linear(3, 4), activation, nn.Linear(4, 3))
+
+
+# A block, and what is added to what where it is there twice.
+BLOCKS = {
+    "act(h + block(h))": (
+        lambda: nn.Sequential(Added(linears(torch.tanh)), nn.ReLU(inplace=True)),
+        ((4, 0), (8, 5)),
+    ),
+    "h + W act(h)": (lambda: Added(Steps(F.silu, nn.Linear(3, 3))), ((2, 0), (4, 2))),
+    "h + W act(W act(h))": (lambda: Added(Steps(F.gelu, linears(torch.relu))), ((4, 0), (8, 4))),
+    "h + act(W h)": (lambda: Added(Steps(nn.Linear(3, 3), F.silu)), ((3, 0), (5, 3))),
+    "h + block(h)": (lambda: Added(linears(nn.ReLU(inplace=True))), ((4, 0), (8, 4))),
+    "one in another": (
+        lambda: Added(Steps(nn.Linear(3, 3), torch.tanh, Added(linears(F.gelu)), F.gelu, nn.Linear(3, 3))),
+        ((6, 3), (8, 0), (14, 11), (16, 8)),
+    ),
+    "between batch norms": (
+        lambda: Added(nn.Sequential(normed_before(3, 4, True), nn.SiLU(), normed_after(4, 3, False))),
+        ((4, 0), (8, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_residual_blocks_are_recognised_and_measured_as_the_network(block):
+    make, skips = BLOCKS[block]
+    torch.manual_seed(0)
+    model = nn.Sequential(make(), make(), nn.Linear(3, 2)).double().eval()
+    x = 2 * torch.randn(15, 3, dtype=torch.float64)
+    chain = recognise(model)
+    assert chain.skips == skips
+    torch.testing.assert_close(chain(x), model(x).detach())
+    for method in ("path", "hermite", "hermite-midpoint"):
+        L = connectivity(model, x, method=method)
+        assert (L - enqueue(model, x, method=method, fuse=False).L).abs().max() < 1e-9 and L.min() < 0.99
+
+
+def test_a_batch_norm_is_not_taken_into_what_is_added_later():
+    model = Steps(nn.Linear(3, 3), Added(normed_before(3, 3, False)), batch_norm(3, True), nn.Linear(3, 2))
+    chain, x = recognise(model), torch.randn(20, 3)
+    assert chain.skips == ((4, 2),)
+    torch.testing.assert_close(chain(x), model.eval()(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def aliased(m, h):
+    """x += y changes what another name has; to torch.fx it makes a new value."""
+    before = h
+    h += m.second(F.silu(h))
+    return m.third(F.silu(h)) + before
+
+
+def test_a_sum_that_a_trace_shows_wrongly_is_not_used():
+    model, x = Tangled(aliased), torch.randn(12, 3)
+    assert (recognise(model)(x) - model(x)).abs().max() > 0.01
+    assert torch.equal(connectivity(model, x), enqueue(model, x, fuse=False).L)
+    tail, samples = cut(nn.Sequential(nn.Identity(), model), "0", x)
+    assert recognise(tail) is None and torch.equal(tail(samples), model(x))
 
 
 def test_functions_are_not_traced():
@@ -786,3 +953,14 @@ def test_chain_evaluates_the_formula():
     chain = Chain((w, v), (b, None), tuple(map(Activation, ("sin", "relu", "tanh"))))
     x = torch.randn(6, 3)
     torch.testing.assert_close(chain(x), torch.tanh(torch.relu(x.sin() @ w.T + b) @ v.T))
+    chain = Chain(
+        (w, w.T, v),
+        (b, None, None),
+        chain.activations[1:2] * 3 + chain.activations[2:],
+        skips=((3, 2), (4, 1), (7, 6)),
+    )
+    z = x.relu() @ w.T + b
+    s = (z.relu() + z) @ w + x.relu()
+    u = s.relu() @ v[:, :3].T
+    chain = Chain((w, w.T, v[:, :3]), (b, None, None), chain.activations, skips=chain.skips)
+    torch.testing.assert_close(chain(x), u.tanh() + u)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from chains import activation, cast, random_chain, samples
+from chains import SUMS, activation, cast, chain_with, random_chain, random_sums, samples
 from conftest import EMULATED
 
 from lmnfast import _native, ops, reference
-from lmnfast.network import ACTIVATIONS, Chain
+from lmnfast.network import ACTIVATIONS, Activation, Chain
 from lmnfast.quadrature import path_nodes
 
 UNIFORM = path_nodes("uniform", 21)
@@ -197,9 +197,27 @@ def test_integers_agree_to_the_bit_across_devices(outputs, device, dtype):
         return torch.randint(-3, 4, shape, generator=generator).double()
 
     chain = Chain((integers(outputs, 5),), (integers(outputs),), (activation("relu"), activation("identity")))
+    assert_integers_agree(chain, 4 * integers(40, 5), device, dtype, outputs > 1)
+
+
+def test_integers_agree_to_the_bit_across_levels_with_sums(summing, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*shape):
+        return torch.randint(-1, 2, shape, generator=generator).double()
+
+    names = ("identity", "relu", "leaky_relu", "identity")  # leaky by 0: a relu in other words
+    activations = tuple(Activation(name) for name in names)
+    weights, biases = tuple(integers(5, 5) for _ in range(3)), tuple(integers(5) for _ in range(3))
+    chain = Chain(weights, biases, activations, skips=((3, 0), (4, 2), (5, 3), (6, 5)))
+    assert_integers_agree(chain, 4 * integers(40, 5), summing, dtype, False)
+
+
+def assert_integers_agree(
+    chain: Chain, x: torch.Tensor, device: torch.device, dtype: torch.dtype, several: bool
+) -> None:
     nodes = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
     weights = torch.tensor([1, 2, 2, 2, 1], dtype=torch.float64) / 8
-    x = 4 * integers(40, 5)
     truth = reference.path_connectivity(chain, x, nodes, weights)
     assert truth.min() < 0.9
     ours = measured(chain, x, device, dtype, (nodes, weights))
@@ -207,7 +225,7 @@ def test_integers_agree_to_the_bit_across_devices(outputs, device, dtype):
     on_cuda = device.type == "cuda" or _native._C.isa() == EMULATED
     _native._C.use_isa("baseline")  # the fixture puts back what was before
     difference = (ours - measured(chain, x, torch.device("cpu"), dtype, (nodes, weights))).abs().max()
-    assert difference <= (torch.finfo(dtype).eps if on_cuda and outputs > 1 else 0)
+    assert difference <= (torch.finfo(dtype).eps if on_cuda and several else 0)
 
 
 TAILS = {
@@ -270,7 +288,16 @@ def raw(n: int = 12, dtype: torch.dtype = torch.float32):
     """Arguments of the registered op."""
     chain = cast(random_chain([5, 7, 3], ["silu", "relu", "identity"]), dtype)
     codes = [ACTIVATIONS.index(a.name) for a in chain.activations]
-    return [samples(n, 5).to(dtype), list(chain.weights), list(chain.biases), codes, [0.0] * 6, *UNIFORM]
+    return [
+        samples(n, 5).to(dtype),
+        list(chain.weights),
+        list(chain.biases),
+        codes,
+        [0.0] * 6,
+        [],
+        [],
+        *UNIFORM,
+    ]
 
 
 def test_opcheck(dtype):
@@ -334,3 +361,92 @@ def test_units_that_are_off_at_both_ends_stay_off_where_rounding_leaves_more_tha
     assert chain(x).abs().max() == 0
     L = ops.path_connectivity(cast(chain, dtype, device), x.to(device, dtype), *path_nodes("uniform", 21))
     assert torch.equal(L.cpu(), torch.ones(40, 40, dtype=dtype))
+
+
+@pytest.mark.parametrize("sums", SUMS)
+def test_sums_with_earlier_values(sums, summing, dtype):
+    chain = chain_with(sums, scale=1.0)
+    _, truth = assert_as_right_as_pytorch(chain, 2 * samples(37, len(chain.weights[0].mT)), summing, dtype)
+    assert truth.min() < 0.9 or sums == "no nonlinearity", "the input does not exercise the nonlinearity"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_sums_in_any_chain(seed, summing, dtype):
+    chain = random_sums(seed)
+    assert_as_right_as_pytorch(chain, samples(18, len(chain.weights[0].mT)), summing, dtype)
+
+
+def test_sums_have_the_same_bits_for_any_thread_count(summing, dtype, threads):
+    chain, x = chain_with("one in another"), samples(70, 9)
+    results = []
+    for count in (1, 3):
+        threads(count)
+        results.append(measured(chain, x, summing, dtype))
+    assert torch.equal(*results)
+
+
+def test_a_dead_block_leaves_its_skip_exactly_straight(summing, dtype):
+    chain = random_chain([5, 9, 7, 9, 3], ["identity", "identity", "relu", "identity", "identity"], ((6, 2),))
+    chain.biases[1].sub_(1e3)
+    assert (measured(chain, samples(20, 5), summing, dtype) == 1).all()
+
+
+def test_coincident_samples_are_connected_by_exactly_one_with_sums(summing, dtype):
+    x = samples(40, 9)
+    x[1::2] = x[::2]
+    assert (measured(chain_with("one in another"), x, summing, dtype).diagonal(1)[::2] == 1).all()
+
+
+def test_opcheck_with_sums(dtype):
+    z, weights, biases, codes, parameters, _, _, *rule = raw(dtype=dtype)
+    weights[1], biases[1] = weights[1].new_ones(7, 7), None
+    sums = [-1, -1, -1, 2, -1, -1], [None, None, None, None, z.new_ones(12, 7), None]
+    torch.library.opcheck(
+        torch.ops.lmnfast.path_connectivity.default, [z, weights, biases, codes, parameters, *sums, *rule]
+    )
+
+
+@pytest.mark.parametrize(
+    "skips, shifts, message",
+    [
+        ([-1] * 4, [None] * 6, "skips, shifts: expected 6 of each, got 4 and 6"),
+        ([-1] * 6, [], "skips, shifts: expected 6 of each, got 6 and 0"),
+        (
+            [-1, -1, -1, 3, -1, -1],
+            [None] * 6,
+            r"skips\[3\]: expected an earlier value of width 7, or -1, got 3",
+        ),
+        (
+            [-1, -1, 1, -1, -1, -1],
+            [None] * 6,
+            r"skips\[2\]: expected an earlier value of width 7, or -1, got 1",
+        ),
+        (
+            [-1, 0, -1, -1, -1, -1],
+            [None] * 6,
+            r"skips\[1\]: expected an earlier value of width 5, or -1, got 0",
+        ),
+        (
+            [-1] * 6,
+            [None, torch.zeros(12, 1), *[None] * 4],
+            r"shifts\[1\]: expected \(12, 5\) torch.float32, got",
+        ),
+        ([-1] * 6, [None, torch.zeros(12, 5).double(), *[None] * 4], r"shifts\[1\]: .* torch.float64"),
+        (
+            [-1] * 6,
+            [*[None] * 5, torch.zeros(12, 3)],
+            "expected nothing to add to value 5, which no activation",
+        ),
+    ],
+)
+def test_sums_that_do_not_fit_are_named(skips, shifts, message):
+    arguments = raw()
+    arguments[5:7] = skips, shifts
+    with pytest.raises(ValueError, match=message):
+        torch.ops.lmnfast.path_connectivity(*arguments)
+
+
+@pytest.mark.parametrize("skips", [((2, 2),), ((2, 4),), ((4, 1),), ((5, 2),), ((2, 0), (2, 0))])
+def test_a_chain_refuses_sums_with_no_earlier_value(skips):
+    with pytest.raises(ValueError, match="skips: .* is no earlier value for a later one, once"):
+        random_chain([3, 3, 3], ["identity", "silu", "identity"], skips)

@@ -36,6 +36,7 @@ struct Layer {
   Activation activation;
   T* z = nullptr;       // before the activation
   T* a = nullptr;       // after it; the same memory for the identity
+  T* v = nullptr;       // what the next layer takes: a, or memory of its own where an earlier value is added to a
   T* slope = nullptr;   // its derivative, for a stencil alone
   T* packed = nullptr;  // weights into this layer, [blocks of kRows][width of the layer before][rows of the block]
 };
@@ -45,6 +46,7 @@ template <class T>
 struct Scratch {
   using V = Vector<T>;
   V *panel, *next_panel;    // [width][nodes of the block]
+  V* kept;                  // [slots] panels of values that are added to later ones
   Moments<V>* moments;      // [outputs]
   V* values;                // [outputs][nodes of the stencil]
   const T *first_z, *first_a, *first_slope;  // [sum of widths], the layers of sample i, one after the other
@@ -59,6 +61,7 @@ struct Plan {
   Stencil<T> stencil;
   std::int64_t lane_blocks = 0, outputs = 0, total_width = 0, widest = 0;
   Layer<T>* layers = nullptr;
+  int *added = nullptr, *kept = nullptr;         // [values], slot of what is added to each and is kept of it, none: -1
   T *t = nullptr, *w = nullptr, *w_t = nullptr;  // [interior] nodes, weights, weights times t - mean t
   T* scale = nullptr;                            // [outputs]
   T *y = nullptr, *y_low = nullptr;  // scaled outputs, laid out as a layer; what rounding linear ones to T lost
@@ -69,7 +72,27 @@ struct Plan {
 
   const Layer<T>& last() const { return layers[op.layers]; }
   bool ends_linear() const { return op.layers > 0 && last().activation.kind == ActivationKind::kIdentity; }
+  /// Whether the outputs' residuals are the last products alone: their scale is in the weights, and none is stored.
+  bool ends_in_product() const { return ends_linear() && (!op.skips || op.skips[2 * op.layers] < 0); }
 };
+
+/// Slots for the values that are added to later ones, each free again behind the last of those.
+template <class T>
+void assign_slots(Plan<T>& plan, int* free_from) {
+  const std::int32_t* skips = plan.op.skips;
+  const int values = 2 * (plan.op.layers + 1);
+  for (int value = 0; value < values; ++value) {
+    plan.added[value] = skips[value] < 0 ? -1 : plan.kept[skips[value]];
+    plan.kept[value] = -1;
+    int last = value;
+    for (int later = value + 1; later < values; ++later) last = skips[later] == value ? later : last;
+    if (last == value) continue;
+    int slot = 0;
+    while (free_from[slot] > value) ++slot;
+    plan.kept[value] = slot;
+    free_from[slot] = last;
+  }
+}
 
 template <class T>
 Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Arena& arena, int threads) {
@@ -82,6 +105,18 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     plan.widest = op.widths[l] > plan.widest ? op.widths[l] : plan.widest;
   }
   const std::int64_t interior = op.nodes.interior;
+  int slots = 0;
+  if (op.skips) {
+    const int values = 2 * (op.layers + 1);
+    for (int value = 0; value < values; ++value) slots += op.skips[value] >= 0;
+    plan.added = arena.take<int>(values);
+    plan.kept = arena.take<int>(values);
+    int* free_from = arena.take<int>(slots);
+    if (arena.base) {
+      for (int slot = 0; slot < slots; ++slot) free_from[slot] = 0;
+      assign_slots(plan, free_from);
+    }
+  }
   plan.layers = arena.take<Layer<T>>(op.layers + 1);
   plan.t = arena.take<T>(interior);
   plan.w = arena.take<T>(interior);
@@ -100,6 +135,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     Layer<T> layer{op.widths[l], op.activations[l]};
     layer.z = arena.take<T>(values);
     layer.a = layer.activation.kind == ActivationKind::kIdentity ? layer.z : arena.take<T>(values);
+    layer.v = op.skips && (op.skips[2 * l + 1] >= 0 || op.shifts[2 * l + 1]) ? arena.take<T>(values) : layer.a;
     layer.slope = stencil.size == 0 ? nullptr : arena.take<T>(values);
     layer.packed = l == 0 ? nullptr : arena.take<T>(op.widths[l] * op.widths[l - 1]);
     if (arena.base) plan.layers[l] = layer;
@@ -111,6 +147,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     Scratch<T> s{};
     s.panel = arena.take<V>(plan.widest * kColumns);
     s.next_panel = arena.take<V>(plan.widest * kColumns);
+    s.kept = arena.take<V>(slots * plan.widest * kColumns);
     s.moments = arena.take<Moments<V>>(plan.outputs);
     s.values = arena.take<V>(stencil.size * plan.outputs);
     s.second_table = arena.take<V>(plan.separable ? op.widths[0] * interior : 0);
@@ -323,7 +360,25 @@ void pack_weights(const T* weights, std::int64_t rows, std::int64_t depth, T* pa
   }
 }
 
-/// Fills z and a of every layer for one block of lanes; lanes beyond the last sample repeat it.
+/// Adds to one unit of a value what the network adds there, at the samples of a block.
+template <class T>
+void add_earlier(const Plan<T>& plan, int value, std::int64_t block, std::int64_t unit, double (&sums)[kLanes<T>]) {
+  const PathConnectivity<T>& op = plan.op;
+  if (!op.skips) return;
+  const std::int64_t width = op.widths[value / 2];
+  if (op.skips[value] >= 0) {
+    const Layer<T>& source = plan.layers[op.skips[value] / 2];
+    const T* earlier = (op.skips[value] % 2 ? source.v : source.z) + (block * width + unit) * kLanes<T>;
+    for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] += double(earlier[lane]);
+  }
+  if (const T* shift = op.shifts[value]) {
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      sums[lane] += double(shift[at_most(block * kLanes<T> + lane, op.samples - 1) * width + unit]);
+    }
+  }
+}
+
+/// Fills z, a and v of every layer for one block of lanes; lanes beyond the last sample repeat it.
 /// Products in double: a node's rounding averages out along a path, the ends' would tilt all of it.
 template <class T>
 void forward_block(const Plan<T>& plan, std::int64_t block) {
@@ -338,7 +393,7 @@ void forward_block(const Plan<T>& plan, std::int64_t block) {
       }
     } else {
       const Layer<T>& before = plan.layers[l - 1];
-      const T* a = before.a + block * before.width * kLanes<T>;
+      const T* a = before.v + block * before.width * kLanes<T>;
       for (std::int64_t unit = 0; unit < layer.width; ++unit) {
         double sums[kLanes<T>];
         for (double& sum : sums) sum = op.biases[l - 1] ? double(op.biases[l - 1][unit]) : 0.0;
@@ -347,6 +402,7 @@ void forward_block(const Plan<T>& plan, std::int64_t block) {
           const double weight = double(weights[d]);
           for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] += weight * double(a[d * kLanes<T> + lane]);
         }
+        add_earlier(plan, 2 * l, block, unit, sums);
         for (int lane = 0; lane < kLanes<T>; ++lane) {
           z[unit * kLanes<T> + lane] = T(sums[lane]);
           if (l == op.layers) {
@@ -360,17 +416,24 @@ void forward_block(const Plan<T>& plan, std::int64_t block) {
       find_values<T>(layer.activation.kind)(layer.a + start, layer.slope ? layer.slope + start : nullptr, z,
                                             layer.width * kLanes<T>, layer.activation);
     }
+    for (std::int64_t unit = 0; layer.v != layer.a && unit < layer.width; ++unit) {
+      const std::int64_t start = (block * layer.width + unit) * kLanes<T>;
+      double sums[kLanes<T>];
+      for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] = double(layer.a[start + lane]);
+      add_earlier(plan, 2 * l + 1, block, unit, sums);
+      for (int lane = 0; lane < kLanes<T>; ++lane) layer.v[start + lane] = T(sums[lane]);
+    }
   }
 }
 
-/// Scales each output to order 1; a linear last layer takes the factor into its weights.
+/// Scales each output to order 1; a last product takes the factor into its weights.
 template <class T>
 void scale_outputs(const Plan<T>& plan) {
   const Layer<T>& last = plan.last();
   for (std::int64_t k = 0; k < plan.outputs; ++k) {
     T largest = 0;
     for (std::int64_t block = 0; block < plan.lane_blocks; ++block) {
-      const T *y = last.a + (block * plan.outputs + k) * kLanes<T>, origin = last.a[k * kLanes<T>];
+      const T *y = last.v + (block * plan.outputs + k) * kLanes<T>, origin = last.v[k * kLanes<T>];
       for (int lane = 0; lane < kLanes<T>; ++lane) {
         const T difference = y[lane] < origin ? origin - y[lane] : y[lane] - origin;
         largest = largest < difference ? difference : largest;
@@ -380,12 +443,12 @@ void scale_outputs(const Plan<T>& plan) {
     for (std::int64_t block = 0; block < plan.lane_blocks; ++block) {
       const std::int64_t start = (block * plan.outputs + k) * kLanes<T>;
       for (int lane = 0; lane < kLanes<T>; ++lane) {
-        plan.y[start + lane] = last.a[start + lane] * plan.scale[k];
+        plan.y[start + lane] = last.v[start + lane] * plan.scale[k];
         plan.y_low[start + lane] = plan.ends_linear() ? plan.y_low[start + lane] * plan.scale[k] : 0;
       }
     }
   }
-  if (!plan.ends_linear()) return;
+  if (!plan.ends_in_product()) return;
   const std::int64_t depth = plan.layers[plan.op.layers - 1].width;
   T* packed = last.packed;
   for (std::int64_t row = 0; row < plan.outputs; row += kRows) {
@@ -414,6 +477,18 @@ bool separable_here(const Plan<T>& plan) {
 
 // ---- pairs ----
 
+/// Adds to a value's residuals those of the earlier one, and keeps them for a later one.
+template <class T>
+void join(const Plan<T>& plan, const Scratch<T>& s, int value, Vector<T>* panel, std::int64_t size) {
+  if (!plan.op.skips) return;
+  const std::int64_t slot = plan.widest * kColumns;
+  if (plan.added[value] >= 0) {
+    const Vector<T>* earlier = s.kept + plan.added[value] * slot;
+    for (std::int64_t n = 0; n < size; ++n) panel[n] += earlier[n];
+  }
+  if (plan.kept[value] >= 0) memcpy(s.kept + plan.kept[value] * slot, panel, std::size_t(size) * sizeof(Vector<T>));
+}
+
 /// Moments of all outputs along the paths from sample i to the block's lanes.
 template <class T>
 void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std::int64_t block) {
@@ -440,11 +515,12 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
                                                         layer.activation);
       } else {
         const std::int64_t depth = plan.layers[l - 1].width;
-        if (l == op.layers && plan.ends_linear()) {
+        if (l == op.layers && plan.ends_in_product()) {
           multiply_layer<T>(layer, depth, columns, panel, nullptr, s.moments, w, w_t);
           break;
         }
         multiply_layer<T>(layer, depth, columns, panel, next, nullptr, nullptr, nullptr);
+        join(plan, s, 2 * l, next, layer.width * columns);
         if (layer.activation.kind != ActivationKind::kIdentity) {
           find_residuals<T, true>(layer.activation.kind)(next, zi, ai, zj, aj, layer.width, t, columns,
                                                          layer.activation);
@@ -453,6 +529,7 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
         panel = next;
         next = swapped;
       }
+      join(plan, s, 2 * l + 1, panel, layer.width * columns);
       if (l == op.layers) {
         for (std::int64_t k = 0; k < plan.outputs; ++k) {
           for (int c = 0; c < columns; ++c) {
@@ -522,6 +599,7 @@ void polynomial_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t b
         find_stencil_residuals<T, false>(layer.activation.kind)(layer, panel, zi, ai, slope_i, block, begin, columns);
       } else {
         multiply_layer<T>(layer, plan.layers[l - 1].width, columns, panel, next, nullptr, nullptr, nullptr);
+        join(plan, s, 2 * l, next, layer.width * columns);
         if (layer.activation.kind != ActivationKind::kIdentity) {
           find_stencil_residuals<T, true>(layer.activation.kind)(layer, next, zi, ai, slope_i, block, begin, columns);
         }
@@ -529,16 +607,17 @@ void polynomial_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t b
         panel = next;
         next = swapped;
       }
+      join(plan, s, 2 * l + 1, panel, layer.width * columns);
       zi += layer.width;
       ai += layer.width;
       slope_i += layer.width;
     }
-    if (plan.ends_linear() && columns == size) {  // the scale is in the weights
+    if (plan.ends_in_product() && columns == size) {  // the scale is in the weights
       values = panel;
       break;
     }
     for (std::int64_t k = 0; k < plan.outputs; ++k) {
-      const T scale = plan.ends_linear() ? T(1) : plan.scale[k];
+      const T scale = plan.ends_in_product() ? T(1) : plan.scale[k];
       for (int c = 0; c < columns; ++c) s.values[k * size + begin + c] = panel[k * columns + c] * scale;
     }
   }

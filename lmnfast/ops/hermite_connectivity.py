@@ -30,8 +30,8 @@ def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor
 
 torch.library.define(
     "lmnfast::hermite_connectivity",
-    "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, Tensor nodes, "
-    "Tensor node_weights, bool midpoint) -> Tensor",
+    "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, int[] skips, "
+    "Tensor?[] shifts, Tensor nodes, Tensor node_weights, bool midpoint) -> Tensor",
 )
 
 
@@ -42,13 +42,15 @@ def _hermite_connectivity(
     biases: Sequence[Tensor | None],
     activations: Sequence[int],
     parameters: Sequence[float],
+    skips: Sequence[int],
+    shifts: Sequence[Tensor | None],
     nodes: Tensor,
     node_weights: Tensor,
     midpoint: bool,
 ) -> Tensor:
-    return run(z, weights, biases, activations, parameters, nodes, node_weights, midpoint)
+    return run(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, midpoint)
 
 
 @torch.library.register_fake("lmnfast::hermite_connectivity")
-def _(z, weights, biases, activations, parameters, nodes, node_weights, midpoint):
+def _(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, midpoint):
     return z.new_empty(z.shape[0], z.shape[0])
