@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from report import machine
+from results import machine
 from torch import nn
 
 import lmnfast
