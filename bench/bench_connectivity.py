@@ -4,6 +4,8 @@ is a chain on the CPU, against the fused kernel.
 pytest bench/bench_connectivity.py
 """
 
+import functools
+
 import pytest
 import torch
 from conftest import best_of
@@ -84,32 +86,59 @@ def by_hand(f, x, chunk):
 CHUNKS = {"cpu": [2**k for k in range(4, 12)], "cuda": [2**k for k in range(8, 19, 2)]}
 
 
+@functools.cache
+def problem(network: str, device: torch.device):
+    """A network, its samples, and their connectivity in float64."""
+    torch.manual_seed(0)
+    make, shape, samples = NETWORKS[network]
+    f = make().requires_grad_(False).to(device).eval()
+    x = torch.randn(samples[device.type], *shape).to(device)
+    truth = definition(f.double(), x.double())
+    return f.float(), x, truth
+
+
+def definition(f, x):
+    return reference.path_connectivity(f, x, *(v.to(x.device) for v in UNIFORM))
+
+
+@functools.cache
+def floor_and_chunk(network: str, device: torch.device) -> tuple[float, int]:
+    """The network's own seconds for all points, nothing interpolated or reduced; and the best chunk by hand."""
+    f, x, _ = problem(network, device)
+    chunks = CHUNKS[device.type]
+    points = len(x) * (len(x) - 1) / 2 * 19 + len(x)
+    batches = [x[torch.arange(19 * chunk) % len(x)] for chunk in chunks[:5]]
+    floor = points * min(best_of(lambda: f(batch), 3) / len(batch) for batch in batches)
+    return floor, min(chunks, key=lambda c: best_of(lambda: by_hand(f, x, c), 1))
+
+
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("bar", ["ours", "ours, torch.compile", "ours, fused", "by hand", "reference"])
+@pytest.mark.parametrize(
+    "bar",
+    [
+        "ours",
+        "ours, torch.compile",
+        "ours, fused",
+        "eager, by hand",
+        "torch.compile, by hand",
+        "eager, reference",
+    ],
+)
 def bench_connectivity(benchmark, measure, precision, device, network, bar):
     if bar == "ours, fused" and (network, device.type) != ("residual", "cpu"):
         pytest.skip("no chain, or none that the device's kernels know")
-    torch.manual_seed(0)
-    make, shape, samples = NETWORKS[network]
-    n = samples[device.type]
-    f, x = make().requires_grad_(False).to(device).eval(), torch.randn(n, *shape).to(device)
-    benchmark.group = f"connectivity, generic route, {network} N={n}, {device.type}"
+    f, x, truth = problem(network, device)
+    benchmark.group = f"connectivity, generic route, {network} N={len(x)}, {device.type}"
     benchmark.extra_info["bar"] = bar
-    compiled = torch.compile(f)
-    calls = {
-        # A function goes the generic route, whatever it calls.
-        "ours": lambda f, x: lmnfast.connectivity(lambda points: f(points), x),
-        "ours, torch.compile": lambda f, x: lmnfast.connectivity(lambda points: compiled(points), x),
-        "ours, fused": lmnfast.connectivity,
-        "by hand": by_hand,
-        "reference": lambda f, x: reference.path_connectivity(f, x, *(v.to(device) for v in UNIFORM)),
-    }
-    arguments = (f, x)
-    truth = calls["reference"](f.double(), x.double())
-    f.float()
-    if bar == "by hand":
-        chunk = min(CHUNKS[device.type], key=lambda c: best_of(lambda: by_hand(f, x, c), 2))
+    benchmark.extra_info["floor_s"], chunk = floor_and_chunk(network, device)
+    run = torch.compile(f) if "compile" in bar else f
+    call, arguments = definition, (run, x)
+    if bar == "ours, fused":
+        call = lmnfast.connectivity
+    elif bar.startswith("ours"):  # a function goes the generic route, whatever it calls
+        call, arguments = lmnfast.connectivity, (lambda points: run(points), x)
+    if "by hand" in bar:
         benchmark.extra_info["chunk"] = chunk
-        arguments = (f, x, chunk)
-    assert (calls[bar](*arguments) - truth).abs().max() < 1e-4
-    measure(calls[bar], arguments, rounds=5)
+        call, arguments = by_hand, (run, x, chunk)
+    assert (call(*arguments) - truth).abs().max() < 1e-4
+    measure(call, arguments, rounds=5)

@@ -3,10 +3,13 @@
 pytest bench/bench_hermite_connectivity.py
 """
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_path_connectivity import LOBATTO, UNIFORM, cases, samples, tail
+from conftest import product_s
 from torch import Tensor
 
 from lmnfast import ops
@@ -48,17 +51,34 @@ def eager(net, x: Tensor, block: int = 32) -> Tensor:
     return L.fill_diagonal_(1)
 
 
+@torch.compile(dynamic=False)
+def compiled(net, x: Tensor) -> Tensor:
+    """One block, fused by the compiler; a loop over many would be unrolled."""
+    return eager(net, x, len(x))
+
+
+RIVALS = {"eager, by Jacobians": eager, "torch.compile, by Jacobians": compiled}
+if find_spec("jax"):
+    import in_jax
+
+    RIVALS["jax.jit, by Jacobians"] = in_jax.hermite_connectivity
+
+
 @pytest.mark.parametrize("widths", [(100, 100, 31), (100, 100, 100, 100, 31)], ids=["shallow", "deep"])
-@pytest.mark.parametrize("bar", [*BARS, "eager, by Jacobians"])
+@pytest.mark.parametrize("bar", [*BARS, *RIVALS])
 @cases({"cpu": [768], "cuda": [961]})
 def bench_hermite_connectivity(benchmark, measure, device, precision, n, widths, bar):
     benchmark.group = f"hermite_connectivity {'-'.join(map(str, widths))} N={n}, {device.type}, {precision}"
     benchmark.extra_info["bar"] = bar
+    if bar.startswith("jax") and device.type != "cpu":
+        pytest.skip("JAX joins on the CPU")
     net, x = tail(*widths, device=device), F.silu(samples(n, device=device))
+    # All J_i x_j, as one product.
+    benchmark.extra_info["floor_s"] = product_s(n * n * widths[0] * widths[-1], device=device)
     if bar in BARS:
         call, rest = BARS[bar]
         measure(call, (recognise(net), x, *rest), rounds=5)
     else:
         ours = ops.hermite_connectivity(recognise(net), x, *UNIFORM, False)
-        assert (eager(net, x) - ours).abs().max() < 1e-3
-        measure(eager, (net, x), rounds=3)
+        assert (RIVALS[bar](net, x) - ours).abs().max() < 1e-3
+        measure(RIVALS[bar], (net, x), rounds=5)

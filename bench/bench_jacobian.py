@@ -3,9 +3,11 @@
 pytest bench/bench_jacobian.py
 """
 
+from importlib.util import find_spec
+
 import pytest
 import torch
-from conftest import best_of
+from conftest import best_of, product_s
 from torch import nn
 
 import lmnfast
@@ -53,11 +55,24 @@ def fill(chain, x):
 
 BARS = {
     "ours": ops.jacobian,
-    "vmap(jacrev)": reference.jacobian,
-    "batched product": one_product,
-    "batched product, torch.compile": compiled,
+    "eager, vmap(jacrev)": reference.jacobian,
+    "eager, batched product": one_product,
+    "torch.compile, batched product": compiled,
     "fill": fill,
 }
+CALLS = {"ours": lmnfast.jacobians, "eager, vmap(jacrev)": reference.jacobian, "fill": fill}
+if find_spec("jax"):
+    import in_jax
+
+    BARS["jax.jit, vmap(jacrev)"] = CALLS["jax.jit, vmap(jacrev)"] = in_jax.jacobian
+
+
+def floor(chain, x) -> float:
+    """Seconds to write the result, or of its products as one, whichever takes longer."""
+    sizes = [weight.numel() for weight in chain.weights]
+    backwards, forwards = len(chain.weights[-1]) * sum(sizes[:-1]), x.shape[1] * sum(sizes[1:])
+    multiply_adds = len(x) * min(backwards, forwards)
+    return max(best_of(lambda: fill(chain, x)), product_s(multiply_adds, device=x.device))
 
 
 @pytest.mark.parametrize("n, widths", SHAPES, ids=str)
@@ -65,9 +80,11 @@ BARS = {
 def bench_jacobian(benchmark, measure, precision, device, n, widths, bar):
     benchmark.group = f"jacobian {n}, {'-'.join(map(str, widths))}, {device.type}"
     benchmark.extra_info["bar"] = bar
+    if bar.startswith("jax") and device.type != "cpu":
+        pytest.skip("JAX joins on the CPU")
     chain = chain_of(widths, device)
     x = torch.randn(n, widths[0], generator=torch.Generator(device).manual_seed(1), device=device)
-    benchmark.extra_info["floor_s"] = best_of(lambda: fill(chain, x))
+    benchmark.extra_info["floor_s"] = floor(chain, x)
     if bar != "fill":
         double = Chain(
             tuple(w.double() for w in chain.weights),
@@ -88,17 +105,16 @@ def network(widths, device):
     return nn.Sequential(*layers[:-1])
 
 
-CALLS = {"ours": lmnfast.jacobians, "vmap(jacrev)": reference.jacobian, "fill": fill}
-
-
 @pytest.mark.parametrize("n, widths", SHAPES, ids=str)
 @pytest.mark.parametrize("bar", CALLS)
 def bench_jacobians(benchmark, measure, precision, device, n, widths, bar):
     benchmark.group = f"jacobians {n}, {'-'.join(map(str, widths))}, {device.type}"
     benchmark.extra_info["bar"] = bar
+    if bar.startswith("jax") and device.type != "cpu":
+        pytest.skip("JAX joins on the CPU")
     f, chain = network(widths, device), chain_of(widths, device)
     x = torch.randn(n, widths[0], generator=torch.Generator(device).manual_seed(1), device=device)
-    benchmark.extra_info["floor_s"] = best_of(lambda: fill(chain, x))
+    benchmark.extra_info["floor_s"] = floor(chain, x)
     if bar == "fill":
         return measure(fill, (chain, x), rounds=15, warmup_rounds=2)
     truth = reference.jacobian(f.double(), x[:100].double())

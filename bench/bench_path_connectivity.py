@@ -4,6 +4,7 @@ pytest bench/bench_path_connectivity.py
 """
 
 import functools
+from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
@@ -96,18 +97,19 @@ def eager_whole(net, x, chunk):
     return filled(torch.cat(parts), pairs, len(x))
 
 
-def eager_best(net, x, chunk):
+def eager_best(net, x, chunk, nodes=UNIFORM[0]):
     """First layer hoisted, half the pairs, ends from the samples, nodes outermost, buffers reused."""
-    t = UNIFORM[0].tolist()
-    mean_t, variance_t = 0.5, float((UNIFORM[0] - 0.5).square().mean())
-    w, weight = 1 / len(t), net[2].weight.T.contiguous()
+    t = nodes.tolist()
+    mean_t, variance_t = 0.5, float((nodes - 0.5).square().mean())
+    w, weights = 1 / len(t), [layer.weight.T.contiguous() for layer in net[2::2]]
+    biases = [layer.bias for layer in net[2:-1:2]]  # the last does not change r2
     z = F.linear(x, net[0].weight, net[0].bias)
-    ends = F.linear(F.silu(z), net[2].weight)  # the last bias does not change r2
+    ends = net[1:](z) - net[-1].bias
     pairs = pairs_of(x)
     parts = []
-    buffers = [x.new_empty(chunk, 100), x.new_empty(chunk, 31)]
+    buffers = [x.new_empty(chunk, layer.out_features) for layer in net[::2]]
     for first, second in zip(pairs[0].split(chunk), pairs[1].split(chunk)):
-        a, y = (b[: len(first)] for b in buffers)
+        *inner, y = (b[: len(first)] for b in buffers)
         zi, yi = z[first], ends[first]
         zs, ys = (
             z[second].sub_(zi),
@@ -115,8 +117,10 @@ def eager_best(net, x, chunk):
         )  # relative to the first end: no cancellation by an offset
         sum_y, sum_ty, sum_yy = ys * w, ys * (w * (1 - mean_t)), (ys * ys).mul_(w)
         for m in range(1, len(t) - 1):
-            torch.add(zi, zs, alpha=t[m], out=a)
-            torch.mm(F.silu(a, inplace=True), weight, out=y)
+            torch.add(zi, zs, alpha=t[m], out=inner[0])
+            for a, weight, bias, out in zip(inner, weights, biases, inner[1:]):
+                torch.addmm(bias, F.silu(a, inplace=True), weight, out=out)
+            torch.mm(F.silu(inner[-1], inplace=True), weights[-1], out=y)
             y.sub_(yi)
             sum_y.add_(y, alpha=w)
             sum_ty.add_(y, alpha=w * (t[m] - mean_t))
@@ -161,6 +165,11 @@ CHUNKS = {
         "torch.compile": [2**14, 2**16, 2**18],
     },
 }
+if find_spec("jax"):
+    import in_jax
+
+    RIVALS["jax.jit"] = in_jax.path_connectivity
+    CHUNKS["cpu"]["jax.jit"] = [512, 2048, 8192]
 
 
 @functools.cache
@@ -179,6 +188,8 @@ def bench_shallow_tail(benchmark, measure, path_connectivity_floor, device, prec
     net, x = tail(*widths, device=device), samples(n, device=device)
     if bar == "eager, whole tail" and n > 961:
         pytest.skip("no rival where its time is known from smaller sizes")
+    if bar == "jax.jit" and device.type != "cpu":
+        pytest.skip("JAX joins on the CPU")
     benchmark.group = f"path_connectivity 100-100-31 N={n}, {device.type}, {precision}"
     benchmark.extra_info["bar"] = bar
     rule = LOBATTO if "lobatto" in bar else UNIFORM

@@ -116,7 +116,7 @@ bench() {
       -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning --benchmark-json="$log/$part.json"
     [ -s "$log/$part.json" ] && written+=("$log/$part.json")
   done
-  [ ${#written[@]} -eq 0 ] || stage report 20 "$python" bench/report.py "$results" "$command_line" "${written[@]}"
+  [ ${#written[@]} -eq 0 ] || stage report 20 "$python" bench/results.py "$results" "$command_line" "${written[@]}"
 }
 
 [ $# -gt 0 ] || { sed -n '2,12s/^# \?//p' "$0"; exit 2; }

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from report import machine
+from results import machine
 from torch import nn
 
 import lmnfast
