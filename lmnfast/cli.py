@@ -141,7 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     paper.add_argument("--jobs", type=int, help="processes (as many as cores; 1 where there is a GPU)")
     paper.add_argument("--out", default="paper", metavar="DIR", help="where everything goes (paper)")
     paper.add_argument(
-        "--quick", action="store_true", help="1000 steps: a look at everything in minutes, no reproduction"
+        "--quick",
+        action="store_true",
+        default=False,
+        help="1000 steps: a look at everything in minutes, no reproduction",
     )
 
     command("info", _info, "Show the versions, the instruction set in use, and CUDA.")

@@ -98,7 +98,21 @@ def test_r_squared_is_of_the_generalising_phase_and_one_for_a_line():
     later = np.corrcoef(loss[3:7], norm[3:7])[0, 1]
     found = r_squared(run(lmn, generalised=7, test_loss=loss, l2_norm=norm), "l2_norm", since_peak=True)
     assert found == pytest.approx(later**2)
-    assert math.isnan(r_squared(run(lmn, generalised=None, test_loss=loss)))
+    assert math.isnan(r_squared(run(lmn, generalised=None, test_loss=loss)))  # too short to tell
+
+
+def test_a_seed_that_never_generalises_counts_up_to_the_papers_end():
+    lmn = [1, 1, 30, 20, 10, 5]
+    never = run(lmn, every=5000)
+    assert [row["step"] for row in claims.generalising(never)] == [10_000, 15_000]
+    assert claims.fall(never) == pytest.approx(20 / 30)
+    steps = Statistic(
+        "", "s4", "", "1", tuple(map(claims.NUMBERS["step of generalisation"], [never, never])), ""
+    )
+    assert steps.median == math.inf and steps.interval == (math.inf, math.inf)
+    one = Statistic("", "s4", "", "1", (100.0, 200.0, 300.0, math.inf), "")
+    assert one.median == 250 and one.interval[1] == math.inf
+    assert claims._within("s4", "step of generalisation", math.inf) == "outside a factor 1.6"
 
 
 def test_levelling_compares_the_slopes_before_and_after_generalisation():
@@ -141,7 +155,7 @@ def test_numbers_are_compared_within_what_was_asked():
 
 def test_a_statistic_counts_the_seeds_that_have_it():
     statistic = Statistic("name", "s4", "", "1", (1.0, math.nan, 3.0), "")
-    assert statistic.median == 2 and statistic.finite == [1, 3]
+    assert statistic.median == 2 and statistic.known == [1, 3]
 
 
 # The study

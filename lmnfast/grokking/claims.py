@@ -66,7 +66,8 @@ NO_TOLERANCE = {("xor", "LMN at step 4000")}  # where the second rise begins
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number for every seed, NaN where a run has none; with the paper's and what is made of it."""
+    """A number for every seed, NaN where a run has none, infinite for what has not happened; with the paper's and what is
+    made of it."""
 
     name: str
     task: str
@@ -76,16 +77,16 @@ class Statistic:
     verdict: str
 
     @property
-    def finite(self) -> list[float]:
-        return [value for value in self.values if math.isfinite(value)]
+    def known(self) -> list[float]:
+        return [value for value in self.values if not math.isnan(value)]
 
     @property
     def median(self) -> float:
-        return float(np.median(self.finite)) if self.finite else math.nan
+        return float(np.median(self.known)) if self.known else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        return interval(self.finite)
+        return interval(self.known)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -94,19 +95,24 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     from scipy.stats import bootstrap
 
+    never = 1e30  # in place of infinity, which has no differences
     result = bootstrap(
-        (np.asarray(values),),
+        (np.minimum(values, never),),
         np.median,
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(0),
     )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    low, high = (
+        float(end) if end < never / 100 else math.inf
+        for end in (result.confidence_interval.low, result.confidence_interval.high)
+    )
+    return low, high
 
 
 def judged(values: Sequence[float], holds: tuple[float, float]) -> str:
     """ "holds" where the interval lies between the two numbers, "fails" where it lies outside, else "undecided"."""
-    reached = [value for value in values if math.isfinite(value)]
+    reached = [value for value in values if not math.isnan(value)]
     low, high = interval(reached)
     if math.isnan(low):
         return "one seed" if reached else "not reached"
@@ -122,15 +128,24 @@ def at(run: Run, step: int, column: str = COLUMN) -> float:
     return next((row[column] for row in run.rows if row["step"] == step), math.nan)
 
 
+def generalising(run: Run) -> list[dict]:
+    """The rows from memorisation until generalisation; where that does not come, to PAPER_ENDS, or none of a shorter run."""
+    ends = run.generalised
+    if ends is None:
+        ends = PAPER_ENDS if run.rows[-1]["step"] >= PAPER_ENDS else -1
+    return [row for row in run.rows if run.phase(row) == "generalising" and row["step"] <= ends]
+
+
 def peak(run: Run) -> dict:
-    """The row of the largest LMN after memorisation, while generalising."""
+    """The row of the largest LMN after memorisation."""
     rows = [row for row in run.rows if run.phase(row) == "generalising"]
     return max(rows, key=lambda row: row[COLUMN], default={"step": -1, COLUMN: math.nan})
 
 
 def fall(run: Run) -> float:
-    """LMN at generalisation over its peak."""
-    return math.nan if run.generalised is None else at(run, run.generalised) / peak(run)[COLUMN]
+    """LMN at the end of the generalising phase over its peak."""
+    rows = generalising(run)
+    return at(run, run.generalised or rows[-1]["step"]) / peak(run)[COLUMN] if rows else math.nan
 
 
 def _papers_fall(task: str) -> float:
@@ -140,11 +155,9 @@ def _papers_fall(task: str) -> float:
 
 
 def r_squared(run: Run, column: str = COLUMN, since_peak: bool = False) -> float:
-    """Of a linear fit of the test loss while generalising: the square of Pearson's r; NaN until generalised."""
-    if run.generalised is None:
-        return math.nan
+    """Of a linear fit of the test loss while generalising: the square of Pearson's r."""
     first = peak(run)["step"] if since_peak else 0
-    rows = [row for row in run.rows if run.phase(row) == "generalising" and row["step"] >= first]
+    rows = [row for row in generalising(run) if row["step"] >= first]
     return pearson([(row["test_loss"], row[column]) for row in rows]) ** 2
 
 
@@ -193,11 +206,8 @@ def second_rise(run: Run) -> Rise | None:
 
 def layers_r_squared(seed: Seed, layer: str) -> float:
     """As r_squared, at the milestones, where all layers are measured."""
-    run = seed.run
-    if run.generalised is None:
-        return math.nan
     values = seed.answer("samples", "train") if layer == LAYER else seed.answer("layers", layer=layer)
-    rows = [row for row in run.rows if run.phase(row) == "generalising" and row["step"] in values]
+    rows = [row for row in generalising(seed.run) if row["step"] in values]
     return pearson([(row["test_loss"], values[row["step"]]) for row in rows]) ** 2
 
 
@@ -239,7 +249,7 @@ def claims(seeds: dict[str, list[Seed]]) -> list[Statistic]:
         )  # fmt: skip
     for task in seeds:
         claim(
-            "LMN falls while the network generalises", task, "LMN at generalisation / its peak; holds below 1",
+            "LMN falls while the network generalises", task, "LMN when generalised / its peak; holds below 1",
             f"{_papers_fall(task):.2f}",
             lambda seed: fall(seed.run), (0, 1),
         )  # fmt: skip
@@ -310,7 +320,9 @@ NUMBERS: dict[str, Callable[[Run], float]] = {
     "L2 norm, peak": lambda run: max(row["l2_norm"] for row in run.rows),
     "L2 norm at step 10000": lambda run: at(run, 10_000, "l2_norm"),
     "test loss, peak": lambda run: max(row["test_loss"] for row in run.rows),
-    "step of generalisation": lambda run: math.nan if run.generalised is None else run.generalised,
+    "step of generalisation": lambda run: (
+        run.generalised or (math.inf if run.rows[-1]["step"] >= PAPER_ENDS else math.nan)
+    ),
 }
 
 

@@ -99,8 +99,10 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         "",
         f"Ours is the median of the seeds with a {CONFIDENCE:.0%} bootstrap interval of that median (percentiles of 9999 "
         'resamples of the seeds). A claim "holds" where that whole interval is on its side, "fails" where all of it is on '
-        'the other, and is "undecided" else. The bounds were set before the runs of the seeds were looked at, none was fitted. A seed that does not '
-        "reach what a row needs is counted in its column.",
+        'the other, and is "undecided" else. The bounds were set before the seeds were looked at, and none was fitted.',
+        "",
+        f"Memorised and generalised: the first measured step with accuracy 1 on the training and on the test samples. "
+        f"{_unfinished(members)}",
         "",
         *_summary(found, measured),
         "## The claims",
@@ -124,6 +126,26 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         *_how(members, study, command),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _unfinished(members: dict[str, list[Seed]]) -> str:
+    """How many seeds do not generalise, and what becomes of them."""
+    counts = {
+        task: [seed.run.config.seed for seed in seeds if seed.run.generalised is None]
+        for task, seeds in members.items()
+    }
+    named = [
+        f"{len(missing)} of {task} (seeds {', '.join(map(str, missing))})"
+        for task, missing in counts.items()
+        if missing
+    ]
+    if not named:
+        return "All seeds reach both."
+    return (
+        f"Not all reach the second: {'; '.join(named)}. None is dropped: the generalising phase of such a seed ends at step "
+        f"{PAPER_ENDS}, about where the paper ends, and its step of generalisation counts as infinite. A seed that has no "
+        'value for a row is missing in the column "seeds".'
+    )
 
 
 def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
@@ -156,7 +178,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _number(value: float) -> str:
     if not np.isfinite(value):
-        return "-"
+        return "-" if np.isnan(value) else "never"
     if value != 0 and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
@@ -166,13 +188,13 @@ def _ours(statistic: Statistic) -> str:
     low, high = statistic.interval
     return (
         f"{_number(statistic.median)} ({_number(low)} to {_number(high)})"
-        if np.isfinite(low)
+        if not np.isnan(low)
         else _number(statistic.median)
     )
 
 
 def _counted(statistic: Statistic) -> str:
-    return f"{len(statistic.finite)} of {len(statistic.values)}"
+    return f"{len(statistic.known)} of {len(statistic.values)}"
 
 
 def _all(statistic: Statistic) -> str:
