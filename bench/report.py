@@ -54,6 +54,8 @@ PARTS = {  # of bench/bench_PART.py: what the document says of it
     "it is the call that takes the time.",
     "spectrum": "Floor: two thirds of N^3 multiply-adds as one float64 matrix product. LAPACK makes half of them in "
     "matrix-vector products, which memory limits.",
+    "grokking": "A step of the reference trainer. Floor: the products of the second and third Linear, forward and backward, "
+    "at the run's own large-sgemm rate; of 100 by 100 they run at three quarters of it.",
     "probe": "Floor: the kernel alone. The eigenproblem runs on another thread.",
 }
 SCALING = "scaling"

@@ -142,6 +142,10 @@ def peak(run: Run) -> dict:
     return max(rows, key=lambda row: row[COLUMN], default={"step": -1, COLUMN: math.nan})
 
 
+def _largest(run: Run, column: str) -> float:
+    return max(row[column] for row in run.rows if row["step"] <= PAPER_ENDS)
+
+
 def fall(run: Run) -> float:
     """LMN at the end of the generalising phase over its peak."""
     rows = generalising(run)
@@ -317,9 +321,9 @@ NUMBERS: dict[str, Callable[[Run], float]] = {
     "LMN at step 4000": lambda run: at(run, 4000),
     "LMN at step 8000": lambda run: at(run, 8000),
     "L2 norm at step 0": lambda run: at(run, 0, "l2_norm"),
-    "L2 norm, peak": lambda run: max(row["l2_norm"] for row in run.rows),
+    "L2 norm, peak": lambda run: _largest(run, "l2_norm"),
     "L2 norm at step 10000": lambda run: at(run, 10_000, "l2_norm"),
-    "test loss, peak": lambda run: max(row["test_loss"] for row in run.rows),
+    "test loss, peak": lambda run: _largest(run, "test_loss"),
     "step of generalisation": lambda run: (
         run.generalised or (math.inf if run.rows[-1]["step"] >= PAPER_ENDS else math.nan)
     ),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..connectivity import connectivity
 from ..cutting import cut
 from ..spectrum import eigenvalues, linear_mapping_number
-from .claims import COLUMN, PAPER_ENDS, second_rise
+from .claims import COLUMN, PAPER_ENDS, generalising, second_rise
 from .figures import ACCURACY, L2, LMN, paper_curves, save
 from .study import LAYER, RULES, STAND_INS, Seed
 from .train import Run, start
@@ -102,7 +102,7 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
     task = runs[0].config.task
     steps = [row["step"] for row in runs[0].rows]
     with rc_context(STYLE):
-        figure = Figure(figsize=(12.5, 4.2), layout="constrained")
+        figure = Figure(figsize=(12.5, 4.5), layout="constrained")
         left, middle, right = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
         accuracy = left.twinx()
         for axes, column, label, colour in (
@@ -118,7 +118,7 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
             )
         left.plot([], [], ".k", label="dots: the paper's")
         left.plot([], [], color="#56B4E9", linewidth=1, label="test accuracy (right)")
-        left.legend(loc="upper right", fontsize=9)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
         left.set(xlabel="Training step", ylabel="LMN, L2 norm", ylim=(0, None), xlim=(0, steps[-1] or 1))
         left.set_title(f"{task}: median, middle half and range of {len(runs)} seeds", fontsize=11)
         accuracy.set_ylim(-0.03, 1.06)
@@ -126,7 +126,7 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
         colours = [*(LMN, L2, ACCURACY), *MORE, "#999999"]
         for axes, column, label in ((middle, COLUMN, "LMN"), (right, "l2_norm", "L2 norm")):
             for run, colour in zip(runs, (colours * len(runs))[: len(runs)]):
-                rows = [row for row in run.rows if run.phase(row) == "generalising"]
+                rows = generalising(run)
                 x, y = [row[column] for row in rows], [row["test_loss"] for row in rows]
                 axes.plot(x, y, ".", markersize=3, color=colour)
             axes.set(xlabel=f"{label} while generalising", ylabel="Test loss (nats)")

@@ -155,7 +155,7 @@ def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
     lines = [
         "## In short",
         "",
-        f"- Of {len(found)} claims, a task each: "
+        f"- Verdicts of {len(found)} claims, one for each task: "
         + ", ".join(f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts))
         + ".",
     ]
@@ -404,7 +404,29 @@ def _questions(out: Path, members: dict[str, list[Seed]], study: Study) -> list[
         ),
         "",
     ]
+    if any(seed.run.rows[-1]["step"] > PAPER_ENDS for seeds in members.values() for seed in seeds):
+        lines += [
+            "### What comes after the paper's end?",
+            "",
+            f"The paper does not go past step {PAPER_ENDS}. Lowest LMN and largest L2 norm after it, and where they are.",
+            "",
+            *_per_task(
+                members,
+                ("LMN, lowest", "at step", "L2 norm, largest", "at step"),
+                lambda task, seeds: [
+                    _median(_late(seed, min, COLUMN)[COLUMN] for seed in seeds),
+                    _median(_late(seed, min, COLUMN)["step"] for seed in seeds),
+                    _median(_late(seed, max, "l2_norm")["l2_norm"] for seed in seeds),
+                    _median(_late(seed, max, "l2_norm")["step"] for seed in seeds),
+                ],
+            ),
+            "",
+        ]
     return lines
+
+
+def _late(seed: Seed, extreme: Callable, column: str) -> dict:
+    return extreme((row for row in seed.run.rows if row["step"] > PAPER_ENDS), key=lambda row: row[column])
 
 
 def _per_task(
