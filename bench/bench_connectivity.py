@@ -135,8 +135,10 @@ def bench_connectivity(benchmark, measure, precision, device, network, bar):
     call, arguments = definition, (run, x)
     if bar == "ours, fused":
         call = lmnfast.connectivity
-    elif bar.startswith("ours"):  # a function goes the generic route, whatever it calls
-        call, arguments = lmnfast.connectivity, (lambda points: run(points), x)
+    elif bar.startswith("ours"):
+        call = lmnfast.connectivity
+        if network == "residual":  # a function goes the generic route, whatever it calls
+            arguments = (lambda points: run(points), x)
     if "by hand" in bar:
         benchmark.extra_info["chunk"] = chunk
         call, arguments = by_hand, (run, x, chunk)
