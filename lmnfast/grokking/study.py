@@ -28,7 +28,7 @@ from ..jacobian import linear_regions
 from ..processes import prepare_worker
 from ..spectrum import eigenvalues, linear_mapping_number
 from .tasks import TASKS
-from .train import Config, Run, progress_bar, read_config, read_run, start, train
+from .train import Config, Run, progress_bar, read_config, read_run, start, torch_threads, train
 
 LAYER = "hidden_1"  # where the paper measures
 OTHER_LAYERS = (
@@ -117,7 +117,7 @@ def _check_continues(out: Path, study: Study) -> None:
         stored = {
             name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(file.read_text()).items()
         }
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"out: cannot read {file}: {error}") from None
     new = asdict(study)
     if different := [name for name in new if stored.get(name) != new[name]]:
@@ -203,12 +203,19 @@ def _show(bar, work: list[Job]) -> None:
         paths = [path / "metrics.csv" for path in _runs(out, task, seed)]
         counts = [_lines(path) for path in paths]
         answers = _answers_file(out, task, seed)
-        counts.append(len({row["step"] for row in read_answers(answers) if row["question"] == "samples"}))
+        counts.append(_milestones(answers))
         done += sum(counts)
         if 0 < sum(counts) < _total(study):
             at_work.append(f"{task} {seed}")
     bar.set_postfix_str(", ".join(at_work), refresh=False)
     bar.update(done - bar.n)
+
+
+def _milestones(answers: Path) -> int:
+    try:
+        return len({row["step"] for row in read_answers(answers) if row["question"] == "samples"})
+    except ValueError:  # for the worker to say
+        return 0
 
 
 def _lines(path: Path) -> int:
@@ -234,16 +241,19 @@ def _answers_file(out: Path, task: str, seed: int) -> Path:
     return out / "answers" / f"{task}-seed{seed}.csv"
 
 
+@torch_threads(1)
 def do(out: Path, study: Study, task: str, seed: int) -> None:
     """Everything of one task and seed that is not there yet; ValueError for damaged files, by their names."""
-    torch.set_num_threads(1)
     changes = (
         {},
         {"init": "lecun-first", "steps": study.init_steps},
         {"activation": "relu", "steps": study.relu_steps, "every": study.relu_every},
     )
     for path, change in zip(_runs(out, task, seed), changes, strict=True):
-        train(study.config(task, seed, **change), path)
+        try:
+            train(study.config(task, seed, **change), path)
+        except ValueError as error:
+            raise ValueError(f"{error}; the same command without {path} runs it anew") from None
     main, _, relu = _runs(out, task, seed)
     answers = _answers_file(out, task, seed)
     rows = read_answers(answers)

@@ -159,7 +159,7 @@ def train(config: Config, out: str | os.PathLike, *, force: bool = False, progre
         if stored is not None:
             _check_continues(config, stored, path)
         write_file(path / "config.json", json.dumps(asdict(config), indent=2).encode() + b"\n")
-        with _threads(config.threads):
+        with torch_threads(config.threads):
             _Training(config, path).run(progress)
     return read_run(path)
 
@@ -351,7 +351,7 @@ def measure(
     task, model = start(config)
     together = "+".join(methods)
     rows: list[dict] = [{} for _ in checkpoints]
-    with _threads(config.threads), progress_bar(len(checkpoints) * len(methods), 0, progress) as bar:
+    with torch_threads(config.threads), progress_bar(len(checkpoints) * len(methods), 0, progress) as bar:
         for each in configs:
             with _probe(model, task.train_inputs, each, 1) as probe:
                 for step, file in checkpoints.items():
@@ -438,7 +438,7 @@ def start(config: Config) -> tuple[Task, nn.Module]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
