@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "Reproduce the paper: every task and seed, figures, claims with intervals, and a report.",
         "; the same command goes on",
     )
-    paper.add_argument("--seeds", type=int, default=8, help="of every task, from 0 on (8)")
+    paper.add_argument("--seeds", type=int, help="of every task, from 0 on (8; 2 with --quick)")
     paper.add_argument(
         "--tasks", nargs="+", default=["all"], choices=("all", *TASKS), metavar="TASK",
         help=f"some of {', '.join(TASKS)} (all)",
@@ -164,19 +164,21 @@ def _grok(options: argparse.Namespace) -> None:
 
 def _paper(options: argparse.Namespace) -> None:
     _need_extra("paper", ("markdown", "matplotlib", "pandas", "scipy", "sklearn", "tqdm"))
+    _need_device(options)
     from .grokking.report import write_report
 
     study = QUICK if options.quick else Study()
     tasks = tuple(TASKS) if "all" in options.tasks else tuple(dict.fromkeys(options.tasks))
+    seeds = getattr(options, "seeds", 2 if options.quick else 8)
     jobs = getattr(options, "jobs", 1 if torch.cuda.is_available() else cores())
     if jobs > cores():
         print(f"jobs: {jobs} processes on {cores()} cores", file=sys.stderr)
     out = Path(options.out)
-    run_study(out, tasks, options.seeds, jobs, study, progress=True)
-    given = {"seeds": options.seeds, "tasks": " ".join(options.tasks), "out": options.out}
+    run_study(out, tasks, seeds, jobs, study, progress=True)
+    given = {"seeds": seeds, "tasks": " ".join(options.tasks), "out": options.out}
     command = " ".join(f"--{name} {value}" for name, value in given.items())
     for path in write_report(
-        out, tasks, options.seeds, study, f"lmnfast paper {command}{' --quick' * options.quick}"
+        out, tasks, seeds, study, f"lmnfast paper {command}{' --quick' * options.quick}"
     ):
         print(f"written: {path}")
 
