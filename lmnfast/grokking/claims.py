@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-import lmnfast
-
+from ..spectrum import lmn
 from .figures import paper_curves
 from .study import LAYER, Seed
 from .tasks import TASKS, task_sizes
-from .train import Run, start
+from .train import Run, pearson, start
 
 COLUMN = f"lmn_{LAYER}"
 PAPER_ENDS = 15_000  # the last step of the paper's Figure 2 is 14 500
@@ -154,7 +153,7 @@ def fall(run: Run) -> float:
 
 def _papers_fall(task: str) -> float:
     curve = paper_curves(task)
-    known = [(step, lmn) for step, lmn in zip(curve["step"], curve["lmn"]) if not math.isnan(lmn)]
+    known = [(step, value) for step, value in zip(curve["step"], curve["lmn"]) if not math.isnan(value)]
     return float(np.interp(PAPER[task]["step of generalisation"], *zip(*known))) / PAPER[task]["LMN, peak"]
 
 
@@ -163,13 +162,6 @@ def r_squared(run: Run, column: str = COLUMN, since_peak: bool = False) -> float
     first = peak(run)["step"] if since_peak else 0
     rows = [row for row in generalising(run) if row["step"] >= first]
     return pearson([(row["test_loss"], row[column]) for row in rows]) ** 2
-
-
-def pearson(pairs: Sequence[tuple[float, float]]) -> float:
-    """NaN for less than 3 pairs, or where one of the two is constant."""
-    if len(pairs) < 3 or min(np.ptp(np.asarray(pairs), axis=0)) == 0:
-        return math.nan
-    return float(np.corrcoef(np.asarray(pairs).T)[0, 1])
 
 
 def levelling(run: Run) -> float:
@@ -197,7 +189,8 @@ class Rise:
 
 def second_rise(run: Run) -> Rise | None:
     """The largest rise of LMN between its peak after memorisation and PAPER_ENDS; None while not generalised."""
-    rows = [row for row in run.rows if peak(run)["step"] <= row["step"] <= PAPER_ENDS]
+    first = peak(run)["step"]
+    rows = [row for row in run.rows if first <= row["step"] <= PAPER_ENDS]
     if run.generalised is None or not rows:
         return None
     best, valley = None, rows[0]
@@ -210,7 +203,7 @@ def second_rise(run: Run) -> Rise | None:
 
 def layers_r_squared(seed: Seed, layer: str) -> float:
     """As r_squared, at the milestones, where all layers are measured."""
-    values = seed.answer("samples", "train") if layer == LAYER else seed.answer("layers", layer=layer)
+    values = seed.lmn(layer)
     rows = [row for row in generalising(seed.run) if row["step"] in values]
     return pearson([(row["test_loss"], values[row["step"]]) for row in rows]) ** 2
 
@@ -220,7 +213,7 @@ def linear_network_lmn(run: Run) -> float:
     task, model = start(run.config)
     layers = [module for module in model if isinstance(module, nn.Linear)]
     with torch.no_grad():
-        return lmnfast.lmn(nn.Sequential(*layers), model.embedding(task.train_inputs)).item()
+        return lmn(nn.Sequential(*layers), model.embedding(task.train_inputs)).item()
 
 
 # Over the seeds --------------------------------------------------------------------------------------------
@@ -306,7 +299,7 @@ def claims(seeds: dict[str, list[Seed]]) -> list[Statistic]:
     for task in seeds:
         claim(
             "The second hidden layer's LMN says nothing", task, "largest LMN - 1 over all steps", "0",
-            lambda seed: max(seed.answer("layers", layer="hidden_2").values(), default=math.nan) - 1,
+            lambda seed: max(seed.lmn("hidden_2").values(), default=math.nan) - 1,
             (-1e-6, 1e-6),
         )  # fmt: skip
     return found

@@ -15,7 +15,7 @@ from ..spectrum import eigenvalues, linear_mapping_number
 from .claims import COLUMN, PAPER_ENDS, generalising, second_rise
 from .figures import ACCURACY, L2, LMN, paper_curves, save
 from .study import LAYER, RULES, STAND_INS, Seed
-from .train import Run, start
+from .train import Run, load_checkpoint, start
 
 SMALL = {"dpi": 110, "colours": 256}  # a third of the file of all colours; a colour bar needs all
 STYLE = {"font.size": 11, "legend.frameon": False, "lines.linewidth": 1.8}
@@ -141,6 +141,12 @@ def _band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: st
     axes.plot(x, middle, color=colour, label=label)
 
 
+def _band_of(axes, tables: Sequence[dict[int, float]], label: str, colour: str) -> None:
+    """Of a table for each seed, all with the same keys."""
+    x = sorted(tables[0])
+    _band(axes, x, [[table[key] for key in x] for table in tables], label, colour)
+
+
 def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
     """Figure 3: LMN from every layer on. A Linear between two layers does not change it."""
     layers = {
@@ -151,17 +157,7 @@ def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
 
     def panel(axes, members: list[Seed]) -> None:
         for label, (layer, colour) in layers.items():
-            tables = [
-                seed.answer("samples", "train") if layer == LAYER else seed.answer("layers", layer=layer)
-                for seed in members
-            ]
-            _band(
-                axes,
-                sorted(tables[0]),
-                [[table[s] for s in sorted(tables[0])] for table in tables],
-                label,
-                colour,
-            )
+            _band_of(axes, [seed.lmn(layer) for seed in members], label, colour)
         axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
 
     return _panels(seeds, path, panel, "LMN")
@@ -194,8 +190,7 @@ def draw_connectivity(run: Run, path: Path) -> Path:
         figure = Figure(figsize=(4.1 * len(moments), 6.6), layout="constrained")
         matrices, spectra = figure.subplots(2, len(moments), height_ratios=[1.6, 1], squeeze=False)
         for upper, lower, (name, step) in zip(matrices, spectra, moments.items(), strict=True):
-            file = run.path / "checkpoints" / f"step_{step:08}.pt"
-            model.load_state_dict(torch.load(file, map_location=run.config.device, weights_only=True))
+            load_checkpoint(model, run.path, step)
             L = connectivity(*cut(model, LAYER, task.train_inputs)).cpu()
             image = upper.imshow(
                 _reordered(L, CLUSTERS), vmin=0, vmax=1, cmap="viridis", interpolation="antialiased"
@@ -269,15 +264,7 @@ def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
 
         steps = sorted({row["step"] for row in seeds[0].answers if row["question"] == "number"})
         for step, colour in zip(steps, (ACCURACY, LMN, L2, *MORE)):
-            tables = [{r["samples"]: r["value"] for r in seed.answers if r["question"] == "number" and r["step"] == step}
-                      for seed in seeds]  # fmt: skip
-            _band(
-                number,
-                sorted(tables[0]),
-                [[t[n] for n in sorted(tables[0])] for t in tables],
-                f"step {step}",
-                colour,
-            )
+            _band_of(number, [seed.lmn_of_sizes(step) for seed in seeds], f"step {step}", colour)
         number.set(title="Number of samples N", xscale="log", yscale="log", xlabel="N", ylabel="LMN")
 
         _over_steps(samples, seeds, "samples", ("train", "both", "test", "train, as many as test"))
@@ -303,16 +290,13 @@ def _over_steps(
 ) -> None:
     for variant, colour in zip(variants, (LMN, ACCURACY, L2, *MORE)[skip:]):
         tables = [seed.answer(question, variant) for seed in seeds]
-        steps = sorted(tables[0])
-        _band(
-            axes, steps, [[t[s] for s in steps] for t in tables], (names or {}).get(variant, variant), colour
-        )
+        _band_of(axes, tables, (names or {}).get(variant, variant), colour)
     axes.set(xlabel="Training step", ylabel="LMN")
 
 
 def relative_errors(seed: Seed, question: str, variant: str) -> dict[int, float]:
     """Relative to LMN of the training samples, by step."""
-    exact = seed.answer("samples", "train")
+    exact = seed.lmn(LAYER)
     return {step: value / exact[step] - 1 for step, value in seed.answer(question, variant).items()}
 
 
@@ -321,9 +305,8 @@ def draw_regions(seeds: dict[str, list[Seed]], path: Path) -> Path:
 
     def panel(axes, members: list[Seed]) -> None:
         steps = [row["step"] for row in members[0].relu.rows]
-        regions = [seed.answer("regions") for seed in members]
         _band(axes, steps, [[row[COLUMN] for row in seed.relu.rows] for seed in members], "LMN", LMN)
-        _band(axes, steps, [[table[s] for s in steps] for table in regions], "linear regions", ACCURACY)
+        _band_of(axes, [seed.answer("regions") for seed in members], "linear regions", ACCURACY)
         axes.axhline(members[0].relu.rows[0]["samples"], color="#888888", linestyle=":", label="N")
         axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
 

@@ -5,7 +5,7 @@ import html
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,11 @@ from .claims import (
     claims,
     numbers,
     peak,
-    pearson,
     second_rise,
 )
 from .figures import draw_layer
 from .study import LAYER, OTHER_LAYERS, RULES, SIZES, STAND_INS, Seed, Study, read_study
-from .train import METRICS
+from .train import METRICS, pearson
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
 STYLE = """
@@ -66,11 +65,8 @@ def _results(members: dict[str, list[Seed]]) -> pandas.DataFrame:
             config = seed.run.config
             common = {row["step"]: {name: row[name] for name in METRICS} for row in seed.run.rows}
             for layer in (LAYER, *OTHER_LAYERS):
-                lmn = (
-                    {row["step"]: row[f"lmn_{layer}"] for row in seed.run.rows}
-                    if layer == LAYER
-                    else seed.answer("layers", layer=layer)
-                )
+                every = {row["step"]: row[COLUMN] for row in seed.run.rows}
+                lmn = every if layer == LAYER else seed.lmn(layer)
                 rows += [
                     {
                         "task": task, "seed": config.seed, "step": step, "layer": layer, "lmn": value,
@@ -334,8 +330,9 @@ def _questions(out: Path, members: dict[str, list[Seed]], study: Study) -> list[
             members,
             ("step", "train", "both", "test", "train, as many as test", "r, test with as many of train"),
             lambda task, seeds: [
-                *[_median(_at_milestone(seed, "samples", name) for seed in seeds)
-                  for name in ("step", "train", "both", "test", "train, as many as test")],
+                _median(_peak_step(seed) for seed in seeds),
+                *[_median(_at_peak(seed, seed.answer("samples", name)) for seed in seeds)
+                  for name in ("train", "both", "test", "train, as many as test")],
                 _median(_together(seed, "samples", "test", seed.answer("samples", "train, as many as test"))
                         for seed in seeds),
             ],
@@ -352,7 +349,7 @@ def _questions(out: Path, members: dict[str, list[Seed]], study: Study) -> list[
             lambda task, seeds: [
                 _median(seed.answer("negative", "share")[0] for seed in seeds),
                 _median(max(seed.answer("negative", "share").values()) for seed in seeds),
-                _median(_at_peak(seed, seed.answer("samples", "train")) for seed in seeds),
+                _median(_at_peak(seed, seed.lmn(LAYER)) for seed in seeds),
                 _median(_at_peak(seed, seed.answer("negative", "clipped")) for seed in seeds),
                 _median(_together(seed, "negative", "clipped") for seed in seeds),
             ],
@@ -371,7 +368,7 @@ def _questions(out: Path, members: dict[str, list[Seed]], study: Study) -> list[
                 for text in (
                     _median(_together(seed, "stand-ins", name) for seed in seeds),
                     _percent(_at_peak(seed, seed.answer("stand-ins", name))
-                             / _at_peak(seed, seed.answer("samples", "train")) - 1 for seed in seeds),
+                             / _at_peak(seed, seed.lmn(LAYER)) - 1 for seed in seeds),
                 )
             ],
         ),
@@ -454,7 +451,7 @@ def _percent(values: Iterable[float]) -> str:
 
 
 def _peak_step(seed: Seed) -> int:
-    table = seed.answer("samples", "train")
+    table = seed.lmn(LAYER)
     return max(table, key=lambda step: table[step])
 
 
@@ -462,12 +459,8 @@ def _at_peak(seed: Seed, table: dict[int, float]) -> float:
     return table[_peak_step(seed)]
 
 
-def _at_milestone(seed: Seed, question: str, variant: str) -> float:
-    return _peak_step(seed) if variant == "step" else _at_peak(seed, seed.answer(question, variant))
-
-
 def _together(seed: Seed, question: str, variant: str, other: dict[int, float] | None = None) -> float:
-    other = other or seed.answer("samples", "train")
+    other = other or seed.lmn(LAYER)
     return pearson([(value, other[step]) for step, value in seed.answer(question, variant).items()])
 
 
@@ -477,14 +470,7 @@ def _largest_error(seeds: Sequence[Seed], question: str, variant: str) -> str:
 
 
 def _growth(seeds: Sequence[Seed], step: int) -> str:
-    tables = [
-        {
-            row["samples"]: row["value"]
-            for row in seed.answers
-            if row["question"] == "number" and row["step"] == step
-        }
-        for seed in seeds
-    ]
+    tables = [seed.lmn_of_sizes(step) for seed in seeds]
     if not tables[0]:
         return "-"
     sizes = sorted(tables[0])
@@ -504,7 +490,7 @@ def _how(members: dict[str, list[Seed]], study: Study, command: str) -> list[str
         "",
         f"- Command: `{command}`; the same command goes on where it was stopped, and makes nothing twice.",
         f"- lmnfast {__version__}, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+        + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         + f"; instruction set {native['isa']}, {main[0].config.device}, "
         f"float32 products at {torch.get_float32_matmul_precision()!r}, {main[0].config.threads} thread a process.",
         f"- Time, summed over processes: training {training / 60:.0f} min, measuring while training {measuring / 60:.0f} min, "
@@ -514,13 +500,6 @@ def _how(members: dict[str, list[Seed]], study: Study, command: str) -> list[str
         "- `results.csv`: one row for every task, seed, step and layer. `runs/` and `answers/`: everything else.",
         "",
     ]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
 
 
 def _html(text: str, out: Path) -> str:

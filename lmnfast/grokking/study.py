@@ -26,15 +26,23 @@ from ..cutting import cut
 from ..files import claimed, write_file
 from ..jacobian import linear_regions
 from ..processes import prepare_worker
-from ..spectrum import eigenvalues, linear_mapping_number
+from ..spectrum import eigenvalues, lmn
 from .tasks import TASKS
-from .train import Config, Run, progress_bar, read_config, read_run, start, torch_threads, train
+from .train import (
+    Config,
+    Run,
+    load_checkpoint,
+    progress_bar,
+    read_config,
+    read_run,
+    start,
+    torch_threads,
+    train,
+)
 
 LAYER = "hidden_1"  # where the paper measures
-OTHER_LAYERS = (
-    "embedding",
-    "hidden_2",
-)  # the other two differ from one of these by a Linear, which LMN does not see
+# The other two differ from one of these three by a Linear, which LMN does not see.
+OTHER_LAYERS = ("embedding", "hidden_2")
 STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
 RULES = (("lobatto", 7), ("lobatto", 9), ("uniform", 5), ("uniform", 11), ("uniform", 51), ("uniform", 101))
 SIZES = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # and all pairs
@@ -272,36 +280,24 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
         _write_answers(answers, rows)
 
 
-Tails = Callable[
-    [str], tuple[nn.Module, Tensor, Tensor]
-]  # by layer: the tail, its training and its test samples
+# By layer: the tail, its training and its test samples.
+Tails = Callable[[str], tuple[nn.Module, Tensor, Tensor]]
 
 
-def _tails(run: Path, steps: Iterator[int] | list[int] | range) -> Iterator[tuple[int, Tails]]:
-    config = read_config(run)
-    task, model = start(config)
+def _tails(run: Path, steps: Iterable[int]) -> Iterator[tuple[int, Tails]]:
+    task, model = start(read_config(run))
 
     def tails(layer: str) -> tuple[nn.Module, Tensor, Tensor]:
         f, samples = cut(model, layer, torch.cat([task.train_inputs, task.test_inputs]))
         return f, *samples.tensor_split([len(task.train_inputs)])
 
     for step in steps:
-        file = run / "checkpoints" / f"step_{step:08}.pt"
-        try:
-            model.load_state_dict(torch.load(file, map_location=config.device, weights_only=True))
-        except Exception as error:  # a damaged file raises anything
-            raise ValueError(
-                f"out: cannot read {file}, {type(error).__name__}; delete {run} to run it anew"
-            ) from None
+        load_checkpoint(model, run, step)
         yield step, tails
 
 
 def _row(question: str, variant: str, step: int, layer: str, samples: int, value: float) -> dict:
     return dict(zip(COLUMNS, (question, variant, step, layer, samples, value), strict=True))
-
-
-def _lmn(f: nn.Module, x: Tensor, **how) -> float:
-    return linear_mapping_number(connectivity(f, x, **how)).item()
 
 
 def _at_milestone(step: int, tails: Tails) -> list[dict]:
@@ -313,17 +309,19 @@ def _at_milestone(step: int, tails: Tails) -> list[dict]:
     small = train_samples[: len(test_samples)]
     rows = [
         _row("samples", "train", step, LAYER, n, 2 ** ops.spectral_entropy(w).item()),
-        _row("samples", "test", step, LAYER, len(test_samples), _lmn(f, test_samples)),
-        _row("samples", "train, as many as test", step, LAYER, len(small), _lmn(f, small)),
-        _row("samples", "both", step, LAYER, len(everywhere), _lmn(f, everywhere)),
+        _row("samples", "test", step, LAYER, len(test_samples), lmn(f, test_samples).item()),
+        _row("samples", "train, as many as test", step, LAYER, len(small), lmn(f, small).item()),
+        _row("samples", "both", step, LAYER, len(everywhere), lmn(f, everywhere).item()),
         _row("negative", "clipped", step, LAYER, n, 2 ** ops.spectral_entropy(w.clamp(min=0)).item()),
         _row("negative", "share", step, LAYER, n, (w.clamp(max=0).sum() / -w.abs().sum()).item()),
         _row("entries", "mean", step, LAYER, n, ((L.double().sum() - n) / (n * (n - 1))).item()),
     ]
-    rows += [_row("stand-ins", how, step, LAYER, n, _lmn(f, train_samples, method=how)) for how in STAND_INS]
+    rows += [
+        _row("stand-ins", how, step, LAYER, n, lmn(f, train_samples, method=how).item()) for how in STAND_INS
+    ]
     for layer in OTHER_LAYERS:
         g, x, _ = tails(layer)
-        rows.append(_row("layers", "path", step, layer, len(x), _lmn(g, x)))
+        rows.append(_row("layers", "path", step, layer, len(x), lmn(g, x).item()))
     return rows
 
 
@@ -336,16 +334,15 @@ def _at_few(step: int, tails: Tails) -> list[dict]:
             step,
             LAYER,
             len(train_samples),
-            _lmn(f, train_samples, rule=rule, points=k),
+            lmn(f, train_samples, rule=rule, points=k).item(),
         )
         for rule, k in RULES
     ]
     pairs = torch.cat([train_samples, test_samples])
-    pairs = pairs[
-        torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    ]  # nested sub-samples
+    # Nested sub-samples.
+    pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
     sizes = [*(size for size in SIZES if size < len(pairs)), len(pairs)]
-    return rows + [_row("number", "random", step, LAYER, size, _lmn(f, pairs[:size])) for size in sizes]
+    return rows + [_row("number", "random", step, LAYER, size, lmn(f, pairs[:size]).item()) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -365,6 +362,18 @@ class Seed:
             if row["question"] == question
             and (variant is None or row["variant"] == variant)
             and (layer is None or row["layer"] == layer)
+        }
+
+    def lmn(self, layer: str) -> dict[int, float]:
+        """LMN of the training samples from a layer on, at the milestones, by step."""
+        return self.answer("samples", "train") if layer == LAYER else self.answer("layers", layer=layer)
+
+    def lmn_of_sizes(self, step: int) -> dict[int, float]:
+        """LMN of random samples, by their number; empty where a step has none."""
+        return {
+            row["samples"]: row["value"]
+            for row in self.answers
+            if row["question"] == "number" and row["step"] == step
         }
 
 

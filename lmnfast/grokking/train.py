@@ -120,10 +120,14 @@ class Run:
     def correlation(self, column: str) -> float:
         """Pearson's r of a column with the test loss while generalising; NaN for less than 3 rows."""
         rows = [row for row in self.rows if self.phase(row) == "generalising"]
-        if len(rows) < 3:
-            return float("nan")
-        series = [[row[name] for row in rows] for name in ("test_loss", column)]
-        return torch.corrcoef(torch.tensor(series, dtype=torch.float64))[0, 1].item()
+        return pearson([(row["test_loss"], row[column]) for row in rows])
+
+
+def pearson(pairs: Sequence[tuple[float, float]]) -> float:
+    """Pearson's r; NaN for less than 3 pairs, or where one of the two is constant."""
+    if len(pairs) < 3 or min(len(set(series)) for series in zip(*pairs)) == 1:
+        return float("nan")
+    return torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1].item()
 
 
 def train(config: Config, out: str | os.PathLike, *, force: bool = False, progress: bool = False) -> Run:
@@ -257,7 +261,7 @@ class _Training:
         self.tick("training")
         self.probe(step, **metrics)
         self.tick("measuring")
-        save_tensors(self.path / "checkpoints" / f"step_{step:08}.pt", self.model.state_dict())
+        save_tensors(checkpoint_of(self.path, step), self.model.state_dict())
         snapshot = {"step": step, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
         self.state = deepcopy(snapshot)
         self.unwritten += 1
@@ -344,18 +348,18 @@ def measure(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     configs = [replace(stored, device=device, method=name, **changes).settled() for name in methods]
     config = configs[0]
-    checkpoints = {int(file.stem[5:]): file for file in sorted(path.glob("checkpoints/step_*.pt"))}
-    checkpoints = {step: file for step, file in checkpoints.items() if step % every == 0}
-    if not checkpoints:
+    steps = [int(file.stem[5:]) for file in sorted(path.glob("checkpoints/step_*.pt"))]
+    steps = [step for step in steps if step % every == 0]
+    if not steps:
         raise ValueError(f"run: no checkpoints of such steps in {path}")
     task, model = start(config)
     together = "+".join(methods)
-    rows: list[dict] = [{} for _ in checkpoints]
-    with torch_threads(config.threads), progress_bar(len(checkpoints) * len(methods), 0, progress) as bar:
+    rows: list[dict] = [{} for _ in steps]
+    with torch_threads(config.threads), progress_bar(len(steps) * len(methods), 0, progress) as bar:
         for each in configs:
             with _probe(model, task.train_inputs, each, 1) as probe:
-                for step, file in checkpoints.items():
-                    model.load_state_dict(torch.load(file, map_location=config.device, weights_only=True))
+                for step in steps:
+                    load_checkpoint(model, path, step)
                     probe(step)
                     if bar:
                         bar.update()
@@ -391,6 +395,21 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"run: {path} is not a run, it holds no config.json") from None
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"run: cannot read {path / 'config.json'}: {error}") from None
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08}.pt"
+
+
+def load_checkpoint(model: nn.Module, run: Path, step: int) -> None:
+    """Gives the model the weights that a run had at a step. Raises ValueError for a file that is missing or damaged."""
+    file, device = checkpoint_of(run, step), next(model.parameters()).device
+    try:
+        model.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+    except Exception as error:  # a damaged file raises anything
+        raise ValueError(
+            f"run: cannot read {file}, {type(error).__name__}; delete {run} to run it anew"
+        ) from None
 
 
 def save_tensors(path: Path, content: dict) -> None:
