@@ -88,7 +88,7 @@ def measure(
         step, rows = int(checkpoint.stem[5:]), []
         if step % every:
             continue
-        model.load_state_dict(torch.load(checkpoint, weights_only=True))
+        trainer.load_checkpoint(model, run, step)
         for layer in layers:
             missing = [m for m in methods(layer) if (run.name, str(step), layer, m) not in known]
             if not missing:
@@ -148,10 +148,6 @@ class Values:
         return 1e3 * min(self.seconds[key])
 
 
-def pearson(pair: torch.Tensor) -> float:
-    return torch.corrcoef(pair)[0, 1].item()
-
-
 def bias_at_peak(pair: torch.Tensor) -> float:
     """Per cent."""
     peak = pair[0].argmax()
@@ -185,7 +181,7 @@ def table(
                     task,
                     f"`{layer}`",
                     f"`{method}`",
-                    spread([pearson(pair) for pair in pairs], 4),
+                    spread([trainer.pearson(pair.T.tolist()) for pair in pairs], 4),
                     spread([bias_at_peak(pair) for pair in pairs], digits),
                     spread([100 * (pair[1] / pair[0] - 1).abs().max().item() for pair in pairs], digits),
                     f"{values.milliseconds(task, activation, layer, method):.0f}",

@@ -26,9 +26,8 @@ from lmnfast.network import recognise
 from lmnfast.quadrature import path_nodes
 
 ROUNDS, SWEEP_SECONDS = 9, 15.0  # whichever is reached first, but at least 3 rounds
-PER_ACTIVATION = (
-    10  # multiply-adds that take as long as a SiLU, as measured where the floors are: 163 G/s, 16 G/s
-)
+# Multiply-adds that take as long as a SiLU: in the run of docs/benchmarks.md the floors had 93 G/s and 8.4 G/s.
+PER_ACTIVATION = 10
 BUFFER = 2048 * 100  # numbers, of the eager rival's chunk of pairs: what is fastest at width 100
 TAIL = (100, 100, 31)
 

@@ -46,8 +46,8 @@ def connectivity(
 
     ``L[i, j] = mean_k cov(y_k, t)^2 / (var(t) var(y_k))`` over the nodes t of the path ``x_i + t (x_j - x_i)``.
     An output that is constant to rounding counts 1. Chains of Linear and pointwise activations, also with residual
-    blocks, run in one fused kernel; any other f is called on tiles of path points. An ``nn.Module`` is measured in eval mode and left as
-    it was. The result carries no graph, whatever requires grad.
+    blocks, run in one fused kernel; any other f is called on tiles of path points. An ``nn.Module`` is measured in eval
+    mode and left as it was. The result carries no graph, whatever requires grad.
 
     The other methods stand in for it where f is dear, and are always to be named with the number; see docs/methods.md
     for how well each follows:

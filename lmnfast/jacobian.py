@@ -34,10 +34,10 @@ ISOMETRY_ERROR = 1e-6
 def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT_BUDGET) -> Tensor:
     """Jacobian of f at every sample; ``torch.func.vmap(torch.func.jacrev(f))(x)`` to rounding, flattened.
 
-    Chains of Linear and pointwise activations without residual blocks run in one fused kernel. Any other f is differentiated by torch.func,
-    forwards where it has more outputs than inputs and backwards elsewhere, on as many samples at a time as the budget
-    allows; where that cannot run one of f's layers, by torch.autograd, output after output. An ``nn.Module`` is
-    measured in eval mode and left as it was. The result carries no graph.
+    Chains of Linear and pointwise activations without residual blocks run in one fused kernel. Any other f is
+    differentiated by torch.func, forwards where it has more outputs than inputs and backwards elsewhere, on as many
+    samples at a time as the budget allows; where that cannot run one of f's layers, by torch.autograd, output after
+    output. An ``nn.Module`` is measured in eval mode and left as it was. The result carries no graph.
 
     Args:
         f: maps a batch (B, *in) to (B, *out), one row independent of the others, differentiable.

@@ -21,7 +21,7 @@ from lmnfast.grokking import claims, study
 from lmnfast.grokking.claims import Statistic, interval, judged, levelling, peak, r_squared, second_rise
 from lmnfast.grokking.report import write_report
 from lmnfast.grokking.study import Study, read_study, run_path, run_study
-from lmnfast.grokking.train import Config, Run, start
+from lmnfast.grokking.train import Config, Run, load_checkpoint, start
 
 TINY = Study(steps=20, every=10, milestones=(0, 20), few=(20,), init_steps=10, relu_steps=10, relu_every=10)
 
@@ -256,6 +256,18 @@ def test_a_damaged_run_is_named_once_the_others_are_done(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="s4-seed0"):
         run_study(tmp_path, ("s4",), 2, 1, TINY)
     assert done == [1]
+
+
+def test_a_damaged_or_missing_checkpoint_is_named(finished, tmp_path):
+    source = run_path(finished, "s4", 0)
+    run = run_path(tmp_path, "s4", 0)
+    (run / "checkpoints").mkdir(parents=True)
+    whole = (source / "checkpoints/step_00000010.pt").read_bytes()
+    (run / "checkpoints/step_00000010.pt").write_bytes(whole[: len(whole) // 2])
+    _, model = start(Config("s4", device="cpu"))
+    for step in (10, 20):
+        with pytest.raises(ValueError, match=f"cannot read .*step_000000{step}.pt.*delete .*s4-seed0"):
+            load_checkpoint(model, run, step)
 
 
 def test_a_damaged_table_of_answers_is_named(tmp_path):
