@@ -51,7 +51,7 @@ struct ConnectivityCall {
   std::optional<bool> midpoint;  // none: path_connectivity
 
   template <class T>
-  lmn::PathConnectivity<T> path(Address connectivity, Address workspace) const {
+  lmn::PathConnectivity<T> path(Address connectivity, Address counts, Address workspace) const {
     // Vectors of addresses are arrays of pointers.
     static_assert(sizeof(Address) == sizeof(T*));
     return {pointer<const T>(z),
@@ -66,32 +66,33 @@ struct ConnectivityCall {
             std::int32_t(weights.size()),
             tf32,
             pointer<T>(connectivity),
+            pointer<std::int64_t>(counts),
             pointer<void>(workspace)};
   }
   /// function(op) of the kind and dtype that this is.
   template <class Function>
-  auto with_op(Address connectivity, Address workspace, const Function& function) const {
+  auto with_op(Address connectivity, Address counts, Address workspace, const Function& function) const {
     const auto call = [&](auto zero) {
       using T = decltype(zero);
-      const lmn::PathConnectivity<T> op = path<T>(connectivity, workspace);
+      const lmn::PathConnectivity<T> op = path<T>(connectivity, counts, workspace);
       return midpoint ? function(lmn::HermiteConnectivity<T>{op, *midpoint}) : function(op);
     };
     return is_double ? call(0.0) : call(0.0f);
   }
   std::size_t workspace(int threads) const {
-    return with_op(0, 0, [&](const auto& op) { return workspace_of(op, threads); });
+    return with_op(0, 0, 0, [&](const auto& op) { return workspace_of(op, threads); });
   }
-  void run(Address connectivity, Address workspace, int threads) const {
+  void run(Address connectivity, Address counts, Address workspace, int threads) const {
     py::gil_scoped_release release;
-    with_op(connectivity, workspace, [&](const auto& op) { run_on_cpu(op, threads); });
+    with_op(connectivity, counts, workspace, [&](const auto& op) { run_on_cpu(op, threads); });
   }
 #if defined(LMN_CUDA)
   std::size_t workspace_cuda() const {
-    return with_op(0, 0, [&](const auto& op) { return workspace_on_cuda(op); });
+    return with_op(0, 0, 0, [&](const auto& op) { return workspace_on_cuda(op); });
   }
-  void run_cuda(Address connectivity, Address workspace, Address stream) const {
+  void run_cuda(Address connectivity, Address counts, Address workspace, Address stream) const {
     raise(midpoint ? "hermite_connectivity" : "path_connectivity",
-          with_op(connectivity, workspace, [&](const auto& op) { return run_on_cuda(op, pointer<CUstream_st>(stream)); }));
+          with_op(connectivity, counts, workspace, [&](const auto& op) { return run_on_cuda(op, pointer<CUstream_st>(stream)); }));
   }
 #endif
 
@@ -206,10 +207,11 @@ ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Addres
 
 template <class T>
 lmn::PathR2<T> path_r2(Address interior, Address ends, Address first, Address second, const Nodes& nodes,
-                       std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address workspace) {
+                       std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address counts,
+                       Address workspace) {
   return {pointer<const T>(interior), pointer<const T>(ends), pointer<const std::int64_t>(first),
           pointer<const std::int64_t>(second), nodes.view(), pairs, samples, outputs, pointer<T>(r2),
-          pointer<T>(workspace)};
+          pointer<std::int64_t>(counts), pointer<T>(workspace)};
 }
 
 template <class T>
@@ -278,14 +280,14 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("path_r2", [](bool is_double, Address interior, Address ends, Address first, Address second,
                       std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
-                      std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address workspace,
-                      int threads) {
+                      std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address counts,
+                      Address workspace, int threads) {
     py::gil_scoped_release release;
     const Nodes nodes{std::move(t), std::move(weights), mean_t, variance_t};
     const auto run = [&](auto zero) {
       using T = decltype(zero);
-      lmn::path_r2_cpu(path_r2<T>(interior, ends, first, second, nodes, pairs, samples, outputs, r2, workspace),
-                       threads);
+      lmn::path_r2_cpu(path_r2<T>(interior, ends, first, second, nodes, pairs, samples, outputs, r2, counts,
+                                    workspace), threads);
     };
     is_double ? run(0.0) : run(0.0f);
   });
@@ -314,12 +316,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("path_r2_cuda", [](bool is_double, Address interior, Address ends, Address first, Address second,
                            std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
                            std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2,
-                           Address workspace, Address stream) {
+                           Address counts, Address workspace, Address stream) {
     const Nodes nodes{std::move(t), std::move(weights), mean_t, variance_t};
     const auto run = [&](auto zero) {
       using T = decltype(zero);
       raise("path_r2", lmn::path_r2_cuda(path_r2<T>(interior, ends, first, second, nodes, pairs, samples, outputs, r2,
-                                                    workspace), pointer<CUstream_st>(stream)));
+                                                    counts, workspace), pointer<CUstream_st>(stream)));
     };
     is_double ? run(0.0) : run(0.0f);
   });

@@ -45,7 +45,8 @@ struct PathConnectivity {
   std::int64_t samples;
   std::int32_t layers;
   bool tf32;                        // CUDA, float: products of the chord residual may round it to TF32
-  T* connectivity;                  // [samples, samples]
+  T* connectivity;                  // [samples, samples]; kUnresolved for a pair that T cannot resolve
+  std::int64_t* counts;             // [2], outputs counted as constant over the resolved pairs; unresolved pairs
   void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
 };
 
@@ -66,8 +67,9 @@ struct PathR2 {
   const std::int64_t* second;       // [pairs], sample at t = 1
   PathNodes nodes;
   std::int64_t pairs, samples, outputs;
-  T* r2;                            // [pairs]
-  T* workspace;                     // [outputs + 3 * nodes.interior]
+  T* r2;                            // [pairs]; kUnresolved for a pair that T cannot resolve
+  std::int64_t* counts;             // [2], outputs counted as constant over the resolved pairs; unresolved pairs
+  T* workspace;                     // [2 * outputs + 3 * nodes.interior]
 };
 
 /// Jacobians of act_L(W_L ... act_1(W_1 act_0(x) + b_1) ... + b_L) at the samples.

@@ -16,6 +16,20 @@ constexpr int kRoundedUlps = 8;
 // An output whose standard deviation along a path is at most this many epsilons of its magnitude at the ends is
 // constant; the same number as lmnfast.reference.CONSTANT_ULPS.
 constexpr double kConstantUlps = 4.0;
+// An output whose standard deviation along a path is at most this many epsilons of what it is computed from (the root
+// of the sum of squares of all terms, layer by layer) is unresolved: rounding could change its 1 - r2 by more than
+// 1 / 128 or so. Such a pair is left to float64; the price of a larger number is more of them.
+constexpr double kResolvedUlps = 256.0;
+// var(t) var(y) below or above which the squares of a path's own numbers lose digits, or overflow.
+constexpr double kLeastTotal32 = 1e-24, kLargestTotal32 = 1e30, kLeastTotal64 = 1e-280, kLargestTotal64 = 1e290;
+// Samples whose first pre-activations differ by at most this share of their norm are close. Their outputs may be equal
+// to float32 rounding and still bend between them, so the constant rule is not applied to them in float32.
+constexpr double kCloseSamples = 0x1p-10;
+// Where only f's outputs are known, what they are computed from is taken to be as large as they are at the path's ends,
+// and at least this share of their largest value over the samples: an output may be small because terms cancel.
+constexpr double kLeastRounding = 0x1p-6;
+/// An entry of a connectivity matrix, or of a list of pairs, that is unresolved.
+constexpr double kUnresolved = -1.0;
 
 /// Weighted moments over the nodes of the chord residual e(t) = y(t) - (y_i + t (y_j - y_i)).
 template <class V>
@@ -23,17 +37,35 @@ struct Moments {
   V e, te, ee;  // sum w e, sum w (t - mean t) e, sum w e^2
 };
 
-/// 1 - r2 of one output, from its chord and the moments of its residual; 0 where it is constant.
+/// What one output comes to along one path.
+template <class V>
+struct Share {
+  V nonlinear;   // 1 - r2; 0 where the output is constant
+  V constant;    // 1 where the output is constant, else 0
+  V unresolved;  // 1 where rounding may decide 1 - r2, else 0
+};
+
+/// 1 - r2 of one output, from its chord and the moments of its residual.
 /// With cov(y, t) = chord var(t) + te and var(e) = ee - e^2:
 ///   var(t) var(y) = cov^2 + (var(t) var(e) - te^2), so 1 - r2 is the second term's share, and nothing cancels.
+/// magnitude: the larger |y| of the two ends. rounding_squared: of both ends together, see kResolvedUlps. All in the
+/// units of the chord, in which the outputs' spread over the samples is of order 1.
 template <class V, class T>
-LMN_FN V nonlinear_share(V chord, const Moments<V>& m, V magnitude, T variance_t, T epsilon) {
+LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V rounding_squared, T variance_t, T epsilon) {
+  const V zero{}, one = zero + T(1);
   const V covariance = chord * variance_t + m.te;
   const V residual = variance_t * (m.ee - m.e * m.e) - m.te * m.te;
-  const V nonlinear = residual < V{} ? V{} : residual;  // a NaN stays
+  const V nonlinear = residual < zero ? zero : residual;  // a NaN stays
   const V total = covariance * covariance + nonlinear;
   const V tolerance = magnitude * (static_cast<T>(kConstantUlps) * epsilon);
-  return total <= tolerance * tolerance * variance_t ? V{} : nonlinear / total;
+  constexpr T kResolved = static_cast<T>(kResolvedUlps);
+  const V limit = rounding_squared * (kResolved * epsilon * (kResolved * epsilon) * variance_t);
+  const V constant = total <= tolerance * tolerance * variance_t ? one : zero;
+  V resolved = total > limit ? one : zero;  // not where anything is a NaN
+  resolved = total > static_cast<T>(sizeof(T) == 4 ? kLeastTotal32 : kLeastTotal64) ? resolved : zero;
+  resolved = total < static_cast<T>(sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64) ? resolved : zero;
+  const V share = total > zero ? nonlinear / total : zero;
+  return {constant > zero ? zero : share, constant, constant > zero ? zero : one - resolved};
 }
 
 /// A polynomial in place of an output's residual along a path, from a few values of it: its slopes at both ends and,

@@ -107,16 +107,17 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return result
 
 
-def run(call, result: Tensor) -> Tensor:
-    """Runs a call that is kept while its workspace is allocated, on the device of its result."""
+def run(call, result: Tensor, *more: Tensor) -> Tensor:
+    """Runs a call that is kept while its workspace is allocated, on the device of its results; returns the first."""
+    addresses = [address(result), *map(address, more)]
     if result.is_cuda:
         with cuda_stream(result.device) as stream:
             workspace = result.new_empty(call.workspace_cuda(), dtype=torch.uint8)
-            call.run_cuda(address(result), address(workspace), stream)
+            call.run_cuda(*addresses, address(workspace), stream)
     else:
         threads = torch.get_num_threads()
         workspace = torch.empty(call.workspace(threads), dtype=torch.uint8)
-        call.run(address(result), address(workspace), threads)
+        call.run(*addresses, address(workspace), threads)
     return result
 
 

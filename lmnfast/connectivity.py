@@ -26,8 +26,10 @@ from .evaluation import (
 )
 from .jacobian import Differentiated, chain_features, merged, other_features, tiled
 from .network import Chain, Stacked, evaluating, loaded, networks_in, recognise
+from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .quadrature import path_nodes
 from .reference import CONSTANT_ULPS
+from .unresolved import CLOSE, RESOLVED_ULPS, UNRESOLVED, are_close, in_double, resolve
 
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
 
@@ -109,20 +111,34 @@ def _each(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> Iterato
 class Enqueued:
     """A connectivity matrix on its way. Its values count once `check` has returned."""
 
-    L: Tensor
+    measured: ChainConnectivity
     precision: str
     """torch.get_float32_matmul_precision() when the kernels were chosen."""
     verdicts: Tensor | None
     """(checks, 2) int64, how many values fail a check and which is the first; None where all was looked at."""
     errors: tuple[Callable[[int, int], Exception], ...]
 
+    @property
+    def L(self) -> Tensor:
+        return self.measured.L
+
+    @property
+    def constants(self) -> int:
+        """Outputs that were counted as constant to rounding, over all pairs i < j."""
+        return int(self.measured.counts[0])
+
     def check(self) -> None:
-        """Raises what is wrong with samples, outputs or L, as `connectivity` does; waits for the device."""
+        """Raises what is wrong with samples, outputs or L, as `connectivity` does; waits for the device.
+
+        Pairs that the samples' dtype cannot resolve are measured here, where that was not done before.
+        """
         if self.verdicts is None:
             return
         for (failing, first), error in zip(self.verdicts.cpu().tolist(), self.errors, strict=True):
             if failing:
                 raise error(failing, first)
+        self.measured.resolve()
+        Checks(False).entries(self.L)
 
 
 def enqueue(
@@ -196,16 +212,19 @@ def enqueue(
                 tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
                 if method == "jacobian":
                     L = _of_jacobians(f, chain, x, ends, allocated.bytes)
+                    measured = ChainConnectivity(L, torch.zeros(2, dtype=torch.int64), _nothing)
                 elif chain is not None and method == "path":
-                    L = ops.path_connectivity(chain, x, nodes, weights)
+                    measured = chain_connectivity(chain, x, nodes, weights)
                 elif chain is not None:
-                    L = ops.hermite_connectivity(chain, x, nodes, weights, midpoint)
+                    measured = chain_connectivity(chain, x, nodes, weights, midpoint)
                 elif method == "path":
-                    L = _generic(f, x, ends, nodes, weights, tile * len(x) // allocated.bytes)
+                    measured = _generic(f, x, ends, nodes, weights, tile * len(x) // allocated.bytes)
                 else:
-                    L = _generic_hermite(f, x, ends, nodes, weights, midpoint, tile, allocated.bytes)
-                checks.entries(L)
-                return Enqueued(L, precision, checks.pending(), tuple(checks.errors))
+                    measured = _generic_hermite(f, x, ends, nodes, weights, midpoint, tile, allocated.bytes)
+                if not (checks.deferred and chain is not None):  # else by `check`, on the chain's own weights
+                    measured.resolve()
+                    checks.entries(measured.L)
+                return Enqueued(measured, precision, checks.pending(), tuple(checks.errors))
         finally:
             if stream is not None and chain is None:
                 torch.cuda.current_stream(x.device).wait_stream(stream)
@@ -240,20 +259,23 @@ def _copied(chain: Chain) -> Chain:
 
 def _generic(
     f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor, nodes: Tensor, weights: Tensor, rows: int
-) -> Tensor:
+) -> ChainConnectivity:
     """Calls f on tiles of about ``rows`` points of paths; the paths' ends are f's outputs on the samples."""
-    ends = widened(ends)
+    original, ends = ends, widened(ends)
     L = torch.ones(len(x), len(x), dtype=ends.dtype, device=x.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=x.device)
     t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
-    if len(t) == 0:
-        return L
     if x.device.type == "cpu":
         keep_freed_pages()
-    # Equal samples have equal sums, to rounding. On CUDA to read how many are that close would mean to wait.
-    sums = x.flatten(1).double().sum(1).sort().values
-    repeated = x.is_cuda or bool((sums.diff() <= 1e-12 * x[0].numel() * x.abs().max()).any())
     most = max(1, rows // len(t))
     for first, second in _pairs(len(x), most, x.device):
+        # A path between close samples has few points in their own dtype.
+        apart = ~_indistinct(x[first], x[second])
+        if not apart.all():
+            i, j = first[~apart], second[~apart]
+            L[i, j] = L[j, i] = UNRESOLVED
+            counts[1] += len(i)
+            first, second = first[apart], second[apart]
         r2 = x.new_empty(len(first), dtype=ends.dtype)
         done = 0
         while done < len(first):
@@ -261,18 +283,36 @@ def _generic(
             try:
                 points = torch.lerp(x[first[pair], None], x[second[pair], None], t).flatten(0, 1)
                 y = widened(outputs_of(f, points)).reshape(-1, len(t), ends.shape[1])
-                r2[pair] = ops.path_r2(y, ends, first[pair], second[pair], nodes, weights)
+                r2[pair], found = torch.ops.lmnfast.path_r2(
+                    y, ends, first[pair], second[pair], nodes, weights
+                )
+                counts += found
             except RuntimeError as error:
                 if most == 1 or not out_of_memory(error):
                     raise
                 most = -(-most // 2)  # for good; what has been measured stays
                 continue
             done += most
-        if repeated:
-            r2[(x[first] == x[second]).flatten(1).all(1)] = 1.0
         L[first, second] = r2
         L[second, first] = r2
-    return L
+
+    def resolved() -> None:
+        if int(counts[1]):
+            points, values = max(1, rows // 4), in_double(f, x, original)  # float64 takes more memory
+            resolve(values, x, L, counts, nodes, weights, points=points)
+
+    return ChainConnectivity(L, counts, resolved)
+
+
+def _indistinct(first: Tensor, second: Tensor) -> Tensor:
+    """Which pairs of samples are close, see `are_close`; in float64 only those that are equal."""
+    if first.dtype == torch.float64:
+        return (first == second).flatten(1).all(1)
+    return are_close(first, second)
+
+
+def _nothing() -> None:
+    """There are no unresolved pairs."""
 
 
 def _generic_hermite(
@@ -284,7 +324,7 @@ def _generic_hermite(
     midpoint: bool,
     tile: int,
     allocated: int,
-) -> Tensor:
+) -> ChainConnectivity:
     """The polynomials' r2 from Jacobians of two tiles of samples at a time; f took ``allocated`` bytes for all samples.
 
     With A and B the slopes at both ends less the chord's and C the midpoint's distance from the chord, the residual is
@@ -292,6 +332,8 @@ def _generic_hermite(
     """
     y, outputs, inputs = widened(ends), ends.shape[1], x[0].numel()
     L = torch.ones(len(x), len(x), dtype=y.dtype, device=x.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=x.device)
+    sample = torch.arange(len(x), device=x.device)
     differentiated = Differentiated(f, x, ends, allocated, tile // 2)
     moments = _PolynomialMoments(nodes, weights, midpoint)
     # A quarter of the tile for each of two tiles of Jacobians, half of it for what the pairs of them take.
@@ -315,13 +357,28 @@ def _generic_hermite(
                 if midpoint:
                     values.append(_half_way(f, x, y, first, second))
                 magnitude = torch.maximum(y[first, None].abs(), y[second].abs())
-                r2 = 1 - moments.nonlinear_share(chord, values, magnitude).mean(-1)
-                r2 = torch.where((step == 0).all(-1), 1.0, r2)
+                share, constant, unresolved = moments.nonlinear_share(chord, values, magnitude)
+                left = unresolved.any(-1)
+                if x.dtype != torch.float64:
+                    largest = torch.maximum(flat[second].abs().amax(1), flat[first, None].abs().amax(2))
+                    left |= step.abs().amax(-1) <= CLOSE * largest
+                equal = (step == 0).all(-1)
+                r2 = torch.where(left, UNRESOLVED, 1 - share.mean(-1))
+                r2 = torch.where(equal, 1.0, r2)
+                above = ~equal & (sample[second] > sample[first, None])
+                counts[0] += (constant & (above & ~left)[..., None]).sum()
+                counts[1] += (left & above).sum()
                 if second.start == i:  # the samples' own paths, and those of one another twice
                     own = r2[:, : len(r2)]
                     own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
                 L[first, second], L[second, first] = r2, r2.mT
-    return L
+
+    def resolved() -> None:
+        if int(counts[1]):
+            points = max(1, tile // 4 * len(x) // allocated)
+            resolve(in_double(f, x, ends), x, L, counts, nodes, weights, points=points, midpoint=midpoint)
+
+    return ChainConnectivity(L, counts, resolved)
 
 
 def _half_way(f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, first: slice, second: slice) -> Tensor:
@@ -354,8 +411,10 @@ class _PolynomialMoments:
             self.variance_t * ((phi * weights) @ phi.mT - torch.outer(e, e)) - torch.outer(te, te)
         ).tolist()
 
-    def nonlinear_share(self, chord: Tensor, values: list[Tensor], magnitude: Tensor) -> Tensor:
-        """1 - r2; 0 for what is constant to rounding. ``values`` are overwritten."""
+    def nonlinear_share(
+        self, chord: Tensor, values: list[Tensor], magnitude: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """1 - r2, 0 for what is constant to rounding; what is constant; what is unresolved. ``values`` are overwritten."""
         scale = chord.abs()
         for value in values:
             torch.maximum(scale, value.abs(), out=scale)
@@ -370,8 +429,13 @@ class _PolynomialMoments:
                 row += values[u] * (2 * self.residual[v][u])
             nonlinear += row.mul_(value)
         total = covariance.square_() + nonlinear.clamp_(min=0)
-        tolerance = magnitude * (CONSTANT_ULPS * torch.finfo(chord.dtype).eps * self.variance_t**0.5)
-        return torch.where(total.sqrt() * scale <= tolerance, 0.0, nonlinear / total)
+        epsilon = torch.finfo(chord.dtype).eps * self.variance_t**0.5
+        variation = total.sqrt() * scale
+        constant = variation <= magnitude * (CONSTANT_ULPS * epsilon)
+        share = torch.where(constant, 0.0, nonlinear / total)
+        # Another dtype would not resolve more than float64 does.
+        limit = magnitude * (RESOLVED_ULPS * epsilon) if chord.dtype != torch.float64 else -torch.ones_like(magnitude)
+        return share, constant, ~(variation > limit) & ~constant
 
 
 def _of_jacobians(

@@ -26,17 +26,34 @@ def r2_along_path(y: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (...) of y's dtype. Source: arXiv 2310.05918, Eq. 1.
     """
+    return r2_of_outputs(y, nodes, weights)[0].mean(-1)
+
+
+def r2_of_outputs(
+    y: Tensor, nodes: Tensor, weights: Tensor, rounding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Squared Pearson correlation of each output with t, and which outputs are constant to rounding (r2 = 1).
+
+    Args:
+        y, nodes, weights: as in `r2_along_path`.
+        rounding: (..., outputs), an output whose standard deviation is at most CONSTANT_ULPS times this is constant;
+            None: the machine epsilon of y's dtype times the larger magnitude of the path's two ends.
+
+    Returns:
+        (..., outputs) of y's dtype, and (..., outputs) bool.
+    """
     t = nodes - weights @ nodes
     variance_t = float(weights @ t**2)
     weights, t = (v.to(y)[:, None] for v in (weights, t))
-    magnitude = torch.maximum(y[..., 0, :].abs(), y[..., -1, :].abs())
+    if rounding is None:
+        rounding = torch.finfo(y.dtype).eps * torch.maximum(y[..., 0, :].abs(), y[..., -1, :].abs())
     y = y - y[..., :1, :]
     centred = y - (weights * y).sum(-2, keepdim=True)
     scale = centred.abs().amax(-2, keepdim=True)  # r2 does not see it; squares of tiny or huge outputs do
     centred = centred / torch.where(scale > 0, scale, 1.0)
     covariance, variance = (weights * t * centred).sum(-2), (weights * centred**2).sum(-2)
-    constant = scale.squeeze(-2) * variance.sqrt() <= CONSTANT_ULPS * torch.finfo(y.dtype).eps * magnitude
-    return torch.where(constant, 1.0, covariance**2 / (variance_t * variance)).mean(-1)
+    constant = scale.squeeze(-2) * variance.sqrt() <= CONSTANT_ULPS * rounding
+    return torch.where(constant, 1.0, covariance**2 / (variance_t * variance)), constant
 
 
 def path_r2(
@@ -98,21 +115,40 @@ def hermite_connectivity(
     y = f(x).flatten(1)
     J = jacobian(f, x)
     result = torch.ones(len(x), len(x), dtype=y.dtype, device=x.device)
-    t = nodes.to(x)[:, None]
     for i in range(len(x) - 1):
         others = x[i + 1 :]
         step = others - x[i]
-        chord = y[i + 1 :] - y[i]
-        start = torch.einsum("kd,nd->nk", J[i], step.flatten(1)) - chord
-        end = torch.einsum("nkd,nd->nk", J[i + 1 :], step.flatten(1)) - chord
-        e = start[:, None] * t * (1 - t) ** 2 - end[:, None] * t**2 * (1 - t)
-        if midpoint:
-            half = f(torch.lerp(x[i], others, 0.5)).flatten(1) - torch.lerp(y[i], y[i + 1 :], 0.5)
-            e = e + 16 * t**2 * (1 - t) ** 2 * (half - (start - end) / 8)[:, None]
-        r2 = r2_along_path(y[i] + t * chord[:, None] + e, nodes, weights)
+        start = torch.einsum("kd,nd->nk", J[i], step.flatten(1))
+        end = torch.einsum("nkd,nd->nk", J[i + 1 :], step.flatten(1))
+        half = f(torch.lerp(x[i], others, 0.5)).flatten(1) if midpoint else None
+        r2 = r2_along_path(hermite_path(y[i], y[i + 1 :], start, end, half, nodes), nodes, weights)
         coincident = (others == x[i]).flatten(1).all(1)
         result[i, i + 1 :] = torch.where(coincident, 1.0, r2)
     return result.triu() + result.triu(1).mT
+
+
+def hermite_path(
+    first: Tensor, second: Tensor, start: Tensor, end: Tensor, half: Tensor | None, nodes: Tensor
+) -> Tensor:
+    """The cubic of given ends and end slopes at the nodes, or with a value half way the quartic.
+
+    Args:
+        first, second: (..., outputs), the values at t = 0 and t = 1; they may be broadcast.
+        start, end: (..., outputs), the derivatives by t there.
+        half: (..., outputs), the value at t = 1/2, or None.
+        nodes: (nodes,) float64.
+
+    Returns:
+        (..., nodes, outputs).
+    """
+    chord = second - first
+    t = nodes.to(chord)[:, None]
+    start, end = start - chord, end - chord
+    e = start[..., None, :] * t * (1 - t) ** 2 - end[..., None, :] * t**2 * (1 - t)
+    if half is not None:
+        bump = half - torch.lerp(first.expand_as(second), second, 0.5) - (start - end) / 8
+        e = e + 16 * t**2 * (1 - t) ** 2 * bump[..., None, :]
+    return first[..., None, :] + t * chord[..., None, :] + e
 
 
 def jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

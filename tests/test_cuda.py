@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmnfast import ops
 from lmnfast.network import Chain
+from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="no CUDA device")
@@ -21,13 +22,13 @@ RULE = path_nodes("uniform", 21)
 def path_connectivity(x: Tensor) -> Callable[[], Tensor]:
     chain = random_chain([12, 40, 7], ["silu", "silu", "identity"], bias=False)
     weights = tuple(w.to(x) for w in chain.weights)
-    return lambda: ops.path_connectivity(Chain(weights, chain.biases, chain.activations), x, *RULE)
+    return lambda: chain_connectivity(Chain(weights, chain.biases, chain.activations), x, *RULE).L
 
 
 def hermite_connectivity(x: Tensor) -> Callable[[], Tensor]:
     chain = random_chain([12, 40, 7], ["silu", "silu", "identity"], bias=False)
     weights = tuple(w.to(x) for w in chain.weights)
-    return lambda: ops.hermite_connectivity(Chain(weights, chain.biases, chain.activations), x, *RULE, True)
+    return lambda: chain_connectivity(Chain(weights, chain.biases, chain.activations), x, *RULE, True).L
 
 
 def path_r2(x: Tensor) -> Callable[[], Tensor]:
@@ -36,7 +37,7 @@ def path_r2(x: Tensor) -> Callable[[], Tensor]:
 
     def call() -> Tensor:
         interior.copy_(x[first][:, None].expand_as(interior))
-        return ops.path_r2(interior.sin_(), x, first, second, *RULE)
+        return torch.ops.lmnfast.path_r2(interior.sin_(), x, first, second, *RULE)[0]
 
     return call
 

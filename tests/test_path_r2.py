@@ -52,7 +52,7 @@ def test_any_number_of_pairs_and_outputs(pairs, outputs, device, dtype):
 
 
 @pytest.mark.parametrize(
-    "rule", [("uniform", 2), ("uniform", 3), ("uniform", 40), ("lobatto", 4), ("lobatto", 9)]
+    "rule", [("uniform", 3), ("uniform", 4), ("uniform", 40), ("lobatto", 4), ("lobatto", 9)]
 )
 @pytest.mark.parametrize("outputs", [3, 20])
 def test_any_nodes_and_weights(rule, outputs, device, dtype):
@@ -149,7 +149,7 @@ def test_opcheck(dtype):
 
 def test_torch_compile_gives_the_same_bits():
     def measured(y, *rest):
-        return ops.path_r2(y * 2, *rest) + 1
+        return torch.ops.lmnfast.path_r2(y * 2, *rest)[0] + 1
 
     arguments = problem(9, 5)
     compiled = torch.compile(measured, fullgraph=True, backend="aot_eager")

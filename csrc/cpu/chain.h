@@ -38,6 +38,7 @@ struct Layer {
   T* a = nullptr;       // after it; the same memory for the identity
   T* v = nullptr;       // what the next layer takes: a, or memory of its own where an earlier value is added to a
   T* slope = nullptr;   // its derivative, for a stencil alone
+  T* rounding = nullptr;  // root of the sum of squares of all that v is computed from; epsilons of it are v's rounding
   T* packed = nullptr;  // weights into this layer, [blocks of kRows][width of the layer before][rows of the block]
 };
 
@@ -53,6 +54,7 @@ struct Scratch {
   V* second_table;          // [widths[0]][nodes], exp(-t z_j)
   T* first_table;           // [kTaskRows][widths[0]][nodes], exp(-(1 - t) z_i)
   std::int64_t table_task;  // whose rows first_table holds; none: -1
+  std::int64_t counts[2];   // this thread's share of the op's
 };
 
 template <class T>
@@ -67,6 +69,7 @@ struct Plan {
   T *y = nullptr, *y_low = nullptr;  // scaled outputs, laid out as a layer; what rounding linear ones to T lost
   T *row_z = nullptr, *row_a = nullptr, *row_slope = nullptr;  // [samples][sum of widths], the layers again
   T *row_y = nullptr, *row_y_low = nullptr;      // [samples][outputs]
+  T *rounding = nullptr, *row_rounding = nullptr;  // of the scaled outputs, laid out as y and as row_y
   Scratch<T>* scratch = nullptr;                 // [threads]
   bool separable = false;
 
@@ -129,6 +132,8 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
   plan.row_slope = arena.take<T>(stencil.size == 0 ? 0 : op.samples * plan.total_width);
   plan.row_y = arena.take<T>(op.samples * plan.outputs);
   plan.row_y_low = arena.take<T>(op.samples * plan.outputs);
+  plan.rounding = arena.take<T>(plan.lane_blocks * plan.outputs * kLanes<T>);
+  plan.row_rounding = arena.take<T>(op.samples * plan.outputs);
   plan.scratch = arena.take<Scratch<T>>(threads);
   for (int l = 0; l <= op.layers; ++l) {
     const std::int64_t values = plan.lane_blocks * op.widths[l] * kLanes<T>;
@@ -137,6 +142,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     layer.a = layer.activation.kind == ActivationKind::kIdentity ? layer.z : arena.take<T>(values);
     layer.v = op.skips && (op.skips[2 * l + 1] >= 0 || op.shifts[2 * l + 1]) ? arena.take<T>(values) : layer.a;
     layer.slope = stencil.size == 0 ? nullptr : arena.take<T>(values);
+    layer.rounding = arena.take<T>(values);
     layer.packed = l == 0 ? nullptr : arena.take<T>(op.widths[l] * op.widths[l - 1]);
     if (arena.base) plan.layers[l] = layer;
   }
@@ -153,6 +159,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     s.second_table = arena.take<V>(plan.separable ? op.widths[0] * interior : 0);
     s.first_table = arena.take<T>(plan.separable ? kTaskRows * op.widths[0] * interior : 0);
     s.table_task = -1;
+    s.counts[0] = s.counts[1] = 0;
     if (arena.base) plan.scratch[thread] = s;
   }
   return plan;
@@ -360,68 +367,93 @@ void pack_weights(const T* weights, std::int64_t rows, std::int64_t depth, T* pa
   }
 }
 
-/// Adds to one unit of a value what the network adds there, at the samples of a block.
+/// Adds to one unit of a value what the network adds there, at the samples of a block; and to the sum of the squares of
+/// all that the value is computed from.
 template <class T>
-void add_earlier(const Plan<T>& plan, int value, std::int64_t block, std::int64_t unit, double (&sums)[kLanes<T>]) {
+void add_earlier(const Plan<T>& plan, int value, std::int64_t block, std::int64_t unit, double (&sums)[kLanes<T>],
+                 double (&squares)[kLanes<T>]) {
   const PathConnectivity<T>& op = plan.op;
   if (!op.skips) return;
   const std::int64_t width = op.widths[value / 2];
   if (op.skips[value] >= 0) {
     const Layer<T>& source = plan.layers[op.skips[value] / 2];
     const T* earlier = (op.skips[value] % 2 ? source.v : source.z) + (block * width + unit) * kLanes<T>;
-    for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] += double(earlier[lane]);
+    const T* rounding = source.rounding + (block * width + unit) * kLanes<T>;
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      sums[lane] += double(earlier[lane]);
+      squares[lane] += double(rounding[lane]) * double(rounding[lane]);
+    }
   }
   if (const T* shift = op.shifts[value]) {
     for (int lane = 0; lane < kLanes<T>; ++lane) {
-      sums[lane] += double(shift[at_most(block * kLanes<T> + lane, op.samples - 1) * width + unit]);
+      const double term = double(shift[at_most(block * kLanes<T> + lane, op.samples - 1) * width + unit]);
+      sums[lane] += term;
+      squares[lane] += term * term;
     }
   }
 }
 
-/// Fills z, a and v of every layer for one block of lanes; lanes beyond the last sample repeat it.
+/// Fills z, a, v and rounding of every layer for one block of lanes; lanes beyond the last sample repeat it.
 /// Products in double: a node's rounding averages out along a path, the ends' would tilt all of it.
 template <class T>
 void forward_block(const Plan<T>& plan, std::int64_t block) {
   const PathConnectivity<T>& op = plan.op;
   for (int l = 0; l <= op.layers; ++l) {
     const Layer<T>& layer = plan.layers[l];
-    T* z = layer.z + block * layer.width * kLanes<T>;
+    const std::int64_t start = block * layer.width * kLanes<T>;
+    T *z = layer.z + start, *rounding = layer.rounding + start;
     if (l == 0) {
       for (int lane = 0; lane < kLanes<T>; ++lane) {
         const T* sample = op.z + at_most(block * kLanes<T> + lane, op.samples - 1) * layer.width;
         for (std::int64_t unit = 0; unit < layer.width; ++unit) z[unit * kLanes<T> + lane] = sample[unit];
       }
+      for (std::int64_t n = 0; n < layer.width * kLanes<T>; ++n) rounding[n] = z[n] < 0 ? -z[n] : z[n];
     } else {
       const Layer<T>& before = plan.layers[l - 1];
       const T* a = before.v + block * before.width * kLanes<T>;
+      const T* a_rounding = before.rounding + block * before.width * kLanes<T>;
       for (std::int64_t unit = 0; unit < layer.width; ++unit) {
-        double sums[kLanes<T>];
-        for (double& sum : sums) sum = op.biases[l - 1] ? double(op.biases[l - 1][unit]) : 0.0;
+        const double bias = op.biases[l - 1] ? double(op.biases[l - 1][unit]) : 0.0;
+        double sums[kLanes<T>], squares[kLanes<T>];
+        for (double& sum : sums) sum = bias;
+        for (double& square : squares) square = bias * bias;
         const T* weights = op.weights[l - 1] + unit * before.width;
         for (std::int64_t d = 0; d < before.width; ++d) {
           const double weight = double(weights[d]);
-          for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] += weight * double(a[d * kLanes<T> + lane]);
+          for (int lane = 0; lane < kLanes<T>; ++lane) {
+            const double term = weight * double(a_rounding[d * kLanes<T> + lane]);
+            sums[lane] += weight * double(a[d * kLanes<T> + lane]);
+            squares[lane] += term * term;
+          }
         }
-        add_earlier(plan, 2 * l, block, unit, sums);
+        add_earlier(plan, 2 * l, block, unit, sums, squares);
         for (int lane = 0; lane < kLanes<T>; ++lane) {
           z[unit * kLanes<T> + lane] = T(sums[lane]);
+          rounding[unit * kLanes<T> + lane] = T(sqrt(squares[lane] + sums[lane] * sums[lane]));
           if (l == op.layers) {
-            plan.y_low[(block * layer.width + unit) * kLanes<T> + lane] = T(sums[lane] - double(T(sums[lane])));
+            plan.y_low[start + unit * kLanes<T> + lane] = T(sums[lane] - double(T(sums[lane])));
           }
         }
       }
     }
     if (layer.a != layer.z || layer.slope) {
-      const std::int64_t start = block * layer.width * kLanes<T>;
       find_values<T>(layer.activation.kind)(layer.a + start, layer.slope ? layer.slope + start : nullptr, z,
                                             layer.width * kLanes<T>, layer.activation);
     }
-    for (std::int64_t unit = 0; layer.v != layer.a && unit < layer.width; ++unit) {
-      const std::int64_t start = (block * layer.width + unit) * kLanes<T>;
-      double sums[kLanes<T>];
-      for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] = double(layer.a[start + lane]);
-      add_earlier(plan, 2 * l + 1, block, unit, sums);
-      for (int lane = 0; lane < kLanes<T>; ++lane) layer.v[start + lane] = T(sums[lane]);
+    for (std::int64_t unit = 0; layer.v != layer.z && unit < layer.width; ++unit) {
+      const std::int64_t at = unit * kLanes<T>;
+      double sums[kLanes<T>], squares[kLanes<T>];
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        sums[lane] = double(layer.a[start + at + lane]);
+        squares[lane] = double(rounding[at + lane]) * double(rounding[at + lane]);
+      }
+      if (layer.v != layer.a) {
+        add_earlier(plan, 2 * l + 1, block, unit, sums, squares);
+        for (int lane = 0; lane < kLanes<T>; ++lane) layer.v[start + at + lane] = T(sums[lane]);
+      }
+      for (int lane = 0; lane < kLanes<T>; ++lane) {
+        rounding[at + lane] = T(sqrt(squares[lane] + sums[lane] * sums[lane]));
+      }
     }
   }
 }
@@ -445,6 +477,7 @@ void scale_outputs(const Plan<T>& plan) {
       for (int lane = 0; lane < kLanes<T>; ++lane) {
         plan.y[start + lane] = last.v[start + lane] * plan.scale[k];
         plan.y_low[start + lane] = plan.ends_linear() ? plan.y_low[start + lane] * plan.scale[k] : 0;
+        plan.rounding[start + lane] = last.rounding[start + lane] * plan.scale[k];
       }
     }
   }
@@ -497,7 +530,8 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
   const int node_blocks = int(blocks_of(interior, kColumns));
   for (std::int64_t k = 0; k < plan.outputs; ++k) s.moments[k] = Moments<Vector<T>>{};
   for (int part = 0; part < node_blocks; ++part) {  // of nearly equal sizes: a lone node would waste the registers
-    const int begin = interior * part / node_blocks, columns = interior * (part + 1) / node_blocks - begin;
+    const int begin = int(std::int64_t(interior) * part / node_blocks);
+    const int columns = int(std::int64_t(interior) * (part + 1) / node_blocks) - begin;
     const T* t = plan.t + begin;
     const T *w = plan.w + begin, *w_t = plan.w_t + begin;
     Vector<T> *panel = s.panel, *next = s.next_panel;
@@ -646,6 +680,7 @@ void fill_rows(const Plan<T>& plan, std::int64_t i) {
     const std::int64_t from = (lane_block * plan.outputs + k) * kLanes<T> + lane;
     plan.row_y[i * plan.outputs + k] = plan.y[from];
     plan.row_y_low[i * plan.outputs + k] = plan.y_low[from];
+    plan.row_rounding[i * plan.outputs + k] = plan.rounding[from];
   }
 }
 
@@ -677,25 +712,57 @@ void fill_first_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t beg
   }
 }
 
+/// 1 in each lane whose sample is close to sample i, see kCloseSamples; else 0.
 template <class T>
-void finish_pairs(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std::int64_t block) {
+Vector<T> close_samples(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
+  using V = Vector<T>;
+  const Layer<T>& layer = plan.layers[0];
+  const T* zj = layer.z + block * layer.width * kLanes<T>;
+  V distance{}, first{}, second{};
+  for (std::int64_t unit = 0; unit < layer.width; ++unit) {
+    const V z_first = splat<V>(s.first_z[unit]), z_second = load<V>(zj + unit * kLanes<T>);
+    distance = larger(distance, absolute(z_second - z_first));
+    first = larger(first, absolute(z_first));
+    second = larger(second, absolute(z_second));
+  }
+  return distance <= larger(first, second) * T(kCloseSamples) ? splat<V>(T(1)) : V{};
+}
+
+template <class T>
+void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64_t block) {
   using V = Vector<T>;
   const PathConnectivity<T>& op = plan.op;
   const T *first_y = plan.row_y + i * plan.outputs, *first_y_low = plan.row_y_low + i * plan.outputs;
+  const T* first_rounding = plan.row_rounding + i * plan.outputs;
   const std::int64_t start_j = block * plan.outputs * kLanes<T>;
   CompensatedSum<V> nonlinear;
+  V constants{}, unresolved{};
   for (std::int64_t k = 0; k < plan.outputs; ++k) {
     const std::int64_t at_j = start_j + k * kLanes<T>;
     const V first = splat<V>(first_y[k]), second = load<V>(plan.y + at_j);
+    const V rounding = load<V>(plan.rounding + at_j);
     const V magnitude = larger(absolute(first), absolute(second));
     const V chord = (second - first) + (load<V>(plan.y_low + at_j) - first_y_low[k]);
-    nonlinear.add(nonlinear_share<V, T>(chord, s.moments[k], magnitude, T(op.nodes.variance_t), Epsilon<T>::value));
+    const V rounding_squared = fma(rounding, rounding, splat<V>(first_rounding[k] * first_rounding[k]));
+    const Share<V> share = share_of_output<V, T>(chord, s.moments[k], magnitude, rounding_squared,
+                                                 T(op.nodes.variance_t), Epsilon<T>::value);
+    nonlinear.add(share.nonlinear);
+    constants += share.constant;
+    unresolved += share.unresolved;
+  }
+  // In float64 the samples are what they are; there is nothing wider to see more in.
+  if (sizeof(T) == 4 && any<V>(constants > V{})) {
+    unresolved += constants > V{} ? close_samples(plan, s, block) : V{};
   }
   const V r2 = 1 - nonlinear.sum / T(plan.outputs);
+  const V entries = unresolved > V{} ? splat<V>(T(kUnresolved)) : r2;
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     const std::int64_t j = block * kLanes<T> + lane;
     if (j <= i || j >= op.samples) continue;
-    op.connectivity[i * op.samples + j] = op.connectivity[j * op.samples + i] = r2[lane];
+    op.connectivity[i * op.samples + j] = op.connectivity[j * op.samples + i] = entries[lane];
+    const bool resolved = !(unresolved[lane] > 0);
+    s.counts[0] += resolved ? std::int64_t(constants[lane]) : 0;
+    s.counts[1] += !resolved;
   }
 }
 
@@ -755,6 +822,10 @@ void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, i
       while (rest >= plan.lane_blocks - row * kBlocksPerTask) rest -= plan.lane_blocks - row++ * kBlocksPerTask;
       run_task<kStencil>(plan, scratch, row, row * kBlocksPerTask + rest);
     }
+  }
+  for (int n = 0; n < 2; ++n) {
+    op.counts[n] = 0;
+    for (int thread = 0; thread < threads; ++thread) op.counts[n] += plan.scratch[thread].counts[n];
   }
 }
 

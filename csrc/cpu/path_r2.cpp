@@ -14,13 +14,13 @@ constexpr int kNodeChunk = 32;  // nodes gathered at a time, 2 kB
 template <class T>
 struct Lane {
   using V = Vector<T>;
-  V first, chord, magnitude, scale;
+  V first, chord, magnitude, scale, rounding;
   Moments<V> moments{};
 
   Lane() = default;
-  Lane(V y_first, V y_second, V y_scale)
+  Lane(V y_first, V y_second, V y_scale, V y_rounding)
       : first(y_first), chord(y_second - y_first), magnitude(larger(absolute(y_first), absolute(y_second)) * y_scale),
-        scale(y_scale) {}
+        scale(y_scale), rounding(y_rounding) {}
   inline void add(V y, T t, T weight, T weight_t) {
     const V e = (y - fma(splat<V>(t), chord, first)) * scale;
     const V weighted = e * weight;
@@ -28,8 +28,9 @@ struct Lane {
     moments.te = fma(splat<V>(weight_t), e, moments.te);
     moments.ee = fma(weighted, e, moments.ee);
   }
-  inline V share(const PathNodes& nodes) const {  // 1 - r2
-    return nonlinear_share<V, T>(chord * scale, moments, magnitude, T(nodes.variance_t), Epsilon<T>::value);
+  inline Share<V> share(const PathNodes& nodes) const {
+    return share_of_output<V, T>(chord * scale, moments, magnitude, fma(magnitude, magnitude, rounding * rounding),
+                                 T(nodes.variance_t), Epsilon<T>::value);
   }
 };
 
@@ -46,11 +47,34 @@ inline Vector<T> load_row(const T* from, const T* end) {
   return from + kLanes<T> <= end ? load<Vector<T>>(from) : load_partial<Vector<T>>(from, end - from);
 }
 
+/// Sums over the outputs of a pair.
+template <class T>
+struct PairSums {
+  CompensatedSum<Vector<T>> nonlinear;
+  Vector<T> constants{}, unresolved{};
+};
+
+/// What the op counts.
+struct Counts {
+  std::int64_t constants = 0, unresolved = 0;
+};
+
+/// Entry of a pair from its sums.
+template <class T>
+inline T entry_of(T nonlinear, T constants, T unresolved, std::int64_t outputs, Counts& counts) {
+  if (unresolved > 0) {
+    ++counts.unresolved;
+    return T(kUnresolved);
+  }
+  counts.constants += std::int64_t(constants);
+  return 1 - nonlinear / T(outputs);
+}
+
 /// Adds the shares of kVectors vectors of a pair's outputs from start on.
 template <class T, int kVectors>
-inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t start, CompensatedSum<Vector<T>>& sum) {
+inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t start, PairSums<T>& sums) {
   const T *interior_end = op.interior + op.pairs * op.nodes.interior * op.outputs;
-  const T *ends_end = op.ends + op.samples * op.outputs, *scale_end = op.workspace + op.outputs;
+  const T *ends_end = op.ends + op.samples * op.outputs, *scale_end = op.workspace + 2 * op.outputs;
   const T* y = op.interior + pair * op.nodes.interior * op.outputs + start;
   const T* first = op.ends + op.first[pair] * op.outputs + start;
   const T* second = op.ends + op.second[pair] * op.outputs + start;
@@ -58,7 +82,8 @@ inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t star
   for (int v = 0; v < kVectors; ++v) {
     const int at = v * kLanes<T>;
     lanes[v] = Lane<T>(load_row(first + at, ends_end), load_row(second + at, ends_end),
-                       load_row(op.workspace + start + at, scale_end));
+                       load_row(op.workspace + start + at, scale_end),
+                       load_row(op.workspace + op.outputs + start + at, scale_end));
   }
   for (int m = 0; m < op.nodes.interior; ++m, y += op.outputs) {
     const Node<T> node(op.nodes, m);
@@ -70,42 +95,51 @@ inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t star
     }
   }
   for (int v = 0; v < kVectors; ++v) {
-    Vector<T> share = lanes[v].share(op.nodes);
-    for (std::int64_t lane = op.outputs - start - v * kLanes<T>; lane < kLanes<T>; ++lane) share[lane] = 0;
-    sum.add(share);
+    Share<Vector<T>> share = lanes[v].share(op.nodes);
+    for (std::int64_t lane = op.outputs - start - v * kLanes<T>; lane < kLanes<T>; ++lane) {
+      share.nonlinear[lane] = share.constant[lane] = share.unresolved[lane] = 0;
+    }
+    sums.nonlinear.add(share.nonlinear);
+    sums.constants += share.constant;
+    sums.unresolved += share.unresolved;
   }
 }
 
 template <class T>
-T wide_pair(const PathR2<T>& op, std::int64_t pair) {
-  CompensatedSum<Vector<T>> sum;
+T wide_pair(const PathR2<T>& op, std::int64_t pair, Counts& counts) {
+  PairSums<T> sums;
   std::int64_t start = 0;
   for (; start + kGroup * kLanes<T> <= op.outputs; start += kGroup * kLanes<T>) {
-    add_shares<T, kGroup>(op, pair, start, sum);
+    add_shares<T, kGroup>(op, pair, start, sums);
   }
-  for (; start < op.outputs; start += kLanes<T>) add_shares<T, 1>(op, pair, start, sum);
-  T total = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) total += sum.sum[lane];
-  return 1 - total / T(op.outputs);
+  for (; start < op.outputs; start += kLanes<T>) add_shares<T, 1>(op, pair, start, sums);
+  T nonlinear = 0, constants = 0, unresolved = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    nonlinear += sums.nonlinear.sum[lane];
+    constants += sums.constants[lane];
+    unresolved += sums.unresolved[lane];
+  }
+  return entry_of(nonlinear, constants, unresolved, op.outputs, counts);
 }
 
 /// As many pairs as fit into a vector.
 template <class T>
-void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t count) {
+void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, Counts& counts) {
   using V = Vector<T>;
-  T first[kLanes<T>] = {}, second[kLanes<T>] = {}, scale[kLanes<T>] = {};
+  T first[kLanes<T>] = {}, second[kLanes<T>] = {}, scale[kLanes<T>] = {}, rounding[kLanes<T>] = {};
   const T* y[kLanes<T>];
   for (const T*& row : y) row = op.interior;  // lanes without an output: any number will do
   int lane = 0;
-  for (std::int64_t pair = begin; pair < begin + count; ++pair) {
+  for (std::int64_t pair = begin; pair < begin + pairs; ++pair) {
     for (std::int64_t k = 0; k < op.outputs; ++k, ++lane) {
       y[lane] = op.interior + pair * op.nodes.interior * op.outputs + k;
       first[lane] = op.ends[op.first[pair] * op.outputs + k];
       second[lane] = op.ends[op.second[pair] * op.outputs + k];
       scale[lane] = op.workspace[k];
+      rounding[lane] = op.workspace[op.outputs + k];
     }
   }
-  Lane<T> lanes(load<V>(first), load<V>(second), load<V>(scale));
+  Lane<T> lanes(load<V>(first), load<V>(second), load<V>(scale), load<V>(rounding));
   T gathered[kNodeChunk * kLanes<T>];
   for (int from = 0; from < op.nodes.interior; from += kNodeChunk) {
     const int nodes = op.nodes.interior - from < kNodeChunk ? op.nodes.interior - from : kNodeChunk;
@@ -119,11 +153,15 @@ void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t count) {
       lanes.add(load<V>(gathered + m * kLanes<T>), node.t, node.weight, node.weight_t);
     }
   }
-  const V share = lanes.share(op.nodes);
-  for (std::int64_t pair = 0; pair < count; ++pair) {
-    T total = 0;
-    for (std::int64_t k = 0; k < op.outputs; ++k) total += share[pair * op.outputs + k];
-    op.r2[begin + pair] = 1 - total / T(op.outputs);
+  const Share<V> share = lanes.share(op.nodes);
+  for (std::int64_t pair = 0; pair < pairs; ++pair) {
+    T nonlinear = 0, constants = 0, unresolved = 0;
+    for (std::int64_t at = pair * op.outputs; at < (pair + 1) * op.outputs; ++at) {
+      nonlinear += share.nonlinear[at];
+      constants += share.constant[at];
+      unresolved += share.unresolved[at];
+    }
+    op.r2[begin + pair] = entry_of(nonlinear, constants, unresolved, op.outputs, counts);
   }
 }
 
@@ -131,23 +169,36 @@ template <class T>
 void path_r2_on(const PathR2<T>& op, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (std::int64_t k = 0; k < op.outputs; ++k) {
-    T largest = 0;
-    for (std::int64_t n = 1; n < op.samples; ++n) {
-      const T difference = op.ends[n * op.outputs + k] - op.ends[k];
+    T largest = 0, magnitude = 0;
+    for (std::int64_t n = 0; n < op.samples; ++n) {
+      const T y = op.ends[n * op.outputs + k], difference = y - op.ends[k];
       largest = difference > largest ? difference : -difference > largest ? -difference : largest;
+      magnitude = y > magnitude ? y : -y > magnitude ? -y : magnitude;
     }
     op.workspace[k] = output_scale(largest);
+    op.workspace[op.outputs + k] = magnitude * op.workspace[k] * T(kLeastRounding);
   }
+  std::int64_t constants = 0, unresolved = 0;
   if (2 * op.outputs > kLanes<T>) {
-#pragma omp parallel for num_threads(threads)
-    for (std::int64_t pair = 0; pair < op.pairs; ++pair) op.r2[pair] = wide_pair(op, pair);
+#pragma omp parallel for num_threads(threads) reduction(+ : constants, unresolved)
+    for (std::int64_t pair = 0; pair < op.pairs; ++pair) {
+      Counts counts;
+      op.r2[pair] = wide_pair(op, pair, counts);
+      constants += counts.constants;
+      unresolved += counts.unresolved;
+    }
   } else {
     const std::int64_t group = kLanes<T> / op.outputs;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) reduction(+ : constants, unresolved)
     for (std::int64_t begin = 0; begin < op.pairs; begin += group) {
-      narrow_pairs(op, begin, begin + group <= op.pairs ? group : op.pairs - begin);
+      Counts counts;
+      narrow_pairs(op, begin, begin + group <= op.pairs ? group : op.pairs - begin, counts);
+      constants += counts.constants;
+      unresolved += counts.unresolved;
     }
   }
+  op.counts[0] = constants;
+  op.counts[1] = unresolved;
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ struct Layer {
   ActivationKind kind;
   T alpha, beta;
   T *z, *a, *slope;          // [samples, stride] before and after the activation, and its derivative or null
+  T* rounding;               // [samples, stride], root of the sum of squares of all that a is computed from
   const T *weights, *biases; // [width, width of the layer before], [width] or null
   float4* packed;            // float: weights as fragments, [blocks of 8 units][steps][lanes]
 };
@@ -35,7 +36,9 @@ struct Problem {
   DeviceNodes<T> nodes;
   std::int64_t samples, outputs;
   T *y, *y_low, *scale; // [samples, outputs] scaled; what rounding linear ones to T lost; [outputs]
+  T* rounding;          // [samples, outputs], scaled: epsilons of it are y's rounding
   T* connectivity;
+  std::int64_t* counts;
 };
 
 /// Calls function(integral_constant) for the activation.
@@ -65,15 +68,54 @@ __device__ inline void add_moments(Moments<T>& moments, T e, T w, T w_t) {
   moments.ee = fma(weighted, e, moments.ee);
 }
 
-/// 1 - r2 of output k between samples i and j.
+/// Sums over the outputs of a pair.
+struct PairSums {
+  double nonlinear = 0;  // of 1 - r2; a NaN where an output is unresolved
+  double constants = 0;
+};
+
+/// Adds output k between samples i and j.
 template <class T>
-__device__ inline double share_of(const T* y, const T* y_low, std::int64_t outputs, std::int64_t i, std::int64_t j,
-                                  std::int64_t k, const Moments<T>& moments, T variance_t) {
+__device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, const T* rounding, std::int64_t outputs,
+                                  std::int64_t i, std::int64_t j, std::int64_t k, const Moments<T>& moments,
+                                  T variance_t) {
   const std::int64_t at_i = i * outputs + k, at_j = j * outputs + k;
   const T first = y[at_i], second = y[at_j];
   const T chord = (second - first) + (y_low[at_j] - y_low[at_i]);
-  return double(nonlinear_share<T, T>(chord, moments, larger(absolute(first), absolute(second)), variance_t,
-                                      Epsilon<T>::value));
+  const T rounding_squared = rounding[at_i] * rounding[at_i] + rounding[at_j] * rounding[at_j];
+  const Share<T> share = share_of_output<T, T>(chord, moments, larger(absolute(first), absolute(second)),
+                                               rounding_squared, variance_t, Epsilon<T>::value);
+  sums.nonlinear += share.unresolved > 0 ? NAN : double(share.nonlinear);
+  sums.constants += double(share.constant);
+}
+
+/// Whether two samples are close, see kCloseSamples.
+template <class T>
+__device__ inline bool are_close(const T* z, std::int64_t stride, std::int64_t width, std::int64_t i, std::int64_t j) {
+  T distance = 0, largest = 0;
+  for (std::int64_t unit = 0; unit < width; ++unit) {
+    const T first = z[i * stride + unit], second = z[j * stride + unit];
+    distance = larger(distance, absolute(second - first));
+    largest = larger(largest, larger(absolute(first), absolute(second)));
+  }
+  return distance <= largest * T(kCloseSamples);
+}
+
+/// Writes the entry of a pair, both halves, and counts. z: [samples, stride], of the first layer.
+template <class T>
+__device__ inline void store_entry(T* connectivity, std::int64_t* counts, const PairSums& sums, const T* z,
+                                   std::int64_t stride, std::int64_t width, std::int64_t samples, std::int64_t outputs,
+                                   std::int64_t i, std::int64_t j) {
+  T entry = T(1 - sums.nonlinear / double(outputs));
+  if (i == j) {
+    entry = T(1);
+  } else if (isnan(sums.nonlinear) || (sizeof(T) == 4 && sums.constants > 0 && are_close(z, stride, width, i, j))) {
+    entry = T(kUnresolved);
+    count(counts + 1, 1);
+  } else if (sums.constants > 0) {
+    count(counts, sums.constants);
+  }
+  connectivity[i * samples + j] = connectivity[j * samples + i] = entry;
 }
 
 /// The n-th tile on or above the diagonal of `blocks` x `blocks`, row after row.
@@ -106,27 +148,37 @@ static_assert(kForwardTile * kForwardTile == kThreads);
 /// choice of the kernel, infinite where one is not below the limit.
 template <class T>
 __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, const T* z, const T* before,
-                               std::int64_t depth, std::int64_t before_stride, double limit, double* sums) {
+                               const T* before_rounding, std::int64_t depth, std::int64_t before_stride, double limit,
+                               double* sums) {
   __shared__ T a_tile[kForwardTile][kForwardTile + 1], w_tile[kForwardTile][kForwardTile + 1];
+  __shared__ T rounding_tile[kForwardTile][kForwardTile + 1];
   const int row = int(threadIdx.x) / kForwardTile, column = int(threadIdx.x) % kForwardTile;
   const std::int64_t across = layer.stride / kForwardTile;
   const std::int64_t sample = blockIdx.x / across * kForwardTile + row;
   const std::int64_t first_unit = blockIdx.x % across * kForwardTile, unit = first_unit + column;
   if (blockIdx.x == 0 && threadIdx.x == 0) problem.layers[index] = layer;
   const bool valid = sample < problem.samples && unit < layer.width;
-  double sum = 0;
+  double sum = 0, squares = 0;
   if (before) {
     for (std::int64_t begin = 0; begin < depth; begin += kForwardTile) {
       const std::int64_t d = begin + column, other = first_unit + row;
-      a_tile[row][column] = sample < problem.samples && d < depth ? before[sample * before_stride + d] : T(0);
+      const bool inside = sample < problem.samples && d < depth;
+      a_tile[row][column] = inside ? before[sample * before_stride + d] : T(0);
+      rounding_tile[row][column] = inside ? before_rounding[sample * before_stride + d] : T(0);
       w_tile[row][column] = other < layer.width && d < depth ? layer.weights[other * depth + d] : T(0);
       __syncthreads();
       for (int d_tile = 0; d_tile < kForwardTile; ++d_tile) {
-        sum = ::fma(double(w_tile[column][d_tile]), double(a_tile[row][d_tile]), sum);
+        const double w = double(w_tile[column][d_tile]), term = w * double(rounding_tile[row][d_tile]);
+        sum = ::fma(w, double(a_tile[row][d_tile]), sum);
+        squares = ::fma(term, term, squares);
       }
       __syncthreads();
     }
-    if (valid && layer.biases) sum += double(layer.biases[unit]);
+    if (valid && layer.biases) {
+      const double bias = double(layer.biases[unit]);
+      sum += bias;
+      squares = ::fma(bias, bias, squares);
+    }
   } else if (valid) {
     sum = double(z[sample * layer.width + unit]);
   }
@@ -141,6 +193,8 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     if (layer.slope) layer.slope[sample * layer.stride + unit] = valid ? slope : T(0);
     layer.z[sample * layer.stride + unit] = valid ? value : T(0);
     layer.a[sample * layer.stride + unit] = valid ? activated : T(0);
+    squares += sum * sum + double(activated) * double(activated);
+    layer.rounding[sample * layer.stride + unit] = valid ? T(::sqrt(squares)) : T(0);
     if (valid && index == problem.last) {
       problem.y_low[sample * layer.width + unit] = problem.ends_linear ? T(sum - double(value)) : T(0);
     }
@@ -159,7 +213,7 @@ struct Choice {
   int* elsewhere;
 };
 
-/// Block k scales output k to order 1; the block after the last decides between the kernels.
+/// Block k scales output k to order 1; the block after the last decides between the kernels, and begins the count.
 template <class T>
 __global__ void scale_kernel(Problem<T> problem, Choice choice) {
   __shared__ double partial[kThreads];
@@ -168,7 +222,10 @@ __global__ void scale_kernel(Problem<T> problem, Choice choice) {
     double sum = 0;
     for (std::int64_t n = threadIdx.x; n < choice.blocks; n += kThreads) sum += choice.sums[n];
     sum = block_sum(sum);
-    if (threadIdx.x == 0) *choice.elsewhere = choice.limit > 0 && sum >= choice.least && !isinf(sum);
+    if (threadIdx.x == 0) {
+      *choice.elsewhere = choice.limit > 0 && sum >= choice.least && !isinf(sum);
+      problem.counts[0] = problem.counts[1] = 0;
+    }
     return;
   }
   const Layer<T>& layer = problem.layers[problem.last];
@@ -192,6 +249,7 @@ __global__ void scale_kernel(Problem<T> problem, Choice choice) {
     const std::int64_t at = n * problem.outputs + k;
     problem.y[at] = layer.a[n * layer.stride + k] * scale;
     problem.y_low[at] *= scale;
+    problem.rounding[at] = layer.rounding[n * layer.stride + k] * scale;
   }
 }
 
@@ -380,12 +438,12 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
   const int m0 = warp % kPanelTiles, unit0 = warp / kPanelTiles;
   constexpr int kApart = kWarps / kPanelTiles;
   constexpr int kChunk = 8 * kUnits * kApart;
-  __shared__ double totals[kApart][kPanelRows];
+  __shared__ PairSums totals[kApart][kPanelRows];
   for (std::int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     std::int64_t tile_row, tile_column;
     find_tile(tile, blocks_of(samples, kPanelSide), tile_row, tile_column);
     const std::int64_t i0 = tile_row * kPanelSide, j0 = tile_column * kPanelSide;
-    double nonlinear[2] = {0, 0};
+    PairSums pair_sums[2];
     for (std::int64_t chunk = 0; chunk < outputs; chunk += kChunk) {
       Moments<T> moments[kUnits][4];
       T values[kUnits][4][kStencil > 0 ? kStencil : 1];
@@ -447,24 +505,30 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
           if (k >= outputs) continue;
           if constexpr (kStencil > 0) moments[n][c] = stencil_moments<kStencil>(p.stencil, values[n][c]);
           const Pair pair = pair_of(i0, j0, 16 * m0 + 8 * (c / 2) + lane / 4, samples);
-          nonlinear[c / 2] += share_of(problem.y, problem.y_low, outputs, pair.first, pair.second, k, moments[n][c],
-                                       problem.nodes.variance_t);
+          add_output(pair_sums[c / 2], problem.y, problem.y_low, problem.rounding, outputs, pair.first, pair.second, k,
+                     moments[n][c], problem.nodes.variance_t);
         }
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const double total = warp_sum(nonlinear[half], 4);
+      PairSums total;
+      total.nonlinear = warp_sum(pair_sums[half].nonlinear, 4);
+      total.constants = warp_sum(pair_sums[half].constants, 4);
       if (lane % 4 == 0) totals[unit0][16 * m0 + 8 * half + lane / 4] = total;
     }
     __syncthreads();
     if (threadIdx.x < kPanelRows) {
       const std::int64_t first = i0 + threadIdx.x / kPanelSide, second = j0 + threadIdx.x % kPanelSide;
-      double total = 0;
-      for (int part = 0; part < kApart; ++part) total += totals[part][threadIdx.x];
+      PairSums total;
+      for (int part = 0; part < kApart; ++part) {
+        total.nonlinear += totals[part][threadIdx.x].nonlinear;
+        total.constants += totals[part][threadIdx.x].constants;
+      }
       if (second < samples && first <= second) {
-        const T r2 = first == second ? T(1) : T(1 - total / double(outputs));
-        problem.connectivity[first * samples + second] = problem.connectivity[second * samples + first] = r2;
+        const Layer<T>& layer = problem.layers[0];
+        store_entry(problem.connectivity, problem.counts, total, layer.z, layer.stride, layer.width, samples, outputs,
+                    first, second);
       }
     }
     __syncthreads();  // totals are read
@@ -520,6 +584,7 @@ Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& aren
   layer.z = arena.take<T>(op.samples * layer.stride);
   layer.a = arena.take<T>(op.samples * layer.stride);
   layer.slope = slopes ? arena.take<T>(op.samples * layer.stride) : nullptr;
+  layer.rounding = arena.take<T>(op.samples * layer.stride);
   if (l == 0) return layer;
   layer.weights = op.weights[l - 1];
   layer.biases = op.biases[l - 1];
@@ -551,9 +616,11 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Rang
   problem.samples = op.samples;
   problem.outputs = op.widths[op.layers];
   problem.connectivity = op.connectivity;
+  problem.counts = op.counts;
   problem.layers = arena.take<Layer<T>>(op.layers + 1);
   problem.y = arena.take<T>(op.samples * problem.outputs);
   problem.y_low = arena.take<T>(op.samples * problem.outputs);
+  problem.rounding = arena.take<T>(op.samples * problem.outputs);
   problem.scale = arena.take<T>(problem.outputs);
   plan.nodes = arena.take<T>(3 * std::int64_t(op.nodes.interior));
   plan.flag = arena.take<int>(1);
@@ -598,9 +665,9 @@ const char* enqueue_samples(const PathConnectivity<T>& op, Plan<T>& plan, Arena&
   for (int l = 0; l <= op.layers && !error; ++l) {
     const Layer<T> layer = layer_of(op, l, plan.general.stencil.size > 0, arena);
     const std::int64_t blocks = blocks_of(op.samples, kForwardTile) * (layer.stride / kForwardTile);
-    const T* const before_a = before.a;
+    const T *const before_a = before.a, *const before_rounding = before.rounding;
     error = launch(forward_kernel<T>, blocks, kForwardTile * kForwardTile, 0, stream, plan.problem, layer, l, op.z,
-                   before_a, before.width, before.stride, plan.choice.limit, plan.sums);
+                   before_a, before_rounding, before.width, before.stride, plan.choice.limit, plan.sums);
     if (!error && l > 0) error = pack_layer(layer, before.width, stream);
     if (l == 0) plan.first = layer;
     before = layer;

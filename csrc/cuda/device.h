@@ -206,6 +206,11 @@ const char* store_nodes(const PathNodes& nodes, T* memory, DeviceNodes<T>& to, C
 
 // ---- sums ----
 
+/// Adds to one of an op's counts.
+__device__ inline void count(std::int64_t* to, double number) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(number));
+}
+
 /// Sum over the lanes of a warp, the same in all of them; lanes that differ in `mask`'s bits are added.
 __device__ inline double warp_sum(double value, int width = kWarp) {
   for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);

@@ -24,7 +24,7 @@ constexpr double kTanhSeparableMean = 0.25;
 
 struct Shallow {
   const float *z, *a;            // [samples, stride]
-  const float *y, *y_low;        // [samples, outputs], scaled
+  const float *y, *y_low, *rounding;  // [samples, outputs], scaled
   const float4 *high, *low;      // weights and what rounding them to TF32 lost, [chunks][steps][kOutputTiles][lanes]
   DeviceNodes<float> nodes;
   std::int64_t samples, outputs, stride;
@@ -32,6 +32,7 @@ struct Shallow {
   float alpha;                   // of the activation
   const int* shallow;
   float* connectivity;
+  std::int64_t* counts;
 };
 
 /// One array of a side in shared memory.
@@ -312,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1) shallow_kernel(Shallow p) {
   const int i = i0 + 4 * (warp % 4) + lane / 16, j = j0 + 8 * (warp / 4) + lane / 4 % 4;
   bool meets = false;
   if constexpr (kIsSilu<Curve>) meets = tile_meets(p, i0, j0);
-  double nonlinear[2][2] = {};  // sums of 1 - r2
+  PairSums pair_sums[2][2];
   for (int chunk = 0; chunk * kOutputChunk < p.outputs; ++chunk) {
     Moments<float> moments[2][kOutputTiles][4];
     if (kIsSilu<Curve> && meets) {
@@ -329,7 +330,8 @@ __global__ void __launch_bounds__(kThreads, 1) shallow_kernel(Shallow p) {
           const std::int64_t k = chunk * kOutputChunk + 8 * n + 2 * (lane % 4) + c % 2;
           if (k >= p.outputs) continue;
           const std::int64_t first = at_most(i + 2 * m, p.samples - 1), second = at_most(j + 4 * (c / 2), p.samples - 1);
-          nonlinear[m][c / 2] += share_of(p.y, p.y_low, p.outputs, first, second, k, moments[m][n][c], p.nodes.variance_t);
+          add_output(pair_sums[m][c / 2], p.y, p.y_low, p.rounding, p.outputs, first, second, k, moments[m][n][c],
+                     p.nodes.variance_t);
         }
       }
     }
@@ -338,11 +340,12 @@ __global__ void __launch_bounds__(kThreads, 1) shallow_kernel(Shallow p) {
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const double total = warp_sum(nonlinear[m][half], 4);
+      PairSums total;
+      total.nonlinear = warp_sum(pair_sums[m][half].nonlinear, 4);
+      total.constants = warp_sum(pair_sums[m][half].constants, 4);
       const std::int64_t first = i + 2 * m, second = j + 4 * half;
       if (lane % 4 != 0 || second >= p.samples || first > second) continue;
-      const float r2 = first == second ? 1.0f : float(1 - total / double(p.outputs));
-      p.connectivity[first * p.samples + second] = p.connectivity[second * p.samples + first] = r2;
+      store_entry(p.connectivity, p.counts, total, p.z, p.stride, p.width, p.samples, p.outputs, first, second);
     }
   }
 }
@@ -437,8 +440,9 @@ const char* run_shallow(const PathConnectivity<float>& op, const Plan<float>& pl
                              problem.scale, problem.outputs, first.width, steps, count, packed.high, packed.low);
   if (error) return error;
   const float alpha = first.kind == ActivationKind::kRelu ? 0.0f : first.alpha;
-  const Shallow shallow{first.z, first.a, problem.y, problem.y_low, packed.high, packed.low, problem.nodes, problem.samples,
-                        problem.outputs, first.stride, int(first.width), int(steps), alpha, plan.flag, problem.connectivity};
+  const Shallow shallow{first.z, first.a, problem.y, problem.y_low, problem.rounding, packed.high, packed.low,
+                        problem.nodes, problem.samples, problem.outputs, first.stride, int(first.width), int(steps), alpha,
+                        plan.flag, problem.connectivity, problem.counts};
   const std::int64_t sides = blocks_of(op.samples, kSide);
   return launch(kernel.kernel, sides * (sides + 1) / 2, kThreads, kernel.shared, stream, shallow);
 }

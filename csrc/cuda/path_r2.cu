@@ -8,14 +8,15 @@ namespace {
 
 template <class T>
 struct Output {
-  T first, chord, magnitude, scale;
+  T first, chord, magnitude, scale, rounding;
   Moments<T> moments;
 
-  __device__ void start(T y_first, T y_second, T y_scale) {
+  __device__ void start(T y_first, T y_second, T y_scale, T y_rounding) {
     first = y_first;
     chord = y_second - y_first;
     magnitude = larger(absolute(y_first), absolute(y_second)) * y_scale;
     scale = y_scale;
+    rounding = y_rounding;
     moments = {};
   }
   __device__ void add(T y, T t, T weight, T weight_t) {
@@ -25,8 +26,9 @@ struct Output {
     moments.te = fma(weight_t, e, moments.te);
     moments.ee = fma(weighted, e, moments.ee);
   }
-  __device__ T share(T variance_t) const {  // 1 - r2
-    return nonlinear_share(chord * scale, moments, magnitude, variance_t, Epsilon<T>::value);
+  __device__ Share<T> share(T variance_t) const {
+    return share_of_output<T, T>(chord * scale, moments, magnitude, fma(magnitude, magnitude, rounding * rounding),
+                                 variance_t, Epsilon<T>::value);
   }
 };
 
@@ -41,9 +43,19 @@ __device__ bool is_sample(const PathR2<T>& op, std::int64_t n) {
   return n >= 0 && n < op.samples;
 }
 
+/// Stores a pair's entry, and counts. shares: a NaN where an output is unresolved.
 template <class T>
-__device__ T mean_r2(double shares, std::int64_t outputs) {
-  return T(1) - T(shares / double(outputs));
+__device__ void store_entry(const PathR2<T>& op, std::int64_t pair, double shares, double constants, bool known) {
+  T entry = T(1) - T(shares / double(op.outputs));
+  if (!known) {
+    entry = not_a_number<T>();
+  } else if (isnan(shares)) {
+    entry = T(kUnresolved);
+    count(op.counts + 1, 1);
+  } else if (constants > 0) {
+    count(op.counts, constants);
+  }
+  op.r2[pair] = entry;
 }
 
 // ---- the outputs' scale ----
@@ -55,10 +67,12 @@ constexpr int kScaleBatch = 8;    // loads on their way per thread: 1024 samples
 // A block takes `columns` neighbouring outputs (a power of two), kScaleThreads / columns samples at a time.
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int columns) {
-  T* const largest = reinterpret_cast<T*>(dynamic_shared());  // [kScaleThreads]
+  T* const largest = reinterpret_cast<T*>(dynamic_shared());  // [kScaleThreads], and the same of |y|
+  T* const magnitudes = largest + kScaleThreads;
   const int thread = int(threadIdx.x), rows = kScaleThreads / columns;
   const std::int64_t k = std::int64_t(blockIdx.x) * columns + thread % columns;
-  T mine = 0;
+  T mine = 0, magnitude = 0;
+  if (blockIdx.x == 0 && thread == 0) op.counts[0] = op.counts[1] = 0;
   if (k < op.outputs && op.samples > 0) {
     const T origin = op.ends[k];
     for (std::int64_t n = thread / columns; n < op.samples; n += kScaleBatch * rows) {
@@ -72,15 +86,23 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int 
       for (int b = 0; b < kScaleBatch; ++b) {
         const T difference = absolute(y[b] - origin);
         mine = difference > mine ? difference : mine;  // passes a NaN over, as the CPU's kernel does
+        magnitude = absolute(y[b]) > magnitude ? absolute(y[b]) : magnitude;
       }
     }
   }
   largest[thread] = mine;
+  magnitudes[thread] = magnitude;
   for (int half = kScaleThreads / 2; half >= columns; half /= 2) {
     __syncthreads();
-    if (thread < half) largest[thread] = larger(largest[thread], largest[thread + half]);
+    if (thread < half) {
+      largest[thread] = larger(largest[thread], largest[thread + half]);
+      magnitudes[thread] = larger(magnitudes[thread], magnitudes[thread + half]);
+    }
   }
-  if (thread < columns && k < op.outputs) op.workspace[k] = output_scale(largest[thread]);
+  if (thread < columns && k < op.outputs) {
+    op.workspace[k] = output_scale(largest[thread]);
+    op.workspace[op.outputs + k] = magnitudes[thread] * op.workspace[k] * T(kLeastRounding);
+  }
 }
 
 // ---- small pairs, by way of shared memory ----
@@ -89,6 +111,7 @@ constexpr int kThreads = 128;
 constexpr int kItems = 2;                     // outputs of pairs per thread, which share the loads of the nodes
 constexpr int kTileBytes = 24 * 1024;         // nine blocks on an sm_90 multiprocessor: some load while others add up
 constexpr int kSmallPairBytes = kTileBytes / 3;
+constexpr double kConstantShare = -2.0;       // in place of a share, which is never negative; another than kUnresolved
 
 /// How a block's values lie in shared memory.
 struct Tile {
@@ -125,6 +148,7 @@ __device__ int copy_values(const PathR2<T>& op, std::int64_t begin, int count, i
 // (pair, output), outputs fastest; then `width` lanes each pair's shares.
 template <class T>
 __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, DeviceNodes<T> nodes, Tile tile) {
+  // A pair's share where it is one; else kConstantShare or kUnresolved.
   T* const shares = reinterpret_cast<T*>(dynamic_shared());  // [kItems * kThreads]
   T* const values = shares + kItems * kThreads;
   const int outputs = int(op.outputs), pair_values = nodes.interior * outputs, thread = int(threadIdx.x);
@@ -137,14 +161,15 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
 #pragma unroll
   for (int n = 0; n < kItems; ++n) {  // while the values are on their way
     const int item = thread + n * kThreads, pair = item / outputs, k = item % outputs;
-    items[n].start(T(0), T(0), T(0));
+    items[n].start(T(0), T(0), T(0), T(0));
     y[n] = values + head;
     if (pair < pairs) {
       y[n] += pair * (pair_values + tile.padding) + k;
       const std::int64_t i = op.first[begin + pair], j = op.second[begin + pair];
       const bool known = is_sample(op, i) && is_sample(op, j);
       items[n].start(known ? op.ends[i * outputs + k] : not_a_number<T>(),
-                     known ? op.ends[j * outputs + k] : not_a_number<T>(), op.workspace[k]);
+                     known ? op.ends[j * outputs + k] : not_a_number<T>(), op.workspace[k],
+                     op.workspace[outputs + k]);
     }
   }
   copy_async_wait();
@@ -156,16 +181,28 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
     for (int n = 0; n < kItems; ++n) items[n].add(y[n][m * outputs], t, weight, weight_t);
   }
 #pragma unroll
-  for (int n = 0; n < kItems; ++n) shares[thread + n * kThreads] = items[n].share(nodes.variance_t);
+  for (int n = 0; n < kItems; ++n) {
+    const Share<T> share = items[n].share(nodes.variance_t);
+    shares[thread + n * kThreads] = share.unresolved > 0 ? T(kUnresolved)
+                                    : share.constant > 0 ? T(kConstantShare) : share.nonlinear;
+  }
   __syncthreads();
   for (int base = 0; base < pairs; base += kThreads / tile.width) {  // whole warps, so the warp sum stays legal
     const int pair = base + thread / tile.width;
-    double sum = 0;
+    double sum = 0, constants = 0;
     if (pair < pairs) {
-      for (int k = thread % tile.width; k < outputs; k += tile.width) sum += double(shares[pair * outputs + k]);
+      for (int k = thread % tile.width; k < outputs; k += tile.width) {
+        const T share = shares[pair * outputs + k];
+        constants += share == T(kConstantShare) ? 1 : 0;
+        sum += share == T(kUnresolved) ? NAN : share == T(kConstantShare) ? 0.0 : double(share);
+      }
     }
     sum = warp_sum(sum, tile.width);
-    if (pair < pairs && thread % tile.width == 0) op.r2[begin + pair] = mean_r2<T>(sum, outputs);
+    constants = warp_sum(constants, tile.width);
+    if (pair < pairs && thread % tile.width == 0) {
+      const bool known = is_sample(op, op.first[begin + pair]) && is_sample(op, op.second[begin + pair]);
+      store_entry(op, begin + pair, sum, constants, known);
+    }
   }
 }
 
@@ -206,19 +243,22 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kMostThreads) large_pairs_kernel(PathR2<T> op, DeviceNodes<T> nodes) {
   using Values = Pack<T, kWidth>;
   constexpr int kBatch = kBatchBytes / int(sizeof(Values)) < 8 ? kBatchBytes / int(sizeof(Values)) : 8;
-  __shared__ double sums[kMostThreads / kWarp];
+  __shared__ double sums[kMostThreads / kWarp], counts[kMostThreads / kWarp];
   const std::int64_t pair = blockIdx.x, i = op.first[pair], j = op.second[pair];
   const bool known = is_sample(op, i) && is_sample(op, j);
   const T* const interior = op.interior + pair * nodes.interior * op.outputs;
-  double sum = 0;
+  double sum = 0, constants = 0;
   for (std::int64_t k = std::int64_t(threadIdx.x) * kWidth; known && k < op.outputs; k += blockDim.x * kWidth) {
     Output<T> items[kWidth];
     {
       const Values first = load<T, kWidth>(op.ends + i * op.outputs + k);
       const Values second = load<T, kWidth>(op.ends + j * op.outputs + k);
       const Values scale = load<T, kWidth>(op.workspace + k);
+      const Values rounding = load<T, kWidth>(op.workspace + op.outputs + k);
 #pragma unroll
-      for (int n = 0; n < kWidth; ++n) items[n].start(first.values[n], second.values[n], scale.values[n]);
+      for (int n = 0; n < kWidth; ++n) {
+        items[n].start(first.values[n], second.values[n], scale.values[n], rounding.values[n]);
+      }
     }
     const T* from = interior + k;
     for (int begin = 0; begin < nodes.interior; begin += kBatch) {
@@ -237,14 +277,25 @@ __global__ void __launch_bounds__(kMostThreads) large_pairs_kernel(PathR2<T> op,
       }
     }
 #pragma unroll
-    for (int n = 0; n < kWidth; ++n) sum += double(items[n].share(nodes.variance_t));
+    for (int n = 0; n < kWidth; ++n) {
+      const Share<T> share = items[n].share(nodes.variance_t);
+      sum += share.unresolved > 0 ? NAN : double(share.nonlinear);
+      constants += double(share.constant);
+    }
   }
   sum = warp_sum(sum);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
+  constants = warp_sum(constants);
+  if (threadIdx.x % kWarp == 0) {
+    sums[threadIdx.x / kWarp] = sum;
+    counts[threadIdx.x / kWarp] = constants;
+  }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int warp = 1; warp < int(blockDim.x) / kWarp; ++warp) sum += sums[warp];
-  op.r2[pair] = known ? mean_r2<T>(sum, op.outputs) : not_a_number<T>();
+  for (int warp = 1; warp < int(blockDim.x) / kWarp; ++warp) {
+    sum += sums[warp];
+    constants += counts[warp];
+  }
+  store_entry(op, pair, sum, constants, known);
 }
 
 template <class T, int kWidth>
@@ -257,14 +308,13 @@ const char* large_pairs(const PathR2<T>& op, const DeviceNodes<T>& nodes, CUstre
 
 template <class T>
 const char* path_r2_on(const PathR2<T>& op, CUstream_st* stream) {
-  if (op.pairs == 0) return nullptr;
   int columns = 1;
   while (columns < kScaleColumns && columns < op.outputs) columns *= 2;
-  const char* error = launch(scale_kernel<T>, blocks_of(op.outputs, columns), kScaleThreads, kScaleThreads * sizeof(T),
-                             stream, op, columns);
+  const char* error = launch(scale_kernel<T>, blocks_of(op.outputs, columns), kScaleThreads,
+                             2 * kScaleThreads * sizeof(T), stream, op, columns);
   if (error) return error;
   DeviceNodes<T> nodes;
-  error = store_nodes(op.nodes, op.workspace + op.outputs, nodes, stream);
+  error = store_nodes(op.nodes, op.workspace + 2 * op.outputs, nodes, stream);
   if (error) return error;
   if (op.outputs <= kItems * kThreads && op.nodes.interior * op.outputs * std::int64_t(sizeof(T)) <= kSmallPairBytes) {
     return small_pairs(op, nodes, stream);

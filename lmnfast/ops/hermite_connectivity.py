@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..network import Chain
-from .path_connectivity import chain_arguments, run
+from .path_connectivity import chain_connectivity, run
 
 
 def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool) -> Tensor:
@@ -25,13 +25,15 @@ def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor
     Returns:
         (N, N) float64 for float64 samples, else float32.
     """
-    return torch.ops.lmnfast.hermite_connectivity(*chain_arguments(chain, x), nodes, weights, midpoint)
+    measured = chain_connectivity(chain, x, nodes, weights, midpoint)
+    measured.resolve()
+    return measured.L
 
 
 torch.library.define(
     "lmnfast::hermite_connectivity",
     "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, int[] skips, "
-    "Tensor?[] shifts, Tensor nodes, Tensor node_weights, bool midpoint) -> Tensor",
+    "Tensor?[] shifts, Tensor nodes, Tensor node_weights, bool midpoint) -> (Tensor, Tensor)",
 )
 
 
@@ -47,10 +49,10 @@ def _hermite_connectivity(
     nodes: Tensor,
     node_weights: Tensor,
     midpoint: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     return run(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, midpoint)
 
 
 @torch.library.register_fake("lmnfast::hermite_connectivity")
 def _(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, midpoint):
-    return z.new_empty(z.shape[0], z.shape[0])
+    return z.new_empty(z.shape[0], z.shape[0]), z.new_empty(2, dtype=torch.int64)

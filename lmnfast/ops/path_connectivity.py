@@ -1,6 +1,8 @@
 """``lmnfast::path_connectivity``: linear connectivity of a chain of Linear and pointwise activations, fused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from .. import _native
 from ..network import ACTIVATIONS, Activation, Chain
+from ..unresolved import Values, resolve
 
 
 def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
@@ -15,9 +18,9 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
 
     A first Linear commutes with the path and is applied to the samples alone, in float64. float32 in, statistics and result:
     float32, sums over outputs compensated or in float64; float64: float64; half types are widened to float32 first.
+    Pairs that this cannot resolve are measured in float64 afterwards, see `lmnfast.unresolved`.
     On CUDA float32 products follow ``torch.get_float32_matmul_precision()``: "highest" as exact as float32 (two TF32
     parts), else the residual from the chord is rounded to TF32, which costs 1 - r2 a relative 1e-3 at most.
-    On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
 
     Args:
         chain: weights on the samples' device, of their dtype.
@@ -28,33 +31,127 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
         (N, N). Raises as ``torch.ops.lmnfast.path_connectivity``: TypeError for a dtype, ValueError for a shape,
         RuntimeError where the CUDA kernels cannot run on the device.
     """
-    return torch.ops.lmnfast.path_connectivity(*chain_arguments(chain, x), nodes, weights)
+    measured = chain_connectivity(chain, x, nodes, weights)
+    measured.resolve()
+    return measured.L
 
 
-def chain_arguments(chain: Chain, x: Tensor) -> tuple:
+class ChainConnectivity(NamedTuple):
+    """A connectivity matrix as the kernels leave it."""
+
+    L: Tensor
+    """(N, N), UNRESOLVED in place of an entry that the dtype cannot resolve."""
+    counts: Tensor
+    """(2,) int64 on L's device: outputs counted as constant over the resolved pairs; unresolved pairs."""
+    resolve: Callable[[], None]
+    """Measures the unresolved pairs, and completes L and counts. Waits for the device."""
+
+
+def chain_connectivity(
+    chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None = None
+) -> ChainConnectivity:
+    """`path_connectivity`, or with a midpoint that is not None `hermite_connectivity`, with unresolved pairs.
+
+    On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
+    """
+    parts = _hoisted(chain, x)
+    arguments = (*parts.arguments(torch.float64 if x.dtype == torch.float64 else torch.float32), nodes, weights)
+    if midpoint is None:
+        L, counts = torch.ops.lmnfast.path_connectivity(*arguments)
+    else:
+        L, counts = torch.ops.lmnfast.hermite_connectivity(*arguments, midpoint)
+
+    def resolved() -> None:
+        width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
+        resolve(
+            parts.values(), parts.samples(), L, counts, nodes, weights, points=2**18 // width, midpoint=midpoint
+        )
+
+    return ChainConnectivity(L, counts, resolved)
+
+
+@dataclass(frozen=True, eq=False)
+class _Hoisted:
+    """A chain behind the affine maps that it begins with, and the samples there, as far as possible in float64."""
+
+    z: Tensor  # (N, D) float64
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    activations: list[Activation]
+    skips: list[int]
+    shifts: list[Tensor | None]  # float64
+
+    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """As the registered ops take them: z, weights, biases, activations, parameters, skips, shifts."""
+        return (
+            self.z.to(dtype),
+            [w.to(dtype) for w in self.weights],
+            [None if b is None else b.to(dtype) for b in self.biases],
+            *activation_arguments(self.activations),
+            self.skips,
+            [None if s is None else s.to(dtype) for s in self.shifts],
+        )
+
+    def samples(self) -> Tensor:
+        """z and the shifts side by side, (N, total width): what moves on a straight line along a path."""
+        return torch.cat([self.z, *(s for s in self.shifts if s is not None)], 1)
+
+    def values(self) -> Values:
+        """The outputs at rows of `samples`, in float64."""
+        weights = [w.double() for w in self.weights]
+        biases = [None if b is None else b.double() for b in self.biases]
+        skips = self.skips or [-1] * (2 * len(self.activations))
+        shifts = self.shifts or [None] * len(skips)
+        widths = [self.z.shape[1], *(s.shape[1] for s in shifts if s is not None)]
+        # GELU multiplies z by a factor that cancels to rounding far below zero: what is left is measured by z.
+        cancels = self.activations[-1].name in ("gelu", "gelu_tanh")
+
+        def at(points: Tensor) -> tuple[Tensor, Tensor | None]:
+            z, *moved = points.split(widths, 1)
+            values, before = [], z
+            for n, activation in enumerate(self.activations):
+                z = F.linear(z, weights[n - 1], biases[n - 1]) if n else z
+                for into in (2 * n, 2 * n + 1):
+                    if into % 2:
+                        before, z = z, activation(z)
+                    z = z if skips[into] == -1 else z + values[skips[into]]
+                    z = z if shifts[into] is None else z + moved.pop(0)
+                    values.append(z)
+            return z, before.abs() if cancels else None
+
+        return at
+
+
+def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
     """A chain and its samples as the registered ops take them: z, weights, biases, activations, parameters, skips,
     shifts."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z, linears, activations = x.flatten(1), list(zip(chain.weights, chain.biases)), list(chain.activations)
+    return _hoisted(chain, x).arguments(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _hoisted(chain: Chain, x: Tensor) -> _Hoisted:
+    z, linears, activations = x.flatten(1).double(), list(zip(chain.weights, chain.biases)), list(chain.activations)
+    if linears and activations[-1].name == "identity":
+        # r2 does not see a constant that is added to an output; the constant rule, and float32, would.
+        linears[-1] = linears[-1][0], None
     skips = dict(chain.skips)
     affine = {0: z}  # values of the chain that are affine in the samples
     # Where a residual block follows a first Linear, its own first one is next to commute with the path.
     while linears and activations[0].name == "identity" and (len(affine) == 1 or skips):
         weight, bias = linears.pop(0)
         activations.pop(0)
-        z = F.linear(z.double(), weight.double(), None if bias is None else bias.double())
+        z = F.linear(z, weight.double(), None if bias is None else bias.double())
         value = 2 * len(affine)
         z = z + affine[skips[value]] if value in skips else z
         affine[value] = z
     first = max(affine)  # becomes value 0, with what was added to it
     sources = [None, *map(skips.get, range(first + 1, first + 2 * len(activations)))] if skips else []
-    return (
-        z.to(dtype),
-        [w.to(dtype) for w, _ in linears],
-        [None if b is None else b.to(dtype) for _, b in linears],
-        *activation_arguments(activations),
+    return _Hoisted(
+        z,
+        [w for w, _ in linears],
+        [b for _, b in linears],
+        activations,
         [-1 if source is None or source in affine else source - first for source in sources],
-        [affine[source].to(dtype) if source in affine else None for source in sources],
+        [affine[source] if source in affine else None for source in sources],
     )
 
 
@@ -67,7 +164,7 @@ def activation_arguments(activations: Sequence[Activation]) -> tuple[list[int], 
 torch.library.define(
     "lmnfast::path_connectivity",
     "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, int[] skips, "
-    "Tensor?[] shifts, Tensor nodes, Tensor node_weights) -> Tensor",
+    "Tensor?[] shifts, Tensor nodes, Tensor node_weights) -> (Tensor, Tensor)",
 )
 
 
@@ -82,13 +179,13 @@ def _path_connectivity(
     shifts: Sequence[Tensor | None],
     nodes: Tensor,
     node_weights: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     return run(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, None)
 
 
 @torch.library.register_fake("lmnfast::path_connectivity")
 def _(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights):
-    return z.new_empty(z.shape[0], z.shape[0])
+    return z.new_empty(z.shape[0], z.shape[0]), z.new_empty(2, dtype=torch.int64)
 
 
 def run(
@@ -102,8 +199,8 @@ def run(
     nodes: Tensor,
     node_weights: Tensor,
     midpoint: bool | None,
-) -> Tensor:
-    """path_connectivity, or with a midpoint that is not None hermite_connectivity."""
+) -> tuple[Tensor, Tensor]:
+    """path_connectivity, or with a midpoint that is not None hermite_connectivity: L and counts, see ChainConnectivity."""
     widths = check_chain("z", z, weights, biases)
     check_sums(z, widths, activations, skips, shifts)
     shifts = [None if s is None else s.contiguous() for s in shifts]
@@ -124,7 +221,8 @@ def run(
         torch.get_float32_matmul_precision() != "highest",
         midpoint,
     )
-    return _native.run(call, _native.empty(z, len(z), len(z)))
+    counts = z.new_empty(2, dtype=torch.int64)
+    return _native.run(call, _native.empty(z, len(z), len(z)), counts), counts
 
 
 def check_chain(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ..unresolved import RESOLVED_ULPS, UNRESOLVED
 
 
 def path_r2(
@@ -11,16 +12,17 @@ def path_r2(
 ) -> Tensor:
     """:func:`lmnfast.reference.path_r2` in one pass over memory, without temporaries; float32 or float64.
 
-    Through the chord residual ``y(t) - (y_i + t (y_j - y_i))``, so an offset of y costs no digits.
+    Through the chord residual ``y(t) - (y_i + t (y_j - y_i))``, so an offset of y costs no digits. Pairs that the kernel
+    leaves unresolved (see `lmnfast.unresolved`) follow in float64, from the same outputs; to find them waits for CUDA.
+    ``torch.ops.lmnfast.path_r2`` leaves them: it returns r2, with UNRESOLVED for such a pair, and (2,) int64, outputs counted
+    as constant over the resolved pairs, and unresolved pairs. It enqueues on the current stream and never waits. So nobody
+    can look at the indices on CUDA: a pair of samples that do not exist gets NaN.
 
     Args:
         interior: (pairs, nodes - 2, outputs), float32 or float64.
         ends: (samples, outputs), the same dtype.
         first, second: (pairs,) int64, samples at t = 0 and t = 1.
         nodes, weights: (nodes,) float64, on the CPU.
-
-    On CUDA on the current stream, and never waiting for it. So nobody can look at the indices there: a pair of
-    samples that do not exist gets NaN.
 
     Returns:
         (pairs,) of interior's dtype.
@@ -30,48 +32,69 @@ def path_r2(
         ValueError: shapes do not fit; on the CPU, an index of no sample.
         RuntimeError: the CUDA kernels do not run on that device.
     """
-    return torch.ops.lmnfast.path_r2(interior, ends, first, second, nodes, weights)
+    r2, counts = torch.ops.lmnfast.path_r2(interior, ends, first, second, nodes, weights)
+    if int(counts[1]):
+        left = (r2 == UNRESOLVED).nonzero().flatten()
+        y = _all_nodes(interior[left], ends, first[left], second[left]).double()
+        rounding = torch.maximum(y[:, 0].abs(), y[:, -1].abs()) * torch.finfo(r2.dtype).eps
+        rule = nodes.to(y.device), weights.to(y.device)
+        r2[left] = reference.r2_of_outputs(y, *rule, rounding)[0].mean(1).to(r2.dtype)
+    return r2
+
+
+def _all_nodes(interior: Tensor, ends: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([ends[first][:, None], interior, ends[second][:, None]], 1)
 
 
 torch.library.define(
     "lmnfast::path_r2",
-    "(Tensor interior, Tensor ends, Tensor first, Tensor second, Tensor nodes, Tensor weights) -> Tensor",
+    "(Tensor interior, Tensor ends, Tensor first, Tensor second, Tensor nodes, Tensor weights) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("lmnfast::path_r2", "default")
 def _path_r2(
     interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     _check(interior, ends, first, second, nodes, weights)
     on_cuda = interior.is_cuda and _native.cuda_built()
     if not on_cuda and not _native.is_native(interior):
-        return reference.path_r2(
-            interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device)
-        )
+        return _plain(interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device))
     interior, ends, first, second = (v.contiguous() for v in (interior, ends, first, second))
-    result = interior.new_empty(len(interior))
-    workspace = interior.new_empty(ends.shape[1] + 3 * (len(nodes) - 2))
+    result, counts = interior.new_empty(len(interior)), interior.new_empty(2, dtype=torch.int64)
+    workspace = interior.new_empty(2 * ends.shape[1] + 3 * (len(nodes) - 2))
     arguments = (
         interior.dtype == torch.float64,
         *map(_native.address, (interior, ends, first, second)),
         *_native.path_nodes(nodes, weights),
         len(interior),
         *ends.shape,
-        _native.address(result),
-        _native.address(workspace),
+        *map(_native.address, (result, counts, workspace)),
     )
     if on_cuda:
         with _native.cuda_stream(interior.device) as stream:
             _native._C.path_r2_cuda(*arguments, stream)
     else:
         _native._C.path_r2(*arguments, torch.get_num_threads())
-    return result
+    return result, counts
 
 
 @torch.library.register_fake("lmnfast::path_r2")
 def _(interior, ends, first, second, nodes, weights):
-    return interior.new_empty(interior.shape[0])
+    return interior.new_empty(interior.shape[0]), interior.new_empty(2, dtype=torch.int64)
+
+
+def _plain(
+    interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The op on a device without a kernel."""
+    y = _all_nodes(interior, ends, first, second)
+    r2, constant = reference.r2_of_outputs(y, nodes, weights)
+    varies = RESOLVED_ULPS / reference.CONSTANT_ULPS
+    rounding = torch.finfo(y.dtype).eps * torch.maximum(y[:, 0].abs(), y[:, -1].abs()) * varies
+    unresolved = (reference.r2_of_outputs(y, nodes, weights, rounding)[1] & ~constant).any(1)
+    counts = torch.stack([(constant & ~unresolved[:, None]).sum(), unresolved.sum()])
+    return torch.where(unresolved, UNRESOLVED, r2.mean(1)), counts
 
 
 def _check(

@@ -1,0 +1,187 @@
+"""Pairs of samples whose entry of a connectivity matrix the samples' dtype cannot resolve, measured in float64.
+
+A kernel leaves such a pair as UNRESOLVED: rounding could decide its r2 (an output hardly varies against what it is
+computed from, or leaves the range of the dtype), or the two samples are close to each other and some output is constant to
+rounding. In float64 f is evaluated on the path itself, without a chord, so that a dead unit is exactly dead.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from .reference import hermite_path, r2_of_outputs
+
+UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
+# Samples are close where no coordinate differs by more than this share of the largest: kCloseSamples there.
+CLOSE = 2.0**-10
+# An output is unresolved where it varies by less than this many epsilons: kResolvedUlps there.
+RESOLVED_ULPS = 256.0
+
+_DOUBLE_EPSILON = torch.finfo(torch.float64).eps
+
+Values = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""From points (B, *in) float64 to f there (B, K), and to what the outputs' rounding is measured by, where that is more than
+the outputs themselves; both float64."""
+
+
+def are_close(first: Tensor, second: Tensor) -> Tensor:
+    """Whether samples are close to each other; (pairs, *in) each -> (pairs,) bool."""
+    first, second = first.flatten(1), second.flatten(1)
+    largest = torch.maximum(first.abs().amax(1), second.abs().amax(1))
+    return (second - first).abs().amax(1) <= CLOSE * largest
+
+
+def resolve(
+    values: Values,
+    x: Tensor,
+    L: Tensor,
+    counts: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    *,
+    points: int,
+    midpoint: bool | None = None,
+    epsilon: float | None = None,
+) -> None:
+    """Replaces the unresolved entries of L in place, and completes the counts. Waits for a CUDA device.
+
+    Args:
+        values: f in float64.
+        x: (N, *in), the samples.
+        L: (N, N), UNRESOLVED where a pair is.
+        counts: (2,) int64, outputs counted as constant over the resolved pairs, and the number of unresolved pairs; the
+            second becomes 0.
+        nodes, weights: (nodes,) float64.
+        points: how many points f may be called on at a time.
+        midpoint: None: r2 of f itself; else that of its Hermite polynomials, with or without the midpoint.
+        epsilon: the machine epsilon that decides whether an output is constant; None: L's. For close samples it is that of
+            float64, as the samples' own rounding is no property of f.
+    """
+    if int(counts[1]) == 0:
+        return
+    epsilon = torch.finfo(L.dtype).eps if epsilon is None else epsilon
+    on_device = nodes.to(L.device), weights.to(L.device)
+    for first, second in _unresolved_pairs(L, max(1, points // len(nodes))):
+        same = (x[first] == x[second]).flatten(1).all(1)
+        L[first[same], second[same]] = L[second[same], first[same]] = 1.0
+        first, second = first[~same], second[~same]
+        if len(first) == 0:
+            continue
+        samples = x[first].double(), x[second].double()
+        y, magnitude = _path(values, *samples, on_device[0], midpoint)
+        ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
+        rounding = ends * torch.where(are_close(*samples), _DOUBLE_EPSILON, epsilon)[:, None]
+        if magnitude is not None:
+            rounding = torch.maximum(rounding, magnitude * _DOUBLE_EPSILON)
+        r2, constant = r2_of_outputs(y, *on_device, rounding)
+        L[first, second] = L[second, first] = r2.mean(1).to(L.dtype)
+        counts[0] += constant.sum()
+    counts[1] = 0
+
+
+def _unresolved_pairs(L: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs i < j that are unresolved, at most so many at a time."""
+    rows = max(1, 2**22 // len(L))  # a mask of 4 MB at a time
+    for begin in range(0, len(L), rows):
+        first, second = (L[begin : begin + rows] == UNRESOLVED).nonzero(as_tuple=True)
+        first = first + begin
+        above = first < second
+        first, second = first[above], second[above]
+        for some in range(0, len(first), most):
+            yield first[some : some + most], second[some : some + most]
+
+
+def _path(
+    values: Values, first: Tensor, second: Tensor, nodes: Tensor, midpoint: bool | None
+) -> tuple[Tensor, Tensor | None]:
+    """f, or its polynomials, at every node: (pairs, nodes, K), and the magnitude for rounding at the ends (pairs, K)."""
+    if midpoint is None:
+        t = nodes.reshape(-1, *[1] * (first.dim() - 1))
+        y, magnitude = values(torch.lerp(first[:, None], second[:, None], t).flatten(0, 1))
+        y = y.unflatten(0, (len(first), len(nodes)))
+        if magnitude is not None:
+            magnitude = magnitude.unflatten(0, (len(first), len(nodes)))[:, [0, -1]].amax(1)
+        return y, magnitude
+    step, ends, slopes, magnitudes = second - first, [], [], []
+    for sample in (first, second):
+        y, slope = torch.func.jvp(lambda z: values(z)[0], (sample,), (step,))
+        ends.append(y)
+        slopes.append(slope)
+        magnitudes.append(values(sample)[1])
+    half = values(torch.lerp(first, second, 0.5))[0] if midpoint else None
+    known = [m for m in magnitudes if m is not None]
+    return hermite_path(*ends, *slopes, half, nodes), torch.maximum(*known) if known else None
+
+
+class InDouble(TorchFunctionMode):
+    """Carries out every torch call on floating-point tensors in float64, whatever the dtype of a module's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parameters: dict[int, tuple[Tensor, Tensor]] = {}  # a network is called many times
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        if getattr(func, "__name__", "") == "__get__" and func is not Tensor.dtype.__get__:
+            return func(*args)
+        args, kwargs = tree_map(self._wide, args), tree_map(self._wide, kwargs or {})
+        return func(*args, **kwargs)
+
+    def _wide(self, value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return torch.float64 if value.is_floating_point else value
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+            return value
+        if not isinstance(value, nn.Parameter):
+            return value.double()
+        if id(value) not in self._parameters:
+            self._parameters[id(value)] = value, value.double()
+        return self._parameters[id(value)][1]
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """Compiled functions run as they are written: their compiler would see another dtype, and compile again."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def in_double(f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor) -> Values:
+    """f evaluated in float64, or as it is where it cannot be.
+
+    Args:
+        f: (B, *in) -> (B, *out), made for x's dtype.
+        x: (N, *in), the samples.
+        ends: (N, K), f(x).
+    """
+    if x.dtype == torch.float64:
+        return lambda points: (f(points).flatten(1).double(), None)
+    mode = InDouble()
+
+    def wide(points: Tensor) -> tuple[Tensor, Tensor | None]:
+        with _eagerly(), mode:
+            return f(points).flatten(1), None
+
+    reason = "autocast is on"
+    if not torch.is_autocast_enabled(x.device.type):
+        try:
+            y = wide(x.double())[0]
+            tolerance = max(1e-3, 8 * torch.finfo(ends.dtype).eps)
+            if y.dtype == torch.float64 and bool(((y - ends).abs() <= tolerance * ends.abs().amax(0) + 1e-30).all()):
+                return wide
+            reason = "its outputs are others there"
+        except Exception as error:  # the user's code, on a dtype that it was not written for
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    warnings.warn(
+        f"f: cannot be evaluated in float64 ({reason}); entries between samples that agree to rounding, and of outputs that "
+        f"hardly vary, carry the rounding of {ends.dtype}",
+        stacklevel=2,
+    )
+    return lambda points: (f(points.to(x.dtype)).flatten(1).double(), None)
