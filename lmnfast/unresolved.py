@@ -47,7 +47,7 @@ def resolve(
     *,
     points: int,
     midpoint: bool | None = None,
-    epsilon: float | None = None,
+    inputs: Tensor | None = None,
 ) -> None:
     """Replaces the unresolved entries of L in place, and completes the counts. Waits for a CUDA device.
 
@@ -60,15 +60,17 @@ def resolve(
         nodes, weights: (nodes,) float64.
         points: how many points f may be called on at a time.
         midpoint: None: r2 of f itself; else that of its Hermite polynomials, with or without the midpoint.
-        epsilon: the machine epsilon that decides whether an output is constant; None: L's. For close samples it is that of
-            float64, as the samples' own rounding is no property of f.
+        inputs: (N, *), what x was made from: the same inputs are the same sample, whatever rounding made of them.
+
+    Whether an output is constant is decided by the machine epsilon of L's dtype; for close samples by that of float64, as
+    the samples' own rounding is no property of f.
     """
     if int(counts[1]) == 0:
         return
-    epsilon = torch.finfo(L.dtype).eps if epsilon is None else epsilon
+    epsilon, inputs = torch.finfo(L.dtype).eps, x if inputs is None else inputs
     on_device = nodes.to(L.device), weights.to(L.device)
     for first, second in _unresolved_pairs(L, max(1, points // len(nodes))):
-        same = (x[first] == x[second]).flatten(1).all(1)
+        same = (inputs[first] == inputs[second]).flatten(1).all(1)
         L[first[same], second[same]] = L[second[same], first[same]] = 1.0
         first, second = first[~same], second[~same]
         if len(first) == 0:
@@ -110,7 +112,8 @@ def _path(
         return y, magnitude
     step, ends, slopes, magnitudes = second - first, [], [], []
     for sample in (first, second):
-        y, slope = torch.func.jvp(lambda z: values(z)[0], (sample,), (step,))
+        # Twice backwards: torch's forward mode warns of its own use of torch.jit.
+        y, slope = torch.autograd.functional.jvp(lambda z: values(z)[0], sample, step)
         ends.append(y)
         slopes.append(slope)
         magnitudes.append(values(sample)[1])

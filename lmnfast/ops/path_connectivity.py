@@ -64,7 +64,15 @@ def chain_connectivity(
     def resolved() -> None:
         width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
         resolve(
-            parts.values(), parts.samples(), L, counts, nodes, weights, points=2**18 // width, midpoint=midpoint
+            parts.values(),
+            parts.samples(),
+            L,
+            counts,
+            nodes,
+            weights,
+            points=2**18 // width,
+            midpoint=midpoint,
+            inputs=x.flatten(1),
         )
 
     return ChainConnectivity(L, counts, resolved)
