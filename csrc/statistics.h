@@ -58,12 +58,19 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V rou
   const V nonlinear = residual < zero ? zero : residual;  // a NaN stays
   const V total = covariance * covariance + nonlinear;
   const V tolerance = magnitude * (static_cast<T>(kConstantUlps) * epsilon);
+  const V constant_total = tolerance * tolerance * variance_t;
   constexpr T kResolved = static_cast<T>(kResolvedUlps);
-  const V limit = rounding_squared * (kResolved * epsilon * (kResolved * epsilon) * variance_t);
-  const V constant = total <= tolerance * tolerance * variance_t ? one : zero;
-  V resolved = total > limit ? one : zero;  // not where anything is a NaN
-  resolved = total > static_cast<T>(sizeof(T) == 4 ? kLeastTotal32 : kLeastTotal64) ? resolved : zero;
-  resolved = total < static_cast<T>(sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64) ? resolved : zero;
+  const V resolved_total = rounding_squared * (kResolved * epsilon * (kResolved * epsilon) * variance_t);
+  constexpr T kLeast = static_cast<T>(sizeof(T) == 4 ? kLeastTotal32 : kLeastTotal64);
+  constexpr T kLargest = static_cast<T>(sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64);
+  // Squares that underflow say nothing, but where there is nothing to square.
+  const V sizes = chord * chord + m.ee;
+  const V moved = (chord < zero ? -chord : chord) + (m.te < zero ? -m.te : m.te) + (m.e < zero ? -m.e : m.e);
+  V constant = total <= constant_total ? one : zero;
+  constant = constant_total >= zero + kLeast ? constant : moved + sizes > zero ? zero : constant;
+  V resolved = total > resolved_total ? one : zero;  // not where anything is a NaN
+  resolved = total > zero + kLeast ? resolved : zero;
+  resolved = total < zero + kLargest ? resolved : zero;
   const V share = total > zero ? nonlinear / total : zero;
   return {constant > zero ? zero : share, constant, constant > zero ? zero : one - resolved};
 }

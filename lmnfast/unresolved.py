@@ -26,8 +26,8 @@ RESOLVED_ULPS = 256.0
 _DOUBLE_EPSILON = torch.finfo(torch.float64).eps
 
 Values = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""From points (B, *in) float64 to f there (B, K), and to what the outputs' rounding is measured by, where that is more than
-the outputs themselves; both float64."""
+"""From points (B, *in) float64 to f there (B, K), and to what the outputs' rounding in float64 is measured by (B, K), where that
+is known to be more than the outputs themselves; both float64."""
 
 
 def are_close(first: Tensor, second: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _path(
         y, magnitude = values(torch.lerp(first[:, None], second[:, None], t).flatten(0, 1))
         y = y.unflatten(0, (len(first), len(nodes)))
         if magnitude is not None:
-            magnitude = magnitude.unflatten(0, (len(first), len(nodes)))[:, [0, -1]].amax(1)
+            magnitude = magnitude.unflatten(0, (len(first), len(nodes))).amax(1)
         return y, magnitude
     step, ends, slopes, magnitudes = second - first, [], [], []
     for sample in (first, second):
@@ -132,7 +132,7 @@ class InDouble(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             return args[0].double()
-        if getattr(func, "__name__", "") == "__get__" and func is not Tensor.dtype.__get__:
+        if getattr(func, "__name__", "") == "__get__" and func != Tensor.dtype.__get__:
             return func(*args)
         args, kwargs = tree_map(self._wide, args), tree_map(self._wide, kwargs or {})
         return func(*args, **kwargs)
@@ -177,7 +177,8 @@ def in_double(f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor) -> Values:
         try:
             y = wide(x.double())[0]
             tolerance = max(1e-3, 8 * torch.finfo(ends.dtype).eps)
-            if y.dtype == torch.float64 and bool(((y - ends).abs() <= tolerance * ends.abs().amax(0) + 1e-30).all()):
+            differs = (y - ends).abs() > tolerance * ends.abs().amax(0) + 1e-30  # a NaN is another check's
+            if y.dtype == torch.float64 and not bool(differs.any()):
                 return wide
             reason = "its outputs are others there"
         except Exception as error:  # the user's code, on a dtype that it was not written for

@@ -111,21 +111,25 @@ class _Hoisted:
         skips = self.skips or [-1] * (2 * len(self.activations))
         shifts = self.shifts or [None] * len(skips)
         widths = [self.z.shape[1], *(s.shape[1] for s in shifts if s is not None)]
-        # GELU multiplies z by a factor that cancels to rounding far below zero: what is left is measured by z.
-        cancels = self.activations[-1].name in ("gelu", "gelu_tanh")
+        # These keep z's rounding, which is that of the terms z is summed from, however small the output is. (GELU
+        # multiplies z by a factor that cancels far below zero.) The others are as exact as they are small.
+        rounds = self.activations[-1].name not in ("silu", "sigmoid", "softplus")
 
         def at(points: Tensor) -> tuple[Tensor, Tensor | None]:
             z, *moved = points.split(widths, 1)
-            values, before = [], z
+            values, terms = [], z.abs()
             for n, activation in enumerate(self.activations):
-                z = F.linear(z, weights[n - 1], biases[n - 1]) if n else z
+                if n:
+                    if rounds and n == len(weights):
+                        bias = biases[n - 1]
+                        terms = F.linear(z.abs(), weights[n - 1].abs(), None if bias is None else bias.abs())
+                    z = F.linear(z, weights[n - 1], biases[n - 1])
                 for into in (2 * n, 2 * n + 1):
-                    if into % 2:
-                        before, z = z, activation(z)
+                    z = activation(z) if into % 2 else z
                     z = z if skips[into] == -1 else z + values[skips[into]]
                     z = z if shifts[into] is None else z + moved.pop(0)
                     values.append(z)
-            return z, before.abs() if cancels else None
+            return z, terms if rounds else None
 
         return at
 

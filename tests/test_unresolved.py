@@ -1,0 +1,266 @@
+"""Pairs that a dtype cannot resolve: dead and cancelling outputs, paths of another scale, samples that nearly agree."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from chains import cast, random_chain, samples
+from torch import nn
+
+import lmnfast
+from lmnfast import ops, reference
+from lmnfast.network import Activation, Chain
+from lmnfast.ops.path_connectivity import chain_connectivity
+from lmnfast.quadrature import path_nodes
+from lmnfast.unresolved import CLOSE, UNRESOLVED, are_close, in_double
+
+UNIFORM = path_nodes("uniform", 21)
+
+
+def chain_of(weights, activations, biases=None) -> Chain:
+    weights = tuple(torch.tensor(w, dtype=torch.float64) for w in weights)
+    return Chain(weights, biases or (None,) * len(weights), tuple(map(Activation, activations)))
+
+
+def truth(f, x):
+    """float64, by the definition."""
+    with torch.no_grad():
+        return reference.path_connectivity(f, x.double(), *UNIFORM)
+
+
+def test_an_output_that_is_dead_everywhere_is_exactly_constant(device, dtype):
+    """Output 0 is 0 for every input, as its pre-activation is never positive; the chord's rounding is."""
+    chain = chain_of([[[0.3], [0.7]], [[-0.71, 0.3042], [1.0, 1.0]]], ["identity", "relu", "relu"])
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None]
+    alone = chain_of([[[0.3], [0.7]], [[1.0, 1.0]]], ["identity", "relu", "relu"])
+    L = ops.path_connectivity(cast(chain, dtype, device), x.to(device, dtype), *UNIFORM).cpu()
+    expected = (1 + truth(alone, x)) / 2
+    assert expected.min() < 0.8, "output 1 is straight"
+    assert (L - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("widths", [(2, 8, 6, 8), (4, 4, 4, 4), (10, 4, 10)])
+def test_narrow_relu_networks_without_biases(seed, widths, device, dtype):
+    chain = random_chain(list(widths), ["relu"] * len(widths), seed=seed, bias=False)
+    x = samples(20, widths[0], seed=seed)
+    L = ops.path_connectivity(cast(chain, dtype, device), x.to(device, dtype), *UNIFORM).cpu()
+    assert (L - truth(cast(chain, dtype).__class__(*_rounded(chain, dtype)), x.to(dtype))).abs().max() < 2e-4
+
+
+def _rounded(chain: Chain, dtype: torch.dtype) -> tuple:
+    """The chain's weights as they are in a dtype, in float64."""
+    return (
+        tuple(w.to(dtype).double() for w in chain.weights),
+        tuple(None if b is None else b.to(dtype).double() for b in chain.biases),
+        chain.activations,
+    )
+
+
+@pytest.mark.parametrize("name, right", [("gelu", 1.0), ("gelu_tanh", 1.0), ("relu", 1.0)])
+def test_a_unit_that_cancels_to_rounding_is_constant(name, right, device, dtype):
+    """The output's pre-activation is -1000 and -500 at the ends and about 0 nowhere: a dead region."""
+    chain = chain_of([[[1.0, -1.0]]], [name, name])
+    x = torch.tensor([[2000.0, 3000.0], [-1000.0, -500.0]], dtype=torch.float64)
+    L = ops.path_connectivity(cast(chain, dtype, device), x.to(device, dtype), *UNIFORM)
+    assert L[0, 1] == right
+
+
+def test_large_inputs_give_finite_entries(device, dtype):
+    chain = chain_of([[[1.0, -1.0]]], ["silu", "silu"])
+    x = torch.tensor([[2000.0, 3000.0], [-1000.0, -500.0]], dtype=torch.float64)
+    L = ops.path_connectivity(cast(chain, dtype, device), x.to(device, dtype), *UNIFORM).cpu()
+    assert (L - truth(chain, x)).abs().max() < 1e-5
+
+
+def test_one_outlier_does_not_make_the_other_paths_straight(device, dtype):
+    """The outputs' spread is the outlier's: paths between the others vary by less than 1e-20 of it."""
+    chain = random_chain([8, 16, 4], ["identity", "silu", "identity"])
+    x = samples(12, 8)
+    x[0] *= 1e22
+    x, rounded = x.to(dtype), Chain(*_rounded(chain, dtype))
+    L = ops.path_connectivity(cast(chain, dtype, device), x.to(device), *UNIFORM).cpu()
+    expected = truth(rounded, x)
+    assert expected[1:, 1:].min() < 0.9
+    assert (L - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("end", [nn.Softmax(-1), nn.Sigmoid(), nn.Softplus()])
+def test_outputs_of_many_magnitudes(end):
+    """Probabilities from 1 down to 1e-30 side by side."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 32), nn.SiLU(), nn.Linear(32, 10), end).requires_grad_(False)
+    net[2].weight.mul_(20)
+    x = 2 * torch.randn(24, 10)
+    exact = copy.deepcopy(net).double()
+    for f in (net, lambda z: net(z)):
+        L = lmnfast.connectivity(f, x)
+        # The rule for constant outputs is that of float32: saturated outputs are constant in it, and not in float64.
+        with torch.no_grad():
+            y = exact(torch.lerp(x[:, None, None].double(), x[None, :, None].double(), UNIFORM[0][:, None]))
+        rounding = torch.finfo(torch.float32).eps * torch.maximum(y[:, :, 0].abs(), y[:, :, -1].abs())
+        expected = reference.r2_of_outputs(y, *UNIFORM, rounding)[0].mean(-1)
+        off = ~torch.eye(len(x), dtype=torch.bool)
+        assert (L - expected)[off].abs().max() < 0.02
+
+
+def test_a_path_that_rises_above_the_ends_spread_does_not_overflow():
+    """f is 1e-27 or less at the samples and 1 between them."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([0.3 * torch.randn(8, 1, generator=g) + side for side in (-2, 2)])
+
+    def bump(z):
+        return torch.sigmoid(40 * (1 - z**2))
+
+    L = lmnfast.connectivity(bump, x)
+    assert L.isfinite().all()
+    assert (L[:8, 8:] - truth(bump, x)[:8, 8:]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("method", ["path", "hermite", "hermite-midpoint"])
+@pytest.mark.parametrize("bias", [0.5, 2000.0, 1e6])
+def test_a_chains_last_bias_does_not_matter_at_all(bias, method, device, dtype):
+    net = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)).to(device, dtype).requires_grad_(False)
+    x = samples(20, 8).to(device, dtype)
+    net[2].bias.zero_()
+    without = lmnfast.connectivity(net, x, method=method)
+    net[2].bias.fill_(bias)
+    assert torch.equal(lmnfast.connectivity(net, x, method=method), without)
+
+
+def nearly_equal(distance: float, width: int = 8) -> torch.Tensor:
+    """Ten float32 samples, and each again a relative `distance` off."""
+    x = samples(10, width).float()
+    return torch.cat([x, x * (1 + distance * samples(10, width, seed=2).float())])
+
+
+@pytest.mark.parametrize("distance", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("method", ["path", "hermite", "hermite-midpoint"])
+def test_samples_that_nearly_agree_give_what_float64_gives(distance, method, device):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
+    x = nearly_equal(distance).to(device)
+    expected = lmnfast.connectivity(copy.deepcopy(net).to(device).double(), x.double(), method=method)
+    net = net.to(device)
+    for f in (net, lambda z: net(z)):
+        L = lmnfast.connectivity(f, x, method=method)
+        assert L.dtype == torch.float32 and torch.equal(L, L.mT)
+        assert (L - expected).abs().max() < 1e-3
+        right = lmnfast.linear_mapping_number(expected)
+        assert abs(lmnfast.linear_mapping_number(L) / right - 1) < 1e-3
+
+
+def test_a_kink_between_samples_that_nearly_agree_counts(device):
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)).requires_grad_(False).to(device)
+    for parameter, value in zip(net.parameters(), (1.0, -0.5, 1.0, 0.0), strict=True):
+        parameter.fill_(value)
+    x = torch.tensor([[0.5 - 5e-5], [0.5 + 5e-5]], device=device)
+    right = truth(copy.deepcopy(net).double(), x)[0, 1]
+    assert 0.75 < right < 0.85
+    for f in (net, lambda z: net(z)):
+        assert abs(lmnfast.connectivity(f, x)[0, 1] - right) < 1e-3
+
+
+def test_the_registered_op_leaves_and_counts_what_it_cannot_resolve(device):
+    chain = cast(random_chain([6, 12, 4], ["identity", "tanh", "identity"]), torch.float32, device)
+    x = nearly_equal(1e-6, 6).to(device)
+    measured = chain_connectivity(chain, x, *UNIFORM)
+    left = measured.L == UNRESOLVED
+    assert left.diagonal(10)[:10].all() and torch.equal(left, left.mT)
+    assert measured.counts.tolist() == [0, int(left.sum()) // 2]
+    measured.resolve()
+    assert measured.counts[1] == 0 and (measured.L >= 0).all()
+
+
+def test_constant_outputs_are_counted_over_all_pairs(device, dtype):
+    """Two of five outputs are saturated everywhere."""
+    chain = random_chain([6, 5], ["identity", "sigmoid"])
+    chain.biases[0][:2] = 1e3
+    x = 0.1 * samples(23, 6)
+    measured = chain_connectivity(cast(chain, dtype, device), x.to(device, dtype), *UNIFORM)
+    measured.resolve()
+    assert measured.counts.tolist() == [2 * 23 * 22 // 2, 0]
+
+
+def test_equal_samples_are_one_and_are_not_counted(device):
+    chain = cast(random_chain([6, 12, 4], ["identity", "tanh", "identity"]), torch.float32, device)
+    x = samples(8, 6).float().to(device)
+    measured = chain_connectivity(chain, x.repeat(2, 1), *UNIFORM)
+    measured.resolve()
+    assert (measured.L.diagonal(8) == 1).all() and measured.counts.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "distance, close", [(0.0, True), (CLOSE / 2, True), (CLOSE * 0.999, True), (CLOSE * 1.001, False)]
+)
+def test_samples_are_close_by_their_largest_coordinate(distance, close):
+    first = torch.tensor([[1.0, -2.0, 0.0]], dtype=torch.float64)
+    second = first + torch.tensor([[0.0, 0.0, 2 * distance]])
+    assert are_close(first, second).tolist() == [close]
+
+
+# f in float64 ----------------------------------------------------------------------------------------------
+
+
+class Casting(nn.Module):
+    """Says its dtypes itself, in every usual way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+        self.register_buffer("shift", torch.linspace(0, 1, 4))
+
+    def forward(self, z):
+        z = z.to(self.linear.weight.dtype).float()
+        h = self.linear(z).to(torch.float32) + self.shift.type_as(z)
+        return torch.softmax(h, -1, dtype=torch.float32) + torch.zeros(4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 3)),
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 3, 3), nn.Tanh(), nn.Flatten()),
+        lambda: nn.Sequential(nn.Unflatten(1, (5, 1)), nn.GRU(1, 4, batch_first=True)),
+        lambda: nn.Sequential(nn.Unflatten(1, (5, 1)), nn.Linear(1, 4), nn.LayerNorm(4), nn.Flatten()),
+        Casting,
+    ],
+)
+def test_a_network_in_float32_is_evaluated_in_float64(make):
+    torch.manual_seed(0)
+    net = make().requires_grad_(False).eval()
+    last = (lambda z: net(z)[0][:, -1]) if isinstance(net[-1] if len(list(net.children())) > 1 else net, nn.GRU) else net
+    x = torch.randn(7, 5)
+    exact = copy.deepcopy(net).double()
+    if isinstance(make(), Casting):
+        h = torch.nn.functional.linear(x.double(), exact.linear.weight, exact.linear.bias) + exact.shift
+        expected = torch.softmax(h, -1)
+    else:
+        expected = exact(x.double())
+        expected = expected[0][:, -1] if isinstance(expected, tuple) else expected
+    y, _ = in_double(last, x, last(x).flatten(1))(x.double())
+    assert y.dtype == torch.float64
+    assert (y - expected.flatten(1)).abs().max() < 1e-14
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda z: torch.from_numpy(z.float().numpy()) if z.dtype == torch.float32 else 1 / 0,
+        lambda z: z.abs() if z.dtype == torch.float32 else z.square(),
+    ],
+)
+def test_what_cannot_be_evaluated_in_float64_says_so_and_is_measured_as_it_is(spoil):
+    x = torch.randn(6, 3)
+    with pytest.warns(UserWarning, match="^f: cannot be evaluated in float64"):
+        values = in_double(spoil, x, spoil(x))
+    y, _ = values(x.double())
+    assert y.dtype == torch.float64 and torch.equal(y.float(), spoil(x))
+
+
+def test_no_warning_where_nothing_is_unresolved():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lmnfast.lmn(lambda z: torch.tanh(z) if z.dtype == torch.float32 else 1 / 0, torch.randn(9, 3))
