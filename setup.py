@@ -13,13 +13,23 @@ from setuptools.errors import ExecError
 ROOT = Path(__file__).parent.resolve()
 
 
+def _jobs() -> int:
+    """Compilers at once: MAX_JOBS as for torch's own extensions, else as CMake has it, else the cores allowed."""
+    for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
+        if given := os.environ.get(name):
+            if not given.isdecimal() or int(given) < 1:
+                raise ExecError(f"{name}: expected a number of jobs, at least 1, got {given!r}")
+            return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs into the package folder that setuptools asks for."""
 
     def build_extension(self, ext: Extension) -> None:
         cmake = shutil.which("cmake")
         if cmake is None:
-            raise ExecError("lmnfast needs CMake 3.22 or newer to build: pip install cmake")
+            raise ExecError("lmnfast needs CMake 3.24 or newer to build: pip install cmake")
         if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
             raise ExecError(
                 "lmnfast needs a C++17 compiler to build (Debian: apt install g++), or CXX set to one"
@@ -40,12 +50,13 @@ class CMakeBuild(build_ext):
                 if name in os.environ
             },
         }
+        jobs = self.parallel or _jobs()
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         try:
             # A cache made by another Python or in another build environment would point into a folder that is gone.
             self._run([cmake, "--fresh", "-S", str(ROOT), "-B", str(build), *generator, *definitions])
-            self._run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
+            self._run([cmake, "--build", str(build), "--parallel", str(jobs)])
             self._run([cmake, "--install", str(build)])
         except subprocess.CalledProcessError as error:
             raise ExecError("lmnfast: the build failed; the reason is in CMake's messages above") from error

@@ -10,18 +10,23 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from glob import glob
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -39,11 +44,22 @@ from .network import Forward, Output
 from .processes import cores, prepare_worker
 from .quadrature import path_nodes
 from .spectrum import measure
+from .steps import steps_of
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
-PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, LightningModules
-INTEGERS, WORDS = ("step", "samples", "points"), ("checkpoint", "rule", "method", "precision", "solver")
+# Names that torch.compile, DataParallel, Opacus, activation checkpointing and FSDP put into those of the weights.
+WRAPPERS = ("_orig_mod", "module", "_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+FRONTS = (*WRAPPERS, "model")  # the last is where a LightningModule often has its network
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The first bytes of what is found in the place of weights.
+IMPOSTORS = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer; git lfs pull fetches the file itself",
+    b"<!doctype html": "an HTML page; download the file itself",
+    b"<html": "an HTML page; download the file itself",
+    b"<?xml": "an XML text; download the file itself",
+}
+SAMPLED = 16, 4096  # places in a file, and bytes at each, by which it is recognised
+INTEGERS, WORDS = ("samples", "points"), ("checkpoint", "rule", "method", "precision", "solver")
 STYLES = ("-", "--", ":", "-.")  # so that of equal curves both are seen
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -74,7 +90,8 @@ def measure_checkpoints(
 
     Args:
         factory: called without arguments, returns the model; or where to import it, "package.module:factory".
-        checkpoints: files, or patterns of them (glob, ** too): .pt, .pth, .ckpt, .bin, .safetensors.
+        checkpoints: files, or patterns of them (glob, ** too), of torch.save or safetensors, whatever their
+            suffix.
         inputs: as in `cut`, tensors in tuples, lists and dicts; or a file, see `load_inputs`. Floating-point
             inputs are converted to the model's dtype.
         layers: names or patterns as in `match_layers`.
@@ -85,19 +102,21 @@ def measure_checkpoints(
         jobs: processes. Those of several are spawned, so a script that asks for them does it under
             ``if __name__ == "__main__"``, and gives what can be imported.
         out: a directory to keep the table in; the same call goes on with what is there. Rows of checkpoints
-            that are gone stay, a file that was written anew is measured anew.
+            that are gone stay. A file with another size, time of change or other bytes, at 16 places spread over
+            it, is measured anew.
         force: begin a new table, whatever is in `out`.
         progress: show a bar (needs tqdm).
 
     Returns:
         One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, points,
         rule, method, precision, solver. Numbers have seven digits, what float32 holds, as in lmn.csv. Steps
-        are as in `steps_of`; where that has none, the checkpoints are counted from 0.
+        are as in `steps_of`; where no name has a number, the checkpoints are counted from 0 by name.
 
     Raises:
         ValueError: an argument that is not what it should be; a checkpoint that cannot be read, does not fit
-            the model, or cannot be measured (names it; the others begun are kept); `out` holds a table with
-            other settings (names them), or another process is at work there.
+            the model, or cannot be measured (names it; the others begun are kept); the names do not tell the
+            steps, see `steps_of`; `out` holds a damaged table or one with other settings (names them), or
+            another process is at work there.
         OSError: `out` cannot be written; a process died.
     """
     if jobs < 1:
@@ -139,16 +158,18 @@ def measure_checkpoints(
 
 
 def imported(spec: str, argument: str, what: str) -> Callable:
-    """The callable at "package.module:name", also in the current directory, as with ``python -m``.
+    """The callable at "package.module:name", installed or in the current directory.
+
+    The current directory goes on sys.path only where the module is in it, and then last: a folder of somebody's
+    checkpoints may also hold a safetensors.py.
 
     Raises ValueError, by the argument's name, for a spec of another form, no such module or name, a module
-    that cannot be imported, or something not callable.
+    that is both installed and in the current directory or cannot be imported, or something not callable.
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise ValueError(f"{argument}: expected package.module:{what}, got {spec!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _find_here(module_name.partition(".")[0], argument)
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # the module is the user's
@@ -168,13 +189,30 @@ def imported(spec: str, argument: str, what: str) -> Callable:
     return found
 
 
+def _find_here(name: str, argument: str) -> None:
+    """Puts the current directory on sys.path, last, where a module is there and nowhere else."""
+    here = os.getcwd()
+    if name in sys.modules or "" in sys.path or here in sys.path:
+        return
+    importlib.invalidate_caches()
+    local, installed = PathFinder.find_spec(name, [here]), find_spec(name)
+    if local is not None and installed is None:
+        sys.path.append(here)
+    elif local is not None and local.origin and installed is not None and local.origin != installed.origin:
+        raise ValueError(
+            f"{argument}: {name!r} is in the current directory and also {installed.origin}; rename it, or set "
+            "PYTHONPATH=. to take that in the current directory"
+        )
+
+
 # Files -----------------------------------------------------------------------------------------------------
 
 
 def find_checkpoints(patterns: Sequence[str | os.PathLike]) -> list[str]:
     """The files of paths and glob patterns, each once, numbers in names by value: step_2 before step_10.
 
-    Raises ValueError for a pattern without files, a directory, or a file that `read_state` does not read.
+    Raises ValueError for a pattern without files, a directory, or a file that by its first bytes is none that
+    `read_state` reads.
     """
     found: dict[str, str] = {}
     for pattern in (os.fspath(given) for given in patterns):
@@ -188,63 +226,87 @@ def find_checkpoints(patterns: Sequence[str | os.PathLike]) -> list[str]:
         if not files:
             raise ValueError(f"checkpoint: no file {'is' if literal else 'matches'} {pattern!r}")
         for file in files:
-            if Path(file).suffix not in (*PICKLES, ".safetensors"):
-                raise ValueError(f"checkpoint: expected {', '.join(PICKLES)} or .safetensors, got {file!r}")
+            _is_safetensors(file, "checkpoint")
             found.setdefault(os.path.abspath(file), str(Path(file)))
     if not found:
         raise ValueError("checkpoint: expected at least one file, got none")
     return sorted(found.values(), key=_natural)
 
 
-def steps_of(checkpoints: Sequence[str]) -> list[int] | None:
-    """The number in each name that tells the files apart; None where none does, or not all have as many.
-
-    Of several, one after "step" or "iter" comes first, else the first. Of a single file only its name counts.
-    """
-    pieces = [_pieces(path if len(checkpoints) > 1 else Path(path).name) for path in checkpoints]
-    if len({len(parts) for parts in pieces}) != 1:
-        return None
-    telling = [k for k in range(1, len(pieces[0]), 2) if len({int(p[k]) for p in pieces}) == len(pieces)]
-    named = [
-        k for k in telling if re.search(r"(step|iter(ation)?)s?[^a-z]*$", pieces[0][k - 1], re.IGNORECASE)
-    ]
-    return [int(parts[(named or telling)[0]]) for parts in pieces] if telling else None
-
-
-def _pieces(name: str) -> list[str]:
-    """Text and numbers by turns, from text on."""
-    return re.split(r"([0-9]+)", name)
-
-
 def _natural(name: str) -> list[str | int]:
-    return [int(piece) if k % 2 else piece for k, piece in enumerate(_pieces(name))]
+    return [int(piece) if k % 2 else piece for k, piece in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any]:
-    """The state dict in a checkpoint file.
+    """The state dict in a checkpoint file, with its ``_metadata`` where it has that.
 
-    Pickles are read by ``torch.load(weights_only=True)`` alone, which runs no code of theirs. The state dict
-    is the whole, or below one or several of STATE_KEYS, or where `key` says.
+    Pickles are read by ``torch.load(weights_only=True)`` alone, which runs no code of theirs; what is of another
+    class, such as a numpy scalar or an ``argparse.Namespace``, is not made. The state dict is the whole, or where
+    STATE_KEYS lead, or the only one below another key. `key` says where else, "a.b" for ["a"]["b"]; its
+    last parts can also be the front of the names in a state dict, and are then taken off.
 
     Raises:
-        ValueError: not readable that way; no state dict there; .safetensors without the safetensors package.
+        ValueError: not readable that way; no state dict there, or several; .safetensors without the safetensors
+            package.
     """
     state = _read_tensors(Path(path), "checkpoint")
     for part in key.split(".") if key else ():
-        if not isinstance(state, Mapping) or part not in state:
+        below = _below(state, part)
+        if below is None:
             raise ValueError(f"key: no {part!r} of {key!r} in {path}, {_holding(state)}")
-        state = state[part]
-    while not key and isinstance(state, Mapping):
-        below = [state[name] for name in STATE_KEYS if isinstance(state.get(name), Mapping)]
-        if not below:
-            break
-        state = below[0]
-    if not _is_state(state):
+        state = below
+    found = _states_in(state)
+    if not found and isinstance(state, Mapping):
+        found = [where for name, value in state.items() for where in _states_in(value, (str(name),))]
+    if len(found) > 1:
+        keys = [".".join((*([key] if key else []), *where)) for where in found]
+        raise ValueError(f"{'key' if key else 'checkpoint'}: {path} holds several state dicts; choose with --key "
+                         f"among {few(keys)}")  # fmt: skip
+    if not found:
+        for where, value in [("", state), *(_entries(state))]:
+            if isinstance(value, _Unread) and value.is_module:
+                inside = "".join(f"[{part!r}]" for part in key.split(".")) if key else ""
+                raise ValueError(_not_plain("checkpoint", path, type(value).__name__, f"{inside}{where}.state_dict()"))
         hint = "" if key else f"; looked for {', '.join(STATE_KEYS)}, --key names another"
         raise ValueError(
             f"{'key' if key else 'checkpoint'}: no state dict in {path}, {_holding(state)}{hint}"
         )
-    return dict(state)
+    for part in found[0]:
+        state = state[part]
+    return state
+
+
+def _below(state: Any, part: str) -> Any:
+    """What a key leads to; in a state dict also the names that begin with it, without it."""
+    if not isinstance(state, Mapping):
+        return None
+    if part in state:
+        return state[part]
+    front = f"{part}."
+    inside: Any = OrderedDict(
+        (name.removeprefix(front), value)
+        for name, value in state.items()
+        if isinstance(name, str) and name.startswith(front)
+    )
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        inside._metadata = OrderedDict(
+            (name.removeprefix(part).removeprefix("."), value)
+            for name, value in metadata.items()
+            if f"{name}.".startswith(front)
+        )
+    return inside or None
+
+
+def _states_in(value: Any, where: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The keys among STATE_KEYS that lead to a state dict; () for what is one."""
+    if _is_state(value):
+        return [where]
+    if not isinstance(value, Mapping):
+        return []
+    return [
+        found for name in STATE_KEYS if name in value for found in _states_in(value[name], (*where, name))
+    ]
 
 
 def _is_state(value: Any) -> bool:
@@ -254,8 +316,14 @@ def _is_state(value: Any) -> bool:
     )  # fmt: skip
 
 
+def _entries(value: Any) -> list[tuple[str, Any]]:
+    """A mapping's values behind their keys as Python writes them."""
+    return [(f"[{name!r}]", entry) for name, entry in value.items()] if isinstance(value, Mapping) else []
+
+
 def _holding(value: Any) -> str:
-    return f"which holds {contents(value)}"
+    unread = next((f", {where} a {type(v).__name__}" for where, v in _entries(value) if isinstance(v, _Unread)), "")
+    return f"which holds {contents(value)}{unread}"
 
 
 def load_inputs(path: str | os.PathLike) -> Any:
@@ -272,6 +340,7 @@ def load_inputs(path: str | os.PathLike) -> Any:
         raise ValueError(f"inputs: expected a file .npy, .npz, .pt or .safetensors, got '{path}'")
     if not path.is_file():
         raise ValueError(f"inputs: no file is '{path}'")
+    _head(path, "inputs")
     if path.suffix not in (".npy", ".npz"):
         loaded = _read_tensors(path, "inputs")
     else:
@@ -312,28 +381,96 @@ def first_samples(inputs: Any, count: int) -> Any:
     return mapped(inputs, lambda tensor: tensor[:count] if tensor.ndim and len(tensor) == rows else tensor)
 
 
-def _read_tensors(path: Path, argument: str) -> Any:
-    """What a .safetensors file, or a pickle of plain values and tensors, holds; on the CPU."""
-    try:
-        if path.suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        from safetensors.torch import load_file
+def _head(path: str | os.PathLike, argument: str) -> bytes:
+    """A file's first bytes. Raises ValueError, by the argument's name, for none, and for those of IMPOSTORS."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    beginning = head.lstrip().lower()
+    said = next((what for first, what in IMPOSTORS.items() if beginning.startswith(first)), None)
+    if said or not head:
+        raise ValueError(f"{argument}: {path} is {said or 'empty'}")
+    return head
 
-        return load_file(path)
+
+def _is_safetensors(path: str | os.PathLike, argument: str) -> bool:
+    """Whether a file is of safetensors, or else of torch.save, by its first bytes.
+
+    Raises ValueError, by the argument's name, for any other file, and where the safetensors package is missing.
+    """
+    head = _head(path, argument)
+    if head.startswith(b"PK\3\4") or re.match(b"\x80[\2-\5]", head):
+        return False  # a zip archive; before torch 1.6 pickles one after another
+    if head[4:9] != b"\0\0\0\0{":  # the end of the length of a JSON header, and its beginning
+        raise ValueError(f"{argument}: expected a file of torch.save or safetensors, {path} begins with {head[:16]!r}")
+    try:
+        import safetensors.torch  # noqa: F401
     except ImportError:
         raise ValueError(
             f"{argument}: {path} needs the safetensors package: pip install 'lmnfast[safetensors]'"
         ) from None
+    return True
+
+
+def _read_tensors(path: Path, argument: str) -> Any:
+    """What a file of safetensors, or a pickle, holds; on the CPU, an `_Unread` for each value of another class."""
+    safe, zipped = _is_safetensors(path, argument), _head(path, argument).startswith(b"PK")
+    unread: list[str] = []
+    try:
+        if safe:
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipped:
+            _check_sums(path)
+            unread = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        # As a file: torch.load goes by the suffix of a path called .safetensors.
+        with open(path, "rb") as file, torch.serialization.safe_globals([(_unread(name), name) for name in unread]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises anything
-        code = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error))
-        if not code:
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            unread = [code[1]]
+        if not unread:
             raise ValueError(f"{argument}: cannot read {path}: {_said(error)}") from error
         raise ValueError(
-            f"{argument}: {path} holds more than tensors and plain values ({code[1]}), and no code "
-            "of a file is run here; where you trust it, save its state dict alone: "
-            f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'plain.pt'), or "
-            ".state_dict() in place of ['state_dict'] for a whole module"
+            _not_plain(argument, path, few(unread), "['state_dict']") + ", with the key that is there for 'state_dict'"
         ) from None
+
+
+class _Unread:
+    """What stands in a checkpoint for a value whose class is not one of tensors and plain values."""
+
+    is_module = False
+
+    def __new__(cls, *arguments: Any) -> "_Unread":
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.is_module = isinstance(state, dict) and "_parameters" in state
+
+
+def _unread(name: str) -> type[_Unread]:
+    return type(name.rpartition(".")[2], (_Unread,), {})
+
+
+def _check_sums(path: Path) -> None:
+    """Raises BadZipFile where a record has another checksum than the archive says; torch.load looks at none."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.CRC:  # 0: saved without, see torch.serialization.set_crc32_options
+                with archive.open(record) as content:
+                    while content.read(1 << 20):
+                        pass
+
+
+def _not_plain(argument: str, path: str | os.PathLike, named: str, where: str) -> str:
+    return (
+        f"{argument}: {path} holds more than tensors and plain values ({named}), and no code of a file is run here; "
+        "where you trust it, save its state dict alone: "
+        f"torch.save(torch.load({str(path)!r}, weights_only=False){where}, 'plain.pt')"
+    )
 
 
 # Measuring -------------------------------------------------------------------------------------------------
@@ -383,34 +520,124 @@ def _made(factory: Callable[[], nn.Module] | str) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # what torch.compile wraps
 
 
-def _load_state(model: nn.Module, state: dict[str, Any], path: str) -> None:
+def _load_state(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
     """Gives the model the weights of a checkpoint, all of them; ValueError where they do not fit."""
     own = model.state_dict()
-    state = {_stripped(name, own): value for name, value in state.items()}
+    state = _renamed(state, own, path)
+    for name, value in state.items():
+        mine = own.get(name)
+        if isinstance(mine, Tensor) and isinstance(value, Tensor) and not _is_kept(value, mine.dtype):
+            raise ValueError(
+                f"checkpoint: {path} does not fit the model: {name} is {_brief_dtype(value.dtype)} in the file, "
+                f"{_brief_dtype(mine.dtype)} in the model"
+            )
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"checkpoint: {path} does not fit the model: {reason[min(1, len(reason) - 1)].strip()}"
-        ) from error
-    # Of tied weights safetensors keep one.
-    there = {value.data_ptr() for name, value in own.items() if name in state and isinstance(value, Tensor)}
-    missing = [n for n in missing if not isinstance(own.get(n), Tensor) or own[n].data_ptr() not in there]
+        lines = str(error).strip().splitlines()
+        reason = lines[1].strip() if len(lines) > 1 else _said(error)  # torch heads its list of reasons
+        raise ValueError(f"checkpoint: {path} does not fit the model: {reason}") from error
+    if missing:  # of tied weights safetensors keep one
+        there = {_place(value) for name, value in own.items() if name in state and isinstance(value, Tensor)}
+        missing = [n for n in missing if not isinstance(own.get(n), Tensor) or _place(own[n]) not in there]
     if missing or unexpected:
         problems = [("lacks", missing), ("has, unexpected,", unexpected)]
         said = "; it ".join(f"{verb} {few(names)}" for verb, names in problems if names)
         raise ValueError(f"checkpoint: {path} does not fit the model: it {said}")
 
 
-def _stripped(name: str, own: Mapping[str, Any]) -> str:
-    """The name as the model has it, without prefixes that wrappers added."""
-    while name not in own:
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        if prefix is None:
+def _is_kept(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the model's dtype has the value, but for the rounding between FLOATS.
+
+    Integers in the place of FLOATS are quantised weights, whose scales are elsewhere.
+    """
+    if value.dtype == dtype or (value.dtype in FLOATS and dtype in FLOATS):
+        return True
+    if dtype.is_floating_point or dtype.is_complex or value.is_complex() or value.is_quantized:
+        return False
+    return torch.equal(value.to(dtype).to(value.dtype), value)
+
+
+def _brief_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _renamed(state: Mapping[str, Any], own: Collection[str], path: str) -> OrderedDict[str, Any]:
+    """The state dict under the model's own names, and its metadata, which modules read their version from.
+
+    The parts of WRAPPERS in a name are left out, or put in, where the name then is one of the model's. ValueError
+    where two names are then the same.
+    """
+    names = _without_fronts(list(state), own)
+    fitting: dict[str, list[str]] = {}
+    for name in own:
+        fitting.setdefault(_bare(name), []).append(name)
+    for given, name in names.items():
+        found = fitting.get(_bare(name)) or fitting.get(_bare(name.removeprefix("model.")), [])
+        if name not in own and len(found) == 1:
+            names[given] = found[0]
+    first: dict[str, str] = {}
+    for given, name in names.items():
+        if name in first:
+            shorter, longer = sorted((first[name], given), key=len)
+            front = longer.removesuffix(f".{shorter}")
+            raise ValueError(
+                f"checkpoint: {path} holds {name} of the model twice, as {shorter} and as {longer}; choose with "
+                f"--key, which takes names by what they begin with, as --key {front}"
+            )
+        first[name] = given
+    result: Any = OrderedDict((names[given], value) for given, value in state.items())
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        folders = {"": ""}
+        for given, name in names.items():
+            folders |= _parents(given, name)
+        result._metadata = OrderedDict()
+        for given in sorted(metadata, key=len):  # of a wrapper and what is in it the latter, with the longer name
+            known = given
+            while known not in folders:
+                known = known.rpartition(".")[0]
+            rest = given.removeprefix(known).removeprefix(".")
+            result._metadata[".".join(filter(None, (folders[known], rest)))] = metadata[given]
+    return result
+
+
+def _without_fronts(given: Sequence[str], own: Collection[str]) -> dict[str, str]:
+    """The names, from each the parts in front that all of them have and none of the model's."""
+    names = dict(zip(given, given, strict=True))
+    while names and not set(names.values()) <= set(own):
+        front = next(iter(names.values())).partition(".")[0] + "."
+        if front[:-1] not in FRONTS or not all(name.startswith(front) for name in names.values()):
             break
-        name = name.removeprefix(prefix)
-    return name
+        rest = {given: name.removeprefix(front) for given, name in names.items()}
+        if any(name.startswith(front) for name in own) and not set(rest.values()) <= set(own):
+            break
+        names = rest
+    return names
+
+
+def _bare(name: str) -> str:
+    *modules, last = name.split(".")
+    return ".".join([*(part for part in modules if part not in WRAPPERS), last])
+
+
+def _parents(given: str, name: str) -> dict[str, str]:
+    """The modules that lead to a weight, by their names in the checkpoint, and the names of the model's."""
+    left, right = given.split("."), name.split(".")
+    found = {}
+    while left and right and left[-1] == right[-1]:
+        left, right = left[:-1], right[:-1]
+        found[".".join(left)] = ".".join(right)
+        while left and (not right or left[-1] != right[-1]) and left[-1] in FRONTS:
+            left = left[:-1]
+            found[".".join(left)] = ".".join(right)
+        while right and (not left or left[-1] != right[-1]) and right[-1] in WRAPPERS:
+            right = right[:-1]
+    return found
 
 
 def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:
@@ -536,7 +763,7 @@ def _said(error: Exception) -> str:
     """An error in one line."""
     first = next(iter(str(error).strip().splitlines()), "").partition(". ")[0]
     ours = type(error) in (ValueError, TypeError)
-    return first if ours and first else f"{type(error).__name__}: {first}"
+    return first if ours and first else f"{type(error).__name__}: {first}".removesuffix(": ")
 
 
 # The table -------------------------------------------------------------------------------------------------
@@ -555,11 +782,11 @@ class _Table:
             files = stored.pop("files")
             _check_continues(settings, stored, out)
             changed = {path for path, version in now.items() if files.get(path) != version}
-            written = _read_rows(out / "lmn.csv")
+            written = _read_rows(out / "lmn.csv", settings)
             self.rows = [row for row in written if os.path.abspath(row["checkpoint"]) not in changed]
         written_as = [row["checkpoint"] for row in self.rows]
         names = sorted(written_as + [path for path in paths if not self.has(path)], key=_natural)
-        steps = steps_of(names) or range(len(names))
+        steps: Sequence[int | float] = steps_of(names) or range(len(names))
         self.steps = dict(zip(names, steps, strict=True))
         self._write()  # before lmn.json says that the rows are of the files as they are now
         if out is not None:
@@ -585,37 +812,77 @@ class _Table:
             return
         text = io.StringIO()
         layers = [name for name in self.rows[0] if name.startswith("lmn_")]
-        columns = ["step", "checkpoint", *layers, "samples", "points", *WORDS[1:]]
+        columns = _columns(layers)
         table = csv.writer(text, lineterminator="\n")
         table.writerow(columns)
         table.writerows([f"{row[c]:.7g}" if c in layers else row[c] for c in columns] for row in self.rows)
         write_file(self.out / "lmn.csv", text.getvalue().encode())
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    def typed(name: str, text: str) -> int | str | float:
-        return int(text) if name in INTEGERS else text if name in WORDS else float(text)
+def _columns(layers: Sequence[str]) -> list[str]:
+    return ["step", "checkpoint", *layers, "samples", "points", *WORDS[1:]]
 
-    with open(path, newline="") as file:
-        return [{name: typed(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of lmn.csv. Raises ValueError, by the file's name, where it is not as `_Table` leaves it."""
+    columns = _columns([f"lmn_{layer}" for layer in settings["layers"]])
+
+    def typed(name: str, text: str) -> int | str | float:
+        if name in WORDS:
+            return text
+        if name in INTEGERS or (name == "step" and text.isdecimal()):
+            return int(text)
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"expected a number, got {text}")
+        return number
+
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # as spreadsheets write it
+        if not text.endswith("\n"):
+            raise ValueError("its last line is cut")
+        header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        if header != columns:
+            raise ValueError(f"expected columns {few(columns)}, got {few(header)}")
+        if cut := [number for number, line in enumerate(lines, 2) if len(line) != len(columns)]:
+            raise ValueError(f"expected {len(columns)} entries in line {cut[0]}")
+        rows = [{name: typed(name, text) for name, text in zip(columns, line)} for line in lines]
+        fixed = {name: settings[name] for name in ("points", "rule", "method", "precision")}
+        if any(row | fixed != row for row in rows) or len({row["checkpoint"] for row in rows}) < len(rows):
+            raise ValueError("a row is not of this table")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"out: cannot read {path}: {_said(error)}; --force begins anew") from None
+    return rows
 
 
 def _read_settings(out: Path) -> dict[str, Any] | None:
     """Of the table there; one without rows binds nobody."""
     if not (out / "lmn.csv").exists():
         return None
+    path = out / "lmn.json"
     try:
-        return json.loads((out / "lmn.json").read_text())
+        stored = json.loads(path.read_bytes().decode("utf-8-sig"))
+        known = {"checkpoints": list, "files": dict, "device": str}
+        if not isinstance(stored, dict) or not all(isinstance(stored.get(n), kind) for n, kind in known.items()):
+            raise ValueError(f"expected the settings of a table, got {contents(stored)}")
+        if not all(isinstance(pattern, str) for pattern in stored["checkpoints"]):
+            raise ValueError("checkpoints: expected patterns")
     except FileNotFoundError:
         raise ValueError(f"out: {out} holds lmn.csv but no lmn.json; --force deletes it") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"out: cannot read {out / 'lmn.json'}: {error}; --force begins anew") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"out: cannot read {path}: {_said(error)}; --force begins anew") from None
+    return stored
 
 
-def _version(path: str) -> list[int]:
-    """Another one when the file was written anew."""
+def _version(path: str) -> list[int | str]:
+    """Another one when the file was written anew, or replaced by one of the same size and time."""
     status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
+    places, length = SAMPLED
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for place in range(places):  # the last bytes of a zip archive are the checksums of all
+            file.seek(max(0, status.st_size - length) * place // (places - 1))
+            digest.update(file.read(length))
+    return [status.st_size, status.st_mtime_ns, digest.hexdigest()[:16]]
 
 
 def _check_continues(settings: dict[str, Any], stored: dict[str, Any], out: Path) -> None:
@@ -662,7 +929,7 @@ def draw_checkpoints(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> 
             ylabel="LMN" if method == "path" else f"LMN ({method})",
             ylim=(0, None),
         )
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=all(isinstance(step, int) for step in steps)))
         widest = max(map(len, layers))
         columns = max(1, min(len(layers), 60 // (widest + 4)))
         if len(layers) > 12:

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="MODULE:FACTORY", help="called without arguments, returns the model"
     )
     other.add_argument(
-        "--checkpoint", nargs="+", action="extend", metavar="FILE", help="files or patterns, as 'ckpts/*.pt'"
+        "--checkpoint", nargs="+", action="extend", metavar="FILE", help="files or patterns, as 'ckpts/*'"
     )
     other.add_argument("--inputs", metavar="FILE", help=".npy, .npz, .pt or .safetensors")
     other.add_argument("--samples", type=int, help="only the first of the inputs (all)")
@@ -205,7 +205,8 @@ def _measure(options: argparse.Namespace) -> None:
     widths = [max(16, len(name)) for name in columns]
     print(*(f"{name:>{width}}" for name, width in zip(columns, widths)))
     for row in rows:
-        print(*(f"{row[name]:>{width}.6g}" for name, width in zip(columns, widths)))
+        cells = [f"{row[name]:.6g}" if name != "step" else str(row[name]) for name in columns]
+        print(*(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
     for path in written:
         print(f"written: {path}")
 

@@ -1,9 +1,10 @@
 """Directories that runs and tables are kept in: whole files, and one process at a time."""
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -17,14 +18,13 @@ def write_file(path: Path, content: bytes) -> None:
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """Makes the directory and keeps other processes out of it; a killed process loses its lock."""
+    lock = FileLock(path / ".lock", blocking=False)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"out: another process is at work in {path}") from None
     except OSError as error:
         raise OSError(f"out: cannot write to {path}: {error.strerror}") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: another process is at work in {path}") from None
         yield

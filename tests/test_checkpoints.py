@@ -15,7 +15,7 @@ from torch import nn
 
 import lmnfast
 from lmnfast import checkpoints, cli
-from lmnfast.checkpoints import find_checkpoints, load_inputs, measure_checkpoints, read_state, steps_of
+from lmnfast.checkpoints import find_checkpoints, load_inputs, measure_checkpoints, read_state
 
 DOCS = Path(__file__).parent.parent / "docs/checkpoints.md"
 LAYERS = ("1", "3")
@@ -258,39 +258,51 @@ def test_numbers_in_names_count_by_their_value(place):
     names = ["run_2/step_10.pt", "run_2/step_9.pt", "run_10/step_1.pt", "a.pt"]
     for name in names:
         Path(name).parent.mkdir(exist_ok=True)
-        Path(name).touch()
+        torch.save({}, name)
     expected = ["a.pt", "run_2/step_9.pt", "run_2/step_10.pt", "run_10/step_1.pt"]
     assert find_checkpoints(["*/*.pt", "./a.pt", place / "a.pt"]) == expected
     assert find_checkpoints(["**/*.pt"]) == expected
-    Path("odd[1].pt").touch()
+    torch.save({}, "odd[1].pt")
     assert find_checkpoints(["odd[1].pt"]) == ["odd[1].pt"]
 
 
 @pytest.mark.parametrize(
     "names, steps",
     [
-        (["step_2.pt", "step_10.pt"], [2, 10]),
-        (["v1/epoch=0-step=100.ckpt", "v1/epoch=1-step=200.ckpt"], [100, 200]),
-        (["checkpoint-500/model.bin", "checkpoint-1000/model.bin"], [500, 1000]),
-        (["net3-iter_00010-loss0.5.pt", "net3-iter_00020-loss0.4.pt"], [10, 20]),
-        (["e1-l5.pt", "e2-l5.pt"], [1, 2]),
-        (["run7/step_30.pt"], [30]),
-        (["run7/last.pt"], None),
-        (["first.pt", "last.pt"], None),
-        (["step_1.pt", "last.pt"], None),
-        (["s0/step_1.pt", "s0/step_2.pt", "s1/step_1.pt", "s1/step_2.pt"], None),
+        ("step_5e3 step_1e4 step_2e4", ["5000", "10000", "20000"]),
+        ("m_500 m_1k m_2k", ["500", "1000", "2000"]),
+        ("c_0.25 c_0.5 c_1.0", ["0.25", "0.5", "1"]),
+        ("early final last", ["0", "1", "2"]),
     ],
 )
-def test_the_step_is_the_number_that_tells_the_files_apart(names, steps):
-    assert steps_of(names) == steps
+def test_rows_come_in_the_order_of_training_each_with_its_step(names, steps, trained, capsys):
+    files = [f"{name}.pth" for name in names.split()]
+    for file, state in zip(files, trained.values(), strict=True):
+        torch.save(state, file)
+    assert cli.main(command()) == 0
+    numbers = [row["lmn_1"] for row in table()]
+    for _ in range(2):  # measured, then read from the table
+        capsys.readouterr()
+        assert cli.main(command("--out=other", checkpoint="*.pth")) == 0
+        rows = table("other/lmn.csv")
+        assert [(row["step"], row["checkpoint"], row["lmn_1"]) for row in rows] == [
+            *zip(steps, files, numbers, strict=True)
+        ]
+        shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+        assert shown == ["step", *steps]
 
 
-def test_without_such_a_number_checkpoints_are_counted(trained):
+def test_long_steps_are_printed_whole(trained, capsys):
+    os.rename("step_100.pt", "step_12345678.pt")
+    assert cli.main(command()) == 0
+    assert "\n        12345678 " in capsys.readouterr().out
+
+
+def test_names_that_do_not_tell_the_steps_are_an_error_before_any_work(trained, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_measured", None)
     os.rename("step_100.pt", "last.pt")
-    rows = measure_checkpoints("nets:make", "*.pt", "x.npy", "1")
-    assert [(row["step"], row["checkpoint"]) for row in rows] == [
-        (0, "last.pt"), (1, "step_2.pt"), (2, "step_10.pt")
-    ]  # fmt: skip
+    assert failure(capsys, command(checkpoint="*.pt")).startswith("steps: 'last.pt' has no number that could be ")
+    assert not Path("lmn/lmn.csv").exists()
 
 
 @pytest.mark.parametrize("wrap", [
@@ -309,17 +321,152 @@ def test_nested_and_prefixed_state_dicts_are_found(wrap, trained):
     assert wrapped[0]["lmn_1"] == plain[0]["lmn_1"]
 
 
-def test_a_module_named_like_a_prefix_keeps_its_name(place):
-    sys.path.insert(0, str(place))
-    import nets
+def loaded(model, state):
+    """Whether the model gets the values, all others than its own, that its own state dict's order gives it."""
+    checkpoints._load_state(model, state, "a.pt")
+    return all(
+        torch.equal(mine, value) for mine, value in zip(model.state_dict().values(), state.values(), strict=True)
+    )
 
-    inner = nets.make()
-    outer = nn.Module()
-    outer.module = inner
-    torch.save(outer.state_dict(), "outer.pt")
-    state = read_state("outer.pt")
-    checkpoints._load_state(outer, {name: value + 1 for name, value in state.items()}, "outer.pt")
-    assert torch.equal(inner[0].bias, state["module.0.bias"] + 1)
+
+def changed(model, names=lambda name: name):
+    return {names(name): value + 1 for name, value in model.state_dict().items()}
+
+
+def stack():
+    return nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Sequential(nn.Linear(4, 2)))
+
+
+WRAPPERS = ("_orig_mod", "module", "_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_of_wrappers_are_left_out_and_put_in_wherever_they_are(wrapper):
+    inside = lambda name: name.replace(".", f".{wrapper}.", 1)  # noqa: E731
+    for names in (inside, lambda name: f"{wrapper}.{name}", lambda name: f"{wrapper}.{inside(name)}"):
+        assert loaded(stack(), changed(stack(), names))
+    wrapped = stack()
+    wrapped[0] = nn.ModuleDict({wrapper: wrapped[0]})
+    assert loaded(wrapped, changed(stack()))
+
+
+def test_a_module_named_like_a_wrapper_keeps_its_name():
+    outer = nn.ModuleDict({"module": stack()})
+    for front in ("", "module.", "model._orig_mod."):
+        assert loaded(outer, changed(outer, lambda name, front=front: front + name))
+    teacher = stack()
+    teacher.module = stack()  # so that each name is in it with and without "module."
+    assert loaded(teacher, changed(teacher))
+    assert loaded(teacher, changed(nn.DataParallel(teacher)))
+
+
+def test_a_state_dict_with_every_weight_twice_is_refused_until_one_is_chosen(trained, capsys):
+    both = trained[2] | {f"module.{name}": value for name, value in trained[10].items()}
+    for state in (both, dict(reversed(both.items()))):
+        torch.save({"state_dict": state}, "both.pt")
+        line = failure(capsys, command(checkpoint="both.pt"))
+        name = next(iter(trained[2] if state is both else reversed(trained[2])))
+        assert line == (
+            f"checkpoint: both.pt holds {name} of the model twice, as {name} and as module.{name}; choose with "
+            "--key, which takes names by what they begin with, as --key module"
+        )
+    assert read_state("both.pt", "state_dict.module").keys() == trained[10].keys()
+    chosen = measure_checkpoints("nets:make", "both.pt", "x.npy", "1", key="state_dict.module")
+    assert chosen[0]["lmn_1"] == measure_checkpoints("nets:make", "step_10.pt", "x.npy", "1")[0]["lmn_1"]
+
+
+def test_of_several_state_dicts_one_has_to_be_chosen(trained, capsys):
+    torch.save({"state_dict": trained[2], "model": {"module": trained[10]}}, "both.pt")
+    torch.save({"net": trained[2], "ema": trained[10], "epoch": 3}, "other.pt")
+    for file, keys in (("both.pt", "state_dict, model.module"), ("other.pt", "net, ema")):
+        line = f"checkpoint: {file} holds several state dicts; choose with --key among {keys}"
+        assert failure(capsys, command(checkpoint=file)) == line
+        for key, step in zip(keys.split(", "), (2, 10), strict=True):
+            assert torch.equal(read_state(file, key)["0.bias"], trained[step]["0.bias"])
+    torch.save({"net": trained[2], "optimiser": {"state": {0: {"mean": torch.ones(1)}}}}, "one.pt")
+    assert read_state("one.pt").keys() == trained[2].keys()
+
+
+class Versioned(nn.Module):
+    """Reads its version, and that of a module without weights, from the state dict's metadata."""
+
+    _version = 3
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.inner = stack() if inner is None else inner
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version") != 3:
+            raise AssertionError
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def versioned():
+    model = Versioned()
+    model.inner[0][1] = Versioned(nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        nn.DataParallel,
+        lambda model: nn.ModuleDict({"model": nn.ModuleDict({"_orig_mod": model})}),
+        lambda model: setattr(model.inner, "0", nn.ModuleDict({"module": model.inner[0]})) or model,
+        lambda model: nn.DataParallel(setattr(model, "inner", nn.DataParallel(model.inner)) or model),
+    ],
+    ids=["plain", "DataParallel", "compiled in Lightning", "wrapped inside", "wrapped twice"],
+)
+def test_the_versions_in_a_state_dict_are_kept(wrap, place):
+    state = wrap(versioned()).state_dict()
+    for content, key in ((state, None), ({"state_dict": state}, None), ({"a": {"b": state}}, "a.b")):
+        torch.save(content, "step_1.pt")
+        checkpoints._load_state(versioned(), read_state("step_1.pt", key), "step_1.pt")
+    torch.save(nn.ModuleDict({"net": wrap(versioned()), "head": stack()}).state_dict(), "step_1.pt")
+    checkpoints._load_state(versioned(), read_state("step_1.pt", "net"), "step_1.pt")
+    with pytest.raises(ValueError, match="^checkpoint: step_1.pt does not fit the model: AssertionError$"):
+        checkpoints._load_state(versioned(), dict(state), "step_1.pt")
+
+
+def test_dtypes_that_do_not_fit_are_refused_and_named(place):
+    def model():
+        made = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        made.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+        return made
+
+    plain = model().state_dict()
+    weight = plain["0.weight"]
+    for name, value, said in (
+        ("0.weight", weight.mul(100).to(torch.int8), "int8 in the file, float32 in the model"),
+        ("0.weight", weight.bool(), "bool in the file, float32 in the model"),
+        ("0.weight", weight.to(torch.complex64), "complex64 in the file, float32 in the model"),
+        ("0.weight", weight.to(torch.float8_e4m3fn), "float8_e4m3fn in the file, float32 in the model"),
+        ("mask", torch.tensor([2, 1]), "int64 in the file, bool in the model"),
+        ("1.num_batches_tracked", torch.tensor(0.5), "float32 in the file, int64 in the model"),
+    ):
+        torch.save(plain | {name: value}, "a.pt")
+        with pytest.raises(ValueError) as error:
+            checkpoints._load_state(model(), read_state("a.pt"), "a.pt")
+        assert str(error.value).startswith(f"checkpoint: a.pt does not fit the model: {name} is {said}")
+    for name, value in (
+        ("0.weight", weight.double()),
+        ("0.weight", weight.bfloat16()),
+        ("mask", torch.tensor([0, 1], dtype=torch.uint8)),
+        ("1.num_batches_tracked", torch.tensor(7.0)),
+    ):
+        fitting = model()
+        checkpoints._load_state(fitting, plain | {name: value}, "a.pt")
+        assert torch.equal(fitting.state_dict()[name], value.to(plain[name].dtype))
+
+
+def test_a_part_of_a_weight_does_not_stand_for_the_whole(place):
+    """They begin at one address, as tied weights do."""
+    model = nn.Linear(3, 4, bias=False)
+    model.register_buffer("part", model.weight.detach()[:2])
+    with pytest.raises(ValueError, match="does not fit the model: it lacks weight"):
+        checkpoints._load_state(model, {"part": torch.ones(2, 3)}, "a.pt")
 
 
 def test_a_key_names_the_state_dict(trained):
@@ -348,7 +495,7 @@ def test_safetensors_are_read_tied_weights_too(trained):
 
 def test_without_the_safetensors_package_the_error_says_what_to_install(trained, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    Path("a.safetensors").touch()
+    Path("a.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
     line = failure(capsys, command(checkpoint="a.safetensors"))
     assert line.startswith("checkpoint: a.safetensors needs") and "pip install 'lmnfast[safetensors]'" in line
 
@@ -358,25 +505,126 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize(
-    "content, named",
-    [
-        (Evil(), "mkdir"),
-        ({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
-        (nn.Linear(6, 3), "Linear"),
-    ],
-)
-def test_a_pickle_that_needs_code_is_refused_and_not_run(content, named, trained, monkeypatch, capsys):
-    torch.save(content, "evil.pt")
+class Settings(dict):
+    """A class that a checkpoint may name."""
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("content", [Evil(), {"model": {"0.weight": torch.ones(1)}, "hook": Evil()}])
+def test_a_pickle_that_needs_code_is_refused_and_not_run(content, legacy, trained, monkeypatch, capsys):
+    torch.save(content, "evil.pt", _use_new_zipfile_serialization=not legacy)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     line = failure(capsys, command(checkpoint="evil.pt"))
-    assert line.startswith("checkpoint: evil.pt holds more than tensors and plain values (") and named in line
+    assert line.startswith("checkpoint: evil.pt holds more than tensors and plain values (") and "mkdir" in line
     assert "no code of a file is run" in line
     assert "torch.save(torch.load('evil.pt', weights_only=False)['state_dict'], 'plain.pt')" in line
     assert failure(capsys, command(inputs="evil.pt")).startswith("inputs: evil.pt holds more than")
     np.save("evil.npy", np.array([Evil()]), allow_pickle=True)
     assert failure(capsys, command(inputs="evil.npy")).startswith("inputs: cannot read evil.npy: ")
     assert not Path("executed").exists()
+
+
+def test_values_of_other_classes_beside_the_weights_are_left_out(trained):
+    """None of them is made: their classes need not be there, and what they do is not done."""
+    import nets
+
+    nets.Config = type("Config", (), {"__module__": "nets", "__setstate__": lambda self, state: os.mkdir("executed")})
+    beside = {
+        "best": np.float64(0.3), "epoch": np.int64(3), "done": np.bool_(True), "random": np.random.get_state(),
+        "args": argparse.Namespace(lr=0.1, out=Path("runs")), "config": nets.Config(),
+    }  # fmt: skip
+    beside["config"].width = 3
+    torch.save({**beside, "model": trained[2]}, "step_2.pt")
+    before = torch.serialization.get_safe_globals()
+    for config in (nets.Config, None):
+        nets.Config = config
+        state = read_state("step_2.pt")
+        assert all(torch.equal(state[name], value) for name, value in trained[2].items())
+    assert not Path("executed").exists() and torch.serialization.get_safe_globals() == before
+
+
+def test_whole_modules_and_other_classes_of_dicts_are_refused_with_what_to_do(trained, capsys):
+    model = sys.modules["nets"].make()
+    for content, key, where in (
+        (model, [], ".state_dict()"),
+        ({"epoch": 3, "net": model}, [], "['net'].state_dict()"),
+        ({"a": {"net": model}}, ["--key=a"], "['a']['net'].state_dict()"),
+        ({"a": {"net": model}}, ["--key=a.net"], "['a']['net'].state_dict()"),
+    ):
+        torch.save(content, "whole.pt")
+        line = failure(capsys, command(*key, checkpoint="whole.pt"))
+        assert line.startswith("checkpoint: whole.pt holds more than tensors and plain values (Sequential)")
+        assert line.endswith(f"torch.save(torch.load('whole.pt', weights_only=False){where}, 'plain.pt')")
+    torch.save({"net": trained[2], "settings": Settings(a=1)}, "settings.pt")
+    line = failure(capsys, command(checkpoint="settings.pt"))
+    assert "Settings)" in line and line.endswith("with the key that is there for 'state_dict'")
+    torch.save({"args": argparse.Namespace(lr=1)}, "none.pt")
+    line = failure(capsys, command(checkpoint="none.pt"))
+    assert line.startswith("checkpoint: no state dict in none.pt, which holds a dict of 'args', ['args'] a Namespace")
+
+
+@pytest.mark.parametrize("name", ["step_2.pth.tar", "step_2", "step_2.model", "step_2.safetensors", "step_2.npz"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_a_checkpoint_is_read_for_what_it_holds_whatever_its_name(name, kind, trained):
+    if kind == "safetensors":
+        files = pytest.importorskip("safetensors.torch", reason="needs the safetensors package")
+        files.save_file(trained[2], name)
+    else:
+        torch.save(trained[2], name, _use_new_zipfile_serialization=kind == "zip")
+    assert find_checkpoints([name]) == [name]
+    state = read_state(name)
+    assert all(torch.equal(state[key], value) for key, value in trained[2].items()) and len(state) == 4 + 2
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4096\n"
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (LFS, "FILE is a Git LFS pointer; git lfs pull fetches the file itself"),
+        (b"\n<!DOCTYPE html>\n<html>", "FILE is an HTML page; download the file itself"),
+        (b"<?xml version='1.0'?><Error/>", "FILE is an XML text; download the file itself"),
+        (b"", "FILE is empty"),
+        (b"a plain text\n", "expected a file of torch.save or safetensors, FILE begins with b'a plain text"),
+        (b'{"weight_map": {}}', "expected a file of torch.save or safetensors, FILE begins with b'{\"weight"),
+    ],
+    ids=["LFS", "HTML", "XML", "empty", "text", "JSON"],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ""])
+def test_what_is_no_checkpoint_is_refused_before_any_is_measured(content, said, suffix, trained, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_measured", None)
+    file = Path(f"step_500{suffix}")
+    file.write_bytes(content)
+    said = f"checkpoint: {said.replace('FILE', str(file))}"
+    assert failure(capsys, command(checkpoint="step_*")).startswith(said)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_state(file)
+    if content == LFS:
+        for inputs in ("x.npy", "x.npz", "x.pt"):
+            Path(inputs).write_bytes(content)
+            assert failure(capsys, command(inputs=inputs)).startswith(f"inputs: {inputs} is a Git LFS pointer")
+
+
+def test_a_damaged_checkpoint_is_one_line_that_names_it(trained, capsys):
+    whole = Path("step_2.pt").read_bytes()
+    place = whole.index(trained[2]["0.weight"].numpy().tobytes())
+    flipped = bytearray(whole)
+    flipped[place + 3] ^= 1  # the sign and exponent of a weight, so a number all the same
+    torch.save(trained[2], "legacy.pt", _use_new_zipfile_serialization=False)
+    for content in (
+        flipped, whole[: len(whole) // 2], whole[:-1], Path("legacy.pt").read_bytes()[:400],
+        b"PK\3\4", b"\x80\2}q\0.", (99).to_bytes(8, "little") + b'{"0.weight": ',
+    ):  # fmt: skip
+        Path("bad.pt").write_bytes(content)
+        assert failure(capsys, command(checkpoint="bad.pt")).startswith("checkpoint: cannot read bad.pt: ")
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(trained[2], "unsummed.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert read_state("unsummed.pt").keys() == trained[2].keys()
 
 
 def test_inputs_of_every_kind_are_read(place):
@@ -417,7 +665,7 @@ def test_a_killed_command_goes_on_where_it_was(trained):
     nets.Slow.load_state_dict = lambda self, *args, **kwargs: loads.append(1) or plain(self, *args, **kwargs)
     assert cli.main(command(model="nets:slow")) == 0
     assert len(loads) == 2
-    assert checkpoints._read_rows(Path("lmn/lmn.csv")) == whole
+    assert measure_checkpoints("nets:slow", "step_*.pt", "x.npy", LAYERS, out="lmn") == whole
 
 
 def until(holds):
@@ -494,6 +742,66 @@ def test_what_fails_names_its_checkpoint_and_those_before_are_kept(trained, caps
     assert [row["step"] for row in table()] == ["2", "10", "50", "100"]
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("lmn.json", b"{"),
+        ("lmn.json", b"[]"),
+        ("lmn.json", b"{}"),
+        ("lmn.json", b"[" * 100_000),
+        ("lmn.json", b'{"device": 3, "files": {}, "checkpoints": []}'),
+        ("lmn.json", b'{"device": "cpu", "files": [], "checkpoints": []}'),
+        ("lmn.json", b'{"device": "cpu", "files": {}, "checkpoints": [{}]}'),
+        ("lmn.json", b"\xff\xfe{"),
+        ("lmn.csv", b"\xff\xfe"),
+        ("lmn.csv", b""),
+        ("lmn.csv", b"mine\n"),
+        ("lmn.csv", lambda rows: rows[:-3]),
+        ("lmn.csv", lambda rows: rows[:-1]),
+        ("lmn.csv", lambda rows: rows.rpartition(b",")[0] + b"\n"),
+        ("lmn.csv", lambda rows: rows.replace(b"lmn_3", b"lmn_2")),
+        ("lmn.csv", lambda rows: rows.replace(b",21,", b",many,")),
+        ("lmn.csv", lambda rows: rows.replace(b",21,", b",11,")),
+        ("lmn.csv", lambda rows: rows.replace(b"step_2.pt,", b"step_2.pt,nan")),
+        ("lmn.csv", lambda rows: rows.replace(b"step_2.pt", b"step_10.pt")),
+        ("lmn.csv", lambda rows: rows.replace(b"step_2.pt", b'"step_2".pt')),
+    ],
+)
+def test_a_damaged_table_is_one_line_that_names_the_file(name, content, trained, capsys):
+    arguments = command()
+    assert cli.main(arguments) == 0
+    path = Path("lmn") / name
+    path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+    before = path.read_bytes()
+    line = failure(capsys, arguments)
+    assert line.startswith(f"out: cannot read lmn/{name}: ") and line.endswith("; --force begins anew")
+    assert path.read_bytes() == before
+    assert cli.main([*arguments, "--force"]) == 0
+
+
+def test_a_table_that_an_editor_marked_as_utf_8_is_read(trained):
+    assert cli.main(command()) == 0
+    before = table()
+    for path in (Path("lmn/lmn.csv"), Path("lmn/lmn.json")):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert cli.main(command()) == 0
+    assert table() == before
+
+
+def test_a_file_replaced_by_one_of_the_same_size_and_time_is_measured_anew(trained):
+    assert cli.main(command()) == 0
+    before = {row["step"]: row["lmn_1"] for row in table()}
+    status = os.stat("step_2.pt")
+    torch.save(trained[10], "other_1.pt")  # under a name of the same length, which the archive holds
+    os.replace("other_1.pt", "step_2.pt")
+    Path("step_2.pt").write_bytes(Path("step_2.pt").read_bytes().ljust(status.st_size, b"\0")[: status.st_size])
+    torch.save(trained[10], "step_2.pt")
+    os.utime("step_2.pt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (os.stat("step_2.pt").st_size, os.stat("step_2.pt").st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert cli.main(command()) == 0
+    assert {row["step"]: row["lmn_1"] for row in table()} == before | {"2": before["10"]}
+
+
 def test_a_process_that_dies_is_said(trained, capsys):
     line = failure(capsys, command("--jobs=2", model="nets:dies"))
     assert line.startswith("jobs: a process died")
@@ -534,22 +842,42 @@ def test_a_wrong_factory_is_one_line(model, said, trained, capsys):
     assert failure(capsys, command(model=model)).startswith(said)
 
 
+IMPOSTOR = "open('executed', 'w').close()"
+
+
+def test_a_folder_of_checkpoints_lends_no_code_to_what_is_installed(trained, monkeypatch):
+    """Modules in the current directory come last, and only where the factory is there."""
+    sys.path.remove(str(trained_in := Path.cwd()))
+    for name in ("safetensors", "matplotlib", "tqdm"):
+        Path(f"{name}.py").write_text(IMPOSTOR)
+    sys.modules.pop("nets")
+    before = sys.path[:]
+    checkpoints.imported("torch.nn:Identity", "model", "factory")
+    assert sys.path == before
+    checkpoints.imported("nets:make", "model", "factory")
+    assert sys.path == [*before, str(trained_in)]
+
+
+def test_a_module_that_is_installed_and_in_the_current_directory_is_refused(trained, monkeypatch, capsys):
+    sys.path.remove(str(Path.cwd()))
+    Path("this.py").write_text(IMPOSTOR)  # of the standard library; nothing imports it
+    line = failure(capsys, command(model="this:make"))
+    assert line.startswith("model: 'this' is in the current directory and also ") and "PYTHONPATH=." in line
+    assert not Path("executed").exists() and "this" not in sys.modules
+
+
 def test_wrong_checkpoints_are_one_line(trained, capsys):
     generator = torch.Generator().manual_seed(0)
-    torch.save({"a": {"b": torch.ones(1)}, "c": 1}, "nested.pt")
+    torch.save({"a": {"b": {"d": torch.ones(1)}}, "c": 1}, "nested.pt")
     torch.save([1], "list.pt")
     torch.save({name: value for name, value in trained[2].items() if name != "0.bias"}, "less.pt")
     torch.save({f"net.{name}": value for name, value in trained[2].items()}, "other.pt")
     torch.save(random_state(nn.Sequential(nn.Linear(6, 9)), generator) | trained[2] | {
         "0.weight": torch.ones(9, 6)}, "wide.pt")  # fmt: skip
-    Path("weights.h5").touch()
-    Path("empty.pt").touch()
     for file, more, said in (
         ("none.pt", [], "checkpoint: no file is 'none.pt'"),
         ("none_*.pt", [], "checkpoint: no file matches 'none_*.pt'"),
         (".", [], "checkpoint: expected files, as './*.pt', got a directory"),
-        ("weights.h5", [], "checkpoint: expected .pt, .pth, .ckpt, .bin or .safetensors, got 'weights.h5'"),
-        ("empty.pt", [], "checkpoint: cannot read empty.pt: EOFError"),
         (
             "nested.pt",
             [],
