@@ -39,7 +39,7 @@ from .connectivity import METHODS
 from .cutting import cut, match_layers
 from .files import claimed, write_file
 from .grokking.train import progress_bar
-from .nested import contents, few, mapped, tensors_in
+from .nested import contents, entries_of, few, mapped, tensors_in
 from .network import Forward, Output
 from .processes import cores, prepare_worker
 from .quadrature import path_nodes
@@ -257,7 +257,8 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
         state = below
     found = _states_in(state)
     if not found and isinstance(state, Mapping):
-        found = [where for name, value in state.items() for where in _states_in(value, (str(name),))]
+        others = [(name, value) for name, value in state.items() if isinstance(name, str)]
+        found = [where for name, value in others for where in _states_in(value, (name,))]
     if len(found) > 1:
         keys = [".".join((*([key] if key else []), *where)) for where in found]
         raise ValueError(f"{'key' if key else 'checkpoint'}: {path} holds several state dicts; choose with --key "
@@ -266,13 +267,19 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
         for where, value in [("", state), *(_entries(state))]:
             if isinstance(value, _Unread) and value.is_module:
                 inside = "".join(f"[{part!r}]" for part in key.split(".")) if key else ""
-                raise ValueError(_not_plain("checkpoint", path, type(value).__name__, f"{inside}{where}.state_dict()"))
+                raise ValueError(
+                    _not_plain("checkpoint", path, type(value).__name__, f"{inside}{where}.state_dict()")
+                )
         hint = "" if key else f"; looked for {', '.join(STATE_KEYS)}, --key names another"
         raise ValueError(
             f"{'key' if key else 'checkpoint'}: no state dict in {path}, {_holding(state)}{hint}"
         )
     for part in found[0]:
         state = state[part]
+    for value in (*state.values(), getattr(state, "_metadata", None)):
+        if (unread := next(_unread_in(value), None)) is not None:
+            where = "".join(f"[{part!r}]" for part in (*(key.split(".") if key else ()), *found[0]))
+            raise ValueError(_not_plain("checkpoint", path, type(unread).__name__, where))
     return state
 
 
@@ -302,7 +309,7 @@ def _states_in(value: Any, where: tuple[str, ...] = ()) -> list[tuple[str, ...]]
     """The keys among STATE_KEYS that lead to a state dict; () for what is one."""
     if _is_state(value):
         return [where]
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or len(where) > len(STATE_KEYS):  # a pickle may hold itself
         return []
     return [
         found for name in STATE_KEYS if name in value for found in _states_in(value[name], (*where, name))
@@ -322,7 +329,9 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
 
 
 def _holding(value: Any) -> str:
-    unread = next((f", {where} a {type(v).__name__}" for where, v in _entries(value) if isinstance(v, _Unread)), "")
+    unread = next(
+        (f", {where} a {type(v).__name__}" for where, v in _entries(value) if isinstance(v, _Unread)), ""
+    )
     return f"which holds {contents(value)}{unread}"
 
 
@@ -401,7 +410,9 @@ def _is_safetensors(path: str | os.PathLike, argument: str) -> bool:
     if head.startswith(b"PK\3\4") or re.match(b"\x80[\2-\5]", head):
         return False  # a zip archive; before torch 1.6 pickles one after another
     if head[4:9] != b"\0\0\0\0{":  # the end of the length of a JSON header, and its beginning
-        raise ValueError(f"{argument}: expected a file of torch.save or safetensors, {path} begins with {head[:16]!r}")
+        raise ValueError(
+            f"{argument}: expected a file of torch.save or safetensors, {path} begins with {head[:16]!r}"
+        )
     try:
         import safetensors.torch  # noqa: F401
     except ImportError:
@@ -424,7 +435,10 @@ def _read_tensors(path: Path, argument: str) -> Any:
             _check_sums(path)
             unread = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         # As a file: torch.load goes by the suffix of a path called .safetensors.
-        with open(path, "rb") as file, torch.serialization.safe_globals([(_unread(name), name) for name in unread]):
+        with (
+            open(path, "rb") as file,
+            torch.serialization.safe_globals([(_unread(name), name) for name in unread]),
+        ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises anything
         if code := re.search(r"GLOBAL (\S+)", str(error)):
@@ -432,7 +446,8 @@ def _read_tensors(path: Path, argument: str) -> Any:
         if not unread:
             raise ValueError(f"{argument}: cannot read {path}: {_said(error)}") from error
         raise ValueError(
-            _not_plain(argument, path, few(unread), "['state_dict']") + ", with the key that is there for 'state_dict'"
+            _not_plain(argument, path, few(unread), "['state_dict']")
+            + ", with the key that is there for 'state_dict'"
         ) from None
 
 
@@ -441,7 +456,7 @@ class _Unread:
 
     is_module = False
 
-    def __new__(cls, *arguments: Any) -> "_Unread":
+    def __new__(cls, *arguments: Any) -> Any:
         return object.__new__(cls)
 
     def __init__(self, *arguments: Any) -> None:
@@ -449,6 +464,13 @@ class _Unread:
 
     def __setstate__(self, state: Any) -> None:
         self.is_module = isinstance(state, dict) and "_parameters" in state
+
+
+def _unread_in(value: Any) -> Iterator[_Unread]:
+    if isinstance(value, _Unread):
+        yield value
+    for entry in value if isinstance(value, (set, frozenset)) else [entry for _, entry in entries_of(value)]:
+        yield from _unread_in(entry)
 
 
 def _unread(name: str) -> type[_Unread]:
@@ -597,7 +619,9 @@ def _renamed(state: Mapping[str, Any], own: Collection[str], path: str) -> Order
         for given, name in names.items():
             folders |= _parents(given, name)
         result._metadata = OrderedDict()
-        for given in sorted(metadata, key=len):  # of a wrapper and what is in it the latter, with the longer name
+        for given in sorted(
+            metadata, key=len
+        ):  # of a wrapper and what is in it the latter, with the longer name
             known = given
             while known not in folders:
                 known = known.rpartition(".")[0]
@@ -862,7 +886,9 @@ def _read_settings(out: Path) -> dict[str, Any] | None:
     try:
         stored = json.loads(path.read_bytes().decode("utf-8-sig"))
         known = {"checkpoints": list, "files": dict, "device": str}
-        if not isinstance(stored, dict) or not all(isinstance(stored.get(n), kind) for n, kind in known.items()):
+        if not isinstance(stored, dict) or not all(
+            isinstance(stored.get(n), kind) for n, kind in known.items()
+        ):
             raise ValueError(f"expected the settings of a table, got {contents(stored)}")
         if not all(isinstance(pattern, str) for pattern in stored["checkpoints"]):
             raise ValueError("checkpoints: expected patterns")

@@ -18,7 +18,7 @@ def write_file(path: Path, content: bytes) -> None:
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """Makes the directory and keeps other processes out of it; a killed process loses its lock."""
-    lock = FileLock(path / ".lock", blocking=False)
+    lock = FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -26,5 +26,7 @@ def claimed(path: Path) -> Iterator[None]:
         raise ValueError(f"out: another process is at work in {path}") from None
     except OSError as error:
         raise OSError(f"out: cannot write to {path}: {error.strerror}") from None
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()

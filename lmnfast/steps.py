@@ -59,14 +59,18 @@ def steps_of(checkpoints: Sequence[str]) -> list[int | float] | None:
         step = numbers
     if step is None and len({len(numbers) for numbers in found}) == 1:
         columns = [list(column) for column in zip(*found, strict=True) if _differ(column)]
-        if "epoch" in labelled:  # of the numbers within an epoch one without a word is the step, a seed is not
+        if (
+            "epoch" in labelled
+        ):  # of the numbers within an epoch one without a word is the step, a seed is not
             columns = [column for column in columns if not any(number.before for number in column)]
         orders = {tuple(sorted(range(len(found)), key=lambda k: column[k].value)) for column in columns}
         step = columns[0] if len(orders) == 1 else None
     if step is None:
         bare = [name for name, numbers in zip(checkpoints, found, strict=True) if not numbers]
         if bare:
-            raise ValueError(f"steps: {bare[0]!r} has no number that could be its step, others have; leave it out")
+            raise ValueError(
+                f"steps: {bare[0]!r} has no number that could be its step, others have; leave it out"
+            )
         raise ValueError(
             f"steps: cannot tell the step from the numbers in {checkpoints[0]!r} and {checkpoints[-1]!r}; expected "
             "one after 'step', as in step_100.pt"
@@ -116,12 +120,14 @@ def _numbers(name: str) -> list[_Number]:
     for k, match in enumerate(matches):
         text, behind = name[ends[k] : starts[k]], name[ends[k + 1] : starts[k + 1]]
         before, unit = re.search("[A-Za-z]*$", text)[0], re.match("[A-Za-z]*", behind)[0]  # type: ignore[index]
-        labels = [label for label, words in LABELS.items() if re.search(f"{words}[^0-9a-z]*$", text, re.I)]
+        labels = [
+            label for label, words in LABELS.items() if re.search(f"{words}[^0-9a-z]*$", text, re.IGNORECASE)
+        ]
         label = labels[0] if labels else None
         value = _value(match)
         if match["exponent"] and (unit or (before and label is None)):
             value = None  # bs32e10: a batch size and an epoch
-        if label is None and re.match(f"[ _-]?{STEP}(?![a-z])", behind, re.I):
+        if label is None and re.match(f"[ _-]?{STEP}(?![a-z])", behind, re.IGNORECASE):
             label, unit = "step", ""
         grouped = re.match(r"[0-9]{1,3}[_. '][0-9]{3}(?![0-9A-Za-z])", name[match.start() :])
         if label == "step" and (grouped or isinstance(value, float)):
@@ -130,11 +136,15 @@ def _numbers(name: str) -> list[_Number]:
     return found
 
 
-def _value(match: re.Match) -> int | float | None:
+def _value(match: re.Match[str]) -> int | float | None:
     digits, exponent, scale = match["digits"], match["exponent"] or "", match["scale"] or ""
     if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", digits):
         digits = digits.replace(",", "")
-    if "," in digits or len(exponent) > 4 or (exponent and not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", digits)):
+    if (
+        "," in digits
+        or len(exponent) > 4
+        or (exponent and not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", digits))
+    ):
         return None
     value = Decimal(digits + exponent) * SCALES[scale.lower()]
     if value >= LIMIT:

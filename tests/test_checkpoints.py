@@ -269,39 +269,38 @@ def test_numbers_in_names_count_by_their_value(place):
 @pytest.mark.parametrize(
     "names, steps",
     [
-        ("step_5e3 step_1e4 step_2e4", ["5000", "10000", "20000"]),
-        ("m_500 m_1k m_2k", ["500", "1000", "2000"]),
-        ("c_0.25 c_0.5 c_1.0", ["0.25", "0.5", "1"]),
-        ("early final last", ["0", "1", "2"]),
+        ("step_5e3 step_1e4 step_2e4", [5000, 10_000, 20_000]),
+        ("m_500 m_1k m_2k", [500, 1000, 2000]),
+        ("c_0.25 c_0.5 c_1.0", [0.25, 0.5, 1]),
+        ("early final last", [0, 1, 2]),
     ],
 )
-def test_rows_come_in_the_order_of_training_each_with_its_step(names, steps, trained, capsys):
+def test_rows_come_in_the_order_of_training_each_with_its_step(names, steps, trained):
     files = [f"{name}.pth" for name in names.split()]
     for file, state in zip(files, trained.values(), strict=True):
         torch.save(state, file)
-    assert cli.main(command()) == 0
-    numbers = [row["lmn_1"] for row in table()]
+    numbers = [row["lmn_1"] for row in measure_checkpoints("nets:make", "step_*.pt", "x.npy", "1")]
     for _ in range(2):  # measured, then read from the table
-        capsys.readouterr()
-        assert cli.main(command("--out=other", checkpoint="*.pth")) == 0
-        rows = table("other/lmn.csv")
-        assert [(row["step"], row["checkpoint"], row["lmn_1"]) for row in rows] == [
-            *zip(steps, files, numbers, strict=True)
-        ]
-        shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-        assert shown == ["step", *steps]
+        rows = measure_checkpoints("nets:make", "*.pth", "x.npy", "1", out="lmn")
+        expected = [*zip(steps, files, numbers, strict=True)]
+        assert [(row["step"], row["checkpoint"], row["lmn_1"]) for row in rows] == expected
+        assert [row["step"] for row in table()] == [str(step) for step in steps]
 
 
-def test_long_steps_are_printed_whole(trained, capsys):
-    os.rename("step_100.pt", "step_12345678.pt")
-    assert cli.main(command()) == 0
-    assert "\n        12345678 " in capsys.readouterr().out
+def test_steps_are_printed_whole_and_as_fractions(trained, capsys):
+    for step, name in ((2, "epoch_0.25"), (10, "epoch_1"), (100, "epoch_12345678")):
+        os.rename(f"step_{step}.pt", f"{name}.pt")
+    assert cli.main(command(checkpoint="epoch_*.pt")) == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert shown == ["0.25", "1", "12345678"]
 
 
 def test_names_that_do_not_tell_the_steps_are_an_error_before_any_work(trained, capsys, monkeypatch):
     monkeypatch.setattr(checkpoints, "_measured", None)
     os.rename("step_100.pt", "last.pt")
-    assert failure(capsys, command(checkpoint="*.pt")).startswith("steps: 'last.pt' has no number that could be ")
+    assert failure(capsys, command(checkpoint="*.pt")).startswith(
+        "steps: 'last.pt' has no number that could be "
+    )
     assert not Path("lmn/lmn.csv").exists()
 
 
@@ -325,7 +324,8 @@ def loaded(model, state):
     """Whether the model gets the values, all others than its own, that its own state dict's order gives it."""
     checkpoints._load_state(model, state, "a.pt")
     return all(
-        torch.equal(mine, value) for mine, value in zip(model.state_dict().values(), state.values(), strict=True)
+        torch.equal(mine, value)
+        for mine, value in zip(model.state_dict().values(), state.values(), strict=True)
     )
 
 
@@ -342,7 +342,9 @@ WRAPPERS = ("_orig_mod", "module", "_module", "_checkpoint_wrapped_module", "_fs
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_names_of_wrappers_are_left_out_and_put_in_wherever_they_are(wrapper):
-    inside = lambda name: name.replace(".", f".{wrapper}.", 1)  # noqa: E731
+    def inside(name):
+        return name.replace(".", f".{wrapper}.", 1)
+
     for names in (inside, lambda name: f"{wrapper}.{name}", lambda name: f"{wrapper}.{inside(name)}"):
         assert loaded(stack(), changed(stack(), names))
     wrapped = stack()
@@ -515,7 +517,9 @@ def test_a_pickle_that_needs_code_is_refused_and_not_run(content, legacy, traine
     torch.save(content, "evil.pt", _use_new_zipfile_serialization=not legacy)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     line = failure(capsys, command(checkpoint="evil.pt"))
-    assert line.startswith("checkpoint: evil.pt holds more than tensors and plain values (") and "mkdir" in line
+    assert (
+        line.startswith("checkpoint: evil.pt holds more than tensors and plain values (") and "mkdir" in line
+    )
     assert "no code of a file is run" in line
     assert "torch.save(torch.load('evil.pt', weights_only=False)['state_dict'], 'plain.pt')" in line
     assert failure(capsys, command(inputs="evil.pt")).startswith("inputs: evil.pt holds more than")
@@ -528,7 +532,9 @@ def test_values_of_other_classes_beside_the_weights_are_left_out(trained):
     """None of them is made: their classes need not be there, and what they do is not done."""
     import nets
 
-    nets.Config = type("Config", (), {"__module__": "nets", "__setstate__": lambda self, state: os.mkdir("executed")})
+    nets.Config = type(
+        "Config", (), {"__module__": "nets", "__setstate__": lambda self, state: os.mkdir("executed")}
+    )
     beside = {
         "best": np.float64(0.3), "epoch": np.int64(3), "done": np.bool_(True), "random": np.random.get_state(),
         "args": argparse.Namespace(lr=0.1, out=Path("runs")), "config": nets.Config(),
@@ -541,6 +547,28 @@ def test_values_of_other_classes_beside_the_weights_are_left_out(trained):
         state = read_state("step_2.pt")
         assert all(torch.equal(state[name], value) for name, value in trained[2].items())
     assert not Path("executed").exists() and torch.serialization.get_safe_globals() == before
+
+
+def test_a_state_of_a_module_that_was_left_out_does_not_reach_the_model(place):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"scales": [np.float64(2)]}
+
+        def set_extra_state(self, state):
+            raise AssertionError
+
+    torch.save({"state_dict": Extra(3, 2).state_dict()}, "extra.pt")
+    with pytest.raises(ValueError, match=r"^checkpoint: extra.pt holds more than .* \(scalar\)") as error:
+        read_state("extra.pt")
+    assert "torch.load('extra.pt', weights_only=False)['state_dict'], 'plain.pt')" in str(error.value)
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(place):
+    content = {"epoch": 3}
+    content["model"] = content["module"] = content
+    torch.save(content, "endless.pt")
+    with pytest.raises(ValueError, match="^checkpoint: no state dict in endless.pt, which holds a dict of"):
+        read_state("endless.pt")
 
 
 def test_whole_modules_and_other_classes_of_dicts_are_refused_with_what_to_do(trained, capsys):
@@ -560,10 +588,14 @@ def test_whole_modules_and_other_classes_of_dicts_are_refused_with_what_to_do(tr
     assert "Settings)" in line and line.endswith("with the key that is there for 'state_dict'")
     torch.save({"args": argparse.Namespace(lr=1)}, "none.pt")
     line = failure(capsys, command(checkpoint="none.pt"))
-    assert line.startswith("checkpoint: no state dict in none.pt, which holds a dict of 'args', ['args'] a Namespace")
+    assert line.startswith(
+        "checkpoint: no state dict in none.pt, which holds a dict of 'args', ['args'] a Namespace"
+    )
 
 
-@pytest.mark.parametrize("name", ["step_2.pth.tar", "step_2", "step_2.model", "step_2.safetensors", "step_2.npz"])
+@pytest.mark.parametrize(
+    "name", ["step_2.pth.tar", "step_2", "step_2.model", "step_2.safetensors", "step_2.npz"]
+)
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_a_checkpoint_is_read_for_what_it_holds_whatever_its_name(name, kind, trained):
     if kind == "safetensors":
@@ -592,7 +624,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4096\n
     ids=["LFS", "HTML", "XML", "empty", "text", "JSON"],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ""])
-def test_what_is_no_checkpoint_is_refused_before_any_is_measured(content, said, suffix, trained, capsys, monkeypatch):
+def test_what_is_no_checkpoint_is_refused_before_any_is_measured(
+    content, said, suffix, trained, capsys, monkeypatch
+):
     monkeypatch.setattr(checkpoints, "_measured", None)
     file = Path(f"step_500{suffix}")
     file.write_bytes(content)
@@ -603,7 +637,9 @@ def test_what_is_no_checkpoint_is_refused_before_any_is_measured(content, said, 
     if content == LFS:
         for inputs in ("x.npy", "x.npz", "x.pt"):
             Path(inputs).write_bytes(content)
-            assert failure(capsys, command(inputs=inputs)).startswith(f"inputs: {inputs} is a Git LFS pointer")
+            assert failure(capsys, command(inputs=inputs)).startswith(
+                f"inputs: {inputs} is a Git LFS pointer"
+            )
 
 
 def test_a_damaged_checkpoint_is_one_line_that_names_it(trained, capsys):
@@ -742,64 +778,67 @@ def test_what_fails_names_its_checkpoint_and_those_before_are_kept(trained, caps
     assert [row["step"] for row in table()] == ["2", "10", "50", "100"]
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("lmn.json", b"{"),
-        ("lmn.json", b"[]"),
-        ("lmn.json", b"{}"),
-        ("lmn.json", b"[" * 100_000),
-        ("lmn.json", b'{"device": 3, "files": {}, "checkpoints": []}'),
-        ("lmn.json", b'{"device": "cpu", "files": [], "checkpoints": []}'),
-        ("lmn.json", b'{"device": "cpu", "files": {}, "checkpoints": [{}]}'),
-        ("lmn.json", b"\xff\xfe{"),
-        ("lmn.csv", b"\xff\xfe"),
-        ("lmn.csv", b""),
-        ("lmn.csv", b"mine\n"),
-        ("lmn.csv", lambda rows: rows[:-3]),
-        ("lmn.csv", lambda rows: rows[:-1]),
-        ("lmn.csv", lambda rows: rows.rpartition(b",")[0] + b"\n"),
-        ("lmn.csv", lambda rows: rows.replace(b"lmn_3", b"lmn_2")),
-        ("lmn.csv", lambda rows: rows.replace(b",21,", b",many,")),
-        ("lmn.csv", lambda rows: rows.replace(b",21,", b",11,")),
-        ("lmn.csv", lambda rows: rows.replace(b"step_2.pt,", b"step_2.pt,nan")),
-        ("lmn.csv", lambda rows: rows.replace(b"step_2.pt", b"step_10.pt")),
-        ("lmn.csv", lambda rows: rows.replace(b"step_2.pt", b'"step_2".pt')),
+DAMAGES = {
+    "lmn.json": [
+        b"{",
+        b"[]",
+        b"{}",
+        b"[" * 100_000,
+        b'{"device": 3, "files": {}, "checkpoints": []}',
+        b'{"device": "cpu", "files": [], "checkpoints": []}',
+        b'{"device": "cpu", "files": {}, "checkpoints": [{}]}',
+        b"\xff\xfe{",
     ],
-)
-def test_a_damaged_table_is_one_line_that_names_the_file(name, content, trained, capsys):
-    arguments = command()
-    assert cli.main(arguments) == 0
+    "lmn.csv": [
+        b"\xff\xfe",
+        b"",
+        b"mine\n",
+        lambda rows: rows[:-3],
+        lambda rows: rows[:-1],
+        lambda rows: rows.rpartition(b",")[0] + b"\n",
+        lambda rows: rows.replace(b"lmn_3", b"lmn_2"),
+        lambda rows: rows.replace(b",21,", b",many,"),
+        lambda rows: rows.replace(b",21,", b",11,"),
+        lambda rows: rows.replace(b"step_2.pt,", b"step_2.pt,nan"),
+        lambda rows: rows.replace(b"step_2.pt", b"step_10.pt"),
+        lambda rows: rows.replace(b"step_2.pt", b'"step_2".pt'),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_table_is_one_line_that_names_the_file(name, trained, capsys):
+    whole = measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS, out="lmn")
     path = Path("lmn") / name
-    path.write_bytes(content(path.read_bytes()) if callable(content) else content)
     before = path.read_bytes()
-    line = failure(capsys, arguments)
-    assert line.startswith(f"out: cannot read lmn/{name}: ") and line.endswith("; --force begins anew")
-    assert path.read_bytes() == before
-    assert cli.main([*arguments, "--force"]) == 0
+    for damage in DAMAGES[name]:
+        content = damage(before) if callable(damage) else damage
+        path.write_bytes(content)
+        line = failure(capsys, command())
+        assert line.startswith(f"out: cannot read lmn/{name}: ") and line.endswith("; --force begins anew")
+        assert path.read_bytes() == content
+    assert measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS, out="lmn", force=True) == whole
 
 
-def test_a_table_that_an_editor_marked_as_utf_8_is_read(trained):
-    assert cli.main(command()) == 0
-    before = table()
+def test_a_table_that_an_editor_marked_as_utf_8_is_read(trained, monkeypatch):
+    whole = measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS, out="lmn")
     for path in (Path("lmn/lmn.csv"), Path("lmn/lmn.json")):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert cli.main(command()) == 0
-    assert table() == before
+    monkeypatch.setattr(checkpoints, "_measured", None)
+    assert measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS, out="lmn") == whole
 
 
 def test_a_file_replaced_by_one_of_the_same_size_and_time_is_measured_anew(trained):
-    assert cli.main(command()) == 0
-    before = {row["step"]: row["lmn_1"] for row in table()}
+    _, second, third = measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS, out="lmn")
     status = os.stat("step_2.pt")
-    torch.save(trained[10], "other_1.pt")  # under a name of the same length, which the archive holds
-    os.replace("other_1.pt", "step_2.pt")
-    Path("step_2.pt").write_bytes(Path("step_2.pt").read_bytes().ljust(status.st_size, b"\0")[: status.st_size])
     torch.save(trained[10], "step_2.pt")
     os.utime("step_2.pt", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert (os.stat("step_2.pt").st_size, os.stat("step_2.pt").st_mtime_ns) == (status.st_size, status.st_mtime_ns)
-    assert cli.main(command()) == 0
-    assert {row["step"]: row["lmn_1"] for row in table()} == before | {"2": before["10"]}
+    assert (os.stat("step_2.pt").st_size, os.stat("step_2.pt").st_mtime_ns) == (
+        status.st_size,
+        status.st_mtime_ns,
+    )
+    again = measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS, out="lmn")
+    assert again == [second | {"step": 2, "checkpoint": "step_2.pt"}, second, third]
 
 
 def test_a_process_that_dies_is_said(trained, capsys):
@@ -845,9 +884,10 @@ def test_a_wrong_factory_is_one_line(model, said, trained, capsys):
 IMPOSTOR = "open('executed', 'w').close()"
 
 
-def test_a_folder_of_checkpoints_lends_no_code_to_what_is_installed(trained, monkeypatch):
+def test_a_folder_of_checkpoints_lends_no_code_to_what_is_installed(trained):
     """Modules in the current directory come last, and only where the factory is there."""
-    sys.path.remove(str(trained_in := Path.cwd()))
+    here = str(Path.cwd())
+    sys.path.remove(here)
     for name in ("safetensors", "matplotlib", "tqdm"):
         Path(f"{name}.py").write_text(IMPOSTOR)
     sys.modules.pop("nets")
@@ -855,10 +895,10 @@ def test_a_folder_of_checkpoints_lends_no_code_to_what_is_installed(trained, mon
     checkpoints.imported("torch.nn:Identity", "model", "factory")
     assert sys.path == before
     checkpoints.imported("nets:make", "model", "factory")
-    assert sys.path == [*before, str(trained_in)]
+    assert sys.path == [*before, here]
 
 
-def test_a_module_that_is_installed_and_in_the_current_directory_is_refused(trained, monkeypatch, capsys):
+def test_a_module_that_is_installed_and_in_the_current_directory_is_refused(trained, capsys):
     sys.path.remove(str(Path.cwd()))
     Path("this.py").write_text(IMPOSTOR)  # of the standard library; nothing imports it
     line = failure(capsys, command(model="this:make"))

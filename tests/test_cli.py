@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from lmnfast import _native, cli
+from lmnfast.processes import cores
 
 TINY = ["grok", "modular-addition", "--p=5", "--steps=10", "--every=5", "--threads=1", "--device=cpu"]
 
@@ -240,3 +242,11 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch, caps
         assert cli.main([*TINY, f"--out={tmp_path}"]) == 130
     assert "interrupted; the same command continues the run" in capsys.readouterr().err
     assert cli.main([*TINY, f"--out={tmp_path}"]) == 0
+
+
+def test_cores_are_counted_where_a_process_has_no_affinity(monkeypatch):
+    """As on macOS."""
+    assert cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert cores() == 7

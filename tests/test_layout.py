@@ -88,3 +88,60 @@ def test_the_readmes_example_runs(capsys):
     exec(blocks[0], {})
     said = capsys.readouterr().out
     assert "Measurement(lmn=" in said and "'layer': '1'" in said
+
+
+FAKE_CMAKE = """#!{python}
+import sys
+print("called", sys.argv[1:], flush=True)
+"""
+
+
+def build(tmp_path, *options, **environment):
+    """What setup.py build_ext prints with a cmake that only says how it was called."""
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "cmake").write_text(FAKE_CMAKE.format(python=sys.executable))
+    (tools / "cmake").chmod(0o755)
+    (tools / "pybind11.py").write_text("print('.')")
+    plain = {n: v for n, v in os.environ.items() if n not in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL")}
+    paths = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(tools)}
+    command = [sys.executable, ROOT / "setup.py", "build_ext", f"--build-temp={tmp_path}/temp", *options]
+    command += [f"--build-lib={tmp_path}/lib"]
+    return subprocess.run(
+        command, cwd=tmp_path, env=plain | paths | environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "options, environment, jobs",
+    [
+        ([], {"MAX_JOBS": "3"}, 3),
+        ([], {"CMAKE_BUILD_PARALLEL_LEVEL": "5", "MAX_JOBS": ""}, 5),
+        (["--parallel=2"], {"MAX_JOBS": "3"}, 2),
+        ([], {}, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+    ],
+)
+def test_a_build_honours_the_number_of_jobs(options, environment, jobs, tmp_path):
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    said = build(tmp_path, *options, **environment).stdout
+    assert f"'--parallel', '{jobs}']" in said
+
+
+def test_a_wrong_number_of_jobs_is_refused_before_the_build(tmp_path):
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    done = build(tmp_path, MAX_JOBS="all")
+    assert done.returncode and "MAX_JOBS: expected a number of jobs, at least 1, got 'all'" in done.stderr
+    assert "called" not in done.stdout
+
+
+def test_one_version_of_cmake_and_one_of_torch_are_asked_for():
+    texts = {name: (ROOT / name).read_text() for name in ("pyproject.toml", "CMakeLists.txt", "setup.py")}
+    patterns = (
+        "cmake>=([0-9.]+)",
+        r"cmake_minimum_required\(VERSION ([0-9.]+)",
+        "needs CMake ([0-9.]+) or newer",
+    )
+    versions = [re.search(pattern, text)[1] for pattern, text in zip(patterns, texts.values(), strict=True)]
+    assert len(set(versions)) == 1 and tuple(map(int, versions[0].split("."))) >= (3, 24)  # for --fresh
+    torch_version = re.search("torch>=([0-9.]+)", texts["pyproject.toml"])[1]
+    assert tuple(map(int, torch_version.split("."))) >= (2, 6)  # CVE-2025-32434
