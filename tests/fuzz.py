@@ -11,14 +11,14 @@ on its diagonal, in [0, 1], one where the outputs are the same along all of a pa
 
 - truth: the definitions in numpy, float64 for float32 cases, else long double. No code of lmnfast is used.
 - loss: the largest error of the case in plain PyTorch of the case's dtype, outputs at all nodes in one batch, statistics in
-  float64.
+  float64; of close pairs (`NEAR`) by itself.
 - floor: what a rounding of every operation costs an entry, to first order. `Rounded` carries it through the network;
   `Paths` carries it on into r2. Without it, a case would fail in which PyTorch is right by luck.
 
 An output is constant, r2 = 1, where its standard deviation along a path is at most 4 epsilons of its magnitude at the ends.
 Within a factor of 4 either way an implementation may decide either way. The fused route knows that a constant added to an
 output does not matter, so its truth has no bias in the last Linear. It also measures close pairs of float32 samples in
-float64 (`near`): for these pairs epsilon is that of float64, in the rule and in the floor.
+float64 (`NEAR`): for these pairs epsilon is that of float64, in the rule and in the floor.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from lmnfast.quadrature import path_nodes
 Array = NDArray[np.floating]
 METHODS = ("path", "hermite", "hermite-midpoint")
 WORK = 1.5e7  # multiply-adds of a case along all paths, about: tens of milliseconds
+SIGMAS = 6  # standard deviations of a rounding that are allowed: 2 of 10^9 are more than that
 MOST = 2_000_000  # numbers of an array of the truth
 
 # ---- cases -------------------------------------------------------------------------------------------------
@@ -295,10 +296,11 @@ def activate(activation: tuple[str, float, float], z: Array) -> tuple[Array, Arr
 
 @dataclass
 class Rounded:
-    """Numbers, and how far they are off, about, when every operation is rounded to units u.
+    """Numbers, and the standard deviation of what they are off when every operation is rounded to units u.
 
-    A product of n terms is off by sqrt(n) u sum |w| |a| (Higham and Mary, SIAM J. Sci. Comput. 41 (2019): the bound holds but
-    with small probability), and errors of different units add up as independent ones do.
+    A rounding is at most u of its result, u / sqrt(3) in the root mean square. A sum of n terms s in random order has partial
+    sums whose squares add up to about n / 3 z^2 + n / 6 sum s^2, z the whole sum, and each of these is rounded; so is each
+    product. Errors of different units and operations add up as independent ones do.
     """
 
     value: Array
@@ -308,9 +310,10 @@ class Rounded:
         return Rounded(self.value + other.value, self.error + other.error)  # a skip and its block share errors
 
     def product(self, w: Array, u: float, smallest: float) -> Rounded:
-        own = u * w.shape[1] ** 0.5 * (np.abs(self.value).astype(float) @ np.abs(w.T)) + smallest * w.shape[1] ** 0.5
-        inherited = self.error**2 @ (w**2).T
-        return Rounded(self.value @ w.T.astype(self.value.dtype), np.sqrt(inherited + own**2))
+        value, n = self.value @ w.T.astype(self.value.dtype), w.shape[1]
+        of_terms = self.error**2 + (n / 18 + 1 / 3) * (u * self.value.astype(float)) ** 2
+        of_sum = n / 9 * (u * value.astype(float)) ** 2 + n * smallest**2
+        return Rounded(value, np.sqrt(of_terms @ (w**2).T + of_sum))
 
 
 def outputs(case: Case, x: Rounded, u: float, slope: Rounded | None = None) -> tuple[Rounded, Rounded | None]:
@@ -318,7 +321,7 @@ def outputs(case: Case, x: Rounded, u: float, slope: Rounded | None = None) -> t
 
     x, slope: (rows, D).
     """
-    smallest = float(np.finfo(case.dtype).smallest_subnormal)
+    smallest = float(np.finfo(case.dtype).tiny)  # a kernel may flush what is below
     values: list[tuple[Rounded, Rounded | None]] = []
     z, s = x, slope
     for n, activation in enumerate(case.activations):
@@ -392,7 +395,7 @@ class Paths:
         self.r2 = np.where(q > 0, c**2 / (v * self.safe), 1)
         self.deviation = np.sqrt(q)
         # Of the sums over the nodes, as of any product; the sums are those of e, the residual from the chord.
-        self.terms = 2 * len(t) ** 0.5
+        self.terms = SIGMAS * (len(t) / 9) ** 0.5
         ee = self._sum(e, e)
         dc = np.abs(chord) * v + np.sqrt(v * ee)
         squares = v * ee + v * (mean - (self.w @ t) * chord) ** 2 + (c - v * chord) ** 2
@@ -413,12 +416,13 @@ class Paths:
         epsilon = 2 * u
         magnitude = (np.maximum(np.abs(ends[0]), np.abs(ends[1])) / self.scale).astype(float)
         error = error / self.scale[:, None].astype(float)
-        noise = self._sum(error, error)
-        # As if the errors at all nodes were as bad as they can be: first order by the gradient, second order at most 10 rho^2.
-        floor = (2 * self._sum(self.gradient, error) + 10 * noise) / self.safe
+        noise = SIGMAS**2 * self._sum(error, error)
+        # First order by the gradient, the nodes' errors being independent; second order at most 10 rho^2.
+        weighted = self.w[:, None] * self.gradient * error
+        floor = (2 * SIGMAS * np.sqrt((weighted**2).sum(1)) + 10 * noise) / self.safe
         floor += self.terms * u * self.of_sums[0] + (self.terms * u) ** 2 * self.of_sums[1]
         certain = self.deviation <= epsilon * magnitude
-        possible = self.deviation <= 16 * epsilon * magnitude + 4 * truth_u / u * np.sqrt(noise)
+        possible = self.deviation <= 16 * epsilon * magnitude + truth_u / u * np.sqrt(noise)
         floor = np.where(certain, 0, np.minimum(floor, 1))
         low, high = np.where(certain, 1, self.r2), np.where(certain | possible, 1, self.r2)
         dead = ((self.deviation == 0) & (magnitude == 0)).all(-1)
@@ -664,17 +668,20 @@ NEAR = 2.0**-10  # closer pairs of float32 samples are measured in float64 by th
 
 @dataclass
 class Bounds:
-    """Of every pair: between which numbers an entry is right; NaN for both where PyTorch's outputs are not finite."""
+    """Of every pair: the least and the largest entry that is right, and that is allowed; NaN for these where PyTorch's outputs
+    are not finite."""
 
     low: Array
     high: Array
     below: Array
     above: Array
+    near: Array
     loss: float
-    """PyTorch's largest error."""
+    """PyTorch's largest error of pairs that are not near."""
 
-    def errors(self, entries: Array) -> Array:
-        return np.maximum(np.maximum(self.low - entries, entries - self.high), 0)
+
+def _outside(entries: Array, low: Array, high: Array) -> Array:
+    return np.maximum(np.maximum(low - entries, entries - high), 0)
 
 
 class Expected:
@@ -701,33 +708,32 @@ class Expected:
         return Judged.joined([p[0] for p in parts]), Judged.joined([p[1] for p in parts])
 
     def bounds(self, fused: bool) -> Bounds:
-        far = np.ones(len(self.first), bool)
         right = self.truth[0 if fused else 1]
-        low, high, floor = right.low, right.high, right.floor
-        if not len(far):
-            return Bounds(low, high, low, high, 0.0)
-        entries, finite = self._pytorchs(far, self.torch_dtype, not fused)
-        close = np.zeros(len(far), bool)
-        if fused and self.case.dtype == "float32":
-            distance = distances(self.case, self.first, self.second)
-            far, close = distance >= NEAR, (distance < 4 * NEAR) & ~self.coincident
-        loss = np.maximum(np.maximum(low - entries, entries - high), 0)
-        largest = float(loss[far & finite].max(initial=0))
-        allowed = 2 * np.where(far, largest, loss) + floor + 8 * self.u
+        low, high = right.low.copy(), right.high.copy()
+        if not len(self.first):
+            return Bounds(low, high, low, high, low == 0, 0.0)
+        entries, finite = self._pytorchs(np.ones(len(low), bool), self.torch_dtype, not fused)
+        distance = distances(self.case, self.first, self.second)
+        near, loss = distance < NEAR, np.where(self.coincident, 0, _outside(entries, low, high))
+        # Close pairs lose far more digits than others, so they say nothing about these.
+        largest = [loss[finite & these].max(initial=0) for these in (~near, near)]
+        allowed = 2 * np.where(near, largest[1], largest[0]) + right.floor + 8 * self.u
         below, above = low - allowed, high + allowed
-        if close.any():
+        close = (distance < 4 * NEAR) & ~self.coincident
+        if fused and self.case.dtype == "float32" and close.any():
             exact, _ = self._truth(close, 2.0**-53, True)
             again, _ = self._pytorchs(close, torch.float64, False)
-            lost = np.maximum(np.maximum(exact.low - again, again - exact.high), 0).max(initial=0)
-            allowed = 2 * lost + exact.floor + 8 * self.u
-            sure = distance[close] < NEAR / 4
-            below[close] = np.where(sure, exact.low - allowed, np.minimum(below[close], exact.low - allowed))
-            above[close] = np.where(sure, exact.high + allowed, np.maximum(above[close], exact.high + allowed))
-            low, high = low.copy(), high.copy()
-            low[close] = np.where(sure, exact.low, np.minimum(low[close], exact.low))
-            high[close] = np.where(sure, exact.high, np.maximum(high[close], exact.high))
+            allowed = 2 * _outside(again, exact.low, exact.high).max() + exact.floor + 8 * self.u
+            sure = distance[close] < NEAR / 4  # others may be measured in either precision
+            for both, one, of in (
+                (low, exact.low, np.minimum),
+                (high, exact.high, np.maximum),
+                (below, exact.low - allowed, np.minimum),
+                (above, exact.high + allowed, np.maximum),
+            ):
+                both[close] = np.where(sure, one, of(both[close], one))
         below, above = np.where(finite, below, np.nan), np.where(finite, above, np.nan)
-        return Bounds(low, high, below, above, largest)
+        return Bounds(low, high, below, above, near, float(largest[0]))
 
     def _pytorchs(self, these: Array, dtype: torch.dtype, biased: bool) -> tuple[Array, Array]:
         return pytorchs(self.case, self.first[these], self.second[these], dtype, biased)[:2]
@@ -768,7 +774,7 @@ def _judge(L: Array, expected: Expected, bounds: Bounds, verdict: Verdict) -> No
     verdict.loss = bounds.loss
     known = np.isfinite(bounds.below)
     wrong = known & ~((entries >= bounds.below) & (entries <= bounds.above))
-    error = np.where(known, bounds.errors(entries), 0)
+    error = np.where(known & ~bounds.near, _outside(entries, bounds.low, bounds.high), 0)
     verdict.error, verdict.wrong = float(error.max(initial=0)), int(wrong.sum())
     claims = {
         "shape": L.shape == (n, n) and L.dtype == np.dtype(verdict.dtype),
