@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import LEVELS
-from fuzz import check, draw
+from fuzz import Case, Expected, Verdict, check, draw, judge, measured
 
 from lmnfast import _native
 
@@ -22,18 +22,21 @@ def test_matrices_of_random_networks_are_as_right_as_pytorch(part, threads):
     )
 
 
-def test_a_wrong_entry_is_found():
-    """An entry that is off by what a residual of one TF32 product costs, in the first case in which PyTorch loses little."""
-    from fuzz import Expected, Verdict, _judge, measured
+@pytest.mark.parametrize("offset, failure", [(0.0, ""), (2e-5, "error")])
+def test_an_entry_that_is_off_by_a_hundred_roundings_fails(offset, failure):
+    generator = torch.Generator().manual_seed(0)
 
-    case = next(c for c in map(draw, range(100)) if c.dtype == "float32" and len(c.x) > 5 and not c.traits)
+    def normal(*shape: int):
+        return torch.randn(shape, generator=generator).double().numpy()
+
+    activations = [("identity", 0.0, 0.0), ("silu", 0.0, 0.0), ("identity", 0.0, 0.0)]
+    case = Case(0, "float32", "path", weights=[normal(20, 6), normal(4, 20)], biases=[None, None], x=normal(9, 6))
+    case.activations = activations
     with torch.no_grad():
-        L, _ = measured(case, True)
         expected = Expected(case)
-        bounds = expected.bounds(False)
-        for offset, failure in ((0.0, ""), (1e-3, "error")):
-            wrong = L.copy()
-            wrong[0, 1] = wrong[1, 0] = L[0, 1] + (offset if L[0, 1] < 0.5 else -offset)
-            verdict = Verdict(case.seed, case.dtype, "generic", case.method, "")
-            _judge(wrong, expected, bounds, verdict)
-            assert verdict.failure == failure
+        L, fused = measured(case, False)
+        assert fused
+        L[0, 1] = L[1, 0] = L[0, 1] - offset
+        verdict = Verdict(case.seed, case.dtype, "fused", case.method, "")
+        judge(L, expected, expected.bounds(True), verdict)
+    assert verdict.failure == failure
