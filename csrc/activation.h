@@ -72,7 +72,7 @@ LMN_FN V derivative(V z, T alpha, T beta) {
     const V scaled = z * alpha;
     return scaled > splat<V>(beta) ? one : sigmoid(scaled);
   }
-  if constexpr (kKind == ActivationKind::kSin) return sin(z + static_cast<T>(1.57079632679489661923));
+  if constexpr (kKind == ActivationKind::kSin) return cos(z);
 }
 
 }  // namespace

@@ -18,8 +18,9 @@ constexpr int kRoundedUlps = 8;
 constexpr double kConstantUlps = 4.0;
 // An output whose standard deviation along a path is at most this many epsilons of what it is computed from (the root
 // of the sum of squares of all terms, layer by layer) is unresolved: rounding could change its 1 - r2 by more than
-// 1 / 128 or so. Such a pair is left to float64; the price of a larger number is more of them.
-constexpr double kResolvedUlps = 256.0;
+// 1 / 128 or so in float32, 1e-7 in float64. Such a pair is left to float64 without a chord; the price of a larger number is
+// more of them.
+constexpr double kResolvedUlps32 = 0x1p8, kResolvedUlps64 = 0x1p24;
 // var(t) var(y) below or above which the squares of a path's own numbers lose digits, or overflow.
 constexpr double kLeastTotal32 = 1e-24, kLargestTotal32 = 1e30, kLeastTotal64 = 1e-280, kLargestTotal64 = 1e290;
 // Samples whose first pre-activations differ by at most this share of their norm are close. Their outputs may be equal
@@ -48,7 +49,7 @@ struct Share {
 /// 1 - r2 of one output, from its chord and the moments of its residual.
 /// With cov(y, t) = chord var(t) + te and var(e) = ee - e^2:
 ///   var(t) var(y) = cov^2 + (var(t) var(e) - te^2), so 1 - r2 is the second term's share, and nothing cancels.
-/// magnitude: the larger |y| of the two ends. rounding_squared: of both ends together, see kResolvedUlps. All in the
+/// magnitude: the larger |y| of the two ends. rounding_squared: of both ends together, see kResolvedUlps32. All in the
 /// units of the chord, in which the outputs' spread over the samples is of order 1.
 template <class V, class T>
 LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V rounding_squared, T variance_t, T epsilon) {
@@ -59,7 +60,7 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V rou
   const V total = covariance * covariance + nonlinear;
   const V tolerance = magnitude * (static_cast<T>(kConstantUlps) * epsilon);
   const V constant_total = tolerance * tolerance * variance_t;
-  constexpr T kResolved = static_cast<T>(kResolvedUlps);
+  constexpr T kResolved = static_cast<T>(sizeof(T) == 4 ? kResolvedUlps32 : kResolvedUlps64);
   const V resolved_total = rounding_squared * (kResolved * epsilon * (kResolved * epsilon) * variance_t);
   constexpr T kLeast = static_cast<T>(sizeof(T) == 4 ? kLeastTotal32 : kLeastTotal64);
   constexpr T kLargest = static_cast<T>(sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64);

@@ -434,7 +434,11 @@ class _PolynomialMoments:
         constant = variation <= magnitude * (CONSTANT_ULPS * epsilon)
         share = torch.where(constant, 0.0, nonlinear / total)
         # Another dtype would not resolve more than float64 does.
-        limit = magnitude * (RESOLVED_ULPS * epsilon) if chord.dtype != torch.float64 else -torch.ones_like(magnitude)
+        limit = (
+            magnitude * (RESOLVED_ULPS * epsilon)
+            if chord.dtype != torch.float64
+            else -torch.ones_like(magnitude)
+        )
         return share, constant, ~(variation > limit) & ~constant
 
 

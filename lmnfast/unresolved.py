@@ -20,7 +20,7 @@ from .reference import hermite_path, r2_of_outputs
 UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
 # Samples are close where no coordinate differs by more than this share of the largest: kCloseSamples there.
 CLOSE = 2.0**-10
-# An output is unresolved where it varies by less than this many epsilons: kResolvedUlps there.
+# An output in float32 is unresolved where it varies by less than this many epsilons: kResolvedUlps32 there.
 RESOLVED_ULPS = 256.0
 
 _DOUBLE_EPSILON = torch.finfo(torch.float64).eps
@@ -135,7 +135,8 @@ class InDouble(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__" and func != Tensor.dtype.__get__:
             return func(*args)
         args, kwargs = tree_map(self._wide, args), tree_map(self._wide, kwargs or {})
-        return func(*args, **kwargs)
+        # A new tensor too, or what is written into it later would be written into a copy.
+        return tree_map(self._wide, func(*args, **kwargs))
 
     def _wide(self, value: Any) -> Any:
         if isinstance(value, torch.dtype):

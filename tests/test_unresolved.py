@@ -217,6 +217,16 @@ class Casting(nn.Module):
         return torch.softmax(h, -1, dtype=torch.float32) + torch.zeros(4, dtype=torch.float32)
 
 
+class InPlace(nn.Module):
+    """Fills a new tensor column by column, and changes what it has."""
+
+    def forward(self, z):
+        out = torch.zeros(len(z), 3)
+        for k in range(3):
+            out[:, k] = torch.tanh(z[:, k] * z[:, -1])
+        return out.mul_(2).add_(torch.ones(3)).relu_()
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -225,15 +235,19 @@ class Casting(nn.Module):
         lambda: nn.Sequential(nn.Unflatten(1, (5, 1)), nn.GRU(1, 4, batch_first=True)),
         lambda: nn.Sequential(nn.Unflatten(1, (5, 1)), nn.Linear(1, 4), nn.LayerNorm(4), nn.Flatten()),
         Casting,
+        InPlace,
     ],
 )
 def test_a_network_in_float32_is_evaluated_in_float64(make):
     torch.manual_seed(0)
     net = make().requires_grad_(False).eval()
-    last = (lambda z: net(z)[0][:, -1]) if isinstance(net[-1] if len(list(net.children())) > 1 else net, nn.GRU) else net
+    recurrent = isinstance(net, nn.Sequential) and isinstance(net[-1], nn.GRU)
+    last = (lambda z: net(z)[0][:, -1]) if recurrent else net
     x = torch.randn(7, 5)
     exact = copy.deepcopy(net).double()
-    if isinstance(make(), Casting):
+    if isinstance(net, InPlace):
+        expected = torch.relu(2 * torch.tanh(x[:, :3].double() * x[:, -1:].double()) + 1)
+    elif isinstance(net, Casting):
         h = torch.nn.functional.linear(x.double(), exact.linear.weight, exact.linear.bias) + exact.shift
         expected = torch.softmax(h, -1)
     else:

@@ -239,11 +239,8 @@ inline F tanh(F x) {
   return u < splat<F>(0.4f) ? fma(x * u, q, x) : tanh_by_exp(x);
 }
 
-// x = n pi + r with pi in three parts, exact products for |n| < 2^11; then a Chebyshev interpolation in r^2: 1e-7.
-inline F sin(F x) {
-  if (any<F>(absolute(x) > splat<F>(6000.0f))) return per_lane(x, [](float v) { return ::sinf(v); });
-  const F rounded = fma(x, splat<F>(0.318309886f), splat<F>(ExpConstants<F>::kRound));
-  const F n = rounded - ExpConstants<F>::kRound;
+// The sine of r = x - n pi, with pi in three parts, exact products for |n| < 2^11; a Chebyshev interpolation in r^2: 1e-7.
+inline F sin_from(F x, F n) {
   F r = fma(n, splat<F>(-3.140625f), x);
   r = fma(n, splat<F>(-9.67502593994140625e-4f), r);
   r = fma(n, splat<F>(-1.509957990978376432e-7f), r);
@@ -253,12 +250,28 @@ inline F sin(F x) {
   q = fma(q, u, splat<F>(-0.00019841087f));
   q = fma(q, u, splat<F>(0.0083333328f));
   q = fma(q, u, splat<F>(-0.16666667f));
-  const F result = fma(q * u, r, r);
-  const Bits<F> sign = (Bits<F>)rounded << 31;  // odd n
-  return from_bits<F>((Bits<F>)result ^ sign);
+  return fma(q * u, r, r);
+}
+/// The sign bit of an odd integer n, of which `rounded` is n + kRound.
+inline Bits<F> odd_sign(F rounded) { return (Bits<F>)rounded << 31; }
+inline F sin(F x) {
+  if (any<F>(absolute(x) > splat<F>(6000.0f))) return per_lane(x, [](float v) { return ::sinf(v); });
+  const F rounded = fma(x, splat<F>(0.318309886f), splat<F>(ExpConstants<F>::kRound));
+  const F result = sin_from(x, rounded - ExpConstants<F>::kRound);
+  return from_bits<F>((Bits<F>)result ^ odd_sign(rounded));
+}
+// cos(x) = -sin(x - pi / 2), and x = (n + 1 / 2) pi + r.
+inline F cos(F x) {
+  if (any<F>(absolute(x) > splat<F>(6000.0f))) return per_lane(x, [](float v) { return ::cosf(v); });
+  const F rounded = fma(x, splat<F>(0.318309886f), splat<F>(-0.5f)) + ExpConstants<F>::kRound;
+  const F result = -sin_from(x, rounded - ExpConstants<F>::kRound + 0.5f);
+  return from_bits<F>((Bits<F>)result ^ odd_sign(rounded));
 }
 inline D sin(D x) {
   return per_lane(x, [](double v) { return ::sin(v); });
+}
+inline D cos(D x) {
+  return per_lane(x, [](double v) { return ::cos(v); });
 }
 
 }  // namespace
