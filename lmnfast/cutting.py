@@ -31,6 +31,7 @@ from .network import (
     Tracer,
     check_made,
     evaluating,
+    hooked,
     is_plain,
     loaded,
     networks_in,
@@ -110,10 +111,10 @@ def cut(
             return tail, seen
     except Exception:  # not traced, or along a branch that the samples do not take
         pass
-    hooked, ways = _hook_tail(call, part, number, path, inputs, seen, result)
-    if hooked is None:
+    replacing, ways = _hook_tail(call, part, number, path, inputs, seen, result)
+    if replacing is None:
         raise ValueError(_said_of_ways(model, layer, inputs, forward, output, ways))
-    return hooked, seen
+    return replacing, seen
 
 
 def run_to(
@@ -180,9 +181,9 @@ def _close(wanted: str, names: list[str]) -> str:
 def _called(model: nn.Module, forward: Forward) -> nn.Module:
     """The module to call in place of a wrapper, which would compile again at each hook, or talk to other processes.
 
-    Where the user calls it, only what torch.compile wrapped, which has the wrapper's attributes.
+    Where the user calls it, only what torch.compile wrapped, which has the wrapper's attributes; and none with hooks.
     """
-    while (name := wrapped_as(model)) and (forward is None or name == "_orig_mod"):
+    while (name := wrapped_as(model)) and not hooked(model) and (forward is None or name == "_orig_mod"):
         model = getattr(model, name)
     return model
 
@@ -273,7 +274,7 @@ def _run_to(
 
 
 def _on_copies(run: Call, inputs: Any) -> Any:
-    with evaluating(run.model):
+    with evaluating(run):
         return run(mapped(inputs, lambda tensor: tensor.detach().clone()))
 
 
@@ -443,7 +444,7 @@ def _traced_tail(call: Call, layer: nn.Module, number: int | None, path: list) -
 
     Raises whatever the user's forward raises on proxies; ValueError where the layer cannot be separated.
     """
-    with evaluating(call.model):
+    with evaluating(call):
         graph = Tracer(layer).trace(call)
     cuts = [n for n in graph.nodes if n.op == "call_module" and call.get_submodule(n.target) is layer]
     if not cuts or (number is None and len(cuts) > 1) or (number or 0) >= len(cuts):
@@ -652,7 +653,8 @@ class _HookTail(nn.Module):
             own = at_path(output, self.path)
             if own.shape != x.shape or own.dtype != x.dtype:
                 raise ValueError(
-                    "the layer's output has another shape or dtype than what is to be written there"
+                    f"x: expected {tuple(own.shape)} of {own.dtype}, as an earlier result shares the layer's memory, got "
+                    f"{tuple(x.shape)} of {x.dtype}"
                 )
             own.copy_(x)
             return None
@@ -679,9 +681,9 @@ def _hook_tail(
     def tail(repeated: Sequence[bool], in_place: bool = False) -> _HookTail:
         return _HookTail(call, layer, number or 0, path, inputs, repeated, in_place)
 
-    def fits(hooked: _HookTail) -> bool:
+    def fits(candidate: _HookTail) -> bool:
         try:
-            return _reproduces(hooked, samples, output)
+            return _reproduces(candidate, samples, output)
         except Exception:  # of the model, on inputs that it never gets
             return False
 

@@ -333,7 +333,8 @@ def _exported_for(part: nn.Module) -> int | None:
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks."""
     everywhere = torch.nn.modules.module
     return bool(
         module._forward_hooks
@@ -388,7 +389,7 @@ class Tracer(fx.Tracer):
         self.layer = layer
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return module is self.layer or _hooked(module) or super().is_leaf_module(module, qualified_name)
+        return module is self.layer or hooked(module) or super().is_leaf_module(module, qualified_name)
 
 
 # Recognising a chain ---------------------------------------------------------------------------------------
@@ -518,7 +519,7 @@ def chain_or_reason(f: Any) -> Chain:
     if not isinstance(f, nn.Module):
         raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
     f = uncompiled(f)
-    if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and not _hooked(f):
+    if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and not hooked(f):
         f = f.module
     with evaluating(f):
         try:
@@ -675,7 +676,7 @@ def _input(node: fx.Node) -> Any:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module means just its class's forward."""
-    return not _hooked(module) and "forward" not in vars(module)
+    return not hooked(module) and "forward" not in vars(module)
 
 
 def _known(module: nn.Module) -> bool:

@@ -735,6 +735,10 @@ def test_names_need_not_have_what_wrappers_put_into_them():
         assert _history(wrapper, x, "1.0")[0]["lmn"] == pytest.approx(right, rel=1e-5)
     assert lmnfast.match_layers(nn.DataParallel(model), "module.1.?")[0] == "module.1.0"
     assert recognise(nn.DataParallel(mlp())) is not None
+    for wrapper in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+        wrapper.register_forward_hook(lambda module, args, output: output.sin())
+        tail, samples = lmnfast.cut(wrapper, "1.0", x)
+        torch.testing.assert_close(tail(samples), model(x).sin())
     owner = nn.DataParallel(nn.Sequential())
     owner.module.module = nn.Sequential(mlp())  # a part that is called module is the user's
     assert torch.equal(lmnfast.cut(owner, "module.module.0.0", x)[1], owner.module.module[0][0](x).detach())

@@ -937,6 +937,13 @@ def test_models_compiled_in_place_are_measured_uncompiled():
     assert recognise(model) is not None and recognise(tail) is not None
     model(x)
     assert len(compilations) == 1
+    inner = nn.Sequential(nn.Linear(3, 3), torch.compile(Steps(nn.Linear(3, 4), torch.relu), backend=backend))
+    with torch.no_grad():
+        inner(x)
+        tail, _ = cut(inner, "1.parts.0", x)
+        assert recognise(inner) is not None and recognise(tail) is not None
+        inner(x)
+    assert len(compilations) == 2
 
 
 class Talkative(nn.Module):
