@@ -514,6 +514,15 @@ def recognise(f: Any) -> Chain | None:
         return None
 
 
+def why_no_chain(f: Any) -> str:
+    """The reason of :func:`chain_or_reason`, or that what it found has other outputs."""
+    try:
+        chain_or_reason(f)
+    except NotAChain as reason:
+        return str(reason)
+    return "the chain that it looks like has other outputs"
+
+
 def chain_or_reason(f: Any) -> Chain:
     """:func:`recognise`; raises NotAChain with the reason where there is none."""
     if not isinstance(f, nn.Module):
