@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
             names += f" ({' '.join(Config.layers)})"
             added.add_argument("--layers", nargs="+", metavar="LAYER", help=names)
         else:
-            names += " (the run's); with --model names of its layers, or patterns, as 'blocks.*.mlp'"
+            names += " (the run's); with --model names of its layers, or patterns, as 'blocks.?'"
             added.add_argument("--layers", "--layer", nargs="+", action="extend", metavar="LAYER", help=names)
         added.add_argument(
             "--points", type=int, help=f"nodes on a path, ends included ({defaults['points']})"

@@ -6,15 +6,17 @@ import difflib
 import fnmatch
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
-from .nested import at_path, mapped, path_to_tensor, replaced, tensors_in
+from .nested import at_path, entries_of, mapped, path_to_tensor, replaced, tensors_in
 from .network import (
     FLATTEN,
     FUNCTIONS,
@@ -27,16 +29,19 @@ from .network import (
     Output,
     Stacked,
     Tracer,
+    check_made,
     evaluating,
+    hooked,
     is_plain,
     loaded,
     networks_in,
     same_output,
-    uncompiled,
+    wrapped_as,
 )
 
 # Entries of an attribute up to which it is compared from one measurement to the next: a few hundred microseconds.
 LARGE = 1000
+MOST_NAMES = 20  # of layers in an error message
 PLAIN = {type(None), bool, int, float, complex, str, bytes}
 # Affine in eval mode.
 AFFINE_MODULES = (
@@ -68,10 +73,12 @@ def cut(
 
     model: measured in eval mode, left as it was. The tail shares its parameters, so it follows its training;
         Python values and branches in its forward are as at the moment of the cut.
-    layer: a name in model.named_modules(), called once per forward pass; "name@k" is its k-th call, from 0 on.
+    layer: a name in model.named_modules(), called once per forward pass; "name@k" is its k-th call, from 0 on. What
+        torch.compile, DataParallel and checkpoint_wrapper put into names may be left out ("0" for "module.0").
         Where it returns a tuple, dict or dataclass (LSTM, transformer blocks), the first floating-point tensor there.
     inputs: (N, ...), any dtype; or a tuple or a dict of tensors passed as arguments. Those that have not N
-        rows as the first has are taken to be the same for every sample.
+        rows as the first has are taken to be the same for every sample; so are those with N rows where only that gives
+        the model's output (a mask of tokens by tokens).
     forward: called as forward(model, inputs) in place of model(inputs), for models that take something else;
         inputs then are whatever it takes, tensors somewhere in tuples, lists and dicts.
     output: what of the model's output counts, where that is no tensor or not all of it matters: a key or an
@@ -82,7 +89,8 @@ def cut(
     isolate what follows the layer, the tail is the model with that output replaced by a forward hook.
 
     Raises ValueError for a layer that does not exist, is not called exactly once, does not give one row per
-    input, or around which the output depends on the inputs by another way, for a model on several devices or on meta;
+    input, or around which the output depends on the inputs by another way, for a model whose output has not one row per
+    input, that is on several devices or on meta, or has lazy parameters still without values;
     TypeError where model, inputs, the layer's output or the model's are no (floating)
     tensors, or inputs do not fit the model's forward.
     """
@@ -95,22 +103,18 @@ def cut(
         setattr(tail, WHOLE, (model,))  # whose names `stacked` has, where modules share a tensor
         return tail, torch.stack(samples)
     seen, result, path = _run_to(model, layer, inputs, forward, output)
-    model = uncompiled(model)
-    part, call = _find(model, layer)
+    part, number = _find(model, layer)
+    call = Call(_called(model, forward), inputs, forward, output)
     try:
-        tail: nn.Module = _traced_tail(Call(model, inputs, forward, output), part, call, path)
+        tail: nn.Module = _traced_tail(call, part, number, path)
         if _reproduces(tail, seen, result):
             return tail, seen
     except Exception:  # not traced, or along a branch that the samples do not take
         pass
-    tail = _HookTail(Call(model, inputs, forward, output), part, call or 0, path, inputs)
-    if not _reproduces(tail, seen, result):
-        raise ValueError(
-            f"layer: the model's output depends on the inputs also by another way than through "
-            f"{layer!r} (a skip connection around it, say); expected a layer that all of it "
-            f"passes through"
-        )
-    return tail, seen
+    replacing, ways = _hook_tail(call, part, number, path, inputs, seen, result)
+    if replacing is None:
+        raise ValueError(_said_of_ways(model, layer, inputs, forward, output, ways))
+    return replacing, seen
 
 
 def run_to(
@@ -124,23 +128,25 @@ def why_not_traced(
     model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
 ) -> tuple[nn.Module | None, str]:
     """The tail by torch.fx, not compared with the model; or None, and why there is none."""
-    path = [] if inputs is None else _run_to(model, layer, inputs, forward, output)[2]
     part, number = _find(model, layer)
+    check_made(model, "model")
+    path = [] if inputs is None else _run_to(model, layer, inputs, forward, output)[2]
     try:
-        return _traced_tail(Call(uncompiled(model), inputs, forward, output), part, number, path), ""
+        return _traced_tail(Call(_called(model, forward), inputs, forward, output), part, number, path), ""
     except Exception as error:  # of the user's forward, on proxies
         return None, f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0]})"
 
 
 def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of the model's layers that match, in the model's order for each pattern: "blocks.*.mlp" is one of each block.
+    """Names of the model's layers that match, in the model's order for each pattern: "blocks.?" is each of ten blocks.
 
-    patterns: names as in `cut`, or shell patterns (fnmatch) of whole names, in which * also stands for dots.
+    patterns: names as in `cut`, or shell patterns (fnmatch) of whole names, in which * also stands for dots: "blocks.*"
+        also matches the parts of each block.
     Raises ValueError for a pattern that nothing matches, with the names that come close.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    names = [name for name, _ in uncompiled(model).named_modules(remove_duplicate=False) if name]
+    short, full = _layers(model)
     found: dict[str, None] = {}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str):
@@ -149,33 +155,67 @@ def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
             _find(model, pattern)
             found[pattern] = None
             continue
-        matching = [
-            n for n in names if fnmatch.fnmatchcase(n, pattern) and "parametrizations" not in n.split(".")
-        ]
-        if not matching:
-            raise ValueError(f"layer: nothing matches {pattern!r}; {_close(pattern, names)}")
+        for names in (short, full):
+            matching = [
+                n for n in names if fnmatch.fnmatchcase(n, pattern) and "parametrizations" not in n.split(".")
+            ]
+            if matching:
+                break
+        else:
+            raise ValueError(f"layer: nothing matches {pattern!r}; {_close(pattern, list(short))}")
         found.update(dict.fromkeys(matching))
     return tuple(found)
 
 
 def _close(wanted: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(wanted, names, 5, 0.5) or names[:20]
-    more = ", ..." if len(close) < len(names) else ""
-    return f"it has {', '.join(close)}{more}" if names else "the model has no layers"
+    """Names that come close, or the first ones; for a reader."""
+    if not names:
+        return "the model has no layers"
+    close = difflib.get_close_matches(wanted, names, 5, 0.5)
+    if len(names) <= MOST_NAMES:
+        return f"it has {', '.join(dict.fromkeys(close + names))}"
+    close = close or names[:MOST_NAMES]
+    return f"it has {', '.join(close)} and {len(names) - len(close)} more"
+
+
+def _called(model: nn.Module, forward: Forward) -> nn.Module:
+    """The module to call in place of a wrapper, which would compile again at each hook, or talk to other processes.
+
+    Where the user calls it, only what torch.compile wrapped, which has the wrapper's attributes; and none with hooks.
+    """
+    while (name := wrapped_as(model)) and not hooked(model) and (forward is None or name == "_orig_mod"):
+        model = getattr(model, name)
+    return model
+
+
+def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The model's parts by their names without what wrappers put in (0 for module.0), and by those with it."""
+    full = dict(model.named_modules(remove_duplicate=False))
+    names: dict[str, str] = {}
+    short: dict[str, nn.Module] = {}
+    for name, part in full.items():
+        above, _, last = name.rpartition(".")
+        if name and wrapped_as(full[above]) == last:
+            names[name] = names[above]
+        else:
+            names[name] = f"{names[above]}.{last}".removeprefix(".") if name else ""
+        short.setdefault(names[name], part)  # of a wrapper and its part the wrapper: it is what is called
+    del short[""], full[""]
+    return short, full
 
 
 def _find(model: nn.Module, layer: str) -> tuple[nn.Module, int | None]:
     """The module of that name, and which of its calls is meant; None for its only one."""
     if not isinstance(layer, str):
         raise TypeError(f"layer: expected a name, got {type(layer).__name__}")
-    layers = dict(uncompiled(model).named_modules(remove_duplicate=False))
-    del layers[""]
+    short, full = _layers(model)
+    layers = {**short, **full}
     if layer in layers:
         return layers[layer], None
     name, _, call = layer.rpartition("@")
     if name in layers and call.isdecimal():
         return layers[name], int(call)
-    raise ValueError(f"layer: {layer!r} is not in the model; {_close(layer, list(layers))}")
+    raise ValueError(f"layer: {layer!r} is not in the model; {_close(layer, list(short))}")
 
 
 def _run_to(
@@ -185,9 +225,9 @@ def _run_to(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     rows = _rows(inputs, forward)
-    model = uncompiled(model)
     part, call = _find(model, layer)
-    _check_fit(model, inputs, forward)
+    run = Call(_called(model, forward), inputs, forward, output)
+    _check_devices(run.model)
     seen: list[Any] = []
     calls = 0
 
@@ -200,42 +240,110 @@ def _run_to(
             # What follows may work in place.
             seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
 
-    handle = part.register_forward_hook(record)
+    handle = nn.Module.register_forward_hook(part, record)  # a scripted module's own only raises
     try:
-        with evaluating(model):
-            copies = mapped(inputs, lambda tensor: tensor.detach().clone())
-            result = Call(model, inputs, forward, output)(copies)
+        result = _on_copies(run, inputs)
+    except Exception as error:
+        _check_fit(run.model, inputs, forward, error)
+        raise
     finally:
         handle.remove()
-    if call is None and calls != 1:
-        which = (
-            f"; which call? name one, from {layer + '@0'!r} to {layer + f'@{calls - 1}'!r}" if calls else ""
-        )
-        raise ValueError(
-            f"layer: {layer!r} was called {calls} times in one forward pass; expected once{which}"
-        )
+    if calls == 0 or (call is None and calls > 1):
+        if calls:
+            why = f"; which call? name one, from {layer + '@0'!r} to {layer + f'@{calls - 1}'!r}"
+        else:
+            why = _why_never_called(model, layer, part, run, inputs)
+        raise ValueError(f"layer: {layer!r} was called {calls} times in one forward pass; expected once{why}")
     if call is not None and calls <= call:
         raise ValueError(
             f"layer: {layer!r} is its call {call}, from 0 on, but there are {calls} in a forward pass"
         )
     samples, path = seen[0]
+    if isinstance(samples, Tensor) and torch._C._functorch.is_batchedtensor(samples):
+        raise ValueError(
+            f"layer: {layer!r} is called under torch.vmap, one sample at a time; expected a layer that is called on the "
+            "whole batch; torch.vmap around a part of the model is measured by cutting before it or behind it"
+        )
     _check_floating(f"layer: the output of {layer!r}", samples)
     _check_floating(
         "model: its output", result, "; output= selects the tensor in it" if output is None else ""
     )
-    if samples.shape[:1] != (rows,):
-        raise ValueError(
-            f"layer: the output of {layer!r} has shape {tuple(samples.shape)} for "
-            f"{rows} inputs; expected one row per input"
-        )
+    _check_rows(f"layer: the output of {layer!r}", samples, rows, inputs, forward, model)
+    _check_rows("model: its output", result, rows, inputs, forward, model)
     return samples, result, path
+
+
+def _on_copies(run: Call, inputs: Any) -> Any:
+    with evaluating(run):
+        return run(mapped(inputs, lambda tensor: tensor.detach().clone()))
+
+
+def _check_rows(what: str, value: Tensor, rows: int, inputs: Any, forward: Forward, model: nn.Module) -> None:
+    """Raises ValueError where a tensor has not one row per sample, the first dimension, with what may help."""
+    if value.shape[:1] == (rows,):
+        return
+    shape, of_model = tuple(value.shape), what.startswith("model")
+    hint = ""
+    if rows in shape:
+        hint = ", along the first dimension: set batch_first=True in its recurrent or attention layers"
+        hint += f", or output=lambda y: y.transpose(0, {shape.index(rows)})" if of_model else ""
+    elif of_model and shape and shape[0] % rows == 0:
+        hint = f", as by output=lambda y: y.unflatten(0, (-1, {shape[0] // rows}))"
+    else:
+        (first, _), *others = _named_inputs(model, inputs, forward)
+        if shape and any(other.shape[:1] == shape[:1] for _, other in others):
+            hint = f"; {first} comes first and has {rows}: name first one that has a row per sample"
+    raise ValueError(f"{what} has shape {shape} for {rows} inputs; expected one row per input{hint}")
+
+
+class _Uses(TorchFunctionMode):
+    """Whether any of some tensors is an argument of a torch function."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.tensors = {id(tensor) for tensor in tensors}
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= any(id(tensor) in self.tensors for tensor in tensors_in((args, kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _why_never_called(model: nn.Module, layer: str, part: nn.Module, run: Call, inputs: Any) -> str:
+    """Why a forward pass shows no call of a layer, and what to do."""
+    layer = layer.partition("@")[0]
+    names = [layer.rsplit(".", n)[0] for n in range(1, layer.count(".") + 1)]
+    above = [model, *(_find(model, name)[0] for name in names)]
+    if any(isinstance(whole, torch.jit.ScriptModule) for whole in above):
+        return (
+            "; it lies in a scripted or traced module, which calls its parts without their hooks: cut the model that "
+            "torch.jit made it from"
+        )
+    if any(isinstance(whole, fx.GraphModule) for whole in above):
+        return (
+            "; it lies in a graph that calls single operations, as a program of torch.export: "
+            "torch.export.unflatten(program) has the layers again"
+        )
+    if type(part).forward is nn.Module.forward:
+        parts = ", ".join(repr(f"{layer}.{name}") for name, _ in list(part.named_children())[:2])
+        return f"; it is a container that has no forward: name its parts{f', as {parts}' if parts else ''}"
+    with _Uses(part.parameters()) as uses:
+        _on_copies(run, inputs)
+    if uses.found:
+        around = layer.rpartition(".")[0]
+        place = f"{around!r}, which is around it," if around else "a layer before it"
+        return (
+            "; its weights are used without a call (nn.MultiheadAttention so uses those of out_proj, and a call of "
+            f"layer.forward runs no hook): cut at {place} or at a layer behind it"
+        )
+    return "; these inputs do not reach it, or its forward is called in place of the layer"
 
 
 def _rows(inputs: Any, forward: Forward) -> int:
     """How many samples the inputs are."""
     tensors = list(tensors_in(inputs))
     plain = isinstance(inputs, (Tensor, Mapping)) or (
-        isinstance(inputs, (tuple, list)) and all(isinstance(i, Tensor) for i in inputs)
+        isinstance(inputs, (tuple, list)) and not any(entries_of(i) for i in inputs)
     )
     if not tensors or (forward is None and not plain):
         got = type(inputs).__name__
@@ -250,8 +358,9 @@ def _rows(inputs: Any, forward: Forward) -> int:
     return len(tensors[0])
 
 
-def _check_fit(model: nn.Module, inputs: Any, forward: Forward) -> None:
-    """Raises where model and inputs cannot be run together, which torch would say at its own length."""
+def _check_devices(model: nn.Module) -> None:
+    """Raises where a model has no values, or has them in several places."""
+    check_made(model, "model")
     devices: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
         devices.setdefault(parameter.device, name)
@@ -263,14 +372,19 @@ def _check_fit(model: nn.Module, inputs: Any, forward: Forward) -> None:
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"model: its parameters are on several devices ({where}); expected one")
+
+
+def _check_fit(model: nn.Module, inputs: Any, forward: Forward, error: Exception) -> None:
+    """Raises where model and inputs cannot be run together and that is why they were not, which torch says at length."""
     if forward is not None:
         return
+    device = next((parameter.device for parameter in model.parameters()), None)
     for tensor in tensors_in(inputs):
-        if devices and tensor.device not in devices:
+        if isinstance(error, RuntimeError) and device not in (None, tensor.device):
             raise ValueError(
-                f"inputs: on {tensor.device}, but the model is on {next(iter(devices))}; move one of them"
-            )
-    if isinstance(inputs, Tensor):
+                f"inputs: on {tensor.device}, but the model is on {device}; move one of them"
+            ) from error
+    if isinstance(inputs, Tensor) or not isinstance(error, TypeError):
         return
     try:
         fits = inspect.signature(model.forward).bind
@@ -278,16 +392,40 @@ def _check_fit(model: nn.Module, inputs: Any, forward: Forward) -> None:
         return
     try:
         fits(**inputs) if isinstance(inputs, Mapping) else fits(*inputs)
-    except TypeError as error:
+    except TypeError as misfit:
         raise TypeError(
-            f"inputs: do not fit the arguments of the model's forward ({error}); expected those alone, without labels; "
+            f"inputs: do not fit the arguments of the model's forward ({misfit}); expected those alone, without labels; "
             "forward= runs a model that is called otherwise"
-        ) from None
+        ) from error
+
+
+def _named_inputs(model: nn.Module, inputs: Any, forward: Forward) -> list[tuple[str, Tensor]]:
+    """The tensors that the inputs are made of, in their order, each as a reader knows it."""
+    names: dict[Any, str] = {}
+    if forward is None and isinstance(inputs, (tuple, list)):
+        with suppress(TypeError, ValueError):  # a scripted module has no signature
+            names = dict(enumerate(inspect.signature(model.forward).bind(*inputs).arguments))
+
+    def walk(value: Any, said: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield said, value
+        for key, entry in entries_of(value):
+            yield from walk(entry, f"{said}[{key!r}]")
+
+    if isinstance(inputs, Tensor):
+        return [("the input", inputs)]
+    return [
+        named
+        for key, entry in entries_of(inputs)
+        for named in walk(entry, f"the input {names.get(key, key)!r}")
+    ]
 
 
 def _check_floating(what: str, value: Any, hint: str = "") -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        if isinstance(value, Tensor) and value.is_quantized:
+            hint = "; quantised values cannot be interpolated: cut behind the DeQuantStub"
         raise TypeError(f"{what} is {got}; expected a floating-point tensor{hint}")
 
 
@@ -306,7 +444,7 @@ def _traced_tail(call: Call, layer: nn.Module, number: int | None, path: list) -
 
     Raises whatever the user's forward raises on proxies; ValueError where the layer cannot be separated.
     """
-    with evaluating(call.model):
+    with evaluating(call):
         graph = Tracer(layer).trace(call)
     cuts = [n for n in graph.nodes if n.op == "call_module" and call.get_submodule(n.target) is layer]
     if not cuts or (number is None and len(cuts) > 1) or (number or 0) >= len(cuts):
@@ -328,6 +466,7 @@ def _after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphMo
     def copied(node: fx.Node) -> fx.Node:
         if node not in copies:
             copies[node] = tail.node_copy(node, copied)
+            copies[node].type = None  # an annotation as text, of which pickle cannot tell the module
         return copies[node]
 
     for node in graph.nodes:
@@ -394,7 +533,15 @@ def _affine_step(node: fx.Node, before: fx.Node, root: nn.Module) -> int | None:
         return 1
     table: dict[Any, Any] = FUNCTIONS if node.op == "call_function" else METHODS
     step = table[node.target](*node.args, **node.kwargs) if node.target in table else None
+    if node.target is operator.getitem and _keeps_rows(node.args[1]):
+        return 0
     return 0 if step in (IDENTITY, FLATTEN) else None
+
+
+def _keeps_rows(index: Any) -> bool:
+    """Whether an index takes the same elements of every sample: [:, -1]."""
+    fixed = isinstance(index, tuple) and index[:1] == (slice(None),)
+    return fixed and all(type(i) in (int, slice, type(None), type(...)) for i in index)
 
 
 def _pure(node: fx.Node) -> bool:
@@ -462,37 +609,174 @@ def _frozen(value: Any, levels: int, versions: bool) -> Any:
 
 class _HookTail(nn.Module):
     """The model with one layer's output replaced. Everything before the layer is computed in vain, on the
-    first input repeated."""
+    first input repeated.
 
-    def __init__(self, call: Call, layer: nn.Module, number: int, path: list, inputs: Any) -> None:
+    repeated: for each tensor of the inputs whether it has a row per sample, of which the first is taken; others are
+        the same for every sample. in_place: writes into the layer's output, so that what shares memory with it changes too.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        layer: nn.Module,
+        number: int,
+        path: list,
+        inputs: Any,
+        repeated: Sequence[bool],
+        in_place: bool = False,
+    ) -> None:
         super().__init__()
         self.model = call.model
         self.call = (call,)  # in tuples, as they are registered under the model already
         self.layer = (layer,)
         self.number = number
         self.path = path
-        batch = len(next(tensors_in(inputs)))
-
-        def of_first(tensor: Tensor) -> Tensor:
-            return (tensor[:1] if tensor.ndim and len(tensor) == batch else tensor).detach().clone()
-
-        self.first = mapped(inputs, of_first)
-        self.batched = [bool(i.ndim and len(i) == batch) for i in tensors_in(inputs)]
+        self.repeated = repeated
+        self.in_place = in_place
+        rows = iter(repeated)
+        self.first = mapped(inputs, lambda i: (i[:1] if next(rows) else i).detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) in place of the layer's output -> the model's output."""
-        batched, calls = iter(self.batched), 0
+        rows, calls = iter(self.repeated), 0
 
         def repeated(tensor: Tensor) -> Tensor:
-            return (tensor.expand(len(x), *tensor.shape[1:]) if next(batched) else tensor).clone()
+            return (tensor.expand(len(x), *tensor.shape[1:]) if next(rows) else tensor).clone()
 
         def replace(module: nn.Module, args: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
-            return replaced(output, self.path, x.clone()) if calls == self.number + 1 else None
+            if calls != self.number + 1:
+                return None
+            if not self.in_place:
+                return replaced(output, self.path, x.clone())
+            own = at_path(output, self.path)
+            if own.shape != x.shape or own.dtype != x.dtype:
+                raise ValueError(
+                    f"x: expected {tuple(own.shape)} of {own.dtype}, as an earlier result shares the layer's memory, got "
+                    f"{tuple(x.shape)} of {x.dtype}"
+                )
+            own.copy_(x)
+            return None
 
-        handle = self.layer[0].register_forward_hook(replace)
+        handle = nn.Module.register_forward_hook(self.layer[0], replace)  # a scripted one's own only raises
         try:
             return self.call[0](mapped(self.first, repeated))
         finally:
             handle.remove()
+
+
+def _hook_tail(
+    call: Call, layer: nn.Module, number: int | None, path: list, inputs: Any, samples: Tensor, output: Tensor
+) -> tuple[_HookTail | None, list[int]]:
+    """The tail by a forward hook; or None, and the numbers of the inputs that matter by another way than the layer.
+
+    Where the first row of the inputs in place of all does not give the model's output, there may be memory that the
+    layer's output shares with an earlier result, or an input that has by chance as many rows as there are samples and
+    is the same for all: a mask of tokens by tokens.
+    """
+    tensors = list(tensors_in(inputs))
+    per_sample = [bool(i.ndim and len(i) == len(samples)) for i in tensors]
+
+    def tail(repeated: Sequence[bool], in_place: bool = False) -> _HookTail:
+        return _HookTail(call, layer, number or 0, path, inputs, repeated, in_place)
+
+    def fits(candidate: _HookTail) -> bool:
+        try:
+            return _reproduces(candidate, samples, output)
+        except Exception:  # of the model, on inputs that it never gets
+            return False
+
+    plain, failure = tail(per_sample), None
+    try:
+        if _reproduces(plain, samples, output):
+            return plain, []
+    except Exception as error:
+        if sum(per_sample) < 2:
+            raise
+        failure = error
+    if failure is None and _is_fresh(call, layer, number or 0, path, inputs):
+        aliasing = tail(per_sample, True)
+        if fits(aliasing):
+            return aliasing, []
+    ways = [
+        i for i, own in enumerate(per_sample) if own and not fits(tail([j == i for j in range(len(tensors))]))
+    ]
+    shared = tail([own and i not in ways for i, own in enumerate(per_sample)])
+    if ways and _takes_any_rows(shared, samples, output):
+        return shared, []
+    if failure is not None and not ways:
+        raise failure
+    return None, ways
+
+
+def _is_fresh(call: Call, layer: nn.Module, number: int, path: list, inputs: Any) -> bool:
+    """Whether every forward pass has new memory for the layer's output: to write there changes nothing that lasts."""
+    results: list[Any] = []
+    handle = nn.Module.register_forward_hook(layer, lambda module, args, result: results.append(result))
+    try:
+        _on_copies(call, inputs)
+        calls = len(results)
+        _on_copies(call, inputs)
+    finally:
+        handle.remove()
+    storages = [at_path(results[n + number], path).untyped_storage() for n in (0, calls)]
+    return storages[0].data_ptr() != storages[1].data_ptr()
+
+
+def _takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
+    """Whether the tail gives each sample its output also in a larger batch, and at another place of it."""
+    try:
+        with evaluating(tail):
+            again = tail(torch.cat([samples.flip(0), samples]))
+        expected = torch.cat([output.flip(0), output])
+        return again.shape == expected.shape and bool(
+            (again - expected).abs().max() <= 1e-3 * expected.abs().max()
+        )
+    except Exception:  # of the model: it does not take them
+        return False
+
+
+def _said_of_ways(
+    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, ways: list[int]
+) -> str:
+    """That the output depends on the inputs by other ways than through the layer, and what to do."""
+    named = _named_inputs(model, inputs, forward)
+    rows = len(next(tensors_in(inputs)))
+    varying = [i for i, (_, t) in enumerate(named) if t.ndim and len(t) == rows and bool((t != t[:1]).any())]
+    said = f"layer: the model's output depends on the inputs also by another way than through {layer!r}"
+    expected = "expected a layer that all of it passes through"
+    if len(varying) > 1:
+        names = " and ".join(named[i][0] for i in ways or varying)
+        return (
+            f"{said}: by {names}, not the same for all samples; {expected}, or one value of it for all samples (of a padding "
+            "mask: samples of equal length, or one mask, repeated)"
+        )
+    said += f" (a skip connection around it, say); {expected}"
+    around = _measurable_around(model, layer, inputs, forward, output)
+    if around is None:
+        return said
+    said += f", as {around!r} is"
+    above, _, last = around.rpartition(".")
+    if not above or not last.isdecimal():
+        return said
+    blocks = len(list(_find(model, above)[0].children()))
+    patterns = " and ".join(repr(f"{above}.{'?' * n}") for n in range(1, len(str(blocks - 1)) + 1))
+    return f"{said} (all such blocks, without their parts: {patterns})"
+
+
+def _measurable_around(
+    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
+) -> str | None:
+    """The innermost part of the model around a layer that can be cut at, if there is one."""
+    name = layer.partition("@")[0]
+    while name := name.rpartition(".")[0]:
+        try:
+            samples, result, path = _run_to(model, name, inputs, forward, output)
+            part, number = _find(model, name)
+            call = Call(_called(model, forward), inputs, forward, output)
+            if _hook_tail(call, part, number, path, inputs, samples, result)[0] is not None:
+                return name
+        except Exception:  # it is not called itself, say
+            continue
+    return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import _native
-from .network import Chain, same_output
+from .network import Chain, check_function, evaluating, same_output
 
 DEFAULT_BUDGET = 256 * 2**20
 # On a CPU a tile is to stay near the caches, and off fresh pages, which the C library maps for large results, and for
@@ -157,7 +157,8 @@ def outputs_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise TypeError(f"f: expected a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
     if y.dim() == 0 or len(y) != len(x) or y.numel() == 0:
         raise ValueError(
-            f"f: expected outputs ({len(x)}, *out) for {len(x)} samples, got shape {tuple(y.shape)}"
+            f"f: expected outputs ({len(x)}, *out) for {len(x)} samples, got shape {tuple(y.shape)}; samples are rows along "
+            "the first dimension (batch_first=True)"
         )
     return y.reshape(len(x), -1)
 
@@ -169,6 +170,16 @@ def out_of_memory(error: Exception) -> bool:
 
 def widened(y: Tensor) -> Tensor:
     return y if y.dtype == torch.float64 else y.float()
+
+
+def _runs(f: nn.Module, x: Tensor) -> bool:
+    """Whether a module takes samples in the dtype of some of its parameters, and itself casts to that of others."""
+    with evaluating(f):
+        try:
+            f(x.clone())  # f may work in place
+        except RuntimeError:  # dtypes that do not fit
+            return False
+    return True
 
 
 def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -184,15 +195,22 @@ def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise ValueError(f"x: expected samples (N, *in) with N > 0, got shape {tuple(x.shape)}")
     if x.is_meta:
         raise ValueError("x: on meta, where tensors have no values; expected samples on a real device")
+    if isinstance(f, nn.Module):
+        check_function(f, len(x))
     x = x.detach()
     autocast = torch.is_autocast_enabled(x.device.type)
     if autocast and x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # an output of a layer in low precision; paths between such need not be in it
-    for name, p in f.named_parameters() if isinstance(f, nn.Module) else ():
+    parameters = list(f.named_parameters()) if isinstance(f, nn.Module) else []
+    for name, p in parameters:
         if p.device != x.device:
             raise ValueError(
                 f"x: on {x.device}, but f's parameter {name!r} is on {p.device}; move one of them"
             )
-        if p.is_floating_point() and p.dtype != x.dtype and not autocast:
-            raise TypeError(f"x: is {x.dtype}, but f's parameter {name!r} is {p.dtype}; convert one of them")
+    dtypes = {p.dtype: name for name, p in reversed(parameters) if p.is_floating_point()}
+    others = [dtype for dtype in dtypes if dtype != x.dtype]
+    if others and not autocast and (len(others) == len(dtypes) or not _runs(f, x)):
+        raise TypeError(
+            f"x: is {x.dtype}, but f's parameter {dtypes[others[-1]]!r} is {others[-1]}; convert one of them"
+        )
     return x

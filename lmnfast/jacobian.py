@@ -20,7 +20,7 @@ from .evaluation import (
     outputs_of,
     widened,
 )
-from .network import IDENTITY, Activation, Chain, evaluating, recognise
+from .network import IDENTITY, Activation, Chain, evaluating, recognise, why_no_chain
 
 PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
 # Bytes of features held at a time; the kernel packs the second samples' once more. All at once, or two tiles of them.
@@ -125,7 +125,9 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     with evaluating(f):
         chain, _, _ = _prepared(f, x, with_kernels=False)
         if chain is None:
-            raise ValueError("f: expected a chain of Linear layers and piecewise-linear activations")
+            raise ValueError(
+                f"f: expected a chain of Linear layers and piecewise-linear activations; {why_no_chain(f)}"
+            )
         for activation in chain.activations:
             if activation.name not in PIECEWISE_LINEAR:
                 raise ValueError(

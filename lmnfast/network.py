@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,8 +138,9 @@ def evaluating(*modules: Any) -> Iterator[None]:
 
     Restored: every submodule's own training flag, its attributes and buffers (a forward pass may set or count
     something), torch's random state on the CPU and CUDA, the grad mode. Flags are set directly, not by
-    train(): some modules rewrite their weights there. Modules compiled in place run uncompiled: a hook would
-    make them compile again. Arguments that are no nn.Module are ignored.
+    train(): some modules rewrite their weights there. Modules compiled in place, and compiled parts of others, run
+    uncompiled: a hook would make them compile again. Observers of quantisation stand still, and attention runs as in
+    training: see `_without_fast_path`. Arguments that are no nn.Module are ignored.
     """
     parts = [part for module in modules if isinstance(module, nn.Module) for part in module.modules()]
     flags = [(part, part.training) for part in parts]
@@ -148,7 +150,7 @@ def evaluating(*modules: Any) -> Iterator[None]:
         for names in (vars(part), part._parameters, part._buffers, part._modules)
         if isinstance(names, dict)
     ]  # a scripted module's are not
-    with torch.random.fork_rng(_cuda_devices()), torch.no_grad():
+    with torch.random.fork_rng(_cuda_devices()), torch.no_grad(), _without_fast_path():
         buffers = [
             (b, b._version, b.clone())
             for part in parts
@@ -160,6 +162,7 @@ def evaluating(*modules: Any) -> Iterator[None]:
                 part.training = False
                 if getattr(part, "_compiled_call_impl", None) is not None:  # set by part.compile()
                     part._compiled_call_impl = None
+                _stand_still(part, inner=not any(part is module for module in modules))
             yield
         finally:
             for part, flag in flags:
@@ -171,6 +174,41 @@ def evaluating(*modules: Any) -> Iterator[None]:
             for buffer, version, value in buffers:
                 if buffer._version != version:
                     buffer.copy_(value)
+
+
+def _stand_still(part: nn.Module, inner: bool) -> None:
+    """Turns off what makes a call depend on earlier ones, or hooks fail; attributes and buffers are restored afterwards."""
+    if isinstance(part._buffers, dict) and "observer_enabled" in part._buffers:  # torch.ao's FakeQuantizeBase
+        part._buffers["observer_enabled"] = torch.zeros_like(part.observer_enabled)
+    if inner and "_orig_mod" in part._modules:  # torch.compile's
+        vars(part)["forward"] = part._orig_mod
+
+
+_fast_path_lock = threading.Lock()
+_fast_path_users = 0
+_fast_path_before = True
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Runs transformer layers of torch.nn as in training, which changes their results by rounding alone.
+
+    In eval mode with a padding mask nn.TransformerEncoder else hands nested tensors from layer to layer, which have no
+    shape, and calls none of a layer's parts. The setting is the process's, so threads that measure at a time share it.
+    """
+    global _fast_path_users, _fast_path_before
+    with _fast_path_lock:
+        if _fast_path_users == 0:
+            _fast_path_before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _fast_path_users += 1
+    try:
+        yield
+    finally:
+        with _fast_path_lock:
+            _fast_path_users -= 1
+            if _fast_path_users == 0:
+                torch.backends.mha.set_fastpath_enabled(_fast_path_before)
 
 
 def networks_in(stacked: Stacked) -> int:
@@ -244,7 +282,59 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _hooked(module: nn.Module) -> bool:
+def wrapped_as(part: nn.Module) -> str | None:
+    """The name of the one part of a wrapper that only calls it: of torch.compile, DataParallel, checkpoint_wrapper."""
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if name in part._modules:
+            return name
+    return "module" if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
+
+
+# What no measure can call ----------------------------------------------------------------------------------
+
+
+def check_made(model: nn.Module, what: str) -> None:
+    """Raises ValueError where lazy modules have no parameters yet, which a measure must not make."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{what}: {name!r} is lazy and has no values yet; run a batch through the model first"
+            )
+
+
+def check_function(f: nn.Module, samples: int) -> None:
+    """Raises ValueError for a module of which can be told without a call that it is no function of single samples."""
+    check_made(f, "f")
+    for name, part in f.named_modules():
+        said = f"its part {name.removeprefix('model.')!r}" if name else "it"
+        if ".quantized.dynamic." in type(part).__module__:
+            raise ValueError(
+                f"f: {said} is quantised dynamically: no scale is part of its state, each call takes it from all rows of "
+                "the batch, so a sample's outputs depend on the other samples; expected the float network, or static quantisation"
+            )
+        if _exported_for(part) == samples:
+            raise ValueError(
+                f"f: {said} was exported by torch.export for batches of {samples} samples alone, and is to be called on other "
+                "numbers of them; export it with a dynamic first dimension: "
+                'torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("samples")},))'
+            )
+
+
+def _exported_for(part: nn.Module) -> int | None:
+    """The first dimension of the only inputs that a program of torch.export takes; None where others are taken, too."""
+    checks = [getattr(hook, "__name__", "") for hook in part._forward_pre_hooks.values()]
+    is_program = "_check_input_constraints_pre_hook" in checks or type(part).__name__ == "UnflattenedModule"
+    if not is_program:
+        return None
+    for node in getattr(part, "graph", fx.Graph()).nodes:
+        shape = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
+        if len(shape):
+            return shape[0] if isinstance(shape[0], int) else None
+    return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks."""
     everywhere = torch.nn.modules.module
     return bool(
         module._forward_hooks
@@ -299,7 +389,7 @@ class Tracer(fx.Tracer):
         self.layer = layer
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return module is self.layer or _hooked(module) or super().is_leaf_module(module, qualified_name)
+        return module is self.layer or hooked(module) or super().is_leaf_module(module, qualified_name)
 
 
 # Recognising a chain ---------------------------------------------------------------------------------------
@@ -424,11 +514,22 @@ def recognise(f: Any) -> Chain | None:
         return None
 
 
+def why_no_chain(f: Any) -> str:
+    """The reason of :func:`chain_or_reason`, or that what it found has other outputs."""
+    try:
+        chain_or_reason(f)
+    except NotAChain as reason:
+        return str(reason)
+    return "the chain that it looks like has other outputs"
+
+
 def chain_or_reason(f: Any) -> Chain:
     """:func:`recognise`; raises NotAChain with the reason where there is none."""
     if not isinstance(f, nn.Module):
         raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
     f = uncompiled(f)
+    if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and not hooked(f):
+        f = f.module
     with evaluating(f):
         try:
             if isinstance(f, fx.GraphModule) and is_plain(f):
@@ -584,7 +685,7 @@ def _input(node: fx.Node) -> Any:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module means just its class's forward."""
-    return not _hooked(module) and "forward" not in vars(module)
+    return not hooked(module) and "forward" not in vars(module)
 
 
 def _known(module: nn.Module) -> bool:

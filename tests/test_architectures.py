@@ -1,5 +1,6 @@
 """Networks as people write them: cut anywhere, measured by either route, and left as they were."""
 
+import copy
 import dataclasses
 import re
 import sys
@@ -250,7 +251,7 @@ def test_measuring_leaves_no_trace(name, fails, monkeypatch):
     random, threads = torch.get_rng_state(), torch.get_num_threads()
     if fails:
         monkeypatch.setattr(module, "widened", lambda y: 1 / 0)
-        monkeypatch.setattr(module.ops, "path_connectivity", lambda *_: 1 / 0)
+        monkeypatch.setattr(module, "chain_connectivity", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             lmnfast.lmn(*lmnfast.cut(model, layer, inputs))
     else:
@@ -342,10 +343,145 @@ def test_inputs_may_be_keywords_or_whatever_forward_takes():
     assert probe.history[0]["lmn"] == pytest.approx(float(value))
 
 
-def test_masks_per_sample_go_through_the_hook():
+def test_an_input_of_each_sample_that_acts_behind_the_layer_is_named():
     model, x, mask = Masked(), vectors(), (torch.rand(14, 8) > 0.5).float()
-    with pytest.raises(ValueError, match="depends on the inputs also by another way"):
-        lmnfast.cut(model, "first", {"x": x, "mask": mask})
+    message = "another way than through 'first': by the input 'mask', not the same for all samples"
+    for inputs in ({"x": x, "mask": mask}, {"mask": mask, "x": x}):
+        with pytest.raises(ValueError, match=message) as refusal:
+            lmnfast.cut(model, "first", inputs)
+        assert "skip" not in str(refusal.value)
+    with pytest.raises(ValueError, match=r"by the input 'batch'\[1\], not the same"):
+        lmnfast.cut(
+            model,
+            "first",
+            {"batch": [x, mask]},
+            forward=lambda m, b: m(b["batch"][0], mask=b["batch"][1]),
+        )
+    same = lmnfast.cut(model, "first", {"x": x, "mask": mask[:1].repeat(14, 1)})
+    assert torch.equal(
+        lmnfast.lmn(*same), lmnfast.lmn(*lmnfast.cut(model, "first", {"x": x, "mask": mask[0]}))
+    )
+
+
+class Encoder(nn.Module):
+    """torch.nn's own transformer, which in eval mode has a fast path."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, 16), nn.Linear(16, 3)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, tokens, padded=None, mask=None):
+        hidden = self.encoder(self.embedding(tokens), mask=mask, src_key_padding_mask=padded)
+        return self.head(hidden[:, -1])
+
+
+def truth(f, samples):
+    """From the definition, in float64."""
+    with torch.no_grad():
+        return reference.path_connectivity(f, samples.double(), *UNIFORM)
+
+
+def test_a_padding_mask_that_is_the_same_for_all_samples_is_measured():
+    model, x = Encoder(), tokens(6, 5)
+    padded = torch.zeros(6, 5, dtype=torch.bool)
+    padded[:, 1] = True
+    tail, samples = lmnfast.cut(model, "encoder.layers.0", (x, padded))
+    exact = Encoder().double().eval()
+    exact.load_state_dict(model.state_dict())
+
+    def f(h):
+        return exact.head(
+            exact.encoder.layers[1](h, src_key_padding_mask=padded[:1].expand(len(h), 5))[:, -1]
+        )
+
+    with torch.enable_grad():  # of the fast path this is not the reference
+        L = truth(f, samples)
+    assert (lmnfast.connectivity(tail, samples) - L).abs().max() < 2e-4 and L.min() < 0.999
+    assert torch.backends.mha.get_fastpath_enabled()
+    padded[3:, 2] = True
+    with pytest.raises(
+        ValueError, match="through 'encoder.layers.0': by the input 'padded', not the same for all"
+    ):
+        lmnfast.cut(model, "encoder.layers.0", (x, padded))
+    assert torch.backends.mha.get_fastpath_enabled()
+    lmnfast.cut(model, "encoder.layers.1", (x, padded))  # behind which it does not act
+
+
+@pytest.mark.parametrize("samples", [5, 6])
+def test_a_mask_of_tokens_by_tokens_is_shared_also_by_as_many_samples(samples):
+    model, x = Encoder(), tokens(samples, 5)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    mask[-1, 1:3] = float("-inf")
+    tail, h = lmnfast.cut(model, "encoder.layers.0", {"tokens": x, "mask": mask})
+    exact = Encoder().double().eval()
+    exact.load_state_dict(model.state_dict())
+    L = truth(lambda h: exact.head(exact.encoder.layers[1](h, src_mask=mask.double())[:, -1]), h)
+    assert (lmnfast.connectivity(tail, h) - L).abs().max() < 2e-4 and L.min() < 0.999
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, transposed=True):
+        super().__init__()
+        self.first, self.lstm, self.head = nn.Linear(6, 6), nn.LSTM(6, 8), nn.Linear(8, 3)
+        self.transposed = transposed
+
+    def forward(self, x):
+        hidden = self.lstm(self.first(x.transpose(0, 1)))[0]
+        return self.head(hidden[-1] if self.transposed else hidden)
+
+
+def test_a_batch_that_is_not_the_first_dimension_is_told_so():
+    message = r"layer: the output of 'first' has shape \(5, 7, 6\) for 7 inputs; .* first dimension: set batch_first"
+    with pytest.raises(ValueError, match=message):
+        lmnfast.cut(TimeFirst(), "first", torch.randn(7, 5, 6))
+    with pytest.raises(
+        ValueError, match=r"model: its output has shape \(5, 7, 3\) .* output=lambda y: y.transpose"
+    ):
+        lmnfast.cut(nn.Sequential(nn.Identity(), TimeFirst(False)), "0", torch.randn(7, 5, 6))
+    tail, samples = lmnfast.cut(TimeFirst(), "lstm", torch.randn(7, 7, 6))
+    with pytest.raises(ValueError, match=r"f: .* the first dimension \(batch_first=True\)"):
+        lmnfast.lmn(tail, samples)
+
+
+def test_outputs_that_are_flattened_into_rows_get_the_advice_that_helps():
+    model, x = (
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3), nn.Flatten(0, 1)),
+        torch.randn(9, 4, 6),
+    )
+    with pytest.raises(ValueError, match=r"output=lambda y: y.unflatten\(0, \(-1, 4\)\)$"):
+        lmnfast.cut(model, "0", x)
+    right = lmnfast.lmn(*lmnfast.cut(model[:3], "0", x))
+    advised = lmnfast.cut(model, "0", x, output=lambda y: y.unflatten(0, (-1, 4)))
+    assert float(lmnfast.lmn(*advised)) == pytest.approx(float(right), rel=1e-5)
+
+
+def test_what_the_samples_are_counted_by_is_named():
+    with pytest.raises(ValueError, match="for 1 inputs; .* the input 'scale' comes first and has 1"):
+        lmnfast.cut(Masked(), "first", {"scale": torch.ones(1), "x": vectors(), "mask": torch.ones(8)})
+
+
+def test_arguments_beside_tensors_and_those_that_a_hook_supplies_are_passed_on():
+    class Optional(Functional):
+        def forward(self, x, mask, scale, flag=None):
+            assert mask is None and flag is None
+            return super().forward(x) * scale
+
+    model, x = Optional(), vectors()
+    right = lmnfast.lmn(*lmnfast.cut(model, "first", x, forward=lambda m, x: m(x, None, 2.0)))
+    torch.testing.assert_close(lmnfast.lmn(*lmnfast.cut(model, "first", (x, None, 2.0))), right)
+    model.register_forward_pre_hook(lambda module, args: (args[0], None, 2.0))
+    torch.testing.assert_close(lmnfast.lmn(*lmnfast.cut(model, "first", x)), right)
+    torch.testing.assert_close(
+        lmnfast.lmn(*lmnfast.cut(model, "first", {"x": x}, forward=lambda m, i: m(i["x"]))), right
+    )
+    model, x = Functional(), vectors()
+    model.register_forward_pre_hook(lambda module, args: args[:1])  # takes labels off
+    torch.testing.assert_close(
+        lmnfast.lmn(*lmnfast.cut(model, "first", (x, torch.zeros(14)))),
+        lmnfast.lmn(*lmnfast.cut(model, "first", x)),
+    )
 
 
 def test_labels_among_the_inputs_are_named():
@@ -399,8 +535,31 @@ def test_globs_measure_every_layer_that_matches():
     rows = _history(model, x, "blocks.?")
     assert [row["layer"] for row in rows] == ["blocks.0", "blocks.1"]
     assert lmnfast.match_layers(model, ["norm", "blocks.*.mlp"]) == ("norm", "blocks.0.mlp", "blocks.1.mlp")
+    with pytest.raises(
+        ValueError, match=r"as 'blocks.0' is \(all such blocks, without their parts: 'blocks.\?'\)"
+    ):
+        lmnfast.Probe(model, x, "blocks.*")
     with pytest.raises(ValueError, match=r"layer: nothing matches 'block.\*.mlp'; it has .*blocks.0.mlp"):
         lmnfast.match_layers(model, "block.*.mlp")
+
+
+def test_a_skip_connection_names_the_part_around_it_that_can_be_measured():
+    model, x = ResidualMLP(), vectors()
+    with pytest.raises(ValueError, match="expected a layer that all of it passes through$"):
+        lmnfast.cut(model, "blocks.0", x)  # the sum is outside of it
+    many = nn.Sequential(nn.Linear(6, 10), nn.Sequential(*[Added() for _ in range(12)]))
+    with pytest.raises(ValueError, match=r"through '1.11.mlp' .* as '1.11' is \(.*: '1.\?' and '1.\?\?'\)"):
+        lmnfast.cut(many, "1.11.mlp", x)
+    assert lmnfast.match_layers(many, ["1.?", "1.??"]) == tuple(f"1.{n}" for n in range(12))
+
+
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(10, 10), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.mlp(x)
 
 
 def test_what_is_no_module_has_no_layers():
@@ -449,7 +608,236 @@ def test_meta_and_mixed_devices_are_refused():
         lmnfast.cut(Functional(), "first", vectors().to("meta"))
 
 
+def test_a_layer_that_is_never_called_is_told_why():
+    x = torch.randn(6, 5, 16)
+    attention = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    with pytest.raises(
+        ValueError, match="'self_attn.out_proj' was called 0 times .* its weights are used without a call"
+    ):
+        lmnfast.cut(attention, "self_attn.out_proj", x)
+    with pytest.raises(
+        ValueError, match="a container that has no forward: name its parts, as 'layers.0', 'layers.1'"
+    ):
+        lmnfast.cut(Listed(), "layers", vectors())
+    model = Functional()
+    model.other = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="'other@1' was called 0 times .* these inputs do not reach it"):
+        lmnfast.cut(model, "other@1", vectors())
+
+
+def test_a_layer_under_vmap_is_told_so():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Functional()
+
+        def forward(self, x):
+            return torch.vmap(self.inner)(x)
+
+    with pytest.raises(
+        ValueError, match="layer: 'inner.first' is called under torch.vmap, one sample at a time"
+    ):
+        lmnfast.cut(Mapped(), "inner.first", vectors())
+
+
+LAZY = {
+    "linear": lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 3)),
+    "batch norm": lambda: nn.Sequential(nn.Linear(6, 8), nn.LazyBatchNorm1d(), nn.Tanh(), nn.Linear(8, 3)),
+}
+
+
+@pytest.mark.parametrize("lazy", LAZY)
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model, x: lmnfast.cut(model, "0", x),
+        lambda model, x: lmnfast.lmn(model, x),
+        lambda model, x: lmnfast.jacobians(model, x),
+        lambda model, x: lmnfast.Probe(model, x, "0"),
+        lambda model, x: lmnfast.explain(model, "0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_layers_are_refused_until_a_batch_has_made_their_weights(lazy, measure):
+    model, x = LAZY[lazy](), vectors()
+    with pytest.raises(
+        ValueError, match="is lazy and has no values yet; run a batch through the model first"
+    ):
+        measure(model, x)
+    assert any(map(nn.parameter.is_lazy, (*model.parameters(), *model.buffers())))
+    model(x)
+    measure(model, x)
+
+
+# What is no plain PyTorch ---------------------------------------------------------------------------------
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 12), nn.SiLU(), nn.Linear(12, 3))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export
+def test_exported_programs_are_measured_where_they_take_any_number_of_samples():
+    model, x = mlp(), vectors()
+    right = lmnfast.lmn(model, x)
+    fixed = torch.export.export(model, (x,))
+    for program in (
+        fixed.module(),
+        torch.export.unflatten(fixed),
+        nn.Sequential(fixed.module(), nn.Identity()),
+    ):
+        for measure in (lmnfast.lmn, lmnfast.jacobians):
+            with pytest.raises(
+                ValueError, match="f: .* for batches of 14 samples alone, .* dynamic first dimension"
+            ):
+                measure(program, x)
+    dynamic = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("samples")},))
+    assert float(lmnfast.lmn(dynamic.module(), x)) == pytest.approx(float(right), rel=1e-5)
+    with pytest.raises(ValueError, match="'0' was called 0 times .* torch.export.unflatten"):
+        lmnfast.cut(dynamic.module(), "0", x)
+    tail, samples = lmnfast.cut(torch.export.unflatten(dynamic), "0", x)
+    right = lmnfast.lmn(*lmnfast.cut(model, "0", x))
+    assert float(lmnfast.lmn(tail, samples)) == pytest.approx(float(right), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, but its modules are about
+def test_scripted_parts_are_measured_and_their_insides_refused():
+    model, x = mlp(), vectors()
+    right = float(lmnfast.lmn(*lmnfast.cut(model, "0", x)))
+    partly = nn.Sequential(torch.jit.script(model[0]), model[1:])
+    assert float(lmnfast.lmn(*lmnfast.cut(partly, "0", x))) == pytest.approx(right, rel=1e-5)
+    for compiled in (torch.jit.script(model), torch.jit.trace(model, x)):
+        assert float(lmnfast.lmn(compiled, x)) == pytest.approx(float(lmnfast.lmn(model, x)), rel=1e-5)
+        with pytest.raises(ValueError, match="'0' was called 0 times .* lies in a scripted or traced module"):
+            lmnfast.cut(compiled, "0", x)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_names_need_not_have_what_wrappers_put_into_them():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model, x = nn.Sequential(nn.Linear(6, 6), mlp()), vectors()
+    right = float(lmnfast.lmn(*lmnfast.cut(model, "1.0", x)))
+    wrapped = {
+        "module.1.0": nn.DataParallel(model),
+        "_orig_mod.1.0": torch.compile(model, backend="eager"),
+        "_orig_mod.module.1.0": torch.compile(nn.DataParallel(model), backend="eager"),
+        "1._checkpoint_wrapped_module.0": nn.Sequential(model[0], checkpoint_wrapper(model[1])),
+        "1._orig_mod.0": nn.Sequential(model[0], torch.compile(model[1], backend="eager")),
+    }
+    for name, wrapper in wrapped.items():
+        if name == "1._orig_mod.0":
+            wrapper(x)  # compiled by now, without the hook
+        for layer in (name, "1.0"):
+            tail, samples = lmnfast.cut(wrapper, layer, x)
+            assert float(lmnfast.lmn(tail, samples)) == pytest.approx(right, rel=1e-5)
+        assert lmnfast.match_layers(wrapper, "1.?") == ("1.0", "1.1", "1.2")
+        assert _history(wrapper, x, "1.0")[0]["lmn"] == pytest.approx(right, rel=1e-5)
+    assert lmnfast.match_layers(nn.DataParallel(model), "module.1.?")[0] == "module.1.0"
+    assert recognise(nn.DataParallel(mlp())) is not None
+    for wrapper in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+        wrapper.register_forward_hook(lambda module, args, output: output.sin())
+        tail, samples = lmnfast.cut(wrapper, "1.0", x)
+        torch.testing.assert_close(tail(samples), model(x).sin())
+    owner = nn.DataParallel(nn.Sequential())
+    owner.module.module = nn.Sequential(mlp())  # a part that is called module is the user's
+    assert torch.equal(lmnfast.cut(owner, "module.module.0.0", x)[1], owner.module.module[0][0](x).detach())
+
+
+def test_the_copies_that_ddp_keeps_in_step_are_left_out_of_a_measurement():
+    """On one rank alone its forward, which broadcasts the buffers, would wait for the others."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), vectors()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel.forward = None
+        right = lmnfast.lmn(*lmnfast.cut(model, "0", x))
+        for layer in ("0", "module.0"):
+            assert torch.equal(lmnfast.lmn(*lmnfast.cut(parallel, layer, x)), right)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
+def test_dynamically_quantised_layers_are_refused_and_those_behind_them_measured():
+    from torch.ao.quantization import quantize_dynamic
+
+    x = vectors()
+    half = nn.Sequential(
+        quantize_dynamic(nn.Sequential(nn.Linear(6, 8)), {nn.Linear}), nn.Tanh(), nn.Linear(8, 3)
+    )
+    with pytest.raises(
+        ValueError, match="f: its part '0.0' is quantised dynamically: no scale is part of its state"
+    ):
+        lmnfast.lmn(half, x)
+    tail, samples = lmnfast.cut(half, "0", x)
+    L = truth(copy.deepcopy(half[1:]).double(), samples)
+    assert (lmnfast.connectivity(tail, samples) - L).abs().max() < 2e-4
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
+def test_observers_of_quantisation_stand_still():
+    from torch.ao import quantization
+
+    model = nn.Sequential(quantization.QuantStub(), mlp(), quantization.DeQuantStub()).train()
+    model.qconfig = quantization.get_default_qat_qconfig("x86")
+    quantization.prepare_qat(model, inplace=True)
+    x = vectors(20)
+    x[-1] *= 5
+    model(x[:10])
+    before = snapshot(model)
+    values = [float(lmnfast.lmn(model, x)) for _ in range(2)]
+    for (_, tensor, value, _), (_, now, _, _) in zip(before, snapshot(model), strict=True):
+        assert tensor is now and torch.equal(tensor, value)
+    model.eval().apply(quantization.disable_observer)
+    expected = truth(lambda z: model(z.float()), x)
+    assert values == pytest.approx([float(lmnfast.linear_mapping_number(expected))] * 2, rel=0.01)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
+def test_statically_quantised_networks_are_measured_between_floating_point_tensors():
+    from torch.ao import quantization
+
+    model = nn.Sequential(
+        quantization.QuantStub(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), quantization.DeQuantStub()
+    ).eval()
+    model.qconfig = quantization.get_default_qconfig("x86")
+    quantization.prepare(model, inplace=True)
+    x = vectors()
+    model(x)
+    quantization.convert(model, inplace=True)
+    expected = lmnfast.linear_mapping_number(truth(lambda z: model(z.float()), x))
+    assert float(lmnfast.lmn(model, x)) == pytest.approx(float(expected), rel=0.01)
+    with pytest.raises(TypeError, match="quint8; .* cut behind the DeQuantStub"):
+        lmnfast.cut(model, "1", x)
+
+
 # Low precision --------------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A layer in low precision and float32 adapters beside it, as fine-tuning has them."""
+
+    def __init__(self, casts=True):
+        super().__init__()
+        self.layer, self.adapter = nn.Linear(6, 6, dtype=torch.bfloat16), nn.Linear(6, 6)
+        self.casts = casts
+
+    def forward(self, x):
+        beside = self.adapter(x.float() if self.casts else x)
+        return torch.tanh(self.layer(x) + beside.to(x.dtype))
+
+
+def test_parts_in_another_dtype_are_measured_where_the_model_casts():
+    x = vectors().bfloat16()
+    model = nn.Sequential(nn.Identity(), Adapted())
+    L = lmnfast.connectivity(*lmnfast.cut(model, "0", x))
+    assert torch.equal(L, lmnfast.connectivity(lambda z: model(z), x)) and L.min() < 0.99
+    for f in (Adapted(casts=False), nn.Linear(6, 3)):
+        with pytest.raises(TypeError, match="x: is torch.bfloat16, but f's parameter .* is torch.float32"):
+            lmnfast.connectivity(f, x)
 
 
 @pytest.mark.parametrize("name", ["functional", "transformer"])
@@ -546,6 +934,31 @@ def test_affine_maps_at_the_start_run_on_the_samples_alone(monkeypatch):
     L = lmnfast.connectivity(tail, samples)
     assert calls[-1] == (6,) and (L - truth).abs().max() < 2e-5
     assert torch.equal(lmnfast.connectivity(tail, samples, method="hermite").diagonal(), torch.ones(9))
+
+
+def test_an_affine_end_at_the_last_position_has_lmn_1():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 64), nn.Linear(64, 3)
+
+        def forward(self, x):
+            return self.head(self.first(x)[:, -1])
+
+    tail, samples = lmnfast.cut(Last(), "first", 30 * torch.randn(20, 5, 6))
+    first, rest = module.affine_start(tail)
+    assert first(samples).shape == (20, 3) and torch.equal(rest(first(samples)), tail(samples))
+    assert float(lmnfast.lmn(tail, samples)) == pytest.approx(1, abs=1e-9)
+    moved = lmnfast.cut(nn.Sequential(nn.Identity(), RowsMoved()), "0", vectors())[0]
+    assert module.affine_start(moved) is None  # an index of rows is none of values
+
+
+class RowsMoved(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 2)
+
+    def forward(self, x):
+        return super().forward(x[[*range(len(x))], :] if isinstance(x, torch.Tensor) else x[0:])
 
 
 def test_what_is_used_again_later_is_not_taken_off_the_start():

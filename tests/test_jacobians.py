@@ -278,6 +278,9 @@ def test_only_piecewise_linear_chains_have_linear_regions():
         lmnfast.linear_regions(network(3, 5, 2), samples(4, 3))
     with pytest.raises(ValueError, match="f: expected a chain of Linear"):
         lmnfast.linear_regions(lambda x: x, samples(4, 6))
+    convolution = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="piecewise-linear activations; Conv1d '0' is neither a Linear nor"):
+        lmnfast.linear_regions(convolution, samples(4, 6)[:, None])
 
 
 def test_budgets_are_positive():

@@ -1,6 +1,8 @@
 """Cutting a network at a layer, and recognising what follows as a chain."""
 
 import operator
+import pickle
+import threading
 
 import pytest
 import torch
@@ -745,8 +747,103 @@ def test_work_in_place_that_the_graph_does_not_show_is_not_lost():
         assert torch.equal(tail(samples), model(x))
 
 
+# What shares memory with a layer's output: h is the layer's input.
+ALIASES = {
+    "skip from before": lambda m, z, h: m.third(m.second(z) + h),
+    "view from before": lambda m, z, h: m.third(m.second(z)) + h.view(-1, 3)[:, :3],
+    "worked on in place": lambda m, z, h: m.third(torch.tanh(h) + z.mul_(2)),
+    "sum in place": lambda m, z, h: (operator.iadd(z, 1), m.third(torch.tanh(h)))[1],
+    "result not used": lambda m, z, h: m.third(torch.tanh(m.second(h))),
+}
+
+
+class Aliasing(Tangled):
+    def __init__(self, function, layer):
+        super().__init__(function)
+        self.layer = layer
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.function(self, self.layer(h), h)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), nn.Identity(), nn.Dropout(0.5), nn.Flatten()])
+def test_what_shares_memory_with_a_layers_output_passes_through_it(layer, alias):
+    torch.manual_seed(0)
+    model = Aliasing(ALIASES[alias], layer).eval()
+    x = 2 * torch.randn(8, 3)
+    tail, samples = cut(model, "layer", x)
+    points = torch.rand(11, 3)
+    before = points.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(tail(samples), model(x))
+        expected = model.function(model, *[points.clone()] * 2)
+        torch.testing.assert_close(tail(points), expected)
+    assert torch.equal(points, before)
+    for method in ("path", "hermite"):
+        truth = enqueue(lambda z: model.function(model, *[z.clone()] * 2), samples, method=method).L
+        assert (connectivity(tail, samples, method=method) - truth).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="also by another way than through 'layer'"):
+        cut(Aliasing(ALIASES[alias], nn.Tanh()), "layer", x)
+
+
+def test_a_parameter_that_a_layer_hands_on_is_not_written_to():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.layer = nn.Parameter(torch.randn(5, 3)), nn.Identity()
+
+        def forward(self, x):
+            return torch.tanh(self.layer(self.table) + x) + self.table
+
+    model = Own()
+    before, version = model.table.clone(), model.table._version
+    with pytest.raises(ValueError, match="also by another way than through 'layer'"):
+        cut(model, "layer", torch.randn(5, 3))
+    assert torch.equal(model.table, before) and model.table._version == version
+
+
+def test_a_traced_tail_can_be_pickled():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    tail, samples = cut(model, "0", torch.randn(5, 3))
+    again = pickle.loads(pickle.dumps(tail))
+    assert torch.equal(again(samples), tail(samples)) and recognise(again) is not None
+
+
+def test_attention_takes_its_fast_path_again_when_the_last_measurement_is_over():
+    enabled = torch.backends.mha.get_fastpath_enabled
+    inside, done = threading.Event(), threading.Event()
+
+    def measure():
+        with evaluating():
+            inside.set()
+            done.wait()
+
+    assert enabled()
+    with evaluating():
+        other = threading.Thread(target=measure)
+        other.start()
+        inside.wait()
+    assert not enabled()  # the other thread still measures
+    done.set()
+    other.join()
+    assert enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluating():
+            pass
+        assert not enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def test_a_layer_that_does_not_exist_is_refused_with_those_that_do():
-    message = "layer: 'hiden' is not in the model; it has hidden, .*"
+    message = "layer: 'hiden' is not in the model; it has hidden, embedding, act, drop, second, out"
+    with pytest.raises(ValueError, match="layer: '17' is not in the model; it has 1, 0, 2$"):
+        cut(nn.Sequential(*[nn.Identity() for _ in range(3)]), "17", TOKENS)
+    with pytest.raises(ValueError, match="layer: 'x' is not in the model; it has 0, 1, .*, 19 and 5 more$"):
+        cut(nn.Sequential(*[nn.Identity() for _ in range(25)]), "x", TOKENS)
     with pytest.raises(ValueError, match=message):
         cut(Network(), "hiden", TOKENS)
     with pytest.raises(ValueError, match="layer: '' is not in the model"):
@@ -840,6 +937,13 @@ def test_models_compiled_in_place_are_measured_uncompiled():
     assert recognise(model) is not None and recognise(tail) is not None
     model(x)
     assert len(compilations) == 1
+    inner = nn.Sequential(nn.Linear(3, 3), torch.compile(Steps(nn.Linear(3, 4), torch.relu), backend=backend))
+    with torch.no_grad():
+        inner(x)
+        tail, _ = cut(inner, "1.parts.0", x)
+        assert recognise(inner) is not None and isinstance(tail, fx.GraphModule)
+        inner(x)
+    assert len(compilations) == 2
 
 
 class Talkative(nn.Module):
