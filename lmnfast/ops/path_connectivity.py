@@ -55,7 +55,11 @@ def chain_connectivity(
     On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
     """
     parts = _hoisted(chain, x)
-    arguments = (*parts.arguments(torch.float64 if x.dtype == torch.float64 else torch.float32), nodes, weights)
+    arguments = (
+        *parts.arguments(torch.float64 if x.dtype == torch.float64 else torch.float32),
+        nodes,
+        weights,
+    )
     if midpoint is None:
         L, counts = torch.ops.lmnfast.path_connectivity(*arguments)
     else:
@@ -141,7 +145,11 @@ def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
 
 
 def _hoisted(chain: Chain, x: Tensor) -> _Hoisted:
-    z, linears, activations = x.flatten(1).double(), list(zip(chain.weights, chain.biases)), list(chain.activations)
+    z, linears, activations = (
+        x.flatten(1).double(),
+        list(zip(chain.weights, chain.biases)),
+        list(chain.activations),
+    )
     if linears and activations[-1].name == "identity":
         # r2 does not see a constant that is added to an output; the constant rule, and float32, would.
         linears[-1] = linears[-1][0], None
