@@ -304,13 +304,14 @@ def _offset(chain: Chain | None, ends: Tensor) -> Tensor:
 
     inf for outputs that are the same for all samples and not 0. 0 where the size is below ten ranges, or where
     rounding it hides less than a ten-thousandth of the range: saturated and dead units are constant by right. The
-    last bias of a chain is no offset, as its kernels leave it out.
+    kernels of a chain leave its last bias out: that is no offset, and an output that is nothing else is dead.
     """
     if chain is not None and chain.biases[-1] is not None:
         ends = ends - chain.biases[-1]
     low, high = (values.double() for values in ends.aminmax(dim=0))
     size = torch.maximum(low.abs(), high.abs())
-    ratio = torch.where(size > 0, size / (high - low), 0.0)
+    varies = size > 0 if chain is None else high > low
+    ratio = torch.where(varies, size / (high - low), 0.0)
     ratio = ratio.topk(math.ceil(OFFSET_SHARE * len(ratio))).values[-1]
     return torch.where(ratio >= max(10.0, 1e-4 / (CONSTANT_ULPS * torch.finfo(ends.dtype).eps)), ratio, 0.0)
 

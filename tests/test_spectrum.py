@@ -204,6 +204,16 @@ def with_constants(enqueued, pairs):
     return replace(enqueued, measured=enqueued.measured._replace(counts=torch.tensor([pairs, 0])))
 
 
+def test_an_offset_in_float32_is_warned_of_and_in_float64_is_none():
+    f, x = tail_and_samples()
+    with pytest.warns(UserWarning, match="% of the outputs' paths .* constant to rounding"):
+        m = lmnfast.measure(lambda t: f(t) + 1e5, x)
+    assert 0.01 < m.constant_share < 1
+    f, x = f.double(), x.double()
+    exact = lmnfast.measure(lambda t: f(t) + 1e5, x)
+    assert exact.constant_share == 0 and exact.lmn == pytest.approx(lmnfast.lmn(f, x).item(), rel=1e-6)
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """Sets how many pairs, over all outputs, the kernels count as constant."""
@@ -235,9 +245,10 @@ def test_an_offset_that_hides_outputs_is_warned_of_once(public, counted):
 
 
 def test_stacked_networks_with_an_offset_warn_once_together(counted):
-    f, x = tail_and_samples()
+    x = tail_and_samples()[1]
+    f = nn.Sequential(nn.Linear(6, 20), nn.LayerNorm(20), nn.SiLU(), nn.Linear(20, 3))  # no chain
     with torch.no_grad():
-        f[2].bias += 1e4
+        f[3].bias += 1e4
     counted(500)
     with pytest.warns(UserWarning, match="38.3% of the outputs' paths") as said:
         lmnfast.lmn(f, x.expand(2, *x.shape), stacked=torch.func.stack_module_state([f, f]))
@@ -257,6 +268,17 @@ def test_outputs_that_are_constant_by_right_are_no_matter_for_a_warning(offset, 
     counted(pairs)
     m = lmnfast.measure(lambda t: f(t) + offset, x)  # warnings are errors here
     assert m.constant_share == pairs / (435 * 3) and m.outputs == 3
+
+
+def test_the_last_bias_of_a_chain_is_no_offset(counted):
+    f, x = tail_and_samples()
+    with torch.no_grad():
+        f[2].bias += 1e4
+    counted(500)
+    assert lmnfast.measure(f, x).lmn == pytest.approx(lmnfast.lmn(*tail_and_samples()).item(), rel=1e-4)
+    with torch.no_grad():
+        f[2].weight[0] = 0  # a dead output, which is its bias
+    lmnfast.measure(f, x)
 
 
 def test_outputs_that_an_offset_has_made_all_the_same_are_warned_of(counted):
