@@ -181,7 +181,7 @@ class Enqueued:
         if share < OFFSET_SHARE or self.offset is None or (offset := float(self.offset)) == 0:
             return None
         size = (
-            "outputs are the same, and not 0, for all samples"
+            "outputs are the same large value for all samples"
             if math.isinf(offset)
             else f"outputs are {offset:.1e} times as large as their range over the samples"
         )
@@ -302,18 +302,19 @@ def _precision(setting: str, chain: Chain | None, x: Tensor) -> str:
 def _offset(chain: Chain | None, ends: Tensor) -> Tensor:
     """The size of outputs (N, K) in units of their range over the samples, which a hundredth of the outputs exceed.
 
-    inf for outputs that are the same for all samples and not 0. 0 where the size is below ten ranges, or where
-    rounding it hides less than a ten-thousandth of the range: saturated and dead units are constant by right. The
-    kernels of a chain leave its last bias out: that is no offset, and an output that is nothing else is dead.
+    0 where the size is below ten ranges, or where rounding it hides less than a ten-thousandth of the range: saturated and
+    dead units are constant by right. An output that is the same for all samples is dead, too, unless it is so large that
+    rounding would hide as much of a range of 1: inf. The kernels of a chain leave its last bias out, so that is no offset.
     """
     if chain is not None and chain.biases[-1] is not None:
         ends = ends - chain.biases[-1]
     low, high = (values.double() for values in ends.aminmax(dim=0))
     size = torch.maximum(low.abs(), high.abs())
-    varies = size > 0 if chain is None else high > low
-    ratio = torch.where(varies, size / (high - low), 0.0)
+    tolerated = max(10.0, 1e-4 / (CONSTANT_ULPS * torch.finfo(ends.dtype).eps))
+    swallowed = torch.where(size >= tolerated, math.inf, 0.0) if chain is None else torch.zeros_like(size)
+    ratio = torch.where(high > low, size / (high - low), swallowed)
     ratio = ratio.topk(math.ceil(OFFSET_SHARE * len(ratio))).values[-1]
-    return torch.where(ratio >= max(10.0, 1e-4 / (CONSTANT_ULPS * torch.finfo(ends.dtype).eps)), ratio, 0.0)
+    return torch.where(ratio >= tolerated, ratio, 0.0)
 
 
 def _hoisted(
