@@ -529,7 +529,7 @@ def test_the_precision_is_that_of_the_time_of_the_work():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        enqueued = MODULE.enqueue(mlp(6, 20, 4), inputs(5, 6))
+        enqueued = MODULE.enqueue(mlp(6, 20, 4), inputs(5, 6), fuse=False)  # whose products are torch's
         torch.set_float32_matmul_precision("medium")
         assert enqueued.precision == "high"
     finally:
@@ -642,7 +642,9 @@ def test_a_wrong_chain_on_cuda_falls_back_to_the_generic_route(monkeypatch):
             "method: expected one of path, hermite, .*jacobian, got 'magic'",
         ),
         (inputs(3, 6), {"rule": "simpson"}, ValueError, "rule: expected one of uniform, lobatto"),
-        (inputs(3, 6), {"points": 1}, ValueError, "points: a path has at least its 2 ends, got 1"),
+        (inputs(3, 6), {"points": 2}, ValueError, "points: expected at least 3, .* got 2"),
+        (inputs(3, 6), {"points": 2, "method": "hermite"}, ValueError, "points: expected at least 3"),
+        (inputs(3, 6), {"points": 2, "method": "jacobian"}, ValueError, "points: expected at least 3"),
         (inputs(3, 6), {"points": 2.5}, TypeError, "points: expected an integer"),
         (inputs(3, 6), {"budget": 0}, ValueError, "budget: expected a positive number of bytes, got 0"),
         (torch.zeros(3, 6, device="meta"), {}, ValueError, "x: on meta, where tensors have no values"),

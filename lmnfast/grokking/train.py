@@ -28,12 +28,14 @@ from ..connectivity import METHODS
 from ..files import claimed, write_file
 from ..probe import Probe
 from ..quadrature import path_nodes
+from ..spectrum import SETTINGS, SHARES, check_negative
 from .gradients import Gradients
 from .model import ACTIVATIONS, INITS, LAYERS, make_model
 from .tasks import Task, make_task, task_sizes
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "l2_norm")
-INTEGERS, WORDS = ("step", "samples", "points"), ("rule", "method")  # the other columns hold floats
+INTEGERS = ("step", "samples", "outputs", "points")
+WORDS = tuple(name for name in SETTINGS if name not in INTEGERS)  # the other columns hold floats
 LEFT_BEHIND = ("metrics.csv", "state.pt", "checkpoints", "figures")
 
 
@@ -51,6 +53,7 @@ class Config:
     points: int = 21
     rule: str = "uniform"
     method: str = "path"
+    negative: str = "absolute"
     init: str = "default"
     activation: str = "silu"
     device: str = "auto"
@@ -76,7 +79,8 @@ class Config:
             raise ValueError(
                 f"layers: expected some of {', '.join(LAYERS)}, each once, got {', '.join(self.layers)}"
             )
-        path_nodes(self.rule, self.points)
+        object.__setattr__(self, "points", len(path_nodes(self.rule, self.points)[0]))
+        check_negative(self.negative)
         for name, known in (("method", METHODS), ("init", INITS), ("activation", tuple(ACTIVATIONS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -201,6 +205,7 @@ class _Training:
             raise ValueError(
                 f"out: cannot read {file}, {type(error).__name__}; --force starts the run anew"
             ) from None
+        _check_columns("out", self.path, written, self.config)
         self.rows = [row for row in written if row["step"] <= self.step]
         if [row["step"] for row in self.rows] != list(range(0, self.step + 1, self.config.every)):
             raise ValueError(f"out: {metrics} lacks rows that it had; --force starts the run anew")
@@ -316,6 +321,7 @@ def measure(
     points: int | None = None,
     rule: str | None = None,
     method: str | Sequence[str] | None = None,
+    negative: str | None = None,
     device: str = "auto",
     every: int = 1,
     progress: bool = False,
@@ -324,13 +330,13 @@ def measure(
 
     Args:
         run: the run's directory.
-        layers, points, rule, method, device: as in Config; several methods stand side by side.
+        layers, points, rule, method, negative, device: as in Config; several methods stand side by side.
         every: only steps that are multiples of it.
         progress: show a bar (needs tqdm).
 
     Returns:
         RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, written, and its rows: the numbers are lmn_LAYER, or with several
-        methods lmn_LAYER_METHOD.
+        methods lmn_LAYER_METHOD. The name ends in -clip.csv where negative eigenvalues count 0.
 
     Raises:
         ValueError: not a run, no checkpoint, or as Config.
@@ -344,7 +350,7 @@ def measure(
         raise ValueError(
             f"method: expected some of {', '.join(METHODS)}, each once, got {', '.join(methods)}"
         )
-    given = {"layers": layers, "points": points, "rule": rule}
+    given = {"layers": layers, "points": points, "rule": rule, "negative": negative}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     configs = [replace(stored, device=device, method=name, **changes).settled() for name in methods]
     config = configs[0]
@@ -366,7 +372,8 @@ def measure(
                 measured = _by_step(probe.history, f"_{each.method}" if len(methods) > 1 else "")
             for row, more in zip(rows, measured, strict=True):
                 row.update(more, method=together)
-    name = f"measure-{'+'.join(config.layers)}-{together}-{config.rule}{config.points}.csv"
+    clip = "" if config.negative == "absolute" else f"-{config.negative}"
+    name = f"measure-{'+'.join(config.layers)}-{together}-{config.rule}{config.points}{clip}.csv"
     _write_csv(path / name, rows, ())
     return path / name, rows
 
@@ -384,6 +391,7 @@ def read_run(path: str | os.PathLike) -> Run:
         raise
     except Exception as error:  # a damaged file raises anything
         raise ValueError(f"run: {path} is damaged, {type(error).__name__}: {error}") from None
+    _check_columns("run", path, rows, config)
     return Run(path, config, rows, seconds)
 
 
@@ -475,6 +483,7 @@ def _probe(model: nn.Module, inputs: Tensor, config: Config, every: int) -> Prob
         method=config.method,
         points=config.points,
         rule=config.rule,
+        negative=config.negative,
     )
 
 
@@ -505,24 +514,39 @@ def _evaluate(model: nn.Module, task: Task) -> dict[str, float]:
 
 
 def _by_step(history: Iterable[dict], suffix: str = "") -> list[dict]:
-    """The probe's rows, one per step and layer, as one per step; the suffix ends their names."""
+    """The probe's rows, one per step and layer, as one per step; the suffix ends the names of what layers differ in."""
     steps: dict[int, dict] = {}
     for row in history:
-        steps.setdefault(row["step"], dict(row))[f"lmn_{row['layer']}{suffix}"] = row["lmn"]
+        one = steps.setdefault(row["step"], dict(row))
+        one |= {f"{name}_{row['layer']}{suffix}": row[name] for name in ("lmn", *SHARES)}
+        one |= {
+            name: "+".join(sorted({*one[name].split("+"), row[name]})) for name in ("precision", "solver")
+        }
     return list(steps.values())
 
 
 def _write_csv(path: Path, rows: list[dict], metrics: Sequence[str]) -> None:
-    layers = [name for name in rows[0] if name.startswith("lmn_")]
+    numbers, *shares = ([n for n in rows[0] if n.startswith(f"{kind}_")] for kind in ("lmn", *SHARES))
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    columns = ["step", *metrics, *layers, "samples", "points", *WORDS]
+    columns = ["step", *metrics, *numbers, *SETTINGS, *shares[0], *shares[1]]
     table.writerow(columns)
     # Seven digits: what float32 holds, and the same again when read back and written.
     table.writerows(
         [f"{row[c]:.7g}" if isinstance(row[c], float) else row[c] for c in columns] for row in rows
     )
     write_file(path, text.getvalue().encode())
+
+
+def _check_columns(argument: str, path: Path, rows: list[dict], config: Config) -> None:
+    """ValueError for rows of metrics.csv that another version of lmnfast wrote, with fewer columns."""
+    of_layers = [f"{kind}_{layer}" for kind in ("lmn", *SHARES) for layer in config.layers]
+    wanted = ("step", *METRICS, *SETTINGS, *of_layers)
+    if rows and (lacking := [name for name in wanted if name not in rows[0]]):
+        raise ValueError(
+            f"{argument}: {path / 'metrics.csv'} lacks the columns {', '.join(lacking)}, as another version of lmnfast "
+            "wrote it; lmnfast grok with --force starts the run anew"
+        )
 
 
 def _read_csv(path: Path) -> list[dict]:

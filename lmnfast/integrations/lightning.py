@@ -34,7 +34,8 @@ class LMNCallback(Callback):
 
     inputs: samples for the module's forward, on any device. layers: as in `Probe`, names from the
     LightningModule on.
-    every: in optimizer steps. settings: the others of `Probe` (method, points, rule, budget, forward, output,
+    every: in optimizer steps.
+    settings: the others of `Probe` (method, points, rule, negative, budget, forward, output,
     writers).
     Raises ValueError at the start of a fit whose strategy shards parameters (FSDP, DeepSpeed).
     """
