@@ -36,6 +36,8 @@ from .unresolved import CLOSE, RESOLVED_ULPS, UNRESOLVED, are_close, in_double, 
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
 # Share of constant outputs from which on an offset is warned of. Measured on an MLP with 5 outputs and 200 samples, by the
 # size of the offset: LMN is 1 % low at a share of 0.1 %, 3 % at 0.8 %, 12 % at 2.7 %, 89 % at 50 %.
+WARNED_SHARE = 0.002
+# Share of the outputs that an offset must have, and above which one dead output among hundreds stays silent.
 OFFSET_SHARE = 0.01
 
 
@@ -178,7 +180,7 @@ class Enqueued:
     def offset_problem(self) -> str | None:
         """What is wrong where outputs vary so little beside their size that rounding hides it; waits for the device."""
         share = self.constant_share()
-        if share < OFFSET_SHARE or self.offset is None or (offset := float(self.offset)) == 0:
+        if share < WARNED_SHARE or self.offset is None or (offset := float(self.offset)) == 0:
             return None
         size = (
             "outputs are the same large value for all samples"

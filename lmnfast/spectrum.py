@@ -237,7 +237,7 @@ def measure(
         TypeError, ValueError: as :func:`connectivity`; ValueError also for another `negative`.
 
     Warns:
-        UserWarning: outputs vary so little beside their size that rounding hides it in 1 % of the paths or more.
+        UserWarning: outputs vary so little beside their size that rounding hides it in 0.2 % of the paths or more.
         Source: arXiv 2310.05918, Eq. 1-3.
     """
     check_negative(negative)
@@ -277,7 +277,7 @@ def lmn(
         TypeError, ValueError: as :func:`connectivity`; ValueError also for another `negative`.
 
     Warns:
-        UserWarning: outputs vary so little beside their size that rounding hides it in 1 % of the paths or more.
+        UserWarning: outputs vary so little beside their size that rounding hides it in 0.2 % of the paths or more.
         Source: arXiv 2310.05918, Eq. 1-3.
     """
     check_negative(negative)

@@ -260,7 +260,7 @@ def test_stacked_networks_with_an_offset_warn_once_together(counted):
     [
         (0.0, 1000),  # dead or saturated units: constant by right
         (100.0, 1000),  # rounding hides nothing of an offset so small
-        (1e4, 10),  # fewer than a hundredth
+        (1e4, 2),  # fewer than two of a thousand
     ],
 )
 def test_outputs_that_are_constant_by_right_are_no_matter_for_a_warning(offset, pairs, counted):
