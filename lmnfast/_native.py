@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .state import cores_to_use
+
 try:
     from . import _C
 except ImportError as error:
@@ -115,7 +117,7 @@ def run(call, result: Tensor, *more: Tensor) -> Tensor:
             workspace = result.new_empty(call.workspace_cuda(), dtype=torch.uint8)
             call.run_cuda(*addresses, address(workspace), stream)
     else:
-        threads = torch.get_num_threads()
+        threads = cores_to_use()
         workspace = torch.empty(call.workspace(threads), dtype=torch.uint8)
         call.run(*addresses, address(workspace), threads)
     return result

@@ -10,27 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .cutting import affine_start
 from .evaluation import (
     CPU_TILE,
     DEFAULT_BUDGET,
     AllocationCount,
+    Calls,
     Checks,
     NotTheChain,
     checked_samples,
     has_kernel_of,
     has_kernels,
     keep_freed_pages,
+    on_device,
     out_of_memory,
     outputs_of,
+    rows_again,
+    rows_between,
     widened,
 )
 from .jacobian import Differentiated, chain_features, merged, other_features, tiled
-from .network import Chain, Stacked, evaluating, loaded, networks_in, recognise
+from .network import Chain, Stacked, loaded, networks_in, recognise
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .quadrature import path_nodes
 from .reference import CONSTANT_ULPS
+from .state import alone, evaluating, one_core_after_fork
 from .unresolved import CLOSE, RESOLVED_ULPS, UNRESOLVED, are_close, in_double, resolve
 
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
@@ -90,9 +94,11 @@ def connectivity(
     settings: dict[str, Any] = {"method": method, "points": points, "rule": rule, "budget": budget}
     each = measured(f, x, stacked, **settings)
     warn_of_offsets(each)
-    return each[0].L if stacked is None else torch.stack([one.L for one in each])
+    with one_core_after_fork():
+        return each[0].L if stacked is None else torch.stack([one.L for one in each])
 
 
+@alone()
 def measured(
     f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked | None = None, **settings: Any
 ) -> list["Enqueued"]:
@@ -101,7 +107,11 @@ def measured(
     Arguments and errors as :func:`connectivity`.
     """
     if stacked is not None:
-        return [measured(f, x[b], **settings)[0] for b in _each(f, x, stacked)]
+        results = []
+        for number in range(_stacked_networks(f, x, stacked)):
+            with loaded(f, stacked, number):
+                results += measured(f, x[number], **settings)
+        return results
     enqueued = enqueue(f, x, **settings)
     try:
         enqueued.check()
@@ -120,8 +130,8 @@ def warn_of_offsets(each: Sequence["Enqueued"], name: str = "f", stacklevel: int
         warnings.warn(f"{name}: {problems[0]}", stacklevel=stacklevel)
 
 
-def _each(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> Iterator[int]:
-    """Numbers of stacked networks, f being each of them in turn."""
+def _stacked_networks(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> int:
+    """How many networks there are, with samples for each."""
     if not isinstance(f, nn.Module):
         raise TypeError(f"f: expected an nn.Module to load stacked parameters into, got {type(f).__name__}")
     networks = networks_in(stacked)
@@ -130,9 +140,7 @@ def _each(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> Iterato
             f"x: expected samples ({networks}, N, *in), a set for each of the stacked networks, got shape "
             f"{tuple(getattr(x, 'shape', ()))}; x.expand({networks}, *x.shape) gives all of them the same"
         )
-    for number in range(networks):
-        with loaded(f, stacked, number):
-            yield number
+    return networks
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +202,7 @@ class Enqueued:
         )
 
 
+@alone()
 def enqueue(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -233,11 +242,13 @@ def enqueue(
     x = checked_samples(f, x)
     checks = Checks(x.is_cuda if deferred is None else deferred)
     precision = torch.get_float32_matmul_precision()
-    with evaluating(f):
+    with evaluating(f) as begin_anew:
+        calls = Calls(f, begin_anew)
         if not checks.deferred:  # of not finite samples f may say anything
             checks.finite("x", x)
         with AllocationCount() as allocated:
-            ends = outputs_of(f, x.clone())  # f may work in place
+            # f may work in place, and may return a buffer that its next call overwrites.
+            ends = outputs_of(calls, x.clone()).clone()
         chain = recognise(f) if fuse and has_kernels(x) else None
         if chain is not None and not (has_kernel_of(chain, x) and not (chain.skips and method == "jacobian")):
             chain = None
@@ -258,22 +269,28 @@ def enqueue(
                 if chain is not None and not checks.reproduces(chain, x, ends):
                     chain = None
                 if chain is None:
-                    checks.repeats(outputs_of(f, x[: max(1, len(x) // 2)].clone()), ends)
+                    for rows in rows_again(len(x)):
+                        again = outputs_of(calls, torch.stack([x[row] for row in rows]))
+                        checks.repeats(calls, x, ends, again, rows, f"{len(rows)} samples alone")
                     if fuse and method != "jacobian":  # which depends on the coordinates
-                        f, x = _hoisted(f, x, ends, checks)
+                        calls, x = _hoisted(calls, x, ends, checks)
                 midpoint = method == "hermite-midpoint"
                 tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
                 if method == "jacobian":
-                    L = _of_jacobians(f, chain, x, ends, allocated.bytes)
+                    L = _of_jacobians(calls, chain, x, ends, allocated.bytes, checks)
                     measured = ChainConnectivity(L, torch.zeros(2, dtype=torch.int64), _nothing)
                 elif chain is not None and method == "path":
                     measured = chain_connectivity(chain, x, nodes, weights)
                 elif chain is not None:
                     measured = chain_connectivity(chain, x, nodes, weights, midpoint)
                 elif method == "path":
-                    measured = _generic(f, x, ends, nodes, weights, tile * len(x) // allocated.bytes)
+                    measured = _generic(
+                        calls, x, ends, nodes, weights, tile * len(x) // allocated.bytes, checks
+                    )
                 else:
-                    measured = _generic_hermite(f, x, ends, nodes, weights, midpoint, tile, allocated.bytes)
+                    measured = _generic_hermite(
+                        calls, x, ends, nodes, weights, midpoint, tile, allocated.bytes, checks
+                    )
                 if not (checks.deferred and chain is not None):  # else by `check`, on the chain's own weights
                     measured.resolve()
                     checks.entries(measured.L)
@@ -319,18 +336,30 @@ def _offset(chain: Chain | None, ends: Tensor) -> Tensor:
     return torch.where(ratio >= tolerated, ratio, 0.0)
 
 
-def _hoisted(
-    f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor, checks: Checks
-) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def _hoisted(calls: Calls, x: Tensor, ends: Tensor, checks: Checks) -> tuple[Calls, Tensor]:
     """f without the affine maps that it begins with, and its samples behind those; f and x where it has none."""
-    parts = affine_start(f)
+    parts = affine_start(calls.f)
     if parts is None:
-        return f, x
+        return calls, x
     first, rest = parts
     samples = first(x).detach()
     if torch.is_autocast_enabled(x.device.type) and samples.dtype != x.dtype:
         samples = samples.to(x.dtype)  # paths between them need not be in low precision
-    return (rest, samples) if checks.same(outputs_of(rest, samples.clone()), ends) else (f, x)
+    after = Calls(rest, calls.begin_anew, calls.shape)
+    same = checks.same(outputs_of(after, samples.clone()), ends)
+    return (after, samples) if same else (calls, x)
+
+
+def _between(f: Calls, points: Tensor, x: Tensor, ends: Tensor, checks: Checks) -> Tensor:
+    """f's outputs (B, K) at points (B + B', *in), of which the last B' are left to samples that have to come out as before:
+    f may depend on how many rows there are, or on the calls before."""
+    rows = rows_between(len(x))
+    samples = points[len(points) - len(rows) :]
+    for place, row in zip(samples, rows):
+        place.copy_(x[row])
+    y = outputs_of(f, points)
+    checks.repeats(f, x, ends, y[-len(rows) :], rows, f"a batch of {len(points)}, after other batches")
+    return y[: -len(rows)]
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager:
@@ -347,7 +376,7 @@ def _copied(chain: Chain) -> Chain:
 
 
 def _generic(
-    f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor, nodes: Tensor, weights: Tensor, rows: int
+    f: Calls, x: Tensor, ends: Tensor, nodes: Tensor, weights: Tensor, rows: int, checks: Checks
 ) -> ChainConnectivity:
     """Calls f on tiles of about ``rows`` points of paths; the paths' ends are f's outputs on the samples."""
     original, ends = ends, widened(ends)
@@ -356,7 +385,8 @@ def _generic(
     t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
     if x.device.type == "cpu":
         keep_freed_pages()
-    most = max(1, rows // len(t))
+    samples = len(rows_between(len(x)))
+    most = max(1, (rows - samples) // len(t))
     for first, second in _pairs(len(x), most, x.device):
         # A path between close samples has few points in their own dtype.
         apart = ~_indistinct(x[first], x[second])
@@ -370,8 +400,11 @@ def _generic(
         while done < len(first):
             pair = slice(done, done + most)
             try:
-                points = torch.lerp(x[first[pair], None], x[second[pair], None], t).flatten(0, 1)
-                y = widened(outputs_of(f, points)).reshape(-1, len(t), ends.shape[1])
+                pairs = len(first[pair])
+                points = x.new_empty(pairs * len(t) + samples, *x.shape[1:])
+                on_paths = points[: pairs * len(t)].unflatten(0, (pairs, len(t)))
+                torch.lerp(x[first[pair], None], x[second[pair], None], t, out=on_paths)
+                y = widened(_between(f, points, x, original, checks)).reshape(-1, len(t), ends.shape[1])
                 r2[pair], found = torch.ops.lmnfast.path_r2(
                     y, ends, first[pair], second[pair], nodes, weights
                 )
@@ -405,7 +438,7 @@ def _nothing() -> None:
 
 
 def _generic_hermite(
-    f: Callable[[Tensor], Tensor],
+    f: Calls,
     x: Tensor,
     ends: Tensor,
     nodes: Tensor,
@@ -413,6 +446,7 @@ def _generic_hermite(
     midpoint: bool,
     tile: int,
     allocated: int,
+    checks: Checks,
 ) -> ChainConnectivity:
     """The polynomials' r2 from Jacobians of two tiles of samples at a time; f took ``allocated`` bytes for all samples.
 
@@ -423,7 +457,7 @@ def _generic_hermite(
     L = torch.ones(len(x), len(x), dtype=y.dtype, device=x.device)
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
     sample = torch.arange(len(x), device=x.device)
-    differentiated = Differentiated(f, x, ends, allocated, tile // 2)
+    differentiated = Differentiated(f, x, ends, allocated, tile // 2, checks)
     moments = _PolynomialMoments(nodes, weights, midpoint)
     # A quarter of the tile for each of two tiles of Jacobians, half of it for what the pairs of them take.
     pair = y.element_size() * (inputs + 8 * outputs) + (-(-allocated // len(x)) if midpoint else 0)
@@ -444,7 +478,7 @@ def _generic_hermite(
                 B = (step.transpose(0, 1) @ J_second[second.start - other :].mT).transpose(0, 1) - chord
                 values = [A, B]
                 if midpoint:
-                    values.append(_half_way(f, x, y, first, second))
+                    values.append(_half_way(f, x, ends, first, second, checks))
                 magnitude = torch.maximum(y[first, None].abs(), y[second].abs())
                 share, constant, unresolved = moments.nonlinear_share(chord, values, magnitude)
                 left = unresolved.any(-1)
@@ -470,14 +504,17 @@ def _generic_hermite(
     return ChainConnectivity(L, counts, resolved)
 
 
-def _half_way(f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, first: slice, second: slice) -> Tensor:
+def _half_way(f: Calls, x: Tensor, ends: Tensor, first: slice, second: slice, checks: Checks) -> Tensor:
     """f's distance from the chord at the midpoints of the paths with i < j; 0 for the other pairs."""
+    y = widened(ends)
     sample = torch.arange(len(x), device=x.device)
     i, j = (sample[second] > sample[first, None]).nonzero(as_tuple=True)
     result = y.new_zeros(first.stop - first.start, second.stop - second.start, y.shape[1])
     i, j = i + first.start, j + second.start
     if len(i):
-        middle = widened(outputs_of(f, torch.lerp(x[i], x[j], 0.5)))
+        points = x.new_empty(len(i) + len(rows_between(len(x))), *x.shape[1:])
+        torch.lerp(x[i], x[j], 0.5, out=points[: len(i)])
+        middle = widened(_between(f, points, x, ends, checks))
         result[i - first.start, j - second.start] = middle - torch.lerp(y[i], y[j], 0.5)
     return result
 
@@ -532,13 +569,14 @@ class _PolynomialMoments:
 
 
 def _of_jacobians(
-    f: Callable[[Tensor], Tensor], chain: Chain | None, x: Tensor, ends: Tensor, allocated: int
+    f: Calls, chain: Chain | None, x: Tensor, ends: Tensor, allocated: int, checks: Checks
 ) -> Tensor:
     """1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2), from the distances of jacobian_distances."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if chain is None:
-        rows, width = other_features(f, x, ends, allocated, False), ends.shape[1] * x[0].numel()
+        rows = other_features(f, x, ends, allocated, False, checks)
+        width = ends.shape[1] * x[0].numel()
     else:
         chain = merged(chain)
         if all(a.name == "identity" for a in chain.activations):
@@ -551,21 +589,23 @@ def _of_jacobians(
         return features
 
     L = tiled(with_norms, len(x), width, False, dtype)
-    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
-    for some in range(0, len(x), 256):
-        pair = norms[some : some + 256, None], norms
-        both = torch.hypot(
-            torch.maximum(*pair), torch.minimum(*pair)
-        )  # in one order: symmetric to the last bit
-        share = L[some : some + 256] / torch.where(both > 0, both, 1.0)
-        L[some : some + 256] = 1 - share.square()
+    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite. Each pair once, as
+    # torch's hypot has other last bits where it is not vectorised.
+    for begin in range(0, len(x), 256):
+        end = min(begin + 256, len(x))
+        both = torch.hypot(norms[begin:end, None], norms[begin:])
+        share = L[begin:end, begin:] / torch.where(both > 0, both, 1.0)
+        some = 1 - share.square()
+        own = some[:, : end - begin]
+        own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
+        L[begin:end, begin:] = some
+        L[end:, begin:end] = some[:, end - begin :].mT
     return L
 
 
 def _like(x: Tensor, values: Tensor) -> Tensor:
-    """values in x's dtype on x's device; a copy from memory that is not page-locked would wait for a GPU."""
-    values = values.to(x.dtype)
-    return values.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else values.to(x.device)
+    """values in x's dtype on x's device."""
+    return on_device(values.to(x.dtype), x.device)
 
 
 def _pairs(samples: int, tile: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

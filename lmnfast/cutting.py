@@ -1,4 +1,4 @@
-"""The sub-network after a layer, and its samples. Nothing here changes the user's model: see `network.evaluating`."""
+"""The sub-network after a layer, and its samples. Nothing here changes the user's model: see `state.evaluating`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from .network import (
     Stacked,
     Tracer,
     check_made,
-    evaluating,
     hooked,
     is_plain,
     loaded,
@@ -38,6 +37,7 @@ from .network import (
     same_output,
     wrapped_as,
 )
+from .state import alone, evaluating, refuse_sharded
 
 # Entries of an attribute up to which it is compared from one measurement to the next: a few hundred microseconds.
 LARGE = 1000
@@ -60,6 +60,7 @@ AFFINE_MODULES = (
 AFFINE_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
+@alone()
 def cut(
     model: nn.Module,
     layer: str,
@@ -117,6 +118,7 @@ def cut(
     return replacing, seen
 
 
+@alone()
 def run_to(
     model: nn.Module, layer: str, inputs: Any, forward: Forward = None, output: Output = None
 ) -> tuple[Tensor, Tensor]:
@@ -124,6 +126,7 @@ def run_to(
     return _run_to(model, layer, inputs, forward, output)[:2]
 
 
+@alone()
 def why_not_traced(
     model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
 ) -> tuple[nn.Module | None, str]:
@@ -224,6 +227,7 @@ def _run_to(
     """As run_to, and where in the layer's output its tensor is."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    refuse_sharded(model)
     rows = _rows(inputs, forward)
     part, call = _find(model, layer)
     run = Call(_called(model, forward), inputs, forward, output)
@@ -243,6 +247,8 @@ def _run_to(
     handle = nn.Module.register_forward_hook(part, record)  # a scripted module's own only raises
     try:
         result = _on_copies(run, inputs)
+        if isinstance(result, Tensor):  # the model's next call may overwrite it
+            result = result.clone()
     except Exception as error:
         _check_fit(run.model, inputs, forward, error)
         raise

@@ -13,8 +13,8 @@ from .network import (
     NotAChain,
     Output,
     chain_or_reason,
-    evaluating,
 )
+from .state import evaluating
 
 
 def explain(

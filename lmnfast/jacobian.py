@@ -13,14 +13,17 @@ from .evaluation import (
     CPU_TILE,
     DEFAULT_BUDGET,
     AllocationCount,
+    Calls,
     Checks,
     all_finite,
     checked_samples,
     has_kernels,
+    out_of_memory,
     outputs_of,
     widened,
 )
-from .network import IDENTITY, Activation, Chain, evaluating, recognise, why_no_chain
+from .network import IDENTITY, Activation, Chain, recognise, why_no_chain
+from .state import alone, evaluating
 
 PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
 # Bytes of features held at a time; the kernel packs the second samples' once more. All at once, or two tiles of them.
@@ -31,6 +34,7 @@ TILE_ROWS = 1024  # more would only make the tile of the result larger than thos
 ISOMETRY_ERROR = 1e-6
 
 
+@alone()
 def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT_BUDGET) -> Tensor:
     """Jacobian of f at every sample; ``torch.func.vmap(torch.func.jacrev(f))(x)`` to rounding, flattened.
 
@@ -54,16 +58,18 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT
     if budget <= 0:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
     x = checked_samples(f, x)
-    with evaluating(f):
-        chain, y, allocated = _prepared(f, x)
+    with evaluating(f) as begin_anew:
+        calls = Calls(f, begin_anew)
+        chain, y, allocated = _prepared(calls, x)
         if chain is not None:
             J = ops.jacobian(chain, x)
         else:
-            J = Differentiated(f, x, y, allocated, budget)(0, len(x))
+            J = Differentiated(calls, x, y, allocated, budget, Checks(False))(0, len(x))
     _check_finite(J)
     return J
 
 
+@alone()
 def jacobian_distances(
     f: Callable[[Tensor], Tensor], x: Tensor, *, affine: bool = False, squared: bool = False
 ) -> Tensor:
@@ -92,11 +98,13 @@ def jacobian_distances(
     """
     x = checked_samples(f, x)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with evaluating(f):
-        chain, y, allocated = _prepared(f, x)
+    with evaluating(f) as begin_anew:
+        calls = Calls(f, begin_anew)
+        chain, y, allocated = _prepared(calls, x)
         rows: Callable[[int, int], Tensor]
         if chain is None:
-            rows, width = other_features(f, x, y, allocated, affine), y.shape[1] * (x[0].numel() + affine)
+            rows = other_features(calls, x, y, allocated, affine, Checks(False))
+            width = y.shape[1] * (x[0].numel() + affine)
         else:
             chain = merged(chain)
             if all(a.name == "identity" for a in chain.activations):
@@ -105,6 +113,7 @@ def jacobian_distances(
         return tiled(rows, len(x), width, squared, dtype)
 
 
+@alone()
 def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Number of linear regions of a piecewise-linear chain that the samples lie in.
 
@@ -122,8 +131,8 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
         TypeError, ValueError: as :func:`lmnfast.connectivity`; another f is a ValueError.
     """
     x = checked_samples(f, x)
-    with evaluating(f):
-        chain, _, _ = _prepared(f, x, with_kernels=False)
+    with evaluating(f) as begin_anew:
+        chain, _, _ = _prepared(Calls(f, begin_anew), x, with_kernels=False)
         if chain is None:
             raise ValueError(
                 f"f: expected a chain of Linear layers and piecewise-linear activations; {why_no_chain(f)}"
@@ -138,16 +147,14 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
         return len(torch.cat(patterns, 1).unique(dim=0)) if patterns else 1
 
 
-def _prepared(
-    f: Callable[[Tensor], Tensor], x: Tensor, with_kernels: bool = True
-) -> tuple[Chain | None, Tensor, int]:
+def _prepared(calls: Calls, x: Tensor, with_kernels: bool = True) -> tuple[Chain | None, Tensor, int]:
     """The chain that f is, if so; f(x), checked; and the bytes that f's results took."""
     checks = Checks(False)
     checks.finite("x", x)
     with AllocationCount() as allocated:
-        y = outputs_of(f, x.clone())  # f may work in place
+        y = outputs_of(calls, x.clone()).clone()  # f may work in place, and overwrite what it returns
     checks.finite("f(x)", y)
-    chain = recognise(f) if has_kernels(x) or not with_kernels else None
+    chain = recognise(calls.f) if has_kernels(x) or not with_kernels else None
     if chain is not None and with_kernels and chain.skips:
         chain = None
     if chain is not None and ((x.dim() != 2 and not chain.flattens) or not checks.reproduces(chain, x, y)):
@@ -231,6 +238,8 @@ def _isometry(chain: Chain) -> Tensor | None:
     norms = M.diagonal().sqrt()
     used = norms > 0  # the others change no Jacobian
     units = int(used.sum())
+    if units == 0:
+        return M.new_zeros(1, len(M))
     if len(last) * first.shape[1] <= units:
         return None
     if units < len(M):
@@ -238,7 +247,9 @@ def _isometry(chain: Chain) -> Tensor | None:
     root, failed = torch.linalg.cholesky_ex(M / (norms[:, None] * norms))
     if failed:
         return None
-    inverse = torch.linalg.solve_triangular(root, torch.eye(units).to(root), upper=False)
+    inverse = torch.linalg.solve_triangular(
+        root, torch.eye(units, dtype=root.dtype, device=root.device), upper=False
+    )
     # Rounding changes M by about H epsilon, a squared distance by as much over the least eigenvalue.
     if not units * torch.finfo(torch.float64).eps * inverse.square().sum() <= ISOMETRY_ERROR:
         return None
@@ -297,9 +308,9 @@ def tiled(
 
 
 def other_features(
-    f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, allocated: int, affine: bool
+    f: Calls, x: Tensor, y: Tensor, allocated: int, affine: bool, checks: Checks
 ) -> Callable[[int, int], Tensor]:
-    differentiated = Differentiated(f, x, y, allocated, CPU_TILE // 4)
+    differentiated = Differentiated(f, x, y, allocated, CPU_TILE // 4, checks)
 
     def rows(begin: int, end: int) -> Tensor:
         J = differentiated(begin, end).double()
@@ -316,10 +327,8 @@ def other_features(
 class Differentiated:
     """Jacobians of any f at samples from begin to end, (end - begin, K, D), by whichever way works."""
 
-    def __init__(
-        self, f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, allocated: int, budget: int
-    ) -> None:
-        self.f, self.x, self.y = f, x.clone() if x.is_inference() else x, y
+    def __init__(self, f: Calls, x: Tensor, y: Tensor, allocated: int, budget: int, checks: Checks) -> None:
+        self.f, self.x, self.y, self.checks = f, x.clone() if x.is_inference() else x, y, checks
         self.inputs, self.outputs = x[0].numel(), y.shape[1]
         sample = -(-allocated // len(x))  # bytes that one sample takes
         directions = min(self.inputs, self.outputs)
@@ -335,14 +344,19 @@ class Differentiated:
             return J.zero_()
         for start in range(begin, end, self.chunk):
             some = self.x[start : min(start + self.chunk, end)]
-            J[start - begin : start - begin + len(some)] = self._differentiate(some)
+            J[start - begin : start - begin + len(some)], y = self._differentiate(some)
+            self.checks.repeats(
+                self.f, self.x, self.y, y, list(range(start, start + len(some))), "it alone, or on a few"
+            )
         return J
 
-    def _differentiate(self, x: Tensor) -> Tensor:
+    def _differentiate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Jacobians, and f's outputs, by the same calls."""
         while True:
             try:
                 with torch.inference_mode(False):
-                    return self.ways[0](x).detach().reshape(len(x), self.outputs, self.inputs)
+                    J, y = self.ways[0](x)
+                return J.detach().reshape(len(x), self.outputs, self.inputs), y.detach()
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -354,7 +368,7 @@ class Differentiated:
         """Whether nothing leads back from the outputs to the samples; an error where they do depend on them."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = self.x[:1].clone().requires_grad_()
-            y = outputs_of(self.f, leaf.clone())
+            y = self._with_graph(leaf)
             if y.requires_grad:
                 try:
                     if torch.autograd.grad(y.sum(), leaf, allow_unused=True)[0] is not None:
@@ -368,27 +382,36 @@ class Differentiated:
             )
         return True
 
-    def _of_one(self, sample: Tensor) -> Tensor:
-        return self.f(sample[None].clone()).flatten()
+    def _with_graph(self, leaf: Tensor) -> Tensor:
+        try:
+            return outputs_of(self.f, leaf.clone())
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise ValueError(f"f: cannot be differentiated: {error}") from error
 
-    def _forwards(self, x: Tensor) -> Tensor:
-        jacobian = torch.func.jacfwd(self._of_one, randomness="different")
+    def _of_one(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.f(sample[None].clone()).flatten()
+        return y, y
+
+    def _forwards(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        jacobian = torch.func.jacfwd(self._of_one, has_aux=True, randomness="different")
         with warnings.catch_warnings():  # torch's own, where it first differentiates forwards
             warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
             return torch.func.vmap(jacobian, randomness="different")(x)
 
-    def _backwards(self, x: Tensor) -> Tensor:
-        jacobian = torch.func.jacrev(self._of_one, chunk_size=self.chunk_outputs)
+    def _backwards(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        jacobian = torch.func.jacrev(self._of_one, has_aux=True, chunk_size=self.chunk_outputs)
         return torch.func.vmap(jacobian, randomness="different")(x)
 
-    def _output_by_output(self, x: Tensor) -> Tensor:
+    def _output_by_output(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()
-            sums = outputs_of(self.f, leaf.clone()).sum(0)
+            y = outputs_of(self.f, leaf.clone())
             rows = [
                 torch.autograd.grad(
                     total, leaf, retain_graph=True, allow_unused=True, materialize_grads=True
                 )[0]
-                for total in sums
+                for total in y.sum(0)
             ]
-        return torch.stack(rows, 1)
+        return torch.stack(rows, 1), y

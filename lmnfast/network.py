@@ -1,6 +1,6 @@
 """Whether a network is a chain of Linear and activations, and how one is run without a trace.
 
-Nothing here changes the user's model: see `evaluating`.
+Nothing here changes the user's model: see `state.evaluating`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .nested import contents
+from .state import alone, evaluating
 
 # The order is that of the enum in csrc/activation.h: the kernels get the index.
 ACTIVATIONS = (
@@ -131,86 +132,6 @@ class Chain:
         return values
 
 
-@contextmanager
-def evaluating(*modules: Any) -> Iterator[None]:
-    """Eval mode without gradients, for as long as the context lasts; afterwards, also after an error, all is
-    as it was.
-
-    Restored: every submodule's own training flag, its attributes and buffers (a forward pass may set or count
-    something), torch's random state on the CPU and CUDA, the grad mode. Flags are set directly, not by
-    train(): some modules rewrite their weights there. Modules compiled in place, and compiled parts of others, run
-    uncompiled: a hook would make them compile again. Observers of quantisation stand still, and attention runs as in
-    training: see `_without_fast_path`. Arguments that are no nn.Module are ignored.
-    """
-    parts = [part for module in modules if isinstance(module, nn.Module) for part in module.modules()]
-    flags = [(part, part.training) for part in parts]
-    attributes = [
-        (names, dict(names))
-        for part in parts
-        for names in (vars(part), part._parameters, part._buffers, part._modules)
-        if isinstance(names, dict)
-    ]  # a scripted module's are not
-    with torch.random.fork_rng(_cuda_devices()), torch.no_grad(), _without_fast_path():
-        buffers = [
-            (b, b._version, b.clone())
-            for part in parts
-            for b in part._buffers.values()
-            if b is not None and not b.is_inference()
-        ]
-        try:
-            for part in parts:
-                part.training = False
-                if getattr(part, "_compiled_call_impl", None) is not None:  # set by part.compile()
-                    part._compiled_call_impl = None
-                _stand_still(part, inner=not any(part is module for module in modules))
-            yield
-        finally:
-            for part, flag in flags:
-                part.training = flag
-            for now, before in attributes:
-                for name in now.keys() - before.keys():
-                    del now[name]
-                now.update(before)
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
-def _stand_still(part: nn.Module, inner: bool) -> None:
-    """Turns off what makes a call depend on earlier ones, or hooks fail; attributes and buffers are restored afterwards."""
-    if isinstance(part._buffers, dict) and "observer_enabled" in part._buffers:  # torch.ao's FakeQuantizeBase
-        part._buffers["observer_enabled"] = torch.zeros_like(part.observer_enabled)
-    if inner and "_orig_mod" in part._modules:  # torch.compile's
-        vars(part)["forward"] = part._orig_mod
-
-
-_fast_path_lock = threading.Lock()
-_fast_path_users = 0
-_fast_path_before = True
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Runs transformer layers of torch.nn as in training, which changes their results by rounding alone.
-
-    In eval mode with a padding mask nn.TransformerEncoder else hands nested tensors from layer to layer, which have no
-    shape, and calls none of a layer's parts. The setting is the process's, so threads that measure at a time share it.
-    """
-    global _fast_path_users, _fast_path_before
-    with _fast_path_lock:
-        if _fast_path_users == 0:
-            _fast_path_before = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-        _fast_path_users += 1
-    try:
-        yield
-    finally:
-        with _fast_path_lock:
-            _fast_path_users -= 1
-            if _fast_path_users == 0:
-                torch.backends.mha.set_fastpath_enabled(_fast_path_before)
-
-
 def networks_in(stacked: Stacked) -> int:
     """How many networks; ValueError for none, or numbers that differ."""
     counts = {len(value) for values in stacked for value in values.values()}
@@ -247,11 +168,6 @@ def loaded(f: nn.Module, stacked: Stacked, number: int) -> Iterator[None]:
                         raise ValueError(f"stacked: {names[id(tensor)]!r}: expected ({expected}), got {got}")
                     own[key] = value[number].detach()
         yield
-
-
-def _cuda_devices() -> list[int]:
-    """CUDA devices whose random state may be in use: none before CUDA is first touched."""
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def same_output(again: Any, output: Tensor) -> bool | Tensor:
@@ -380,13 +296,43 @@ def _selected(result: Any, output: Output) -> Any:
         raise ValueError(f"output: no {output!r} in what the model returns, {contents(result)}") from None
 
 
+class OnThread:
+    """True on one thread, false on every other."""
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self.thread
+
+
 class Tracer(fx.Tracer):
     """Keeps whole, beside torch's own modules: the layer to cut at, and every module with hooks, which would
-    else be run on proxies."""
+    else be run on proxies.
+
+    fx.Tracer replaces nn.Module.__call__ and __getattr__ for the whole process and sets a flag that compiled functions
+    refuse to run under. Here both count on the tracing thread alone, so that others can run their models meanwhile.
+    """
 
     def __init__(self, layer: nn.Module | None = None) -> None:
         super().__init__()
         self.layer = layer
+        self.here = OnThread(threading.get_ident())
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with alone():  # two traces at once would put back each other's replacements
+            return super().trace(root, concrete_args)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        if hasattr(fx._symbolic_trace, "_is_fx_tracing_flag"):  # which trace() has set, and sets back
+            fx._symbolic_trace._is_fx_tracing_flag = self.here
+        return super().create_args_for_root(root_fn, is_module, concrete_args)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return super().call_module(m, forward, args, kwargs) if self.here else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self.here else attr_val
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return module is self.layer or hooked(module) or super().is_leaf_module(module, qualified_name)
@@ -683,9 +629,23 @@ def _input(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
+# As they were at import: a library may put others in their place.
+FORWARDS = {k: k.forward for k in vars(nn).values() if isinstance(k, type) and issubclass(k, nn.Module)}
+FUNCTIONALS = {
+    f.__name__: f
+    for f in (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
+    if getattr(F, f.__name__, None) is f
+}
+
+
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module means just its class's forward."""
-    return not hooked(module) and "forward" not in vars(module)
+    """Whether calling the module means just its class's forward, and for a class of torch's own, torch's."""
+    if hooked(module) or "forward" in vars(module):
+        return False
+    kind = _kind(module)
+    if kind not in FORWARDS:
+        return True
+    return kind.forward is FORWARDS[kind] and all(getattr(F, name) is f for name, f in FUNCTIONALS.items())
 
 
 def _known(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import warnings
@@ -20,6 +21,7 @@ from .evaluation import DEFAULT_BUDGET
 from .network import Forward, Output
 from .quadrature import path_nodes
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
+from .state import alone
 
 # Bounds the memory of waiting connectivity matrices when solving falls behind measuring: 64 MB at N = 1000.
 MOST_PENDING = 16
@@ -47,7 +49,7 @@ class Probe:
     Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The tail is kept, and cut anew
     when anything in the model but its parameters' values has changed (see `network.python_state`), or when its
     outputs on the samples are no longer the model's. The connectivity is computed on the calling thread, the eigenproblem on one background
-    thread and one core. Training with a probe is bit-identical to training without: see `network.evaluating`.
+    thread and one core. Training with a probe is bit-identical to training without: see `state.evaluating`.
 
     On CUDA the connectivity is computed on a stream of the probe's own while the current one goes on: the
     weights of a fused chain are copied first; for any other network the current stream waits until its
@@ -104,23 +106,52 @@ class Probe:
         self._rows: dict[int, list[Future]] = {}
         self._unread: deque[Future] = deque()  # not yet given away by new_rows
         self._waiting: deque[Future] = deque()  # one thread solves them, so they end in order
+        self._start()
+        with self._timed(), alone():
+            tails = [cut(model, layer, inputs, **self._call)[0] for layer in self.layers]
+            state = python_state(model, inputs)
+            self._tails = {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
+
+    def _start(self) -> None:
+        """What belongs to this process."""
+        self._process = os.getpid()
         self._solver = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="lmnfast-probe", initializer=_work_on_one_core
         )
         self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
-        self._tails: dict[str, tuple[nn.Module, list]]  # by layer, with the state they were cut in
-        with self._timed():
-            tails = [cut(model, layer, inputs, **self._call)[0] for layer in self.layers]
-            state = python_state(model, inputs)
-            self._tails = {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
+        self._tails: dict[str, tuple[nn.Module, list]] = {}  # by layer, with the state they were cut in
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, deep or by pickle: a probe of the copied model that goes on with the rows, waited for, and writes to no
+        writer."""
+        own = ("_solver", "_streams", "_tails", "_process", "_rows", "_unread", "_waiting")
+        kept = {name: value for name, value in vars(self).items() if name not in own}
+        return {**kept, "_before": self.history, "_writers": (), "open": self._solver is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        is_open = state.pop("open")
+        vars(self).update(state)
+        self._rows, self._unread, self._waiting = {}, deque(), deque()
+        self._start()
+        if not is_open:
+            self._solver = None
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise RuntimeError(
+                "probe: made before this process was forked, whose thread that solves the rows is in the parent; expected a "
+                "probe made in this process"
+            )
 
     def __call__(self, step: int | None = None, **extra: float) -> bool:
         """Call once per training step; returns whether it measured.
 
         step: None counts on from the last call, from 0 at first. extra: numbers for this step's rows.
         Raises as `cut` and `connectivity` do, on CUDA but for what depends on values there, and then leaves no
-        row for this step; ValueError for an extra named like a column; RuntimeError when the probe is closed.
+        row for this step; ValueError for an extra named like a column; RuntimeError when the probe is closed, or was made
+        before this process was forked.
         """
+        self._check_process()
         if step is None:
             step = self._next_step
         self._next_step = step + 1
@@ -133,7 +164,7 @@ class Probe:
         if self._solver is None:
             raise RuntimeError("probe: closed; expected an open one")
         extra = {name: self._number(value) for name, value in extra.items()}
-        with self._timed():
+        with self._timed(), alone():
             state = python_state(self.model, self.inputs)
             enqueued = [self._enqueue(layer, state, step) for layer in self.layers]
             for layer in self.layers:
@@ -231,10 +262,11 @@ class Probe:
 
         Waits for pending rows; raises RuntimeError when one failed.
         """
+        self._check_process()
         with self._timed():
             rows = [
                 *map(dict, self._before),
-                *(dict(row.result()) for rows in self._rows.values() for row in rows),
+                *(dict(row.result()) for rows in list(self._rows.values()) for row in rows),
             ]
         self._warn()
         return rows
@@ -245,6 +277,7 @@ class Probe:
         Where there are writers, they get the rows, and this none. A row that failed is raised, as `history` raises it, once:
         by the call after the one that returns the rows before it.
         """
+        self._check_process()
         rows: list[dict[str, Any]] = []
         with self._timed():
             while self._unread and (wait or self._unread[0].done()):
@@ -269,6 +302,7 @@ class Probe:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict`; rows of this probe's own are dropped, and those loaded go to no writer."""
+        self._check_process()
         with self._timed():
             for row in self._waiting:
                 row.exception()
@@ -291,9 +325,10 @@ class Probe:
     def close(self) -> None:
         """Waits for pending rows, gives them to the writers and closes those, and ends the thread; the history stays.
 
-        Raises RuntimeError for the first row that failed, where there are writers to miss it.
+        Raises RuntimeError for the first row that failed, where there are writers to miss it. In a process that was forked
+        after the probe was made it does nothing: thread, rows and writers are the parent's.
         """
-        if self._solver is not None:
+        if self._solver is not None and self._process == os.getpid():
             with self._timed():
                 self._solver.shutdown()
             self._solver = None

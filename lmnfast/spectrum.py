@@ -13,6 +13,7 @@ from . import ops
 from .connectivity import Enqueued, measured, warn_of_offsets
 from .evaluation import DEFAULT_BUDGET, all_finite
 from .network import Stacked
+from .state import one_core_after_fork
 
 SOLVERS = ("auto", "cpu", "cuda")
 NEGATIVE = ("absolute", "clip")
@@ -47,6 +48,7 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
     return _solved(L, solver)[0].to(L.device)
 
 
+@one_core_after_fork()
 def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
     """The eigenvalues of a matrix known to be one, where they were solved for, and where that was."""
     if solver not in SOLVERS:

@@ -83,13 +83,14 @@ def test_a_chain_is_called_on_the_samples_alone_and_any_other_network_on_the_pat
     rows = []
     f.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     L = lmnfast.connectivity(f, x)
-    assert rows[:2] == [30, 15] and sum(rows[2:]) == 435 * 19, "the ends must not be evaluated again"
+    tiles = rows[3:]
+    assert rows[:3] == [30, 7, 7] and sum(tiles) == 435 * 19 + 3 * len(tiles), "3 samples in a tile, not its ends"
     with torch.no_grad():
         assert (L - reference.path_connectivity(f, x, *UNIFORM)).abs().max() < 1e-5
     chain = mlp(6, 20, 4)
     forwarded = counted(chain)
     generic = lmnfast.connectivity(forwarded, x)
-    assert sum(forwarded.batches) == 30 + 15 + 435 * 19
+    assert sum(forwarded.batches) == 30 + 14 + 435 * 19 + 3 * (len(forwarded.batches) - 3)
     monkeypatch.setattr(MODULE, "_generic", lambda *_: pytest.fail("the chain went the generic route"))
     assert (lmnfast.connectivity(chain, x) - generic).abs().max() < 1e-5
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..nested import mapped
 from ..probe import Probe, Writer
+from ..state import sharding_of
 
 
 def required(names: str | tuple[str, ...], extra: str) -> ModuleType:
@@ -43,16 +44,7 @@ def refuse_sharded(model: nn.Module, strategy: str | None = None) -> None:
 
     strategy: what the trainer calls it, where it is known to shard before the model shows it.
     """
-    parameters = list(model.parameters())
-    if strategy is None and any(
-        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
-    ):
-        strategy = "FullyShardedDataParallel"
-    if strategy is None and any(type(p).__name__ == "DTensor" for p in parameters):
-        strategy = "DTensor parameters"
-    if strategy is None and any(hasattr(p, "ds_id") for p in parameters):
-        strategy = "DeepSpeed ZeRO stage 3"
-    if strategy is not None:
+    if (strategy := strategy or sharding_of(model)) is not None:
         raise ValueError(
             f"strategy: expected one that keeps the whole model in each process (one device, DDP), got "
             f"{strategy}, which shards it; measure saved checkpoints instead"

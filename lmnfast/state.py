@@ -1,0 +1,303 @@
+"""What measuring leaves as it was: what a forward pass may change, and the threads and processes it may happen in."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What is looked into, beside modules, for containers and tensors that a forward pass may change.
+CONTAINERS = (dict, list, set, deque)
+LEVELS = 3  # a module's attributes, the containers among them, and containers in those
+# Entries up to which a container is looked into: the larger ones (vocabularies, replay buffers) hold plain values.
+LARGE = 1000
+# Bytes up to which a tensor that is no buffer is copied, to be put back: a data set in an attribute is not.
+LARGE_TENSOR = 2**24
+# Attributes that have another value while a module is measured, and that value. A hook would make a module compiled in
+# place compile again. DistributedDataParallel would wait in its forward pass for processes that do not measure.
+SWITCHES = {
+    "training": False,
+    "_compiled_call_impl": None,
+    "require_forward_param_sync": False,
+    "require_backward_grad_sync": False,
+}
+
+_lock = threading.RLock()
+_forked = False
+
+
+def _after_fork() -> None:
+    global _lock, _forked
+    _lock, _forked = threading.RLock(), True  # whichever thread held the lock is not in the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def cores_to_use() -> int:
+    """As many as torch may use; 1 in a forked process. The threads of an OpenMP runtime are not copied by a fork, and the
+    child that goes on with more than one thread waits for them for ever."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+@contextmanager
+def one_core_after_fork() -> Iterator[None]:
+    """In a forked process torch's operations run on one core, for as long as the context lasts; see `cores_to_use`."""
+    threads = torch.get_num_threads()
+    if not _forked or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One thread of the process at a time is in here, as modes, hooks and attributes of a model are one for all threads;
+    the same one again, too. In a forked process on one core."""
+    with _lock, one_core_after_fork():
+        yield
+
+
+def sharding_of(model: nn.Module) -> str | None:
+    """By what a model's parameters are distributed over processes, of which none has the whole model; None: they are not."""
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+        return "FullyShardedDataParallel"
+    for parameter in model.parameters():
+        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
+            return "DTensor parameters"
+        if hasattr(parameter, "ds_id"):
+            return "DeepSpeed ZeRO stage 3"
+    return None
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """ValueError for a model that no process has whole: its forward pass is one of all processes together, and its modules
+    swap their parameters in it."""
+    if (sharding := sharding_of(model)) is not None:
+        raise ValueError(
+            f"model: its parameters are sharded over processes ({sharding}); expected a model that this process has whole "
+            "(one device, DDP); measure saved checkpoints instead"
+        )
+
+
+@contextmanager
+def evaluating(*modules: Any) -> Iterator[Callable[[], None]]:
+    """Eval mode without gradients, for as long as the context lasts; afterwards, also after an error, all is
+    as it was. Gives a function that puts everything but the random states back at once, so that the next forward pass is
+    like the first.
+
+    Restored: every submodule's own training flag, its attributes, its buffers and the other tensors among its attributes (a
+    forward pass may set or count something); lists, dicts, sets and deques among the attributes and in those, in place; the
+    random states of torch on the CPU and CUDA, of Python's `random` and of numpy; the grad mode. Not restored: objects of
+    other classes, containers deeper down or elsewhere (what a hook or a closure fills), tensors over 16 MB that are no
+    buffers, and what lies outside the process.
+
+    Flags are set directly, not by train(): some modules rewrite their weights there. Modules compiled in place, and compiled
+    parts of others, run uncompiled; DistributedDataParallel runs without its collectives. Observers of quantisation stand
+    still, and attention runs as in training: see `_without_fast_path`. Arguments that are no nn.Module are ignored. One
+    thread at a time is in here; see `alone`.
+
+    Raises ValueError for a model whose parameters are sharded, RuntimeError afterwards for a parameter or a large tensor that
+    the forward pass has overwritten.
+    """
+    roots = [module for module in modules if isinstance(module, nn.Module)]
+    parts = list(dict.fromkeys(part for module in roots for part in module.modules()))
+    with alone():
+        for module in roots:
+            refuse_sharded(module)
+        switched = [
+            (part, name, getattr(part, name))
+            for part in parts
+            for name, value in SWITCHES.items()
+            if (name == "training" or name in vars(part)) and getattr(part, name) != value
+        ]
+        with _random_states(), torch.no_grad(), _without_fast_path():
+            kept = _Kept()
+            with ExitStack() as stack:
+                stack.callback(_set_all, switched)
+                for part, name, _ in switched:
+                    setattr(part, name, SWITCHES[name])
+                for part in parts:
+                    _stand_still(part, inner=not any(part is root for root in roots), stack=stack)
+                stack.callback(kept.put_back, values=True)
+                kept.keep(parts)
+                yield kept.put_back
+            kept.check()
+
+
+def _set_all(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
+    for part, name, value in values:
+        setattr(part, name, value)
+
+
+def _stand_still(part: nn.Module, inner: bool, stack: ExitStack) -> None:
+    """Turns off what makes a call depend on earlier ones, or hooks fail, until the stack is closed."""
+    if isinstance(part._buffers, dict) and "observer_enabled" in part._buffers:  # torch.ao's FakeQuantizeBase
+        enabled = part._buffers["observer_enabled"]
+        part._buffers["observer_enabled"] = torch.zeros_like(enabled)
+        stack.callback(part._buffers.__setitem__, "observer_enabled", enabled)
+    if inner and "_orig_mod" in part._modules:  # torch.compile's
+        own = vars(part)
+        undo = (own.__setitem__, "forward", own["forward"]) if "forward" in own else (own.pop, "forward", None)
+        stack.callback(*undo)
+        own["forward"] = part._orig_mod
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Runs transformer layers of torch.nn as in training, which changes their results by rounding alone.
+
+    In eval mode with a padding mask nn.TransformerEncoder else hands nested tensors from layer to layer, which have no
+    shape, and calls none of a layer's parts. The setting is the process's.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    numpy = sys.modules.get("numpy.random")
+    with torch.random.fork_rng(_cuda_devices()), ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        if numpy is not None:
+            stack.callback(numpy.set_state, numpy.get_state(legacy=False))
+        yield
+
+
+def _cuda_devices() -> list[int]:
+    """CUDA devices whose random state may be in use: none before CUDA is first touched."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+class _Kept:
+    """What a forward pass may change in modules."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, int, Tensor]] = []
+        self._unkept: list[tuple[str, Tensor, int]] = []  # tensors of which there is no copy
+        self._storages: list[tuple[Tensor, Tensor, int]] = []
+
+    def keep(self, parts: Iterable[nn.Module]) -> None:
+        for part in parts:
+            for name, parameter in part._parameters.items():
+                if parameter is not None and id(parameter) not in self._seen:
+                    self._seen.add(id(parameter))
+                    self._keep_parameter(part, name, parameter)
+            for buffer in part._buffers.values():
+                if buffer is not None:
+                    self._keep_tensor(buffer, buffer=True)
+            own = vars(part)
+            if isinstance(own, dict):  # a scripted module's is not
+                self._keep(own, LEVELS)
+
+    def _keep_parameter(self, part: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if type(parameter) is nn.Parameter and not parameter.is_inference():
+            data = parameter.detach()
+            self._storages.append((parameter, data, data.data_ptr() if data.layout == torch.strided else 0))
+            if getattr(part, "max_norm", None) is not None:  # rows that it renormalises in place
+                self._tensors.append((parameter, parameter._version, data.clone()))
+            else:
+                self._unkept.append(
+                    (f"parameter {name!r} of a {type(part).__name__}", parameter, parameter._version)
+                )
+
+    def _keep_tensor(self, tensor: Tensor, buffer: bool) -> None:
+        if id(tensor) in self._seen or tensor.is_inference() or isinstance(tensor, nn.Parameter):
+            return
+        self._seen.add(id(tensor))
+        if buffer or tensor.layout == torch.strided and tensor.nbytes <= LARGE_TENSOR:
+            self._tensors.append((tensor, tensor._version, tensor.clone()))
+        else:
+            self._unkept.append((f"a tensor of shape {tuple(tensor.shape)}", tensor, tensor._version))
+
+    def _keep(self, value: Any, levels: int) -> None:
+        if isinstance(value, CONTAINERS):
+            if id(value) in self._seen:
+                return
+            self._seen.add(id(value))
+            self._containers.append((value, _copy_of(value)))
+        elif not isinstance(value, tuple):
+            return
+        if levels > 1 and len(value) <= LARGE:
+            for entry in value.values() if isinstance(value, dict) else value:
+                if isinstance(entry, Tensor):
+                    self._keep_tensor(entry, buffer=False)
+                elif isinstance(entry, (*CONTAINERS, tuple)):
+                    self._keep(entry, levels - 1)
+
+    def put_back(self, values: bool = False) -> None:
+        """values: also where only the values show that a tensor has changed, as after a change of its .data."""
+        for now, before in self._containers:
+            _put_back(now, before)
+        for parameter, data, address in self._storages:
+            if address and parameter.data_ptr() != address:
+                parameter.data = data
+        for tensor, version, value in self._tensors:
+            if tensor._version != version:
+                tensor.copy_(value)
+            elif values and not (tensor.device.type == "cpu" and torch.equal(tensor, value)):
+                tensor.data.copy_(value)  # elsewhere a comparison would wait for the device
+
+    def check(self) -> None:
+        for name, tensor, version in self._unkept:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"f: its forward pass in eval mode, or another thread, has overwritten {name}, which cannot be put "
+                    "back; expected that it stays as it is while f is measured"
+                )
+
+
+def _copy_of(value: Any) -> Any:
+    if isinstance(value, OrderedDict):
+        return OrderedDict(value) if value else {}
+    if isinstance(value, dict):
+        return dict(value)
+    return set(value) if isinstance(value, set) else list(value)
+
+
+def _put_back(now: Any, before: Any) -> None:
+    """Makes a container hold what it held, by its built-in class's own methods, where it does not."""
+    if isinstance(now, dict):
+        if _same(now, before) and _same(now.values(), before.values()):
+            return
+        base = OrderedDict if isinstance(now, OrderedDict) else dict
+        for key in [key for key in now if key not in before]:
+            base.__delitem__(now, key)
+        for key, value in before.items():
+            base.__setitem__(now, key, value)
+        if not _same(now, before):  # in another order
+            base.clear(now)
+            for key, value in before.items():
+                base.__setitem__(now, key, value)
+    elif isinstance(now, set):
+        if now != before:
+            set.clear(now)
+            set.update(now, before)
+    elif not _same(now, before):
+        base = deque if isinstance(now, deque) else list
+        base.clear(now)
+        base.extend(now, before)
+
+
+def _same(now: Any, before: Any) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))

@@ -1,0 +1,415 @@
+"""What measuring leaves behind: nothing, in any thread or process."""
+
+import collections
+import copy
+import multiprocessing
+import os
+import pickle
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import lmnfast
+from lmnfast.network import Tracer
+from lmnfast.state import evaluating, sharding_of
+
+
+def samples(n: int, *shape: int) -> Tensor:
+    return torch.randn(n, *(shape or (6,)), generator=torch.Generator().manual_seed(0))
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 3))
+
+
+def measure_all(model: nn.Module, layer: str, x: Tensor) -> None:
+    lmnfast.lmn(model, x)
+    lmnfast.jacobians(model, x)
+    lmnfast.lmn(*lmnfast.cut(model, layer, x))
+    with lmnfast.Probe(model, x, layer, every=1) as probe:
+        probe(0)
+
+
+# Containers, tensors, random states ------------------------------------------------------------------------
+
+
+class Fills(nn.Module):
+    """Changes everything that it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = mlp()
+        self.seen: list[Tensor] = []
+        self.stats = {"calls": 0, "by": {"rows": 1}}
+        self.shapes = {1}
+        self.last = collections.deque([1, 2], maxlen=2)
+        self.counter = collections.Counter(a=3)
+        self.order = collections.OrderedDict(a=1, b=2)
+        self.many = collections.defaultdict(list)
+        self.plain = torch.zeros(3)
+        self.inside = [torch.zeros(3)]
+        self.register_buffer("counted", torch.zeros(3))
+        self.register_buffer("quietly", torch.zeros(3))
+
+    def forward(self, z):
+        y = self.network(z)
+        self.seen.append(y)
+        self.stats["calls"] += 1
+        self.stats["by"]["rows"] += len(z)
+        self.stats["by"]["more"] = 1
+        self.shapes.add(len(z))
+        self.last.append(len(z))
+        self.counter.update("ab")
+        self.order.move_to_end("a")
+        self.many[len(z)].append(1)
+        self.plain += 1
+        self.inside[0] += 1
+        self.counted += 1
+        self.quietly.data += 1
+        self.new = y
+        return y
+
+
+def contents(model: Fills) -> dict:
+    names = "seen stats shapes last counter order many plain inside counted quietly".split()
+    return {name: getattr(model, name) for name in names}
+
+
+def test_containers_and_tensors_that_a_forward_changes_are_put_back_in_place():
+    model, x = Fills(), samples(12)
+    before, objects = repr(contents(model)), list(map(id, contents(model).values()))
+    inner = model.stats["by"], model.inside[0]
+    measure_all(model, "network.0", x)
+    assert repr(contents(model)) == before and list(map(id, contents(model).values())) == objects
+    assert model.stats["by"] is inner[0] and model.inside[0] is inner[1]
+    assert not hasattr(model, "new") and list(model.order) == ["a", "b"]
+    with pytest.raises(ValueError, match="NaN"):
+        lmnfast.lmn(model, x * float("inf"))
+    assert repr(contents(model)) == before
+
+
+def test_a_forward_that_renormalises_its_weights_leaves_them_as_they_were():
+    class MaxNorm(nn.Linear):
+        def forward(self, z):
+            self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+            return super().forward(z)
+
+    embedding = nn.Sequential(nn.Embedding(20, 6, max_norm=0.1), mlp())
+    constrained = nn.Sequential(MaxNorm(6, 6), mlp())
+    for model, x in ((embedding, torch.arange(20)), (constrained, samples(12))):
+        before = copy.deepcopy(model.state_dict())
+        addresses = [p.data_ptr() for p in model.parameters()]
+        lmnfast.lmn(*lmnfast.cut(model, "0", x))
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert addresses == [p.data_ptr() for p in model.parameters()]
+
+
+def test_a_forward_that_overwrites_its_weights_in_eval_mode_is_refused():
+    class Decays(nn.Linear):
+        def forward(self, z):
+            with torch.no_grad():
+                self.weight.mul_(0.99)
+            return super().forward(z)
+
+    with pytest.raises(RuntimeError, match="f: .* overwritten parameter 'weight' of a Decays"):
+        lmnfast.cut(nn.Sequential(Decays(6, 6), mlp()), "0", samples(9))
+
+
+def test_random_states_of_python_and_numpy_are_put_back():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = mlp()
+
+        def forward(self, z):
+            random.random(), np.random.rand(), torch.rand(1)
+            return self.network(z)
+
+    def states():
+        return random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()
+
+    before = states()
+    measure_all(Draws(), "network.0", samples(12))
+    with pytest.raises(ValueError):
+        lmnfast.lmn(Draws(), samples(12) * float("nan"))
+    assert states() == before
+
+
+# Threads ---------------------------------------------------------------------------------------------------
+
+
+class Written(nn.Module):
+    """Has to be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+        self.drop = nn.Dropout()
+
+    def forward(self, z):
+        return self.last(self.drop(torch.tanh(self.norm(self.first(z)))))
+
+
+def run_together(*work) -> list[BaseException]:
+    errors: list[BaseException] = []
+
+    def guarded(function):
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_one_model_may_be_measured_by_several_threads_at_once():
+    torch.manual_seed(0)
+    model, x = Written(), samples(20)
+    model(x)
+    right = lmnfast.lmn(*lmnfast.cut(model, "first", x))
+    before = copy.deepcopy(model.state_dict())
+    numbers = []
+
+    def work():
+        for _ in range(4):
+            numbers.append(float(lmnfast.lmn(*lmnfast.cut(model, "first", x))))
+
+    assert run_together(work, work, work) == []
+    assert numbers == pytest.approx([float(right)] * 12, rel=1e-6)
+    assert all(part.training and not part._forward_hooks for part in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_another_thread_runs_its_model_while_this_one_traces():
+    reached, go_on = threading.Event(), threading.Event()
+    other, x = Written().eval(), samples(20)
+    expected = other(x)
+
+    class Waits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, z):
+            assert fx._symbolic_trace._is_fx_tracing_flag
+            reached.set()
+            assert go_on.wait(30)
+            return self.inner(z)
+
+    graphs = []
+
+    def trace():
+        graphs.append(Tracer().trace(Waits()))
+
+    def run():
+        assert reached.wait(30)
+        try:
+            assert torch.equal(other(x), expected) and other.first is other._modules["first"]
+            assert not fx._symbolic_trace._is_fx_tracing_flag, "compiled functions would refuse to run"
+            seen = []
+            handle = other.last.register_forward_hook(lambda *_: seen.append(1))
+            other(x)
+            handle.remove()
+            assert seen == [1]
+        finally:
+            go_on.set()
+
+    assert run_together(trace, run) == []
+    assert [node.op for node in graphs[0].nodes] == ["placeholder", *["call_module"] * 3, "output"]
+
+
+def test_the_lock_is_free_after_an_error():
+    model = Written()
+
+    def fails(z):
+        raise OverflowError
+
+    for _ in range(2):
+        with pytest.raises(OverflowError):
+            lmnfast.lmn(fails, samples(5))
+        stacked = {"first.weight": torch.zeros(2, 1)}, {}
+        with pytest.raises(ValueError, match="stacked"):
+            lmnfast.lmn(model, samples(2, 5, 6), stacked=stacked)
+    assert run_together(lambda: lmnfast.lmn(mlp(), samples(5))) == []
+
+
+# Processes -------------------------------------------------------------------------------------------------
+
+
+def in_a_fork(work) -> object:
+    """What a function returns, or raises, in a forked process."""
+
+    def run(results):
+        try:
+            results.put(work())
+        except Exception as error:
+            results.put(f"{type(error).__name__}: {error}")
+
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=run, args=(results,))
+    child.start()
+    child.join(30)
+    try:
+        assert not child.is_alive(), "the forked process hangs"
+        return results.get()
+    finally:
+        child.kill()
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+quiet = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@needs_fork
+@quiet
+def test_a_forked_process_measures_on_one_core(threads):
+    threads(2)
+    x = samples(200, 64)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 100), nn.SiLU(), nn.Linear(100, 31))
+    generic = nn.Sequential(nn.Linear(64, 100), nn.Hardswish(), nn.Linear(100, 31))
+    settings = {"rule": "lobatto", "points": 5}
+
+    def work() -> list[float]:
+        numbers = [float(lmnfast.lmn(f, x, **settings)) for f in (net, generic)]
+        assert lmnfast.jacobian_distances(net, x).shape == (200, 200)
+        with lmnfast.Probe(net, x, "0", every=1, **settings) as probe:
+            probe(0)
+        return [*numbers, probe.history[0]["lmn"], torch.get_num_threads()]
+
+    right = work()
+    assert in_a_fork(work) == pytest.approx(right, rel=1e-5)
+
+
+@needs_fork
+@quiet
+def test_a_probe_from_before_a_fork_says_so_in_the_child():
+    model, x = mlp(), samples(9)
+    with lmnfast.Probe(model, x, "0", every=1) as probe:
+        probe(0)
+        probe.history
+        for use in (lambda: probe(1), lambda: probe.history, probe.state_dict, probe.new_rows):
+            assert "RuntimeError: probe: made before this process was forked" in in_a_fork(use)
+        assert in_a_fork(probe.close) is None
+        probe(1)
+    assert len(probe.history) == 2
+
+
+@needs_fork
+@quiet
+def test_a_fork_while_another_thread_measures_does_not_keep_its_lock():
+    reached, go_on = threading.Event(), threading.Event()
+
+    def f(z):
+        reached.set()
+        assert go_on.wait(30)
+        return torch.tanh(z)
+
+    def fork():
+        assert reached.wait(30)
+        try:
+            assert in_a_fork(lambda: float(lmnfast.lmn(torch.tanh, samples(9)))) >= 1
+        finally:
+            go_on.set()
+
+    assert run_together(lambda: lmnfast.lmn(f, samples(9)), fork) == []
+
+
+# Models over several processes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_parameters_are_refused_and_training_goes_on(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain, x = mlp(), samples(9)
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    assert sharding_of(sharded) == "DTensor parameters" and sharding_of(plain) is None
+    for measure in (
+        lambda: lmnfast.lmn(sharded, x),
+        lambda: lmnfast.measure(sharded, x),
+        lambda: lmnfast.jacobians(sharded, x),
+        lambda: lmnfast.cut(sharded, "0", x),
+        lambda: lmnfast.Probe(sharded, x, "0"),
+    ):
+        with pytest.raises(ValueError, match=r"model: its parameters are sharded .*DTensor"):
+            measure()
+        for model in (plain, sharded):
+            model.zero_grad()
+            model(x).square().mean().backward()
+            torch.optim.SGD(model.parameters(), 0.1).step()
+    for own, other in zip(plain.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(own, other.full_tensor())
+
+
+def test_a_model_in_ddp_is_measured_without_collectives(process_group, monkeypatch):
+    torch.manual_seed(0)
+    model, x = Written(), samples(12)
+    model(x)
+    right = lmnfast.lmn(*lmnfast.cut(model, "first", x))
+    whole = lmnfast.lmn(model, x)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel, "_sync_buffers", lambda: pytest.fail("waits for the other processes"))
+        cut = lmnfast.cut(parallel, "module.first", x)
+        assert float(lmnfast.lmn(*cut)) == pytest.approx(float(right), rel=1e-5)
+        assert float(lmnfast.lmn(parallel, x)) == pytest.approx(float(whole), rel=1e-5)
+        lmnfast.jacobians(parallel, x)
+    assert parallel.require_forward_param_sync and parallel.require_backward_grad_sync
+    for _ in range(2):
+        parallel(x).sum().backward()
+
+
+# Copies ----------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_can_be_copied_and_pickled_with_its_model():
+    model, x = mlp(), samples(9)
+    with lmnfast.Probe(model, x, "0", every=1) as probe:
+        probe(0)
+        model.probe = probe
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with copied.probe as other:
+                assert other.model is copied and other.history == probe.history
+                copied[2].weight.data.mul_(2)
+                copied[0].weight.data.mul_(2)
+                other()
+                assert [row["step"] for row in other.history] == [0, 1] and len(probe.history) == 1
+                assert other.history[1]["lmn"] != other.history[0]["lmn"]
+        del model.probe
+    assert not copy.deepcopy(probe).pending
+    with pytest.raises(RuntimeError, match="closed"):
+        copy.deepcopy(probe)(5)
+
+
+def test_nested_contexts_put_back_what_each_found():
+    model = Fills()
+    with evaluating(model):
+        model.stats["calls"] = 5
+        with evaluating(model) as begin_anew:
+            model(samples(3))
+            begin_anew()
+            assert model.stats["calls"] == 5 and not model.training
+        assert model.stats["calls"] == 5 and not model.training
+    assert model.stats["calls"] == 0 and model.training
