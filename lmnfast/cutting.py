@@ -488,6 +488,8 @@ def _after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphMo
     for node in reversed(tail.nodes):
         if not node.users and _pure(node):  # a loss beside the output, say
             tail.erase_node(node)
+    for node in tail.nodes:  # annotations that are strings cannot be pickled
+        node.type = None
     return fx.GraphModule(root, tail)
 
 

@@ -223,9 +223,7 @@ def outputs_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         expected, hint = ("*out",), ""
         if known is not None:
             expected = known[1:]
-            hint = (
-                f", though it gives {tuple(known)} for {known[0]}; does the shape follow the number of samples?"
-            )
+            hint = f", though it gives {tuple(known)} for {known[0]}; does the shape follow the number of samples?"
         shape = ", ".join(map(str, (len(x), *expected)))
         raise ValueError(
             f"f: expected outputs ({shape}) for {len(x)} samples, got shape {tuple(y.shape)}{hint}; samples are rows along "

@@ -152,7 +152,9 @@ def _stand_still(part: nn.Module, inner: bool, stack: ExitStack) -> None:
         stack.callback(part._buffers.__setitem__, "observer_enabled", enabled)
     if inner and "_orig_mod" in part._modules:  # torch.compile's
         own = vars(part)
-        undo = (own.__setitem__, "forward", own["forward"]) if "forward" in own else (own.pop, "forward", None)
+        undo = (
+            (own.__setitem__, "forward", own["forward"]) if "forward" in own else (own.pop, "forward", None)
+        )
         stack.callback(*undo)
         own["forward"] = part._orig_mod
 
@@ -252,11 +254,12 @@ class _Kept:
         for parameter, data, address in self._storages:
             if address and parameter.data_ptr() != address:
                 parameter.data = data
-        for tensor, version, value in self._tensors:
-            if tensor._version != version:
-                tensor.copy_(value)
-            elif values and not (tensor.device.type == "cpu" and torch.equal(tensor, value)):
-                tensor.data.copy_(value)  # elsewhere a comparison would wait for the device
+        with torch._C.DisableTorchFunction():  # a mode around f, as one of float64, would copy into a copy
+            for tensor, version, value in self._tensors:
+                if tensor._version != version:
+                    tensor.copy_(value)
+                elif values and not (tensor.device.type == "cpu" and torch.equal(tensor, value)):
+                    tensor.data.copy_(value)  # elsewhere a comparison would wait for the device
 
     def check(self) -> None:
         for name, tensor, version in self._unkept:

@@ -286,3 +286,26 @@ def test_only_piecewise_linear_chains_have_linear_regions():
 def test_budgets_are_positive():
     with pytest.raises(ValueError, match="budget: expected a positive number of bytes, got 0"):
         lmnfast.jacobians(network(3, 5, 2), samples(4, 3), budget=0)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_head_of_zeros_has_one_linear_map(depth):
+    torch.manual_seed(0)
+    hidden = [part for _ in range(depth - 1) for part in (nn.Linear(16, 16), nn.Tanh())]
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), *hidden, nn.Linear(16, 4))
+    nn.init.zeros_(model[-1].weight)
+    x = torch.randn(10, 8)
+    for affine in (False, True):
+        assert (lmnfast.jacobian_distances(model, x, affine=affine) == 0).all()
+    for f in (model, lambda z: model(z)):
+        assert (lmnfast.connectivity(f, x, method="jacobian") == 1).all()
+
+
+def test_jacobian_connectivity_is_symmetric_to_the_last_bit():
+    for seed in range(155, 160):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+        for n in (37, 300):
+            x = torch.randn(n, 5, dtype=torch.float64)
+            L = lmnfast.connectivity(model, x, method="jacobian")
+            assert torch.equal(L, L.mT) and (L.diagonal() == 1).all()
