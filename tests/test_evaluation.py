@@ -155,6 +155,16 @@ def test_a_state_that_a_module_keeps_between_calls_is_begun_anew(where):
     torch.testing.assert_close(lmnfast.jacobians(model, x), J)
 
 
+@pytest.mark.parametrize("where", ["attribute", "buffer", "list", "dict"])
+def test_a_state_begins_anew_also_where_pairs_are_measured_in_float64(where):
+    model, x = Keeping(where), samples(12)
+    x = torch.cat((x, x[:3] * (1 + 1e-6)))
+    right = truth(lambda z: torch.tanh(model.network.double()(z)), x.double())
+    model.float()
+    assert float(lmnfast.lmn(model, x, budget=2**15)) == pytest.approx(right, rel=1e-3)
+    assert (model.state, model.states, model.by_name, float(model.calls)) == (None, [], {"state": {}}, 0)
+
+
 @pytest.mark.parametrize("where", ["attribute", "list", "dict", "buffer"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_state_in_the_closure_of_a_function_is_refused(where, method):
