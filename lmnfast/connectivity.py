@@ -278,7 +278,7 @@ def enqueue(
                 tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
                 if method == "jacobian":
                     L = _of_jacobians(calls, chain, x, ends, allocated.bytes, checks)
-                    measured = ChainConnectivity(L, torch.zeros(2, dtype=torch.int64), _nothing)
+                    measured = ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), _nothing)
                 elif chain is not None and method == "path":
                     measured = chain_connectivity(chain, x, nodes, weights)
                 elif chain is not None:

@@ -247,8 +247,6 @@ def _run_to(
     handle = nn.Module.register_forward_hook(part, record)  # a scripted module's own only raises
     try:
         result = _on_copies(run, inputs)
-        if isinstance(result, Tensor):  # the model's next call may overwrite it
-            result = result.clone()
     except Exception as error:
         _check_fit(run.model, inputs, forward, error)
         raise
@@ -281,7 +279,9 @@ def _run_to(
 
 def _on_copies(run: Call, inputs: Any) -> Any:
     with evaluating(run):
-        return run(mapped(inputs, lambda tensor: tensor.detach().clone()))
+        result = run(mapped(inputs, lambda tensor: tensor.detach().clone()))
+        # It may be a tensor of the model's, which is put back, or overwritten by the next call.
+        return result.clone() if isinstance(result, Tensor) else result
 
 
 def _check_rows(what: str, value: Tensor, rows: int, inputs: Any, forward: Forward, model: nn.Module) -> None:
@@ -441,8 +441,7 @@ def _check_floating(what: str, value: Any, hint: str = "") -> None:
 def _reproduces(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
     """Whether tail(samples) is the model's output."""
     with evaluating(tail):
-        again = tail(samples)
-    return bool(same_output(again, output))
+        return bool(same_output(tail(samples), output))
 
 
 def _traced_tail(call: Call, layer: nn.Module, number: int | None, path: list) -> fx.GraphModule:
@@ -488,8 +487,6 @@ def _after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphMo
     for node in reversed(tail.nodes):
         if not node.users and _pure(node):  # a loss beside the output, say
             tail.erase_node(node)
-    for node in tail.nodes:  # annotations that are strings cannot be pickled
-        node.type = None
     return fx.GraphModule(root, tail)
 
 
@@ -736,7 +733,7 @@ def _takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
     """Whether the tail gives each sample its output also in a larger batch, and at another place of it."""
     try:
         with evaluating(tail):
-            again = tail(torch.cat([samples.flip(0), samples]))
+            again = tail(torch.cat([samples.flip(0), samples])).clone()
         expected = torch.cat([output.flip(0), output])
         return again.shape == expected.shape and bool(
             (again - expected).abs().max() <= 1e-3 * expected.abs().max()

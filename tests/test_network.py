@@ -2,7 +2,6 @@
 
 import operator
 import pickle
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -815,21 +814,11 @@ def test_a_traced_tail_can_be_pickled():
 
 def test_attention_takes_its_fast_path_again_when_the_last_measurement_is_over():
     enabled = torch.backends.mha.get_fastpath_enabled
-    inside, done = threading.Event(), threading.Event()
-
-    def measure():
-        with evaluating():
-            inside.set()
-            done.wait()
-
     assert enabled()
     with evaluating():
-        other = threading.Thread(target=measure)
-        other.start()
-        inside.wait()
-    assert not enabled()  # the other thread still measures
-    done.set()
-    other.join()
+        with evaluating():
+            assert not enabled()
+        assert not enabled()
     assert enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -413,11 +413,3 @@ def test_nested_contexts_put_back_what_each_found():
             assert model.stats["calls"] == 5 and not model.training
         assert model.stats["calls"] == 5 and not model.training
     assert model.stats["calls"] == 0 and model.training
-
-
-def test_a_traced_tail_can_be_pickled():
-    x = samples(9)
-    tail, h = lmnfast.cut(Written().eval(), "first", x)
-    again = pickle.loads(pickle.dumps(tail))
-    assert isinstance(again, fx.GraphModule) and torch.equal(again(h), tail(h))
-    assert torch.equal(lmnfast.connectivity(again, h), lmnfast.connectivity(tail, h))
