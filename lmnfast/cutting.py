@@ -449,8 +449,12 @@ def _traced_tail(call: Call, layer: nn.Module, number: int | None, path: list) -
 
     Raises whatever the user's forward raises on proxies; ValueError where the layer cannot be separated.
     """
-    with evaluating(call):
-        graph = Tracer(layer).trace(call)
+    with evaluating(call):  # afterwards `call` has no longer the constants that tracing met
+        return _after_layer(call, layer, number, path)
+
+
+def _after_layer(call: Call, layer: nn.Module, number: int | None, path: list) -> fx.GraphModule:
+    graph = Tracer(layer).trace(call)
     cuts = [n for n in graph.nodes if n.op == "call_module" and call.get_submodule(n.target) is layer]
     if not cuts or (number is None and len(cuts) > 1) or (number or 0) >= len(cuts):
         raise ValueError(f"torch.fx sees {len(cuts)} calls of the layer")

@@ -200,17 +200,21 @@ class _Kept:
         self._storages: list[tuple[Tensor, Tensor, int]] = []
 
     def keep(self, parts: Iterable[nn.Module]) -> None:
-        for part in parts:
-            for name, parameter in part._parameters.items():
-                if parameter is not None and id(parameter) not in self._seen:
-                    self._seen.add(id(parameter))
-                    self._keep_parameter(part, name, parameter)
-            for buffer in part._buffers.values():
-                if buffer is not None:
-                    self._keep_tensor(buffer, buffer=True)
-            own = vars(part)
-            if isinstance(own, dict):  # a scripted module's is not
-                self._keep(own, LEVELS)
+        with torch._C.DisableTorchFunction():  # a mode around f, as one of float64, is not meant for this
+            for part in parts:
+                self._keep_part(part)
+
+    def _keep_part(self, part: nn.Module) -> None:
+        for name, parameter in part._parameters.items():
+            if parameter is not None and id(parameter) not in self._seen:
+                self._seen.add(id(parameter))
+                self._keep_parameter(part, name, parameter)
+        for buffer in part._buffers.values():
+            if buffer is not None:
+                self._keep_tensor(buffer, buffer=True)
+        own = vars(part)
+        if isinstance(own, dict):  # a scripted module's is not
+            self._keep(own, LEVELS)
 
     def _keep_parameter(self, part: nn.Module, name: str, parameter: nn.Parameter) -> None:
         if type(parameter) is nn.Parameter and not parameter.is_inference():
@@ -251,10 +255,10 @@ class _Kept:
         """values: also where only the values show that a tensor has changed, as after a change of its .data."""
         for now, before in self._containers:
             _put_back(now, before)
-        for parameter, data, address in self._storages:
-            if address and parameter.data_ptr() != address:
-                parameter.data = data
-        with torch._C.DisableTorchFunction():  # a mode around f, as one of float64, would copy into a copy
+        with torch._C.DisableTorchFunction():  # see `keep`
+            for parameter, data, address in self._storages:
+                if address and parameter.data_ptr() != address:
+                    parameter.data = data
             for tensor, version, value in self._tensors:
                 if tensor._version != version:
                     tensor.copy_(value)
@@ -262,12 +266,13 @@ class _Kept:
                     tensor.data.copy_(value)  # elsewhere a comparison would wait for the device
 
     def check(self) -> None:
-        for name, tensor, version in self._unkept:
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"f: its forward pass in eval mode, or another thread, has overwritten {name}, which cannot be put "
-                    "back; expected that it stays as it is while f is measured"
-                )
+        with torch._C.DisableTorchFunction():
+            changed = [name for name, tensor, version in self._unkept if tensor._version != version]
+        if changed:
+            raise RuntimeError(
+                f"f: its forward pass in eval mode, or another thread, has overwritten {changed[0]}, which cannot be put "
+                "back; expected that it stays as it is while f is measured"
+            )
 
 
 def _copy_of(value: Any) -> Any:
