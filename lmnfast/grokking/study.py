@@ -48,6 +48,8 @@ RULES = (("lobatto", 7), ("lobatto", 9), ("uniform", 5), ("uniform", 11), ("unif
 SIZES = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # and all pairs
 COLUMNS = ("question", "variant", "step", "layer", "samples", "value")
 DEATHS = 3  # of worker processes, after which it is no accident
+# The range of 5 seeds holds the median in 94 % of draws, that of 6 in 97 %: fewer have no 95 % interval.
+FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT = 6, 4
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _check_continues(out: Path, study: Study) -> None:
         stored = {
             name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(file.read_text()).items()
         }
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"out: cannot read {file}: {error}") from None
     new = asdict(study)
     if different := [name for name in new if stored.get(name) != new[name]]:
@@ -396,13 +398,16 @@ def read_answers(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = path.read_bytes().decode()
+        columns, *lines = csv.reader(io.StringIO(text))
+        if not text.endswith("\n") or columns != list(COLUMNS):
+            raise ValueError
+        rows = [dict(zip(COLUMNS, line, strict=True)) for line in lines]
         return [
             {**row, "step": int(row["step"]), "samples": int(row["samples"]), "value": float(row["value"])}
             for row in rows
         ]
-    except (TypeError, KeyError, ValueError):
+    except (ValueError, csv.Error):
         raise ValueError(f"out: cannot read {path}; delete it to make it anew") from None
 
 
