@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--every", type=int, help="of a RUN, only checkpoints at multiples of this step (1)")
 
     again.add_argument(
-        "--force", action="store_true", help="begin the table that is there anew; of a RUN, also one with more steps"
+        "--force",
+        action="store_true",
+        help="begin the table that is there anew; of a RUN, also one with more steps",
     )
 
     others = {name: f"the run's; {value} with --model" for name, value in vars(Config).items()}
@@ -307,7 +309,9 @@ def _summary(run: Run) -> str:
         return "-" if math.isnan(value) else f"{value:.4f}"
 
     config, last, seconds = run.config, run.rows[-1], run.seconds
-    of = "" if config.samples is None else f"of {training_samples(config.task, p=config.p, bits=config.bits)} "
+    of = (
+        "" if config.samples is None else f"of {training_samples(config.task, p=config.p, bits=config.bits)} "
+    )
     lines = [
         f"{config.task}, seed {config.seed}: {last['step']} steps, measured every {config.every} on "
         f"{last['samples']} {of}samples ({_how(config)})",

@@ -319,7 +319,13 @@ def test_force_deletes_only_files_that_a_run_writes(tmp_path):
     train(replace(TINY, steps=25, seed=1), path)
     draw(path)
     (path / "state.pt.123.part").touch()
-    mine = ["notes.txt", "measure-mine.csv", "checkpoints/mine.pt", "checkpoints/step_best.pt", "figures/figure2-mine.png"]
+    mine = [
+        "notes.txt",
+        "measure-mine.csv",
+        "checkpoints/mine.pt",
+        "checkpoints/step_best.pt",
+        "figures/figure2-mine.png",
+    ]
     for name in mine:
         (path / name).write_text("mine")
     (path / "checkpoints" / "more").mkdir()
@@ -343,7 +349,9 @@ def test_force_refuses_a_directory_that_is_no_run(config, tmp_path):
     if config:
         (tmp_path / "config.json").write_text(config)
     before = files(tmp_path)
-    with pytest.raises(ValueError, match="out: .* no run; choose another|no run's, and --force deletes runs alone"):
+    with pytest.raises(
+        ValueError, match="out: .* no run; choose another|no run's, and --force deletes runs alone"
+    ):
         train(TINY, tmp_path, force=True)
     assert {**files(tmp_path), Path(".lock"): b""} == {**before, Path(".lock"): b""}
 
@@ -454,10 +462,14 @@ def test_a_changed_byte_of_a_checkpoint_or_a_state_stops_what_would_use_it(finis
     path = tmp_path / "run"
     shutil.copytree(finished.path, path)
     changed(path / "checkpoints/step_00000010.pt")
-    with pytest.raises(ValueError, match=r"run: cannot read .*step_00000010.pt, .*checksum.*delete .*run to run it"):
+    with pytest.raises(
+        ValueError, match=r"run: cannot read .*step_00000010.pt, .*checksum.*delete .*run to run it"
+    ):
         measure(path)
     changed(path / "state.pt")
-    with pytest.raises(ValueError, match=r"out: cannot read .*state.pt, .*checksum.*--force starts the run anew"):
+    with pytest.raises(
+        ValueError, match=r"out: cannot read .*state.pt, .*checksum.*--force starts the run anew"
+    ):
         train(replace(TINY, steps=25), path)
     with pytest.raises(ValueError, match=r"run: cannot read .*state.pt, .*checksum"):
         read_run(path)
@@ -581,7 +593,11 @@ def test_correlation_is_pearsons_over_the_generalising_phase_only():
 
 
 def test_a_run_that_has_not_generalised_has_no_correlation_while_generalising_and_no_title_of_one():
-    columns = {"test_loss": [9, 3, 2, 1, 9], "lmn_hidden_1": [5, -3, -2, -1, 5], "l2_norm": [5, -3, -2, -1, 5]}
+    columns = {
+        "test_loss": [9, 3, 2, 1, 9],
+        "lmn_hidden_1": [5, -3, -2, -1, 5],
+        "l2_norm": [5, -3, -2, -1, 5],
+    }
     for last, titled in ((1, True), (0.99, False)):
         run = run_of([(0, 0), (1, 0), (1, 0), (1, 0), (1, last)], **columns)
         assert (run.correlation("lmn_hidden_1") == pytest.approx(-1)) == titled
@@ -657,7 +673,9 @@ def test_a_run_at_work_is_not_measured_and_a_file_that_is_no_checkpoint_is_named
     with claimed(path), pytest.raises(ValueError, match="run: another process is at work in .*run"):
         measure(path)
     (path / "checkpoints/step_foo.pt").touch()
-    with pytest.raises(ValueError, match="run: expected checkpoints named step_ and a number, got .*step_foo.pt"):
+    with pytest.raises(
+        ValueError, match="run: expected checkpoints named step_ and a number, got .*step_foo.pt"
+    ):
         measure(path)
 
 
@@ -761,7 +779,10 @@ def test_a_legend_of_methods_fits_its_figure(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or path)
     methods = list(figures.METHOD_LINES)
-    rows = [{"step": s, "samples": 20, "method": "+".join(methods)} | {f"lmn_a_{m}": 2.0 for m in methods} for s in (0, 1)]
+    rows = [
+        {"step": s, "samples": 20, "method": "+".join(methods)} | {f"lmn_a_{m}": 2.0 for m in methods}
+        for s in (0, 1)
+    ]
     draw_methods(tmp_path / "measure-x.csv", rows)
     kept[0].draw_without_rendering()
     box = kept[0].legends[0].get_window_extent()

@@ -109,7 +109,9 @@ def test_a_csv_file_of_an_earlier_run_is_refused_and_left_as_it_is(tmp_path, lef
     path, text = tmp_path / "lmn.csv", "step,layer,lmn\n" + left
     path.write_text(text)
     writer = CSVWriter(path)
-    with pytest.raises(ValueError, match="path: expected a new file, got .*lmn.csv with rows of an earlier run"):
+    with pytest.raises(
+        ValueError, match="path: expected a new file, got .*lmn.csv with rows of an earlier run"
+    ):
         writer.write(row(0, lmn=3.0))
     assert path.read_text() == text
 
@@ -467,7 +469,11 @@ def test_a_row_that_fails_later_does_not_take_those_before_it_along(monkeypatch)
     logger = types.SimpleNamespace(log_metrics=lambda values, step: logged.append(step))
     callback, module = LightningCallback(X[:20], "net.0", every=2), Module()
     trainer = types.SimpleNamespace(
-        is_global_zero=True, global_step=0, loggers=[logger], callbacks=[callback], precision_plugin=Precision()
+        is_global_zero=True,
+        global_step=0,
+        loggers=[logger],
+        callbacks=[callback],
+        precision_plugin=Precision(),
     )
     callback.on_train_start(trainer, module)
     with pytest.raises(RuntimeError, match="no eigenvalues at step 4"):
@@ -507,7 +513,12 @@ def test_callbacks_of_one_layer_go_side_by_side_and_resume_with_their_own_rows(t
         return outputs[:, :2]
 
     def callbacks():
-        kinds = [(X[:20], {}), (X[20:40], {}), (X[:20], {"points": 5}), (X[:20], {"output": of_first_outputs})]
+        kinds = [
+            (X[:20], {}),
+            (X[20:40], {}),
+            (X[:20], {"points": 5}),
+            (X[:20], {"output": of_first_outputs}),
+        ]
         made = [LightningCallback(x, "net.0", every=2, **kind) for x, kind in kinds]
         return [*made, LightningCallback(X[:20], ["net.0", "net.2"], every=2)]
 
@@ -772,7 +783,9 @@ def test_callbacks_of_one_block_go_side_by_side_in_a_trainer(tmp_path):
         assert after.history[:3] == before.history and steps(after) == [0, 2, 4, 6]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"step": 3, "rows": []}', '{"x": {"step": 0.5, "rows": []}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"step": 3, "rows": []}', '{"x": {"step": 0.5, "rows": []}}']
+)
 def test_a_damaged_history_file_is_named_before_the_training(content, tmp_path):
     (tmp_path / "lmn_history.json").write_text(content)
     args = TrainingArguments(str(tmp_path), report_to="none")

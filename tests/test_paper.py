@@ -239,7 +239,9 @@ def test_the_report_shows_every_figure_and_stands_alone(finished, monkeypatch):
     assert not re.search(r'(src|href)="(?!data:|https://arxiv\.org)', page)
     assert "lmnfast paper --test" in text and f"torch {torch.__version__}" in text
     assert "**2 seeds**" in text and "(2 seeds: " in text and "ours (median)" in text
-    assert not re.search(r"\*\*(holds|fails|undecided)\*\*|95 ?%\)|bootstrap|(within|outside) (\d+%|a factor)", text)
+    assert not re.search(
+        r"\*\*(holds|fails|undecided)\*\*|95 ?%\)|bootstrap|(within|outside) (\d+%|a factor)", text
+    )
     with open(paths[2], newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (3 + 2 * 2)  # seeds; hidden_1 at 3 steps, two layers at 2 milestones

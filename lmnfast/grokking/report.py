@@ -180,7 +180,8 @@ def _unfinished(members: dict[str, list[Seed]]) -> str:
 
 def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
     verdicts = [
-        "with too few seeds" if claim.verdict == too_few(len(claim.known)) else claim.verdict for claim in found
+        "with too few seeds" if claim.verdict == too_few(len(claim.known)) else claim.verdict
+        for claim in found
     ]
     asked = [number for number in measured if number.verdict.startswith(("within", "outside"))]
     off = [number for number in asked if number.verdict.startswith("outside")]
@@ -220,7 +221,9 @@ def _ours(statistic: Statistic) -> str:
     low, high = statistic.interval
     if np.isnan(low) and len(statistic.known) > 1:
         low, high = min(statistic.known), max(statistic.known)
-        return f"{_number(statistic.median)} ({len(statistic.known)} seeds: {_number(low)} to {_number(high)})"
+        return (
+            f"{_number(statistic.median)} ({len(statistic.known)} seeds: {_number(low)} to {_number(high)})"
+        )
     return _number(statistic.median) + ("" if np.isnan(low) else f" ({_number(low)} to {_number(high)})")
 
 

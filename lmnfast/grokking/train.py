@@ -588,7 +588,9 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
     content = io.BytesIO(path.read_bytes())
     try:
         archive, comment = content.getvalue()[:-CHECKSUM_LENGTH], content.getvalue()[-CHECKSUM_LENGTH:]
-        if comment.startswith(b"PK\5\6"):  # no comment, as torch.save alone writes it: only the members have checksums
+        if comment.startswith(
+            b"PK\5\6"
+        ):  # no comment, as torch.save alone writes it: only the members have checksums
             with zipfile.ZipFile(content) as members:
                 if damaged := members.testzip():
                     raise ValueError(f"the checksum of {damaged} is wrong")
@@ -619,7 +621,9 @@ def _clear(path: Path) -> None:
         )
     folders = [path / "checkpoints", path / "figures"]
     if links := [folder for folder in folders if folder.is_symlink()]:
-        raise ValueError(f"out: {links[0]} is a symbolic link, which --force does not follow; remove it first")
+        raise ValueError(
+            f"out: {links[0]} is a symbolic link, which --force does not follow; remove it first"
+        )
     for folder in (path, *folders):
         for item in folder.iterdir() if folder.is_dir() else ():
             if OWN[folder.name if folder in folders else ""].fullmatch(item.name) and (

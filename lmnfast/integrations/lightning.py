@@ -71,7 +71,9 @@ class LMNCallback(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._made_in == os.getpid():  # a copy, whose rows are its own, and not one for a process of the strategy
+        if (
+            self._made_in == os.getpid()
+        ):  # a copy, whose rows are its own, and not one for a process of the strategy
             self._expect_return()
 
     @property

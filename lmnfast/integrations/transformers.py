@@ -100,9 +100,7 @@ class LMNCallback(TrainerCallback):
         if step == 0:
             kept = None
         rows = [row for row in kept["rows"] if row["step"] <= step] if kept else []
-        self._recorder.load_state_dict(
-            {"step": min(kept["step"], step) if kept else step - 1, "rows": rows}
-        )
+        self._recorder.load_state_dict({"step": min(kept["step"], step) if kept else step - 1, "rows": rows})
         self._recorder.start(model, lambda tensor: tensor.to(args.device), step)
 
     def on_step_end(
@@ -161,7 +159,9 @@ def _read(args: TrainingArguments) -> dict[str, dict[str, Any]]:
     try:
         kept = json.loads(file.read_text())
         for state in kept.values():
-            if not isinstance(state["step"], int) or not all(isinstance(row["step"], int) for row in state["rows"]):
+            if not isinstance(state["step"], int) or not all(
+                isinstance(row["step"], int) for row in state["rows"]
+            ):
                 raise ValueError("steps that are no integers")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(

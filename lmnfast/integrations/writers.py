@@ -42,7 +42,9 @@ class CSVWriter:
         self.path = Path(path)
         self._always = self._resume = resume
         self._columns: list[str] | None = None  # None: not begun
-        self._there: Counter[tuple[str, ...]] = Counter()  # lines of the run before that are not met again yet
+        self._there: Counter[tuple[str, ...]] = (
+            Counter()
+        )  # lines of the run before that are not met again yet
         self._read()
 
     def resume(self) -> None:
@@ -170,7 +172,9 @@ class WandbWriter:
         self._run = run
         self._commit = commit
         self._waiting: list[tuple[int, dict[str, float]]] = []  # values by their step, as they came
-        self._joined: tuple[int, int, set[str]] | None = None  # the last W&B step that values joined, theirs, their keys
+        self._joined: tuple[int, int, set[str]] | None = (
+            None  # the last W&B step that values joined, theirs, their keys
+        )
         run.define_metric("lmn_step", hidden=True)
         run.define_metric("lmn/*", step_metric="lmn_step")
 
