@@ -1,5 +1,4 @@
 import csv
-import fcntl
 import json
 import os
 import shutil
@@ -502,10 +501,8 @@ def test_what_a_killed_write_has_left_is_deleted_by_the_next_and_others_parts_ar
 
 
 def test_a_directory_at_work_is_refused(tmp_path):
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is at work"):
-            train(TINY, tmp_path)
+    with claimed(tmp_path), pytest.raises(ValueError, match="out: another process is at work"):
+        train(TINY, tmp_path)
     assert not (tmp_path / "config.json").exists()
 
 

@@ -781,6 +781,10 @@ def test_callbacks_of_one_block_go_side_by_side_in_a_trainer(tmp_path):
     trainer.train(resume_from_checkpoint=True)
     for before, after in zip(first, second, strict=True):
         assert after.history[:3] == before.history and steps(after) == [0, 2, 4, 6]
+    with pytest.raises(
+        ValueError, match="attach: expected a callback with other inputs, .* got the same again"
+    ):
+        watching(layers="transformer.h.1").attach(trainer)
 
 
 @pytest.mark.parametrize(

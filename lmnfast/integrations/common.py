@@ -168,8 +168,10 @@ class Recorder:
 
 def _plain(value: Any) -> Any:
     """A setting as a value that is equal from process to process: a function by its name."""
-    if value is None or isinstance(value, (str, int, float, list)):
+    if value is None or isinstance(value, (str, int, float)):
         return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 

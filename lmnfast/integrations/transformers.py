@@ -64,7 +64,16 @@ class LMNCallback(TrainerCallback):
         self._trainer: Trainer | None = None
 
     def attach(self, trainer: Trainer) -> LMNCallback:
-        """Adds itself to the trainer, between what says when to save and what reports; returns itself."""
+        """Adds itself to the trainer, between what says when to save and what reports; returns itself.
+
+        Raises ValueError where the trainer has another one that lmn_history.json could not tell from it.
+        """
+        for other in trainer.callback_handler.callbacks:
+            if isinstance(other, LMNCallback) and other._key == self._key:
+                raise ValueError(
+                    "attach: expected a callback with other inputs, layers or settings than the trainer's, got the same "
+                    "again (a function counts by its name)"
+                )
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
         before = sum(isinstance(callback, LMNCallback) for callback in callbacks[:-1])
