@@ -27,7 +27,7 @@ from functools import cache
 from glob import glob
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .connectivity import METHODS
+from .connectivity import METHODS, measured, warn_of_offsets
 from .cutting import cut, match_layers
 from .files import claimed, write_file
 from .grokking.train import progress_bar
@@ -43,7 +43,7 @@ from .nested import contents, entries_of, few, mapped, tensors_in
 from .network import Forward, Output
 from .processes import cores, prepare_worker
 from .quadrature import path_nodes
-from .spectrum import measure
+from .spectrum import SETTINGS, SHARES, check_negative, measurement
 from .steps import steps_of
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
@@ -59,7 +59,8 @@ IMPOSTORS = {
     b"<?xml": "an XML text; download the file itself",
 }
 SAMPLED = 16, 4096  # places in a file, and bytes at each, by which it is recognised
-INTEGERS, WORDS = ("samples", "points"), ("checkpoint", "rule", "method", "precision", "solver")
+INTEGERS = ("samples", "outputs", "points")
+WORDS = ("checkpoint", *(name for name in SETTINGS if name not in INTEGERS))  # the other columns hold numbers
 STYLES = ("-", "--", ":", "-.")  # so that of equal curves both are seen
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -77,6 +78,7 @@ def measure_checkpoints(
     method: str = "path",
     points: int = 21,
     rule: str = "uniform",
+    negative: str = "absolute",
     device: str = "auto",
     jobs: int = 1,
     out: str | os.PathLike | None = None,
@@ -97,7 +99,7 @@ def measure_checkpoints(
         layers: names or patterns as in `match_layers`.
         forward, output: as in `cut`; forward also as "package.module:function".
         key: where in a checkpoint the state dict is, "a.b" for ["a"]["b"]; None: see `read_state`.
-        method, points, rule: as in `connectivity`.
+        method, points, rule: as in `connectivity`. negative: as in `lmn`.
         device: "cpu", "cuda", or "auto": that of the table in `out`, else "cuda" if there is one, else "cpu".
         jobs: processes. Those of several are spawned, so a script that asks for them does it under
             ``if __name__ == "__main__"``, and gives what can be imported.
@@ -108,8 +110,9 @@ def measure_checkpoints(
         progress: show a bar (needs tqdm).
 
     Returns:
-        One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, points,
-        rule, method, precision, solver. Numbers have seven digits, what float32 holds, as in lmn.csv. Steps
+        One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, outputs, points,
+        rule, method, precision, solver, negative, constant_share_LAYER and negative_share_LAYER for each layer, all as
+        in `Measurement`. Numbers have seven digits, what float32 holds, as in lmn.csv. Steps
         are as in `steps_of`; where no name has a number, the checkpoints are counted from 0 by name.
 
     Raises:
@@ -123,7 +126,8 @@ def measure_checkpoints(
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    path_nodes(rule, points)
+    points = len(path_nodes(rule, points)[0])
+    check_negative(negative)
     patterns = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
     paths = find_checkpoints(patterns)
     if isinstance(inputs, (str, os.PathLike)):
@@ -136,7 +140,7 @@ def measure_checkpoints(
     with nullcontext() if out is None else claimed(Path(out)):
         stored = None if out is None or force else _read_settings(Path(out))
         work = _Work(
-            factory, forward, output, key, names, method, points, rule, _settled(device, stored),
+            factory, forward, output, key, names, method, points, rule, negative, _settled(device, stored),
             torch.get_float32_matmul_precision(),
         )  # fmt: skip
         settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
@@ -510,6 +514,7 @@ class _Work:
     method: str
     points: int
     rule: str
+    negative: str
     device: str
     precision: str
 
@@ -671,13 +676,17 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
     for layer in work.layers:
         try:
             tail, samples = cut(model, layer, inputs, forward=call, output=work.output)
-            m = measure(tail, samples, method=work.method, points=work.points, rule=work.rule)
+            settings = {"method": work.method, "points": work.points, "rule": work.rule}
+            (enqueued,) = measured(tail, samples, **settings)
+            warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")
+            m = measurement(enqueued, negative=work.negative, **settings)
         except Exception as error:  # the model is the user's
             raise ValueError(f"checkpoint: {path}, layer {layer!r}: {_said(error)}") from error
-        row[f"lmn_{layer}"] = float(f"{m.lmn:.7g}")
-        solvers = {*row.get("solver", m.solver).split("+"), m.solver}
-        row.update(samples=m.samples, points=m.points, rule=m.rule, method=m.method, precision=m.precision)
-        row["solver"] = "+".join(sorted(solvers))
+        row |= {f"{name}_{layer}": float(f"{getattr(m, name):.7g}") for name in ("lmn", *SHARES)}
+        before = dict(row)
+        row |= {name: getattr(m, name) for name in SETTINGS}
+        for name in ("precision", "solver"):  # layers may differ in them
+            row[name] = "+".join(sorted({*before.get(name, row[name]).split("+"), row[name]}))
     return row
 
 
@@ -835,21 +844,24 @@ class _Table:
             (self.out / "lmn.csv").unlink(missing_ok=True)
             return
         text = io.StringIO()
-        layers = [name for name in self.rows[0] if name.startswith("lmn_")]
-        columns = _columns(layers)
+        columns = _columns([n.removeprefix("lmn_") for n in self.rows[0] if n.startswith("lmn_")])
         table = csv.writer(text, lineterminator="\n")
         table.writerow(columns)
-        table.writerows([f"{row[c]:.7g}" if c in layers else row[c] for c in columns] for row in self.rows)
+        table.writerows(
+            [row[c] if c == "step" or not isinstance(row[c], float) else f"{row[c]:.7g}" for c in columns]
+            for row in self.rows
+        )
         write_file(self.out / "lmn.csv", text.getvalue().encode())
 
 
 def _columns(layers: Sequence[str]) -> list[str]:
-    return ["step", "checkpoint", *layers, "samples", "points", *WORDS[1:]]
+    of_layers = {kind: [f"{kind}_{layer}" for layer in layers] for kind in ("lmn", *SHARES)}
+    return ["step", "checkpoint", *of_layers.pop("lmn"), *SETTINGS, *chain(*of_layers.values())]
 
 
 def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of lmn.csv. Raises ValueError, by the file's name, where it is not as `_Table` leaves it."""
-    columns = _columns([f"lmn_{layer}" for layer in settings["layers"]])
+    columns = _columns(settings["layers"])
 
     def typed(name: str, text: str) -> int | str | float:
         if name in WORDS:
@@ -870,7 +882,7 @@ def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         if cut := [number for number, line in enumerate(lines, 2) if len(line) != len(columns)]:
             raise ValueError(f"expected {len(columns)} entries in line {cut[0]}")
         rows = [{name: typed(name, text) for name, text in zip(columns, line)} for line in lines]
-        fixed = {name: settings[name] for name in ("points", "rule", "method", "precision")}
+        fixed = {name: settings[name] for name in ("points", "rule", "method", "negative")}
         if any(row | fixed != row for row in rows) or len({row["checkpoint"] for row in rows}) < len(rows):
             raise ValueError("a row is not of this table")
     except (ValueError, csv.Error) as error:

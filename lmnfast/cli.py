@@ -20,6 +20,7 @@ from .grokking.tasks import TASKS, training_samples
 from .grokking.train import Config, Run, measure, train
 from .processes import cores
 from .quadrature import RULES
+from .spectrum import NEGATIVE
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 OF_A_MODEL = ("checkpoint", "inputs", "output", "forward", "key", "jobs", "out")
@@ -122,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
                 help=f"of the connectivity, among {', '.join(METHODS)} ({defaults['method']}); of a RUN "
                 "also several, which go into one figure",
             )
+        added.add_argument(
+            "--negative", choices=NEGATIVE, help=f"what negative eigenvalues count ({defaults['negative']})"
+        )
         added.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (auto)")
 
     other = again.add_argument_group("checkpoints of another model (docs/checkpoints.md)")
@@ -338,7 +342,8 @@ def _summary(run: Run) -> str:
 
 
 def _how(config: Config) -> str:
-    return config.method + ("" if config.method == "jacobian" else f", {config.points} {config.rule} points")
+    nodes = "" if config.method == "jacobian" else f", {config.points} {config.rule} points"
+    return config.method + nodes + (", negative eigenvalues clipped" if config.negative == "clip" else "")
 
 
 def _given(options: argparse.Namespace) -> dict:

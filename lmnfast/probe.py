@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,23 +18,13 @@ from .connectivity import Enqueued, enqueue, on_stream
 from .cutting import cut, match_layers, python_state, run_to
 from .evaluation import DEFAULT_BUDGET
 from .network import Forward, Output
-from .spectrum import measurement
+from .quadrature import path_nodes
+from .spectrum import SETTINGS, SHARES, check_negative, measurement
 
 # Bounds the memory of waiting connectivity matrices when solving falls behind measuring: 64 MB at N = 1000.
 MOST_PENDING = 16
 
-COLUMNS = (
-    "step",
-    "layer",
-    "lmn",
-    "complexity_bits",
-    "samples",
-    "points",
-    "rule",
-    "method",
-    "precision",
-    "solver",
-)
+COLUMNS = ("step", "layer", "lmn", "complexity_bits", *SETTINGS, *SHARES)
 
 
 class Writer(Protocol):
@@ -66,9 +57,11 @@ class Probe:
 
     model, inputs, forward, output: as in `cut`. layers: names or patterns as in `match_layers`, one or several; `layers`
         then has the names. every: measures when step % every == 0.
-    method, points, rule, budget: as in `connectivity`.
+    method, points, rule, budget: as in `connectivity`. negative: as in `lmn`.
     writers: take finished rows, in order, on the thread that calls the probe: at its next calls, and when it is closed.
-    Raises, beside what `cut` raises: ValueError for no layers, a layer named twice, or every < 1.
+    Raises, beside what `cut` raises: ValueError for no layers, a layer named twice, every < 1, an unknown rule or
+        negative, or points out of range; TypeError for points that are no integer.
+    Warns, as `lmn` does, once a layer, with its name: at the first call, or reading of rows, after the row is there.
     """
 
     def __init__(
@@ -84,6 +77,7 @@ class Probe:
         budget: int = DEFAULT_BUDGET,
         forward: Forward = None,
         output: Output = None,
+        negative: str = "absolute",
         writers: Sequence[Writer] = (),
     ) -> None:
         if every < 1:
@@ -91,6 +85,8 @@ class Probe:
         patterns = (layers,) if isinstance(layers, str) else tuple(layers)
         if not patterns or len(set(patterns)) != len(patterns):
             raise ValueError(f"layers: expected one name or several different ones, got {layers!r}")
+        path_nodes(rule, points)
+        check_negative(negative)
         self.layers = match_layers(model, patterns)
         self.model = model
         self.inputs = inputs
@@ -98,6 +94,9 @@ class Probe:
         self.seconds = 0.0  # wall time the calling thread has spent in here, waiting included
         self._settings: dict[str, Any] = {"method": method, "points": points, "rule": rule}
         self._budget = budget
+        self._negative = negative
+        self._problems: dict[str, str] = {}  # by layer, of offsets, until they are warned of
+        self._warned: set[str] = set()
         self._call: dict[str, Any] = {"forward": forward, "output": output}
         self._writers = tuple(writers)
         self._next_step = 0
@@ -125,6 +124,7 @@ class Probe:
         if step is None:
             step = self._next_step
         self._next_step = step + 1
+        self._warn()
         if step % self.every:
             self._write(wait=False)
             return False
@@ -193,7 +193,9 @@ class Probe:
                     done.synchronize()
                 enqueued.check()
                 numbers = {k: v.read() if isinstance(v, _Later) else v for k, v in extra.items()}
-                m = measurement(L, precision=enqueued.precision, **self._settings)
+                m = measurement(enqueued, negative=self._negative, **self._settings)
+                if layer not in self._warned and (problem := enqueued.offset_problem()):
+                    self._problems[layer] = problem
         except Exception as error:
             self._tails.pop(layer, None)  # if it was outdated, the next row need not fail too
             del L, enqueued  # the traceback keeps this frame, which must not keep the matrix
@@ -202,6 +204,14 @@ class Probe:
             ) from error.with_traceback(None)
         measured = {name: getattr(m, name) for name in COLUMNS[2:]}
         return {"step": step, "layer": layer, **measured, **numbers}
+
+    def _warn(self) -> None:
+        """On the thread of the training, whose filters for warnings may make errors of them."""
+        for layer, problem in list(self._problems.items()):
+            del self._problems[layer]
+            if layer not in self._warned:
+                self._warned.add(layer)
+                warnings.warn(f"layer {layer!r}: {problem}", stacklevel=3)
 
     def _streams_on(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
         """For connectivities, and for solving."""
@@ -216,16 +226,18 @@ class Probe:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One row per step and layer, in order: step, layer, lmn, complexity_bits, samples, points, rule,
-        method, precision, solver, and the step's extra.
+        """One row per step and layer, in order: step, layer, lmn, complexity_bits, what else a `Measurement` has
+        but its tensors, and the step's extra.
 
         Waits for pending rows; raises RuntimeError when one failed.
         """
         with self._timed():
-            return [
+            rows = [
                 *map(dict, self._before),
                 *(dict(row.result()) for rows in self._rows.values() for row in rows),
             ]
+        self._warn()
+        return rows
 
     def new_rows(self, wait: bool = False) -> list[dict[str, Any]]:
         """Rows that were finished since the last call, in order; those still pending too, where asked to wait.
@@ -303,6 +315,7 @@ class Probe:
                     writer.close()
             if failure:
                 raise failure
+            self._warn()
 
     def __enter__(self) -> Probe:
         return self

@@ -1,5 +1,6 @@
 """Nodes and weights of the sums over a path."""
 
+import operator
 from functools import cache
 
 import numpy as np
@@ -13,20 +14,26 @@ PAPER_POINTS = 21  # arXiv 2310.05918 walks t = 0, 0.05, ..., 1
 def path_nodes(rule: str, points: int) -> tuple[Tensor, Tensor]:
     """Nodes t in [0, 1], both ends among them, and weights that sum to 1; (points,) float64 each, on the CPU.
 
+    points: any integer type; 3 at least, as two points always lie on a line, so that every network would have LMN 1.
+
     ``uniform``: equal weights on equidistant points; 21 of them are the paper's, and the definition.
     ``lobatto``: the Gauss-Lobatto rule of the discrete uniform measure on the paper's 21 points, so M nodes
     give the 21-point sums exactly for polynomials up to degree 2 M - 3; an approximation for anything else.
 
     Raises:
         TypeError: points is not an integer.
-        ValueError: unknown rule, points < 2, or more than 21 points for ``lobatto``.
+        ValueError: unknown rule, points < 3, or more than 21 points for ``lobatto``.
     """
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
-    if isinstance(points, bool) or not isinstance(points, int):
-        raise TypeError(f"points: expected an integer, got {points!r}")
-    if points < 2:
-        raise ValueError(f"points: a path has at least its 2 ends, got {points}")
+    try:
+        if isinstance(points, bool):
+            raise TypeError
+        points = operator.index(points)
+    except TypeError:
+        raise TypeError(f"points: expected an integer, got {points!r}") from None
+    if points < 3:
+        raise ValueError(f"points: expected at least 3, as 2 always lie on a straight line, got {points}")
     if rule == "lobatto" and points > PAPER_POINTS:
         raise ValueError(f"points: the lobatto rule has at most {PAPER_POINTS} points, got {points}")
     nodes, weights = _lobatto(points) if rule == "lobatto" else _uniform(points)
@@ -52,7 +59,7 @@ def _lobatto(points: int) -> tuple[np.ndarray, np.ndarray]:
         basis = np.vstack([basis, product / np.linalg.norm(product)])
     basis = basis[: points - 2]
     jacobi = basis @ ((2 * grid - 1) * basis).T  # tridiagonal: multiplication by 2 t - 1
-    gauss, vectors = np.linalg.eigh(jacobi) if points > 2 else (np.empty(0), np.empty((1, 0)))
+    gauss, vectors = np.linalg.eigh(jacobi)
     interior = (1 + gauss) / 2
     weights = density.sum() * vectors[0] ** 2 / (interior * (1 - interior))
     # The measure is symmetric; making the rule so to the last bit keeps L[i, j] = L[j, i] whichever way one walks.

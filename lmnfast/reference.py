@@ -194,6 +194,10 @@ def spectral_entropy(eigenvalues: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
 
 
-def linear_mapping_number(connectivity: Tensor) -> Tensor:
-    """2 ** S_NL of a connectivity matrix (..., N, N), float64. Source: arXiv 2310.05918, Eq. 3."""
-    return 2 ** spectral_entropy(torch.linalg.eigvalsh(connectivity.double()))
+def linear_mapping_number(connectivity: Tensor, negative: str = "absolute") -> Tensor:
+    """2 ** S_NL of a connectivity matrix (..., N, N), float64. Source: arXiv 2310.05918, Eq. 3.
+
+    negative: "absolute" (the paper's) counts a negative eigenvalue by its magnitude, "clip" as 0.
+    """
+    w = torch.linalg.eigvalsh(connectivity.double())
+    return 2 ** spectral_entropy(w.clamp(min=0) if negative == "clip" else w)

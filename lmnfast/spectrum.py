@@ -1,17 +1,24 @@
 """From a connectivity matrix to its eigenvalues, its entropy, and the linear mapping number."""
 
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
-from .connectivity import connectivity
+from .connectivity import Enqueued, measured, warn_of_offsets
 from .evaluation import DEFAULT_BUDGET, all_finite
 from .network import Stacked
 
 SOLVERS = ("auto", "cpu", "cuda")
+NEGATIVE = ("absolute", "clip")
+# What a number depends on, beside the network and the samples: columns of every table, by the names in `Measurement`.
+SETTINGS = ("samples", "outputs", "points", "rule", "method", "precision", "solver", "negative")
+SHARES = ("constant_share", "negative_share")
 # An estimate until it is measured on a card: cuSOLVER's dense solver is a long sequence of small dependent steps,
 # so latency bounds it where the matrix is small, and LAPACK on the CPU is ahead.
 CUDA_SOLVES_FROM = 2048
@@ -33,15 +40,15 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
 
     Raises:
         TypeError: L is not a floating-point tensor.
-        ValueError: L is not square, is empty, not finite, or not symmetric to 1e-4; unknown solver, or "cuda" for
-            a matrix elsewhere.
+        ValueError: L is not square, is empty, not finite, or not symmetric to 1e-4 of its largest entry; unknown
+            solver, or "cuda" for a matrix elsewhere.
     """
+    _check_matrix(L)
     return _solved(L, solver)[0].to(L.device)
 
 
 def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
-    """The eigenvalues, where they were solved for, and where that was."""
-    _check_matrix(L)
+    """The eigenvalues of a matrix known to be one, where they were solved for, and where that was."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if solver == "cuda" and not L.is_cuda:
@@ -57,82 +64,147 @@ def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
     return values.gather(-1, values.abs().argsort(-1, descending=True)), used
 
 
-def nonlinear_complexity(L: Tensor) -> Tensor:
+def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
     """Nonlinear complexity S_NL in bits: the von Neumann entropy of a connectivity matrix.
 
-    ``S_NL = -sum p log2 p`` with ``p = |w| / sum |w|`` over the eigenvalues w.
+    ``S_NL = -sum p log2 p`` with ``p = |w| / sum |w|`` over the eigenvalues w; 0 log 0 = 0. In float64 throughout.
+
+        >>> lmnfast.nonlinear_complexity(torch.eye(8))
+        tensor(3., dtype=torch.float64)
 
     Args:
-        L: (..., N, N), floating point, symmetric.
+        L: (..., N, N), floating point, symmetric; no unit, as r2 has none.
+        negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
 
     Returns:
-        (...) float64. Raises as :func:`eigenvalues`. Source: arXiv 2310.05918, Eq. 3.
+        (...) float64 on L's device, in bits, from 0 to log2 N.
+
+    Raises:
+        TypeError, ValueError: as :func:`eigenvalues`; ValueError also for another `negative`, and where nothing is left
+            to take the entropy of: all eigenvalues are 0, or with "clip" none is above 0.
+        Source: arXiv 2310.05918, Eq. 3.
     """
-    return ops.spectral_entropy(eigenvalues(L))
+    check_negative(negative)
+    return _complexity(eigenvalues(L), negative)
 
 
-def linear_mapping_number(L: Tensor) -> Tensor:
-    """Linear mapping number ``2 ** S_NL`` of a connectivity matrix: 1 for one linear map, N for N of them.
+def linear_mapping_number(L: Tensor, *, negative: str = "absolute") -> Tensor:
+    """Linear mapping number ``2 ** S_NL`` of a connectivity matrix: 1 for one linear map, N for N unrelated ones.
+
+        >>> lmnfast.linear_mapping_number(torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)))
+        tensor(2.0000, dtype=torch.float64)
 
     Args:
-        L: (..., N, N), floating point, symmetric.
+        L: (..., N, N), floating point, symmetric; no unit, as r2 has none.
+        negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
 
     Returns:
-        (...) float64. Raises as :func:`eigenvalues`. Source: arXiv 2310.05918, Eq. 3.
+        (...) float64 on L's device, from 1 to N.
+
+    Raises:
+        TypeError, ValueError: as :func:`nonlinear_complexity`. Source: arXiv 2310.05918, Eq. 3.
     """
-    return torch.exp2(nonlinear_complexity(L))
+    return torch.exp2(nonlinear_complexity(L, negative=negative))
 
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """A linear mapping number with all it depends on. A sub-sample's value is no estimate of the whole's."""
+    """A linear mapping number with all that it depends on; :func:`measure` returns it.
+
+    ``float(m)`` is ``m.lmn``. Two are equal where all their values are, those of the tensors too. To keep one, save its
+    dict, which holds plain values and tensors, so torch.load reads it as it is called here:
+
+        torch.save(m.to_dict(), "measurement.pt")
+        m = lmnfast.Measurement(**torch.load("measurement.pt"))
+
+    The value of some of the samples is no estimate of that of all: LMN grows with their number.
+    """
 
     lmn: float
+    """2 ** complexity_bits; by another method than "path" that method's stand-in for LMN."""
     complexity_bits: float
+    """S_NL in bits."""
     eigenvalues: Tensor
-    """(samples,) float64, by falling magnitude."""
+    """(samples,) float64, by falling magnitude, with their signs."""
     connectivity: Tensor
-    """(samples, samples)."""
+    """(samples, samples); float64 for float64 samples, else float32."""
     samples: int
+    """N."""
+    outputs: int
+    """K: r2 is averaged over as many outputs, those of f flattened. LMN depends on it."""
     points: int
+    """Nodes on a path, ends included; "jacobian" looks at none."""
     rule: str
+    """Where on the path they lie, as in :func:`connectivity`."""
     method: str
-    """As in `connectivity`; what another than "path" gives stands in for LMN, and "jacobian" has no nodes."""
+    """As in :func:`connectivity`."""
     precision: str
-    """``torch.get_float32_matmul_precision()`` when the connectivity was computed. In float32 on CUDA, fused
-    kernels follow it: "highest" keeps float32's last bits by a split into two TF32 parts, "high" and "medium"
-    use TF32 on the distance from the chord. On the CPU they are "highest" whatever it says."""
+    """What f's products were computed in. "highest", "high", "medium": float32. A fused kernel on the CPU is "highest",
+    whatever torch says. Elsewhere it is ``torch.get_float32_matmul_precision()`` at the time: fused kernels on CUDA
+    follow it ("highest" keeps float32's last bits by a split into two TF32 parts, the others use TF32 on the distance
+    from the chord), and so do torch's own products in any other f, where the device has units for that. "float64",
+    "bfloat16", "float16": the samples' dtype, or the one that autocast computes in."""
     solver: str
     """Where the eigenproblem was solved, in float64: "cpu" or "cuda"."""
+    negative: str
+    """What negative eigenvalues count: "absolute" or "clip"."""
+    constant_share: float
+    """Share of the pairs of two samples, over all outputs, whose path is constant to rounding and so counts as straight;
+    0 for "jacobian", which looks at no path."""
+    negative_share: float
+    """sum |w| over the negative eigenvalues, of sum |w| over all of them."""
 
     def __repr__(self) -> str:
-        return (
-            f"Measurement(lmn={self.lmn:.6g}, complexity_bits={self.complexity_bits:.6g}, samples={self.samples}, "
-            f"points={self.points}, rule={self.rule!r}, method={self.method!r}, precision={self.precision!r}, "
-            f"solver={self.solver!r})"
-        )
+        shown = (f.name for f in fields(self) if f.type is not Tensor)
+        return f"Measurement({', '.join(f'{name}={_shown(getattr(self, name))}' for name in shown)})"
+
+    def __float__(self) -> float:
+        return self.lmn
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Measurement):
+            return NotImplemented
+        return all(_same(value, getattr(other, name)) for name, value in self.to_dict().items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(value for value in self.to_dict().values() if not isinstance(value, Tensor)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by their names: plain values, and the two tensors as they are, no copies."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dtype == other.dtype and torch.equal(value.cpu(), other.cpu())
+    return value == other
 
 
 def measurement(
-    L: Tensor, *, points: int, rule: str, method: str = "path", precision: str | None = None
+    enqueued: Enqueued, *, points: int, rule: str, method: str = "path", negative: str = "absolute"
 ) -> Measurement:
-    """Solves the eigenproblem of a connectivity matrix that :func:`connectivity` returned; (N, N).
-
-    precision: that of its computation; None: the present one.
-    """
-    values, solver = _solved(L)
-    bits = ops.spectral_entropy(values)
+    """Solves the eigenproblem of a connectivity (N, N) whose checks have passed."""
+    values, solver = _solved(enqueued.L)
+    bits = _complexity(values, negative)
     return Measurement(
         lmn=float(torch.exp2(bits)),
         complexity_bits=float(bits),
-        eigenvalues=values.to(L.device),
-        connectivity=L,
-        samples=len(L),
-        points=points,
+        eigenvalues=values.to(enqueued.L.device),
+        connectivity=enqueued.L,
+        samples=len(enqueued.L),
+        outputs=enqueued.outputs,
+        points=operator.index(points),
         rule=rule,
         method=method,
-        precision=precision or torch.get_float32_matmul_precision(),
+        precision=enqueued.precision,
         solver=solver,
+        negative=negative,
+        constant_share=enqueued.constant_share(),
+        negative_share=float(values.clamp(max=0).abs().sum() / values.abs().sum()),
     )
 
 
@@ -144,14 +216,34 @@ def measure(
     points: int = 21,
     rule: str = "uniform",
     budget: int = DEFAULT_BUDGET,
+    negative: str = "absolute",
 ) -> Measurement:
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
 
-    Arguments, errors and detachment as :func:`connectivity`.
+        m = lmnfast.measure(model, x)
+        print(m)                          # Measurement(lmn=24.4766, complexity_bits=4.61334, samples=200, ...)
+        m.eigenvalues, m.connectivity     # (200,) and (200, 200)
+
+    Args:
+        f: maps a batch (B, *in) to (B, *out), one row independent of the others; outputs are flattened to K.
+        x: (N, *in), floating point, the samples, of f's dtype and on its device.
+        method, points, rule, budget: as in :func:`connectivity`.
+        negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
+
+    Returns:
+        The `Measurement`; LMN has no unit and lies between 1 and N. It carries no graph.
+
+    Raises:
+        TypeError, ValueError: as :func:`connectivity`; ValueError also for another `negative`.
+
+    Warns:
+        UserWarning: outputs vary so little beside their size that rounding hides it in 0.2 % of the paths or more.
+        Source: arXiv 2310.05918, Eq. 1-3.
     """
-    precision = torch.get_float32_matmul_precision()
-    L = connectivity(f, x, method=method, points=points, rule=rule, budget=budget)
-    return measurement(L, points=points, rule=rule, method=method, precision=precision)
+    check_negative(negative)
+    each = measured(f, x, method=method, points=points, rule=rule, budget=budget)
+    warn_of_offsets(each)
+    return measurement(each[0], points=points, rule=rule, method=method, negative=negative)
 
 
 def lmn(
@@ -163,25 +255,75 @@ def lmn(
     rule: str = "uniform",
     budget: int = DEFAULT_BUDGET,
     stacked: Stacked | None = None,
+    negative: str = "absolute",
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
-    With another method than "path" it is that method's stand-in for it, and goes by the method's name.
-    Arguments, errors and detachment as :func:`connectivity`.
+        >>> lmnfast.lmn(nn.Linear(64, 10), torch.randn(500, 64))     # one linear map
+        tensor(1., dtype=torch.float64)
+
+    Args:
+        f: maps a batch (B, *in) to (B, *out), one row independent of the others; outputs are flattened to K.
+        x: (N, *in), floating point, the samples, of f's dtype and on its device; (B, N, *in) with `stacked`.
+        method: as in :func:`connectivity`; with another than "path" the number is that method's stand-in for LMN, and
+            goes by the method's name.
+        points, rule, budget, stacked: as there.
+        negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
 
     Returns:
-        0-dim float64 tensor; (B,) with `stacked`. Source: arXiv 2310.05918, Eq. 1-3.
+        0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no graph.
+
+    Raises:
+        TypeError, ValueError: as :func:`connectivity`; ValueError also for another `negative`.
+
+    Warns:
+        UserWarning: outputs vary so little beside their size that rounding hides it in 0.2 % of the paths or more.
+        Source: arXiv 2310.05918, Eq. 1-3.
     """
-    L = connectivity(f, x, method=method, points=points, rule=rule, budget=budget, stacked=stacked)
-    return linear_mapping_number(L)
+    check_negative(negative)
+    each = measured(f, x, stacked, method=method, points=points, rule=rule, budget=budget)
+    warn_of_offsets(each)
+    L = each[0].L if stacked is None else torch.stack([one.L for one in each])
+    return torch.exp2(_complexity(_solved(L)[0].to(L.device), negative))
+
+
+def _complexity(values: Tensor, negative: str) -> Tensor:
+    """Entropy of eigenvalues (..., N), in bits."""
+    if negative == "clip":
+        values = values.clamp(min=0)
+    total = values.abs().sum(-1)
+    if not (good := (total > 0) & (total < float("inf"))).all():
+        raise ValueError(
+            f"L: expected eigenvalues whose magnitudes have a finite sum above 0, got a sum of {float(total[~good][0])} "
+            f"(negative={negative!r})"
+        )
+    return ops.spectral_entropy(values)
+
+
+def check_negative(negative: str) -> None:
+    """Raises ValueError for what `lmn` does not take."""
+    if negative not in NEGATIVE:
+        raise ValueError(f"negative: expected one of {', '.join(NEGATIVE)}, got {negative!r}")
 
 
 def _check_matrix(L: Tensor) -> None:
+    if isinstance(L, np.ndarray):
+        raise TypeError("L: expected a floating-point tensor, got a numpy array; torch.from_numpy(L) is one")
     if not isinstance(L, Tensor) or not L.is_floating_point():
         raise TypeError(f"L: expected a floating-point tensor, got {getattr(L, 'dtype', type(L).__name__)}")
     if L.dim() < 2 or L.shape[-1] != L.shape[-2] or L.shape[-1] == 0:
         raise ValueError(f"L: expected square matrices (..., N, N) with N > 0, got shape {tuple(L.shape)}")
     if not all_finite(L):
         raise ValueError("L: expected finite entries, got NaN or Inf")
-    if not torch.allclose(L, L.mT, rtol=0.0, atol=1e-4):
+    if not _symmetric(L):
         raise ValueError("L: expected a symmetric matrix; eigenvalues would be those of its lower triangle")
+
+
+def _symmetric(L: Tensor) -> bool:
+    """To 1e-4 of the largest entry. In tiles: at N = 2048 9 ms on 2 cores, where torch.allclose takes 66."""
+    L = L.detach()
+    tolerance = 1e-4 * L.abs().amax()
+    return all(
+        bool((L[..., i : i + 256, i:] - L[..., i:, i : i + 256].mT).abs().amax() <= tolerance)
+        for i in range(0, L.shape[-1], 256)
+    )

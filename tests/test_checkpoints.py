@@ -1,11 +1,13 @@
 import argparse
 import csv
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from torch import nn
 import lmnfast
 from lmnfast import checkpoints, cli
 from lmnfast.checkpoints import find_checkpoints, load_inputs, measure_checkpoints, read_state
+from lmnfast.connectivity import measured
+from lmnfast.spectrum import SETTINGS
 
 DOCS = Path(__file__).parent.parent / "docs/checkpoints.md"
 LAYERS = ("1", "3")
@@ -156,7 +160,9 @@ def table(path="lmn/lmn.csv"):
 # Values ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "hermite"}, {"points": 9, "rule": "lobatto"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "hermite"}, {"points": 9, "rule": "lobatto"}, {"negative": "clip"}]
+)
 def test_rows_are_what_measure_gives_by_hand(settings, trained):
     import nets
 
@@ -176,15 +182,15 @@ def test_the_command_prints_and_leaves_a_table_and_a_figure(trained, capsys):
     header, *lines, written, drawn = capsys.readouterr().out.splitlines()
     assert header.split() == ["step", "lmn_1", "lmn_3"]
     rows = table()
-    columns = "step checkpoint lmn_1 lmn_3 samples points rule method precision solver"
+    columns = (
+        "step checkpoint lmn_1 lmn_3 samples outputs points rule method precision solver negative constant_share_1 "
+        "constant_share_3 negative_share_1 negative_share_3"
+    )
     assert list(rows[0]) == columns.split()
     assert [line.split()[0] for line in lines] == [row["step"] for row in rows] == ["2", "10", "100"]
     assert [row["checkpoint"] for row in rows] == ["step_2.pt", "step_10.pt", "step_100.pt"]
-    assert all(
-        (row["samples"], row["points"], row["rule"], row["method"], row["precision"], row["solver"])
-        == ("9", "21", "uniform", "path", "highest", "cpu")
-        for row in rows
-    )
+    settings = ("9", "3", "21", "uniform", "path", "highest", "cpu", "absolute")
+    assert all(tuple(row[name] for name in SETTINGS) == settings for row in rows)
     assert (written, drawn) == ("written: lmn/lmn.csv", "written: lmn/lmn.png")
     assert Path("lmn/lmn.png").read_bytes().startswith(b"\x89PNG")
     import nets
@@ -739,12 +745,40 @@ def test_finished_is_finished(trained, capsys, monkeypatch):
     assert Path("lmn/lmn.csv").read_bytes() == content
 
 
+def test_a_table_of_another_version_is_an_error_until_forced(trained, capsys):
+    assert cli.main(command()) == 0
+    settings = json.loads(Path("lmn/lmn.json").read_text())
+    del settings["negative"]
+    Path("lmn/lmn.json").write_text(json.dumps(settings))
+    assert "negative is None there, absolute here; choose another --out" in failure(capsys, command())
+
+
+def test_points_that_make_every_network_linear_are_refused(trained, capsys):
+    assert failure(capsys, command("--points=2")).startswith("points: expected at least 3")
+    assert not Path("lmn").exists()
+
+
+def test_an_offset_that_hides_outputs_is_warned_of_with_the_layer(trained, monkeypatch):
+    def hidden(*arguments, **settings):
+        (enqueued,) = measured(*arguments, **settings)
+        counted = enqueued.measured._replace(counts=torch.tensor([99, 0]))  # of 66 pairs, 3 outputs
+        return [replace(enqueued, measured=counted, offset=torch.tensor(1e4))]
+
+    monkeypatch.setattr(checkpoints, "measured", hidden)
+    with pytest.warns(
+        UserWarning, match="checkpoint: step_2.pt, layer '[13]': 50.0% of the outputs' paths"
+    ) as said:
+        rows = measure_checkpoints("nets:make", "step_2.pt", "x.npy", LAYERS)
+    assert len(said) == 2 and rows[0]["constant_share_1"] == rows[0]["constant_share_3"] == 0.5
+
+
 def test_other_settings_are_an_error_until_forced(trained, capsys):
     assert cli.main(command()) == 0
     for change, said in (
         ("--points=11", "points is 21 there, 11 here"),
         ("--rule=lobatto", "rule is uniform there, lobatto here"),
         ("--method=hermite", "method is path there, hermite here"),
+        ("--negative=clip", "negative is absolute there, clip here"),
         ("--layer=0", "layers is 1, 3 there, 1, 3, 0 here"),
         ("--samples=5", "inputs is sha256 "),
         ("--model=nets:slow", "model is nets:make there, nets:slow here"),

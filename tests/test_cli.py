@@ -85,6 +85,17 @@ def test_grok_says_how_many_of_the_samples_are_measured(tmp_path, capsys):
     assert "samples is 8 there, None here" in failure(capsys, *TINY, f"--out={tmp_path}")
 
 
+def test_the_commands_take_the_convention_for_negative_eigenvalues(tmp_path, capsys):
+    assert cli.main([*TINY, "--negative=clip", f"--out={tmp_path}"]) == 0
+    assert "(path, 21 uniform points, negative eigenvalues clipped)" in capsys.readouterr().out
+    assert cli.main(["measure", str(tmp_path), "--negative=absolute"]) == 0
+    *_, written = capsys.readouterr().out.splitlines()
+    assert written == f"written: {tmp_path}/measure-hidden_1-path-uniform21.csv"
+    with pytest.raises(SystemExit):
+        cli.main([*TINY, "--negative=drop"])
+    assert "invalid choice: 'drop'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method, how", [("hermite", "hermite, 21 uniform points"), ("jacobian", "jacobian")])
 def test_grok_names_another_method_with_its_numbers(method, how, tmp_path, capsys):
     assert cli.main([*TINY, f"--method={method}", f"--out={tmp_path}"]) == 0
@@ -187,10 +198,13 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert "out: cannot write to" in failure(capsys, *TINY, f"--out={tmp_path}/file/run")
     assert "hidden_2_pre" in failure(capsys, *TINY, "--layers", "hidden_9", f"--out={tmp_path}/run")
-    assert "points" in failure(capsys, *TINY, "--points=1", f"--out={tmp_path}/run")
+    assert "points: expected at least 3" in failure(capsys, *TINY, "--points=2", f"--out={tmp_path}/run")
     assert "bits: the task" in failure(capsys, *TINY, "--bits=5", f"--out={tmp_path}/run")
     assert "holds no config.json" in failure(capsys, "measure", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert cli.main([*TINY, f"--out={tmp_path}/run"]) == 0
+    capsys.readouterr()
+    assert "points: expected at least 3" in failure(capsys, "measure", tmp_path / "run", "--points=2")
 
 
 def test_measure_takes_a_run_or_a_model(tmp_path, capsys):

@@ -151,7 +151,8 @@ def test_the_gradients_are_autograds(name, sizes, activation):
             "layers: expected some of embedding, hidden_1_pre, hidden_1, .*got hidden_3",
         ),
         ({"layers": ("hidden_1", "hidden_1")}, "layers: .*each once"),
-        ({"points": 1}, "points"),
+        ({"points": 2}, "points"),
+        ({"negative": "drop"}, "negative"),
         ({"rule": "simpson"}, "rule: expected one of uniform, lobatto, got 'simpson'"),
         ({"method": "guess"}, "method: expected one of path.*, got 'guess'"),
         ({"init": "zero"}, "init: expected one of default, lecun-first, got 'zero'"),
@@ -205,12 +206,40 @@ def test_every_row_carries_what_its_lmn_depends_on(finished):
     with open(finished.path / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert ",".join(rows[0]) == (
-        "step,train_loss,test_loss,train_accuracy,test_accuracy,l2_norm,lmn_hidden_1,samples,points,rule,"
-        "method"
+        "step,train_loss,test_loss,train_accuracy,test_accuracy,l2_norm,lmn_hidden_1,samples,outputs,points,rule,method,"
+        "precision,solver,negative,constant_share_hidden_1,negative_share_hidden_1"
     )
-    assert all(
-        (r["samples"], r["points"], r["rule"], r["method"]) == ("20", "21", "uniform", "path") for r in rows
+    settings = ("20", "5", "21", "uniform", "path", "highest", "cpu", "absolute")
+    assert all(tuple(row[name] for name in lmnfast.spectrum.SETTINGS) == settings for row in rows)
+    assert all(0 < float(row["negative_share_hidden_1"]) < 1 for row in rows)
+
+
+def test_a_table_without_the_columns_of_today_is_refused(finished, tmp_path):
+    path = Path(shutil.copytree(finished.path, tmp_path / "run"))
+    old = [line.split(",") for line in (path / "metrics.csv").read_text().splitlines()]
+    left_out = old[0].index("outputs")
+    (path / "metrics.csv").write_text(
+        "".join(",".join(line[:left_out] + line[left_out + 1 :]) + "\n" for line in old)
     )
+    for read in (lambda: read_run(path), lambda: train(replace(TINY, steps=20), path)):
+        with pytest.raises(
+            ValueError, match="metrics.csv lacks the columns outputs, .*--force starts the run anew"
+        ):
+            read()
+
+
+def test_a_run_may_clip_negative_eigenvalues_and_says_so(finished, tmp_path):
+    path, rows = measure(finished.path, negative="clip", every=10)
+    assert path.name == "measure-hidden_1-path-uniform21-clip.csv"
+    run = train(replace(TINY, negative="clip"), tmp_path)
+    assert {row["negative"] for row in run.rows} == {row["negative"] for row in rows} == {"clip"}
+    for name in ("lmn_hidden_1", "negative_share_hidden_1"):
+        assert [row[name] for row in rows] == pytest.approx(
+            [row[name] for row in run.rows if row["step"] % 10 == 0]
+        )
+    for row, known in zip(run.rows, finished.rows, strict=True):
+        assert row["lmn_hidden_1"] < known["lmn_hidden_1"]
+        assert all(row[name] == known[name] for name in (*training.METRICS, "negative_share_hidden_1"))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(finished, tmp_path):
@@ -412,7 +441,7 @@ def test_a_damaged_run_is_refused_and_left_as_it_is(name, finished, tmp_path):
         lambda text: b"\xef\xbb\xbf" + text,
         lambda text: text.replace(b"lmn_hidden_1", b"lmn_hidden_2"),
         lambda text: text.replace(b"\n5,", b"\n6,"),
-        lambda text: text.replace(b"path\n", b"pbth\n", 1),
+        lambda text: text.replace(b",path,", b",pbth,", 1),
         lambda text: text.replace(b",21,", b",,", 1),
         lambda text: text.replace(b"\n10,", b"\n10,nan,", 1),
         lambda text: b"\xff" + text,
@@ -733,7 +762,8 @@ def test_several_methods_are_measured_side_by_side(finished):
     names = [
         f"lmn_{layer}_{method}" for method in ("path", "jacobian") for layer in ("hidden_1", "embedding")
     ]
-    assert list(read[0]) == ["step", *names, "samples", "points", "rule", "method"]
+    shares = [name.replace("lmn", kind) for kind in lmnfast.spectrum.SHARES for name in names]
+    assert list(read[0]) == ["step", *names, *lmnfast.spectrum.SETTINGS, *shares]
     assert {row["method"] for row in read} == {"path+jacobian"}
     for method in ("path", "jacobian"):
         alone = measure(finished.path, method=method, every=10, force=True)[1]
@@ -759,8 +789,17 @@ def test_a_run_by_another_method_trains_the_same_network(finished, tmp_path):
 def test_draw_writes_a_picture_for_each_layer(config, tmp_path):
     layers = {f"lmn_{layer}": 2.0 for layer in config.layers}
     metrics = dict.fromkeys(training.METRICS, 1.0)
-    setting = {"samples": 20 if config.p else 819, "points": 21, "rule": "uniform", "method": "path"}
-    rows = [{"step": step} | metrics | layers | setting for step in range(0, config.steps + 1, config.every)]
+    shares = {f"{kind}_{layer}": 0.1 for kind in lmnfast.spectrum.SHARES for layer in config.layers}
+    setting = dict.fromkeys(lmnfast.spectrum.SETTINGS, "uniform") | {
+        "outputs": 5,
+        "points": 21,
+        "method": "path",
+    }
+    setting |= {"samples": 20 if config.p else 819, "negative": "absolute"}
+    rows = [
+        {"step": step} | metrics | layers | setting | shares
+        for step in range(0, config.steps + 1, config.every)
+    ]
     training._write_csv(tmp_path / "metrics.csv", rows, training.METRICS)
     seconds = {"training": 0.0, "measuring": 0.0}
     training.save_tensors(tmp_path / "state.pt", {"step": config.steps, "seconds": seconds})

@@ -3,6 +3,8 @@
 import functools
 import threading
 import types
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,19 +129,22 @@ def test_a_row_holds_what_measuring_the_cut_gives(model, x):
     assert [row["layer"] for row in rows] == ["first", "second"]
     for row in rows:
         assert tuple(row) == (*COLUMNS, "loss", "accuracy")
-        L = connectivity(*cut(model, row["layer"], x), points=9, rule="lobatto")
-        expected = measurement(L, points=9, rule="lobatto")
+        expected = lmnfast.measure(*cut(model, row["layer"], x), points=9, rule="lobatto")
         assert row == {
             "step": 20,
             "layer": row["layer"],
             "lmn": expected.lmn,
             "complexity_bits": expected.complexity_bits,
             "samples": 12,
+            "outputs": 3,
             "points": 9,
             "rule": "lobatto",
             "method": "path",
-            "precision": expected.precision,
+            "precision": "highest",
             "solver": "cpu",
+            "negative": "absolute",
+            "constant_share": 0.0,
+            "negative_share": expected.negative_share,
             "loss": 0.5,
             "accuracy": 0.25,
         }
@@ -284,7 +289,7 @@ class Scaled(Network):
 
 
 def weight_replaced(model):
-    model.out.weight = nn.Parameter(model.out.weight.detach() * F.silu(torch.arange(3.0) - 1)[:, None])
+    model.out.weight = nn.Parameter(model.out.weight.detach().cumsum(0))
 
 
 def module_replaced(model):
@@ -335,11 +340,10 @@ def test_a_model_that_changes_is_measured_as_it_is(change, x, monkeypatch):
             probe.inputs = x.double()
     probe()
     probe()
-    L = connectivity(*cut(model, "first", probe.inputs))
-    expected = measurement(L, points=21, rule="uniform").lmn
-    assert [row["lmn"] for row in probe.history[1:]] == pytest.approx([expected, expected], rel=1e-6)
+    expected = lmnfast.measure(*cut(model, "first", probe.inputs))
+    assert [row["lmn"] for row in probe.history[1:]] == pytest.approx([expected.lmn] * 2, rel=1e-6)
     if change not in SAME_NUMBER:
-        assert (L - before).abs().max() > 1e-3, "the change was to make a difference"
+        assert (expected.connectivity - before).abs().max() > 1e-3, "the change was to make a difference"
     assert len(cuts) == (1 if change in FOLLOWED else 2)
 
 
@@ -367,16 +371,79 @@ def test_where_checks_wait_a_change_that_only_outputs_show_fails_that_row_and_no
     assert probe._rows[2][0].result()["lmn"] > 1
 
 
-def test_the_precision_of_a_row_is_that_of_its_connectivity(model, x, held):
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        probe = Probe(model, x, "first", every=1)
-        probe()
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_the_precision_of_a_row_is_that_of_its_connectivity(x, held, precision):
+    torch.manual_seed(0)
+    precision("medium")
+    probe = Probe(Untraceable(), x, "first", every=1)
+    fused = Probe(Network(), x, "first", every=1)
+    probe()
+    fused()
+    precision("highest")
     held.set()
     assert probe.history[0]["precision"] == "medium"
+    assert fused.history[0]["precision"] == "highest"  # the CPU's kernels know no other
+
+
+def test_a_probes_number_follows_its_convention(model, x):
+    with Probe(model, x, "first", negative="clip") as probe:
+        probe(0)
+        (row,) = probe.history
+    expected = lmnfast.measure(*cut(model, "first", x), negative="clip")
+    assert (row["negative"], row["lmn"]) == ("clip", expected.lmn)
+    assert row["negative_share"] == expected.negative_share > 0
+    assert row["lmn"] != lmnfast.measure(*cut(model, "first", x)).lmn
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"points": 2}, ValueError, "points: expected at least 3"),
+        ({"points": True}, TypeError, "points: expected an integer"),
+        ({"points": 22, "rule": "lobatto"}, ValueError, "at most 21"),
+        ({"rule": "simpson"}, ValueError, "rule: expected one of"),
+        ({"negative": "drop"}, ValueError, "negative: expected one of absolute, clip, got 'drop'"),
+    ],
+)
+def test_settings_that_no_row_can_have_are_refused_before_the_training(model, x, settings, error, message):
+    with pytest.raises(error, match=message):
+        Probe(model, x, "first", **settings)
+
+
+def test_a_layer_whose_outputs_hide_behind_an_offset_is_named_once(x, monkeypatch):
+    # Two pairs in a hundred, of 66 pairs and 3 outputs.
+    torch.manual_seed(0)
+    model, enqueue = Untraceable(), lmnfast.probe.enqueue
+
+    def counting(*arguments, **settings):
+        enqueued = enqueue(*arguments, **settings)
+        return replace(enqueued, measured=enqueued.measured._replace(counts=torch.tensor([4, 0])))
+
+    monkeypatch.setattr(lmnfast.probe, "enqueue", counting)
+    with torch.no_grad():
+        model.out.bias += 1e4
+    with Probe(model, x, ["first", "second"], every=1) as probe:
+        for _ in range(3):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                probe()
+                rows = probe.history
+            said = [str(warning.message) for warning in caught]
+            if len(rows) == 2:
+                assert [text[:17] for text in said] == ["layer 'first': 2.", "layer 'second': 2"]
+                assert "constant to rounding" in said[0] and caught[0].category is UserWarning
+            else:
+                assert not said
+    assert [row["constant_share"] for row in rows] == [4 / (66 * 3)] * 6
+
+
+def test_a_warning_that_is_an_error_loses_no_row(model, x, monkeypatch):
+    monkeypatch.setattr(lmnfast.probe.Enqueued, "offset_problem", lambda self: "an offset")
+    probe = Probe(model, x, "first", every=1)
+    probe()
+    with pytest.raises(UserWarning, match="layer 'first': an offset"):
+        probe.history  # noqa: B018
+    assert len(probe.history) == 1
+    probe.close()
 
 
 # ---- on a CUDA device ----
@@ -409,7 +476,7 @@ def on_cuda(network):
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_training_may_go_on_at_once_and_does_not_change_the_value(network, own_stream):
     model, layer, x = on_cuda(network)
-    expected = measurement(connectivity(*cut(model, layer, x)), points=21, rule="uniform").lmn
+    expected = lmnfast.measure(*cut(model, layer, x)).lmn
     stream = torch.cuda.Stream(x.device) if own_stream else torch.cuda.default_stream(x.device)
     stream.wait_stream(torch.cuda.default_stream(x.device))
     with Probe(model, x, layer, every=1) as probe, torch.cuda.stream(stream):

@@ -13,7 +13,7 @@ def test_uniform_is_the_papers_rule():
     assert np.allclose(nodes, np.arange(21) * 0.05, atol=1e-15) and np.allclose(weights, 1 / 21)
 
 
-@pytest.mark.parametrize("points", range(2, 22))
+@pytest.mark.parametrize("points", range(3, 22))
 def test_lobatto_gives_the_21_point_sums_of_polynomials_up_to_degree_2m_minus_3(points):
     nodes, weights = (v.numpy() for v in path_nodes("lobatto", points))
     assert nodes[0] == 0 and nodes[-1] == 1 and (np.diff(nodes) > 0).all() and (weights > 0).all()
@@ -29,7 +29,7 @@ def test_lobatto_with_21_points_is_the_grid_itself():
     assert np.allclose(nodes, GRID, atol=1e-15) and np.allclose(weights, 1 / 21, atol=1e-14)
 
 
-@pytest.mark.parametrize("points", [2, 5, 8, 21])
+@pytest.mark.parametrize("points", [3, 5, 8, 21])
 def test_lobatto_is_symmetric_to_the_last_bits(points):
     nodes, weights = path_nodes("lobatto", points)
     assert torch.equal(weights, weights.flip(0)) and (nodes + nodes.flip(0) - 1).abs().max() < 3e-16
@@ -40,15 +40,26 @@ def test_a_rule_handed_out_can_be_changed_without_harm():
     assert path_nodes("lobatto", 9)[0][-1] == 1
 
 
+@pytest.mark.parametrize("points", [np.int64(9), np.uint8(9), torch.tensor(9)])
+def test_points_may_be_of_any_integer_type(points):
+    for ours, known in zip(path_nodes("lobatto", points), path_nodes("lobatto", 9)):
+        assert torch.equal(ours, known)
+
+
 @pytest.mark.parametrize(
     "rule, points, error, message",
     [
         ("simpson", 21, ValueError, "rule: expected one of uniform, lobatto, got 'simpson'"),
-        ("uniform", 1, ValueError, "points: a path has at least its 2 ends, got 1"),
+        ("uniform", 2, ValueError, "points: expected at least 3, as 2 always lie on a straight line, got 2"),
+        ("lobatto", 2, ValueError, "points: expected at least 3, .* got 2"),
         ("uniform", 0, ValueError, "points"),
+        ("uniform", -21, ValueError, "points"),
         ("lobatto", 22, ValueError, "points: the lobatto rule has at most 21 points, got 22"),
         ("uniform", 2.0, TypeError, "points: expected an integer, got 2.0"),
         ("uniform", True, TypeError, "points: expected an integer, got True"),
+        ("uniform", np.bool_(True), TypeError, "points: expected an integer"),
+        ("uniform", "21", TypeError, "points: expected an integer, got '21'"),
+        ("uniform", None, TypeError, "points: expected an integer, got None"),
     ],
 )
 def test_bad_rules_are_refused(rule, points, error, message):

@@ -26,7 +26,7 @@ value: Tensor = lmnfast.lmn(torch.tanh, x.expand(2, 4, 3), stacked=stacked)
 numbers: tuple[Tensor, ...] = (
     lmnfast.eigenvalues(L, solver="cpu"),
     lmnfast.nonlinear_complexity(L),
-    lmnfast.linear_mapping_number(L),
+    lmnfast.linear_mapping_number(L, negative="clip"),
     lmnfast.jacobians(f, x),
     lmnfast.jacobian_distances(f, x, affine=True, squared=True),
 )
@@ -41,7 +41,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
 tail, samples = lmnfast.cut(f, "0", {"x": x}, forward=forward, output=lambda result: result[0])
 module: nn.Module = tail
 m: lmnfast.Measurement = lmnfast.measure(tail, samples)
-bits: float = m.complexity_bits
+bits: float = m.complexity_bits + float(lmnfast.Measurement(**m.to_dict()))
 lmnfast.explain(f, "0", x, forward=forward, output="logits")
 with lmnfast.Probe(f, x, "0", every=10, writers=[CSVWriter("lmn.csv"), TensorBoardWriter("runs")]) as probe:
     measured: bool = probe(3, loss=0.5)

@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__, _native
 from ..files import write_file
+from ..spectrum import SETTINGS, SHARES
 from . import paper_figures as figures
 from .claims import (
     COLUMN,
@@ -77,17 +78,25 @@ def _results(members: dict[str, list[Seed]]) -> pandas.DataFrame:
             config = seed.run.config
             common = {row["step"]: {name: row[name] for name in METRICS} for row in seed.run.rows}
             for layer in (LAYER, *OTHER_LAYERS):
-                every = {row["step"]: row[COLUMN] for row in seed.run.rows}
-                lmn = every if layer == LAYER else seed.lmn(layer)
                 rows += [
                     {
-                        "task": task, "seed": config.seed, "step": step, "layer": layer, "lmn": value,
-                        "samples": seed.run.rows[0]["samples"], "points": config.points, "rule": config.rule,
-                        "method": config.method, "phase": seed.run.phase({"step": step}), **common[step],
+                        "task": task, "seed": config.seed, "step": step, "layer": layer, **known,
+                        "phase": seed.run.phase({"step": step}), **common[step],
                     }
-                    for step, value in lmn.items()
+                    for step, known in _measured(seed, layer).items()
                 ]  # fmt: skip
     return pandas.DataFrame(rows)
+
+
+def _measured(seed: Seed, layer: str) -> dict[int, dict]:
+    """LMN of a layer and what it depends on, by step."""
+    if layer == LAYER:
+        names = {"lmn": COLUMN, **{n: n for n in SETTINGS}, **{n: f"{n}_{LAYER}" for n in SHARES}}
+        rows = seed.run.rows
+    else:
+        names = {"lmn": "value", **{name: name for name in (*SETTINGS, *SHARES)}}
+        rows = [row for row in seed.answers if row["question"] == "layers" and row["layer"] == layer]
+    return {row["step"]: {name: row[column] for name, column in names.items()} for row in rows}
 
 
 # Markdown --------------------------------------------------------------------------------------------------

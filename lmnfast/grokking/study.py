@@ -14,19 +14,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..connectivity import connectivity
 from ..cutting import cut
 from ..files import claimed, write_file
 from ..jacobian import linear_regions
 from ..processes import prepare_worker
-from ..spectrum import eigenvalues, lmn
+from ..spectrum import SETTINGS, SHARES, Measurement, measure
 from .tasks import TASKS
 from .train import (
     Config,
@@ -46,7 +45,11 @@ OTHER_LAYERS = ("embedding", "hidden_2")
 STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
 RULES = (("lobatto", 7), ("lobatto", 9), ("uniform", 5), ("uniform", 11), ("uniform", 51), ("uniform", 101))
 SIZES = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # and all pairs
-COLUMNS = ("question", "variant", "step", "layer", "samples", "value")
+COLUMNS = ("question", "variant", "step", "layer", "value", *SETTINGS, *SHARES)
+INTEGERS, FLOATS = (
+    ("step", "samples", "outputs", "points"),
+    ("value", *SHARES),
+)  # the other columns hold words
 DEATHS = 3  # of worker processes, after which it is no accident
 # The range of 5 seeds holds the median in 94 % of draws, that of 6 in 97 %: fewer have no 95 % interval.
 FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT = 6, 4
@@ -298,53 +301,53 @@ def _tails(run: Path, steps: Iterable[int]) -> Iterator[tuple[int, Tails]]:
         yield step, tails
 
 
-def _row(question: str, variant: str, step: int, layer: str, samples: int, value: float) -> dict:
-    return dict(zip(COLUMNS, (question, variant, step, layer, samples, value), strict=True))
+def _row(
+    question: str, variant: str, step: int, layer: str, m: Measurement | int, value: float | None = None
+) -> dict:
+    """m: what the value is of, or the number of samples alone. value: None is m's LMN."""
+    known = (
+        {name: getattr(m, name) for name in (*SETTINGS, *SHARES)}
+        if isinstance(m, Measurement)
+        else {"samples": m}
+    )
+    said = {"question": question, "variant": variant, "step": step, "layer": layer}
+    return dict.fromkeys(COLUMNS, "") | said | known | {"value": m.lmn if value is None else value}
 
 
 def _at_milestone(step: int, tails: Tails) -> list[dict]:
     f, train_samples, test_samples = tails(LAYER)
     n = len(train_samples)
-    L = connectivity(f, train_samples)
-    w = eigenvalues(L)
+    m = measure(f, train_samples)
+    clipped = 2 ** ops.spectral_entropy(m.eigenvalues.clamp(min=0)).item()
     everywhere = torch.cat([train_samples, test_samples])
     small = train_samples[: len(test_samples)]
     rows = [
-        _row("samples", "train", step, LAYER, n, 2 ** ops.spectral_entropy(w).item()),
-        _row("samples", "test", step, LAYER, len(test_samples), lmn(f, test_samples).item()),
-        _row("samples", "train, as many as test", step, LAYER, len(small), lmn(f, small).item()),
-        _row("samples", "both", step, LAYER, len(everywhere), lmn(f, everywhere).item()),
-        _row("negative", "clipped", step, LAYER, n, 2 ** ops.spectral_entropy(w.clamp(min=0)).item()),
-        _row("negative", "share", step, LAYER, n, (w.clamp(max=0).sum() / -w.abs().sum()).item()),
-        _row("entries", "mean", step, LAYER, n, ((L.double().sum() - n) / (n * (n - 1))).item()),
+        _row("samples", "train", step, LAYER, m),
+        _row("samples", "test", step, LAYER, measure(f, test_samples)),
+        _row("samples", "train, as many as test", step, LAYER, measure(f, small)),
+        _row("samples", "both", step, LAYER, measure(f, everywhere)),
+        _row("negative", "clipped", step, LAYER, replace(m, negative="clip"), clipped),
+        _row("negative", "share", step, LAYER, m, m.negative_share),
+        _row("entries", "mean", step, LAYER, m, ((m.connectivity.double().sum() - n) / (n * (n - 1))).item()),
     ]
-    rows += [
-        _row("stand-ins", how, step, LAYER, n, lmn(f, train_samples, method=how).item()) for how in STAND_INS
-    ]
+    rows += [_row("stand-ins", how, step, LAYER, measure(f, train_samples, method=how)) for how in STAND_INS]
     for layer in OTHER_LAYERS:
         g, x, _ = tails(layer)
-        rows.append(_row("layers", "path", step, layer, len(x), lmn(g, x).item()))
+        rows.append(_row("layers", "path", step, layer, measure(g, x)))
     return rows
 
 
 def _at_few(step: int, tails: Tails) -> list[dict]:
     f, train_samples, test_samples = tails(LAYER)
     rows = [
-        _row(
-            "nodes",
-            f"{rule} {k}",
-            step,
-            LAYER,
-            len(train_samples),
-            lmn(f, train_samples, rule=rule, points=k).item(),
-        )
+        _row("nodes", f"{rule} {k}", step, LAYER, measure(f, train_samples, rule=rule, points=k))
         for rule, k in RULES
     ]
     pairs = torch.cat([train_samples, test_samples])
     # Nested sub-samples.
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
     sizes = [*(size for size in SIZES if size < len(pairs)), len(pairs)]
-    return rows + [_row("number", "random", step, LAYER, size, lmn(f, pairs[:size]).item()) for size in sizes]
+    return rows + [_row("number", "random", step, LAYER, measure(f, pairs[:size])) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -402,13 +405,19 @@ def read_answers(path: Path) -> list[dict]:
         columns, *lines = csv.reader(io.StringIO(text))
         if not text.endswith("\n") or columns != list(COLUMNS):
             raise ValueError
-        rows = [dict(zip(COLUMNS, line, strict=True)) for line in lines]
         return [
-            {**row, "step": int(row["step"]), "samples": int(row["samples"]), "value": float(row["value"])}
-            for row in rows
+            {name: _typed(name, value) for name, value in zip(COLUMNS, line, strict=True)} for line in lines
         ]
     except (ValueError, csv.Error):
-        raise ValueError(f"out: cannot read {path}; delete it to make it anew") from None
+        raise ValueError(
+            f"out: cannot read {path}; delete it to make it anew (it is damaged, or of another version of lmnfast)"
+        ) from None
+
+
+def _typed(name: str, text: str) -> int | float | str:
+    if text == "" and name not in ("step", "samples", "value"):
+        return text
+    return int(text) if name in INTEGERS else float(text) if name in FLOATS else text
 
 
 def _write_answers(path: Path, rows: list[dict]) -> None:

@@ -33,13 +33,14 @@ from ..cutting import cut
 from ..files import claimed, write_file
 from ..probe import Probe
 from ..quadrature import RULES, path_nodes
-from ..spectrum import linear_mapping_number
+from ..spectrum import SETTINGS, SHARES, check_negative, linear_mapping_number
 from .gradients import Gradients
 from .model import ACTIVATIONS, INITS, LAYERS, make_model
 from .tasks import TASKS, Task, make_task, task_sizes, training_samples
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "l2_norm")
-INTEGERS, WORDS = ("step", "samples", "points"), ("rule", "method")  # the other columns hold floats
+INTEGERS = ("step", "samples", "outputs", "points")
+WORDS = tuple(name for name in SETTINGS if name not in INTEGERS)  # the other columns hold floats
 LEFT_BEHIND = ("metrics.csv", "state.pt", "checkpoints", "figures")
 ACTIVITIES = ("training", "measuring")  # that seconds are counted for
 CHECKPOINT = r"step_\d{8,}\.pt"
@@ -65,6 +66,7 @@ class Config:
     samples: int | None = None
     """How many of the training samples are measured, the first of their random order; None is all of them. The LMN of
     fewer is no estimate of the LMN of all."""
+    negative: str = "absolute"
     init: str = "default"
     activation: str = "silu"
     device: str = "auto"
@@ -102,7 +104,8 @@ class Config:
             raise ValueError(
                 f"layers: expected some of {', '.join(LAYERS)}, each once, got {', '.join(self.layers)}"
             )
-        path_nodes(self.rule, self.points)
+        object.__setattr__(self, "points", len(path_nodes(self.rule, self.points)[0]))
+        check_negative(self.negative)
         for name, known in (("method", METHODS), ("init", INITS), ("activation", tuple(ACTIVATIONS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -358,6 +361,7 @@ def measure(
     rule: str | None = None,
     method: str | Sequence[str] | None = None,
     samples: int | None = None,
+    negative: str | None = None,
     device: str = "auto",
     every: int = 1,
     force: bool = False,
@@ -367,14 +371,15 @@ def measure(
 
     Args:
         run: the run's directory.
-        layers, points, rule, method, samples, device: as in Config; several methods stand side by side.
+        layers, points, rule, method, samples, negative, device: as in Config; several methods stand side by side.
         every: only steps that are multiples of it.
         force: replace a table that has steps which this one will not have.
         progress: show a bar (needs tqdm), and say at the beginning how long a measurement of many samples takes.
 
     Returns:
         RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, written, and its rows: the numbers are lmn_LAYER, or with several
-        methods lmn_LAYER_METHOD. Where not all training samples are measured, the name ends in -NUMBERsamples.
+        methods lmn_LAYER_METHOD. Where not all training samples are measured, the name ends in -NUMBERsamples, and in
+        -clip where negative eigenvalues count 0.
 
     Raises:
         ValueError: not a run, a damaged one, no checkpoint, a table that has more, or as Config; another process is at
@@ -389,12 +394,14 @@ def measure(
         raise ValueError(
             f"method: expected some of {', '.join(METHODS)}, each once, got {', '.join(methods)}"
         )
-    given = {"layers": layers, "points": points, "rule": rule, "samples": samples}
+    given = {"layers": layers, "points": points, "rule": rule, "samples": samples, "negative": negative}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     configs = [replace(stored, device=device, method=name, **changes).settled() for name in methods]
     config, together = configs[0], "+".join(methods)
     name = f"measure-{'+'.join(config.layers)}-{together}-{config.rule}{config.points}"
-    table = path / (name + ("" if config.samples is None else f"-{config.samples}samples") + ".csv")
+    name += "" if config.samples is None else f"-{config.samples}samples"
+    name += "" if config.negative == "absolute" else f"-{config.negative}"
+    table = path / f"{name}.csv"
     with claimed(path, "run"), torch_threads(config.threads):
         steps = [step for step in _steps_of(path) if step % every == 0]
         if not steps:
@@ -499,12 +506,16 @@ def read_run(path: str | os.PathLike) -> Run:
     except FileNotFoundError as error:
         raise ValueError(f"run: {path} has no {Path(error.filename).name} yet") from None
     except ValueError as error:
-        raise ValueError(f"run: {error}") from None
+        raise ValueError(f"run: {error}; lmnfast grok with --force starts the run anew") from None
     return Run(path, config, rows, state["seconds"])
 
 
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"cannot read {file}, {type(error).__name__}: {' '.join(str(error).split())}")
+class _Unreadable(ValueError):
+    """Of a file that the message names."""
+
+
+def _unreadable(file: Path, error: Exception) -> _Unreadable:
+    return _Unreadable(f"cannot read {file}, {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _read_state(path: Path, config: Config) -> dict:
@@ -528,10 +539,11 @@ def _read_metrics(path: Path, config: Config) -> list[dict]:
     columns = _columns(METRICS, [f"lmn_{layer}" for layer in config.layers])
     rows = _read_csv(file, columns)
     count = training_samples(config.task, p=config.p, bits=config.bits)
-    expected = (config.samples or count, config.points, config.rule, config.method)
+    expected = {"samples": config.samples or count} | {
+        name: getattr(config, name) for name in ("points", "rule", "method", "negative")
+    }
     for number, row in enumerate(rows):
-        settings = tuple(row[name] for name in ("samples", "points", *WORDS))
-        if row["step"] != number * config.every or settings != expected:
+        if row["step"] != number * config.every or any(row[name] != expected[name] for name in expected):
             raise ValueError(f"cannot read {file}: row {number + 1} is not one of this run")
     return rows
 
@@ -641,7 +653,7 @@ def _some_of(names: Iterable[str]) -> str:
     return rf"{one}(?:\+{one})*"
 
 
-_MEASURED = rf"-{_some_of(LAYERS)}-{_some_of(METHODS)}-{_some_of(RULES)}\d+(?:-\d+samples)?"
+_MEASURED = rf"-{_some_of(LAYERS)}-{_some_of(METHODS)}-{_some_of(RULES)}\d+(?:-\d+samples)?(?:-clip)?"
 # The names of the files that a run writes beside its config, by their folder, and of what a killed write leaves.
 OWN = {
     folder: re.compile(rf"(?:{names})(?:\.\d+\.part)?")
@@ -697,6 +709,7 @@ def _probe(model: nn.Module, inputs: Tensor, config: Config, every: int) -> Prob
         method=config.method,
         points=config.points,
         rule=config.rule,
+        negative=config.negative,
     )
 
 
@@ -727,10 +740,14 @@ def _evaluate(model: nn.Module, task: Task) -> dict[str, float]:
 
 
 def _by_step(history: Iterable[dict], suffix: str = "") -> list[dict]:
-    """The probe's rows, one per step and layer, as one per step; the suffix ends their names."""
+    """The probe's rows, one per step and layer, as one per step; the suffix ends the names of what layers differ in."""
     steps: dict[int, dict] = {}
     for row in history:
-        steps.setdefault(row["step"], dict(row))[f"lmn_{row['layer']}{suffix}"] = row["lmn"]
+        one = steps.setdefault(row["step"], dict(row))
+        one |= {f"{name}_{row['layer']}{suffix}": row[name] for name in ("lmn", *SHARES)}
+        one |= {
+            name: "+".join(sorted({*one[name].split("+"), row[name]})) for name in ("precision", "solver")
+        }
     return list(steps.values())
 
 
@@ -746,8 +763,10 @@ def _write_csv(path: Path, rows: list[dict], metrics: Sequence[str]) -> None:
     write_file(path, text.getvalue().encode())
 
 
-def _columns(metrics: Sequence[str], layers: Sequence[str]) -> list[str]:
-    return ["step", *metrics, *layers, "samples", "points", *WORDS]
+def _columns(metrics: Sequence[str], numbers: Sequence[str]) -> list[str]:
+    """Of a table with these numbers, each lmn_ and a name."""
+    shares = [kind + name.removeprefix("lmn") for kind in SHARES for name in numbers]
+    return ["step", *metrics, *numbers, *SETTINGS, *shares]
 
 
 def _read_csv(path: Path, columns: list[str] | None = None) -> list[dict]:
@@ -755,7 +774,7 @@ def _read_csv(path: Path, columns: list[str] | None = None) -> list[dict]:
 
     def typed(name: str, text: str) -> int | str | float:
         value = int(text) if name in INTEGERS else text if name in WORDS else float(text)
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value) and not name.startswith(SHARES):
             raise ValueError(f"{name} is {text}")
         return value
 
@@ -764,10 +783,15 @@ def _read_csv(path: Path, columns: list[str] | None = None) -> list[dict]:
         if not content.endswith(b"\n"):
             raise ValueError("its last line has no end")
         head, *lines = csv.reader(io.StringIO(content.decode()))
-        if "step" not in head or head != (columns or head):
-            raise ValueError(f"expected the columns {', '.join(columns or ['step'])}, got {', '.join(head)}")
+        if lacking := [name for name in columns or ["step"] if name not in head]:
+            why = "another version of lmnfast wrote it, or it is damaged"
+            raise _Unreadable(f"{path} lacks the columns {', '.join(lacking)}, {why}")
+        if columns and head != columns:
+            raise ValueError(f"expected the columns {', '.join(columns)}, got {', '.join(head)}")
         if not lines:
             raise ValueError("it has no rows")
         return [{name: typed(name, text) for name, text in zip(head, line, strict=True)} for line in lines]
+    except _Unreadable:
+        raise
     except (ValueError, csv.Error) as error:
         raise _unreadable(path, error) from None

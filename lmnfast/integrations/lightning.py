@@ -53,7 +53,7 @@ class LMNCallback(Callback):
 
     inputs: samples for the module's forward, on any device; floating-point ones are brought to the dtype that the
     trainer's precision gives its batches. layers: as in `Probe`, names from the LightningModule on.
-    every: in optimizer steps. settings: the others of `Probe` (method, points, rule, budget, forward, output,
+    every: in optimizer steps. settings: the others of `Probe` (method, points, rule, negative, budget, forward, output,
     writers).
     Raises ValueError at the start of a fit whose strategy shards parameters (FSDP, DeepSpeed).
     """

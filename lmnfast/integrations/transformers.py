@@ -47,7 +47,7 @@ class LMNCallback(TrainerCallback):
     inputs: samples, on any device: a dict is called as model(**inputs), a tensor as model(inputs); no labels
     needed.
     layers: as in `Probe`. every: in optimizer steps. output: what of the model's output counts.
-    settings: the others of `Probe` (method, points, rule, budget, forward, writers).
+    settings: the others of `Probe` (method, points, rule, negative, budget, forward, writers).
     Raises ValueError at the start of a training that shards parameters (FSDP, DeepSpeed).
     """
 
