@@ -28,7 +28,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 arguments.run.mkdir(parents=True, exist_ok=True)
 checkpoint = arguments.run / "checkpoint.pt"
-writer = CSVWriter(arguments.run / "lmn.csv")
+writer = CSVWriter(arguments.run / "lmn.csv", resume=True)  # of this run alone, as it is in the run's folder
 start = 0
 with lmnfast.Probe(model, inputs, ["0", "1"], every=arguments.every, writers=[writer]) as probe:
     if checkpoint.exists():

@@ -13,17 +13,17 @@ import torch
 from . import __version__, _native
 from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_checkpoints
 from .connectivity import METHODS
-from .grokking.figures import draw, draw_methods
+from .grokking.figures import draw, draw_methods, named
 from .grokking.model import ACTIVATIONS, INITS, LAYERS
-from .grokking.study import QUICK, Study, run_study
-from .grokking.tasks import TASKS
+from .grokking.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, Study, run_study
+from .grokking.tasks import TASKS, training_samples
 from .grokking.train import Config, Run, measure, train
 from .processes import cores
 from .quadrature import RULES
 from .spectrum import NEGATIVE
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
-OF_A_MODEL = ("checkpoint", "inputs", "samples", "output", "forward", "key", "jobs", "out", "force")
+OF_A_MODEL = ("checkpoint", "inputs", "output", "forward", "key", "jobs", "out")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     grok.add_argument("--activation", choices=ACTIVATIONS, help=f"between the layers ({Config.activation})")
     grok.add_argument("--threads", type=int, help="on the CPU (the run's; torch's for a new one)")
     grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
-    grok.add_argument("--force", action="store_true", help="delete the run that is there, start anew")
+    grok.add_argument(
+        "--force", action="store_true", help="delete the run that is there (nothing else), start anew"
+    )
 
     again = command(
         "measure",
@@ -84,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     again.add_argument("run", metavar="RUN", nargs="?", help="a directory that grok left")
     again.add_argument("--every", type=int, help="of a RUN, only checkpoints at multiples of this step (1)")
+
+    again.add_argument(
+        "--force",
+        action="store_true",
+        help="begin the table that is there anew; of a RUN, also one with more steps",
+    )
 
     others = {name: f"the run's; {value} with --model" for name, value in vars(Config).items()}
     for added, defaults in ((grok, vars(Config)), (again, others)):
@@ -98,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
             "--points", type=int, help=f"nodes on a path, ends included ({defaults['points']})"
         )
         added.add_argument("--rule", choices=RULES, help=f"where on the path they lie ({defaults['rule']})")
+        added.add_argument(
+            "--samples",
+            type=int,
+            help="how many of the training samples are measured, a fixed random choice "
+            + ("(all)" if added is grok else "(the run's); with --model the first of the inputs (all)")
+            + "; the LMN of fewer samples is no estimate of the LMN of all",
+        )
         if added is grok:
             added.add_argument("--method", choices=METHODS, help=f"of the connectivity ({Config.method})")
         else:
@@ -121,7 +136,6 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", nargs="+", action="extend", metavar="FILE", help="files or patterns, as 'ckpts/*'"
     )
     other.add_argument("--inputs", metavar="FILE", help=".npy, .npz, .pt or .safetensors")
-    other.add_argument("--samples", type=int, help="only the first of the inputs (all)")
     other.add_argument(
         "--output", metavar="KEY", help="which of the model's outputs counts: key, attribute or index"
     )
@@ -129,7 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument("--key", help="where in a checkpoint the state dict is, as state.ema")
     other.add_argument("--jobs", type=int, help="processes (1)")
     other.add_argument("--out", metavar="DIR", help="where lmn.csv and lmn.png go (lmn)")
-    other.add_argument("--force", action="store_true", help="begin the table there anew")
 
     paper = command(
         "paper",
@@ -137,7 +150,12 @@ def _parser() -> argparse.ArgumentParser:
         "Reproduce the paper: every task and seed, figures, claims with intervals, and a report.",
         "; the same command goes on",
     )
-    paper.add_argument("--seeds", type=int, help="of every task, from 0 on (8; 2 with --quick)")
+    paper.add_argument(
+        "--seeds",
+        type=int,
+        help=f"of every task, from 0 on (8; 2 with --quick); a verdict takes {FEWEST_FOR_VERDICT}, an interval "
+        f"{FEWEST_FOR_INTERVAL}",
+    )
     paper.add_argument(
         "--tasks", nargs="+", default=["all"], choices=("all", *TASKS), metavar="TASK",
         help=f"some of {', '.join(TASKS)} (all)",
@@ -295,13 +313,16 @@ def _summary(run: Run) -> str:
         return "-" if math.isnan(value) else f"{value:.4f}"
 
     config, last, seconds = run.config, run.rows[-1], run.seconds
+    of = (
+        "" if config.samples is None else f"of {training_samples(config.task, p=config.p, bits=config.bits)} "
+    )
     lines = [
         f"{config.task}, seed {config.seed}: {last['step']} steps, measured every {config.every} on "
-        f"{last['samples']} samples ({_how(config)})",
+        f"{last['samples']} {of}samples ({_how(config)})",
         f"memorised at    {at(run.memorised)}",
         f"generalised at  {at(run.generalised)}",
     ]
-    name = "LMN" if config.method == "path" else f"LMN ({config.method})"
+    name = named(config, samples=False)
     for layer in config.layers:
         column = f"lmn_{layer}"
         peak = max(run.rows, key=lambda row: row[column])

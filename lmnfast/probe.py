@@ -303,8 +303,14 @@ class Probe:
         return {"next_step": self._next_step, "rows": self.history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`; rows of this probe's own are dropped, and those loaded go to no writer."""
+        """Goes on from a `state_dict`; rows of this probe's own are dropped, and those loaded go to no writer.
+
+        Writers that have a resume() are told by it to go on with what the run before has left.
+        """
         self._check_process()
+        for writer in self._writers:
+            if hasattr(writer, "resume"):
+                writer.resume()
         with self._timed():
             for row in self._waiting:
                 row.exception()

@@ -77,6 +77,14 @@ def test_measure_puts_methods_side_by_side_in_one_table_and_one_figure(tmp_path,
     assert (tmp_path / f"figures/methods-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_grok_says_how_many_of_the_samples_are_measured(tmp_path, capsys):
+    assert cli.main([*TINY, "--samples=8", f"--out={tmp_path}"]) == 0
+    assert "10 steps, measured every 5 on 8 of 20 samples (path" in capsys.readouterr().out
+    assert cli.main(["measure", str(tmp_path), "--samples=12"]) == 0
+    assert "uniform21-12samples.csv" in capsys.readouterr().out
+    assert "samples is 8 there, None here" in failure(capsys, *TINY, f"--out={tmp_path}")
+
+
 def test_the_commands_take_the_convention_for_negative_eigenvalues(tmp_path, capsys):
     assert cli.main([*TINY, "--negative=clip", f"--out={tmp_path}"]) == 0
     assert "(path, 21 uniform points, negative eigenvalues clipped)" in capsys.readouterr().out
@@ -204,6 +212,7 @@ def test_measure_takes_a_run_or_a_model(tmp_path, capsys):
     neither = "measure: expected a RUN, or --model with --checkpoint, --inputs and --layer, got neither"
     assert failure(capsys, "measure") == failure(capsys, "measure", "--points=9") == neither
     assert failure(capsys, "measure", "run", "--jobs=2") == "jobs: expected only with --model"
+    assert "run is not a run" in failure(capsys, "measure", tmp_path / "run", "--samples=5", "--force")
     assert failure(capsys, "measure", "--model=a:b", "--every=2") == "every: expected only with a RUN"
     for given, missing in (
         ([], "checkpoint: expected --checkpoint"),

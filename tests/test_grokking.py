@@ -1,5 +1,4 @@
 import csv
-import fcntl
 import json
 import os
 import shutil
@@ -12,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
 import lmnfast
+from lmnfast.files import claimed, write_file
+from lmnfast.grokking import figures
 from lmnfast.grokking import train as training
-from lmnfast.grokking.figures import draw, paper_curves
+from lmnfast.grokking.figures import draw, draw_methods, paper_curves
 from lmnfast.grokking.gradients import Gradients
 from lmnfast.grokking.model import ACTIVATIONS, LAYERS, make_model
 from lmnfast.grokking.tasks import answers, make_task
 from lmnfast.grokking.train import Config, Run, measure, read_run, train
 
+GONE = 2**22 + 1  # no process has this number: Linux counts to 2 ** 22
 TINY = Config("modular-addition", p=5, steps=20, every=5, threads=1, device="cpu")
 
 
@@ -154,6 +157,12 @@ def test_the_gradients_are_autograds(name, sizes, activation):
         ({"method": "guess"}, "method: expected one of path.*, got 'guess'"),
         ({"init": "zero"}, "init: expected one of default, lecun-first, got 'zero'"),
         ({"device": "tpu"}, "device: expected auto, cpu or cuda, got 'tpu'"),
+        ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
+        ({"p": 1e6}, "p: expected an integer, got 1000000.0"),
+        ({"p": 10**6}, "p: expected at most 2048, got 1000000"),
+        ({"weight_decay": "0.2"}, "weight_decay: expected a number, got '0.2'"),
+        ({"samples": 1}, "samples: expected 2 to 20, all that are trained on, got 1"),
+        ({"samples": 21}, "samples: expected 2 to 20, all that are trained on, got 21"),
     ],
 )
 def test_a_config_that_no_run_can_have_is_refused(change, message):
@@ -261,7 +270,7 @@ def test_a_run_killed_before_or_within_any_write_ends_as_one_never_stopped(finis
         writes += 1
         if writes == fatal:
             path.parent.mkdir(exist_ok=True)
-            path.with_name(path.name + ".part").write_bytes(content[: len(content) // 2])
+            path.with_name(f"{path.name}.{GONE}.part").write_bytes(content[: len(content) // 2])
             raise Killed
         write_file(path, content)
 
@@ -278,20 +287,23 @@ def test_a_run_killed_before_or_within_any_write_ends_as_one_never_stopped(finis
                 pass
         assert train(TINY, path).rows == finished.rows
         assert (path / "metrics.csv").read_bytes() == (finished.path / "metrics.csv").read_bytes()
+        assert not list(path.rglob("*.part"))
     assert fatal > 8  # config, five checkpoints, metrics and state at least once
 
 
 def test_a_run_ended_by_sigkill_continues_to_the_same_bytes(tmp_path):
     config = replace(TINY, steps=1000, every=50)
-    path, command = tmp_path / "killed", [sys.executable, "-m", "lmnfast.cli", "grok", "modular-addition"]
-    options = ["--p=5", "--steps=1000", "--every=50", "--threads=1", "--device=cpu", f"--out={path}"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (path / "state.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(int.from_bytes(os.urandom(1), "big") / 2000)  # up to 0.13 s: anywhere in most of the run
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-m", "lmnfast.cli", "grok", "modular-addition"]
+    for attempt in range(10):  # on a busy machine a run may end before the signal comes
+        path = tmp_path / f"killed-{attempt}"
+        options = ["--p=5", "--steps=1000", "--every=50", "--threads=1", "--device=cpu", f"--out={path}"]
+        process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (path / "state.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(int.from_bytes(os.urandom(1), "big") / 2000)  # up to 0.13 s: anywhere in most of the run
+        process.kill()
+        if process.wait() == -signal.SIGKILL and read_run(path).rows[-1]["step"] < 1000:
+            break
     assert torch.load(path / "state.pt", weights_only=True)["step"] < 1000
     train(config, path)
     train(config, tmp_path / "never")
@@ -320,16 +332,81 @@ def test_left_open_threads_and_device_are_those_the_run_was_started_with(tmp_pat
 def test_another_config_is_refused_by_its_differences_and_force_starts_anew(finished, tmp_path):
     path = tmp_path / "run"
     train(replace(TINY, seed=3, steps=25), path)
-    (path / "measure-x.csv").touch()
-    (path / "notes.txt").touch()
+    measure(path)
     before = files(path)
     with pytest.raises(ValueError, match=r"steps is 25 there, 20 here; seed is 3 there, 0 here; .*--force"):
         train(TINY, path)
     assert files(path) == before
     train(TINY, path, force=True)
     assert (path / "metrics.csv").read_bytes() == (finished.path / "metrics.csv").read_bytes()
-    assert not (path / "measure-x.csv").exists() and not (path / "checkpoints/step_00000025.pt").exists()
-    assert (path / "notes.txt").exists()
+    assert not list(path.glob("measure-*")) and not (path / "checkpoints/step_00000025.pt").exists()
+
+
+def test_force_deletes_only_files_that_a_run_writes(tmp_path):
+    path = tmp_path / "run"
+    train(replace(TINY, steps=25, seed=1), path)
+    draw(path)
+    (path / "state.pt.123.part").touch()
+    mine = [
+        "notes.txt",
+        "measure-mine.csv",
+        "checkpoints/mine.pt",
+        "checkpoints/step_best.pt",
+        "figures/figure2-mine.png",
+    ]
+    for name in mine:
+        (path / name).write_text("mine")
+    (path / "checkpoints" / "more").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    (path / "figures/figure2-hidden_2.png").symlink_to(elsewhere)
+    train(TINY, path, force=True)
+    assert all((path / name).read_text() == "mine" for name in mine) and (path / "checkpoints/more").is_dir()
+    assert elsewhere.read_text() == "mine"
+    steps = [f"checkpoints/step_{step:08}.pt" for step in range(0, 21, 5)]
+    left = {".lock", "config.json", "metrics.csv", "state.pt", *steps}
+    assert {str(name) for name in files(path)} == {*mine, *left}
+
+
+@pytest.mark.parametrize(
+    "config", [None, "{}", '{"task": "translation", "steps": 3, "every": 1, "seed": 0}', "[]", "model: x"]
+)
+def test_force_refuses_a_directory_that_is_no_run(config, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step_00000001.pt").write_text("mine")
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    before = files(tmp_path)
+    with pytest.raises(
+        ValueError, match="out: .* no run; choose another|no run's, and --force deletes runs alone"
+    ):
+        train(TINY, tmp_path, force=True)
+    assert {**files(tmp_path), Path(".lock"): b""} == {**before, Path(".lock"): b""}
+
+
+def test_force_follows_no_link_out_of_the_run(tmp_path):
+    path, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    train(replace(TINY, steps=5), path)
+    (path / "checkpoints").rename(elsewhere)
+    (path / "checkpoints").symlink_to(elsewhere)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="checkpoints is a symbolic link, which --force does not follow"):
+        train(TINY, path, force=True)
+    assert files(tmp_path) == before
+
+
+def test_a_run_whose_directory_is_deleted_ends_and_leaves_none(tmp_path, monkeypatch):
+    evaluate, path = training._evaluate, tmp_path / "run"
+
+    def deleted(*arguments):
+        if len(list(path.glob("checkpoints/*"))) == 2:
+            shutil.rmtree(path)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(training, "_evaluate", deleted)
+    with pytest.raises(FileNotFoundError, match="out: .*run was deleted while the run was at work"):
+        train(TINY, path)
+    assert not path.exists()
 
 
 def test_a_directory_with_parts_of_a_run_is_refused(tmp_path):
@@ -355,11 +432,106 @@ def test_a_damaged_run_is_refused_and_left_as_it_is(name, finished, tmp_path):
     assert damaged.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-3],  # within the last word
+        lambda text: text[:-1],
+        lambda text: text[: text.rindex(b"\n", 0, -1) + 1],  # a row less
+        lambda text: b"\xef\xbb\xbf" + text,
+        lambda text: text.replace(b"lmn_hidden_1", b"lmn_hidden_2"),
+        lambda text: text.replace(b"\n5,", b"\n6,"),
+        lambda text: text.replace(b",path,", b",pbth,", 1),
+        lambda text: text.replace(b",21,", b",,", 1),
+        lambda text: text.replace(b"\n10,", b"\n10,nan,", 1),
+        lambda text: b"\xff" + text,
+        lambda text: b"",
+    ],
+)
+def test_a_damaged_table_of_metrics_is_named_and_not_gone_on_with(damage, finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    (path / "metrics.csv").write_bytes(damage((path / "metrics.csv").read_bytes()))
+    with pytest.raises(ValueError, match=r"^run: .*metrics\.csv"):
+        read_run(path)
+    with pytest.raises(ValueError, match=r"^out: .*metrics\.csv.*; --force starts the run anew"):
+        train(replace(TINY, steps=25), path)
+
+
+def test_any_changed_byte_of_a_file_of_tensors_is_noticed(tmp_path):
+    path, content = tmp_path / "tensors.pt", {"step": 5, "weights": torch.arange(40.0)}
+    training.save_tensors(path, content)
+    for read in (training.read_tensors(path), torch.load(path, weights_only=True)):
+        assert read["step"] == 5 and torch.equal(read["weights"], content["weights"])
+    whole = path.read_bytes()
+    for position in {*range(0, len(whole), 5), *range(len(whole) - 200, len(whole))}:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match=r"cannot read .*tensors.pt, .*checksum"):
+            training.read_tensors(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="checksum"):
+        training.read_tensors(path)
+    torch.save(content, path)  # without a checksum of the whole file
+    assert torch.equal(training.read_tensors(path)["weights"], content["weights"])
+    whole = path.read_bytes()
+    position = whole.index(content["weights"].numpy().tobytes()) + 70
+    path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+    with pytest.raises(ValueError, match="the checksum of .*data/0 is wrong"):
+        training.read_tensors(path)
+
+
+def changed(file, position=0.5):
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * position)] ^= 0x40
+    file.write_bytes(content)
+
+
+def test_a_changed_byte_of_a_checkpoint_or_a_state_stops_what_would_use_it(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    changed(path / "checkpoints/step_00000010.pt")
+    with pytest.raises(
+        ValueError, match=r"run: cannot read .*step_00000010.pt, .*checksum.*delete .*run to run it"
+    ):
+        measure(path)
+    changed(path / "state.pt")
+    with pytest.raises(
+        ValueError, match=r"out: cannot read .*state.pt, .*checksum.*--force starts the run anew"
+    ):
+        train(replace(TINY, steps=25), path)
+    with pytest.raises(ValueError, match=r"run: cannot read .*state.pt, .*checksum"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 10.0}, {"step": 7}, {"seconds": None}, {"seconds": {"training": 1.0}}, {"model": {}}]
+)
+def test_a_state_that_no_run_writes_is_named(change, finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    state = training.read_tensors(path / "state.pt")
+    training.save_tensors(path / "state.pt", {**state, **change})
+    with pytest.raises(ValueError, match=r"^out: cannot read .*state\.pt, .*; --force starts the run anew"):
+        train(replace(TINY, steps=25), path)
+
+
+def test_what_a_killed_write_has_left_is_deleted_by_the_next_and_others_parts_are_not(tmp_path):
+    for pid in (GONE, os.getppid()):
+        (tmp_path / f"a.csv.{pid}.part").touch()
+    (tmp_path / f"b.csv.{GONE}.part").touch()
+    write_file(tmp_path / "a.csv", b"x")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a.csv", f"a.csv.{os.getppid()}.part", f"b.csv.{GONE}.part"
+    }  # fmt: skip
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_file(tmp_path / "folder", b"x")
+    assert not list(tmp_path.glob("folder*part"))
+
+
 def test_a_directory_at_work_is_refused(tmp_path):
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is at work"):
-            train(TINY, tmp_path)
+    with claimed(tmp_path), pytest.raises(ValueError, match="out: another process is at work"):
+        train(TINY, tmp_path)
     assert not (tmp_path / "config.json").exists()
 
 
@@ -444,13 +616,39 @@ def test_correlation_is_pearsons_over_the_generalising_phase_only():
     assert run.correlation("line") == pytest.approx(-1)
     assert run.correlation("bent") == pytest.approx(3**0.5 / 2)
     assert run.correlation("flat") != run.correlation("flat")
-    assert run_of([(0, 0)] * 5, test_loss=[1] * 5, line=[1] * 5).correlation("line") != 0
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"task": "s4", "colour": 1}'])
+def test_a_run_that_has_not_generalised_has_no_correlation_while_generalising_and_no_title_of_one():
+    columns = {
+        "test_loss": [9, 3, 2, 1, 9],
+        "lmn_hidden_1": [5, -3, -2, -1, 5],
+        "l2_norm": [5, -3, -2, -1, 5],
+    }
+    for last, titled in ((1, True), (0.99, False)):
+        run = run_of([(0, 0), (1, 0), (1, 0), (1, 0), (1, last)], **columns)
+        assert (run.correlation("lmn_hidden_1") == pytest.approx(-1)) == titled
+        figure = Figure().subfigures()
+        figures._draw_losses(figure, run, "hidden_1")
+        assert [axes.get_title().startswith("generalising: r") for axes in figure.axes] == [titled] * 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"{",
+        b'{"task": "s4", "colour": 1}',
+        b'{"task": "s4", "seed": 1.5}',
+        b'{"task": ["s4"]}',
+        b'{"task": "modular-addition", "p": 1000000}',
+        b"[]",
+        b"[" * 100_000,
+        b'{"task": "s\xff"}',
+    ],
+)
 def test_what_is_not_a_run_is_named(tmp_path, content):
     if content:
-        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match="config.json"):
         measure(tmp_path)
 
@@ -480,6 +678,80 @@ def test_checkpoints_can_be_measured_at_other_layers_nodes_and_steps(finished):
         measure(finished.path, every=0)
 
 
+def test_a_table_that_has_more_steps_is_replaced_only_by_force(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    table, rows = measure(path)
+    before = table.read_bytes()
+    with pytest.raises(ValueError, match=r"run: .*uniform21.csv has 2 more steps .* 5 for one; move it away"):
+        measure(path, every=10)
+    assert table.read_bytes() == before and measure(path)[1] == rows
+    assert len(measure(path, every=10, force=True)[1]) == 3
+    assert measure(path)[1] == rows  # more steps than there are replace them without a word
+    table.write_bytes(before[:-3])
+    with pytest.raises(ValueError, match=r"run: cannot read .*uniform21.csv, .*; move it away, or --force"):
+        measure(path)
+
+
+def test_a_run_at_work_is_not_measured_and_a_file_that_is_no_checkpoint_is_named(finished, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(finished.path, path)
+    with claimed(path), pytest.raises(ValueError, match="run: another process is at work in .*run"):
+        measure(path)
+    (path / "checkpoints/step_foo.pt").touch()
+    with pytest.raises(
+        ValueError, match="run: expected checkpoints named step_ and a number, got .*step_foo.pt"
+    ):
+        measure(path)
+
+
+def test_fewer_samples_are_the_same_of_every_step_and_named_wherever_their_number_is(finished, tmp_path):
+    run = train(replace(TINY, samples=8), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["samples"] == 8
+    task, model = training.start(TINY)
+    for row, known in zip(run.rows, finished.rows, strict=True):
+        training.load_checkpoint(model, finished.path, row["step"])
+        expected = lmnfast.lmn(*lmnfast.cut(model, "hidden_1", task.train_inputs[:8])).item()
+        assert row["lmn_hidden_1"] == pytest.approx(expected, rel=1e-6) and row["samples"] == 8
+        assert all(row[name] == known[name] for name in training.METRICS)
+    path, rows = measure(finished.path, samples=8)
+    assert path.name == "measure-hidden_1-path-uniform21-8samples.csv"
+    assert [row["lmn_hidden_1"] for row in rows] == pytest.approx([row["lmn_hidden_1"] for row in run.rows])
+    assert measure(tmp_path)[0].name == path.name
+    assert figures.named(run.config) == "LMN (8 samples)" and figures.named(TINY) == "LMN"
+    with pytest.raises(ValueError, match="samples is 8 there, None here"):
+        train(TINY, tmp_path)
+
+
+def test_a_long_measurement_is_announced_by_trials_of_few_samples(finished, monkeypatch, capsys):
+    now, sizes = [0.0], []
+
+    def connectivity(f, x, **settings):
+        sizes.append(len(x))
+        now[0] += 1e-3 * len(x) ** 2
+        return torch.eye(len(x))
+
+    def linear_mapping_number(L):
+        now[0] += 1e-4 * len(L) ** 3
+        return torch.ones(())
+
+    monkeypatch.setattr(training, "TRIAL", 8)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "connectivity", connectivity)
+    monkeypatch.setattr(training, "linear_mapping_number", linear_mapping_number)
+    config = replace(TINY, p=31, layers=("hidden_1", "embedding"))
+    task, model = training.start(config)
+    seconds = 2 * (1e-3 * 768**2 + 1e-4 * 768**3)
+    assert training.expected_seconds(model, task.train_inputs, config) == pytest.approx(seconds)
+    assert max(sizes) <= 16 and now[0] < 3
+    training._say_how_long(Path("run"), model, task.train_inputs, (config,), 5)
+    assert capsys.readouterr().out == (
+        "run: a measurement of 768 samples will take about 25 h, 5 of them about 127 h; --samples takes fewer samples\n"
+    )
+    training._say_how_long(Path("run"), model, task.train_inputs[:20], (config,), 5)
+    assert capsys.readouterr().out == ""  # no 10 s
+
+
 def test_several_methods_are_measured_side_by_side(finished):
     path, rows = measure(
         finished.path, layers=["hidden_1", "embedding"], method=["path", "jacobian"], every=10
@@ -494,7 +766,7 @@ def test_several_methods_are_measured_side_by_side(finished):
     assert list(read[0]) == ["step", *names, *lmnfast.spectrum.SETTINGS, *shares]
     assert {row["method"] for row in read} == {"path+jacobian"}
     for method in ("path", "jacobian"):
-        alone = measure(finished.path, method=method, every=10)[1]
+        alone = measure(finished.path, method=method, every=10, force=True)[1]
         assert [row["lmn_hidden_1"] for row in alone] == [row[f"lmn_hidden_1_{method}"] for row in rows]
     for method in ([], ["path", "path"]):
         with pytest.raises(ValueError, match="method: expected some of path, hermite, .*, each once"):
@@ -518,19 +790,40 @@ def test_draw_writes_a_picture_for_each_layer(config, tmp_path):
     layers = {f"lmn_{layer}": 2.0 for layer in config.layers}
     metrics = dict.fromkeys(training.METRICS, 1.0)
     shares = {f"{kind}_{layer}": 0.1 for kind in lmnfast.spectrum.SHARES for layer in config.layers}
-    setting = dict.fromkeys(lmnfast.spectrum.SETTINGS, "path") | {"samples": 20, "outputs": 5, "points": 21}
+    setting = dict.fromkeys(lmnfast.spectrum.SETTINGS, "uniform") | {
+        "outputs": 5,
+        "points": 21,
+        "method": "path",
+    }
+    setting |= {"samples": 20 if config.p else 819, "negative": "absolute"}
     rows = [
         {"step": step} | metrics | layers | setting | shares
         for step in range(0, config.steps + 1, config.every)
     ]
     training._write_csv(tmp_path / "metrics.csv", rows, training.METRICS)
-    training.save_tensors(tmp_path / "state.pt", {"seconds": {}})
+    seconds = {"training": 0.0, "measuring": 0.0}
+    training.save_tensors(tmp_path / "state.pt", {"step": config.steps, "seconds": seconds})
     (tmp_path / "config.json").write_text(json.dumps(training.asdict(config)))
     drawn = draw(tmp_path)
     assert [path.name for path in drawn] == [f"figure2-{layer}.png" for layer in config.layers]
     for path in drawn:
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 20_000
+
+
+def test_a_legend_of_methods_fits_its_figure(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: kept.append(figure) or path)
+    methods = list(figures.METHOD_LINES)
+    rows = [
+        {"step": s, "samples": 20, "method": "+".join(methods)} | {f"lmn_a_{m}": 2.0 for m in methods}
+        for s in (0, 1)
+    ]
+    draw_methods(tmp_path / "measure-x.csv", rows)
+    kept[0].draw_without_rendering()
+    box = kept[0].legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= kept[0].bbox.x1
+    assert "(20 samples)" in kept[0].axes[0].get_ylabel()
 
 
 @pytest.mark.parametrize(

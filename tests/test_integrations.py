@@ -1,15 +1,19 @@
 """Writers and callbacks: what they log, that training stays the same to the bit, and that it resumes."""
 
+import copy
 import csv
 import glob
 import json
 import os
+import pickle
 import re
+import signal
 import struct
 import subprocess
 import sys
 import time
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.precision import Precision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,8 +31,10 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from wandb.proto.wandb_internal_pb2 import Record
 
+import lmnfast
 from lmnfast import Probe
 from lmnfast.integrations import CSVWriter, TensorBoardWriter, WandbWriter
+from lmnfast.integrations import lightning as lightning_module
 from lmnfast.integrations.lightning import LMNCallback as LightningCallback
 from lmnfast.integrations.transformers import LMNCallback as TransformersCallback
 
@@ -84,21 +91,80 @@ def test_a_probe_writes_its_rows_to_a_csv_file_to_the_last_bit(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["", "2,fir", '2,"fi', "2,first,2.5"])
-def test_a_csv_file_of_a_killed_run_is_gone_on_with(tmp_path, left):
+def test_a_csv_file_of_a_killed_run_is_gone_on_with_without_a_row_twice(tmp_path, left):
     path = tmp_path / "lmn.csv"
+    writer = CSVWriter(path)
     for step in (0, 1):
-        CSVWriter(path).write(row(step))
+        writer.write(row(step))
     with open(path, "a") as file:
         file.write(left)
-    writer = CSVWriter(path)
+    writer = CSVWriter(path, resume=True)
     for step in range(4):
-        writer.write(row(step, lmn=1.0 if step < 2 else 3.0))
-    assert [(r["step"], r["lmn"]) for r in read(path)] == [
-        ("0", "2.5"),
-        ("1", "2.5"),
-        ("2", "3.0"),
-        ("3", "3.0"),
-    ]
+        writer.write(row(step))
+    assert [(r["step"], r["lmn"]) for r in read(path)] == [(step, "2.5") for step in "0123"]
+
+
+@pytest.mark.parametrize("left", ["0,first,2.5\n", "0,fir"])
+def test_a_csv_file_of_an_earlier_run_is_refused_and_left_as_it_is(tmp_path, left):
+    path, text = tmp_path / "lmn.csv", "step,layer,lmn\n" + left
+    path.write_text(text)
+    writer = CSVWriter(path)
+    with pytest.raises(
+        ValueError, match="path: expected a new file, got .*lmn.csv with rows of an earlier run"
+    ):
+        writer.write(row(0, lmn=3.0))
+    assert path.read_text() == text
+
+
+def test_a_writer_that_was_closed_begins_a_new_run(tmp_path):
+    writer = CSVWriter(tmp_path / "lmn.csv")
+    writer.write(row(0))
+    writer.close()
+    with pytest.raises(ValueError, match="rows of an earlier run"):
+        writer.write(row(0))
+    writer.resume()
+    writer.write(row(1))
+    assert [r["step"] for r in read(writer.path)] == ["0", "1"]
+
+
+def test_a_csv_file_has_every_row_of_steps_that_begin_anew(tmp_path):
+    model = nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 3))
+    with Probe(model, X, "0", every=2, writers=[CSVWriter(tmp_path / "lmn.csv")]) as probe:
+        for _ in range(3):
+            for step in range(4):
+                probe(step)
+    assert [r["step"] for r in read(tmp_path / "lmn.csv")] == list("020202")
+
+
+def test_a_step_measured_again_with_another_result_has_both_rows(tmp_path):
+    path = tmp_path / "lmn.csv"
+    writer = CSVWriter(path)
+    writer.write(row(0))
+    writer.write(row(1, loss=0.5))
+    writer = CSVWriter(path, resume=True)
+    writer.write(row(1, loss=0.25))  # another loss
+    writer.write(row(0, seen=3))  # another column
+    assert [(r["step"], r["loss"], r["seen"]) for r in read(path)] == [
+        ("0", "", ""), ("1", "0.5", ""), ("1", "0.25", ""), ("0", "", "3")
+    ]  # fmt: skip
+
+
+def test_a_probe_that_goes_on_from_a_state_goes_on_with_its_files(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 3))
+    with Probe(model, X, "0", every=1, writers=[CSVWriter(tmp_path / "a.csv")]) as probe:
+        for step in range(3):
+            probe(step)
+            if step == 1:
+                state = probe.state_dict()
+    rows = read(tmp_path / "a.csv")
+    writers = [CSVWriter(tmp_path / "a.csv"), TensorBoardWriter(tmp_path)]
+    with Probe(model, X, "0", every=1, writers=writers) as probe:
+        probe.load_state_dict(state)
+        for step in (2, 3):
+            probe(step)
+    assert read(tmp_path / "a.csv")[:3] == rows
+    assert [r["step"] for r in read(tmp_path / "a.csv")] == list("0123")
 
 
 def test_a_csv_file_takes_new_columns_and_rows_without_them(tmp_path):
@@ -136,6 +202,20 @@ def test_tensorboard_shows_each_layer_at_its_step(tmp_path):
     assert scalars(tmp_path / "given", "lmn") == expected
 
 
+def test_curves_of_an_earlier_run_are_added_to_only_when_told_to(tmp_path):
+    SummaryWriter(tmp_path).close()  # the training's own is no earlier run's
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(row(0))
+    writer.close()
+    for other in (writer, TensorBoardWriter(tmp_path)):
+        with pytest.raises(ValueError, match="to: expected a folder without LMN curves, got .*resume=True"):
+            other.write(row(0, lmn=9.0))
+    writer = TensorBoardWriter(tmp_path, resume=True)
+    writer.write(row(1))
+    writer.close()
+    assert scalars(tmp_path) == {"lmn/first": [(0, 2.5), (1, 2.5)]}
+
+
 def wandb_records(folder):
     """The records of an offline run: LevelDB's log format after seven bytes of their own."""
     (path,) = glob.glob(f"{folder}/wandb/offline-run-*/*.wandb")
@@ -155,12 +235,12 @@ def wandb_records(folder):
 def finished(run, folder):
     """All records, once they are there: on a busy machine the file is written some time after finish returns."""
     run.finish()
-    for _ in range(100):
+    for _ in range(600):
         records = list(wandb_records(folder))
         if records and records[-1].WhichOneof("record_type") == "exit":
             return records
         time.sleep(0.1)
-    raise TimeoutError(f"no end of the run in {folder} after 10 s")
+    raise TimeoutError(f"no end of the run in {folder} after a minute")
 
 
 @pytest.mark.parametrize("commit", [False, True])
@@ -188,6 +268,24 @@ def test_late_rows_reach_wandb_and_drop_nothing_of_the_users(tmp_path, monkeypat
         assert values == [(s, s + more) for s in ((0, 10, 20, 40) if layer == "a" else (0, 10, 20))]
     metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
     assert any(m.glob_name == "lmn/*" and m.step_metric == "lmn_step" for m in metrics)
+
+
+def test_wandb_gets_every_row_of_steps_that_begin_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = wandb.init(project="p", dir=tmp_path, mode="offline")
+    writer, rows = WandbWriter(run), [row(s, layer, lmn) for s, layer, lmn in
+                                      [(0, "a", 1.0), (0, "b", 2.0), (0, "a", 3.0), (5, "a", 4.0), (0, "a", 5.0)]]  # fmt: skip
+    for each in rows:
+        writer.write(each)
+    writer.close()
+    seen = [
+        {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item}
+        for r in finished(run, tmp_path)
+        if r.WhichOneof("record_type") == "history"
+    ]
+    for layer in "ab":
+        values = [(h["lmn_step"], h[f"lmn/{layer}"]) for h in seen if f"lmn/{layer}" in h]
+        assert values == [(r["step"], r["lmn"]) for r in rows if r["layer"] == layer]
 
 
 @pytest.mark.parametrize(
@@ -369,8 +467,14 @@ def test_a_row_that_fails_later_does_not_take_those_before_it_along(monkeypatch)
     monkeypatch.setattr(Probe, "_solve", failing)
     logged = []
     logger = types.SimpleNamespace(log_metrics=lambda values, step: logged.append(step))
-    trainer = types.SimpleNamespace(is_global_zero=True, global_step=0, loggers=[logger])
     callback, module = LightningCallback(X[:20], "net.0", every=2), Module()
+    trainer = types.SimpleNamespace(
+        is_global_zero=True,
+        global_step=0,
+        loggers=[logger],
+        callbacks=[callback],
+        precision_plugin=Precision(),
+    )
     callback.on_train_start(trainer, module)
     with pytest.raises(RuntimeError, match="no eigenvalues at step 4"):
         for trainer.global_step in range(1, 7):
@@ -378,6 +482,74 @@ def test_a_row_that_fails_later_does_not_take_those_before_it_along(monkeypatch)
         callback.on_train_end(trainer, module)
     callback.on_exception(trainer, module, RuntimeError())
     assert logged[:2] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "precision, dtype",
+    [
+        ("64-true", torch.float64),
+        ("bf16-true", torch.bfloat16),
+        ("16-true", torch.float16),
+        ("bf16-mixed", torch.float32),
+    ],
+)
+def test_samples_follow_the_trainers_precision(precision, dtype):
+    class Watched(Module):
+        def on_train_start(self):
+            self.begun = copy.deepcopy(self.net)
+
+    callback = LightningCallback(X[:20], "net.0", every=2)
+    module = fit([callback], steps=1, module=Watched(), precision=precision)
+    assert steps(callback) == [0] and module.begun[0].weight.dtype == dtype
+    assert callback.history[0]["lmn"] == lmnfast.lmn(*lmnfast.cut(module.begun, "0", X[:20].to(dtype))).item()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"
+)
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_callbacks_of_one_layer_go_side_by_side_and_resume_with_their_own_rows(tmp_path):
+    def of_first_outputs(outputs):
+        return outputs[:, :2]
+
+    def callbacks():
+        kinds = [
+            (X[:20], {}),
+            (X[20:40], {}),
+            (X[:20], {"points": 5}),
+            (X[:20], {"output": of_first_outputs}),
+        ]
+        made = [LightningCallback(x, "net.0", every=2, **kind) for x, kind in kinds]
+        return [*made, LightningCallback(X[:20], ["net.0", "net.2"], every=2)]
+
+    first, save = callbacks(), ModelCheckpoint(tmp_path / "kept", every_n_train_steps=4)
+    fit([*first, save], steps=4, logger=CSVLogger(tmp_path, "csv"))
+    assert len({callback.history[0]["lmn"] for callback in first[:4]}) == 4
+    logged = read(glob.glob(f"{tmp_path}/csv/*/metrics.csv")[0])
+    names = ["lmn/net.0", "lmn-2/net.0", "lmn-3/net.0", "lmn-4/net.0", "lmn-5/net.0"]
+    for name, callback in zip(names, first, strict=True):
+        values = [r["lmn"] for r in callback.history if r["layer"] == "net.0"]
+        assert [float(r[name]) for r in logged if r[name]] == values
+    assert any(r["lmn/net.2"] for r in logged) and "lmn-2/net.2" not in logged[0]
+    (checkpoint,) = (tmp_path / "kept").glob("*.ckpt")
+    second = callbacks()[::-1]  # the order of a list is no identity
+    fit(second, ckpt_path=checkpoint, steps=6)
+    for before, after in zip(first, second[::-1], strict=True):
+        assert after.history[: len(before.history)] == before.history
+        assert sorted(set(steps(after))) == [0, 2, 4, 6]
+
+
+def test_processes_that_a_strategy_makes_hand_the_history_back(monkeypatch):
+    callback = LightningCallback(X[:20], "net.0", every=2)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(lightning_module, "os", types.SimpleNamespace(getpid=lambda: -1))
+        spawned = pickle.loads(pickle.dumps(callback))
+        fit([spawned], steps=4)
+        expected = spawned.history
+    assert [row["step"] for row in expected] == [0, 2, 4] and callback._returned.exists()
+    other = copy.deepcopy(callback)
+    assert other.history == [] and callback.history == expected and callback.state_dict()["rows"] == expected
+    assert not callback._returned.exists()
 
 
 def test_other_ranks_measure_nothing_and_do_not_wait():
@@ -431,11 +603,16 @@ print("rank", module.global_rank, "measured", steps, flush=True)
 def test_two_processes_train_as_without_and_the_first_measures(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    done = subprocess.run(
-        [sys.executable, script], check=False, capture_output=True, text=True, timeout=100, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "rank 0 measured [0, 2, 4]" in done.stdout and "rank 1 measured []" in done.stdout
+    with subprocess.Popen(
+        [sys.executable, script], stdout=-1, stderr=-1, text=True, cwd=tmp_path, start_new_session=True
+    ) as process:
+        try:
+            said, errors = process.communicate(timeout=600)
+        finally:
+            with suppress(ProcessLookupError):  # the second process, too, also where the first has died
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors
+    assert "rank 0 measured [0, 2, 4]" in said and "rank 1 measured []" in said
 
 
 def test_strategies_that_shard_parameters_are_refused():
@@ -557,8 +734,8 @@ def test_a_resumed_trainer_goes_on_with_the_history(tmp_path):
     again.train(resume_from_checkpoint=True)
     assert resumed.history == whole.history and steps(whole) == [s for s in range(0, 9, 2) for _ in BLOCKS]
     assert same_weights(straight.model, again.model)
-    kept = json.loads((tmp_path / "stopped" / "lmn_history.json").read_text())
-    assert kept["rows"] == whole.history and not list((tmp_path / "stopped").glob("*.tmp"))
+    (kept,) = json.loads((tmp_path / "stopped" / "lmn_history.json").read_text()).values()
+    assert kept["rows"] == whole.history and not list((tmp_path / "stopped").glob("*.part"))
 
 
 def test_rows_measured_after_the_checkpoint_are_measured_again(tmp_path):
@@ -575,11 +752,50 @@ def test_an_epoch_and_a_best_model_that_are_saved_keep_the_history(tmp_path):
 
     class Look(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
-            kept.append(json.loads((tmp_path / "lmn_history.json").read_text())["rows"][-1]["step"])
+            (state,) = json.loads((tmp_path / "lmn_history.json").read_text()).values()
+            kept.append(state["rows"][-1]["step"])
 
     trainer.add_callback(Look())
     trainer.train()
     assert kept == [4, 8]
+
+
+def test_callbacks_of_one_block_go_side_by_side_in_a_trainer(tmp_path):
+    def attached(steps):
+        callbacks = [
+            watching(layers="transformer.h.1"),
+            watching(layers="transformer.h.1", points=5),
+            TransformersCallback({"input_ids": IDS[6:12]}, "transformer.h.1", 2),
+        ]
+        trainer = trainer_in(tmp_path, steps=steps, save_strategy="steps", save_steps=4)
+        return trainer, [callback.attach(trainer) for callback in callbacks]
+
+    trainer, first = attached(4)
+    trainer.train()
+    assert len({callback.history[0]["lmn"] for callback in first}) == 3
+    for name, callback in zip(("lmn", "lmn-2", "lmn-3"), first, strict=True):
+        logged = [entry[f"{name}/transformer.h.1"] for entry in trainer.state.log_history
+                  if f"{name}/transformer.h.1" in entry]  # fmt: skip
+        assert logged == [row["lmn"] for row in callback.history]
+    trainer, second = attached(6)
+    trainer.train(resume_from_checkpoint=True)
+    for before, after in zip(first, second, strict=True):
+        assert after.history[:3] == before.history and steps(after) == [0, 2, 4, 6]
+    with pytest.raises(
+        ValueError, match="attach: expected a callback with other inputs, .* got the same again"
+    ):
+        watching(layers="transformer.h.1").attach(trainer)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"step": 3, "rows": []}', '{"x": {"step": 0.5, "rows": []}}']
+)
+def test_a_damaged_history_file_is_named_before_the_training(content, tmp_path):
+    (tmp_path / "lmn_history.json").write_text(content)
+    args = TrainingArguments(str(tmp_path), report_to="none")
+    state = types.SimpleNamespace(is_world_process_zero=True, global_step=0)
+    with pytest.raises(ValueError, match="output_dir: cannot read .*lmn_history.json"):
+        watching().on_train_begin(args, state, None, model=gpt())
 
 
 def test_only_the_first_process_measures_a_trainers_model(tmp_path):

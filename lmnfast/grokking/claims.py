@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from ..spectrum import lmn
 from .figures import paper_curves
-from .study import LAYER, Seed
+from .study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, LAYER, Seed
 from .tasks import TASKS, task_sizes
 from .train import Run, pearson, start
 
@@ -89,8 +89,8 @@ class Statistic:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bootstrap interval of the median, CONFIDENCE, by percentiles; NaN for less than two values. Needs scipy."""
-    if len(values) < 2:
+    """Bootstrap interval of the median, CONFIDENCE, by percentiles; NaN for too few values. Needs scipy."""
+    if len(values) < FEWEST_FOR_INTERVAL:
         return math.nan, math.nan
     from scipy.stats import bootstrap
 
@@ -110,14 +110,26 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def judged(values: Sequence[float], holds: tuple[float, float]) -> str:
-    """ "holds" where the interval lies between the two numbers, "fails" where it lies outside, else "undecided"."""
+    """ "holds" where the interval lies between the two numbers, "fails" where it lies outside, else "undecided".
+
+    Of too few seeds for an interval it is their range that counts; of too few for a verdict their number is returned.
+    """
     reached = [value for value in values if not math.isnan(value)]
+    if not reached:
+        return "not reached"
+    if few := too_few(len(reached)):
+        return few
     low, high = interval(reached)
     if math.isnan(low):
-        return "one seed" if reached else "not reached"
+        low, high = min(reached), max(reached)
     if holds[0] <= low and high <= holds[1]:
         return "holds"
     return "fails" if high < holds[0] or low > holds[1] else "undecided"
+
+
+def too_few(seeds: int) -> str:
+    """What stands in place of a verdict; nothing where there are enough."""
+    return "" if seeds >= FEWEST_FOR_VERDICT else "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
 # Of one run ------------------------------------------------------------------------------------------------
@@ -331,8 +343,11 @@ def numbers(seeds: dict[str, list[Seed]]) -> list[Statistic]:
         assert task in TASKS and task_sizes(task) == task_sizes(task, p=config.p, bits=config.bits)
         for name, paper in PAPER[task].items():
             values = tuple(NUMBERS[name](seed.run) for seed in members)
-            verdict = _within(task, name, Statistic(name, task, "", "", values, "").median / paper)
-            found.append(Statistic(name, task, "", f"{paper:g}", values, verdict))
+            measured = Statistic(name, task, "", f"{paper:g}", values, "")
+            verdict = _within(task, name, measured.median / paper)
+            if verdict.startswith(("within", "outside")):
+                verdict = too_few(len(measured.known)) or verdict
+            found.append(replace(measured, verdict=verdict))
     return found
 
 

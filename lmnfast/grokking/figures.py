@@ -73,8 +73,10 @@ def draw_methods(table: Path, rows: list[dict]) -> Path:
                 axes.plot([row["step"] for row in rows], values, style, color=colour, label=method)
             axes.set(title=layer, xlabel="Training step", ylim=(0, None))
             axes.locator_params(axis="x", nbins=5)
-        panels[0].set_ylabel("LMN, and its stand-ins by name" if "path" in methods else "Stand-ins for LMN")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods))
+        what = "LMN, and its stand-ins by name" if "path" in methods else "Stand-ins for LMN"
+        panels[0].set_ylabel(f"{what}\n({rows[0]['samples']} samples)")
+        columns = min(len(methods), 2 * len(layers))  # a legend of four is wider than one panel
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
         return save(figure, table.parent / "figures" / f"methods{table.stem.removeprefix('measure')}.png")
 
 
@@ -105,9 +107,12 @@ def save(figure, path: Path, dpi: int = 200, colours: int | None = None) -> Path
     return path
 
 
-def _named(config: Config) -> str:
-    """What another method than the path gives is no LMN without its name."""
-    return "LMN" if config.method == "path" else f"LMN ({config.method})"
+def named(config: Config, samples: bool = True) -> str:
+    """What another method than the path gives is no LMN without its name, nor that of some samples without their number."""
+    of = [config.method] * (config.method != "path")
+    if samples and config.samples is not None:
+        of.append(f"{config.samples} samples")
+    return f"LMN ({', '.join(of)})" if of else "LMN"
 
 
 def _draw_curves(figure, run: Run, layer: str) -> None:
@@ -116,7 +121,7 @@ def _draw_curves(figure, run: Run, layer: str) -> None:
     accuracy = axes.twinx()
     steps = [row["step"] for row in rows]
     lines = []
-    for column, label, colour in ((f"lmn_{layer}", _named(config), LMN), ("l2_norm", "L2 norm", L2)):
+    for column, label, colour in ((f"lmn_{layer}", named(config), LMN), ("l2_norm", "L2 norm", L2)):
         lines += axes.plot(steps, [row[column] for row in rows], color=colour, label=label)
     for column, label, style in (
         ("test_accuracy", "Test accuracy", "-"),
@@ -127,7 +132,7 @@ def _draw_curves(figure, run: Run, layer: str) -> None:
     if task_sizes(config.task) == task_sizes(config.task, p=config.p, bits=config.bits):
         paper = paper_curves(config.task)
         for column, label, colour in (("lmn", "LMN, paper", LMN), ("l2_norm", "L2 norm, paper", L2)):
-            if column == "l2_norm" or layer == "hidden_1":
+            if column == "l2_norm" or (layer == "hidden_1" and config.samples is None):
                 dots = {"linestyle": "", "marker": ".", "markersize": 5, "alpha": 0.6}
                 lines += axes.plot(paper["step"], paper[column], color=colour, label=label, **dots)
     axes.set(xlabel="Training step", ylabel="LMN, L2 norm", ylim=(0, None), xlim=(0, config.steps or 1))
@@ -139,7 +144,7 @@ def _draw_curves(figure, run: Run, layer: str) -> None:
 
 def _draw_losses(figure, run: Run, layer: str) -> None:
     panels = figure.subplots(1, 2, sharey=True)
-    columns = {f"lmn_{layer}": f"{_named(run.config)} of {layer}", "l2_norm": "L2 norm"}
+    columns = {f"lmn_{layer}": f"{named(run.config)} of {layer}", "l2_norm": "L2 norm"}
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
         for phase, (colour, marker) in PHASES.items():
             rows = [row for row in run.rows if run.phase(row) == phase]

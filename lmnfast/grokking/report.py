@@ -28,9 +28,21 @@ from .claims import (
     numbers,
     peak,
     second_rise,
+    too_few,
 )
 from .figures import draw_layer
-from .study import LAYER, OTHER_LAYERS, RULES, SIZES, STAND_INS, Seed, Study, read_study
+from .study import (
+    FEWEST_FOR_INTERVAL,
+    FEWEST_FOR_VERDICT,
+    LAYER,
+    OTHER_LAYERS,
+    RULES,
+    SIZES,
+    STAND_INS,
+    Seed,
+    Study,
+    read_study,
+)
 from .train import METRICS, pearson
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
@@ -93,6 +105,7 @@ def _measured(seed: Seed, layer: str) -> dict[int, dict]:
 def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: str) -> str:
     count = len(next(iter(members.values())))
     found, measured = claims(members), numbers(members)
+    ours = f"ours (median, {CONFIDENCE:.0%})" if count >= FEWEST_FOR_INTERVAL else "ours (median)"
     lines = [
         "# Grokking as compression, reproduced",
         "",
@@ -102,9 +115,7 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         f"`{LAYER}` on at 21 points. The network, the optimiser and the tasks are the paper's; the initialisation, which the "
         "paper does not state, is PyTorch's.",
         "",
-        f"Ours is the median of the seeds with a {CONFIDENCE:.0%} bootstrap interval of that median (percentiles of 9999 "
-        'resamples of the seeds). A claim "holds" where that whole interval is on its side, "fails" where all of it is on '
-        'the other, and is "undecided" else. The bounds were set before the seeds were looked at, and none was fitted.',
+        _judging(count, [*found, *measured]),
         "",
         f"Memorised and generalised: the first measured step with accuracy 1 on the training and on the test samples. "
         f"{_unfinished(members)}",
@@ -113,7 +124,7 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         "## The claims",
         "",
         *_table(
-            ("claim", "task", "statistic", "paper", f"ours (median, {CONFIDENCE:.0%})", "seeds", "verdict"),
+            ("claim", "task", "statistic", "paper", ours, "seeds", "verdict"),
             [(c.name, c.task, c.meaning, c.paper, _ours(c), _counted(c), f"**{c.verdict}**") for c in found],
         ),
         "",
@@ -122,7 +133,7 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         "The paper's are read off its figures (about ±0.15 in LMN, ±0.1 in L2 norm).",
         "",
         *_table(
-            ("number", "task", "paper", "ours (median, 95%)", "all seeds", "difference", "asked"),
+            ("number", "task", "paper", ours, "all seeds", "difference", "asked"),
             [(c.name, c.task, c.paper, _ours(c), _all(c), _difference(c), c.verdict) for c in measured],
         ),
         "",
@@ -131,6 +142,29 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         *_how(members, study, command),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _judging(count: int, statistics: Sequence[Statistic]) -> str:
+    """What a verdict rests on, with this many seeds."""
+    bounds = "The bounds were set before the seeds were looked at, and none was fitted."
+    fewer = (
+        f"Fewer than {FEWEST_FOR_INTERVAL} seeds that have a value give no {CONFIDENCE:.0%} interval: their number and their "
+        f"range are in the brackets, and the range is judged; fewer than {FEWEST_FOR_VERDICT} are not judged, and their "
+        "number stands in place of a verdict."
+    )
+    if count < FEWEST_FOR_INTERVAL:
+        words = (
+            f'Ours is the median of the seeds. A claim "holds" where all of them are on its side, "fails" where all are on '
+            f'the other, and is "undecided" else. {fewer}'
+        )
+        return f"{words} {bounds}"
+    words = (
+        f"Ours is the median of the seeds with a {CONFIDENCE:.0%} bootstrap interval of that median (percentiles of 9999 "
+        'resamples of the seeds). A claim "holds" where that whole interval is on its side, "fails" where all of it is on '
+        f'the other, and is "undecided" else. {bounds}'
+    )
+    some = any(0 < len(statistic.known) < FEWEST_FOR_INTERVAL for statistic in statistics)
+    return f"{words} {fewer}" if some else words
 
 
 def _unfinished(members: dict[str, list[Seed]]) -> str:
@@ -154,7 +188,10 @@ def _unfinished(members: dict[str, list[Seed]]) -> str:
 
 
 def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
-    verdicts = [claim.verdict for claim in found]
+    verdicts = [
+        "with too few seeds" if claim.verdict == too_few(len(claim.known)) else claim.verdict
+        for claim in found
+    ]
     asked = [number for number in measured if number.verdict.startswith(("within", "outside"))]
     off = [number for number in asked if number.verdict.startswith("outside")]
     lines = [
@@ -191,11 +228,12 @@ def _number(value: float) -> str:
 
 def _ours(statistic: Statistic) -> str:
     low, high = statistic.interval
-    return (
-        f"{_number(statistic.median)} ({_number(low)} to {_number(high)})"
-        if not np.isnan(low)
-        else _number(statistic.median)
-    )
+    if np.isnan(low) and len(statistic.known) > 1:
+        low, high = min(statistic.known), max(statistic.known)
+        return (
+            f"{_number(statistic.median)} ({len(statistic.known)} seeds: {_number(low)} to {_number(high)})"
+        )
+    return _number(statistic.median) + ("" if np.isnan(low) else f" ({_number(low)} to {_number(high)})")
 
 
 def _counted(statistic: Statistic) -> str:

@@ -51,6 +51,8 @@ INTEGERS, FLOATS = (
     ("value", *SHARES),
 )  # the other columns hold words
 DEATHS = 3  # of worker processes, after which it is no accident
+# The range of 5 seeds holds the median in 94 % of draws, that of 6 in 97 %: fewer have no 95 % interval.
+FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT = 6, 4
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _check_continues(out: Path, study: Study) -> None:
         stored = {
             name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(file.read_text()).items()
         }
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"out: cannot read {file}: {error}") from None
     new = asdict(study)
     if different := [name for name in new if stored.get(name) != new[name]]:
@@ -399,12 +401,14 @@ def read_answers(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        if any(None in row.values() for row in rows):  # a line that is cut off
+        text = path.read_bytes().decode()
+        columns, *lines = csv.reader(io.StringIO(text))
+        if not text.endswith("\n") or columns != list(COLUMNS):
             raise ValueError
-        return [{name: _typed(name, row[name]) for name in COLUMNS} for row in rows]
-    except (TypeError, KeyError, ValueError):
+        return [
+            {name: _typed(name, value) for name, value in zip(COLUMNS, line, strict=True)} for line in lines
+        ]
+    except (ValueError, csv.Error):
         raise ValueError(
             f"out: cannot read {path}; delete it to make it anew (it is damaged, or of another version of lmnfast)"
         ) from None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..nested import mapped
+from ..nested import mapped, tensors_in
 from ..probe import Probe, Writer
 from ..state import sharding_of
+
+NOT_IDENTITY = ("model", "inputs", "every", "budget", "writers")  # what changes no number of a row
 
 
 def required(names: str | tuple[str, ...], extra: str) -> ModuleType:
@@ -33,9 +36,12 @@ def required(names: str | tuple[str, ...], extra: str) -> ModuleType:
     raise ImportError(f"{names[0]}: not installed; pip install lmnfast[{extra}]")
 
 
-def key(row: dict[str, Any]) -> str:
-    """The name a row's LMN is logged under."""
-    return f"lmn/{row['layer']}"
+def key(layer: str, before: int = 0) -> str:
+    """The name a layer's LMN is logged under.
+
+    before: how many others that log to the same place measure the layer as well.
+    """
+    return f"lmn-{before + 1}/{layer}" if before else f"lmn/{layer}"
 
 
 def refuse_sharded(model: nn.Module, strategy: str | None = None) -> None:
@@ -63,9 +69,14 @@ class Recorder:
         self, inputs: Any, layers: str | Sequence[str], every: int, settings: dict[str, Any]
     ) -> None:
         # An unknown name fails here, and not when the training starts.
-        inspect.signature(Probe).bind(None, inputs, layers, every=every, **settings)
+        bound = inspect.signature(Probe).bind(None, inputs, layers, every=every, **settings)
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
+        bound.apply_defaults()
+        given = {name: value for name, value in bound.arguments.items() if name not in NOT_IDENTITY}
+        given["layers"] = [layers] if isinstance(layers, str) else list(layers)
+        self.identity = {name: _plain(value) for name, value in given.items()} | {"inputs": _digest(inputs)}
+        """What tells this one's rows from those of others: what is measured, and how; plain values."""
         self.inputs = inputs
         self.layers = layers
         self.every = every
@@ -75,17 +86,31 @@ class Recorder:
         self._before: list[dict[str, Any]] = []  # rows of the run that this one resumes
         self._step: int | None = None  # the last one seen
 
-    def start(self, model: nn.Module, device: torch.device, step: int) -> None:
+    def start(self, model: nn.Module, prepare: Callable[[Tensor], Tensor], step: int) -> None:
         """Builds the probe, and measures if the step is one to be measured and was not, before the stop.
 
-        A step before the last one seen begins a new run.
+        A step before the last one seen begins a new run. prepare: brings a tensor of the inputs to the model's device
+        and dtype.
         """
         if self._step is None or self._step > step:
             self.load_state_dict({"step": step - 1, "rows": []})
+        if step > 0:  # a training that goes on
+            for writer in self._writers:
+                if hasattr(writer, "resume"):
+                    writer.resume()
         self._before = self.history
-        inputs = mapped(self.inputs, lambda tensor: tensor.to(device))
-        self._probe = Probe(model, inputs, self.layers, every=1, **self._settings)
+        self._probe = Probe(model, mapped(self.inputs, prepare), self.layers, every=1, **self._settings)
         self.measure(step)
+
+    def names(self, recorders: Iterable[Recorder]) -> dict[str, str]:
+        """What each layer's LMN is logged under, by layer, where these recorders, in this order, log to one place."""
+        layers = self._probe.layers if self._probe else []
+        before: list[str] = []
+        for recorder in recorders:
+            if recorder is self:
+                break
+            before += recorder._probe.layers if recorder._probe else []
+        return {layer: key(layer, before.count(layer)) for layer in layers}
 
     def measure(self, step: int) -> None:
         """Call once per optimizer step; more calls do nothing. Raises RuntimeError where `Probe` raises."""
@@ -99,7 +124,7 @@ class Recorder:
                 raise RuntimeError(f"LMN at step {step}, layers {layers}: {error}") from error
 
     def new_steps(self, wait: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
-        """What to log, in order: steps whose rows have become ready since the last call, with lmn/<layer>.
+        """What to log, in order: steps whose rows have become ready since the last call, with each layer's LMN.
 
         wait: for those still pending, too. Raises as `Probe.new_rows`, after the rows before.
         """
@@ -108,7 +133,7 @@ class Recorder:
             for row in rows:
                 for writer in self._writers:
                     writer.write(row)
-                steps.setdefault(row["step"], {})[key(row)] = row["lmn"]
+                steps.setdefault(row["step"], {})[row["layer"]] = row["lmn"]
             yield from steps.items()
 
     def close(self) -> None:
@@ -131,3 +156,23 @@ class Recorder:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._step, self._before, self._probe = state["step"], state["rows"], None
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a value that is equal from process to process: a function by its name."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _digest(inputs: Any) -> str:
+    """Of the values, shapes and dtypes of all tensors in the inputs."""
+    found = hashlib.sha256()
+    for tensor in tensors_in(inputs):
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode())
+        if tensor.layout == torch.strided:
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+import uuid
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from ..files import write_file
 from .common import Recorder, refuse_sharded, required
 
 if TYPE_CHECKING:
@@ -14,6 +23,11 @@ else:
     Callback = required(("lightning.pytorch", "pytorch_lightning"), "lightning").Callback
 
 SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+
+
+def _remove(file: Path, process: int) -> None:
+    if os.getpid() == process:
+        file.unlink(missing_ok=True)
 
 
 class LMNCallback(Callback):
@@ -29,13 +43,17 @@ class LMNCallback(Callback):
     Checkpoints carry the history: a fit that resumes goes on with it and measures no step twice. Training
     with it ends in the same weights, bit for bit.
 
-    Only rank 0 measures, the module itself and not what DDP made of it, without any collective; the others
-    wait for it at the next one.
+    Several callbacks of one trainer go side by side, each with its own rows, which a checkpoint tells apart by inputs,
+    layers and settings (a function counts by its name). Those after the first that measures a layer log
+    lmn-2/<layer>, lmn-3/<layer> and so on, in the trainer's order.
 
-    inputs: samples for the module's forward, on any device. layers: as in `Probe`, names from the
-    LightningModule on.
-    every: in optimizer steps.
-    settings: the others of `Probe` (method, points, rule, negative, budget, forward, output,
+    Only rank 0 measures, the module itself and not what DDP made of it, without any collective; the others
+    wait for it at the next one. Where a strategy spawns or forks its processes, rank 0 hands the history back at the
+    end of the fit.
+
+    inputs: samples for the module's forward, on any device; floating-point ones are brought to the dtype that the
+    trainer's precision gives its batches. layers: as in `Probe`, names from the LightningModule on.
+    every: in optimizer steps. settings: the others of `Probe` (method, points, rule, negative, budget, forward, output,
     writers).
     Raises ValueError at the start of a fit whose strategy shards parameters (FSDP, DeepSpeed).
     """
@@ -43,15 +61,32 @@ class LMNCallback(Callback):
     def __init__(self, inputs: Any, layers: str | Sequence[str], every: int = 100, **settings: Any) -> None:
         super().__init__()
         self._recorder = Recorder(inputs, layers, every, settings)
+        self._expect_return()
+
+    def _expect_return(self) -> None:
+        """A file in which a process that the strategy makes, and ends, leaves the rows for this one."""
+        self._made_in = os.getpid()
+        self._returned = Path(tempfile.gettempdir()) / f"lmnfast-{uuid.uuid4().hex}.json"
+        weakref.finalize(self, _remove, self._returned, self._made_in)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if (
+            self._made_in == os.getpid()
+        ):  # a copy, whose rows are its own, and not one for a process of the strategy
+            self._expect_return()
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """As `Probe.history`; on rank 0, elsewhere what a checkpoint brought."""
+        if os.getpid() == self._made_in and self._returned.exists():
+            self._recorder.load_state_dict(json.loads(self._returned.read_text()))
+            self._returned.unlink()
         return self._recorder.history
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(layers=self._recorder.layers)
+        return self._generate_state_key(**self._recorder.identity)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
@@ -60,7 +95,11 @@ class LMNCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             refuse_sharded(pl_module)
-            self._recorder.start(pl_module, pl_module.device, trainer.global_step)
+
+            def prepare(tensor: Tensor) -> Tensor:
+                return trainer.precision_plugin.convert_input(tensor.to(pl_module.device))
+
+            self._recorder.start(pl_module, prepare, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,16 +114,26 @@ class LMNCallback(Callback):
         self._log(trainer, wait=True)  # a fit that resumes from it does not log these rows again
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(trainer, wait=True)
-        self._recorder.close()
+        try:
+            self._log(trainer, wait=True)
+            self._recorder.close()
+        finally:
+            self._hand_back(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         with suppress(Exception):  # the exception under way is the one to see
             self._log(trainer, wait=True)
         with suppress(Exception):
             self._recorder.close()
+        with suppress(Exception):
+            self._hand_back(trainer)
+
+    def _hand_back(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and os.getpid() != self._made_in:
+            write_file(self._returned, json.dumps(self._recorder.state_dict()).encode())
 
     def state_dict(self) -> dict[str, Any]:
+        _ = self.history  # takes in what a process of the strategy's has left
         return self._recorder.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -92,5 +141,7 @@ class LMNCallback(Callback):
 
     def _log(self, trainer: Trainer, wait: bool = False) -> None:
         for step, values in self._recorder.new_steps(wait):
+            beside = [c._recorder for c in trainer.callbacks if isinstance(c, LMNCallback)]
+            names = self._recorder.names(beside)
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+                logger.log_metrics({names[layer]: lmn for layer, lmn in values.items()}, step=step)

@@ -40,6 +40,10 @@ class LMNCallback(TrainerCallback):
     callback ends in the same weights, bit for bit. Only the process with is_world_process_zero measures,
     without any collective.
 
+    Several callbacks go side by side, each with its own rows, which the file tells apart by inputs, layers and settings
+    (a function counts by its name). Those attached after the first that measures a layer log lmn-2/<layer>,
+    lmn-3/<layer> and so on.
+
     inputs: samples, on any device: a dict is called as model(**inputs), a tensor as model(inputs); no labels
     needed.
     layers: as in `Probe`. every: in optimizer steps. output: what of the model's output counts.
@@ -60,10 +64,20 @@ class LMNCallback(TrainerCallback):
         self._trainer: Trainer | None = None
 
     def attach(self, trainer: Trainer) -> LMNCallback:
-        """Adds itself to the trainer, between what says when to save and what reports; returns itself."""
+        """Adds itself to the trainer, between what says when to save and what reports; returns itself.
+
+        Raises ValueError where the trainer has another one that lmn_history.json could not tell from it.
+        """
+        for other in trainer.callback_handler.callbacks:
+            if isinstance(other, LMNCallback) and other._key == self._key:
+                raise ValueError(
+                    "attach: expected a callback with other inputs, layers or settings than the trainer's, got the same "
+                    "again (a function counts by its name)"
+                )
         trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
-        callbacks.insert(1, callbacks.pop())
+        before = sum(isinstance(callback, LMNCallback) for callback in callbacks[:-1])
+        callbacks.insert(1 + before, callbacks.pop())
         self._trainer = trainer
         return self
 
@@ -90,11 +104,13 @@ class LMNCallback(TrainerCallback):
                 f"callbacks=, also sends it to {', '.join(args.report_to)}",
                 stacklevel=2,
             )
-        file, step = Path(args.output_dir) / HISTORY, state.global_step
-        kept = json.loads(file.read_text()) if step > 0 and file.exists() else {"step": step - 1, "rows": []}
-        rows = [row for row in kept["rows"] if row["step"] <= step]
-        self._recorder.load_state_dict({"step": min(kept["step"], step), "rows": rows})
-        self._recorder.start(model, args.device, step)
+        step = state.global_step
+        kept = _read(args).get(self._key)
+        if step == 0:
+            kept = None
+        rows = [row for row in kept["rows"] if row["step"] <= step] if kept else []
+        self._recorder.load_state_dict({"step": min(kept["step"], step) if kept else step - 1, "rows": rows})
+        self._recorder.start(model, lambda tensor: tensor.to(args.device), step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,7 +141,10 @@ class LMNCallback(TrainerCallback):
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, wait: bool
     ) -> None:
-        for step, values in self._recorder.new_steps(wait):
+        for step, by_layer in self._recorder.new_steps(wait):
+            callbacks = self._trainer.callback_handler.callbacks if self._trainer else [self]
+            names = self._recorder.names(c._recorder for c in callbacks if isinstance(c, LMNCallback))
+            values = {names[layer]: lmn for layer, lmn in by_layer.items()}
             state.log_history.append({**values, "step": step})
             if self._trainer is not None:
                 then = copy.copy(state)
@@ -133,5 +152,28 @@ class LMNCallback(TrainerCallback):
                 # A copy of control, as on_log takes back a log of the trainer's own that is due.
                 self._trainer.callback_handler.on_log(args, then, copy.copy(control), values)
         if wait:
-            file = Path(args.output_dir) / HISTORY
-            write_file(file, json.dumps(self._recorder.state_dict()).encode())
+            kept = {**_read(args), self._key: self._recorder.state_dict()}
+            write_file(Path(args.output_dir) / HISTORY, json.dumps(kept).encode())
+
+    @property
+    def _key(self) -> str:
+        return json.dumps(self._recorder.identity)
+
+
+def _read(args: TrainingArguments) -> dict[str, dict[str, Any]]:
+    """The state of each callback that lmn_history.json has, by what it measures."""
+    file = Path(args.output_dir) / HISTORY
+    if not file.exists():
+        return {}
+    try:
+        kept = json.loads(file.read_text())
+        for state in kept.values():
+            if not isinstance(state["step"], int) or not all(
+                isinstance(row["step"], int) for row in state["rows"]
+            ):
+                raise ValueError("steps that are no integers")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"output_dir: cannot read {file}: {type(error).__name__}: {error}; delete it to go on without it"
+        ) from None
+    return kept

@@ -4,6 +4,8 @@
         ...
 
 A writer has write(row) and close(); a probe calls both. Where it logs values, the key is lmn/<layer>.
+What an earlier run has left is never mixed with the rows of a new one: a writer goes on with it only when told to,
+by resume=True, or by a call of its resume(), which a probe and the callbacks make when they load a state.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,49 +26,79 @@ class CSVWriter:
     """Appends each row to a CSV file, in one write.
 
     Columns are the row's own, in its order; a row with a new one has the file written anew, with that column
-    empty before. Where the file exists it is gone on with: an unfinished last line, left by a run that was
-    killed, is cut off, and rows whose step and layer are there are left as they are. So a new run needs a new
-    file.
+    empty before. Every row is written, those of steps that begin anew, too.
+
+    A file that holds rows of an earlier run is gone on with only where `resume` says so. An unfinished last line, left by
+    a run that was killed, is then cut off, and a row that is in the file already, equal in every column, is not written
+    twice. A step measured again with another result has both rows, the later one last.
 
     path: the file; folders on the way are made at the first row.
-    Raises ValueError for a file that has not the columns step and layer.
+    resume: go on with the rows that are there.
+    Raises ValueError for a file that has not the columns step and layer; at the first row for one that has rows
+    already, without `resume`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool = False) -> None:
         self.path = Path(path)
-        text = self.path.read_bytes() if self.path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        rows = csv.DictReader(io.StringIO(whole.decode()))
-        self._columns = list(rows.fieldnames or ())
-        if text and not {"step", "layer"} <= set(self._columns):
-            raise ValueError(f"path: expected a CSV file with columns step and layer, got {self.path}")
-        self._seen = {(row["step"], row["layer"]) for row in rows}
-        # Not cut off here: other processes of the same training may open the file, and only one writes.
-        self._cut = len(whole) if len(whole) < len(text) else None
+        self._always = self._resume = resume
+        self._columns: list[str] | None = None  # None: not begun
+        self._there: Counter[tuple[str, ...]] = (
+            Counter()
+        )  # lines of the run before that are not met again yet
+        self._read()
+
+    def resume(self) -> None:
+        """Go on with the rows that are there."""
+        self._resume = True
 
     def write(self, row: dict[str, Any]) -> None:
         """row: as in `Probe.history`."""
-        which = str(row["step"]), row["layer"]
-        if which in self._seen:
-            return
-        if self._cut is not None:
-            os.truncate(self.path, self._cut)
-            self._cut = None
+        # Begun at the first row: other processes of the same training may open the file, and only one writes.
+        if self._columns is None:
+            self._begin()
+        if self._there:
+            (line,) = csv.reader(io.StringIO(_line(row.get(name, "") for name in self._columns).decode()))
+            if set(row) <= set(self._columns) and self._there[tuple(line)] > 0:
+                self._there[tuple(line)] -= 1
+                return
         if new := [name for name in row if name not in self._columns]:
             self._add_columns(new)
         with open(self.path, "ab", buffering=0) as file:
             file.write(_line(row.get(name, "") for name in self._columns))
-        self._seen.add(which)
+
+    def _read(self) -> tuple[list[str], list[list[str]], int | None]:
+        """The columns, the rows, and how many bytes are whole lines, where there is more than that."""
+        text = self.path.read_bytes() if self.path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        try:
+            columns, *rows = list(csv.reader(io.StringIO(whole.decode()))) or [[]]
+        except (UnicodeDecodeError, csv.Error):
+            columns, rows = [], []
+        if text and not {"step", "layer"} <= set(columns):
+            raise ValueError(f"path: expected a CSV file with columns step and layer, got {self.path}")
+        return columns, rows, len(whole) if len(whole) < len(text) else None
+
+    def _begin(self) -> None:
+        columns, rows, whole = self._read()
+        if (rows or whole is not None) and not self._resume:
+            raise ValueError(
+                f"path: expected a new file, got {self.path} with rows of an earlier run; resume=True goes on with it"
+            )
+        if whole is not None:
+            os.truncate(self.path, whole)
+        self._columns, self._there = columns, Counter(map(tuple, rows))
 
     def _add_columns(self, new: list[str]) -> None:
-        text = self.path.read_text() if self.path.exists() else ""
-        rows = list(csv.reader(io.StringIO(text)))[1:]
+        assert self._columns is not None
+        rows = self._read()[1]
         self._columns += new
         lines = [self._columns, *(row + [""] * len(new) for row in rows)]
         write_file(self.path, b"".join(map(_line, lines)))
+        self._there = Counter({(*line, *[""] * len(new)): count for line, count in self._there.items()})
 
     def close(self) -> None:
-        """Nothing is left to do: no row waits, and no file is open between rows."""
+        """No row waits, and no file is open between rows; a row that comes after this is one of a new run."""
+        self._columns, self._resume = None, self._always
 
 
 def _line(values: Iterable[Any]) -> bytes:
@@ -77,24 +110,46 @@ def _line(values: Iterable[Any]) -> bytes:
 class TensorBoardWriter:
     """Adds each row's LMN as a scalar lmn/<layer> at its step.
 
-    to: a folder, or a SummaryWriter of yours, which `close` leaves open.
-    Raises ImportError without tensorboard.
+    A folder that holds what this writer wrote in an earlier run is added to only where `resume` says so: TensorBoard
+    would draw both runs as one curve.
+
+    to: a folder, or a SummaryWriter of yours, which `close` leaves open, and which is added to whatever its folder holds.
+    resume: go on with the curves in the folder.
+    Raises ImportError without tensorboard; at the first row ValueError for a folder with curves of an earlier run,
+    without `resume`.
     """
 
-    def __init__(self, to: str | os.PathLike[str] | Any) -> None:
-        self._own = isinstance(to, (str, os.PathLike))
-        self._writer = (
-            required("torch.utils.tensorboard", "tensorboard").SummaryWriter(to) if self._own else to
-        )
+    SUFFIX = ".lmn"  # ends the names of its files
+
+    def __init__(self, to: str | os.PathLike[str] | Any, *, resume: bool = False) -> None:
+        own = isinstance(to, (str, os.PathLike))
+        self._module = required("torch.utils.tensorboard", "tensorboard") if own else None
+        self._folder = Path(to) if own else None
+        self._always = self._resume = resume
+        self._writer = None if own else to
+
+    def resume(self) -> None:
+        """Go on with the curves that are there."""
+        self._resume = True
 
     def write(self, row: dict[str, Any]) -> None:
         """row: as in `Probe.history`."""
-        self._writer.add_scalar(key(row), row["lmn"], row["step"])
+        # Opened at the first row: other processes of the same training may make a writer, and only one writes.
+        if self._writer is None:
+            if not self._resume and any(self._folder.glob(f"events.out.tfevents.*{self.SUFFIX}")):
+                raise ValueError(
+                    f"to: expected a folder without LMN curves, got {self._folder} with those of an earlier run; "
+                    "resume=True goes on with them"
+                )
+            self._writer = self._module.SummaryWriter(self._folder, filename_suffix=self.SUFFIX)
+        self._writer.add_scalar(key(row["layer"]), row["lmn"], row["step"])
         self._writer.flush()
 
     def close(self) -> None:
-        if self._own:
+        if self._folder is not None and self._writer is not None:
             self._writer.close()
+            self._writer = None
+        self._resume = self._always
 
 
 class WandbWriter:
@@ -104,7 +159,7 @@ class WandbWriter:
     to an earlier step than the last. So these values are drawn over lmn_step (define_metric), and join
     whatever W&B step is current when they come. They never move that on, as else a step= of yours could be
     the one dropped: those of one lmn_step to a W&B step, and where nothing else is logged in between they
-    wait for it, or for `close`.
+    wait for it, or for `close`. An earlier run of W&B is gone on with only by wandb.init(resume=...).
 
     run: what wandb.init() returned, online or offline; `close` leaves it open, and is to come before its finish.
     commit: W&B's word: whether values move the W&B step on and so never wait. For runs that log nothing else
@@ -116,22 +171,31 @@ class WandbWriter:
         required("wandb", "wandb")
         self._run = run
         self._commit = commit
-        self._waiting: dict[int, dict[str, float]] = {}  # by their step
-        self._joined: tuple[int, int] | None = None  # the last W&B step that values joined, and their own
+        self._waiting: list[tuple[int, dict[str, float]]] = []  # values by their step, as they came
+        self._joined: tuple[int, int, set[str]] | None = (
+            None  # the last W&B step that values joined, theirs, their keys
+        )
         run.define_metric("lmn_step", hidden=True)
         run.define_metric("lmn/*", step_metric="lmn_step")
 
     def write(self, row: dict[str, Any]) -> None:
         """row: as in `Probe.history`."""
-        self._waiting.setdefault(row["step"], {})[key(row)] = row["lmn"]
-        step, current = next(iter(self._waiting)), None if self._commit else self._run.step
-        if self._commit or self._joined is None or current > self._joined[0] or step == self._joined[1]:
-            self._run.log({**self._waiting.pop(step), "lmn_step": step}, commit=self._commit)
-            self._joined = current, step
+        # A key that comes twice for a step, as where steps begin anew, is another entry: one would replace the other.
+        name = key(row["layer"])
+        if not self._waiting or self._waiting[-1][0] != row["step"] or name in self._waiting[-1][1]:
+            self._waiting.append((row["step"], {}))
+        self._waiting[-1][1][name] = row["lmn"]
+        (step, values), current = self._waiting[0], None if self._commit else self._run.step
+        joins = self._joined is not None and step == self._joined[1] and not values.keys() & self._joined[2]
+        if self._commit or self._joined is None or current > self._joined[0] or joins:
+            self._waiting.pop(0)
+            self._run.log({**values, "lmn_step": step}, commit=self._commit)
+            more = self._joined[2] if joins and current == self._joined[0] else set()
+            self._joined = current, step, values.keys() | more
 
     def close(self) -> None:
         if self._waiting and self._joined is not None:
             self._run.log({}, commit=True)  # ends the W&B step that values joined
-        for step, values in self._waiting.items():
+        for step, values in self._waiting:
             self._run.log({**values, "lmn_step": step}, commit=True)
         self._waiting.clear()
