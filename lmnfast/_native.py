@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .processes import cores
+
 try:
     from . import _C
 except ImportError as error:
@@ -47,11 +49,6 @@ def knows_sums(tensor: Tensor) -> bool:
 def threads() -> int:
     """As many as torch uses, but no more than the cores that this thread may run on: they would wait for one another."""
     return min(torch.get_num_threads(), cores())
-
-
-def cores() -> int:
-    """Cores that this thread may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def address(tensor: Tensor | None) -> int:
