@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
             ).strip(),
             **{
                 name: os.environ[name]
-                for name in ("LMNFAST_CUDA", "LMNFAST_CUDA_ARCHS")
+                for name in ("LMNFAST_CUDA", "LMNFAST_CUDA_ARCHS", "LMNFAST_SANITIZE")
                 if name in os.environ
             },
         }

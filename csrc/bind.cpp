@@ -1,10 +1,12 @@
-// The only pybind11 file: integers to pointers, GIL released, errors to Python. Checks nothing else: lmnfast/ops does.
+// The only pybind11 file: integers to pointers, GIL released, errors to Python. It checks the lengths of what it is given,
+// so that no kernel reads past an end; lmnfast/ops checks all else.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -30,6 +32,50 @@ void raise(const char* op, const char* error) {
 }
 #endif
 
+void expect(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(std::string(what) + ": a length or a value that does not fit");
+}
+
+// While a kernel is at work: runs Python's handlers of signals, so that Ctrl-C reaches it, and tells a callable how much
+// is done. What either raises is raised again once the kernel has returned.
+class Attention {
+ public:
+  // signals: whether this is Python's main thread, where alone handlers run.
+  Attention(bool signals, py::object progress) : signals_(signals), progress_(std::move(progress)) {}
+  const lmn::Watch* watch() const { return signals_ || !progress_.is_none() ? &watch_ : nullptr; }
+  void raise() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  static bool stop(void* state, double done) {
+    Attention& self = *static_cast<Attention*>(state);
+    py::gil_scoped_acquire held;
+    try {
+      if (self.signals_ && PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!self.progress_.is_none()) self.progress_(done);
+    } catch (...) {
+      self.error_ = std::current_exception();
+    }
+    return self.error_ != nullptr;
+  }
+  const bool signals_;
+  const py::object progress_;
+  std::exception_ptr error_;
+  const lmn::Watch watch_{&stop, this};
+};
+
+// function(watch) without Python's lock.
+template <class Function>
+void attended(bool signals, py::object progress, const Function& function) {
+  const Attention attention(signals, std::move(progress));
+  {
+    py::gil_scoped_release release;
+    function(attention.watch());
+  }
+  attention.raise();
+}
+
 struct Nodes {  // interior t and weights with mean and variance of t over all nodes
   std::vector<double> t, weights;
   double mean_t, variance_t;
@@ -51,7 +97,8 @@ struct ConnectivityCall {
   std::optional<bool> midpoint;  // none: path_connectivity
 
   template <class T>
-  lmn::PathConnectivity<T> path(Address connectivity, Address counts, Address workspace) const {
+  lmn::PathConnectivity<T> path(Address connectivity, Address counts, Address workspace,
+                                const lmn::Watch* watch) const {
     // Vectors of addresses are arrays of pointers.
     static_assert(sizeof(Address) == sizeof(T*));
     return {pointer<const T>(z),
@@ -67,32 +114,37 @@ struct ConnectivityCall {
             tf32,
             pointer<T>(connectivity),
             pointer<std::int64_t>(counts),
-            pointer<void>(workspace)};
+            pointer<void>(workspace),
+            watch};
   }
   /// function(op) of the kind and dtype that this is.
   template <class Function>
-  auto with_op(Address connectivity, Address counts, Address workspace, const Function& function) const {
+  auto with_op(Address connectivity, Address counts, Address workspace, const lmn::Watch* watch,
+               const Function& function) const {
     const auto call = [&](auto zero) {
       using T = decltype(zero);
-      const lmn::PathConnectivity<T> op = path<T>(connectivity, counts, workspace);
+      const lmn::PathConnectivity<T> op = path<T>(connectivity, counts, workspace, watch);
       return midpoint ? function(lmn::HermiteConnectivity<T>{op, *midpoint}) : function(op);
     };
     return is_double ? call(0.0) : call(0.0f);
   }
   std::size_t workspace(int threads) const {
-    return with_op(0, 0, 0, [&](const auto& op) { return workspace_of(op, threads); });
+    return with_op(0, 0, 0, nullptr, [&](const auto& op) { return workspace_of(op, threads); });
   }
-  void run(Address connectivity, Address counts, Address workspace, int threads) const {
-    py::gil_scoped_release release;
-    with_op(connectivity, counts, workspace, [&](const auto& op) { run_on_cpu(op, threads); });
+  void run(Address connectivity, Address counts, Address workspace, int threads, bool signals,
+           py::object progress) const {
+    attended(signals, std::move(progress), [&](const lmn::Watch* watch) {
+      with_op(connectivity, counts, workspace, watch, [&](const auto& op) { run_on_cpu(op, threads); });
+    });
   }
 #if defined(LMN_CUDA)
   std::size_t workspace_cuda() const {
-    return with_op(0, 0, 0, [&](const auto& op) { return workspace_on_cuda(op); });
+    return with_op(0, 0, 0, nullptr, [&](const auto& op) { return workspace_on_cuda(op); });
   }
   void run_cuda(Address connectivity, Address counts, Address workspace, Address stream) const {
     raise(midpoint ? "hermite_connectivity" : "path_connectivity",
-          with_op(connectivity, counts, workspace, [&](const auto& op) { return run_on_cuda(op, pointer<CUstream_st>(stream)); }));
+          with_op(connectivity, counts, workspace, nullptr,
+                  [&](const auto& op) { return run_on_cuda(op, pointer<CUstream_st>(stream)); }));
   }
 #endif
 
@@ -143,29 +195,30 @@ struct JacobianCall {
   std::int64_t samples;
 
   template <class Function>
-  auto with_op(Address jacobian, Address workspace, const Function& function) const {
+  auto with_op(Address jacobian, Address workspace, const lmn::Watch* watch, const Function& function) const {
     const auto call = [&](auto zero) {
       using T = decltype(zero);
       return function(lmn::Jacobian<T>{pointer<const T>(x), reinterpret_cast<const T* const*>(weights.data()),
                                        reinterpret_cast<const T* const*>(biases.data()), widths.data(),
                                        activations.data(), samples, std::int32_t(weights.size()),
-                                       pointer<T>(jacobian), pointer<void>(workspace)});
+                                       pointer<T>(jacobian), pointer<void>(workspace), watch});
     };
     return is_double ? call(0.0) : call(0.0f);
   }
   std::size_t workspace(int threads) const {
-    return with_op(0, 0, [&](const auto& op) { return lmn::jacobian_workspace(op, threads); });
+    return with_op(0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_workspace(op, threads); });
   }
-  void run(Address jacobian, Address workspace, int threads) const {
-    py::gil_scoped_release release;
-    with_op(jacobian, workspace, [&](const auto& op) { lmn::jacobian_cpu(op, threads); });
+  void run(Address jacobian, Address workspace, int threads, bool signals, py::object progress) const {
+    attended(signals, std::move(progress), [&](const lmn::Watch* watch) {
+      with_op(jacobian, workspace, watch, [&](const auto& op) { lmn::jacobian_cpu(op, threads); });
+    });
   }
 #if defined(LMN_CUDA)
   std::size_t workspace_cuda() const {
-    return with_op(0, 0, [&](const auto& op) { return lmn::jacobian_cuda_workspace(op); });
+    return with_op(0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_cuda_workspace(op); });
   }
   void run_cuda(Address jacobian, Address workspace, Address stream) const {
-    raise("jacobian", with_op(jacobian, workspace, [&](const auto& op) {
+    raise("jacobian", with_op(jacobian, workspace, nullptr, [&](const auto& op) {
             return lmn::jacobian_cuda(op, pointer<CUstream_st>(stream));
           }));
   }
@@ -173,16 +226,24 @@ struct JacobianCall {
 };
 
 std::vector<lmn::Activation> activations_of(const std::vector<int>& kinds, const std::vector<double>& parameters) {
+  expect(parameters.size() == 2 * kinds.size(), "parameters");
   std::vector<lmn::Activation> activations;
   for (std::size_t n = 0; n < kinds.size(); ++n) {
+    expect(0 <= kinds[n] && kinds[n] < int(lmn::ActivationKind::kCount), "activations");
     activations.push_back({lmn::ActivationKind(kinds[n]), parameters[2 * n], parameters[2 * n + 1]});
   }
   return activations;
 }
 
+void expect_chain(std::size_t weights, std::size_t biases, std::size_t widths, std::size_t activations) {
+  expect(biases == weights && widths == weights + 1 && activations == widths, "weights, biases, widths, activations");
+}
+
 JacobianCall jacobian_call(bool is_double, Address x, std::vector<Address> weights, std::vector<Address> biases,
                            std::vector<std::int64_t> widths, const std::vector<int>& kinds,
                            const std::vector<double>& parameters, std::int64_t samples) {
+  expect_chain(weights.size(), biases.size(), widths.size(), kinds.size());
+  expect(!weights.empty(), "weights");
   return {is_double, x, std::move(weights), std::move(biases), std::move(widths), activations_of(kinds, parameters),
           samples};
 }
@@ -190,9 +251,9 @@ JacobianCall jacobian_call(bool is_double, Address x, std::vector<Address> weigh
 template <class T>
 lmn::JacobianDistance<T> jacobian_distance(Address first, Address second, std::int64_t first_samples,
                                            std::int64_t second_samples, std::int64_t features, bool squared,
-                                           Address distance, Address workspace) {
+                                           Address distance, Address workspace, const lmn::Watch* watch) {
   return {pointer<const double>(first), pointer<const double>(second), first_samples, second_samples, features, squared,
-          pointer<T>(distance), pointer<double>(workspace)};
+          pointer<T>(distance), pointer<double>(workspace), watch};
 }
 
 ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Address> weights,
@@ -201,6 +262,10 @@ ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Addres
                                        std::vector<std::int32_t> skips, std::vector<Address> shifts,
                                        std::vector<double> t, std::vector<double> node_weights, double mean_t,
                                        double variance_t, std::int64_t samples, bool tf32, std::optional<bool> midpoint) {
+  expect_chain(weights.size(), biases.size(), widths.size(), kinds.size());
+  expect(skips.size() == shifts.size() && (skips.empty() || skips.size() == 2 * kinds.size()), "skips, shifts");
+  for (std::size_t n = 0; n < skips.size(); ++n) expect(-1 <= skips[n] && skips[n] < int(n), "skips");
+  expect(t.size() == node_weights.size(), "nodes");
   return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), activations_of(kinds, parameters),
           std::move(skips), std::move(shifts), {std::move(t), std::move(node_weights), mean_t, variance_t}, samples, tf32, midpoint};
 }
@@ -266,22 +331,40 @@ PYBIND11_MODULE(_C, m) {
       .def("run_cuda", &JacobianCall::run_cuda)
 #endif
       ;
+  const auto linear = [](Address x, Address weight, Address bias, std::int64_t samples, std::int64_t inputs,
+                         std::int64_t outputs, Address z, Address workspace, const lmn::Watch* watch) {
+    return lmn::Linear{pointer<const double>(x), pointer<const double>(weight), pointer<const double>(bias), samples,
+                       inputs, outputs, pointer<double>(z), pointer<void>(workspace), watch};
+  };
+  m.def("linear_workspace", [=](std::int64_t samples, std::int64_t inputs, std::int64_t outputs, int threads) {
+    return lmn::linear_workspace(linear(0, 0, 0, samples, inputs, outputs, 0, 0, nullptr), threads);
+  });
+  m.def("linear", [=](Address x, Address weight, Address bias, std::int64_t samples, std::int64_t inputs,
+                      std::int64_t outputs, Address z, Address workspace, int threads, bool signals,
+                      py::object progress) {
+    attended(signals, std::move(progress), [&](const lmn::Watch* watch) {
+      lmn::linear_cpu(linear(x, weight, bias, samples, inputs, outputs, z, workspace, watch), threads);
+    });
+  });
   m.attr("distance_group") = lmn::kDistanceGroup;
   m.def("jacobian_distance", [](bool is_double, Address first, Address second, std::int64_t first_samples,
                                 std::int64_t second_samples, std::int64_t features, bool squared, Address distance,
-                                Address workspace, int threads) {
-    py::gil_scoped_release release;
-    const auto run = [&](auto zero) {
-      lmn::jacobian_distance_cpu(jacobian_distance<decltype(zero)>(first, second, first_samples, second_samples,
-                                                                   features, squared, distance, workspace), threads);
-    };
-    is_double ? run(0.0) : run(0.0f);
+                                Address workspace, int threads, bool signals, py::object progress) {
+    attended(signals, std::move(progress), [&](const lmn::Watch* watch) {
+      const auto run = [&](auto zero) {
+        lmn::jacobian_distance_cpu(
+            jacobian_distance<decltype(zero)>(first, second, first_samples, second_samples, features, squared, distance,
+                                              workspace, watch), threads);
+      };
+      is_double ? run(0.0) : run(0.0f);
+    });
   });
 
   m.def("path_r2", [](bool is_double, Address interior, Address ends, Address first, Address second,
                       std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
                       std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address counts,
                       Address workspace, int threads) {
+    expect(t.size() == weights.size(), "nodes");
     py::gil_scoped_release release;
     const Nodes nodes{std::move(t), std::move(weights), mean_t, variance_t};
     const auto run = [&](auto zero) {
@@ -308,7 +391,8 @@ PYBIND11_MODULE(_C, m) {
     const auto run = [&](auto zero) {
       raise("jacobian_distance",
             lmn::jacobian_distance_cuda(jacobian_distance<decltype(zero)>(first, second, first_samples, second_samples,
-                                                                          features, squared, distance, workspace),
+                                                                          features, squared, distance, workspace,
+                                                                          nullptr),
                                         pointer<CUstream_st>(stream)));
     };
     is_double ? run(0.0) : run(0.0f);
@@ -317,6 +401,7 @@ PYBIND11_MODULE(_C, m) {
                            std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
                            std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2,
                            Address counts, Address workspace, Address stream) {
+    expect(t.size() == weights.size(), "nodes");
     const Nodes nodes{std::move(t), std::move(weights), mean_t, variance_t};
     const auto run = [&](auto zero) {
       using T = decltype(zero);

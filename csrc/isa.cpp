@@ -11,6 +11,8 @@
 // Each level is a namespace of its own, filled by csrc/cpu compiled with that level's flags.
 #define LMN_DECLARE_LEVEL(level)                                                        \
   namespace lmn::level {                                                                \
+  std::size_t linear_workspace(const Linear&, int);                                     \
+  void linear(const Linear&, int);                                                      \
   std::size_t path_connectivity_workspace(const PathConnectivity<float>&, int);         \
   std::size_t path_connectivity_workspace(const PathConnectivity<double>&, int);        \
   void path_connectivity(const PathConnectivity<float>&, int);                          \
@@ -34,7 +36,7 @@
   {level::path_connectivity_workspace, level::path_connectivity, level::hermite_connectivity_workspace, \
    level::hermite_connectivity, level::jacobian_workspace, level::jacobian, level::jacobian_distance,   \
    level::path_r2, level::spectral_entropy}
-#define LMN_LEVEL(level, supported) {#level, supported, LMN_KERNELS(level), LMN_KERNELS(level), true}
+#define LMN_LEVEL(level, supported) {#level, supported, LMN_KERNELS(level), LMN_KERNELS(level), level::linear_workspace, level::linear, true}
 
 LMN_DECLARE_LEVEL(baseline)
 #if defined(__x86_64__)
@@ -111,7 +113,8 @@ const Level kLevels[] = {
                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))),
 #endif
 #if defined(LMN_EMULATED)
-    {"emulated-cuda", true, LMN_KERNELS(emulated), LMN_KERNELS(emulated), false},
+    {"emulated-cuda", true, LMN_KERNELS(emulated), LMN_KERNELS(emulated), baseline::linear_workspace,
+     baseline::linear, false},
 #endif
 };
 
@@ -167,6 +170,9 @@ bool use_level(const char* name) {
   }                                                                                                        \
   void path_r2_cpu(const PathR2<T>& op, int threads) { kernels<T>().path_r2(op, threads); }                \
   void spectral_entropy_cpu(const SpectralEntropy<T>& op, int threads) { kernels<T>().spectral_entropy(op, threads); }
+
+std::size_t linear_workspace(const Linear& op, int threads) { return g_in_use->linear_workspace(op, threads); }
+void linear_cpu(const Linear& op, int threads) { g_in_use->linear(op, threads); }
 
 LMN_ENTRIES(float)
 LMN_ENTRIES(double)

@@ -23,6 +23,8 @@ struct Level {
   bool supported;  // by this machine
   Kernels<float> f32;
   Kernels<double> f64;
+  std::size_t (*linear_workspace)(const Linear&, int threads);
+  void (*linear)(const Linear&, int threads);
   bool is_default;  // where it is the highest supported; the emulated CUDA kernels never are
 };
 

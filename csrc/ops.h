@@ -20,6 +20,13 @@ struct Activation {
   double beta;   // softplus: threshold
 };
 
+/// Whom a CPU kernel that may run for long asks about ten times a second, on the thread that called it, whether to stop
+/// (the result is then undefined); done: the share of its work, from 0 to 1.
+struct Watch {
+  bool (*stop)(void* state, double done);
+  void* state;
+};
+
 /// A quadrature rule on [0, 1] whose ends are nodes, as the kernels use it: at the ends the chord residual is zero,
 /// so of them only their share in mean_t and variance_t is left.
 struct PathNodes {
@@ -48,6 +55,7 @@ struct PathConnectivity {
   T* connectivity;                  // [samples, samples]; kUnresolved for a pair that T cannot resolve
   std::int64_t* counts;             // [2], outputs counted as constant over the resolved pairs; unresolved pairs
   void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
+  const Watch* watch;               // CPU; null: nobody
 };
 
 /// Linear connectivity of the polynomials that match each output's ends and end slopes along a path, and with the
@@ -84,6 +92,7 @@ struct Jacobian {
   std::int32_t layers;              // 1 or more
   T* jacobian;                      // [samples, widths[layers], widths[0]]
   void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
+  const Watch* watch;               // CPU; null: nobody
 };
 
 /// Rows whose squared distance is at most this share of the larger one's squared norm are the same: (32 epsilon)^2,
@@ -102,7 +111,9 @@ struct JacobianDistance {
   bool squared;
   T* distance;                      // [first_samples, second_samples]
   double* workspace;                // [4 * (first_samples + second_samples) + features], then T: second_samples rounded
-};                                  // up, and in float32 first_samples, rows of features
+                                    // up, and in float32 first_samples, rows of features
+  const Watch* watch;               // CPU; null: nobody
+};
 
 /// Nonlinear complexity in bits of each row of eigenvalues.
 template <class T>
@@ -112,6 +123,20 @@ struct SpectralEntropy {
   std::int64_t batch, samples;
 };
 
+/// x W^T + b, each sum from the first input to the last: the same bits for any thread count and any batch, which a BLAS
+/// does not promise. It is what a chain's samples go through once before path_connectivity. CPU alone.
+struct Linear {
+  const double* x;                  // [samples, inputs]
+  const double* weight;             // [outputs, inputs]
+  const double* bias;               // [outputs] or null
+  std::int64_t samples, inputs, outputs;
+  double* z;                        // [samples, outputs]
+  void* workspace;                  // 64-byte aligned, as many bytes as linear_workspace says
+  const Watch* watch;               // null: nobody
+};
+
+std::size_t linear_workspace(const Linear&, int threads);
+void linear_cpu(const Linear&, int threads);
 std::size_t path_connectivity_workspace(const PathConnectivity<float>&, int threads);
 std::size_t path_connectivity_workspace(const PathConnectivity<double>&, int threads);
 void path_connectivity_cpu(const PathConnectivity<float>&, int threads);

@@ -4,11 +4,14 @@ Everything the kernels must be able to trust is checked before this point, by ``
 """
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .state import cores_to_use
@@ -23,6 +26,9 @@ except ImportError as error:
 # Bytes from which a result may well lie on pages fresh from the system: from 32 MB on it always does (glibc), and a
 # smaller one where the heap was given back in between, as between two calls of jacobians (12 MB: 9 ms for 8).
 FRESH_PAGES = 4 * 2**20
+
+Progress = Callable[[float], object]  # is told the share that is done, from 0 to 1
+_progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 _isa = os.environ.get("LMNFAST_ISA")
 if _isa and not _C.use_isa(_isa):
@@ -117,10 +123,42 @@ def run(call, result: Tensor, *more: Tensor) -> Tensor:
             workspace = result.new_empty(call.workspace_cuda(), dtype=torch.uint8)
             call.run_cuda(*addresses, address(workspace), stream)
     else:
-        threads = cores_to_use()
-        workspace = torch.empty(call.workspace(threads), dtype=torch.uint8)
-        call.run(*addresses, address(workspace), threads)
+        count = cores_to_use()
+        workspace = torch.empty(call.workspace(count), dtype=torch.uint8)
+        call.run(*addresses, address(workspace), *attention(count))
     return result
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` in float64. On the CPU the same bits for any thread count and any number of rows: the products of torch's
+    BLAS are summed in parts that depend on both."""
+    x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    (samples, inputs), outputs, count = x.shape, len(weight), cores_to_use()
+    z = x.new_empty(samples, outputs)
+    workspace = torch.empty(_C.linear_workspace(samples, inputs, outputs, count), dtype=torch.uint8)
+    sizes = (samples, inputs, outputs, address(z), address(workspace))
+    _C.linear(address(x), address(weight), address(bias), *sizes, *attention(count)[:2], None)
+    return z
+
+
+def attention(count: int) -> tuple[int, bool, Progress | None]:
+    """The last arguments of a kernel that may run for long: its threads, whether it may run the handlers of signals, which
+    Python does on the main thread alone, and whom it tells how much is done."""
+    return count, threading.current_thread() is threading.main_thread(), _progress.get()
+
+
+@contextmanager
+def reporting(progress: Progress | None) -> Iterator[None]:
+    """Has the kernels called in this context tell `progress` the share that is done; a registered op has no argument for
+    a Python function."""
+    token = _progress.set(progress)
+    try:
+        yield
+    finally:
+        _progress.reset(token)
 
 
 def info() -> dict[str, object]:

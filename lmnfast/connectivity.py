@@ -3,13 +3,15 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _native
+from ._native import Progress
 from .cutting import affine_start
 from .evaluation import (
     CPU_TILE,
@@ -54,6 +56,7 @@ def connectivity(
     rule: str = "uniform",
     budget: int = DEFAULT_BUDGET,
     stacked: Stacked | None = None,
+    progress: bool | Progress = False,
 ) -> Tensor:
     """Linear connectivity matrix: how straight is f's output along the line between every two samples.
 
@@ -79,6 +82,9 @@ def connectivity(
             device has no memory left all the same, tiles are halved until it has.
         stacked: parameters and buffers of B networks like the module f, as torch.func.stack_module_state returns them;
             x is then (B, N, *in), each network's own samples.
+        progress: True shows a bar (needs tqdm); a function is told the share that is done, from 0 to 1, about ten times a
+            second, or after a tile of paths. It runs in this thread, and what it raises ends the measurement. A fused
+            kernel on CUDA and method "jacobian" tell the end alone.
 
     Returns:
         (N, N), symmetric, ones on the diagonal; float64 for float64 samples, else float32. (B, N, N) with `stacked`.
@@ -89,10 +95,12 @@ def connectivity(
             devices, or a NaN or Inf in samples, outputs or Jacobians (names the first sample); on CUDA, f may be
             called on samples that are not finite before it is raised; an f that is no chain and gives a sample other
             outputs when called on fewer; for the other methods, an f that cannot be differentiated.
+        ImportError: progress is True and tqdm is missing.
+        KeyboardInterrupt: Ctrl-C, also while a kernel is at work.
         Source: arXiv 2310.05918, Eq. 1-2.
     """
     settings: dict[str, Any] = {"method": method, "points": points, "rule": rule, "budget": budget}
-    each = measured(f, x, stacked, **settings)
+    each = measured(f, x, stacked, progress=progress, **settings)
     warn_of_offsets(each)
     with one_core_after_fork():
         return each[0].L if stacked is None else torch.stack([one.L for one in each])
@@ -100,25 +108,34 @@ def connectivity(
 
 @alone()
 def measured(
-    f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked | None = None, **settings: Any
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    stacked: Stacked | None = None,
+    *,
+    progress: bool | Progress = False,
+    **settings: Any,
 ) -> list["Enqueued"]:
     """Checked connectivities with what is known of them: one, or one for each of the stacked networks.
 
     Arguments and errors as :func:`connectivity`.
     """
-    if stacked is not None:
-        results = []
-        for number in range(_stacked_networks(f, x, stacked)):
-            with loaded(f, stacked, number):
-                results += measured(f, x[number], **settings)
-        return results
-    enqueued = enqueue(f, x, **settings)
-    try:
-        enqueued.check()
-    except NotTheChain:
-        enqueued = enqueue(f, x, fuse=False, **settings)
-        enqueued.check()
-    return [enqueued]
+    with _reported(progress) as report:
+        if stacked is not None:
+            results, networks = [], _stacked_networks(f, x, stacked)
+            for number in range(networks):
+                with loaded(f, stacked, number):
+                    share = _share_of(report, number, networks)
+                    results += measured(f, x[number], progress=share, **settings)
+            return results
+        enqueued = enqueue(f, x, progress=report, **settings)
+        try:
+            enqueued.check()
+        except NotTheChain:
+            enqueued = enqueue(f, x, fuse=False, progress=report, **settings)
+            enqueued.check()
+        if report is not None:
+            report(1.0)
+        return [enqueued]
 
 
 def warn_of_offsets(each: Sequence["Enqueued"], name: str = "f", stacklevel: int = 3) -> None:
@@ -128,6 +145,27 @@ def warn_of_offsets(each: Sequence["Enqueued"], name: str = "f", stacklevel: int
     """
     if problems := [problem for enqueued in each if (problem := enqueued.offset_problem())]:
         warnings.warn(f"{name}: {problems[0]}", stacklevel=stacklevel)
+
+
+@contextmanager
+def _reported(progress: bool | Progress) -> Iterator[Progress | None]:
+    """What is told the share that is done; None where nobody asked."""
+    if callable(progress) or progress is False:
+        yield progress or None
+        return
+    if progress is not True:
+        raise TypeError(f"progress: expected a bool or a function of the share done, got {progress!r}")
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress: True shows a bar of tqdm, which is missing; pip install tqdm") from error
+    with tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+def _share_of(report: Progress | None, number: int, count: int) -> bool | Progress:
+    """Tells `report` the share of all, where one of them after the other is measured."""
+    return False if report is None else lambda done: report((number + done) / count)
 
 
 def _stacked_networks(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> int:
@@ -215,6 +253,7 @@ def enqueue(
     expected: Tensor | None = None,
     deferred: bool | None = None,
     stream: torch.cuda.Stream | None = None,
+    progress: Progress | None = None,
 ) -> Enqueued:
     """:func:`connectivity` without waiting for a CUDA device.
 
@@ -229,6 +268,7 @@ def enqueue(
         stream: CUDA, another than the current one, that takes the work. What the current stream is given
             next may change f's parameters: a chain's are copied, else the current stream waits for `stream`.
             x itself must not change.
+        progress: is told the share that is done.
 
     Raises:
         As connectivity; RuntimeError when f(x) is not what was expected; NotTheChain in `check` only, as
@@ -279,17 +319,19 @@ def enqueue(
                 if method == "jacobian":
                     L = _of_jacobians(calls, chain, x, ends, allocated.bytes, checks)
                     measured = ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), _nothing)
-                elif chain is not None and method == "path":
-                    measured = chain_connectivity(chain, x, nodes, weights)
                 elif chain is not None:
-                    measured = chain_connectivity(chain, x, nodes, weights, midpoint)
+                    with _native.reporting(progress):
+                        if method == "path":
+                            measured = chain_connectivity(chain, x, nodes, weights)
+                        else:
+                            measured = chain_connectivity(chain, x, nodes, weights, midpoint)
                 elif method == "path":
                     measured = _generic(
-                        calls, x, ends, nodes, weights, tile * len(x) // allocated.bytes, checks
+                        calls, x, ends, nodes, weights, tile * len(x) // allocated.bytes, checks, progress
                     )
                 else:
                     measured = _generic_hermite(
-                        calls, x, ends, nodes, weights, midpoint, tile, allocated.bytes, checks
+                        calls, x, ends, nodes, weights, midpoint, tile, allocated.bytes, checks, progress
                     )
                 if not (checks.deferred and chain is not None):  # else by `check`, on the chain's own weights
                     measured.resolve()
@@ -376,7 +418,14 @@ def _copied(chain: Chain) -> Chain:
 
 
 def _generic(
-    f: Calls, x: Tensor, ends: Tensor, nodes: Tensor, weights: Tensor, rows: int, checks: Checks
+    f: Calls,
+    x: Tensor,
+    ends: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    rows: int,
+    checks: Checks,
+    progress: Progress | None,
 ) -> ChainConnectivity:
     """Calls f on tiles of about ``rows`` points of paths; the paths' ends are f's outputs on the samples."""
     original, ends = ends, widened(ends)
@@ -387,7 +436,9 @@ def _generic(
         keep_freed_pages()
     samples = len(rows_between(len(x)))
     most = max(1, (rows - samples) // len(t))
+    finished = 0
     for first, second in _pairs(len(x), most, x.device):
+        pairs = len(first)
         # A path between close samples has few points in their own dtype.
         apart = ~_indistinct(x[first], x[second])
         if not apart.all():
@@ -417,6 +468,9 @@ def _generic(
             done += most
         L[first, second] = r2
         L[second, first] = r2
+        if progress is not None:
+            finished += pairs
+            progress(2 * finished / (len(x) * (len(x) - 1)))
 
     def resolved() -> None:
         if int(counts[1]):
@@ -447,6 +501,7 @@ def _generic_hermite(
     tile: int,
     allocated: int,
     checks: Checks,
+    progress: Progress | None,
 ) -> ChainConnectivity:
     """The polynomials' r2 from Jacobians of two tiles of samples at a time; f took ``allocated`` bytes for all samples.
 
@@ -495,6 +550,9 @@ def _generic_hermite(
                     own = r2[:, : len(r2)]
                     own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
                 L[first, second], L[second, first] = r2, r2.mT
+        if progress is not None:
+            later = len(x) - begin - len(J_first)  # samples whose pairs among themselves are to come
+            progress(1 - (later / len(x)) ** 2)
 
     def resolved() -> None:
         if int(counts[1]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +95,10 @@ class Chain:
     skips: (into, source) of earlier values that are added to later ones, one each, as residual blocks do. Value 2 n is
         what activation n works on, value 2 n + 1 what it gives, both with what is added to them; where it is the identity,
         2 n alone counts.
+
+    Raises:
+        TypeError: weights or biases of several dtypes or devices, or of a dtype that is not in CHAIN_DTYPES.
+        ValueError: numbers of weights, biases, activations, or shapes, or skips, that do not fit together.
     """
 
     weights: tuple[Tensor, ...]
@@ -104,10 +108,30 @@ class Chain:
     skips: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("weights: expected one or more, got none")
+        first = self.weights[0]
+        if first.dtype not in CHAIN_DTYPES:
+            raise TypeError(f"weights[0]: expected one of {CHAIN_DTYPES}, got {first.dtype}")
+        if first.dim() != 2:
+            raise ValueError(f"weights[0]: expected (out, in), got shape {tuple(first.shape)}")
+        widths = check_layers(first.shape[1], first.dtype, first.device, self.weights, self.biases)
+        if len(self.activations) != len(widths):
+            raise ValueError(
+                f"activations: expected {len(widths)} for {len(self.weights)} weights, got {len(self.activations)}"
+            )
         for into, source in self.skips:
-            nothing = [v for v in (into, source) if v % 2 and self.activations[v // 2] == IDENTITY]
-            if not 0 <= source < into or nothing or [v for v, _ in self.skips].count(into) > 1:
+            if (
+                not 0 <= source < into < 2 * len(widths)
+                or any(v % 2 and self.activations[v // 2] == IDENTITY for v in (into, source))
+                or [v for v, _ in self.skips].count(into) > 1
+            ):
                 raise ValueError(f"skips: {into, source} is no earlier value for a later one, once")
+            if widths[into // 2] != widths[source // 2]:
+                raise ValueError(
+                    f"skips: {into, source} adds a value of width {widths[source // 2]} to one of width "
+                    f"{widths[into // 2]}"
+                )
 
     def __call__(self, x: Tensor) -> Tensor:
         """The chain in plain torch: x (B, D) or (B, *in), flattened to D = weights[0].shape[1] -> (B, K).
@@ -130,6 +154,36 @@ class Chain:
                 z = z + values[skips[into]] if into in skips else z
                 values.append(z)
         return values
+
+
+def check_layers(
+    inputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> list[int]:
+    """Raises what does not fit in the Linear layers of a chain on samples (N, inputs); returns all widths.
+
+    TypeError for another dtype or device, ValueError for a number or a shape.
+    """
+    if len(biases) != len(weights):
+        raise ValueError(
+            f"biases: expected {len(weights)}, a tensor or None for each weight, got {len(biases)}"
+        )
+    widths = [inputs]
+    for n, (w, b) in enumerate(zip(weights, biases)):
+        for kind, tensor in (("weights", w), ("biases", b)):
+            if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+                raise TypeError(
+                    f"{kind}[{n}]: expected {dtype} on {device}, got {tensor.dtype} on {tensor.device}"
+                )
+        if w.dim() != 2 or w.shape[1] != widths[n] or w.numel() == 0:
+            raise ValueError(f"weights[{n}]: expected (out, {widths[n]}), got shape {tuple(w.shape)}")
+        widths.append(w.shape[0])
+        if b is not None and b.shape != (w.shape[0],):
+            raise ValueError(f"biases[{n}]: expected ({w.shape[0]},), got shape {tuple(b.shape)}")
+    return widths
 
 
 def networks_in(stacked: Stacked) -> int:

@@ -190,6 +190,7 @@ def spectral_entropy(eigenvalues: Tensor) -> Tensor:
         (...) float64. Source: arXiv 2310.05918, Eq. 3.
     """
     p = eigenvalues.double().abs()
+    p = p / p.amax(-1, keepdim=True)  # a sum of the largest numbers would not be finite
     p = p / p.sum(-1, keepdim=True)
     return -torch.special.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._native import Progress
 from .connectivity import Enqueued, measured, warn_of_offsets
 from .evaluation import DEFAULT_BUDGET, all_finite
 from .network import Stacked
@@ -41,7 +42,7 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
 
     Raises:
         TypeError: L is not a floating-point tensor.
-        ValueError: L is not square, is empty, not finite, or not symmetric to 1e-4 of its largest entry; unknown
+        ValueError: L is not square, is empty, not finite, not symmetric to 1e-4 of its largest entry, or all 0; unknown
             solver, or "cuda" for a matrix elsewhere.
     """
     _check_matrix(L)
@@ -219,6 +220,7 @@ def measure(
     rule: str = "uniform",
     budget: int = DEFAULT_BUDGET,
     negative: str = "absolute",
+    progress: bool | Progress = False,
 ) -> Measurement:
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
 
@@ -231,6 +233,7 @@ def measure(
         x: (N, *in), floating point, the samples, of f's dtype and on its device.
         method, points, rule, budget: as in :func:`connectivity`.
         negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
+        progress: a bar (True), or a function of the share done, as in :func:`connectivity`.
 
     Returns:
         The `Measurement`; LMN has no unit and lies between 1 and N. It carries no graph.
@@ -243,7 +246,7 @@ def measure(
         Source: arXiv 2310.05918, Eq. 1-3.
     """
     check_negative(negative)
-    each = measured(f, x, method=method, points=points, rule=rule, budget=budget)
+    each = measured(f, x, method=method, points=points, rule=rule, budget=budget, progress=progress)
     warn_of_offsets(each)
     return measurement(each[0], points=points, rule=rule, method=method, negative=negative)
 
@@ -319,6 +322,8 @@ def _check_matrix(L: Tensor) -> None:
         raise ValueError("L: expected finite entries, got NaN or Inf")
     if not _symmetric(L):
         raise ValueError("L: expected a symmetric matrix; eigenvalues would be those of its lower triangle")
+    if not L.diagonal(dim1=-2, dim2=-1).any(-1).all() and not L.flatten(-2).any(-1).all():
+        raise ValueError("L: expected entries that are not all 0; a matrix of zeros has no entropy")
 
 
 def _symmetric(L: Tensor) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .processes import cores
+
 # What is looked into, beside modules, for containers and tensors that a forward pass may change.
 CONTAINERS = (dict, list, set, deque)
 LEVELS = 3  # a module's attributes, the containers among them, and containers in those
@@ -45,9 +47,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def cores_to_use() -> int:
-    """As many as torch may use; 1 in a forked process. The threads of an OpenMP runtime are not copied by a fork, and the
-    child that goes on with more than one thread waits for them for ever."""
-    return 1 if _forked else torch.get_num_threads()
+    """As many as torch uses, but no more than this thread may run on, where they would wait for one another; 1 in a forked
+    process. The threads of an OpenMP runtime are not copied by a fork, and the child that goes on with more than one thread
+    waits for them for ever."""
+    return 1 if _forked else min(torch.get_num_threads(), cores())
 
 
 @contextmanager

@@ -1,9 +1,15 @@
 """Random chains of Linear and activations, shared by the tests of the fused route."""
 
+import math
+
+import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from lmnfast.network import ACTIVATIONS, Activation, Chain
+from lmnfast.quadrature import path_nodes
 
 PARAMETERS = {"leaky_relu": (0.1, 0.0), "elu": (0.7, 0.0), "softplus": (1.5, 20.0)}
 
@@ -92,3 +98,85 @@ def samples(n: int, width: int, *, seed: int = 1) -> Tensor:
 
 
 assert len(ACTIVATIONS) == 11
+
+
+# What does not fit in the first arguments of the registered ops of chains, for samples (N, 5) and weights (7, 5), (3, 7)
+# in float32: position, value, error, message.
+LAYERS_THAT_DO_NOT_FIT = [
+    (0, torch.zeros(4, 5).half(), TypeError, "[zx]: expected float32 or float64 on the CPU or on CUDA, got"),
+    (0, torch.zeros(4, 5).to(torch.complex64), TypeError, "[zx]: expected float32 or float64"),
+    (
+        0,
+        torch.zeros(4, 5).to_sparse(),
+        TypeError,
+        "[zx]: expected a dense tensor, got a torch.sparse_coo one",
+    ),
+    (0, torch.zeros(0, 5), ValueError, r"[zx]: expected samples \(N, D\) with N > 0"),
+    (0, torch.zeros(5), ValueError, r"[zx]: expected samples \(N, D\)"),
+    (1, [torch.zeros(7, 5)], ValueError, "biases: expected 1, a tensor or None for each weight, got 2"),
+    (
+        1,
+        [torch.zeros(7, 5), torch.zeros(3, 8)],
+        ValueError,
+        r"weights\[1\]: expected \(out, 7\), got shape \(3, 8\)",
+    ),
+    (
+        1,
+        [torch.zeros(7, 5), torch.zeros(0, 7)],
+        ValueError,
+        r"weights\[1\]: expected \(out, 7\), got shape \(0, 7\)",
+    ),
+    (
+        1,
+        [torch.zeros(7, 5), torch.zeros(3, 7).double()],
+        TypeError,
+        r"weights\[1\]: expected torch.float32 on cpu",
+    ),
+    (1, [torch.zeros(7, 5, device="meta"), torch.zeros(3, 7)], TypeError, r"weights\[0\]: .* got .* on meta"),
+    (
+        1,
+        [torch.zeros(7, 5).to_sparse(), torch.zeros(3, 7)],
+        TypeError,
+        r"weights\[0\]: expected a dense tensor",
+    ),
+    (2, [None, torch.zeros(4)], ValueError, r"biases\[1\]: expected \(3,\), got shape \(4,\)"),
+    (2, [torch.zeros(7).double(), None], TypeError, r"biases\[0\]: expected torch.float32"),
+    (2, [None], ValueError, "biases: expected 2"),
+    (3, [4, 1], ValueError, "activations: expected 3 for 2 weights, got 2"),
+    (3, [4, 1, 0, 0], ValueError, "activations: expected 3 for 2 weights, got 4"),
+    (3, [4, 11, 0], ValueError, r"activations\[1\]: expected a code from 0 to 10, got 11"),
+    (3, [-1, 1, 0], ValueError, r"activations\[0\]: expected a code from 0 to 10, got -1"),
+    (4, [], ValueError, "parameters: expected 6, two for each activation, got 0"),
+    (4, [0.0] * 5, ValueError, "parameters: expected 6, two for each activation, got 5"),
+    (4, [0.0] * 5 + [math.nan], ValueError, r"parameters\[5\]: expected a finite number, got nan"),
+]
+_t, _w = path_nodes("uniform", 5)
+# What does not fit in a rule: whether it is the nodes or their weights, value, error, message.
+RULES_THAT_DO_NOT_FIT = [
+    (0, _t.float(), TypeError, "nodes: expected torch.float64 on cpu, got torch.float32"),
+    (0, _t[None], ValueError, r"nodes: expected \(nodes,\), three or more, got shape \(1, 5\)"),
+    (0, _t[::4], ValueError, r"nodes: expected \(nodes,\), three or more, got shape \(2,\)"),
+    (0, _t[:4], ValueError, r"weights: expected \(4,\), got shape \(5,\)"),
+    (0, _t.flip(0), ValueError, "nodes: expected rising numbers from 0 to 1, got 1.0 to 0.0"),
+    (0, _t[[0, 2, 1, 3, 4]], ValueError, "nodes: expected rising numbers from 0 to 1"),
+    (0, _t[[0, 1, 1, 3, 4]], ValueError, "nodes: expected rising numbers from 0 to 1"),
+    (0, _t * torch.tensor([1, 1, math.nan, 1, 1]), ValueError, "nodes: expected rising numbers"),
+    (1, _w.float(), TypeError, "weights: expected torch.float64 on cpu"),
+    (1, _w * 5, ValueError, "weights: expected numbers of at least 0 with sum 1, got sum 5"),
+    (1, _w * math.nan, ValueError, "weights: expected numbers of at least 0 with sum 1, got sum nan"),
+    (1, _w + 0.3 * torch.tensor([1, -1, 0, 0, 0]), ValueError, "weights: expected numbers of at least 0"),
+    (1, torch.eye(5).double()[2], ValueError, "weights: expected two or more above 0"),
+]
+RULE = _t, _w
+
+
+def assert_refused(op, arguments: list, error: type[Exception], message: str) -> None:
+    """By the op, and by its fake implementation, but for what only the values of tensors show."""
+    with pytest.raises(error, match=message):
+        op(*arguments)
+    if any(part in message for part in ("rising", "at least 0", "above 0")):
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = tree_map_only(Tensor, lambda t: t if t.is_meta else mode.from_tensor(t), arguments)
+        with pytest.raises(error, match=message):
+            op(*fakes)

@@ -1,4 +1,8 @@
+import os
 import platform
+import signal
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,8 +63,31 @@ def precision():
 
 
 @pytest.fixture
-def threads():
-    """Sets torch's thread count; the one before comes back."""
+def threads(monkeypatch):
+    """Sets torch's thread count, which the kernels follow however few cores there are; the one before comes back."""
     before = torch.get_num_threads()
+    monkeypatch.setattr(_native, "cores", lambda: 64)
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def interrupted(threads):
+    """Ctrl-C in a call of a kernel that takes seconds: KeyboardInterrupt comes before the kernel is done."""
+    threads(1)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(call: Callable[[], object]) -> None:
+        shares: list[float] = []
+
+        def progress(share: float) -> None:
+            shares.append(share)
+            if len(shares) == 1:
+                threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        with _native.reporting(progress), pytest.raises(KeyboardInterrupt):
+            call()
+        assert shares == sorted(shares) and 0 <= shares[0] and shares[-1] < 0.9
+
+    yield check
+    signal.signal(signal.SIGINT, handler)

@@ -5,6 +5,7 @@ import functools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -740,3 +741,76 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - L.numel() * 
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(done.stdout) / 1024 < allowance_mb
+
+
+@pytest.mark.parametrize("method", MODULE.METHODS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_progress_rises_to_one_and_changes_nothing(method, fused):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3) if fused else nn.LayerNorm(9))
+    x, shares = torch.randn(30, 5), []
+    L = lmnfast.measure(model, x, method=method, budget=20_000, progress=shares.append).connectivity
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert fused or method == "jacobian" or len(shares) > 2
+    assert torch.equal(L, lmnfast.measure(model, x, method=method, budget=20_000).connectivity)
+
+
+def test_progress_of_stacked_networks_is_that_of_all():
+    models, shares = [nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.LayerNorm(9)) for _ in range(2)], []
+    stacked = torch.func.stack_module_state(models)
+    lmnfast.connectivity(models[0], torch.randn(2, 8, 5), stacked=stacked, progress=shares.append)
+    assert shares == sorted(shares) and {0.5, 1} <= set(shares)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_progress_raises_ends_the_measurement(fused, monkeypatch):
+    def progress(_: float) -> None:
+        raise KeyError("enough")
+
+    model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3) if fused else nn.LayerNorm(9))
+    with pytest.raises(KeyError, match="enough"):
+        lmnfast.measure(model, torch.randn(30, 5), progress=progress)
+
+
+def test_a_bar_shows_progress(capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    x = torch.randn(8, 5)
+    lmnfast.measure(nn.Linear(5, 2), x, progress=True)
+    assert "100%" in capsys.readouterr().err
+    lmnfast.measure(nn.Linear(5, 2), x)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(
+        ImportError, match="progress: True shows a bar of tqdm, which is missing; pip install tqdm"
+    ):
+        lmnfast.measure(nn.Linear(5, 2), x, progress=True)
+    with pytest.raises(
+        TypeError, match="progress: expected a bool or a function of the share done, got 'yes'"
+    ):
+        lmnfast.measure(nn.Linear(5, 2), x, progress="yes")
+
+
+def test_numpys_integers_are_integers():
+    m = lmnfast.measure(nn.Linear(5, 2), torch.randn(8, 5), points=np.int64(21))
+    assert m.points == 21 and type(m.points) is int
+
+
+@pytest.mark.parametrize("samples, inputs, units", [(34, 64, 100), (300, 500, 40), (211, 1000, 7)])
+def test_one_matrix_for_any_thread_count(samples, inputs, units, threads):
+    """The samples of a chain go through its first Linear once; a product of torch is another with other threads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, units), nn.Tanh(), nn.Linear(units, 3)).double()
+    x, results = torch.randn(samples, inputs).double(), []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        results.append([lmnfast.connectivity(model, x, method=method) for method in ("path", "hermite")])
+        z = _native.linear(x, model[0].weight, model[0].bias)
+        results[-1] += [z[:7], _native.linear(x[:7], model[0].weight, model[0].bias)]
+    assert torch.equal(results[0][2], results[0][3]), "depends on the number of samples"
+    assert (z - model[0](x)).abs().max() < 1e-13
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_no_more_threads_than_cores_to_run_on(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert 1 <= _native.threads() == _native.cores() < 64 or _native.cores() >= 64

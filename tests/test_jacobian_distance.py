@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from chains import assert_refused
 
 from lmnfast import _native, ops, reference
 
@@ -126,6 +127,12 @@ def test_the_same_bits_for_any_thread_count(device, dtype, threads):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+def test_ctrl_c_ends_it_and_the_next_result_is_right(interrupted):
+    u = features(300, 4000).repeat(10, 1)
+    interrupted(lambda: ops.jacobian_distance(u, u))
+    assert_right(u[:9], u[:9], torch.device("cpu"), F64)
+
+
 def test_opcheck(dtype):
     arguments = (features(9, 5), features(7, 5, seed=1), True, dtype)
     torch.library.opcheck(torch.ops.lmnfast.jacobian_distance.default, arguments)
@@ -149,11 +156,37 @@ def test_torch_compile_gives_the_same_bits():
             "first: expected torch.float64 .* got torch.float32",
         ),
         ((features(3, 4), torch.zeros(3, 4)), TypeError, "second: expected torch.float64"),
+        ((features(3, 4).to_sparse(), features(3, 4)), TypeError, "first: expected a dense tensor"),
+        ((features(3, 4), features(3, 4).to("meta")), TypeError, "second: expected torch.float64 on cpu"),
         ((features(3, 4)[0], features(3, 4)), ValueError, r"first: expected \(M, F\)"),
+        ((features(3, 4)[:, :0], features(3, 4)), ValueError, r"first: expected \(M, F\) with F > 0"),
         ((features(3, 4), features(3, 5)), ValueError, r"second: expected \(N, 4\), got shape \(3, 5\)"),
         ((features(3, 4), features(3, 4), False, torch.int32), TypeError, "dtype: expected torch.float32"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(arguments, error, message):
-    with pytest.raises(error, match=message):
-        ops.jacobian_distance(*arguments)
+    first, second, squared, dtype = (*arguments, *(False, torch.float64)[len(arguments) - 2 :])
+    assert_refused(torch.ops.lmnfast.jacobian_distance, [first, second, squared, dtype], error, message)
+
+
+@pytest.mark.parametrize("size", [1e-310, 1e-200, 1e155, 1e300])
+def test_features_whose_squares_have_no_number(size, device, dtype):
+    """Inf is within rounding of Inf: such rows would be 0 apart."""
+    u = features(12, 9)
+    plain = measured(u, u[:5], device, torch.float64)
+    d = measured(u * size, (u * size)[:5], device, torch.float64)
+    if device.type == "cuda":  # where nobody waits for the largest of them
+        assert size < 1 or d.isnan().all()
+        return
+    lost = 2.0**-1074 / size  # of digits below the smallest number
+    assert ((d / size - plain).abs() <= 1e-14 * plain + 8 * lost).all()
+    assert (measured(u * size, u * size, device, dtype).diagonal() == 0).all()
+
+
+def test_an_infinite_row_is_no_distance_at_all(device, dtype):
+    u = features(40, 6)
+    u[13, 2] = float("inf")
+    d = measured(u, u, device, dtype)
+    there = torch.zeros(40, 40, dtype=torch.bool)
+    there[13] = there[:, 13] = True
+    assert torch.equal(d.isnan(), there)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from chains import RULES_THAT_DO_NOT_FIT, assert_refused
 
 from lmnfast import _native, ops, reference
 from lmnfast.quadrature import path_nodes
@@ -168,7 +169,11 @@ def test_torch_compile_gives_the_same_bits():
         (0, torch.zeros(9, 18, 5).double(), ValueError, r"interior: expected \(pairs, 19, outputs\)"),
         (1, torch.zeros(6, 5), TypeError, "ends: expected torch.float64"),
         (1, torch.zeros(6, 4).double(), ValueError, r"ends: expected \(samples, 5\)"),
+        (0, torch.zeros(9, 19, 5).to_sparse(), TypeError, "interior: expected a dense tensor"),
+        (1, torch.zeros(6, 5).double().to("meta"), TypeError, "ends: expected torch.float64 on cpu"),
         (2, torch.zeros(9), TypeError, "first: expected torch.int64"),
+        (2, torch.full((9,), -1), ValueError, "first: expected samples 0 to 5, got -1 to -1"),
+        (3, torch.zeros(9).long().to("meta"), TypeError, "second: expected torch.int64 on cpu"),
         (3, torch.zeros(8).long(), ValueError, r"second: expected \(9,\)"),
         (3, torch.full((9,), 6), ValueError, "second: expected samples 0 to 5, got 6 to 6"),
     ],
@@ -176,5 +181,15 @@ def test_torch_compile_gives_the_same_bits():
 def test_arguments_that_do_not_fit_are_named(position, value, error, message):
     arguments = list(problem(9, 5))
     arguments[position] = value
-    with pytest.raises(error, match=message):
-        ops.path_r2(*arguments)
+    if "expected samples 0" in message:  # which the fake implementation cannot see
+        with pytest.raises(error, match=message):
+            ops.path_r2(*arguments)
+    else:
+        assert_refused(torch.ops.lmnfast.path_r2, arguments, error, message)
+
+
+@pytest.mark.parametrize("position, value, error, message", RULES_THAT_DO_NOT_FIT)
+def test_rules_that_do_not_fit_are_named(position, value, error, message):
+    arguments = list(problem(9, 5, ("uniform", 5)))
+    arguments[4 + position] = value
+    assert_refused(torch.ops.lmnfast.path_r2, arguments, error, message)

@@ -65,3 +65,11 @@ def test_points_may_be_of_any_integer_type(points):
 def test_bad_rules_are_refused(rule, points, error, message):
     with pytest.raises(error, match=message):
         path_nodes(rule, points)
+
+
+def test_numpys_integers_are_integers():
+    for given, expected in zip(path_nodes("lobatto", np.int64(9)), path_nodes("lobatto", 9)):
+        assert torch.equal(given, expected)
+    for points in (np.float64(9), np.bool_(True), "9"):
+        with pytest.raises(TypeError, match="points: expected an integer"):
+            path_nodes("lobatto", points)

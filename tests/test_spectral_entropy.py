@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from chains import assert_refused
 
 from lmnfast import ops, reference
 
@@ -65,8 +66,30 @@ def test_torch_compile_gives_the_same_bits():
     assert torch.equal(compiled(w), ops.spectral_entropy(w * 2) + 1)
 
 
-def test_what_is_no_row_of_eigenvalues_is_refused():
-    with pytest.raises(TypeError, match="eigenvalues: expected float32 or float64, got torch.int64"):
-        ops.spectral_entropy(torch.ones(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"eigenvalues: expected \(..., N\) with N > 0, got shape \(3, 0\)"):
-        ops.spectral_entropy(torch.ones(3, 0))
+@pytest.mark.parametrize(
+    "value, error, message",
+    [
+        (torch.ones(3, dtype=torch.int64), TypeError, "expected float32 or float64, got torch.int64"),
+        (torch.ones(3).to_sparse(), TypeError, "expected a dense tensor, got a torch.sparse_coo one"),
+        (torch.ones(3, 0), ValueError, r"expected \(..., N\) with N > 0, got shape \(3, 0\)"),
+        (torch.tensor(1.0), ValueError, r"expected \(..., N\) with N > 0, got shape \(\)"),
+    ],
+)
+def test_what_is_no_row_of_eigenvalues_is_refused(value, error, message):
+    assert_refused(torch.ops.lmnfast.spectral_entropy, [value], error, f"eigenvalues: {message}")
+
+
+def test_zeros_alone_are_refused():
+    with pytest.raises(ValueError, match="eigenvalues: expected one or more in a row that are not 0"):
+        ops.spectral_entropy(torch.tensor([[1.0, 2.0], [0.0, -0.0]]))
+
+
+@pytest.mark.parametrize("size", [1e308, 5e-324])
+def test_the_largest_and_the_smallest_numbers(size, device):
+    w = torch.full((4,), size, dtype=torch.float64, device=device)
+    assert ops.spectral_entropy(w).item() == pytest.approx(2, abs=1e-13)
+    assert reference.spectral_entropy(w).item() == pytest.approx(2, abs=1e-13)
+
+
+def test_inf_is_no_eigenvalue(device):
+    assert ops.spectral_entropy(torch.tensor([1.0, float("inf")], device=device)).isnan()

@@ -767,7 +767,8 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
 }
 
 template <bool kStencil, class T>
-void run_task(const Plan<T>& plan, Scratch<T>& s, std::int64_t task, std::int64_t block) {
+void run_task(const Plan<T>& plan, Scratch<T>& s, std::int64_t task, std::int64_t block, Tasks& tasks) {
+  constexpr std::int64_t kRowsBetween = 8;  // looks at the clock: of a wide, deep chain a task may take seconds
   const std::int64_t begin = task * kTaskRows, end = at_most(begin + kTaskRows, plan.op.samples);
   if (plan.separable) {
     fill_second_table(plan, s, block);
@@ -775,6 +776,7 @@ void run_task(const Plan<T>& plan, Scratch<T>& s, std::int64_t task, std::int64_
     s.table_task = task;
   }
   for (std::int64_t i = begin; i < at_most(end, (block + 1) * kLanes<T>); ++i) {
+    if (i % kRowsBetween == 0 && !tasks.go_on()) return;
     s.first_z = plan.row_z + i * plan.total_width;
     s.first_a = plan.row_a + i * plan.total_width;
     s.first_slope = kStencil ? plan.row_slope + i * plan.total_width : nullptr;
@@ -799,28 +801,34 @@ void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, i
   for (int l = 1; l <= op.layers; ++l) {
     pack_weights(op.weights[l - 1], op.widths[l], op.widths[l - 1], plan.layers[l].packed);
   }
-#pragma omp parallel for num_threads(threads)
-  for (std::int64_t block = 0; block < plan.lane_blocks; ++block) forward_block(plan, block);
-  scale_outputs(plan);
-#pragma omp parallel for num_threads(threads)
-  for (std::int64_t i = 0; i < op.samples; ++i) fill_rows(plan, i);
-  plan.separable = separable_here(plan);
-  for (std::int64_t i = 0; i < op.samples; ++i) op.connectivity[i * (op.samples + 1)] = T(1);
 
   // Tasks: kTaskRows first samples x one block of lanes, on and above the diagonal, row after row of tasks, so that
   // a thread mostly keeps its table of first samples. Every pair is computed alike whichever thread takes it.
   static_assert(kTaskRows % kLanes<T> == 0);
   constexpr std::int64_t kBlocksPerTask = kTaskRows / kLanes<T>;
   const std::int64_t task_rows = blocks_of(op.samples, kTaskRows);
-  const std::int64_t tasks = task_rows * plan.lane_blocks - kBlocksPerTask * (task_rows * (task_rows - 1) / 2);
+  const std::int64_t count = task_rows * plan.lane_blocks - kBlocksPerTask * (task_rows * (task_rows - 1) / 2);
+  Tasks tasks(op.watch, count);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (std::int64_t block = 0; block < plan.lane_blocks; ++block) {
+    if (tasks.go_on()) forward_block(plan, block);
+  }
+  if (!tasks.go_on()) return;
+  scale_outputs(plan);
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * plan.total_width))
+  for (std::int64_t i = 0; i < op.samples; ++i) fill_rows(plan, i);
+  plan.separable = separable_here(plan);
+  for (std::int64_t i = 0; i < op.samples; ++i) op.connectivity[i * (op.samples + 1)] = T(1);
 #pragma omp parallel num_threads(threads)
   {
     Scratch<T>& scratch = plan.scratch[omp_get_thread_num()];
 #pragma omp for schedule(dynamic)
-    for (std::int64_t n = 0; n < tasks; ++n) {
+    for (std::int64_t n = 0; n < count; ++n) {
+      if (!tasks.go_on()) continue;
       std::int64_t row = 0, rest = n;
       while (rest >= plan.lane_blocks - row * kBlocksPerTask) rest -= plan.lane_blocks - row++ * kBlocksPerTask;
-      run_task<kStencil>(plan, scratch, row, row * kBlocksPerTask + rest);
+      run_task<kStencil>(plan, scratch, row, row * kBlocksPerTask + rest, tasks);
+      tasks.count_one();
     }
   }
   for (int n = 0; n < 2; ++n) {

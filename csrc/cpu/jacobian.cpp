@@ -266,16 +266,22 @@ void jacobian_of(const Plan<T>& plan, const T* slopes, T* panel, T* next, T* res
   }
 }
 
+template <class T>
+std::int64_t tasks_at_once(const Plan<T>& plan) {
+  const std::int64_t columns = plan.op.widths[2] * plan.op.widths[0], chunk = kTaskPanels * kPanel<T>;
+  return (plan.op.samples + kTaskSamples - 1) / kTaskSamples * ((columns + chunk - 1) / chunk);
+}
+
 /// J[n] = sum_h slope[n, h] W_2[:, h] W_1[h, :]: samples as rows against (outputs, inputs) as columns, a panel of which
 /// is made where it is used.
 template <class T>
-void multiply_at_once(const Plan<T>& plan, int threads) {
+void multiply_at_once(const Plan<T>& plan, Tasks& tasks, int threads) {
   const Jacobian<T>& op = plan.op;
   const std::int64_t inputs = op.widths[0], units = op.widths[1], outputs = op.widths[2], columns = outputs * inputs;
   const std::int64_t chunk = kTaskPanels * kPanel<T>, chunks = (columns + chunk - 1) / chunk;
-  const std::int64_t blocks = (op.samples + kTaskSamples - 1) / kTaskSamples;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (std::int64_t task = 0; task < blocks * chunks; ++task) {
+  for (std::int64_t task = 0; task < tasks_at_once(plan); ++task) {
+    if (!tasks.go_on()) continue;
     T* const panel = plan.panels + omp_get_thread_num() * plan.panel_size;
     const std::int64_t begin = task / chunks * kTaskSamples, from = task % chunks * chunk;
     for (std::int64_t at = from; at < at_most(from + chunk, columns); at += kPanel<T>) {
@@ -294,6 +300,7 @@ void multiply_at_once(const Plan<T>& plan, int threads) {
       product<T>({plan.hidden + begin * units, panel, nullptr, nullptr, op.jacobian + begin * columns + at,
                   at_most(kTaskSamples, op.samples - begin), units, count, units, kPanel<T>, columns});
     }
+    tasks.count_one();
   }
 }
 
@@ -310,8 +317,10 @@ void jacobian_on(const Jacobian<T>& op, int threads) {
     }
   }
   memset(plan.panels, 0, std::size_t(threads * plan.panel_size) * sizeof(T));  // what pads a right factor
+  Tasks tasks(op.watch, plan.one_product ? tasks_at_once(plan) : op.samples);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (std::int64_t begin = 0; begin < op.samples; begin += kLanes<T>) {
+    if (!tasks.go_on()) continue;
     const int thread = omp_get_thread_num();
     T* const slopes = plan.slopes + thread * plan.total_width * kLanes<T>;
     T* const sample = plan.sample + thread * plan.total_width;
@@ -325,11 +334,13 @@ void jacobian_on(const Jacobian<T>& op, int threads) {
         for (std::int64_t h = 0; h < op.widths[1]; ++h) plan.hidden[n * op.widths[1] + h] = hidden[h * kLanes<T> + lane];
         continue;
       }
+      if (!tasks.go_on()) break;
       for (std::int64_t unit = 0; unit < plan.total_width; ++unit) sample[unit] = slopes[unit * kLanes<T> + lane];
       jacobian_of(plan, sample, panel, panel + plan.panel_size / 2, op.jacobian + n * op.widths[op.layers] * op.widths[0]);
+      tasks.count_one();
     }
   }
-  if (plan.one_product) multiply_at_once(plan, threads);
+  if (plan.one_product && tasks.go_on()) multiply_at_once(plan, tasks, threads);
 }
 
 template <class T>

@@ -195,12 +195,14 @@ inline void fetch(const T* to, std::int64_t count) {
 
 /// The tile of the result that begins at (i, j), and in a symmetric one its mirror image.
 template <class T>
-void tile(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t i, std::int64_t j, bool symmetric) {
+void tile(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t i, std::int64_t j, bool symmetric,
+          Tasks& tasks) {
   T sums[kRows * kTaskColumns];
   T distances[kTaskRows * kTaskColumns];
   const std::int64_t rows = at_most(kTaskRows, op.first_samples - i);
   const std::int64_t columns = at_most(kTaskColumns, op.second_samples - j);
   for (std::int64_t block = 0; block < rows; block += kRows) {
+    if (!tasks.go_on()) return;
     const T* row[kRows];
     for (std::int64_t r = block; r < at_most(block + kRows, rows); ++r) {
       fetch(op.distance + (i + r) * op.second_samples + j, columns);
@@ -254,9 +256,9 @@ void pack(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t pan
 /// Norms, and rows as the products read them.
 void prepare(const JacobianDistance<double>& op, Workspace<double>& w, bool symmetric, int threads) {
   w.rows = op.first;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.second_samples * op.features))
   for (std::int64_t panel = 0; panel < op.second_samples; panel += kPanel<double>) pack<double>(op, w, panel, nullptr);
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.second_samples * op.features))
   for (std::int64_t n = 0; n < op.second_samples; ++n) {
     w.second_norms[n] = squared_norm(op.second + n * op.features, op.features);
   }
@@ -264,7 +266,7 @@ void prepare(const JacobianDistance<double>& op, Workspace<double>& w, bool symm
     w.first_norms = w.second_norms;
     return;
   }
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.first_samples * op.features))
   for (std::int64_t n = 0; n < op.first_samples; ++n) {
     w.first_norms[n] = squared_norm(op.first + n * op.features, op.features);
   }
@@ -272,7 +274,7 @@ void prepare(const JacobianDistance<double>& op, Workspace<double>& w, bool symm
 /// Of samples in float32: norms as they are, and about the centre.
 void norms_of(const double* rows, const double* centre, std::int64_t samples, std::int64_t features, double* norms,
               double* centred, int threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (worth_threads(samples * features))
   for (std::int64_t n = 0; n < samples; ++n) {
     norms[n] = squared_norm(rows + n * features, features);
     centred[n] = squared_difference(rows + n * features, centre, features);
@@ -324,9 +326,9 @@ void prepare(const JacobianDistance<float>& op, Workspace<float>& w, bool symmet
   if (!symmetric) limits_of(op.first_samples, w.scale, w.first_norms, w.first_centred, w.first_squares, w.first_limits);
   float* const rows = w.panels + padded * op.features;
   w.rows = rows;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.second_samples * op.features))
   for (std::int64_t panel = 0; panel < op.second_samples; panel += kPanel<float>) pack<float>(op, w, panel, w.centre);
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.first_samples * op.features))
   for (std::int64_t n = 0; n < op.first_samples; ++n) {
     const double* row = op.first + n * op.features;
     for (std::int64_t f = 0; f < op.features; ++f) {
@@ -342,11 +344,13 @@ void jacobian_distance_on(const JacobianDistance<T>& op, int threads) {
   prepare(op, w, symmetric, threads);
   const std::int64_t tile_columns = (op.second_samples + kTaskColumns - 1) / kTaskColumns;
   const std::int64_t tile_rows = (op.first_samples + kTaskRows - 1) / kTaskRows;
+  Tasks tasks(op.watch, tile_rows * tile_columns);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (std::int64_t task = 0; task < tile_rows * tile_columns; ++task) {
     const std::int64_t i = task / tile_columns * kTaskRows, j = task % tile_columns * kTaskColumns;
-    if (symmetric && j + kTaskColumns <= i) continue;  // wholly below the diagonal: another tile's mirror image
-    tile(op, w, i, j, symmetric);
+    if (!tasks.go_on() || (symmetric && j + kTaskColumns <= i)) continue;  // wholly below the diagonal: another tile's mirror image
+    tile(op, w, i, j, symmetric, tasks);
+    tasks.count_one();
   }
 }
 

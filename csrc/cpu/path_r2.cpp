@@ -8,6 +8,7 @@ namespace {
 // Vectors of outputs at a time: whole cache lines of every node's row, or a long row's nodes would fall into the same
 // few sets of L1.
 constexpr int kGroup = 4;
+constexpr std::int64_t kChunk = 1 << 16;  // values that a thread takes at a time
 constexpr int kNodeChunk = 32;  // nodes gathered at a time, 2 kB
 
 /// What the kernel needs of one vector of outputs, and the moments it collects.
@@ -167,7 +168,7 @@ void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, C
 
 template <class T>
 void path_r2_on(const PathR2<T>& op, int threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * op.outputs))
   for (std::int64_t k = 0; k < op.outputs; ++k) {
     T largest = 0, magnitude = 0;
     for (std::int64_t n = 0; n < op.samples; ++n) {
@@ -179,8 +180,12 @@ void path_r2_on(const PathR2<T>& op, int threads) {
     op.workspace[op.outputs + k] = magnitude * op.workspace[k] * T(kLeastRounding);
   }
   std::int64_t constants = 0, unresolved = 0;
+  // Chunks short enough that a thread whose core another process has taken keeps the others waiting for one alone.
+  const std::int64_t values = op.nodes.interior * op.outputs;
   if (2 * op.outputs > kLanes<T>) {
-#pragma omp parallel for num_threads(threads) reduction(+ : constants, unresolved)
+    const std::int64_t chunk = 1 + kChunk / (1 + values);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk) if (worth_threads(op.pairs * values)) \
+    reduction(+ : constants, unresolved)
     for (std::int64_t pair = 0; pair < op.pairs; ++pair) {
       Counts counts;
       op.r2[pair] = wide_pair(op, pair, counts);
@@ -188,8 +193,9 @@ void path_r2_on(const PathR2<T>& op, int threads) {
       unresolved += counts.unresolved;
     }
   } else {
-    const std::int64_t group = kLanes<T> / op.outputs;
-#pragma omp parallel for num_threads(threads) reduction(+ : constants, unresolved)
+    const std::int64_t group = kLanes<T> / op.outputs, chunk = 1 + kChunk / (1 + group * values);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk) if (worth_threads(op.pairs * values)) \
+    reduction(+ : constants, unresolved)
     for (std::int64_t begin = 0; begin < op.pairs; begin += group) {
       Counts counts;
       narrow_pairs(op, begin, begin + group <= op.pairs ? group : op.pairs - begin, counts);

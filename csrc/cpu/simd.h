@@ -173,9 +173,9 @@ inline V twice_atanh(V s) {
 /// log(1 + u) for 0 <= u <= 1.
 template <class V> inline V log1p_unit(V u) { return twice_atanh(u / (2 + u)); }
 
-/// log2(v) for normal v > 0; 0 for v = 0, which is what p log p needs.
+/// log2(v) for normal v > 0; 0 for any other, which is what p log p needs for v = 0.
 inline D log2_(D v) {
-  const Bits<D> bits = (Bits<D>)v;
+  const Bits<D> bits = (Bits<D>)(v > D{} ? v : splat<D>(1.0));  // the difference below overflows for those of -0
   // Exponent such that the mantissa lies in [sqrt(1/2), sqrt(2)): subtract the bits of sqrt(1/2) first.
   const Bits<D> exponent = (bits - 0x3FE6A09E667F3BCDLL) >> 52;
   const D mantissa = from_bits<D>(bits - (exponent << 52));

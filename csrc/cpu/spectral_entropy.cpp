@@ -28,12 +28,16 @@ inline double sum_over(const T* row, std::int64_t samples, Function function) {
 
 template <class T>
 void spectral_entropy_on(const SpectralEntropy<T>& op, int threads) {
-#pragma omp parallel for num_threads(threads) if (op.batch > 1)
+#pragma omp parallel for num_threads(threads) if (worth_threads(8 * op.batch * op.samples))  // a logarithm each
   for (std::int64_t b = 0; b < op.batch; ++b) {
     const T* row = op.eigenvalues + b * op.samples;
-    const double mass = sum_over(row, op.samples, [](D w) { return w; });
-    const double bits = sum_over(row, op.samples, [mass](D w) {
-      const D p = w / mass;
+    double scale = 1, mass = sum_over(row, op.samples, [](D w) { return w; });
+    if (!isfinite(mass)) {  // a sum that overflows; a NaN and an Inf give a NaN again
+      scale = 0x1p-1000;
+      mass = sum_over(row, op.samples, [scale](D w) { return w * scale; });
+    }
+    const double bits = sum_over(row, op.samples, [scale, mass](D w) {
+      const D p = w * scale / mass;
       return p * log2_(p);
     });
     op.bits[b] = bits < 0 ? -bits : bits == bits ? 0.0 : bits;  // one eigenvalue: 0, not -0 or a rounding below it

@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const int row = warp + r * kWarps;
     if (i + row >= op.first_samples || j + lane >= op.second_samples) continue;
     const double larger_norm = larger(first_norms[i + row], second_norms[j + lane]);
-    const double square = sums[r] <= kSameFeatures * larger_norm ? 0.0 : sums[r];  // a NaN stays
+    const bool counts = larger_norm <= 0x1.fffffffffffffp1023;  // not so of a NaN, an Inf, a sum that overflowed
+    const double square = !counts ? larger_norm - larger_norm : sums[r] <= kSameFeatures * larger_norm ? 0.0 : sums[r];
     const double distance = op.squared ? square : ::sqrt(square);
     first[row][lane] = distance;
     op.distance[(i + row) * op.second_samples + j + lane] = T(distance);

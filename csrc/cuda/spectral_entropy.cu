@@ -20,12 +20,18 @@ __device__ double block_sum(double value) {
 template <class T>
 __global__ void spectral_entropy_kernel(SpectralEntropy<T> op) {
   const T* row = op.eigenvalues + std::int64_t(blockIdx.x) * op.samples;
-  double mass = 0;
+  double scale = 1, mass = 0;
   for (std::int64_t n = threadIdx.x; n < op.samples; n += kBlock) mass += fabs(double(row[n]));
   mass = block_sum(mass);
+  if (!isfinite(mass)) {  // a sum that overflows; a NaN and an Inf give a NaN again
+    scale = 0x1p-1000;
+    mass = 0;
+    for (std::int64_t n = threadIdx.x; n < op.samples; n += kBlock) mass += fabs(double(row[n])) * scale;
+    mass = block_sum(mass);
+  }
   double bits = 0;
   for (std::int64_t n = threadIdx.x; n < op.samples; n += kBlock) {
-    const double p = fabs(double(row[n])) / mass;
+    const double p = fabs(double(row[n])) * scale / mass;
     if (p != 0) bits -= p * log2(p);  // a NaN goes through
   }
   bits = block_sum(bits);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..network import Chain
-from .path_connectivity import chain_connectivity, run
+from .path_connectivity import chain_connectivity, check_fake, run
 
 
 def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool) -> Tensor:
@@ -55,4 +55,5 @@ def _hermite_connectivity(
 
 @torch.library.register_fake("lmnfast::hermite_connectivity")
 def _(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, midpoint):
+    check_fake(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights)
     return z.new_empty(z.shape[0], z.shape[0]), z.new_empty(2, dtype=torch.int64)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import _native
 from ..network import Chain
-from .path_connectivity import activation_arguments, check_chain
+from ._checks import check_chain, plain
+from .path_connectivity import activation_arguments
 
 
 def jacobian(chain: Chain, x: Tensor) -> Tensor:
@@ -53,11 +54,9 @@ def _jacobian(
     activations: Sequence[int],
     parameters: Sequence[float],
 ) -> Tensor:
-    if not weights:
-        raise ValueError("weights: expected one or more, got none")
-    widths = check_chain("x", x, weights, biases)
-    x, weights = x.contiguous(), [w.contiguous() for w in weights]
-    biases = [None if b is None else b.contiguous() for b in biases]
+    widths = _check(x, weights, biases, activations, parameters)
+    x, weights = plain(x), [plain(w) for w in weights]
+    biases = [None if b is None else plain(b) for b in biases]
     call = _native._C.Jacobian(
         x.dtype == torch.float64,
         _native.address(x),
@@ -73,4 +72,12 @@ def _jacobian(
 
 @torch.library.register_fake("lmnfast::jacobian")
 def _(x, weights, biases, activations, parameters):
+    _check(x, weights, biases, activations, parameters, fake=True)
     return x.new_empty(x.shape[0], weights[-1].shape[0], x.shape[1])
+
+
+def _check(x, weights, biases, activations, parameters, fake: bool = False) -> list[int]:
+    """Raises what does not fit; returns the widths."""
+    if not weights:
+        raise ValueError("weights: expected one or more, got none")
+    return check_chain("x", x, weights, biases, activations, parameters, fake=fake)

@@ -1,9 +1,16 @@
 """``lmnfast::jacobian_distance``: Euclidean distances of features, right for close rows, too."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._checks import KERNEL_DTYPES, check_tensor, plain
+
+# Features whose largest magnitude lies between these are taken as they are: squares of larger ones overflow, sums of
+# squares of smaller ones lose digits.
+SMALLEST, LARGEST = 2.0**-400, 2.0**400
 
 
 def jacobian_distance(
@@ -16,6 +23,8 @@ def jacobian_distance(
     a centre, rounded to float32 and multiplied, and distances below half of the larger row's norm there are taken
     again as differences in float64. A distance of at most 32 epsilons (float64) of the larger row's norm is exactly 0:
     that is the features' own rounding. One tensor as first and second: exactly symmetric, for half the work.
+    A row with a NaN or Inf has NaN for all of its distances. The CPU scales features beyond 2^400 or below 2^-400; on
+    CUDA a row whose sum of squares overflows has NaN, too, and rows whose squares underflow are 0 apart.
     On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
 
     Args:
@@ -47,12 +56,35 @@ def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torc
     if not on_cuda and not _native.is_native(first):
         return reference.jacobian_distance(first, second, squared).to(dtype)
     same = first.data_ptr() == second.data_ptr() and first.stride() == second.stride()
-    same = same and first.shape == second.shape
-    first = first.contiguous()
-    second = first if same else second.contiguous()
+    same = same and first.shape == second.shape and first.is_neg() == second.is_neg()
+    first = plain(first)
+    second = first if same else plain(second)
+    if first.shape[0] == 0 or second.shape[0] == 0:
+        return first.new_empty(len(first), len(second), dtype=dtype)
+    if on_cuda:
+        return _measured(first, second, squared, dtype)
+    largest = _largest(first) if same else _largest(first, second)
+    if SMALLEST <= largest <= LARGEST or largest == 0:
+        return _measured(first, second, squared, dtype)
+    # A power of two, so no digit changes. Inf would be 0 apart from all: its square is within rounding of its norm.
+    first, second = (v.masked_fill(v.isinf(), math.nan) for v in (first, second))
+    exponent = max(-1000, min(1000, math.frexp(_largest(first.nan_to_num(0.0), second.nan_to_num(0.0)))[1]))
+    first = first * 2.0**-exponent
+    second = first if same else second * 2.0**-exponent
+    result = _measured(first, second, squared, torch.float64)
+    for _ in range(1 + squared):
+        result.mul_(2.0**exponent)
+    return result.to(dtype)
+
+
+def _largest(*features: Tensor) -> float:
+    """The largest magnitude, or NaN where a value is; waits for the device."""
+    extremes = torch.stack([extreme for v in features for extreme in torch.aminmax(v)])
+    return float(extremes.abs().max())
+
+
+def _measured(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) -> Tensor:
     result = _native.empty(first, len(first), len(second), dtype=dtype)
-    if result.numel() == 0:
-        return result
     group = _native._C.distance_group
     rows = -(-len(second) // group) * group + (len(first) if dtype == torch.float32 else 0)
     norms = 8 * (4 * (len(first) + len(second)) + first.shape[1])
@@ -69,26 +101,24 @@ def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torc
         _native.address(result),
         _native.address(workspace),
     )
-    if on_cuda:
+    if first.is_cuda:
         with _native.cuda_stream(first.device) as stream:
             _native._C.jacobian_distance_cuda(*arguments, stream)
     else:
-        _native._C.jacobian_distance(*arguments, torch.get_num_threads())
+        _native._C.jacobian_distance(*arguments, *_native.attention(_native.cores_to_use()))
     return result
 
 
 @torch.library.register_fake("lmnfast::jacobian_distance")
 def _(first, second, squared, dtype):
+    _check(first, second, dtype)
     return first.new_empty(first.shape[0], second.shape[0], dtype=dtype)
 
 
 def _check(first: Tensor, second: Tensor, dtype: torch.dtype) -> None:
     for name, tensor in (("first", first), ("second", second)):
-        if tensor.dtype != torch.float64 or tensor.device != first.device:
-            raise TypeError(
-                f"{name}: expected torch.float64 on {first.device}, got {tensor.dtype} on {tensor.device}"
-            )
-    if dtype not in (torch.float32, torch.float64):
+        check_tensor(name, tensor, (torch.float64,), first.device)
+    if dtype not in KERNEL_DTYPES:
         raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     if first.dim() != 2 or first.shape[1] == 0:
         raise ValueError(f"first: expected (M, F) with F > 0, got shape {tuple(first.shape)}")

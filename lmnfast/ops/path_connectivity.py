@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _native
 from ..network import ACTIVATIONS, Activation, Chain
 from ..unresolved import Values, resolve
+from ._checks import check_chain, check_rule, check_sums, plain
 
 
 def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def _hoisted(chain: Chain, x: Tensor) -> _Hoisted:
     while linears and activations[0].name == "identity" and (len(affine) == 1 or skips):
         weight, bias = linears.pop(0)
         activations.pop(0)
-        z = F.linear(z, weight.double(), None if bias is None else bias.double())
+        z = _native.linear(z, weight, bias)
         value = 2 * len(affine)
         z = z + affine[skips[value]] if value in skips else z
         affine[value] = z
@@ -205,7 +206,15 @@ def _path_connectivity(
 
 @torch.library.register_fake("lmnfast::path_connectivity")
 def _(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights):
+    check_fake(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights)
     return z.new_empty(z.shape[0], z.shape[0]), z.new_empty(2, dtype=torch.int64)
+
+
+def check_fake(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights) -> None:
+    """What `run` checks of its arguments, but for the values of tensors."""
+    widths = check_chain("z", z, weights, biases, activations, parameters, fake=True)
+    check_sums(z, widths, activations, skips, shifts)
+    check_rule(nodes, node_weights, "node_weights", fake=True)
 
 
 def run(
@@ -221,11 +230,12 @@ def run(
     midpoint: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """path_connectivity, or with a midpoint that is not None hermite_connectivity: L and counts, see ChainConnectivity."""
-    widths = check_chain("z", z, weights, biases)
+    widths = check_chain("z", z, weights, biases, activations, parameters)
     check_sums(z, widths, activations, skips, shifts)
-    shifts = [None if s is None else s.contiguous() for s in shifts]
-    z, weights = z.contiguous(), [w.contiguous() for w in weights]
-    biases = [None if b is None else b.contiguous() for b in biases]
+    check_rule(nodes, node_weights, "node_weights")
+    shifts = [None if s is None else plain(s) for s in shifts]
+    z, weights = plain(z), [plain(w) for w in weights]
+    biases = [None if b is None else plain(b) for b in biases]
     call = _native._C.Connectivity(
         z.dtype == torch.float64,
         _native.address(z),
@@ -243,59 +253,3 @@ def run(
     )
     counts = z.new_empty(2, dtype=torch.int64)
     return _native.run(call, _native.empty(z, len(z), len(z)), counts), counts
-
-
-def check_chain(
-    name: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> list[int]:
-    """Raises what does not fit in samples (`name`) and Linear layers; returns the widths."""
-    if x.dtype not in (torch.float32, torch.float64) or x.device.type not in ("cpu", "cuda"):
-        raise TypeError(
-            f"{name}: expected float32 or float64 on the CPU or on CUDA, got {x.dtype} on {x.device}"
-        )
-    if x.dim() != 2 or x.numel() == 0:
-        raise ValueError(f"{name}: expected samples (N, D) with N > 0, got shape {tuple(x.shape)}")
-    widths = [x.shape[1]]
-    for n, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        for kind, tensor in (("weights", w), ("biases", b)):
-            if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-                raise TypeError(
-                    f"{kind}[{n}]: expected {x.dtype} on {x.device}, got {tensor.dtype} on {tensor.device}"
-                )
-        if w.dim() != 2 or w.shape[1] != widths[n] or w.numel() == 0:
-            raise ValueError(f"weights[{n}]: expected (out, {widths[n]}), got shape {tuple(w.shape)}")
-        widths.append(len(w))
-        if b is not None and b.shape != (len(w),):
-            raise ValueError(f"biases[{n}]: expected ({len(w)},), got shape {tuple(b.shape)}")
-    return widths
-
-
-def check_sums(
-    z: Tensor,
-    widths: list[int],
-    activations: Sequence[int],
-    skips: Sequence[int],
-    shifts: Sequence[Tensor | None],
-) -> None:
-    """Raises what does not fit in skips, the earlier value added to each, -1 for none, and shifts, the tensor added to
-    each; two values per activation, before it and after it."""
-    if not skips and not shifts:
-        return
-    if not _native.knows_sums(z):
-        raise RuntimeError("skips, shifts: no CUDA kernel for a chain with sums; expected none")
-    if not len(skips) == len(shifts) == 2 * len(activations):
-        raise ValueError(
-            f"skips, shifts: expected {2 * len(activations)} of each, got {len(skips)} and {len(shifts)}"
-        )
-    for n, (source, shift) in enumerate(zip(skips, shifts)):
-        width = widths[n // 2]
-        if source != -1 and not (0 < source < n and widths[source // 2] == width):
-            raise ValueError(f"skips[{n}]: expected an earlier value of width {width}, or -1, got {source}")
-        if shift is not None and (shift.shape != (len(z), width) or shift.dtype != z.dtype):
-            raise ValueError(
-                f"shifts[{n}]: expected ({len(z)}, {width}) {z.dtype}, got {tuple(shift.shape)} {shift.dtype}"
-            )
-        if (source != -1 or shift is not None) and (n == 0 or (n % 2 and activations[n // 2] == 0)):
-            raise ValueError(
-                f"skips, shifts: expected nothing to add to value {n}, which no activation gives"
-            )

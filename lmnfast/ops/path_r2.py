@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..unresolved import RESOLVED_ULPS, UNRESOLVED
+from ._checks import KERNEL_DTYPES, check_rule, check_tensor, plain
 
 
 def path_r2(
@@ -60,7 +61,7 @@ def _path_r2(
     on_cuda = interior.is_cuda and _native.cuda_built()
     if not on_cuda and not _native.is_native(interior):
         return _plain(interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device))
-    interior, ends, first, second = (v.contiguous() for v in (interior, ends, first, second))
+    interior, ends, first, second = map(plain, (interior, ends, first, second))
     result, counts = interior.new_empty(len(interior)), interior.new_empty(2, dtype=torch.int64)
     workspace = interior.new_empty(2 * ends.shape[1] + 3 * (len(nodes) - 2))
     arguments = (
@@ -75,12 +76,13 @@ def _path_r2(
         with _native.cuda_stream(interior.device) as stream:
             _native._C.path_r2_cuda(*arguments, stream)
     else:
-        _native._C.path_r2(*arguments, torch.get_num_threads())
+        _native._C.path_r2(*arguments, _native.cores_to_use())
     return result, counts
 
 
 @torch.library.register_fake("lmnfast::path_r2")
 def _(interior, ends, first, second, nodes, weights):
+    _check(interior, ends, first, second, nodes, weights, fake=True)
     return interior.new_empty(interior.shape[0]), interior.new_empty(2, dtype=torch.int64)
 
 
@@ -98,36 +100,32 @@ def _plain(
 
 
 def _check(
-    interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
+    interior: Tensor,
+    ends: Tensor,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    fake: bool = False,
 ) -> None:
-    on, cpu = interior.device, torch.device("cpu")
-    for name, tensor, dtypes, device in (
-        ("interior", interior, (torch.float32, torch.float64), on),
-        ("ends", ends, (interior.dtype,), on),
-        ("first", first, (torch.int64,), on),
-        ("second", second, (torch.int64,), on),
-        ("nodes", nodes, (torch.float64,), cpu),
-        ("weights", weights, (torch.float64,), cpu),
-    ):
-        if tensor.dtype not in dtypes or tensor.device != device:
-            raise TypeError(
-                f"{name}: expected {' or '.join(map(str, dtypes))} on {device}, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-    if nodes.dim() != 1 or len(nodes) < 2:
-        raise ValueError(f"nodes: expected (nodes,), two or more, got shape {tuple(nodes.shape)}")
-    if weights.shape != nodes.shape:
-        raise ValueError(f"weights: expected ({len(nodes)},), got shape {tuple(weights.shape)}")
-    if interior.dim() != 3 or interior.shape[1] != len(nodes) - 2 or interior.shape[2] == 0:
+    on = interior.device
+    check_tensor("interior", interior, KERNEL_DTYPES, on)
+    check_tensor("ends", ends, (interior.dtype,), on)
+    check_tensor("first", first, (torch.int64,), on)
+    check_tensor("second", second, (torch.int64,), on)
+    check_rule(nodes, weights, fake=fake)
+    if interior.dim() != 3 or interior.shape[1] != nodes.shape[0] - 2 or interior.shape[2] == 0:
         raise ValueError(
-            f"interior: expected (pairs, {len(nodes) - 2}, outputs), got shape {tuple(interior.shape)}"
+            f"interior: expected (pairs, {nodes.shape[0] - 2}, outputs), got shape {tuple(interior.shape)}"
         )
     if ends.dim() != 2 or ends.shape[1] != interior.shape[2]:
         raise ValueError(f"ends: expected (samples, {interior.shape[2]}), got shape {tuple(ends.shape)}")
     for name, tensor in (("first", first), ("second", second)):
         if tensor.shape != interior.shape[:1]:
-            raise ValueError(f"{name}: expected ({len(interior)},), got shape {tuple(tensor.shape)}")
-        if on == cpu and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < len(ends):
+            raise ValueError(f"{name}: expected ({interior.shape[0]},), got shape {tuple(tensor.shape)}")
+        if fake or on.type != "cpu" or tensor.numel() == 0:
+            continue
+        if not 0 <= int(tensor.min()) <= int(tensor.max()) < len(ends):
             raise ValueError(
                 f"{name}: expected samples 0 to {len(ends) - 1}, got {tensor.min()} to {tensor.max()}"
             )

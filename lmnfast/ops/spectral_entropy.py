@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._checks import KERNEL_DTYPES, check_dense, plain
 
 
 def spectral_entropy(eigenvalues: Tensor) -> Tensor:
@@ -17,7 +18,7 @@ def spectral_entropy(eigenvalues: Tensor) -> Tensor:
 
     Raises:
         TypeError: neither float32 nor float64.
-        ValueError: no eigenvalues.
+        ValueError: no eigenvalues; on the CPU, a row of zeros alone. CUDA gives NaN for it.
     """
     return torch.ops.lmnfast.spectral_entropy(eigenvalues)
 
@@ -27,11 +28,10 @@ torch.library.define("lmnfast::spectral_entropy", "(Tensor eigenvalues) -> Tenso
 
 @torch.library.impl("lmnfast::spectral_entropy", "default")
 def _spectral_entropy(eigenvalues: Tensor) -> Tensor:
-    if eigenvalues.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"eigenvalues: expected float32 or float64, got {eigenvalues.dtype}")
-    if eigenvalues.dim() == 0 or eigenvalues.shape[-1] == 0:
-        raise ValueError(f"eigenvalues: expected (..., N) with N > 0, got shape {tuple(eigenvalues.shape)}")
-    eigenvalues = eigenvalues.contiguous()
+    _check(eigenvalues)
+    if not _native.is_native(eigenvalues) and not (eigenvalues.is_cuda and _native.cuda_built()):
+        return reference.spectral_entropy(eigenvalues)
+    eigenvalues = plain(eigenvalues)
     result = eigenvalues.new_empty(eigenvalues.shape[:-1], dtype=torch.float64)
     sizes = (
         eigenvalues.dtype == torch.float64,
@@ -40,16 +40,26 @@ def _spectral_entropy(eigenvalues: Tensor) -> Tensor:
         result.numel(),
         eigenvalues.shape[-1],
     )
-    if _native.is_native(eigenvalues):
-        _native._C.spectral_entropy(*sizes, torch.get_num_threads())
-    elif eigenvalues.is_cuda and _native.cuda_built():
-        with torch.cuda.device(eigenvalues.device):
-            _native._C.spectral_entropy_cuda(*sizes, torch.cuda.current_stream().cuda_stream)
-    else:
-        return reference.spectral_entropy(eigenvalues)
+    if eigenvalues.is_cuda:
+        with _native.cuda_stream(eigenvalues.device) as stream:
+            _native._C.spectral_entropy_cuda(*sizes, stream)
+        return result
+    _native._C.spectral_entropy(*sizes, _native.cores_to_use())
+    undefined = result.isnan()
+    if undefined.any() and bool((eigenvalues[undefined] == 0).all(-1).any()):
+        raise ValueError("eigenvalues: expected one or more in a row that are not 0; all 0 have no shares")
     return result
 
 
 @torch.library.register_fake("lmnfast::spectral_entropy")
 def _(eigenvalues):
+    _check(eigenvalues)
     return eigenvalues.new_empty(eigenvalues.shape[:-1], dtype=torch.float64)
+
+
+def _check(eigenvalues: Tensor) -> None:
+    check_dense("eigenvalues", eigenvalues)
+    if eigenvalues.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"eigenvalues: expected float32 or float64, got {eigenvalues.dtype}")
+    if eigenvalues.dim() == 0 or eigenvalues.shape[-1] == 0:
+        raise ValueError(f"eigenvalues: expected (..., N) with N > 0, got shape {tuple(eigenvalues.shape)}")
