@@ -124,7 +124,7 @@ def run(call, result: Tensor, *more: Tensor) -> Tensor:
             call.run_cuda(*addresses, address(workspace), stream)
     else:
         count = cores_to_use()
-        workspace = torch.empty(call.workspace(count), dtype=torch.uint8)
+        workspace = result.new_empty(call.workspace(count), dtype=torch.uint8)
         call.run(*addresses, address(workspace), *attention(count))
     return result
 
@@ -138,7 +138,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     (samples, inputs), outputs, count = x.shape, len(weight), cores_to_use()
     z = x.new_empty(samples, outputs)
-    workspace = torch.empty(_C.linear_workspace(samples, inputs, outputs, count), dtype=torch.uint8)
+    workspace = x.new_empty(_C.linear_workspace(samples, inputs, outputs, count), dtype=torch.uint8)
     sizes = (samples, inputs, outputs, address(z), address(workspace))
     _C.linear(address(x), address(weight), address(bias), *sizes, *attention(count)[:2], None)
     return z

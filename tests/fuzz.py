@@ -117,9 +117,9 @@ def draw(seed: int) -> Case:
     case.method = METHODS[int(rng.choice(3, p=[0.6, 0.2, 0.2]))]
     case.generic = chance(1 / 3)
     if chance(0.25):
-        case.rule, case.points = "lobatto", int(rng.integers(2, 22))
+        case.rule, case.points = "lobatto", int(rng.integers(3, 22))
     elif chance(0.2):
-        case.points = int(rng.integers(2, 102))
+        case.points = int(rng.integers(3, 102))
 
     depth = int(rng.choice(7, p=[0.02, 0.18, 0.3, 0.2, 0.12, 0.1, 0.08]))
     residual = depth > 0 and chance(0.3)
