@@ -322,8 +322,6 @@ def _check_matrix(L: Tensor) -> None:
         raise ValueError("L: expected finite entries, got NaN or Inf")
     if not _symmetric(L):
         raise ValueError("L: expected a symmetric matrix; eigenvalues would be those of its lower triangle")
-    if not L.diagonal(dim1=-2, dim2=-1).any(-1).all() and not L.flatten(-2).any(-1).all():
-        raise ValueError("L: expected entries that are not all 0; a matrix of zeros has no entropy")
 
 
 def _symmetric(L: Tensor) -> bool:
