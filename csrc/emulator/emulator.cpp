@@ -352,6 +352,7 @@ float flush(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) 
 // One value for each column of a tile.
 using Floats = float __attribute__((vector_size(32)));
 using Ints = std::int32_t __attribute__((vector_size(32)));
+using Unsigned = std::uint32_t __attribute__((vector_size(32)));
 using Doubles = double __attribute__((vector_size(64)));
 using Longs = std::int64_t __attribute__((vector_size(64)));
 
@@ -369,13 +370,14 @@ Floats add_aligned(Floats sum, const Floats (&addends)[4]) {
   Ints exponent = largest >> 23;
   exponent = exponent < kBits + 1 ? Ints{} + (kBits + 1) : exponent;  // so that both powers of two are normal
   const Floats scale = Floats((2 * 127 + kBits - exponent) << 23), unscale = Floats((exponent - kBits) << 23);
-  Ints total = __builtin_convertvector(sum * scale, Ints);  // toward zero
+  // Toward zero; unsigned, as the sum of what a NaN and an Inf become, which nobody reads, is beyond an int.
+  Unsigned total = Unsigned(__builtin_convertvector(sum * scale, Ints));
   Floats plain = sum;
   for (const Floats& addend : addends) {
-    total += __builtin_convertvector(addend * scale, Ints);
+    total += Unsigned(__builtin_convertvector(addend * scale, Ints));
     plain += addend;
   }
-  const Longs bits = Longs(__builtin_convertvector(total, Doubles)) & ~((std::int64_t(1) << 29) - 1);
+  const Longs bits = Longs(__builtin_convertvector(Ints(total), Doubles)) & ~((std::int64_t(1) << 29) - 1);
   const Floats truncated = __builtin_convertvector(Doubles(bits), Floats) * unscale;
   return exponent == 255 ? plain : truncated;  // NaN or Inf
 }
