@@ -16,7 +16,7 @@ import bench_jacobian
 import bench_jacobian_distance
 import bench_path_r2
 import torch
-from bench_path_connectivity import UNIFORM, samples, tail
+from bench_path_connectivity import UNIFORM, eager_best, samples, tail
 
 import lmnfast
 from lmnfast import ops, reference
@@ -39,8 +39,8 @@ def problems() -> dict[str, tuple[Call, list[Call]]]:
     rows = torch.randn(64, 768, dtype=torch.float64)
     return {
         "path_connectivity": (
-            lambda: ops.path_connectivity(chain, x[:200], *UNIFORM),
-            [lambda: reference.path_connectivity(net, x[:200], *UNIFORM)],
+            lambda: ops.path_connectivity(chain, x, *UNIFORM),
+            [lambda: eager_best(net, x, 256)],
         ),
         "hermite_connectivity": (
             lambda: ops.hermite_connectivity(chain, x, *UNIFORM, False),
