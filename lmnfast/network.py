@@ -530,11 +530,14 @@ def chain_or_reason(f: Any) -> Chain:
     f = uncompiled(f)
     if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and not hooked(f):
         f = f.module
+    parts = _in_order(f)
+    if parts is not None and not any(map(nn.utils.parametrize.is_parametrized, parts)):
+        return _chain_of([_read_module(part) for part in parts])  # runs no code of the model
     with evaluating(f):
         try:
             if isinstance(f, fx.GraphModule) and is_plain(f):
                 return _chain_of(_read_graph(f.graph, f))
-            if (parts := _in_order(f)) is not None:
+            if parts is not None:
                 return _chain_of([_read_module(part) for part in parts])
             root = Call(f)
             return _chain_of(_read_graph(Tracer().trace(root), root))

@@ -257,7 +257,8 @@ class _Kept:
     def put_back(self, values: bool = False) -> None:
         """values: also where only the values show that a tensor has changed, as after a change of its .data."""
         for now, before in self._containers:
-            _put_back(now, before)
+            if now or before:  # most are dicts of hooks, and empty
+                _put_back(now, before)
         with torch._C.DisableTorchFunction():  # see `keep`
             for parameter, data, address in self._storages:
                 if address and parameter.data_ptr() != address:

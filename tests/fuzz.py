@@ -109,7 +109,9 @@ def draw(seed: int) -> Case:
         return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
     def activation(name: str) -> tuple[str, float, float]:
-        low, high = {"leaky_relu": (-0.2, 1.0), "elu": (0.1, 2.0), "softplus": (0.2, 4.0)}.get(name, (0.0, 0.0))
+        low, high = {"leaky_relu": (-0.2, 1.0), "elu": (0.1, 2.0), "softplus": (0.2, 4.0)}.get(
+            name, (0.0, 0.0)
+        )
         threshold = 20.0 if name == "softplus" else 0.0
         return name, float(np.float32(rng.uniform(low, high))), threshold
 
@@ -128,9 +130,15 @@ def draw(seed: int) -> Case:
     if residual:
         widths[:-1] = [min(widths[0], 100)] * depth
     if depth:
-        widths[-1] = widths[0] if residual and chance(0.5) else int(log_uniform(1, 1201 if depth < 4 else 100))
+        widths[-1] = (
+            widths[0] if residual and chance(0.5) else int(log_uniform(1, 1201 if depth < 4 else 100))
+        )
     kinds = SMOOTH + KINKED
-    hidden = [str(rng.choice(kinds))] * (depth + 1) if chance(0.6) else [str(n) for n in rng.choice(kinds, depth + 1)]
+    hidden = (
+        [str(rng.choice(kinds))] * (depth + 1)
+        if chance(0.6)
+        else [str(n) for n in rng.choice(kinds, depth + 1)]
+    )
     if chance(0.2) and depth:  # a linear layer in the middle
         hidden[int(rng.integers(depth + 1))] = "identity"
     names = [*([] if chance(0.3) else ["identity"]), *hidden][: depth + 1]
@@ -138,7 +146,10 @@ def draw(seed: int) -> Case:
         names[-1] = "identity"
     case.activations = [activation(n) for n in names]
 
-    gain, bias = log_uniform(0.5, 5.0), str(rng.choice(["default", "normal", "zero", "none"], p=[0.35, 0.3, 0.1, 0.25]))
+    gain, bias = (
+        log_uniform(0.5, 5.0),
+        str(rng.choice(["default", "normal", "zero", "none"], p=[0.35, 0.3, 0.1, 0.25])),
+    )
     for fan_in, out in zip(widths, widths[1:]):
         case.weights.append(gain * rng.standard_normal((out, fan_in)) / fan_in**0.5)
         scale = {"default": fan_in**-0.5, "normal": 1.0}.get(bias, 0.0)
@@ -148,7 +159,9 @@ def draw(seed: int) -> Case:
         if bias != "none":
             if chance(0.1):
                 case.traits.append("dead units")
-                case.biases[layer] -= log_uniform(1, 1e3) * (rng.random(widths[layer + 1]) < rng.choice([0.5, 0.9, 1.0]))
+                case.biases[layer] -= log_uniform(1, 1e3) * (
+                    rng.random(widths[layer + 1]) < rng.choice([0.5, 0.9, 1.0])
+                )
             if chance(0.1):
                 case.traits.append("saturated units")
                 case.biases[layer] += log_uniform(5, 300) * rng.choice([-1, 0, 1], widths[layer + 1])
@@ -206,7 +219,9 @@ def _samples(case: Case, n: int, width: int, rng, chance, log_uniform) -> Array:
     if n > 1 and chance(0.15):
         case.traits.append("near-duplicates")
         copies = rng.integers(n, size=1 + n // 4)
-        x[copies] = x[int(rng.integers(n))] * (1 + log_uniform(1e-7, 1e-3) * rng.standard_normal((len(copies), width)))
+        x[copies] = x[int(rng.integers(n))] * (
+            1 + log_uniform(1e-7, 1e-3) * rng.standard_normal((len(copies), width))
+        )
     return x
 
 
@@ -308,7 +323,9 @@ class Rounded:
     error: NDArray[np.float64]
 
     def __add__(self, other: Rounded) -> Rounded:
-        return Rounded(self.value + other.value, self.error + other.error)  # a skip and its block share errors
+        return Rounded(
+            self.value + other.value, self.error + other.error
+        )  # a skip and its block share errors
 
     def product(self, w: Array, u: float, smallest: float) -> Rounded:
         value, n = self.value @ w.T.astype(self.value.dtype), w.shape[1]
@@ -374,7 +391,9 @@ class Judged:
 
     @staticmethod
     def joined(parts: list[Judged]) -> Judged:
-        return Judged(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("low", "high", "floor", "dead")))
+        return Judged(
+            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("low", "high", "floor", "dead"))
+        )
 
 
 class Paths:
@@ -413,7 +432,9 @@ class Paths:
     def _sum(self, a: Array, b: Array) -> Array:
         return np.einsum("m,pmk,pmk->pk", self.w, a, b, optimize=False)
 
-    def judged(self, error: Array, ends: tuple[Array, Array], u: float, truth_u: float) -> tuple[Judged, dict[str, Array]]:
+    def judged(
+        self, error: Array, ends: tuple[Array, Array], u: float, truth_u: float
+    ) -> tuple[Judged, dict[str, Array]]:
         """How far roundings move r2, and whether an output is constant.
 
         error: of y, as large. ends: (pairs, outputs) each, all of the outputs at both ends.
@@ -457,7 +478,9 @@ def truth_of(
         a, b = x[first[begin : begin + most]], x[second[begin : begin + most]]
         t = nodes if case.method == "path" else kind([0, 0.5, 1])
         at = (a[:, None] + t[:, None] * (b - a)[:, None]).reshape(len(a) * points, -1)
-        rounded = 2 * u * np.maximum(np.abs(a), np.abs(b)).astype(float)[:, None] * ((t > 0) & (t < 1))[:, None]
+        rounded = (
+            2 * u * np.maximum(np.abs(a), np.abs(b)).astype(float)[:, None] * ((t > 0) & (t < 1))[:, None]
+        )
         at = Rounded(at, rounded.reshape(at.shape))
         step = np.repeat(b - a, points, 0)
         slope = None if case.method == "path" else Rounded(step, u * np.abs(step).astype(float))
@@ -471,7 +494,9 @@ def truth_of(
         paths = Paths(y.value, nodes, node_weights)
         plain, parts = biased, biased_parts = paths.judged(y.error, ends, u, truth_u)
         if case.droppable:
-            error = np.hypot(y.error, u * np.maximum(*(np.abs(end + bias) for end in ends)).astype(float)[:, None])
+            error = np.hypot(
+                y.error, u * np.maximum(*(np.abs(end + bias) for end in ends)).astype(float)[:, None]
+            )
             biased, biased_parts = paths.judged(error, (ends[0] + bias, ends[1] + bias), u, truth_u)
         yield plain, biased, {"y": y.value, "plain": parts, "biased": biased_parts} if details else {}
 
@@ -562,7 +587,9 @@ class Net(nn.Module):
         return z
 
 
-def pytorchs(case: Case, first: Array, second: Array, dtype: torch.dtype, biased: bool) -> tuple[Array, Array, Array]:
+def pytorchs(
+    case: Case, first: Array, second: Array, dtype: torch.dtype, biased: bool
+) -> tuple[Array, Array, Array]:
     """Plain PyTorch in a dtype: entries, with the constant rule by that dtype; whether all was finite; outputs along the
     last pair's path."""
     net = Net(case, bias=False).to(dtype).requires_grad_(False)
@@ -578,7 +605,10 @@ def pytorchs(case: Case, first: Array, second: Array, dtype: torch.dtype, biased
     for begin in range(0, len(first), most):
         a, b = x[first[begin : begin + most]], x[second[begin : begin + most]]
         if case.method == "path":
-            y = net(torch.lerp(a[:, None], b[:, None], t[:, None]).flatten(0, 1)).unflatten(0, (len(a), -1)) + bias
+            y = (
+                net(torch.lerp(a[:, None], b[:, None], t[:, None]).flatten(0, 1)).unflatten(0, (len(a), -1))
+                + bias
+            )
         else:
             both = torch.cat([a, b])
             value, slope = torch.func.jvp(net, (both,), (torch.cat([b - a, b - a]),))
@@ -589,7 +619,10 @@ def pytorchs(case: Case, first: Array, second: Array, dtype: torch.dtype, biased
                 Rounded(torch.stack(v, 1).numpy(), np.zeros((len(a), 3, 1)))
                 for v in ([value[0], middle, value[1]], [slope[0], slope[0], slope[1]])
             ]
-            y = torch.from_numpy(_polynomial(*data, nodes, case.method == "hermite-midpoint").value) + value[0][:, None]
+            y = (
+                torch.from_numpy(_polynomial(*data, nodes, case.method == "hermite-midpoint").value)
+                + value[0][:, None]
+            )
         entries.append(_r2(y.double().numpy(), nodes, weights, torch.finfo(dtype).eps))
         finite.append(y.isfinite().flatten(1).all(1).numpy())
         y = y.double().numpy()
@@ -629,7 +662,9 @@ def measured(case: Case, generic: bool) -> tuple[Array, bool]:
     seen = _Seen()
     f = (lambda z: net(z)) if generic else net
     with seen, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "f: cannot be evaluated in float64")  # where float32 is mere rounding
+        warnings.filterwarnings(
+            "ignore", "f: cannot be evaluated in float64"
+        )  # where float32 is mere rounding
         L = lmnfast.connectivity(
             f,
             torch.from_numpy(case.x).to(getattr(torch, case.dtype)),
@@ -815,7 +850,9 @@ def show(case: Case, levels: list[str]) -> None:
     print(f"  activations {case.activations}, skips {case.skips}, |x| up to {np.abs(case.x).max():.3g}")
     worst = None
     for verdict in check(case, levels):
-        print(f"{verdict.level}, {verdict.route}: error {verdict.error:.3g}, PyTorch's {verdict.loss:.3g} {verdict.failure}")
+        print(
+            f"{verdict.level}, {verdict.route}: error {verdict.error:.3g}, PyTorch's {verdict.loss:.3g} {verdict.failure}"
+        )
         print(f"    {verdict.text}")
         if " worst " in verdict.text:
             pair = verdict.text.split(" worst ")[1].split(":")[0].split(", ")
@@ -827,10 +864,14 @@ def show(case: Case, levels: list[str]) -> None:
         u = 2.0**-53 if fused_close else float(np.finfo(case.dtype).eps) / 2
         _, _, details = next(truth_of(case, *worst, u, case.dtype == "float64" or fused_close, details=True))
         again = pytorchs(case, *worst, getattr(torch, case.dtype), True)[2][0]
-    print(f"relative distance {distances(case, *worst)[0]:.3g}{', measured in float64' if fused_close else ''}")
+    print(
+        f"relative distance {distances(case, *worst)[0]:.3g}{', measured in float64' if fused_close else ''}"
+    )
     parts, y = details["plain"], details["y"][0]
     for k in np.argsort(-np.abs(1 - parts["r2"][0]))[:8]:
-        state = "constant" if parts["certain"][0, k] else "perhaps constant" if parts["possible"][0, k] else ""
+        state = (
+            "constant" if parts["certain"][0, k] else "perhaps constant" if parts["possible"][0, k] else ""
+        )
         print(
             f"output {k}: r2 {parts['r2'][0, k]:.6g}, floor {parts['floor'][0, k]:.2g}, deviation "
             f"{parts['deviation'][0, k]:.3g} {state}"
@@ -849,7 +890,20 @@ def table(verdicts: list[Verdict]) -> list[str]:
     groups: dict[tuple[str, ...], list[Verdict]] = {}
     for v in verdicts:
         groups.setdefault((v.dtype, v.route, v.method, v.level), []).append(v)
-    rows = [("dtype", "route", "method", "level", "cases", "error: median", "worst", "to PyTorch's: median", "worst", "over")]
+    rows = [
+        (
+            "dtype",
+            "route",
+            "method",
+            "level",
+            "cases",
+            "error: median",
+            "worst",
+            "to PyTorch's: median",
+            "worst",
+            "over",
+        )
+    ]
     for key, group in sorted(groups.items()):
         error = np.array([v.error for v in group])
         # A case in which PyTorch is right by luck says nothing: an epsilon is the least that it is said to lose.
@@ -861,12 +915,18 @@ def table(verdicts: list[Verdict]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="the first case is a million times this one")
     parser.add_argument("--only", type=int, help="this case alone")
-    parser.add_argument("--show", action="store_true", help="print the case and the outputs along its worst path")
-    parser.add_argument("--isa", default=",".join(_native._C.isas()), help="levels, with commas between; all of this machine")
+    parser.add_argument(
+        "--show", action="store_true", help="print the case and the outputs along its worst path"
+    )
+    parser.add_argument(
+        "--isa", default=",".join(_native._C.isas()), help="levels, with commas between; all of this machine"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     levels = arguments.isa.split(",")
@@ -886,10 +946,14 @@ def main() -> int:
                 print(f"\r{done} of {len(slices)}", end="", file=sys.stderr)
     failures = [v for v in verdicts if v.failure]
     for v in failures:
-        print(f"{v.failure}: python tests/fuzz.py --only {v.seed} --show --isa {v.level}  # {v.dtype} {v.route} {v.method}")
+        print(
+            f"{v.failure}: python tests/fuzz.py --only {v.seed} --show --isa {v.level}  # {v.dtype} {v.route} {v.method}"
+        )
         print("    " + v.text.strip().replace("\n", "\n    "))
     print(*table(verdicts), sep="\n")
-    print(f"{len(seeds)} cases, {len(verdicts)} matrices, {len(failures)} wrong, {time.monotonic() - begin:.0f} s")
+    print(
+        f"{len(seeds)} cases, {len(verdicts)} matrices, {len(failures)} wrong, {time.monotonic() - begin:.0f} s"
+    )
     return bool(failures)
 
 

@@ -1,6 +1,6 @@
 """Two thousand measurements in one process: memory, file descriptors and threads have to stay as they are.
 
-    python tests/soak.py
+python tests/soak.py
 """
 
 import argparse
@@ -34,7 +34,9 @@ def resources() -> tuple[int, int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=2000)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -75,11 +77,15 @@ def main() -> int:
             history.clear()
             seen.append(resources())
             resident, descriptors, threads = seen[-1]
-            print(f"{n:6}: {resident / 2**20:.1f} MB, {descriptors} descriptors, {threads} threads", flush=True)
+            print(
+                f"{n:6}: {resident / 2**20:.1f} MB, {descriptors} descriptors, {threads} threads", flush=True
+            )
     probe.close()
     first, last = seen[1], seen[-1]
     grown = last[0] - first[0] > MOST_GROWTH or last[1] > first[1] or last[2] > first[2]
-    print(f"after {quarter}: {(last[0] - first[0]) / 2**20:+.1f} MB, {last[1] - first[1]:+} descriptors, {last[2] - first[2]:+} threads")
+    print(
+        f"after {quarter}: {(last[0] - first[0]) / 2**20:+.1f} MB, {last[1] - first[1]:+} descriptors, {last[2] - first[2]:+} threads"
+    )
     print("a leak" if grown else "flat", f"({threading.active_count()} Python threads at the end)")
     return int(grown)
 

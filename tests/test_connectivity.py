@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lmnfast
-from lmnfast import _native, reference
+from lmnfast import processes, reference, state
 from lmnfast.grokking.model import make_model
 from lmnfast.grokking.tasks import make_task
 from lmnfast.network import Chain
@@ -813,4 +813,4 @@ def test_one_matrix_for_any_thread_count(samples, inputs, units, threads):
 
 def test_no_more_threads_than_cores_to_run_on(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert 1 <= _native.threads() == _native.cores() < 64 or _native.cores() >= 64
+    assert state.cores_to_use() == min(64, processes.cores())

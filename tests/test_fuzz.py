@@ -30,7 +30,9 @@ def test_an_entry_that_is_off_by_a_hundred_roundings_fails(offset, failure):
         return torch.randn(shape, generator=generator).double().numpy()
 
     activations = [("identity", 0.0, 0.0), ("silu", 0.0, 0.0), ("identity", 0.0, 0.0)]
-    case = Case(0, "float32", "path", weights=[normal(20, 6), normal(4, 20)], biases=[None, None], x=normal(9, 6))
+    case = Case(
+        0, "float32", "path", weights=[normal(20, 6), normal(4, 20)], biases=[None, None], x=normal(9, 6)
+    )
     case.activations = activations
     with torch.no_grad():
         expected = Expected(case)

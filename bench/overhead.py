@@ -1,6 +1,6 @@
 """What the checks around a fused kernel cost: a call of connectivity against its registered op on the same arguments.
 
-python bench/bench_overhead.py
+python bench/overhead.py
 """
 
 import statistics
@@ -17,7 +17,9 @@ ROUNDS = {50: 300, 768: 15}
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # so that CPU time, which does not see the machine's other processes, is a call's time
+    torch.set_num_threads(
+        1
+    )  # so that CPU time, which does not see the machine's other processes, is a call's time
     net = tail(100, 100, 31, device=torch.device("cpu"))
     print("| N | connectivity, CPU ms | its op | checks | checks, share |\n|--:|--:|--:|--:|--:|")
     for n, rounds in ROUNDS.items():
