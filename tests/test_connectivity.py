@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lmnfast
-from lmnfast import processes, reference, state
+from lmnfast import _native, processes, reference, state
 from lmnfast.grokking.model import make_model
 from lmnfast.grokking.tasks import make_task
 from lmnfast.network import Chain
