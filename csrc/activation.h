@@ -75,5 +75,10 @@ LMN_FN V derivative(V z, T alpha, T beta) {
   if constexpr (kKind == ActivationKind::kSin) return cos(z);
 }
 
+/// Whether the activation is never 0 but where it underflows.
+LMN_FN bool never_zero(ActivationKind kind) {
+  return kind == ActivationKind::kSigmoid || kind == ActivationKind::kSilu || kind == ActivationKind::kSoftplus;
+}
+
 }  // namespace
 }  // namespace lmn

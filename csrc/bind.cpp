@@ -273,10 +273,10 @@ ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Addres
 template <class T>
 lmn::PathR2<T> path_r2(Address interior, Address ends, Address first, Address second, const Nodes& nodes,
                        std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address counts,
-                       Address workspace) {
+                       Address rounding, Address workspace) {
   return {pointer<const T>(interior), pointer<const T>(ends), pointer<const std::int64_t>(first),
           pointer<const std::int64_t>(second), nodes.view(), pairs, samples, outputs, pointer<T>(r2),
-          pointer<std::int64_t>(counts), pointer<T>(workspace)};
+          pointer<std::int64_t>(counts), pointer<const T>(rounding), pointer<T>(workspace)};
 }
 
 template <class T>
@@ -363,14 +363,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("path_r2", [](bool is_double, Address interior, Address ends, Address first, Address second,
                       std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
                       std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2, Address counts,
-                      Address workspace, int threads) {
+                      Address rounding, Address workspace, int threads) {
     expect(t.size() == weights.size(), "nodes");
     py::gil_scoped_release release;
     const Nodes nodes{std::move(t), std::move(weights), mean_t, variance_t};
     const auto run = [&](auto zero) {
       using T = decltype(zero);
       lmn::path_r2_cpu(path_r2<T>(interior, ends, first, second, nodes, pairs, samples, outputs, r2, counts,
-                                    workspace), threads);
+                                    rounding, workspace), threads);
     };
     is_double ? run(0.0) : run(0.0f);
   });
@@ -400,13 +400,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("path_r2_cuda", [](bool is_double, Address interior, Address ends, Address first, Address second,
                            std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
                            std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2,
-                           Address counts, Address workspace, Address stream) {
+                           Address counts, Address rounding, Address workspace, Address stream) {
     expect(t.size() == weights.size(), "nodes");
     const Nodes nodes{std::move(t), std::move(weights), mean_t, variance_t};
     const auto run = [&](auto zero) {
       using T = decltype(zero);
       raise("path_r2", lmn::path_r2_cuda(path_r2<T>(interior, ends, first, second, nodes, pairs, samples, outputs, r2,
-                                                    counts, workspace), pointer<CUstream_st>(stream)));
+                                                    counts, rounding, workspace), pointer<CUstream_st>(stream)));
     };
     is_double ? run(0.0) : run(0.0f);
   });

@@ -77,7 +77,8 @@ struct PathR2 {
   std::int64_t pairs, samples, outputs;
   T* r2;                            // [pairs]; kUnresolved for a pair that T cannot resolve
   std::int64_t* counts;             // [2], outputs counted as constant over the resolved pairs; unresolved pairs
-  T* workspace;                     // [2 * outputs + 3 * nodes.interior]
+  const T* rounding;                // [outputs] or null: f's own rounding of each output, in epsilons
+  T* workspace;                     // [3 * outputs + 3 * nodes.interior]
 };
 
 /// Jacobians of act_L(W_L ... act_1(W_1 act_0(x) + b_1) ... + b_L) at the samples.

@@ -49,10 +49,12 @@ struct Share {
 /// 1 - r2 of one output, from its chord and the moments of its residual.
 /// With cov(y, t) = chord var(t) + te and var(e) = ee - e^2:
 ///   var(t) var(y) = cov^2 + (var(t) var(e) - te^2), so 1 - r2 is the second term's share, and nothing cancels.
-/// magnitude: the larger |y| of the two ends. rounding_squared: of both ends together, see kResolvedUlps32. All in the
-/// units of the chord, in which the outputs' spread over the samples is of order 1.
+/// magnitude: the larger |y| of the two ends; below `least` nothing can be said of a constant output. rounding_squared: of
+/// both ends together, see kResolvedUlps32. All in the units of the chord, in which the outputs' spread over the samples is of
+/// order 1.
 template <class V, class T>
-LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V rounding_squared, T variance_t, T epsilon) {
+LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V least, V rounding_squared, T variance_t,
+                                T epsilon) {
   const V zero{}, one = zero + T(1);
   const V covariance = chord * variance_t + m.te;
   const V residual = variance_t * (m.ee - m.e * m.e) - m.te * m.te;
@@ -69,6 +71,7 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V rou
   const V moved = (chord < zero ? -chord : chord) + (m.te < zero ? -m.te : m.te) + (m.e < zero ? -m.e : m.e);
   V constant = total <= constant_total ? one : zero;
   constant = constant_total >= zero + kLeast ? constant : moved + sizes > zero ? zero : constant;
+  constant = magnitude >= least ? constant : zero;
   V resolved = total > resolved_total ? one : zero;  // not where anything is a NaN
   resolved = total > zero + kLeast ? resolved : zero;
   resolved = total < zero + kLargest ? resolved : zero;

@@ -37,7 +37,7 @@ from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .quadrature import path_nodes
 from .reference import CONSTANT_ULPS
 from .state import alone, evaluating, one_core_after_fork
-from .unresolved import CLOSE, RESOLVED_ULPS, UNRESOLVED, are_close, in_double, resolve
+from .unresolved import CLOSE, RESOLVED_ULPS, UNRESOLVED, Widened, are_close, resolve
 
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
 # Share of constant outputs from which on an offset is warned of. Measured on an MLP with 5 outputs and 200 samples, by the
@@ -434,6 +434,7 @@ def _generic(
     t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
     if x.device.type == "cpu":
         keep_freed_pages()
+    widened_f = Widened(f, x, original)
     samples = len(rows_between(len(x)))
     most = max(1, (rows - samples) // len(t))
     finished = 0
@@ -443,8 +444,9 @@ def _generic(
         apart = ~_indistinct(x[first], x[second])
         if not apart.all():
             i, j = first[~apart], second[~apart]
-            L[i, j] = L[j, i] = UNRESOLVED
-            counts[1] += len(i)
+            near = (x[i] != x[j]).flatten(1).any(1)  # the others are equal, and their entry is 1
+            L[i[near], j[near]] = L[j[near], i[near]] = UNRESOLVED
+            counts[1] += near.sum()
             first, second = first[apart], second[apart]
         r2 = x.new_empty(len(first), dtype=ends.dtype)
         done = 0
@@ -457,7 +459,7 @@ def _generic(
                 torch.lerp(x[first[pair], None], x[second[pair], None], t, out=on_paths)
                 y = widened(_between(f, points, x, original, checks)).reshape(-1, len(t), ends.shape[1])
                 r2[pair], found = torch.ops.lmnfast.path_r2(
-                    y, ends, first[pair], second[pair], nodes, weights
+                    y, ends, first[pair], second[pair], nodes, weights, widened_f.rounding
                 )
                 counts += found
             except RuntimeError as error:
@@ -474,8 +476,8 @@ def _generic(
 
     def resolved() -> None:
         if int(counts[1]):
-            points, values = max(1, rows // 4), in_double(f, x, original)  # float64 takes more memory
-            resolve(values, x, L, counts, nodes, weights, points=points)
+            points = max(1, rows // 4)  # float64 takes more memory
+            resolve(widened_f.values(), x, L, counts, nodes, weights, points=points)
 
     return ChainConnectivity(L, counts, resolved)
 
@@ -557,7 +559,9 @@ def _generic_hermite(
     def resolved() -> None:
         if int(counts[1]):
             points = max(1, tile // 4 * len(x) // allocated)
-            resolve(in_double(f, x, ends), x, L, counts, nodes, weights, points=points, midpoint=midpoint)
+            resolve(
+                Widened(f, x, ends).values(), x, L, counts, nodes, weights, points=points, midpoint=midpoint
+            )
 
     return ChainConnectivity(L, counts, resolved)
 

@@ -5,9 +5,10 @@ computed from, or leaves the range of the dtype), or the two samples are close t
 rounding. In float64 f is evaluated on the path itself, without a chord, so that a dead unit is exactly dead.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
 CLOSE = 2.0**-10
 # An output in float32 is unresolved where it varies by less than this many epsilons: kResolvedUlps32 there.
 RESOLVED_ULPS = 256.0
+
+# Magnitude of what a network computes its outputs from, at most; beyond are the infinities of masks.
+LARGE = 1e6
 
 _DOUBLE_EPSILON = torch.finfo(torch.float64).eps
 
@@ -128,65 +132,120 @@ class InDouble(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._parameters: dict[int, tuple[Tensor, Tensor]] = {}  # a network is called many times
+        self._others: dict[int, tuple[Tensor, Tensor]] = {}  # written in place and read again within one call
+        self.largest: float | None = (
+            None  # magnitude of a result below LARGE, where it is to be known: at first 0
+        )
+
+    def begin_anew(self) -> None:
+        """Forgets what a call of the network has written into tensors that outlive it."""
+        self._others.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
-            return args[0].double()
-        if getattr(func, "__name__", "") == "__get__" and func != Tensor.dtype.__get__:
-            return func(*args)
+            return self._wide(args[0])
         args, kwargs = tree_map(self._wide, args), tree_map(self._wide, kwargs or {})
         # A new tensor too, or what is written into it later would be written into a copy.
-        return tree_map(self._wide, func(*args, **kwargs))
+        result = tree_map(self._wide, func(*args, **kwargs))
+        if self.largest is not None and isinstance(result, Tensor) and result.dtype == torch.float64:
+            with torch._C.DisableTorchFunction():
+                size = result.detach().abs()
+                size = torch.where(size <= LARGE, size, 0.0)  # masks are not meant, nor NaN
+                self.largest = max(self.largest, float(size.max()) if size.numel() else 0.0)
+        return result
 
     def _wide(self, value: Any) -> Any:
         if isinstance(value, torch.dtype):
             return torch.float64 if value.is_floating_point else value
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
             return value
-        if not isinstance(value, nn.Parameter):
-            return value.double()
-        if id(value) not in self._parameters:
-            self._parameters[id(value)] = value, value.double()
-        return self._parameters[id(value)][1]
+        kept = self._parameters if isinstance(value, nn.Parameter) else self._others
+        if id(value) not in kept:
+            kept[id(value)] = value, value.double()
+        return kept[id(value)][1]
 
 
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    """Compiled functions run as they are written: their compiler would see another dtype, and compile again."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+class Widened:
+    """f in float64, as far as it can be evaluated there.
 
-
-def in_double(f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor) -> Values:
-    """f evaluated in float64, or as it is where it cannot be.
-
-    Args:
-        f: (B, *in) -> (B, *out), made for x's dtype.
-        x: (N, *in), the samples.
-        ends: (N, K), f(x).
+    f: (B, *in) -> (B, *out), made for x's dtype. x: (N, *in), the samples. ends: (N, K), f(x).
     """
-    if x.dtype == torch.float64:
-        return lambda points: (f(points).flatten(1).double(), None)
-    mode = InDouble()
 
-    def wide(points: Tensor) -> tuple[Tensor, Tensor | None]:
-        with _eagerly(), mode:
-            return f(points).flatten(1), None
+    def __init__(self, f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor) -> None:
+        self._f, self._x, self._ends = f, x, ends
+        self._wide: Callable[[Tensor], Tensor] | None = None
+        self._problem, self._largest = "autocast is on", 0.0
+        self.rounding: Tensor | None = None
+        """(K,), a quarter of the largest rounding error of each output over the samples, in machine epsilons of x's dtype; None
+        where it is not known. As many epsilons more as there are make an output unresolved."""
+        if x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
+            return
+        mode = InDouble()
+        mode.largest = 0.0
+        ways: list[Callable[[Tensor], Tensor]] = [partial(_by_mode, mode, f)]
+        if isinstance(module := getattr(f, "f", f), nn.Module):
+            ways.append(_by_copy(module))  # a scripted one sees no mode
+        tolerance = max(1e-3, 8 * torch.finfo(ends.dtype).eps)
+        largest = ends.abs().amax(0)
+        for number, way in enumerate(ways):
+            try:
+                difference = (way(x.double()).flatten(1) - ends).abs()
+            except Exception as error:  # the user's code, on a dtype that it was not written for
+                if number == 0:
+                    self._problem = next(iter(f"{type(error).__name__}: {error}".splitlines()))
+                continue
+            # Small outputs may be computed from large numbers, as a loss is from logits.
+            self._largest = mode.largest or self._largest
+            rounding = 16 * torch.finfo(ends.dtype).eps * self._largest
+            allowed = torch.clamp(tolerance * largest, min=rounding) + 1e-30
+            mode.largest = None
+            if difference.dtype == torch.float64 and not bool((difference > allowed).any()):
+                self._wide = way  # a NaN is another check's
+                break
+            self._problem = "its outputs are others there"
+        if self._wide is not None and x.dtype == torch.float32:
+            epsilon = torch.finfo(torch.float32).eps
+            self.rounding = (difference.nan_to_num().amax(0) / (4 * epsilon)).to(x.dtype)
 
-    reason = "autocast is on"
-    if not torch.is_autocast_enabled(x.device.type):
-        try:
-            y = wide(x.double())[0]
-            tolerance = max(1e-3, 8 * torch.finfo(ends.dtype).eps)
-            differs = (y - ends).abs() > tolerance * ends.abs().amax(0) + 1e-30  # a NaN is another check's
-            if y.dtype == torch.float64 and not bool(differs.any()):
-                return wide
-            reason = "its outputs are others there"
-        except Exception as error:  # the user's code, on a dtype that it was not written for
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    warnings.warn(
-        f"f: cannot be evaluated in float64 ({reason}); entries between samples that agree to rounding, and of outputs that "
-        f"hardly vary, carry the rounding of {ends.dtype}",
-        stacklevel=2,
-    )
-    return lambda points: (f(points.to(x.dtype)).flatten(1).double(), None)
+    def values(self) -> Values:
+        """Warns where f is evaluated as it is, in x's dtype."""
+        if self._x.dtype == torch.float64:
+            return lambda points: (self._f(points).flatten(1).double(), None)
+        if (wide := self._wide) is not None and not self._ends_in_float32():
+            return lambda points: (wide(points).flatten(1), None)
+        warnings.warn(
+            f"f: cannot be evaluated in float64 ({self._problem}); entries between samples that agree to rounding, and of "
+            f"outputs that hardly vary, carry the rounding of {self._ends.dtype}",
+            stacklevel=2,
+        )
+        return lambda points: (self._f(points.to(self._x.dtype)).flatten(1).double(), None)
+
+    def _ends_in_float32(self) -> bool:
+        """Whether all outputs are float32 numbers, also where no sample is: then f converts what it returns."""
+        assert self._wide is not None
+        x = self._x.double()
+        y = self._wide(torch.lerp(x, x.roll(1, 0), 0.3))
+        # Where y is far below what it is computed from, float64 has no more digits of it than float32.
+        telling = y[y.abs() > self._largest * (4 * _DOUBLE_EPSILON / torch.finfo(torch.float32).eps)]
+        converted = bool((telling == telling.float()).all()) and not bool((telling == telling.round()).all())
+        if converted:
+            self._problem = "it converts its outputs to float32"
+        return converted
+
+
+def _by_mode(mode: InDouble, f: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    mode.begin_anew()
+    # Compiled functions run as they are written: their compiler would see another dtype, and compile again.
+    with torch.compiler.set_stance("force_eager"), mode:
+        return f(points)
+
+
+def _by_copy(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    made: list[nn.Module] = []
+
+    def evaluate(points: Tensor) -> Tensor:
+        if not made:
+            made.append(copy.deepcopy(module).double())
+        return made[0](points)
+
+    return evaluate

@@ -13,7 +13,7 @@ from lmnfast import ops, reference
 from lmnfast.network import Activation, Chain
 from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
-from lmnfast.unresolved import CLOSE, UNRESOLVED, are_close, in_double
+from lmnfast.unresolved import CLOSE, UNRESOLVED, Widened, are_close
 
 UNIFORM = path_nodes("uniform", 21)
 
@@ -173,6 +173,17 @@ def test_the_registered_op_leaves_and_counts_what_it_cannot_resolve(device):
     assert measured.counts[1] == 0 and (measured.L >= 0).all()
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "silu", "softplus"])
+def test_outputs_that_underflow_are_not_constant(name, device):
+    """In float32 the first output is 0, or below its normal numbers; it varies all the same."""
+    chain = random_chain([6, 2], ["identity", name])
+    chain.biases[0][0] = -100.0
+    x = samples(12, 6).float()
+    expected = truth(Chain(*_rounded(chain, torch.float32)), x)
+    L = ops.path_connectivity(cast(chain, torch.float32, device), x.to(device), *UNIFORM).cpu()
+    assert expected.min() < 0.9 and (L - expected).abs().max() < 1e-4
+
+
 def test_constant_outputs_are_counted_over_all_pairs(device, dtype):
     """Two of five outputs are saturated everywhere."""
     chain = random_chain([6, 5], ["identity", "sigmoid"])
@@ -253,7 +264,7 @@ def test_a_network_in_float32_is_evaluated_in_float64(make):
     else:
         expected = exact(x.double())
         expected = expected[0][:, -1] if isinstance(expected, tuple) else expected
-    y, _ = in_double(last, x, last(x).flatten(1))(x.double())
+    y, _ = Widened(last, x, last(x).flatten(1)).values()(x.double())
     assert y.dtype == torch.float64
     assert (y - expected.flatten(1)).abs().max() < 1e-14
     assert all(p.dtype == torch.float32 for p in net.parameters())
@@ -269,9 +280,79 @@ def test_a_network_in_float32_is_evaluated_in_float64(make):
 def test_what_cannot_be_evaluated_in_float64_says_so_and_is_measured_as_it_is(spoil):
     x = torch.randn(6, 3)
     with pytest.warns(UserWarning, match="^f: cannot be evaluated in float64"):
-        values = in_double(spoil, x, spoil(x))
+        values = Widened(spoil, x, spoil(x)).values()
     y, _ = values(x.double())
     assert y.dtype == torch.float64 and torch.equal(y.float(), spoil(x))
+
+
+@pytest.mark.parametrize("shift", [12.0, 15.0, 18.0, 25.0])
+@pytest.mark.parametrize("head", ["log_softmax", "loss", "complement"])
+def test_outputs_that_are_nothing_but_rounding_in_float32(head, shift):
+    """Numbers near 0 that are computed from numbers near 1, as the losses of a confident classifier."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 5)).requires_grad_(False)
+    net[2].bias[0] += shift
+    x = torch.randn(16, 8)
+
+    def f(z):
+        y = net(z) if z.dtype == torch.float32 else exact(z)
+        if head == "loss":
+            return torch.logsumexp(y, 1, keepdim=True) - y[:, :1]
+        return torch.log_softmax(y, 1) if head == "log_softmax" else 1 - torch.sigmoid(y[:, :1])
+
+    exact = copy.deepcopy(net).double()
+    right = lmnfast.lmn(f, x.double())
+    assert lmnfast.lmn(lambda z: f(z), x) == pytest.approx(right.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_buffer_that_a_forward_pass_writes_and_reads(warm):
+    class Static(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+            self.register_buffer("gate", torch.zeros(4096, 16))
+
+        def forward(self, z):
+            h = self.first(z)
+            self.gate[: len(h)] = torch.sigmoid(h)
+            return self.last(h * self.gate[: len(h)])
+
+    torch.manual_seed(0)
+    net, x = Static().requires_grad_(False), nearly_equal(1e-6)
+    right = lmnfast.lmn(copy.deepcopy(net).double(), x.double())
+    if warm:
+        net(x)
+    assert lmnfast.lmn(net, x) == pytest.approx(right.item(), rel=1e-3)
+
+
+def test_a_scripted_network_is_evaluated_in_float64_as_a_copy():
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.SiLU(), nn.Linear(16, 3)),
+        nearly_equal(1e-6),
+    )
+    right = lmnfast.lmn(copy.deepcopy(net).double(), x.double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.trace(net, x)
+    assert lmnfast.lmn(scripted, x) == pytest.approx(right.item(), rel=1e-3)
+    assert all(p.dtype == torch.float32 for p in scripted.parameters())
+
+
+@pytest.mark.parametrize("convert", [lambda y: y.type(torch.FloatTensor), lambda y: torch.tensor(y.tolist())])
+def test_outputs_that_f_converts_to_float32_are_no_float64(convert):
+    net = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)).requires_grad_(False)
+    with pytest.warns(UserWarning, match="it converts its outputs to float32"):
+        lmnfast.lmn(lambda z: convert(net(z)), nearly_equal(1e-6))
+
+
+def test_equal_samples_need_no_second_look():
+    x = torch.randn(6, 3).repeat(2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        L = lmnfast.connectivity(lambda z: torch.tanh(z) if z.dtype == torch.float32 else 1 / 0, x)
+    assert (L.diagonal(6) == 1).all()
 
 
 def test_no_warning_where_nothing_is_unresolved():

@@ -15,13 +15,13 @@ constexpr int kNodeChunk = 32;  // nodes gathered at a time, 2 kB
 template <class T>
 struct Lane {
   using V = Vector<T>;
-  V first, chord, magnitude, scale, rounding;
+  V first, chord, magnitude, scale, rounding, least;
   Moments<V> moments{};
 
   Lane() = default;
-  Lane(V y_first, V y_second, V y_scale, V y_rounding)
+  Lane(V y_first, V y_second, V y_scale, V y_rounding, V y_least)
       : first(y_first), chord(y_second - y_first), magnitude(larger(absolute(y_first), absolute(y_second)) * y_scale),
-        scale(y_scale), rounding(y_rounding) {}
+        scale(y_scale), rounding(y_rounding), least(y_least) {}
   inline void add(V y, T t, T weight, T weight_t) {
     const V e = (y - fma(splat<V>(t), chord, first)) * scale;
     const V weighted = e * weight;
@@ -30,8 +30,8 @@ struct Lane {
     moments.ee = fma(weighted, e, moments.ee);
   }
   inline Share<V> share(const PathNodes& nodes) const {
-    return share_of_output<V, T>(chord * scale, moments, magnitude, fma(magnitude, magnitude, rounding * rounding),
-                                 T(nodes.variance_t), Epsilon<T>::value);
+    return share_of_output<V, T>(chord * scale, moments, magnitude, least,
+                                 fma(magnitude, magnitude, rounding * rounding), T(nodes.variance_t), Epsilon<T>::value);
   }
 };
 
@@ -75,7 +75,7 @@ inline T entry_of(T nonlinear, T constants, T unresolved, std::int64_t outputs, 
 template <class T, int kVectors>
 inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t start, PairSums<T>& sums) {
   const T *interior_end = op.interior + op.pairs * op.nodes.interior * op.outputs;
-  const T *ends_end = op.ends + op.samples * op.outputs, *scale_end = op.workspace + 2 * op.outputs;
+  const T *ends_end = op.ends + op.samples * op.outputs, *scale_end = op.workspace + 3 * op.outputs;
   const T* y = op.interior + pair * op.nodes.interior * op.outputs + start;
   const T* first = op.ends + op.first[pair] * op.outputs + start;
   const T* second = op.ends + op.second[pair] * op.outputs + start;
@@ -84,7 +84,8 @@ inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t star
     const int at = v * kLanes<T>;
     lanes[v] = Lane<T>(load_row(first + at, ends_end), load_row(second + at, ends_end),
                        load_row(op.workspace + start + at, scale_end),
-                       load_row(op.workspace + op.outputs + start + at, scale_end));
+                       load_row(op.workspace + op.outputs + start + at, scale_end),
+                       load_row(op.workspace + 2 * op.outputs + start + at, scale_end));
   }
   for (int m = 0; m < op.nodes.interior; ++m, y += op.outputs) {
     const Node<T> node(op.nodes, m);
@@ -127,7 +128,7 @@ T wide_pair(const PathR2<T>& op, std::int64_t pair, Counts& counts) {
 template <class T>
 void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, Counts& counts) {
   using V = Vector<T>;
-  T first[kLanes<T>] = {}, second[kLanes<T>] = {}, scale[kLanes<T>] = {}, rounding[kLanes<T>] = {};
+  T first[kLanes<T>] = {}, second[kLanes<T>] = {}, scale[kLanes<T>] = {}, rounding[kLanes<T>] = {}, least[kLanes<T>] = {};
   const T* y[kLanes<T>];
   for (const T*& row : y) row = op.interior;  // lanes without an output: any number will do
   int lane = 0;
@@ -138,9 +139,10 @@ void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, C
       second[lane] = op.ends[op.second[pair] * op.outputs + k];
       scale[lane] = op.workspace[k];
       rounding[lane] = op.workspace[op.outputs + k];
+      least[lane] = op.workspace[2 * op.outputs + k];
     }
   }
-  Lane<T> lanes(load<V>(first), load<V>(second), load<V>(scale), load<V>(rounding));
+  Lane<T> lanes(load<V>(first), load<V>(second), load<V>(scale), load<V>(rounding), load<V>(least));
   T gathered[kNodeChunk * kLanes<T>];
   for (int from = 0; from < op.nodes.interior; from += kNodeChunk) {
     const int nodes = op.nodes.interior - from < kNodeChunk ? op.nodes.interior - from : kNodeChunk;
@@ -177,7 +179,9 @@ void path_r2_on(const PathR2<T>& op, int threads) {
       magnitude = y > magnitude ? y : -y > magnitude ? -y : magnitude;
     }
     op.workspace[k] = output_scale(largest);
-    op.workspace[op.outputs + k] = magnitude * op.workspace[k] * T(kLeastRounding);
+    const T own = op.rounding ? op.rounding[k] * op.workspace[k] : 0;
+    op.workspace[op.outputs + k] = magnitude * op.workspace[k] * T(kLeastRounding) + own;
+    op.workspace[2 * op.outputs + k] = own / T(kConstantUlps);
   }
   std::int64_t constants = 0, unresolved = 0;
   // Chunks short enough that a thread whose core another process has taken keeps the others waiting for one alone.

@@ -74,16 +74,16 @@ struct PairSums {
   double constants = 0;
 };
 
-/// Adds output k between samples i and j.
+/// Adds output k between samples i and j. least: as in share_of_output().
 template <class T>
 __device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, const T* rounding, std::int64_t outputs,
                                   std::int64_t i, std::int64_t j, std::int64_t k, const Moments<T>& moments,
-                                  T variance_t) {
+                                  T least, T variance_t) {
   const std::int64_t at_i = i * outputs + k, at_j = j * outputs + k;
   const T first = y[at_i], second = y[at_j];
   const T chord = (second - first) + (y_low[at_j] - y_low[at_i]);
   const T rounding_squared = rounding[at_i] * rounding[at_i] + rounding[at_j] * rounding[at_j];
-  const Share<T> share = share_of_output<T, T>(chord, moments, larger(absolute(first), absolute(second)),
+  const Share<T> share = share_of_output<T, T>(chord, moments, larger(absolute(first), absolute(second)), least,
                                                rounding_squared, variance_t, Epsilon<T>::value);
   sums.nonlinear += share.unresolved > 0 ? NAN : double(share.nonlinear);
   sums.constants += double(share.constant);
@@ -439,6 +439,7 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
   constexpr int kApart = kWarps / kPanelTiles;
   constexpr int kChunk = 8 * kUnits * kApart;
   __shared__ PairSums totals[kApart][kPanelRows];
+  const T least = never_zero(problem.layers[problem.last].kind) ? Smallest<T>::value : T(0);
   for (std::int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     std::int64_t tile_row, tile_column;
     find_tile(tile, blocks_of(samples, kPanelSide), tile_row, tile_column);
@@ -506,7 +507,7 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
           if constexpr (kStencil > 0) moments[n][c] = stencil_moments<kStencil>(p.stencil, values[n][c]);
           const Pair pair = pair_of(i0, j0, 16 * m0 + 8 * (c / 2) + lane / 4, samples);
           add_output(pair_sums[c / 2], problem.y, problem.y_low, problem.rounding, outputs, pair.first, pair.second, k,
-                     moments[n][c], problem.nodes.variance_t);
+                     moments[n][c], least, problem.nodes.variance_t);
         }
       }
     }

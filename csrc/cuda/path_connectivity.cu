@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, 1) shallow_kernel(Shallow p) {
           if (k >= p.outputs) continue;
           const std::int64_t first = at_most(i + 2 * m, p.samples - 1), second = at_most(j + 4 * (c / 2), p.samples - 1);
           add_output(pair_sums[m][c / 2], p.y, p.y_low, p.rounding, p.outputs, first, second, k, moments[m][n][c],
-                     p.nodes.variance_t);
+                     0.0f, p.nodes.variance_t);
         }
       }
     }

@@ -8,15 +8,16 @@ namespace {
 
 template <class T>
 struct Output {
-  T first, chord, magnitude, scale, rounding;
+  T first, chord, magnitude, scale, rounding, least;
   Moments<T> moments;
 
-  __device__ void start(T y_first, T y_second, T y_scale, T y_rounding) {
+  __device__ void start(T y_first, T y_second, T y_scale, T y_rounding, T y_least) {
     first = y_first;
     chord = y_second - y_first;
     magnitude = larger(absolute(y_first), absolute(y_second)) * y_scale;
     scale = y_scale;
     rounding = y_rounding;
+    least = y_least;
     moments = {};
   }
   __device__ void add(T y, T t, T weight, T weight_t) {
@@ -27,8 +28,8 @@ struct Output {
     moments.ee = fma(weighted, e, moments.ee);
   }
   __device__ Share<T> share(T variance_t) const {
-    return share_of_output<T, T>(chord * scale, moments, magnitude, fma(magnitude, magnitude, rounding * rounding),
-                                 variance_t, Epsilon<T>::value);
+    return share_of_output<T, T>(chord * scale, moments, magnitude, least,
+                                 fma(magnitude, magnitude, rounding * rounding), variance_t, Epsilon<T>::value);
   }
 };
 
@@ -101,7 +102,9 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int 
   }
   if (thread < columns && k < op.outputs) {
     op.workspace[k] = output_scale(largest[thread]);
-    op.workspace[op.outputs + k] = magnitudes[thread] * op.workspace[k] * T(kLeastRounding);
+    const T own = op.rounding ? op.rounding[k] * op.workspace[k] : T(0);
+    op.workspace[op.outputs + k] = magnitudes[thread] * op.workspace[k] * T(kLeastRounding) + own;
+    op.workspace[2 * op.outputs + k] = own / T(kConstantUlps);
   }
 }
 
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
 #pragma unroll
   for (int n = 0; n < kItems; ++n) {  // while the values are on their way
     const int item = thread + n * kThreads, pair = item / outputs, k = item % outputs;
-    items[n].start(T(0), T(0), T(0), T(0));
+    items[n].start(T(0), T(0), T(0), T(0), T(0));
     y[n] = values + head;
     if (pair < pairs) {
       y[n] += pair * (pair_values + tile.padding) + k;
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
       const bool known = is_sample(op, i) && is_sample(op, j);
       items[n].start(known ? op.ends[i * outputs + k] : not_a_number<T>(),
                      known ? op.ends[j * outputs + k] : not_a_number<T>(), op.workspace[k],
-                     op.workspace[outputs + k]);
+                     op.workspace[outputs + k], op.workspace[2 * outputs + k]);
     }
   }
   copy_async_wait();
@@ -255,9 +258,10 @@ __global__ void __launch_bounds__(kMostThreads) large_pairs_kernel(PathR2<T> op,
       const Values second = load<T, kWidth>(op.ends + j * op.outputs + k);
       const Values scale = load<T, kWidth>(op.workspace + k);
       const Values rounding = load<T, kWidth>(op.workspace + op.outputs + k);
+      const Values least = load<T, kWidth>(op.workspace + 2 * op.outputs + k);
 #pragma unroll
       for (int n = 0; n < kWidth; ++n) {
-        items[n].start(first.values[n], second.values[n], scale.values[n], rounding.values[n]);
+        items[n].start(first.values[n], second.values[n], scale.values[n], rounding.values[n], least.values[n]);
       }
     }
     const T* from = interior + k;
@@ -314,7 +318,7 @@ const char* path_r2_on(const PathR2<T>& op, CUstream_st* stream) {
                              2 * kScaleThreads * sizeof(T), stream, op, columns);
   if (error) return error;
   DeviceNodes<T> nodes;
-  error = store_nodes(op.nodes, op.workspace + 2 * op.outputs, nodes, stream);
+  error = store_nodes(op.nodes, op.workspace + 3 * op.outputs, nodes, stream);
   if (error) return error;
   if (op.outputs <= kItems * kThreads && op.nodes.interior * op.outputs * std::int64_t(sizeof(T)) <= kSmallPairBytes) {
     return small_pairs(op, nodes, stream);

@@ -117,8 +117,8 @@ class _Hoisted:
         shifts = self.shifts or [None] * len(skips)
         widths = [self.z.shape[1], *(s.shape[1] for s in shifts if s is not None)]
         # These keep z's rounding, which is that of the terms z is summed from, however small the output is. (GELU
-        # multiplies z by a factor that cancels far below zero.) The others are as exact as they are small.
-        rounds = self.activations[-1].name not in ("silu", "sigmoid", "softplus")
+        # multiplies z by a factor that cancels far below zero.) The others are flat where z is large, or as exact as small.
+        rounds = self.activations[-1].name in ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "sin")
 
         def at(points: Tensor) -> tuple[Tensor, Tensor | None]:
             z, *moved = points.split(widths, 1)

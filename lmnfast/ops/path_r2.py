@@ -16,7 +16,8 @@ def path_r2(
     Through the chord residual ``y(t) - (y_i + t (y_j - y_i))``, so an offset of y costs no digits. Pairs that the kernel
     leaves unresolved (see `lmnfast.unresolved`) follow in float64, from the same outputs; to find them waits for CUDA.
     ``torch.ops.lmnfast.path_r2`` leaves them: it returns r2, with UNRESOLVED for such a pair, and (2,) int64, outputs counted
-    as constant over the resolved pairs, and unresolved pairs. It enqueues on the current stream and never waits. So nobody
+    as constant over the resolved pairs, and unresolved pairs; it takes `rounding` as well, (outputs,) of interior's dtype, f's own
+    rounding of each output in machine epsilons, by which it tells what is unresolved. It enqueues on the current stream and never waits. So nobody
     can look at the indices on CUDA: a pair of samples that do not exist gets NaN.
 
     Args:
@@ -49,28 +50,36 @@ def _all_nodes(interior: Tensor, ends: Tensor, first: Tensor, second: Tensor) ->
 
 torch.library.define(
     "lmnfast::path_r2",
-    "(Tensor interior, Tensor ends, Tensor first, Tensor second, Tensor nodes, Tensor weights) -> (Tensor, Tensor)",
+    "(Tensor interior, Tensor ends, Tensor first, Tensor second, Tensor nodes, Tensor weights, "
+    "Tensor? rounding=None) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("lmnfast::path_r2", "default")
 def _path_r2(
-    interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
+    interior: Tensor,
+    ends: Tensor,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    rounding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(interior, ends, first, second, nodes, weights)
+    _check(interior, ends, first, second, nodes, weights, rounding)
     on_cuda = interior.is_cuda and _native.cuda_built()
     if not on_cuda and not _native.is_native(interior):
-        return _plain(interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device))
+        return _plain(interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device), rounding)
     interior, ends, first, second = map(plain, (interior, ends, first, second))
+    rounding = None if rounding is None else plain(rounding)
     result, counts = interior.new_empty(len(interior)), interior.new_empty(2, dtype=torch.int64)
-    workspace = interior.new_empty(2 * ends.shape[1] + 3 * (len(nodes) - 2))
+    workspace = interior.new_empty(3 * ends.shape[1] + 3 * (len(nodes) - 2))
     arguments = (
         interior.dtype == torch.float64,
         *map(_native.address, (interior, ends, first, second)),
         *_native.path_nodes(nodes, weights),
         len(interior),
         *ends.shape,
-        *map(_native.address, (result, counts, workspace)),
+        *map(_native.address, (result, counts, rounding, workspace)),
     )
     if on_cuda:
         with _native.cuda_stream(interior.device) as stream:
@@ -81,19 +90,28 @@ def _path_r2(
 
 
 @torch.library.register_fake("lmnfast::path_r2")
-def _(interior, ends, first, second, nodes, weights):
-    _check(interior, ends, first, second, nodes, weights, fake=True)
+def _(interior, ends, first, second, nodes, weights, rounding=None):
+    _check(interior, ends, first, second, nodes, weights, rounding, fake=True)
     return interior.new_empty(interior.shape[0]), interior.new_empty(2, dtype=torch.int64)
 
 
 def _plain(
-    interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
+    interior: Tensor,
+    ends: Tensor,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    own: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The op on a device without a kernel."""
     y = _all_nodes(interior, ends, first, second)
     r2, constant = reference.r2_of_outputs(y, nodes, weights)
-    varies = RESOLVED_ULPS / reference.CONSTANT_ULPS
-    rounding = torch.finfo(y.dtype).eps * torch.maximum(y[:, 0].abs(), y[:, -1].abs()) * varies
+    magnitude = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
+    if own is not None:
+        constant &= magnitude >= own / reference.CONSTANT_ULPS
+        magnitude = magnitude + own
+    rounding = torch.finfo(y.dtype).eps * magnitude * (RESOLVED_ULPS / reference.CONSTANT_ULPS)
     unresolved = (reference.r2_of_outputs(y, nodes, weights, rounding)[1] & ~constant).any(1)
     counts = torch.stack([(constant & ~unresolved[:, None]).sum(), unresolved.sum()])
     return torch.where(unresolved, UNRESOLVED, r2.mean(1)), counts
@@ -106,6 +124,7 @@ def _check(
     second: Tensor,
     nodes: Tensor,
     weights: Tensor,
+    rounding: Tensor | None,
     fake: bool = False,
 ) -> None:
     on = interior.device
@@ -120,6 +139,10 @@ def _check(
         )
     if ends.dim() != 2 or ends.shape[1] != interior.shape[2]:
         raise ValueError(f"ends: expected (samples, {interior.shape[2]}), got shape {tuple(ends.shape)}")
+    if rounding is not None:
+        check_tensor("rounding", rounding, (interior.dtype,), on)
+        if rounding.shape != ends.shape[1:]:
+            raise ValueError(f"rounding: expected ({ends.shape[1]},), got shape {tuple(rounding.shape)}")
     for name, tensor in (("first", first), ("second", second)):
         if tensor.shape != interior.shape[:1]:
             raise ValueError(f"{name}: expected ({interior.shape[0]},), got shape {tuple(tensor.shape)}")
