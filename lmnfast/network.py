@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .nested import contents
-from .state import alone, evaluating
+from .state import alone, evaluating, uninterrupted
 
 # The order is that of the enum in csrc/activation.h: the kernels get the index.
 ACTIVATIONS = (
@@ -374,7 +374,8 @@ class Tracer(fx.Tracer):
         self.here = OnThread(threading.get_ident())
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with alone():  # two traces at once would put back each other's replacements
+        # Two traces at once would put back each other's replacements, and one that is interrupted would leave its own.
+        with alone(), uninterrupted():
             return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import threading
 from collections import OrderedDict, deque
@@ -128,9 +129,12 @@ def evaluating(*modules: Any) -> Iterator[Callable[[], None]]:
             for name, value in SWITCHES.items()
             if (name == "training" or name in vars(part)) and getattr(part, name) != value
         ]
-        with _random_states(), torch.no_grad(), _without_fast_path():
-            kept = _Kept()
-            with ExitStack() as stack:
+        kept, stack = _Kept(), ExitStack()
+        try:
+            with uninterrupted():
+                stack.enter_context(_random_states())
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(_without_fast_path())
                 stack.callback(_set_all, switched)
                 for part, name, _ in switched:
                     setattr(part, name, SWITCHES[name])
@@ -138,8 +142,28 @@ def evaluating(*modules: Any) -> Iterator[Callable[[], None]]:
                     _stand_still(part, inner=not any(part is root for root in roots), stack=stack)
                 stack.callback(kept.put_back, values=True)
                 kept.keep(parts)
-                yield kept.put_back
-            kept.check()
+            yield kept.put_back
+        finally:
+            with uninterrupted():
+                stack.close()
+        kept.check()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: what changes the model, or torch, is done or put back as a whole."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # Python runs the handlers of signals on the main thread alone
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
 
 
 def _set_all(values: Iterable[tuple[nn.Module, str, Any]]) -> None:

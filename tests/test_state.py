@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lmnfast
+from lmnfast import state
 from lmnfast.network import Tracer
 from lmnfast.state import evaluating, sharding_of
 
@@ -413,3 +415,64 @@ def test_nested_contexts_put_back_what_each_found():
             assert model.stats["calls"] == 5 and not model.training
         assert model.stats["calls"] == 5 and not model.training
     assert model.stats["calls"] == 0 and model.training
+
+
+# Ctrl-C
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def interruptible():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_for_the_end_of_a_block(interruptible):
+    done = []
+    with pytest.raises(KeyboardInterrupt), state.uninterrupted():
+        interrupt()
+        done.append(True)
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("method", ["keep", "put_back"])
+def test_an_interrupt_while_the_state_is_kept_or_put_back_loses_none_of_it(
+    method, interruptible, monkeypatch
+):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grads, random_state = torch.is_grad_enabled(), torch.get_rng_state()
+    original = getattr(state._Kept, method)
+
+    def interrupted(self, *args, **kwargs):
+        interrupt()
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(state._Kept, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lmnfast.lmn(model, torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    assert all(part.training for part in model.modules()) and torch.is_grad_enabled() is grads
+    assert torch.equal(torch.get_rng_state(), random_state) and torch.backends.mha.get_fastpath_enabled()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_interrupt_while_a_model_is_traced_leaves_torch_as_it_was(interruptible):
+    class Interrupting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, z):
+            if isinstance(z, torch.fx.Proxy):
+                interrupt()
+            return self.linear(z).tanh()
+
+    call = nn.Module.__call__
+    with pytest.raises(KeyboardInterrupt):
+        lmnfast.lmn(Interrupting(), torch.randn(6, 4))
+    assert nn.Module.__call__ is call
+    nn.Linear(2, 2)(torch.zeros(1, 2))
