@@ -84,16 +84,15 @@ def test_a_chain_is_called_on_the_samples_alone_and_any_other_network_on_the_pat
     rows = []
     f.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     L = lmnfast.connectivity(f, x)
-    tiles = rows[3:]
-    assert rows[:3] == [30, 7, 7] and sum(tiles) == 435 * 19 + 3 * len(tiles), (
-        "3 samples in a tile, not its ends"
-    )
+    tiles = rows[4:]
+    assert rows[:4] == [30, 7, 7, 30], "the samples, some of them again, and all in float64"
+    assert sum(tiles) == 435 * 19 + 3 * len(tiles), "3 samples in a tile, not its ends"
     with torch.no_grad():
         assert (L - reference.path_connectivity(f, x, *UNIFORM)).abs().max() < 1e-5
     chain = mlp(6, 20, 4)
     forwarded = counted(chain)
     generic = lmnfast.connectivity(forwarded, x)
-    assert sum(forwarded.batches) == 30 + 14 + 435 * 19 + 3 * (len(forwarded.batches) - 3)
+    assert sum(forwarded.batches) == 30 + 14 + 30 + 435 * 19 + 3 * (len(forwarded.batches) - 4)
     monkeypatch.setattr(MODULE, "_generic", lambda *_: pytest.fail("the chain went the generic route"))
     assert (lmnfast.connectivity(chain, x) - generic).abs().max() < 1e-5
 
@@ -104,7 +103,8 @@ def test_the_budget_changes_the_tiles_and_not_the_result(budget):
     f = counted(net)
     L = lmnfast.connectivity(f, x, budget=budget)
     per_row = 4 * (20 + 20 + 4)  # results of two Linear and one SiLU
-    assert max(f.batches[1:]) * per_row <= max(budget, (19 + 3) * per_row), "3 samples are in every tile"
+    tiles = f.batches[4:]  # behind the samples, some of them twice, and all in float64
+    assert max(tiles) * per_row <= max(budget, (19 + 3) * per_row), "3 samples are in every tile"
     assert (L - lmnfast.connectivity(counted(net), x)).abs().max() < 1e-6
 
 
