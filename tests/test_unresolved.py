@@ -173,11 +173,12 @@ def test_the_registered_op_leaves_and_counts_what_it_cannot_resolve(device):
     assert measured.counts[1] == 0 and (measured.L >= 0).all()
 
 
+@pytest.mark.parametrize("bias", [-80.0, -88.0, -100.0])
 @pytest.mark.parametrize("name", ["sigmoid", "silu", "softplus"])
-def test_outputs_that_underflow_are_not_constant(name, device):
-    """In float32 the first output is 0, or below its normal numbers; it varies all the same."""
+def test_outputs_that_underflow_are_not_constant(name, bias, device):
+    """In float32 the first output is 0, or below its normal numbers, at some or all samples; it varies all the same."""
     chain = random_chain([6, 2], ["identity", name])
-    chain.biases[0][0] = -100.0
+    chain.biases[0][0] = bias
     x = samples(12, 6).float()
     expected = truth(Chain(*_rounded(chain, torch.float32)), x)
     L = ops.path_connectivity(cast(chain, torch.float32, device), x.to(device), *UNIFORM).cpu()

@@ -735,7 +735,8 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
   const T *first_y = plan.row_y + i * plan.outputs, *first_y_low = plan.row_y_low + i * plan.outputs;
   const T* first_rounding = plan.row_rounding + i * plan.outputs;
   const std::int64_t start_j = block * plan.outputs * kLanes<T>;
-  const V least = splat<V>(never_zero(plan.last().activation.kind) ? Smallest<T>::value : T(0));
+  // An output of these that is as good as 0 at an end has underflowed, or is about to.
+  const T vanishing = never_zero(plan.last().activation.kind) ? Vanishing<T>::value : T(0);
   CompensatedSum<V> nonlinear;
   V constants{}, unresolved{};
   for (std::int64_t k = 0; k < plan.outputs; ++k) {
@@ -745,11 +746,13 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
     const V magnitude = larger(absolute(first), absolute(second));
     const V chord = (second - first) + (load<V>(plan.y_low + at_j) - first_y_low[k]);
     const V rounding_squared = fma(rounding, rounding, splat<V>(first_rounding[k] * first_rounding[k]));
-    const Share<V> share = share_of_output<V, T>(chord, s.moments[k], magnitude, least, rounding_squared,
+    const Share<V> share = share_of_output<V, T>(chord, s.moments[k], magnitude, V{}, rounding_squared,
                                                  T(op.nodes.variance_t), Epsilon<T>::value);
     nonlinear.add(share.nonlinear);
     constants += share.constant;
     unresolved += share.unresolved;
+    const V least = splat<V>(vanishing * plan.scale[k]);
+    unresolved += smaller(absolute(first), absolute(second)) < least ? splat<V>(T(1)) : V{};
   }
   // In float64 the samples are what they are; there is nothing wider to see more in.
   if (sizeof(T) == 4 && any<V>(constants > V{})) {

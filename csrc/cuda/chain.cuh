@@ -74,7 +74,7 @@ struct PairSums {
   double constants = 0;
 };
 
-/// Adds output k between samples i and j. least: as in share_of_output().
+/// Adds output k between samples i and j. least: below it an output has underflowed, or is about to.
 template <class T>
 __device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, const T* rounding, std::int64_t outputs,
                                   std::int64_t i, std::int64_t j, std::int64_t k, const Moments<T>& moments,
@@ -83,9 +83,10 @@ __device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, co
   const T first = y[at_i], second = y[at_j];
   const T chord = (second - first) + (y_low[at_j] - y_low[at_i]);
   const T rounding_squared = rounding[at_i] * rounding[at_i] + rounding[at_j] * rounding[at_j];
-  const Share<T> share = share_of_output<T, T>(chord, moments, larger(absolute(first), absolute(second)), least,
+  const Share<T> share = share_of_output<T, T>(chord, moments, larger(absolute(first), absolute(second)), T(0),
                                                rounding_squared, variance_t, Epsilon<T>::value);
-  sums.nonlinear += share.unresolved > 0 ? NAN : double(share.nonlinear);
+  const bool vanishes = absolute(first) < least || absolute(second) < least;
+  sums.nonlinear += vanishes || share.unresolved > 0 ? NAN : double(share.nonlinear);
   sums.constants += double(share.constant);
 }
 
@@ -439,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
   constexpr int kApart = kWarps / kPanelTiles;
   constexpr int kChunk = 8 * kUnits * kApart;
   __shared__ PairSums totals[kApart][kPanelRows];
-  const T least = never_zero(problem.layers[problem.last].kind) ? Smallest<T>::value : T(0);
+  const T vanishing = never_zero(problem.layers[problem.last].kind) ? Vanishing<T>::value : T(0);
   for (std::int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     std::int64_t tile_row, tile_column;
     find_tile(tile, blocks_of(samples, kPanelSide), tile_row, tile_column);
@@ -507,7 +508,7 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
           if constexpr (kStencil > 0) moments[n][c] = stencil_moments<kStencil>(p.stencil, values[n][c]);
           const Pair pair = pair_of(i0, j0, 16 * m0 + 8 * (c / 2) + lane / 4, samples);
           add_output(pair_sums[c / 2], problem.y, problem.y_low, problem.rounding, outputs, pair.first, pair.second, k,
-                     moments[n][c], least, problem.nodes.variance_t);
+                     moments[n][c], vanishing * problem.scale[k], problem.nodes.variance_t);
         }
       }
     }

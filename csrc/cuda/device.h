@@ -16,9 +16,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <class T> struct Epsilon;
 template <> struct Epsilon<float> { static constexpr float value = 0x1p-23f; };
 template <> struct Epsilon<double> { static constexpr double value = 0x1p-52; };
-template <class T> struct Smallest;  // normal number
-template <> struct Smallest<float> { static constexpr float value = 0x1p-126f; };
-template <> struct Smallest<double> { static constexpr double value = 0x1p-1022; };
+template <class T> struct Vanishing;  // near the smallest normal number
+template <> struct Vanishing<float> { static constexpr float value = 0x1p-120f; };
+template <> struct Vanishing<double> { static constexpr double value = 0x1p-1000; };
 
 LMN_FN std::int64_t blocks_of(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 LMN_FN std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
