@@ -86,7 +86,7 @@ def resolve(
         if magnitude is not None:
             rounding = torch.maximum(rounding, magnitude * _DOUBLE_EPSILON)
         r2, constant = r2_of_outputs(y, *on_device, rounding)
-        L[first, second] = L[second, first] = r2.mean(1).to(L.dtype)
+        L[first, second] = L[second, first] = r2.mean(1).clamp(0, 1).to(L.dtype)  # rounding may exceed 1
         counts[0] += constant.sum()
     counts[1] = 0
 
@@ -210,7 +210,11 @@ class Widened:
     def values(self) -> Values:
         """Warns where f is evaluated as it is, in x's dtype."""
         if self._x.dtype == torch.float64:
-            return lambda points: (self._f(points).flatten(1).double(), None)
+            # Products round by their place in a batch: an output that is constant differs by that from point to point.
+            copies = -(-64 // len(self._x))
+            again = self._f(self._x.repeat(copies, *[1] * (self._x.dim() - 1))).flatten(1)
+            noise = (again.unflatten(0, (copies, -1)) - self._ends).abs().amax((0, 1)) / _DOUBLE_EPSILON
+            return lambda points: (self._f(points).flatten(1), noise.expand(len(points), -1))
         if (wide := self._wide) is not None and not self._ends_in_float32():
             return lambda points: (wide(points).flatten(1), None)
         warnings.warn(

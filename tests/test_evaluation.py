@@ -188,7 +188,7 @@ def test_a_state_kept_from_tile_to_tile_is_refused():
 @pytest.mark.parametrize("noise", [1e-3, 1e-2])
 def test_a_random_function_is_refused(noise, n):
     net = mlp()
-    dropping = nn.Sequential(net, nn.Dropout(0.1))
+    dropping = nn.Sequential(net, nn.Dropout(0.5))
     for f in (lambda z: net(z) + noise * torch.randn(len(z), 3), lambda z: dropping(10 * noise * z + 1)):
         with pytest.raises(ValueError, match="it is random"):
             lmnfast.lmn(f, samples(n))

@@ -126,8 +126,10 @@ class _Hoisted:
             for n, activation in enumerate(self.activations):
                 if n:
                     if rounds and n == len(weights):
+                        # A sum's rounding is about that of the root of its terms' squares, and half of it here.
                         bias = biases[n - 1]
-                        terms = F.linear(z.abs(), weights[n - 1].abs(), None if bias is None else bias.abs())
+                        squares = F.linear(z**2, weights[n - 1] ** 2, None if bias is None else bias**2)
+                        terms = 0.5 * squares.sqrt()
                     z = F.linear(z, weights[n - 1], biases[n - 1])
                 for into in (2 * n, 2 * n + 1):
                     z = activation(z) if into % 2 else z
