@@ -662,7 +662,9 @@ def measured(case: Case, generic: bool) -> tuple[Array, bool]:
     seen = _Seen()
     f = (lambda z: net(z)) if generic else net
     with seen, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "f: ", UserWarning)  # of float32 that is mere rounding, and of offsets
+        warnings.filterwarnings(
+            "ignore", "f: ", UserWarning
+        )  # of float32 that is mere rounding, and of offsets
         L = lmnfast.connectivity(
             f,
             torch.from_numpy(case.x).to(getattr(torch, case.dtype)),

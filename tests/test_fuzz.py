@@ -10,7 +10,9 @@ from lmnfast import _native
 CASES, PARTS = 1000, 20
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # forward mode, in the rival
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)  # forward mode, in the rival
 @pytest.mark.parametrize("part", range(PARTS))
 def test_matrices_of_random_networks_are_as_right_as_pytorch(part, threads):
     threads(1)

@@ -116,9 +116,10 @@ class _Hoisted:
         skips = self.skips or [-1] * (2 * len(self.activations))
         shifts = self.shifts or [None] * len(skips)
         widths = [self.z.shape[1], *(s.shape[1] for s in shifts if s is not None)]
-        # These keep z's rounding, which is that of the terms z is summed from, however small the output is. (GELU
-        # multiplies z by a factor that cancels far below zero.) The others are flat where z is large, or as exact as small.
-        rounds = self.activations[-1].name in ("identity", "relu", "leaky_relu", "gelu", "gelu_tanh", "sin")
+        # These keep z's rounding, which is that of the terms z is summed from, however small the output is. GELU multiplies
+        # z by a factor that cancels to rounding far below zero. The others are flat where z is large, or as exact as small.
+        last = self.activations[-1].name
+        rounds, cancels = last in ("identity", "relu", "leaky_relu", "sin"), last in ("gelu", "gelu_tanh")
 
         def at(points: Tensor) -> tuple[Tensor, Tensor | None]:
             z, *moved = points.split(widths, 1)
@@ -132,11 +133,13 @@ class _Hoisted:
                         terms = 0.5 * squares.sqrt()
                     z = F.linear(z, weights[n - 1], biases[n - 1])
                 for into in (2 * n, 2 * n + 1):
-                    z = activation(z) if into % 2 else z
+                    if into % 2:
+                        terms = z.abs() / 8 if cancels else terms
+                        z = activation(z)
                     z = z if skips[into] == -1 else z + values[skips[into]]
                     z = z if shifts[into] is None else z + moved.pop(0)
                     values.append(z)
-            return z, terms if rounds else None
+            return z, terms if rounds or cancels else None
 
         return at
 
