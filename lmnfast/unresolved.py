@@ -114,16 +114,15 @@ def _path(
         if magnitude is not None:
             magnitude = magnitude.unflatten(0, (len(first), len(nodes))).amax(1)
         return y, magnitude
-    step, ends, slopes, magnitudes = second - first, [], [], []
+    step, ends, slopes = second - first, [], []
     for sample in (first, second):
         # Twice backwards: torch's forward mode warns of its own use of torch.jit.
         y, slope = torch.autograd.functional.jvp(lambda z: values(z)[0], sample, step)
         ends.append(y)
         slopes.append(slope)
-        magnitudes.append(values(sample)[1])
-    half = values(torch.lerp(first, second, 0.5))[0] if midpoint else None
-    known = [m for m in magnitudes if m is not None]
-    return hermite_path(*ends, *slopes, half, nodes), torch.maximum(*known) if known else None
+    # At the ends a dead output is exactly dead, and slopes do not cancel as values do.
+    half, magnitude = values(torch.lerp(first, second, 0.5)) if midpoint else (None, None)
+    return hermite_path(*ends, *slopes, half, nodes), magnitude
 
 
 class InDouble(TorchFunctionMode):
