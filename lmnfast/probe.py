@@ -55,8 +55,8 @@ class Probe:
 
     On CUDA the connectivity is computed on a stream of the probe's own while the current one goes on: the
     weights of a fused chain are copied first; for any other network the current stream waits until its
-    connectivity is done. The calling thread does not wait for the device, unless it cuts or has too many rows
-    pending. So what is found wrong with the values there (NaN or Inf; outputs that are not the model's, by a
+    connectivity is done. The calling thread does not wait for the device, unless it cuts, measures a network that is no
+    chain, or has too many rows pending. So what is found wrong with the values there (NaN or Inf; outputs that are not the model's, by a
     change that only they show) is raised by `history`.
 
     model, inputs, forward, output: as in `cut`. layers: names or patterns as in `match_layers`, one or several; `layers`

@@ -23,8 +23,7 @@ UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
 CLOSE = 2.0**-10
 # An output in float32 is unresolved where it varies by less than this many epsilons: kResolvedUlps32 there.
 RESOLVED_ULPS = 256.0
-
-# Magnitude of what a network computes its outputs from, at most; beyond are the infinities of masks.
+# Numbers beyond this are the infinities of masks, and nothing that outputs are computed from.
 LARGE = 1e6
 
 _DOUBLE_EPSILON = torch.finfo(torch.float64).eps
