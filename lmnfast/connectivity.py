@@ -477,7 +477,8 @@ def _generic(
     def resolved() -> None:
         if int(counts[1]):
             points = max(1, rows // 4)  # float64 takes more memory
-            resolve(widened_f.values(), x, L, counts, nodes, weights, points=points)
+            values, noise = widened_f.values(), widened_f.noise()
+            resolve(values, x, L, counts, nodes, weights, points=points, noise=noise)
 
     return ChainConnectivity(L, counts, resolved)
 

@@ -29,8 +29,8 @@ LARGE = 1e6
 _DOUBLE_EPSILON = torch.finfo(torch.float64).eps
 
 Values = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""From points (B, *in) float64 to f there (B, K), and to what the outputs' rounding in float64 is measured by (B, K), where that
-is known to be more than the outputs themselves; both float64."""
+"""From points (B, *in) float64 to f there (B, K), and to the magnitude up to which an output is nothing but rounding (B, K), None
+where that is not known; both float64."""
 
 
 def are_close(first: Tensor, second: Tensor) -> Tensor:
@@ -51,6 +51,7 @@ def resolve(
     points: int,
     midpoint: bool | None = None,
     inputs: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> None:
     """Replaces the unresolved entries of L in place, and completes the counts. Waits for a CUDA device.
 
@@ -64,6 +65,7 @@ def resolve(
         points: how many points f may be called on at a time.
         midpoint: None: r2 of f itself; else that of its Hermite polynomials, with or without the midpoint.
         inputs: (N, *), what x was made from: the same inputs are the same sample, whatever rounding made of them.
+        noise: (K,), by how much each output differs from one call of f to another on the same sample; None: not at all.
 
     Whether an output is constant is decided by the machine epsilon of L's dtype; for close samples by that of float64, as
     the samples' own rounding is no property of f.
@@ -79,11 +81,11 @@ def resolve(
         if len(first) == 0:
             continue
         samples = x[first].double(), x[second].double()
-        y, magnitude = _path(values, *samples, on_device[0], midpoint)
+        y = _path(values, *samples, on_device[0], midpoint)
         ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
         rounding = ends * torch.where(are_close(*samples), _DOUBLE_EPSILON, epsilon)[:, None]
-        if magnitude is not None:
-            rounding = torch.maximum(rounding, magnitude * _DOUBLE_EPSILON)
+        if noise is not None:
+            rounding = torch.maximum(rounding, noise)
         r2, constant = r2_of_outputs(y, *on_device, rounding)
         L[first, second] = L[second, first] = r2.mean(1).clamp(0, 1).to(L.dtype)  # rounding may exceed 1
         counts[0] += constant.sum()
@@ -102,17 +104,22 @@ def _unresolved_pairs(L: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
             yield first[some : some + most], second[some : some + most]
 
 
-def _path(
-    values: Values, first: Tensor, second: Tensor, nodes: Tensor, midpoint: bool | None
-) -> tuple[Tensor, Tensor | None]:
-    """f, or its polynomials, at every node: (pairs, nodes, K), and the magnitude for rounding at the ends (pairs, K)."""
+def _without_rounding(y: Tensor, least: Tensor | None) -> Tensor:
+    """A dead output is exactly dead."""
+    return y if least is None else torch.where(y.abs() <= least, 0.0, y)
+
+
+def _path(values: Values, first: Tensor, second: Tensor, nodes: Tensor, midpoint: bool | None) -> Tensor:
+    """f, or its polynomials, at every node: (pairs, nodes, K)."""
     if midpoint is None:
         t = nodes.reshape(-1, *[1] * (first.dim() - 1))
-        y, magnitude = values(torch.lerp(first[:, None], second[:, None], t).flatten(0, 1))
+        y, least = values(torch.lerp(first[:, None], second[:, None], t).flatten(0, 1))
         y = y.unflatten(0, (len(first), len(nodes)))
-        if magnitude is not None:
-            magnitude = magnitude.unflatten(0, (len(first), len(nodes))).amax(1)
-        return y, magnitude
+        if least is not None:
+            least = least.unflatten(0, (len(first), len(nodes)))
+            if getattr(values, "rounds_as_ends", False):
+                least = torch.maximum(least, least[:, [0, -1]].amax(1, keepdim=True))
+        return _without_rounding(y, least)
     step, ends, slopes = second - first, [], []
     for sample in (first, second):
         # Twice backwards: torch's forward mode warns of its own use of torch.jit.
@@ -120,8 +127,8 @@ def _path(
         ends.append(y)
         slopes.append(slope)
     # At the ends a dead output is exactly dead, and slopes do not cancel as values do.
-    half, magnitude = values(torch.lerp(first, second, 0.5)) if midpoint else (None, None)
-    return hermite_path(*ends, *slopes, half, nodes), magnitude
+    half = _without_rounding(*values(torch.lerp(first, second, 0.5))) if midpoint else None
+    return hermite_path(*ends, *slopes, half, nodes)
 
 
 class InDouble(TorchFunctionMode):
@@ -208,11 +215,7 @@ class Widened:
     def values(self) -> Values:
         """Warns where f is evaluated as it is, in x's dtype."""
         if self._x.dtype == torch.float64:
-            # Products round by their place in a batch: an output that is constant differs by that from point to point.
-            copies = -(-64 // len(self._x))
-            again = self._f(self._x.repeat(copies, *[1] * (self._x.dim() - 1))).flatten(1)
-            noise = (again.unflatten(0, (copies, -1)) - self._ends).abs().amax((0, 1)) / _DOUBLE_EPSILON
-            return lambda points: (self._f(points).flatten(1), noise.expand(len(points), -1))
+            return lambda points: (self._f(points).flatten(1), None)
         if (wide := self._wide) is not None and not self._ends_in_float32():
             return lambda points: (wide(points).flatten(1), None)
         warnings.warn(
@@ -221,6 +224,15 @@ class Widened:
             stacklevel=2,
         )
         return lambda points: (self._f(points.to(self._x.dtype)).flatten(1).double(), None)
+
+    def noise(self) -> Tensor | None:
+        """(K,) float64, as `resolve` takes it. Products round by their place in a batch, so an output that is constant differs by
+        that from point to point; beside float32 it is nothing."""
+        if self._x.dtype != torch.float64:
+            return None
+        copies = -(-64 // len(self._x))
+        again = self._f(self._x.repeat(copies, *[1] * (self._x.dim() - 1))).flatten(1)
+        return (again.unflatten(0, (copies, -1)) - self._ends).abs().amax((0, 1))
 
     def _ends_in_float32(self) -> bool:
         """Whether all outputs are float32 numbers, also where no sample is: then f converts what it returns."""

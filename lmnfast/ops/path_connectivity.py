@@ -118,6 +118,8 @@ class _Hoisted:
         widths = [self.z.shape[1], *(s.shape[1] for s in shifts if s is not None)]
         # These keep z's rounding, which is that of the terms z is summed from, however small the output is. GELU multiplies
         # z by a factor that cancels to rounding far below zero. The others are flat where z is large, or as exact as small.
+        # A sum's rounding is about an epsilon of the root of its terms' squares.
+        epsilon = torch.finfo(torch.float64).eps
         last = self.activations[-1].name
         rounds, cancels = last in ("identity", "relu", "leaky_relu", "sin"), last in ("gelu", "gelu_tanh")
 
@@ -127,20 +129,21 @@ class _Hoisted:
             for n, activation in enumerate(self.activations):
                 if n:
                     if rounds and n == len(weights):
-                        # A sum's rounding is about that of the root of its terms' squares, and half of it here.
                         bias = biases[n - 1]
                         squares = F.linear(z**2, weights[n - 1] ** 2, None if bias is None else bias**2)
-                        terms = 0.5 * squares.sqrt()
+                        terms = squares.sqrt()
                     z = F.linear(z, weights[n - 1], biases[n - 1])
                 for into in (2 * n, 2 * n + 1):
                     if into % 2:
-                        terms = z.abs() / 8 if cancels else terms
+                        terms = z.abs() if cancels else terms
                         z = activation(z)
                     z = z if skips[into] == -1 else z + values[skips[into]]
                     z = z if shifts[into] is None else z + moved.pop(0)
                     values.append(z)
-            return z, terms if rounds or cancels else None
+            return z, 2 * epsilon * terms if rounds or cancels else None
 
+        # Where all units before are off, what is left of their sum is the rounding of the path's own points.
+        at.rounds_as_ends = rounds  # type: ignore[attr-defined]
         return at
 
 
