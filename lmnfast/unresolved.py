@@ -65,7 +65,7 @@ def resolve(
         points: how many points f may be called on at a time.
         midpoint: None: r2 of f itself; else that of its Hermite polynomials, with or without the midpoint.
         inputs: (N, *), what x was made from: the same inputs are the same sample, whatever rounding made of them.
-        noise: (K,), by how much each output differs from one call of f to another on the same sample; None: not at all.
+        noise: (N, K), by how much outputs differ from one call of f to another on the same sample; None: not at all.
 
     Whether an output is constant is decided by the machine epsilon of L's dtype; for close samples by that of float64, as
     the samples' own rounding is no property of f.
@@ -85,7 +85,7 @@ def resolve(
         ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
         rounding = ends * torch.where(are_close(*samples), _DOUBLE_EPSILON, epsilon)[:, None]
         if noise is not None:
-            rounding = torch.maximum(rounding, noise)
+            rounding = torch.maximum(rounding, torch.maximum(noise[first], noise[second]))
         r2, constant = r2_of_outputs(y, *on_device, rounding)
         L[first, second] = L[second, first] = r2.mean(1).clamp(0, 1).to(L.dtype)  # rounding may exceed 1
         counts[0] += constant.sum()
@@ -226,13 +226,13 @@ class Widened:
         return lambda points: (self._f(points.to(self._x.dtype)).flatten(1).double(), None)
 
     def noise(self) -> Tensor | None:
-        """(K,) float64, as `resolve` takes it. Products round by their place in a batch, so an output that is constant differs by
+        """(N, K) float64, as `resolve` takes it. Products round by their place in a batch, so an output that is constant differs by
         that from point to point; beside float32 it is nothing."""
         if self._x.dtype != torch.float64:
             return None
         copies = -(-64 // len(self._x))
         again = self._f(self._x.repeat(copies, *[1] * (self._x.dim() - 1))).flatten(1)
-        return (again.unflatten(0, (copies, -1)) - self._ends).abs().amax((0, 1))
+        return (again.unflatten(0, (copies, -1)) - self._ends).abs().amax(0)
 
     def _ends_in_float32(self) -> bool:
         """Whether all outputs are float32 numbers, also where no sample is: then f converts what it returns."""
