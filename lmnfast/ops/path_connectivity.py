@@ -116,12 +116,11 @@ class _Hoisted:
         skips = self.skips or [-1] * (2 * len(self.activations))
         shifts = self.shifts or [None] * len(skips)
         widths = [self.z.shape[1], *(s.shape[1] for s in shifts if s is not None)]
-        # These keep z's rounding, which is that of the terms z is summed from, however small the output is. GELU multiplies
-        # z by a factor that cancels to rounding far below zero. The others are flat where z is large, or as exact as small.
+        # These keep z's rounding, which is that of the terms z is summed from, however small the output is. The others are
+        # flat where z is large, or as exact as small.
         # A sum's rounding is about an epsilon of the root of its terms' squares.
         epsilon = torch.finfo(torch.float64).eps
-        last = self.activations[-1].name
-        rounds, cancels = last in ("identity", "relu", "leaky_relu", "sin"), last in ("gelu", "gelu_tanh")
+        rounds = self.activations[-1].name in ("identity", "relu", "leaky_relu", "sin")
 
         def at(points: Tensor) -> tuple[Tensor, Tensor | None]:
             z, *moved = points.split(widths, 1)
@@ -134,13 +133,11 @@ class _Hoisted:
                         terms = squares.sqrt()
                     z = F.linear(z, weights[n - 1], biases[n - 1])
                 for into in (2 * n, 2 * n + 1):
-                    if into % 2:
-                        terms = z.abs() if cancels else terms
-                        z = activation(z)
+                    z = activation(z) if into % 2 else z
                     z = z if skips[into] == -1 else z + values[skips[into]]
                     z = z if shifts[into] is None else z + moved.pop(0)
                     values.append(z)
-            return z, 2 * epsilon * terms if rounds or cancels else None
+            return z, 2 * epsilon * terms if rounds else None
 
         # Where all units before are off, what is left of their sum is the rounding of the path's own points.
         at.rounds_as_ends = rounds  # type: ignore[attr-defined]
