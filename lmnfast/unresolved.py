@@ -138,9 +138,8 @@ class InDouble(TorchFunctionMode):
         super().__init__()
         self._parameters: dict[int, tuple[Tensor, Tensor]] = {}  # a network is called many times
         self._others: dict[int, tuple[Tensor, Tensor]] = {}  # written in place and read again within one call
-        self.largest: float | None = (
-            None  # magnitude of a result below LARGE, where it is to be known: at first 0
-        )
+        # The largest magnitude of all results up to LARGE; it is followed where it is not None.
+        self.largest: float | None = None
 
     def begin_anew(self) -> None:
         """Forgets what a call of the network has written into tensors that outlive it."""
@@ -181,8 +180,8 @@ class Widened:
         self._wide: Callable[[Tensor], Tensor] | None = None
         self._problem, self._largest = "autocast is on", 0.0
         self.rounding: Tensor | None = None
-        """(K,), a quarter of the largest rounding error of each output over the samples, in machine epsilons of x's dtype; None
-        where it is not known. As many epsilons more as there are make an output unresolved."""
+        """(K,), as `torch.ops.lmnfast.path_r2` takes it: a quarter of each output's largest rounding error over the samples, in
+        machine epsilons of x's dtype. None where the error is not known."""
         if x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
             return
         mode = InDouble()

@@ -15,10 +15,11 @@ def path_r2(
 
     Through the chord residual ``y(t) - (y_i + t (y_j - y_i))``, so an offset of y costs no digits. Pairs that the kernel
     leaves unresolved (see `lmnfast.unresolved`) follow in float64, from the same outputs; to find them waits for CUDA.
-    ``torch.ops.lmnfast.path_r2`` leaves them: it returns r2, with UNRESOLVED for such a pair, and (2,) int64, outputs counted
-    as constant over the resolved pairs, and unresolved pairs; it takes `rounding` as well, (outputs,) of interior's dtype, f's own
-    rounding of each output in machine epsilons, by which it tells what is unresolved. It enqueues on the current stream and never waits. So nobody
-    can look at the indices on CUDA: a pair of samples that do not exist gets NaN.
+
+    ``torch.ops.lmnfast.path_r2`` leaves such pairs as UNRESOLVED. It returns r2 and two counts, (2,) int64: the outputs that are
+    constant, over all resolved pairs, and the unresolved pairs. Its argument `rounding`, (outputs,) of interior's dtype, is f's own
+    rounding of each output in machine epsilons. The op enqueues on the current stream and never waits. Indices of samples can
+    therefore not be checked on CUDA: a pair of samples that do not exist gets NaN.
 
     Args:
         interior: (pairs, nodes - 2, outputs), float32 or float64.
