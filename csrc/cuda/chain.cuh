@@ -71,7 +71,7 @@ __device__ inline void add_moments(Moments<T>& moments, T e, T w, T w_t) {
 /// Sums over the outputs of a pair.
 struct PairSums {
   double nonlinear = 0;  // of 1 - r2; a NaN where an output is unresolved
-  double constants = 0;
+  int constants = 0;     // outputs
 };
 
 /// Adds output k between samples i and j. least: below it an output has underflowed, or is about to.
@@ -87,7 +87,7 @@ __device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, co
                                                rounding_squared, variance_t, Epsilon<T>::value);
   const bool vanishes = absolute(first) < least || absolute(second) < least;
   sums.nonlinear += vanishes || share.unresolved > 0 ? NAN : double(share.nonlinear);
-  sums.constants += double(share.constant);
+  sums.constants += share.constant > 0 ? 1 : 0;
 }
 
 /// Whether two samples are close, see kCloseSamples.
@@ -427,6 +427,8 @@ __device__ void make_deviations(const Layer<T>& layer, std::int64_t depth, const
   }
 }
 
+constexpr std::size_t kStaticShared = 4096;  // no kernel has more of its own, beside what it is launched with
+
 // A block per tile of 8 x 8 pairs, one after the other; 16 pairs x kUnits tiles of 8 outputs to a warp. kStencil: the
 // size of the stencil; 0: at every node.
 template <class T, int kUnits, int kStencil>
@@ -440,6 +442,7 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
   constexpr int kApart = kWarps / kPanelTiles;
   constexpr int kChunk = 8 * kUnits * kApart;
   __shared__ PairSums totals[kApart][kPanelRows];
+  static_assert(sizeof(totals) <= kStaticShared);
   const T vanishing = never_zero(problem.layers[problem.last].kind) ? Vanishing<T>::value : T(0);
   for (std::int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     std::int64_t tile_row, tile_column;
@@ -599,8 +602,6 @@ Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& aren
 inline std::size_t shared_limit() {
   return std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
-
-constexpr std::size_t kStaticShared = 4096;  // more than the kernels' own
 
 /// Which inputs another kernel takes: all |z| below the limit, their mean at least so large. A limit of 0: none.
 struct Range {

@@ -219,7 +219,8 @@ __device__ inline void count(std::int64_t* to, double number) {
 }
 
 /// Sum over the lanes of a warp, the same in all of them; lanes that differ in `mask`'s bits are added.
-__device__ inline double warp_sum(double value, int width = kWarp) {
+template <class T>
+__device__ inline T warp_sum(T value, int width = kWarp) {
   for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
 }

@@ -313,7 +313,11 @@ __global__ void __launch_bounds__(kThreads, 1) shallow_kernel(Shallow p) {
   const int i = i0 + 4 * (warp % 4) + lane / 16, j = j0 + 8 * (warp / 4) + lane / 4 % 4;
   bool meets = false;
   if constexpr (kIsSilu<Curve>) meets = tile_meets(p, i0, j0);
-  PairSums pair_sums[2][2];
+  // Of the four pairs of a group of four lanes. Only the group's first lane reads and writes them: in registers, over all
+  // chunks, they would make the loop over the nodes spill.
+  __shared__ PairSums totals[kThreads / 4][2][2];
+  static_assert(sizeof(totals) <= kStaticShared);
+  PairSums(&group_totals)[2][2] = totals[threadIdx.x / 4];
   for (int chunk = 0; chunk * kOutputChunk < p.outputs; ++chunk) {
     Moments<float> moments[2][kOutputTiles][4];
     if (kIsSilu<Curve> && meets) {
@@ -321,6 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1) shallow_kernel(Shallow p) {
     } else {
       path_moments<Curve, kSplit, false>(p, s, i0, j0, chunk, moments);
     }
+    PairSums pair_sums[2][2];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -335,17 +340,31 @@ __global__ void __launch_bounds__(kThreads, 1) shallow_kernel(Shallow p) {
         }
       }
     }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        PairSums sums = pair_sums[m][half];
+        sums.nonlinear = warp_sum(sums.nonlinear, 4);
+        sums.constants = warp_sum(sums.constants, 4);
+        if (lane % 4 != 0) continue;
+        if (chunk > 0) {
+          sums.nonlinear += group_totals[m][half].nonlinear;
+          sums.constants += group_totals[m][half].constants;
+        }
+        group_totals[m][half] = sums;
+      }
+    }
   }
+  if (lane % 4 != 0) return;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      PairSums total;
-      total.nonlinear = warp_sum(pair_sums[m][half].nonlinear, 4);
-      total.constants = warp_sum(pair_sums[m][half].constants, 4);
       const std::int64_t first = i + 2 * m, second = j + 4 * half;
-      if (lane % 4 != 0 || second >= p.samples || first > second) continue;
-      store_entry(p.connectivity, p.counts, total, p.z, p.stride, p.width, p.samples, p.outputs, first, second);
+      if (second >= p.samples || first > second) continue;
+      store_entry(p.connectivity, p.counts, group_totals[m][half], p.z, p.stride, p.width, p.samples, p.outputs, first,
+                  second);
     }
   }
 }
@@ -407,7 +426,7 @@ ShallowKernel find_shallow(const PathConnectivity<float>& op, std::size_t shared
       break;
     default: break;
   }
-  if (found.shared > shared_limit) found.kernel = nullptr;
+  if (found.shared + kStaticShared > shared_limit) found.kernel = nullptr;
   return found;
 }
 ShallowKernel find_shallow(const PathConnectivity<double>&, std::size_t) { return {nullptr, 0, 0, 0}; }

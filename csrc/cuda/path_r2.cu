@@ -8,16 +8,14 @@ namespace {
 
 template <class T>
 struct Output {
-  T first, chord, magnitude, scale, rounding, least;
+  T first, chord, magnitude, scale;
   Moments<T> moments;
 
-  __device__ void start(T y_first, T y_second, T y_scale, T y_rounding, T y_least) {
+  __device__ void start(T y_first, T y_second, T y_scale) {
     first = y_first;
     chord = y_second - y_first;
     magnitude = larger(absolute(y_first), absolute(y_second)) * y_scale;
     scale = y_scale;
-    rounding = y_rounding;
-    least = y_least;
     moments = {};
   }
   __device__ void add(T y, T t, T weight, T weight_t) {
@@ -27,7 +25,7 @@ struct Output {
     moments.te = fma(weight_t, e, moments.te);
     moments.ee = fma(weighted, e, moments.ee);
   }
-  __device__ Share<T> share(T variance_t) const {
+  __device__ Share<T> share(T rounding, T least, T variance_t) const {
     return share_of_output<T, T>(chord * scale, moments, magnitude, least,
                                  fma(magnitude, magnitude, rounding * rounding), variance_t, Epsilon<T>::value);
   }
@@ -164,15 +162,14 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
 #pragma unroll
   for (int n = 0; n < kItems; ++n) {  // while the values are on their way
     const int item = thread + n * kThreads, pair = item / outputs, k = item % outputs;
-    items[n].start(T(0), T(0), T(0), T(0), T(0));
+    items[n].start(T(0), T(0), T(0));
     y[n] = values + head;
     if (pair < pairs) {
       y[n] += pair * (pair_values + tile.padding) + k;
       const std::int64_t i = op.first[begin + pair], j = op.second[begin + pair];
       const bool known = is_sample(op, i) && is_sample(op, j);
       items[n].start(known ? op.ends[i * outputs + k] : not_a_number<T>(),
-                     known ? op.ends[j * outputs + k] : not_a_number<T>(), op.workspace[k],
-                     op.workspace[outputs + k], op.workspace[2 * outputs + k]);
+                     known ? op.ends[j * outputs + k] : not_a_number<T>(), op.workspace[k]);
     }
   }
   copy_async_wait();
@@ -185,8 +182,10 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
   }
 #pragma unroll
   for (int n = 0; n < kItems; ++n) {
-    const Share<T> share = items[n].share(nodes.variance_t);
-    shares[thread + n * kThreads] = share.unresolved > 0 ? T(kUnresolved)
+    const int item = thread + n * kThreads, k = item % outputs;
+    const Share<T> share =
+        items[n].share(op.workspace[outputs + k], op.workspace[2 * outputs + k], nodes.variance_t);
+    shares[item] = share.unresolved > 0 ? T(kUnresolved)
                                     : share.constant > 0 ? T(kConstantShare) : share.nonlinear;
   }
   __syncthreads();
@@ -257,12 +256,8 @@ __global__ void __launch_bounds__(kMostThreads) large_pairs_kernel(PathR2<T> op,
       const Values first = load<T, kWidth>(op.ends + i * op.outputs + k);
       const Values second = load<T, kWidth>(op.ends + j * op.outputs + k);
       const Values scale = load<T, kWidth>(op.workspace + k);
-      const Values rounding = load<T, kWidth>(op.workspace + op.outputs + k);
-      const Values least = load<T, kWidth>(op.workspace + 2 * op.outputs + k);
 #pragma unroll
-      for (int n = 0; n < kWidth; ++n) {
-        items[n].start(first.values[n], second.values[n], scale.values[n], rounding.values[n], least.values[n]);
-      }
+      for (int n = 0; n < kWidth; ++n) items[n].start(first.values[n], second.values[n], scale.values[n]);
     }
     const T* from = interior + k;
     for (int begin = 0; begin < nodes.interior; begin += kBatch) {
@@ -280,9 +275,11 @@ __global__ void __launch_bounds__(kMostThreads) large_pairs_kernel(PathR2<T> op,
         for (int n = 0; n < kWidth; ++n) items[n].add(y[b].values[n], t, weight, weight_t);
       }
     }
+    const Values rounding = load<T, kWidth>(op.workspace + op.outputs + k);
+    const Values least = load<T, kWidth>(op.workspace + 2 * op.outputs + k);
 #pragma unroll
     for (int n = 0; n < kWidth; ++n) {
-      const Share<T> share = items[n].share(nodes.variance_t);
+      const Share<T> share = items[n].share(rounding.values[n], least.values[n], nodes.variance_t);
       sum += share.unresolved > 0 ? NAN : double(share.nonlinear);
       constants += double(share.constant);
     }
