@@ -194,7 +194,7 @@ class Enqueued:
     """(checks, 2) int64, how many values fail a check and which is the first; None where all was looked at."""
     errors: tuple[Callable[[int, int], Exception], ...] = ()
     offset: Tensor | None = None
-    """0-dim float64, as `_offset` gives it; None: 0."""
+    """0-dim float64, as `_offset` gives it; None: of no interest, as next to no output counts as constant."""
 
     @property
     def L(self) -> Tensor:
@@ -336,14 +336,16 @@ def enqueue(
                 if not (checks.deferred and chain is not None):  # else by `check`, on the chain's own weights
                     measured.resolve()
                     checks.entries(measured.L)
-                return Enqueued(
+                enqueued = Enqueued(
                     measured,
                     _precision(precision, chain, x),
                     ends.shape[1],
                     checks.pending(),
                     tuple(checks.errors),
-                    _offset(chain, ends),
                 )
+                if checks.deferred or enqueued.constant_share() >= WARNED_SHARE:
+                    enqueued = replace(enqueued, offset=_offset(chain, ends))
+                return enqueued
         finally:
             if stream is not None and chain is None:
                 torch.cuda.current_stream(x.device).wait_stream(stream)

@@ -30,14 +30,13 @@ from .network import (
     Stacked,
     Tracer,
     check_made,
-    hooked,
     is_plain,
     loaded,
     networks_in,
     same_output,
     wrapped_as,
 )
-from .state import alone, evaluating, refuse_sharded
+from .state import alone, evaluating, hooked, refuse_sharded
 
 # Entries of an attribute up to which it is compared from one measurement to the next: a few hundred microseconds.
 LARGE = 1000

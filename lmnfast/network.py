@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .nested import contents
-from .state import alone, evaluating, uninterrupted
+from .state import alone, evaluating, hooked, uninterrupted
 
 # The order is that of the enum in csrc/activation.h: the kernels get the index.
 ACTIVATIONS = (
@@ -301,17 +301,6 @@ def _exported_for(part: nn.Module) -> int | None:
         if len(shape):
             return shape[0] if isinstance(shape[0], int) else None
     return None
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module runs hooks."""
-    everywhere = torch.nn.modules.module
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-    )
 
 
 class Call(nn.Module):

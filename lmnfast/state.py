@@ -34,6 +34,12 @@ SWITCHES = {
     "require_backward_grad_sync": False,
 }
 
+# Modules of torch that change nothing in a forward pass in eval mode. Where a network has no other parts, and no hooks, its
+# state is not kept: 0.3 ms of the 0.6 ms that `evaluating` takes for four parts, as much as a kernel needs for 10 samples.
+STATELESS = tuple(
+    f"torch.nn.modules.{name}" for name in ("activation", "container", "conv", "dropout", "flatten", "linear")
+)
+
 _lock = threading.RLock()
 _forked = False
 
@@ -132,7 +138,8 @@ def evaluating(*modules: Any) -> Iterator[Callable[[], None]]:
         kept, stack = _Kept(), ExitStack()
         try:
             with uninterrupted():
-                stack.enter_context(_random_states())
+                stateless = len(roots) == len(modules) and all(map(_is_stateless, parts))
+                stack.enter_context(_random_states(numpys=not stateless))
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(_without_fast_path())
                 stack.callback(_set_all, switched)
@@ -141,7 +148,7 @@ def evaluating(*modules: Any) -> Iterator[Callable[[], None]]:
                 for part in parts:
                     _stand_still(part, inner=not any(part is root for root in roots), stack=stack)
                 stack.callback(kept.put_back, values=True)
-                kept.keep(parts)
+                kept.keep(parts, stateless)
             yield kept.put_back
         finally:
             with uninterrupted():
@@ -201,9 +208,33 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks."""
+    everywhere = torch.nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+    )
+
+
+def _is_stateless(part: nn.Module) -> bool:
+    """Whether a module is one of torch's own that changes nothing in a forward pass in eval mode, and runs no hooks."""
+    kind, own = type(part), vars(part)
+    return (
+        kind.__module__ in STATELESS
+        and kind.forward.__module__ == kind.__module__
+        and kind.__call__ is nn.Module.__call__
+        and "forward" not in own
+        and not hooked(part)
+    )
+
+
 @contextmanager
-def _random_states() -> Iterator[None]:
-    numpy = sys.modules.get("numpy.random")
+def _random_states(numpys: bool) -> Iterator[None]:
+    """numpys: numpy's, too, which takes a tenth of a millisecond."""
+    numpy = sys.modules.get("numpy.random") if numpys else None
     with torch.random.fork_rng(_cuda_devices()), ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         if numpy is not None:
@@ -226,16 +257,19 @@ class _Kept:
         self._unkept: list[tuple[str, Tensor, int]] = []  # tensors of which there is no copy
         self._storages: list[tuple[Tensor, Tensor, int]] = []
 
-    def keep(self, parts: Iterable[nn.Module]) -> None:
+    def keep(self, parts: Iterable[nn.Module], stateless: bool = False) -> None:
+        """stateless: only parameters are kept, which another thread may overwrite."""
         with torch._C.DisableTorchFunction():  # a mode around f, as one of float64, is not meant for this
             for part in parts:
-                self._keep_part(part)
+                self._keep_part(part, stateless)
 
-    def _keep_part(self, part: nn.Module) -> None:
+    def _keep_part(self, part: nn.Module, stateless: bool) -> None:
         for name, parameter in part._parameters.items():
             if parameter is not None and id(parameter) not in self._seen:
                 self._seen.add(id(parameter))
                 self._keep_parameter(part, name, parameter)
+        if stateless:
+            return
         for buffer in part._buffers.values():
             if buffer is not None:
                 self._keep_tensor(buffer, buffer=True)

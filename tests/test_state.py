@@ -142,6 +142,74 @@ def test_random_states_of_python_and_numpy_are_put_back():
     assert states() == before
 
 
+def drawing(module: nn.Module, *_) -> None:
+    np.random.rand()
+    module.calls = getattr(module, "calls", 0) + 1
+
+
+class Drawing(nn.Linear):
+    def forward(self, z):
+        drawing(self)
+        return super().forward(z)
+
+
+def by_forward(part: nn.Linear) -> nn.Linear:
+    def forward(z):
+        drawing(part)
+        return nn.Linear.forward(part, z)
+
+    part.forward = forward
+    return part
+
+
+def by_hook(part: nn.Linear) -> nn.Linear:
+    part.register_forward_hook(drawing)
+    return part
+
+
+def by_pre_hook(part: nn.Linear) -> nn.Linear:
+    part.register_forward_pre_hook(drawing)
+    return part
+
+
+def by_parametrization(part: nn.Linear) -> nn.Linear:
+    class Draws(nn.Module):
+        def forward(self, w):
+            drawing(self)
+            return w
+
+    return nn.utils.parametrize.register_parametrization(part, "weight", Draws())
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [lambda part: Drawing(6, 6), by_forward, by_hook, by_pre_hook, by_parametrization],
+    ids=["subclass", "forward", "hook", "pre-hook", "parametrization"],
+)
+def test_state_in_one_of_the_modules_of_torch_is_put_back(drawn):
+    # Networks of torch's own modules alone change nothing, and their state is not kept.
+    model, x = nn.Sequential(drawn(nn.Linear(6, 6)), *mlp()), samples(12)
+
+    def kept():
+        return repr(np.random.get_state()), [getattr(part, "calls", None) for part in model.modules()]
+
+    before = kept()  # a parametrization has been called when it was registered
+    model(x)
+    assert kept() != before
+    before = kept()
+    lmnfast.lmn(model, x)
+    lmnfast.jacobians(model, x)
+    assert kept() == before
+
+
+def test_state_from_a_hook_on_all_modules_is_put_back():
+    model, before = mlp(), repr(np.random.get_state())
+    with nn.modules.module.register_module_forward_hook(drawing):
+        lmnfast.lmn(model, samples(12))
+    assert repr(np.random.get_state()) == before
+    assert not any(hasattr(part, "calls") for part in model.modules())
+
+
 # Threads ---------------------------------------------------------------------------------------------------
 
 
