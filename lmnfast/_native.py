@@ -130,11 +130,27 @@ def run(call, result: Tensor, *more: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` in float64. On the CPU the same bits for any thread count and any number of rows: the products of torch's
-    BLAS are summed in parts that depend on both."""
+    """``F.linear`` of rows x (B, D) in float64. On the CPU the same bits for any thread count and any number of rows: the products
+    of torch's BLAS are summed in parts that depend on both. Can be differentiated by x."""
     x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if x.requires_grad else _linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return linear(gradient, weight.mT, None), None, None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     (samples, inputs), outputs, count = x.shape, len(weight), cores_to_use()
     z = x.new_empty(samples, outputs)

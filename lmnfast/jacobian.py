@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native, ops
@@ -23,7 +22,7 @@ from .evaluation import (
     widened,
 )
 from .network import IDENTITY, Activation, Chain, recognise, why_no_chain
-from .state import alone, evaluating
+from .state import alone, evaluating, lapack_on_one_core
 
 PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
 # Bytes of features held at a time; the kernel packs the second samples' once more. All at once, or two tiles of them.
@@ -183,8 +182,8 @@ def merged(chain: Chain) -> Chain:
         if weights and activations[-1].name == "identity":
             before = biases.pop()
             if before is not None:
-                bias = F.linear(before, weight, bias)
-            weight = weight @ weights.pop()
+                bias = _native.linear(before[None], weight, bias)[0]
+            weight = _native.linear(weight, weights.pop().mT, None)
             activations.pop()
         weights.append(weight)
         biases.append(bias)
@@ -197,10 +196,12 @@ def chain_features(chain: Chain, x: Tensor, affine: bool) -> tuple[Callable[[int
     number."""
     if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
         # W = Q R: a last Linear with more outputs than inputs keeps every distance as R.
-        R = torch.linalg.qr(chain.weights[-1], mode="r").R
+        with lapack_on_one_core():
+            R = torch.linalg.qr(chain.weights[-1], mode="r").R
         chain = replace(chain, weights=(*chain.weights[:-1], R), biases=(*chain.biases[:-1], None))
     inputs, outputs = chain.weights[0].shape[1], len(chain.weights[-1])
-    isometry = _isometry(chain)
+    with lapack_on_one_core():
+        isometry = _isometry(chain)
     width = (inputs * outputs if isometry is None else len(isometry)) + affine * outputs
 
     def rows(begin: int, end: int) -> Tensor:
@@ -210,8 +211,8 @@ def chain_features(chain: Chain, x: Tensor, affine: bool) -> tuple[Callable[[int
         else:
             # The nonlinearity is on the input, or after the first Linear.
             on_input = chain.activations[0].name != "identity"
-            z = some if on_input else F.linear(some, chain.weights[0], chain.biases[0])
-            features = _slope(chain.activations[0 if on_input else 1], z)[1] @ isometry.mT
+            z = some if on_input else _native.linear(some, chain.weights[0], chain.biases[0])
+            features = _native.linear(_slope(chain.activations[0 if on_input else 1], z)[1], isometry, None)
         if affine:
             features = torch.cat((features, _offsets(chain, some)), 1)
         _check_finite(features, begin)
@@ -230,11 +231,11 @@ def _isometry(chain: Chain) -> Tensor | None:
         return None
     first, last = chain.weights[0], chain.weights[-1]
     if chain.activations[0] != IDENTITY:
-        M = (last.mT @ last).diagonal().diag()
+        M = last.square().sum(0).diag()
     elif chain.activations[-1] != IDENTITY:
-        M = (first @ first.mT).diagonal().diag()
+        M = first.square().sum(1).diag()
     else:
-        M = (last.mT @ last) * (first @ first.mT)
+        M = _native.linear(last.mT, last.mT, None) * _native.linear(first, first, None)
     norms = M.diagonal().sqrt()
     used = norms > 0  # the others change no Jacobian
     units = int(used.sum())
@@ -274,11 +275,11 @@ def _offsets(chain: Chain, x: Tensor) -> Tensor:
     a, slope = _slope(chain.activations[0], x)
     offsets = a - slope * x
     for n, (weight, bias, activation) in enumerate(zip(chain.weights, chain.biases, chain.activations[1:])):
-        z = F.linear(a, weight, bias)
+        z = _native.linear(a, weight, bias)
         if n + 1 == len(chain.weights) and activation.name == "identity":
-            return offsets @ weight.mT  # the last bias is the same for all
+            return _native.linear(offsets, weight, None)  # the last bias is the same for all
         a, slope = _slope(activation, z)
-        offsets = F.linear(offsets, weight, bias) * slope + (a - slope * z)
+        offsets = _native.linear(offsets, weight, bias) * slope + (a - slope * z)
     return offsets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -10,8 +11,10 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from operator import is_
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +83,36 @@ def alone() -> Iterator[None]:
     the same one again, too. In a forked process on one core."""
     with _lock, one_core_after_fork():
         yield
+
+
+@contextmanager
+def lapack_on_one_core() -> Iterator[None]:
+    """Torch's LAPACK uses one thread when this thread calls it, so that its results have the same bits for any thread count.
+
+    Other threads go on as they are. Of no effect where torch's LAPACK is neither MKL nor OpenBLAS.
+    """
+    set_threads = _lapack_threads()
+    if set_threads is None:
+        yield
+        return
+    before = set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
+
+
+@cache
+def _lapack_threads() -> Callable[[int], int] | None:
+    """Sets how many threads LAPACK uses for the calling thread, and returns how many it did; 0: as many as the process."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), os.RTLD_NOLOAD)
+    except (AttributeError, OSError):  # on another system
+        return None
+    for name in ("MKL_Set_Num_Threads_Local", "openblas_set_num_threads_local"):
+        if (function := getattr(torch_cpu, name, None)) is not None:
+            return cast(Callable[[int], int], function)
+    return None
 
 
 def sharding_of(model: nn.Module) -> str | None:

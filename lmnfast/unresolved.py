@@ -8,6 +8,7 @@ rounding. In float64 f is evaluated on the path itself, without a chord, so that
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,9 +29,16 @@ LARGE = 1e6
 
 _DOUBLE_EPSILON = torch.finfo(torch.float64).eps
 
-Values = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""From points (B, *in) float64 to f there (B, K), and to the magnitude up to which an output is nothing but rounding (B, K), None
-where that is not known; both float64."""
+
+@dataclass(frozen=True)
+class Values:
+    """f in float64."""
+
+    at: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    """From points (B, *in) float64 to f there (B, K), and to the magnitude up to which an output is nothing but rounding
+    (B, K), None where that is not known; both float64."""
+    rounds_as_ends: bool = False
+    """Whether an output's rounding anywhere on a path may be that of its ends."""
 
 
 def are_close(first: Tensor, second: Tensor) -> Tensor:
@@ -56,7 +64,7 @@ def resolve(
     """Replaces the unresolved entries of L in place, and completes the counts. Waits for a CUDA device.
 
     Args:
-        values: f in float64.
+        values: f.
         x: (N, *in), the samples.
         L: (N, N), UNRESOLVED where a pair is.
         counts: (2,) int64, outputs counted as constant over the resolved pairs, and the number of unresolved pairs; the
@@ -113,21 +121,21 @@ def _path(values: Values, first: Tensor, second: Tensor, nodes: Tensor, midpoint
     """f, or its polynomials, at every node: (pairs, nodes, K)."""
     if midpoint is None:
         t = nodes.reshape(-1, *[1] * (first.dim() - 1))
-        y, least = values(torch.lerp(first[:, None], second[:, None], t).flatten(0, 1))
+        y, least = values.at(torch.lerp(first[:, None], second[:, None], t).flatten(0, 1))
         y = y.unflatten(0, (len(first), len(nodes)))
         if least is not None:
             least = least.unflatten(0, (len(first), len(nodes)))
-            if getattr(values, "rounds_as_ends", False):
+            if values.rounds_as_ends:
                 least = torch.maximum(least, least[:, [0, -1]].amax(1, keepdim=True))
         return _without_rounding(y, least)
     step, ends, slopes = second - first, [], []
     for sample in (first, second):
         # Twice backwards: torch's forward mode warns of its own use of torch.jit.
-        y, slope = torch.autograd.functional.jvp(lambda z: values(z)[0], sample, step)
+        y, slope = torch.autograd.functional.jvp(lambda z: values.at(z)[0], sample, step)
         ends.append(y)
         slopes.append(slope)
     # At the ends a dead output is exactly dead, and slopes do not cancel as values do.
-    half = _without_rounding(*values(torch.lerp(first, second, 0.5))) if midpoint else None
+    half = _without_rounding(*values.at(torch.lerp(first, second, 0.5))) if midpoint else None
     return hermite_path(*ends, *slopes, half, nodes)
 
 
@@ -214,15 +222,15 @@ class Widened:
     def values(self) -> Values:
         """Warns where f is evaluated as it is, in x's dtype."""
         if self._x.dtype == torch.float64:
-            return lambda points: (self._f(points).flatten(1), None)
+            return Values(lambda points: (self._f(points).flatten(1), None))
         if (wide := self._wide) is not None and not self._ends_in_float32():
-            return lambda points: (wide(points).flatten(1), None)
+            return Values(lambda points: (wide(points).flatten(1), None))
         warnings.warn(
             f"f: cannot be evaluated in float64 ({self._problem}); entries between samples that agree to rounding, and of "
             f"outputs that hardly vary, carry the rounding of {self._ends.dtype}",
             stacklevel=2,
         )
-        return lambda points: (self._f(points.to(self._x.dtype)).flatten(1).double(), None)
+        return Values(lambda points: (self._f(points.to(self._x.dtype)).flatten(1).double(), None))
 
     def noise(self) -> Tensor | None:
         """(N, K) float64, as `resolve` takes it. Products round by their place in a batch, so an output that is constant differs by

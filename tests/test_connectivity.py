@@ -811,6 +811,22 @@ def test_one_matrix_for_any_thread_count(samples, inputs, units, threads):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh])
+@pytest.mark.parametrize("widths", [(60, 200, 200, 10), (60, 300, 600), (60, 130, 10)])
+def test_one_number_for_any_thread_count(widths, activation, threads):
+    """Pairs that are measured again in float64, features of Jacobians, eigenvalues."""
+    torch.manual_seed(0)
+    layers = [[nn.Linear(a, b), activation()] for a, b in zip(widths, widths[1:])]
+    model = nn.Sequential(nn.Linear(60, 60), *(part for pair in layers for part in pair))[:-1]
+    x, results = torch.randn(40, 60).repeat(8, 1)[:300] + 1e-7 * torch.randn(300, 60), []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append([lmnfast.connectivity(model, x, method=method) for method in MODULE.METHODS])
+        results[-1] += [lmnfast.jacobian_distances(model, x, affine=affine) for affine in (False, True)]
+        results[-1] += [lmnfast.lmn(model, x), lmnfast.lmn(model, x, method="hermite")]
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
 def test_no_more_threads_than_cores_to_run_on(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert state.cores_to_use() == min(64, processes.cores())

@@ -265,7 +265,7 @@ def test_a_network_in_float32_is_evaluated_in_float64(make):
     else:
         expected = exact(x.double())
         expected = expected[0][:, -1] if isinstance(expected, tuple) else expected
-    y, _ = Widened(last, x, last(x).flatten(1)).values()(x.double())
+    y, _ = Widened(last, x, last(x).flatten(1)).values().at(x.double())
     assert y.dtype == torch.float64
     assert (y - expected.flatten(1)).abs().max() < 1e-14
     assert all(p.dtype == torch.float32 for p in net.parameters())
@@ -282,7 +282,7 @@ def test_what_cannot_be_evaluated_in_float64_says_so_and_is_measured_as_it_is(sp
     x = torch.randn(6, 3)
     with pytest.warns(UserWarning, match="^f: cannot be evaluated in float64"):
         values = Widened(spoil, x, spoil(x)).values()
-    y, _ = values(x.double())
+    y, _ = values.at(x.double())
     assert y.dtype == torch.float64 and torch.equal(y.float(), spoil(x))
 
 

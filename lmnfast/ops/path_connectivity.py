@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
@@ -129,9 +128,9 @@ class _Hoisted:
                 if n:
                     if rounds and n == len(weights):
                         bias = biases[n - 1]
-                        squares = F.linear(z**2, weights[n - 1] ** 2, None if bias is None else bias**2)
+                        squares = _native.linear(z**2, weights[n - 1] ** 2, None if bias is None else bias**2)
                         terms = squares.sqrt()
-                    z = F.linear(z, weights[n - 1], biases[n - 1])
+                    z = _native.linear(z, weights[n - 1], biases[n - 1])
                 for into in (2 * n, 2 * n + 1):
                     z = activation(z) if into % 2 else z
                     z = z if skips[into] == -1 else z + values[skips[into]]
@@ -140,8 +139,7 @@ class _Hoisted:
             return z, 2 * epsilon * terms if rounds else None
 
         # Where all units before are off, what is left of their sum is the rounding of the path's own points.
-        at.rounds_as_ends = rounds  # type: ignore[attr-defined]
-        return at
+        return Values(at, rounds_as_ends=rounds)
 
 
 def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
