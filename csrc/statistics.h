@@ -79,6 +79,14 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V lea
   return {constant > zero ? zero : share, constant, constant > zero ? zero : one - resolved};
 }
 
+/// Whether an output that seems constant may only seem so: the rounding in what it is computed from exceeds 1, over which
+/// activations bend, and an activation may hide that rounding together with what lies under it. Scaled as the output is.
+template <class V, class T>
+LMN_FN V hides_rounding(V rounding, T scale, T epsilon) {
+  constexpr T kResolved = static_cast<T>(sizeof(T) == 4 ? kResolvedUlps32 : kResolvedUlps64);
+  return rounding * (kResolved * epsilon) > V{} + scale ? V{} + T(1) : V{};
+}
+
 /// A polynomial in place of an output's residual along a path, from a few values of it: its slopes at both ends and,
 /// with the midpoint, its value there. e(t) = sum over v of value_v phi_v(t), so its moments come from these sums:
 template <class T>

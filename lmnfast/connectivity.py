@@ -37,7 +37,7 @@ from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .quadrature import path_nodes
 from .reference import CONSTANT_ULPS
 from .state import alone, evaluating, one_core_after_fork
-from .unresolved import CLOSE, RESOLVED_ULPS, UNRESOLVED, Widened, are_close, resolve
+from .unresolved import CLOSE, LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED, Widened, are_close, resolve
 
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
 # Share of constant outputs from which on an offset is warned of. Measured on an MLP with 5 outputs and 200 samples, by the
@@ -519,6 +519,10 @@ def _generic_hermite(
     sample = torch.arange(len(x), device=x.device)
     differentiated = Differentiated(f, x, ends, allocated, tile // 2, checks)
     moments = _PolynomialMoments(nodes, weights, midpoint)
+    widened_f = Widened(f, x, ends)
+    # As csrc/cuda/path_r2.cu has them: what outputs are computed from, and below what nothing is known of an output.
+    own = torch.zeros_like(y[0]) if widened_f.rounding is None else widened_f.rounding.to(y.dtype)
+    rounding, least = y.abs().amax(0) * LEAST_ROUNDING + own, own / CONSTANT_ULPS
     # A quarter of the tile for each of two tiles of Jacobians, half of it for what the pairs of them take.
     pair = y.element_size() * (inputs + 8 * outputs) + (-(-allocated // len(x)) if midpoint else 0)
     most = max(1, tile // max(4 * y.element_size() * outputs * inputs, 2 * pair))
@@ -540,11 +544,14 @@ def _generic_hermite(
                 if midpoint:
                     values.append(_half_way(f, x, ends, first, second, checks))
                 magnitude = torch.maximum(y[first, None].abs(), y[second].abs())
-                share, constant, unresolved = moments.nonlinear_share(chord, values, magnitude)
+                length = step.abs().amax(-1)
+                # Where an output is 0 at both ends, so should be its slopes but for rounding.
+                slight = torch.where(magnitude == 0, torch.maximum(length[..., None], rounding), rounding)
+                share, constant, unresolved = moments.nonlinear_share(chord, values, magnitude, slight, least)
                 left = unresolved.any(-1)
                 if x.dtype != torch.float64:
                     largest = torch.maximum(flat[second].abs().amax(1), flat[first, None].abs().amax(2))
-                    left |= step.abs().amax(-1) <= CLOSE * largest
+                    left |= length <= CLOSE * largest
                 equal = (step == 0).all(-1)
                 r2 = torch.where(left, UNRESOLVED, 1 - share.mean(-1))
                 r2 = torch.where(equal, 1.0, r2)
@@ -562,9 +569,8 @@ def _generic_hermite(
     def resolved() -> None:
         if int(counts[1]):
             points = max(1, tile // 4 * len(x) // allocated)
-            resolve(
-                Widened(f, x, ends).values(), x, L, counts, nodes, weights, points=points, midpoint=midpoint
-            )
+            values, noise = widened_f.values(), widened_f.noise()
+            resolve(values, x, L, counts, nodes, weights, points=points, midpoint=midpoint, noise=noise)
 
     return ChainConnectivity(L, counts, resolved)
 
@@ -603,7 +609,7 @@ class _PolynomialMoments:
         ).tolist()
 
     def nonlinear_share(
-        self, chord: Tensor, values: list[Tensor], magnitude: Tensor
+        self, chord: Tensor, values: list[Tensor], magnitude: Tensor, rounding: Tensor, least: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """1 - r2, 0 for what is constant to rounding; what is constant; what is unresolved. ``values`` are overwritten."""
         scale = chord.abs()
@@ -622,15 +628,10 @@ class _PolynomialMoments:
         total = covariance.square_() + nonlinear.clamp_(min=0)
         epsilon = torch.finfo(chord.dtype).eps * self.variance_t**0.5
         variation = total.sqrt() * scale
-        constant = variation <= magnitude * (CONSTANT_ULPS * epsilon)
-        share = torch.where(constant, 0.0, nonlinear / total)
-        # Another dtype would not resolve more than float64 does.
-        limit = (
-            magnitude * (RESOLVED_ULPS * epsilon)
-            if chord.dtype != torch.float64
-            else -torch.ones_like(magnitude)
-        )
-        return share, constant, ~(variation > limit) & ~constant
+        constant = (variation <= magnitude * (CONSTANT_ULPS * epsilon)) & (magnitude >= least)
+        share = torch.where(constant, 0.0, nonlinear / total)  # of no use where it is unresolved
+        ulps = RESOLVED_ULPS[chord.dtype]
+        return share, constant, ~(variation > torch.hypot(magnitude, rounding) * (ulps * epsilon)) & ~constant
 
 
 def _of_jacobians(

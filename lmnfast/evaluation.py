@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from . import _native
 from .network import CHAIN_DTYPES, Chain, check_function, same_output
 from .state import evaluating
+from .unresolved import in_double
 
 DEFAULT_BUDGET = 256 * 2**20
 # On a CPU a tile is to stay near the caches, and off fresh pages, which the C library maps for large results, and for
@@ -117,7 +118,8 @@ class Checks:
         """Whether f(x) is `ends` for these rows of x in another call, too: `again` are its outputs there.
 
         They may differ by rounding, which other batches have in another way. Where they differ by more, how much rounding can
-        do is measured: f is called again on x, where a function gives the same, and on x moved by some of its last bits.
+        do is measured: f is called again on x, where a function gives the same, on x moved by some of its last bits, and in
+        float64.
         """
         index = torch.tensor(rows, device="cpu")
         difference = (again - ends[on_device(index, ends.device)]).abs().amax(1)
@@ -130,12 +132,21 @@ class Checks:
         else:
             tight = 8 * epsilon * magnitude + 1e-30
             good = difference <= tight
-            if not good.all() and (outputs_of(f, x.clone()) - ends).abs().amax() <= tight:
+            if (
+                not good.all()
+                and ((first := outputs_of(f, x.clone())) - outputs_of(f, x.clone())).abs().amax() <= tight
+            ):
                 signs = torch.arange(x.numel(), device=x.device).sin().sign().to(x.dtype).reshape(x.shape)
                 moved = x + 8 * epsilon * x.abs().amax() * signs
-                rounding = (outputs_of(f, moved) - ends).abs().amax()
+                rounding = torch.maximum((outputs_of(f, moved) - first).abs().amax(), _error(f, x, first))
                 # Rounding may move a value to the next one of a quantised layer: beyond 1 % it is no excuse.
                 good = difference <= torch.clamp(16 * rounding, 1e-4 * magnitude, 1e-2 * magnitude)
+                if not good.all() and (difference <= 16 * rounding).all():
+                    raise ValueError(
+                        f"f: rounding decides its outputs: called on {called}, it gives others by "
+                        f"{difference.max() / magnitude:.1%} of their largest, while rounding alone changes them by "
+                        f"{rounding / magnitude:.1%}; expected samples and weights of a size that {ends.dtype} resolves"
+                    )
         self._expect(
             good,
             lambda _, first: ValueError(
@@ -256,6 +267,16 @@ def _epsilon(x: Tensor, y: Tensor) -> float:
     if torch.is_autocast_enabled(x.device.type):
         kinds.append(torch.get_autocast_dtype(x.device.type))
     return max(torch.finfo(kind).eps for kind in kinds)
+
+
+def _error(f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """The largest rounding error of f's outputs y on float32 samples, from float64; 0 where f cannot be evaluated there."""
+    if x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        try:
+            return (in_double(f, x) - y).abs().amax().to(y.dtype)
+        except Exception:  # the user's code, on a dtype that it was not written for
+            pass
+    return y.new_zeros(())
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:

@@ -22,8 +22,9 @@ from .reference import hermite_path, r2_of_outputs
 UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
 # Samples are close where no coordinate differs by more than this share of the largest: kCloseSamples there.
 CLOSE = 2.0**-10
-# An output in float32 is unresolved where it varies by less than this many epsilons: kResolvedUlps32 there.
-RESOLVED_ULPS = 256.0
+# An output is unresolved where it varies by less than this many epsilons: kResolvedUlps32 and kResolvedUlps64 there.
+RESOLVED_ULPS = {torch.float32: 2.0**8, torch.float64: 2.0**24}
+LEAST_ROUNDING = 2.0**-6  # kLeastRounding there
 # Numbers beyond this are the infinities of masks, and nothing that outputs are computed from.
 LARGE = 1e6
 
@@ -83,21 +84,35 @@ def resolve(
     epsilon, inputs = torch.finfo(L.dtype).eps, x if inputs is None else inputs
     on_device = nodes.to(L.device), weights.to(L.device)
     for first, second in _unresolved_pairs(L, max(1, points // len(nodes))):
-        same = (inputs[first] == inputs[second]).flatten(1).all(1)
+        same = (inputs[first] == inputs[second]).flatten(1).all(1) | _agree(x[first], x[second])
         L[first[same], second[same]] = L[second[same], first[same]] = 1.0
         first, second = first[~same], second[~same]
         if len(first) == 0:
             continue
         samples = x[first].double(), x[second].double()
-        y = _path(values, *samples, on_device[0], midpoint)
+        y, least = _path(values, *samples, on_device[0], midpoint)
+        if midpoint is not None and L.dtype != torch.float64:
+            _flatten_dead(y, samples[1] - samples[0])
         ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
-        rounding = ends * torch.where(are_close(*samples), _DOUBLE_EPSILON, epsilon)[:, None]
+        close = are_close(*samples)[:, None]
+        rounding = ends * torch.where(close, _DOUBLE_EPSILON, epsilon)
+        if (
+            least is not None
+        ):  # of close samples, what cancels in an output leaves rounding behind that is larger than all else
+            rounding = torch.where(close, torch.maximum(rounding, least), rounding)
         if noise is not None:
             rounding = torch.maximum(rounding, torch.maximum(noise[first], noise[second]))
         r2, constant = r2_of_outputs(y, *on_device, rounding)
         L[first, second] = L[second, first] = r2.mean(1).clamp(0, 1).to(L.dtype)  # rounding may exceed 1
         counts[0] += constant.sum()
     counts[1] = 0
+
+
+def _agree(first: Tensor, second: Tensor) -> Tensor:
+    """Whether samples agree to float64 rounding in every coordinate, so that there is nothing but a straight line between
+    them; (pairs, *in) each -> (pairs,) bool."""
+    first, second = first.double().flatten(1), second.double().flatten(1)
+    return ((second - first).abs() <= 16 * _DOUBLE_EPSILON * torch.maximum(first.abs(), second.abs())).all(1)
 
 
 def _unresolved_pairs(L: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,26 +132,41 @@ def _without_rounding(y: Tensor, least: Tensor | None) -> Tensor:
     return y if least is None else torch.where(y.abs() <= least, 0.0, y)
 
 
-def _path(values: Values, first: Tensor, second: Tensor, nodes: Tensor, midpoint: bool | None) -> Tensor:
-    """f, or its polynomials, at every node: (pairs, nodes, K)."""
+def _flatten_dead(y: Tensor, step: Tensor) -> None:
+    """Makes polynomials y (pairs, nodes, K) 0 in place that are 0 at both ends and next to nothing between them: far below zero,
+    GELU in PyTorch is 0 where its slope is not, but 1e-34 and the like."""
+    size = torch.maximum(y[:, [0, -1]].abs().amax((1, 2)), step.abs().flatten(1).amax(1))[:, None]
+    dead = (y[:, 0] == 0) & (y[:, -1] == 0) & (y.abs().amax(1) <= _DOUBLE_EPSILON * size)
+    y.masked_fill_(dead[:, None], 0.0)
+
+
+def _path(
+    values: Values, first: Tensor, second: Tensor, nodes: Tensor, midpoint: bool | None
+) -> tuple[Tensor, Tensor | None]:
+    """f, or its polynomials, at every node (pairs, nodes, K), and up to which magnitude that is nothing but rounding at the
+    ends (pairs, K), None where that is not known."""
     if midpoint is None:
         t = nodes.reshape(-1, *[1] * (first.dim() - 1))
         y, least = values.at(torch.lerp(first[:, None], second[:, None], t).flatten(0, 1))
         y = y.unflatten(0, (len(first), len(nodes)))
-        if least is not None:
-            least = least.unflatten(0, (len(first), len(nodes)))
-            if values.rounds_as_ends:
-                least = torch.maximum(least, least[:, [0, -1]].amax(1, keepdim=True))
-        return _without_rounding(y, least)
-    step, ends, slopes = second - first, [], []
+        if least is None:
+            return y, None
+        least = least.unflatten(0, (len(first), len(nodes)))
+        at_ends = least[:, [0, -1]].amax(1)
+        if values.rounds_as_ends:  # between the ends, which are the samples themselves
+            least[:, 1:-1] = torch.maximum(least[:, 1:-1], at_ends[:, None])
+        return _without_rounding(y, least), at_ends
+    step, ends, slopes, leasts = second - first, [], [], []
     for sample in (first, second):
         # Twice backwards: torch's forward mode warns of its own use of torch.jit.
         y, slope = torch.autograd.functional.jvp(lambda z: values.at(z)[0], sample, step)
         ends.append(y)
         slopes.append(slope)
+        leasts.append(values.at(sample)[1])
     # At the ends a dead output is exactly dead, and slopes do not cancel as values do.
     half = _without_rounding(*values.at(torch.lerp(first, second, 0.5))) if midpoint else None
-    return hermite_path(*ends, *slopes, half, nodes)
+    at_ends = None if leasts[0] is None or leasts[1] is None else torch.maximum(leasts[0], leasts[1])
+    return hermite_path(*ends, *slopes, half, nodes), at_ends
 
 
 class InDouble(TorchFunctionMode):
@@ -252,6 +282,11 @@ class Widened:
         if converted:
             self._problem = "it converts its outputs to float32"
         return converted
+
+
+def in_double(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f on the samples x, widened to float64; raises what f raises there."""
+    return _by_mode(InDouble(), f, x.double()).flatten(1)
 
 
 def _by_mode(mode: InDouble, f: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ on its diagonal, in [0, 1], one where the outputs are the same along all of a pa
 - loss: the largest error of the case in plain PyTorch of the case's dtype, outputs at all nodes in one batch, statistics in
   float64; of close pairs (`NEAR`) by itself.
 - floor: what a rounding of every operation costs an entry, to first order. `Rounded` carries it through the network;
-  `Paths` carries it on into r2. Without it, a case would fail in which PyTorch is right by luck.
+  `Paths` carries it on into r2. Without it, a case would fail in which PyTorch is right by luck. Of float64 paths the fused
+  route rounds as their larger end does, because it adds a chord and a residual. The generic route takes slopes for the Hermite
+  methods from Jacobians times x_j - x_i, which may cancel: `OF_SLOPES` more in float64.
 
 An output is constant, r2 = 1, where its standard deviation along a path is at most 4 epsilons of its magnitude at the ends.
 Within a factor of 4 either way an implementation may decide either way. The fused route knows that a constant added to an
@@ -53,6 +55,7 @@ from lmnfast.quadrature import path_nodes
 Array = NDArray[np.floating]
 METHODS = ("path", "hermite", "hermite-midpoint")
 WORK = 1.5e7  # multiply-adds of a case along all paths, about: tens of milliseconds
+OF_SLOPES = 1e-11
 SIGMAS = 6  # standard deviations of a rounding that are allowed: 2 of 10^9 are more than that
 MOST = 2_000_000  # numbers of an array of the truth
 
@@ -334,10 +337,12 @@ class Rounded:
         return Rounded(value, np.sqrt(of_terms @ (w**2).T + of_sum))
 
 
-def outputs(case: Case, x: Rounded, u: float, slope: Rounded | None = None) -> tuple[Rounded, Rounded | None]:
+def outputs(
+    case: Case, x: Rounded, u: float, slope: Rounded | None = None, chords: int = 0
+) -> tuple[Rounded, Rounded | None]:
     """The network's outputs without a last bias that can be dropped, and their slopes along `slope`.
 
-    x, slope: (rows, D).
+    x, slope: (rows, D). chords: so many rows each are a path, whose pre-activations are sums of a chord and a residual.
     """
     smallest = float(np.finfo(case.dtype).tiny)  # a kernel may flush what is below
     values: list[tuple[Rounded, Rounded | None]] = []
@@ -348,6 +353,9 @@ def outputs(case: Case, x: Rounded, u: float, slope: Rounded | None = None) -> t
             z, s = z.product(w, u, smallest), None if s is None else s.product(w, u, smallest)
             if b is not None and not (n == len(case.weights) and case.droppable):
                 z = Rounded(z.value + b, z.error + u * np.abs(z.value + b).astype(float))
+        if chords and activation[0] != "identity":
+            ends = np.abs(z.value.reshape(-1, chords, z.value.shape[1])[:, [0, -1]]).max(1).astype(float)
+            z = Rounded(z.value, np.hypot(z.error, u * np.repeat(ends, chords, 0)))
         for into in (2 * n, 2 * n + 1):
             if into % 2 and activation[0] != "identity":
                 z, s = _activated(activation, z, s, u, smallest)
@@ -477,7 +485,11 @@ def truth_of(
     for begin in range(0, len(first), most):
         a, b = x[first[begin : begin + most]], x[second[begin : begin + most]]
         t = nodes if case.method == "path" else kind([0, 0.5, 1])
-        at = (a[:, None] + t[:, None] * (b - a)[:, None]).reshape(len(a) * points, -1)
+        at = np.where(  # both ends are the samples themselves, however far apart
+            t[:, None] < 0.5,
+            a[:, None] + t[:, None] * (b - a)[:, None],
+            b[:, None] - (1 - t)[:, None] * (b - a)[:, None],
+        ).reshape(len(a) * points, -1)
         rounded = (
             2 * u * np.maximum(np.abs(a), np.abs(b)).astype(float)[:, None] * ((t > 0) & (t < 1))[:, None]
         )
@@ -488,11 +500,15 @@ def truth_of(
             None if r is None else Rounded(*(v.reshape(len(a), points, -1) for v in (r.value, r.error)))
             for r in outputs(case, at, u, slope)
         )
+        error = y.error  # of the fused route
+        if long and case.method == "path":
+            error = outputs(case, at, u, chords=points)[0].error.reshape(y.error.shape)
         ends = y.value[:, 0], y.value[:, -1]
         if s is not None:
             y = _polynomial(y, s, nodes, case.method == "hermite-midpoint")
         paths = Paths(y.value, nodes, node_weights)
-        plain, parts = biased, biased_parts = paths.judged(y.error, ends, u, truth_u)
+        biased, biased_parts = paths.judged(y.error, ends, u, truth_u)
+        plain, parts = paths.judged(y.error if s is not None else error, ends, u, truth_u)
         if case.droppable:
             error = np.hypot(
                 y.error, u * np.maximum(*(np.abs(end + bias) for end in ends)).astype(float)[:, None]
@@ -735,8 +751,13 @@ class Expected:
         self.torch_dtype = getattr(torch, case.dtype)
         self.coincident = (case.x[self.first] == case.x[self.second]).all(1)
         with torch.no_grad():
-            at_samples = Net(case)(torch.from_numpy(case.x).to(self.torch_dtype))
+            x = torch.from_numpy(case.x).to(self.torch_dtype)
+            at_samples, moved = Net(case)(x), Net(case)(x * (1 + 16 * self.u))
+            if case.dtype == "float32":
+                moved = Net(case).double()(x.double())
         self.all_finite = bool(at_samples.isfinite().all())
+        # Whether rounding changes outputs by a thousandth of the largest: float32's, or of float64 that of the samples.
+        self.unstable = bool((moved - at_samples).abs().max() > 1e-3 * at_samples.abs().max())
         self.truth = self._truth(np.ones(len(self.first), bool), self.u, case.dtype == "float64")
         self.dead = self.truth[0].dead
 
@@ -759,6 +780,8 @@ class Expected:
         # Close pairs lose far more digits than others, so they say nothing about these.
         largest = [loss[finite & these].max(initial=0) for these in (~near, near)]
         allowed = 2 * np.where(near, largest[1], largest[0]) + right.floor + 8 * self.u
+        if self.case.dtype == "float64" and self.case.method != "path" and not fused:
+            allowed += OF_SLOPES
         below, above = low - allowed, high + allowed
         close = (distance < 4 * NEAR) & ~self.coincident
         if self.case.dtype == "float32" and close.any():
@@ -794,6 +817,12 @@ def check(case: Case, levels: list[str]) -> list[Verdict]:
                     with level(name):
                         L, fused = measured(case, generic)
                 except Exception as error:
+                    if (
+                        isinstance(error, ValueError)
+                        and "rounding decides" in str(error)
+                        and expected.unstable
+                    ):
+                        continue
                     refused = isinstance(error, ValueError) and "NaN or Inf" in str(error)
                     if fine := bounds.setdefault(not generic, expected.bounds(not generic)):
                         if refused and not (expected.all_finite and np.isfinite(fine.below).all()):

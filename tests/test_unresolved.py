@@ -86,6 +86,60 @@ def test_one_outlier_does_not_make_the_other_paths_straight(device, dtype):
     assert (L - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("midpoint", [None, True])
+def test_an_activation_does_not_hide_what_rounding_has_hidden(midpoint, device, dtype):
+    """The output is dead at both ends and not half way, where huge numbers cancel: a chord's rounding there is dead, too."""
+    size = 1e13 if dtype == torch.float32 else 1e22
+    weights, biases = [[[1.0], [-1.0]], [[-1.0, -1.0]]], (None, torch.tensor([1.0], dtype=torch.float64))
+    chain = chain_of(weights, ["identity", "gelu", "gelu"], biases)
+    x = torch.tensor([[-size], [size]], dtype=torch.float64)
+    expected = truth(chain, x)
+    if midpoint:
+        expected = reference.hermite_connectivity(chain, x, *UNIFORM, midpoint=True)
+    assert expected[0, 1] < 1e-9
+    L = chain_connectivity(cast(chain, dtype, device), x.to(device, dtype), *UNIFORM, midpoint)
+    L.resolve()
+    assert (L.L.cpu() - expected).abs().max() < 1e-6
+
+
+def test_the_last_step_of_a_path_from_an_outlier(device):
+    """The outputs are dead along all of the path but at its other end, where the outlier's rounding does not reach."""
+    x = torch.tensor([[-1e22], [1.0]], dtype=torch.float64)
+    chain = chain_of([[[1.0]]], ["identity", "relu"], (torch.tensor([-0.5]).double(),))
+    L = chain_connectivity(cast(chain, torch.float32, device), x.to(device, torch.float32), *UNIFORM)
+    L.resolve()
+    # The output is 0 at 20 nodes and 1/2 at the last: cov^2 / (var var) = (1/21 * 1/2)^2 / (var(t) * 20/441) = 3/22.
+    assert L.L[0, 1].item() == pytest.approx(3 / 22, abs=1e-6)
+
+
+@pytest.mark.parametrize("generic", [False, True])
+def test_gelu_that_is_zero_where_its_slope_is_not(generic):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.GELU())
+    with torch.no_grad():
+        net[0].bias -= 13
+    x = torch.randn(9, 3)
+    f = (lambda z: net(z)) if generic else net
+    for method in ("hermite", "hermite-midpoint"):
+        assert (lmnfast.connectivity(f, x, method=method) == 1).all()
+
+
+@pytest.mark.parametrize("generic", [False, True])
+@pytest.mark.parametrize("method", ["path", "hermite", "hermite-midpoint"])
+def test_samples_apart_by_float64s_rounding_beside_large_outputs(generic, method):
+    """The outputs' rounding is that of terms much larger than they are."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 3))
+    with torch.no_grad():
+        for n in (0, 2):
+            net[n].bias += 100
+        net[4].weight *= 10
+        net[4].bias -= net(torch.zeros(1, 6))[0].round()
+    x = 1e-15 * torch.randn(5, 6)
+    f = (lambda z: net(z)) if generic else net
+    assert (lmnfast.connectivity(f, x, method=method) == 1).all()
+
+
 @pytest.mark.parametrize("end", [nn.Softmax(-1), nn.Sigmoid(), nn.Softplus()])
 def test_outputs_of_many_magnitudes(end):
     """Probabilities from 1 down to 1e-30 side by side."""

@@ -751,6 +751,8 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
     nonlinear.add(share.nonlinear);
     constants += share.constant;
     unresolved += share.unresolved;
+    const V largest_rounding = larger(splat<V>(first_rounding[k]), rounding);
+    unresolved += share.constant * hides_rounding<V, T>(largest_rounding, plan.scale[k], Epsilon<T>::value);
     const V least = splat<V>(vanishing * plan.scale[k]);
     unresolved += smaller(absolute(first), absolute(second)) < least ? splat<V>(T(1)) : V{};
   }

@@ -74,11 +74,11 @@ struct PairSums {
   int constants = 0;     // outputs
 };
 
-/// Adds output k between samples i and j. least: below it an output has underflowed, or is about to.
+/// Adds output k between samples i and j. scale: of the output; least: below it an output has underflowed, or is about to.
 template <class T>
 __device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, const T* rounding, std::int64_t outputs,
                                   std::int64_t i, std::int64_t j, std::int64_t k, const Moments<T>& moments,
-                                  T least, T variance_t) {
+                                  T scale, T least, T variance_t) {
   const std::int64_t at_i = i * outputs + k, at_j = j * outputs + k;
   const T first = y[at_i], second = y[at_j];
   const T chord = (second - first) + (y_low[at_j] - y_low[at_i]);
@@ -86,7 +86,9 @@ __device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, co
   const Share<T> share = share_of_output<T, T>(chord, moments, larger(absolute(first), absolute(second)), T(0),
                                                rounding_squared, variance_t, Epsilon<T>::value);
   const bool vanishes = absolute(first) < least || absolute(second) < least;
-  sums.nonlinear += vanishes || share.unresolved > 0 ? NAN : double(share.nonlinear);
+  const T largest_rounding = larger(rounding[at_i], rounding[at_j]);
+  const bool hides = share.constant > 0 && hides_rounding<T, T>(largest_rounding, scale, Epsilon<T>::value) > 0;
+  sums.nonlinear += vanishes || hides || share.unresolved > 0 ? NAN : double(share.nonlinear);
   sums.constants += share.constant > 0 ? 1 : 0;
 }
 
@@ -511,7 +513,7 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
           if constexpr (kStencil > 0) moments[n][c] = stencil_moments<kStencil>(p.stencil, values[n][c]);
           const Pair pair = pair_of(i0, j0, 16 * m0 + 8 * (c / 2) + lane / 4, samples);
           add_output(pair_sums[c / 2], problem.y, problem.y_low, problem.rounding, outputs, pair.first, pair.second, k,
-                     moments[n][c], vanishing * problem.scale[k], problem.nodes.variance_t);
+                     moments[n][c], problem.scale[k], vanishing * problem.scale[k], problem.nodes.variance_t);
         }
       }
     }

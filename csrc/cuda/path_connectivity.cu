@@ -24,7 +24,8 @@ constexpr double kTanhSeparableMean = 0.25;
 
 struct Shallow {
   const float *z, *a;            // [samples, stride]
-  const float *y, *y_low, *rounding;  // [samples, outputs], scaled
+  const float *y, *y_low, *rounding;  // [samples, outputs], scaled by
+  const float* scale;                 // [outputs]
   const float4 *high, *low;      // weights and what rounding them to TF32 lost, [chunks][steps][kOutputTiles][lanes]
   DeviceNodes<float> nodes;
   std::int64_t samples, outputs, stride;
@@ -336,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 1) shallow_kernel(Shallow p) {
           if (k >= p.outputs) continue;
           const std::int64_t first = at_most(i + 2 * m, p.samples - 1), second = at_most(j + 4 * (c / 2), p.samples - 1);
           add_output(pair_sums[m][c / 2], p.y, p.y_low, p.rounding, p.outputs, first, second, k, moments[m][n][c],
-                     0.0f, p.nodes.variance_t);
+                     p.scale[k], 0.0f, p.nodes.variance_t);
         }
       }
     }
@@ -459,7 +460,7 @@ const char* run_shallow(const PathConnectivity<float>& op, const Plan<float>& pl
                              problem.scale, problem.outputs, first.width, steps, count, packed.high, packed.low);
   if (error) return error;
   const float alpha = first.kind == ActivationKind::kRelu ? 0.0f : first.alpha;
-  const Shallow shallow{first.z, first.a, problem.y, problem.y_low, problem.rounding, packed.high, packed.low,
+  const Shallow shallow{first.z, first.a, problem.y, problem.y_low, problem.rounding, problem.scale, packed.high, packed.low,
                         problem.nodes, problem.samples, problem.outputs, first.stride, int(first.width), int(steps), alpha,
                         plan.flag, problem.connectivity, problem.counts};
   const std::int64_t sides = blocks_of(op.samples, kSide);

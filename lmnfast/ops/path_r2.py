@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..unresolved import RESOLVED_ULPS, UNRESOLVED
+from ..unresolved import LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED
 from ._checks import KERNEL_DTYPES, check_rule, check_tensor, plain
 
 
@@ -109,10 +109,12 @@ def _plain(
     y = _all_nodes(interior, ends, first, second)
     r2, constant = reference.r2_of_outputs(y, nodes, weights)
     magnitude = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
+    computed_from = ends.abs().amax(0) * LEAST_ROUNDING
     if own is not None:
         constant &= magnitude >= own / reference.CONSTANT_ULPS
-        magnitude = magnitude + own
-    rounding = torch.finfo(y.dtype).eps * magnitude * (RESOLVED_ULPS / reference.CONSTANT_ULPS)
+        computed_from = computed_from + own
+    ulps = RESOLVED_ULPS[y.dtype] / reference.CONSTANT_ULPS
+    rounding = torch.finfo(y.dtype).eps * ulps * torch.hypot(magnitude, computed_from)
     unresolved = (reference.r2_of_outputs(y, nodes, weights, rounding)[1] & ~constant).any(1)
     counts = torch.stack([(constant & ~unresolved[:, None]).sum(), unresolved.sum()])
     return torch.where(unresolved, UNRESOLVED, r2.mean(1)), counts
