@@ -77,7 +77,8 @@ struct PathR2 {
   std::int64_t pairs, samples, outputs;
   T* r2;                            // [pairs]; kUnresolved for a pair that T cannot resolve
   std::int64_t* counts;             // [2], outputs counted as constant over the resolved pairs; unresolved pairs
-  const T* rounding;                // [outputs] or null: f's own rounding of each output, in epsilons
+  const T* rounding;                // [2, outputs] or null: f's own rounding of each output, in epsilons, and `least` of
+                                    // share_of_output
   T* workspace;                     // [3 * outputs + 3 * nodes.interior]
 };
 

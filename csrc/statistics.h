@@ -49,7 +49,8 @@ struct Share {
 /// 1 - r2 of one output, from its chord and the moments of its residual.
 /// With cov(y, t) = chord var(t) + te and var(e) = ee - e^2:
 ///   var(t) var(y) = cov^2 + (var(t) var(e) - te^2), so 1 - r2 is the second term's share, and nothing cancels.
-/// magnitude: the larger |y| of the two ends; below `least` nothing can be said of a constant output. rounding_squared: of
+/// magnitude: the larger |y| of the two ends; below |least| nothing can be said of a constant output, but that one which is 0 at
+/// both ends is 0 where `least` is negative. rounding_squared: of
 /// both ends together, see kResolvedUlps32. All in the units of the chord, in which the outputs' spread over the samples is of
 /// order 1.
 template <class V, class T>
@@ -71,7 +72,8 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V lea
   const V moved = (chord < zero ? -chord : chord) + (m.te < zero ? -m.te : m.te) + (m.e < zero ? -m.e : m.e);
   V constant = total <= constant_total ? one : zero;
   constant = constant_total >= zero + kLeast ? constant : moved + sizes > zero ? zero : constant;
-  constant = magnitude >= least ? constant : zero;
+  const V known_from = least < zero ? -least : least, zeros_from = least < zero ? zero : least;
+  constant = magnitude >= (magnitude > zero ? known_from : zeros_from) ? constant : zero;
   V resolved = total > resolved_total ? one : zero;  // not where anything is a NaN
   resolved = total > zero + kLeast ? resolved : zero;
   resolved = total < zero + kLargest ? resolved : zero;
@@ -79,12 +81,11 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V lea
   return {constant > zero ? zero : share, constant, constant > zero ? zero : one - resolved};
 }
 
-/// Whether an output that seems constant may only seem so: the rounding in what it is computed from exceeds 1, over which
+/// Whether an output that seems constant may only seem so: the rounding in what it is computed from comes near 1, over which
 /// activations bend, and an activation may hide that rounding together with what lies under it. Scaled as the output is.
 template <class V, class T>
 LMN_FN V hides_rounding(V rounding, T scale, T epsilon) {
-  constexpr T kResolved = static_cast<T>(sizeof(T) == 4 ? kResolvedUlps32 : kResolvedUlps64);
-  return rounding * (kResolved * epsilon) > V{} + scale ? V{} + T(1) : V{};
+  return rounding * (4 * epsilon) > V{} + scale ? V{} + T(1) : V{};
 }
 
 /// A polynomial in place of an output's residual along a path, from a few values of it: its slopes at both ends and,

@@ -138,6 +138,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _Linear.apply(x, weight, bias) if x.requires_grad else _linear(x, weight, bias)
 
 
+# How torch divides the work of a pointwise function among threads: from GRAIN numbers on for some functions, from MOST_SERIAL or
+# FULL on for others, in equal shares.
+GRAIN, MOST_SERIAL, FULL = 2**11, 2**14, 2**15
+
+
+def pointwise(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """A pointwise function of torch's. On the CPU the same bits for any thread count: torch computes the last numbers of a thread's
+    share, fewer than its loop over vectors takes, by other code. Here all shares are whole vectors."""
+    if z.device.type != "cpu":
+        return function(z)
+    threads, flat = torch.get_num_threads(), z.reshape(-1)
+    whole = len(flat) - len(flat) % (FULL * threads)
+    parts = [*flat[:whole].split(FULL * threads)] if whole else []
+    for part in flat[whole:].split(min(GRAIN * threads, MOST_SERIAL)):
+        parts.append(F.pad(part, (0, -len(part) % (GRAIN if len(part) > GRAIN else 64))))
+    values = [function(part) for part in parts]
+    return (values[0] if len(values) == 1 else torch.cat(values))[: z.numel()].reshape(z.shape)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

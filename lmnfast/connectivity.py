@@ -520,9 +520,9 @@ def _generic_hermite(
     differentiated = Differentiated(f, x, ends, allocated, tile // 2, checks)
     moments = _PolynomialMoments(nodes, weights, midpoint)
     widened_f = Widened(f, x, ends)
-    # As csrc/cuda/path_r2.cu has them: what outputs are computed from, and below what nothing is known of an output.
-    own = torch.zeros_like(y[0]) if widened_f.rounding is None else widened_f.rounding.to(y.dtype)
-    rounding, least = y.abs().amax(0) * LEAST_ROUNDING + own, own / CONSTANT_ULPS
+    # What outputs are computed from, and below what nothing is known of an output; see csrc/statistics.h.
+    errors = torch.zeros_like(y) if widened_f.errors is None else widened_f.errors.to(y.dtype)
+    rounding, least = y.abs().amax(0) * LEAST_ROUNDING + errors.amax(0), errors / CONSTANT_ULPS
     # A quarter of the tile for each of two tiles of Jacobians, half of it for what the pairs of them take.
     pair = y.element_size() * (inputs + 8 * outputs) + (-(-allocated // len(x)) if midpoint else 0)
     most = max(1, tile // max(4 * y.element_size() * outputs * inputs, 2 * pair))
@@ -545,9 +545,11 @@ def _generic_hermite(
                     values.append(_half_way(f, x, ends, first, second, checks))
                 magnitude = torch.maximum(y[first, None].abs(), y[second].abs())
                 length = step.abs().amax(-1)
-                # Where an output is 0 at both ends, so should be its slopes but for rounding.
+                # Of an output that is 0 at both ends, slopes may be rounding of what is not; see `unresolved`.
                 slight = torch.where(magnitude == 0, torch.maximum(length[..., None], rounding), rounding)
-                share, constant, unresolved = moments.nonlinear_share(chord, values, magnitude, slight, least)
+                share, constant, unresolved = moments.nonlinear_share(
+                    chord, values, magnitude, slight, torch.maximum(least[first, None], least[second])
+                )
                 left = unresolved.any(-1)
                 if x.dtype != torch.float64:
                     largest = torch.maximum(flat[second].abs().amax(1), flat[first, None].abs().amax(2))
@@ -655,11 +657,12 @@ def _of_jacobians(
         return features
 
     L = tiled(with_norms, len(x), width, False, dtype)
-    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite. Each pair once, as
-    # torch's hypot has other last bits where it is not vectorised.
+    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
     for begin in range(0, len(x), 256):
         end = min(begin + 256, len(x))
-        both = torch.hypot(norms[begin:end, None], norms[begin:])
+        least, largest = (of(norms[begin:end, None], norms[begin:]) for of in (torch.minimum, torch.maximum))
+        # Not torch's hypot, which has other last bits where it is not vectorised.
+        both = largest * (1 + (least / torch.where(largest > 0, largest, 1.0)).square()).sqrt()
         share = L[begin:end, begin:] / torch.where(both > 0, both, 1.0)
         some = 1 - share.square()
         own = some[:, : end - begin]

@@ -264,7 +264,7 @@ def _slope(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
         return z, torch.ones_like(z)
     with torch.inference_mode(False), torch.enable_grad():
         z = (z.clone() if z.is_inference() else z.detach()).requires_grad_()
-        a = activation(z)
+        a = _native.pointwise(activation, z)
         (slope,) = torch.autograd.grad(a, z, torch.ones_like(a))
     return a.detach(), slope
 

@@ -209,7 +209,7 @@ def loaded(f: nn.Module, stacked: Stacked, number: int) -> Iterator[None]:
     whole = getattr(f, WHOLE, (f,))[0]
     for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
         names[id(tensor)] = name if name in values else name.removeprefix("model.")
-    with evaluating(f):
+    with evaluating(f, changed=True):
         for part in f.modules():
             for own in (part._parameters, part._buffers):
                 for key, tensor in own.items():

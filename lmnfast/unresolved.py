@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from .reference import hermite_path, r2_of_outputs
+from .reference import CONSTANT_ULPS, hermite_path, r2_of_outputs
 
 UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
 # Samples are close where no coordinate differs by more than this share of the largest: kCloseSamples there.
@@ -90,9 +90,7 @@ def resolve(
         if len(first) == 0:
             continue
         samples = x[first].double(), x[second].double()
-        y, least = _path(values, *samples, on_device[0], midpoint)
-        if midpoint is not None and L.dtype != torch.float64:
-            _flatten_dead(y, samples[1] - samples[0])
+        y, least = _path(values, *samples, on_device[0], midpoint, L.dtype)
         ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
         close = are_close(*samples)[:, None]
         rounding = ends * torch.where(close, _DOUBLE_EPSILON, epsilon)
@@ -132,22 +130,40 @@ def _without_rounding(y: Tensor, least: Tensor | None) -> Tensor:
     return y if least is None else torch.where(y.abs() <= least, 0.0, y)
 
 
-def _flatten_dead(y: Tensor, step: Tensor) -> None:
-    """Makes polynomials y (pairs, nodes, K) 0 in place that are 0 at both ends and next to nothing between them: far below zero,
-    GELU in PyTorch is 0 where its slope is not, but 1e-34 and the like."""
-    size = torch.maximum(y[:, [0, -1]].abs().amax((1, 2)), step.abs().flatten(1).amax(1))[:, None]
-    dead = (y[:, 0] == 0) & (y[:, -1] == 0) & (y.abs().amax(1) <= _DOUBLE_EPSILON * size)
-    y.masked_fill_(dead[:, None], 0.0)
+def _between(first: Tensor, second: Tensor, t: Tensor | float) -> Tensor:
+    """As torch.lerp, which rounds otherwise at the end of a thread's share."""
+    t = torch.as_tensor(t, dtype=first.dtype, device=first.device)
+    step = second - first
+    return torch.where(t < 0.5, first + t * step, second - (1 - t) * step)
+
+
+def _without_dead(
+    values: Values, first: Tensor, second: Tensor, ends: list[Tensor], slopes: list[Tensor]
+) -> list[Tensor]:
+    """Slopes at both ends, 0 for an output that is exactly 0 there and half way, and hardly has any: far below zero GELU in
+    PyTorch is 0 where its slope is not, but 1e-34 and the like."""
+    size = torch.stack([y.abs().amax(1) for y in ends]).amax(0).clamp(min=1.0)[:, None]
+    slight = torch.stack([(y == 0) & (s.abs() <= _DOUBLE_EPSILON * size) for y, s in zip(ends, slopes)]).all(
+        0
+    )
+    if slight.any():
+        slight &= values.at(_between(first, second, 0.5))[0] == 0
+    return [torch.where(slight, 0.0, s) for s in slopes]
 
 
 def _path(
-    values: Values, first: Tensor, second: Tensor, nodes: Tensor, midpoint: bool | None
+    values: Values,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    midpoint: bool | None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
     """f, or its polynomials, at every node (pairs, nodes, K), and up to which magnitude that is nothing but rounding at the
-    ends (pairs, K), None where that is not known."""
+    ends (pairs, K), None where that is not known. dtype: of L."""
     if midpoint is None:
         t = nodes.reshape(-1, *[1] * (first.dim() - 1))
-        y, least = values.at(torch.lerp(first[:, None], second[:, None], t).flatten(0, 1))
+        y, least = values.at(_between(first[:, None], second[:, None], t).flatten(0, 1))
         y = y.unflatten(0, (len(first), len(nodes)))
         if least is None:
             return y, None
@@ -164,7 +180,9 @@ def _path(
         slopes.append(slope)
         leasts.append(values.at(sample)[1])
     # At the ends a dead output is exactly dead, and slopes do not cancel as values do.
-    half = _without_rounding(*values.at(torch.lerp(first, second, 0.5))) if midpoint else None
+    half = _without_rounding(*values.at(_between(first, second, 0.5))) if midpoint else None
+    if dtype != torch.float64:
+        slopes = _without_dead(values, first, second, ends, slopes)
     at_ends = None if leasts[0] is None or leasts[1] is None else torch.maximum(leasts[0], leasts[1])
     return hermite_path(*ends, *slopes, half, nodes), at_ends
 
@@ -217,9 +235,8 @@ class Widened:
         self._f, self._x, self._ends = f, x, ends
         self._wide: Callable[[Tensor], Tensor] | None = None
         self._problem, self._largest = "autocast is on", 0.0
-        self.rounding: Tensor | None = None
-        """(K,), as `torch.ops.lmnfast.path_r2` takes it: a quarter of each output's largest rounding error over the samples, in
-        machine epsilons of x's dtype. None where the error is not known."""
+        self.errors: Tensor | None = None
+        """(N, K), a quarter of each output's rounding error, in machine epsilons of x's dtype. None where it is not known."""
         if x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
             return
         mode = InDouble()
@@ -247,7 +264,18 @@ class Widened:
             self._problem = "its outputs are others there"
         if self._wide is not None and x.dtype == torch.float32:
             epsilon = torch.finfo(torch.float32).eps
-            self.rounding = (difference.nan_to_num().amax(0) / (4 * epsilon)).to(x.dtype)
+            self.errors = (difference.nan_to_num() / (4 * epsilon)).to(x.dtype)
+
+    @property
+    def rounding(self) -> Tensor | None:
+        """(2, K), as `torch.ops.lmnfast.path_r2` takes it."""
+        if self.errors is None:
+            return None
+        own = self.errors.amax(0)
+        least = own / CONSTANT_ULPS
+        # Behind a ReLU, what is 0 is 0 in float64, too.
+        zeros_are_exact = ((self._ends != 0) | (self.errors == 0)).all(0)
+        return torch.stack([own, torch.where(zeros_are_exact, -least, least)])
 
     def values(self) -> Values:
         """Warns where f is evaluated as it is, in x's dtype."""

@@ -827,6 +827,26 @@ def test_one_number_for_any_thread_count(widths, activation, threads):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("activation", [nn.Softplus, nn.Tanh, functools.partial(nn.GELU, "tanh")])
+def test_one_number_in_float64_for_any_thread_count(activation, threads):
+    """Torch computes the last numbers of a thread's share of a tensor by other code, here of the activations'."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(
+        nn.Linear(64, 101), activation(), nn.Linear(101, 101), activation(), nn.Linear(101, 31)
+    ).double()
+    shallow = nn.Sequential(nn.Linear(30, 101), activation(), nn.Linear(101, 7)).double()
+    x, z, results = torch.randn(60, 64).double(), torch.randn(701, 30).double(), []
+    x = torch.cat([x, x * (1 + 1e-12 * torch.randn_like(x))])
+    for count in (1, 2, 3, 5):
+        threads(count)
+        results.append(
+            [lmnfast.connectivity(deep, x), lmnfast.connectivity(deep, x, method="hermite-midpoint")]
+        )
+        results[-1] += [lmnfast.lmn(deep, x), lmnfast.jacobian_distances(shallow, z, affine=True)]
+        results[-1] += [lmnfast.connectivity(shallow, z, method="jacobian")]
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
 def test_no_more_threads_than_cores_to_run_on(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert state.cores_to_use() == min(64, processes.cores())

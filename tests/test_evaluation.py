@@ -338,3 +338,33 @@ def test_a_default_device_changes_nothing(wrap):
         expected = measure(f, x)
         with torch.device("meta"):
             assert torch.equal(measure(f, x), expected)
+
+
+def test_what_differs_in_float64_is_no_rounding():
+    """Noise by a row's place, in every call the same; and rows that depend on each other beside a cast."""
+    torch.manual_seed(0)
+    x, net = torch.randn(40, 8), nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 4))
+
+    def noisy(z, size):
+        torch.manual_seed(0)
+        y = net(z)
+        return y + size * torch.randn_like(y)
+
+    def cast(z):
+        return net(z).bfloat16().float() + 0.005 * z.mean(0)[:4]
+
+    for f in (lambda z: noisy(z, 1e-3), lambda z: noisy(z, 0.3), cast):
+        with pytest.raises(ValueError, match="f: gives other outputs for sample"):
+            lmnfast.lmn(f, x)
+
+
+def test_a_refusal_says_where_rounding_decides_the_outputs():
+    torch.manual_seed(0)
+    weight = 1e6 * torch.randn(200, 40)
+
+    def f(z):  # sums in another order for another number of rows
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(len(z))).tolist()
+        return torch.sin(sum(z[:, n, None] * weight[n] for n in order))
+
+    with pytest.raises(ValueError, match="f: rounding decides its outputs: called on"):
+        lmnfast.lmn(f, torch.randn(40, 200))

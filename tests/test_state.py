@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 import multiprocessing
 import os
 import pickle
@@ -181,10 +182,28 @@ def by_parametrization(part: nn.Linear) -> nn.Linear:
     return nn.utils.parametrize.register_parametrization(part, "weight", Draws())
 
 
+def by_backward_hook(part: nn.Linear) -> nn.Linear:
+    part.register_full_backward_hook(drawing)
+    return part
+
+
+def by_call(part: nn.Linear) -> nn.Linear:
+    part._call_impl = by_forward(nn.Linear(6, 6)).forward
+    return part
+
+
 @pytest.mark.parametrize(
     "drawn",
-    [lambda part: Drawing(6, 6), by_forward, by_hook, by_pre_hook, by_parametrization],
-    ids=["subclass", "forward", "hook", "pre-hook", "parametrization"],
+    [
+        lambda part: Drawing(6, 6),
+        by_forward,
+        by_hook,
+        by_pre_hook,
+        by_backward_hook,
+        by_call,
+        by_parametrization,
+    ],
+    ids=["subclass", "forward", "hook", "pre-hook", "backward hook", "call", "parametrization"],
 )
 def test_state_in_one_of_the_modules_of_torch_is_put_back(drawn):
     # Networks of torch's own modules alone change nothing, and their state is not kept.
@@ -194,20 +213,35 @@ def test_state_in_one_of_the_modules_of_torch_is_put_back(drawn):
         return repr(np.random.get_state()), [getattr(part, "calls", None) for part in model.modules()]
 
     before = kept()  # a parametrization has been called when it was registered
-    model(x)
+    model(x.clone().requires_grad_()).sum().backward()
     assert kept() != before
     before = kept()
-    lmnfast.lmn(model, x)
-    lmnfast.jacobians(model, x)
+    for method in ("path", "hermite", "jacobian"):
+        lmnfast.lmn(model, x, method=method)
     assert kept() == before
 
 
-def test_state_from_a_hook_on_all_modules_is_put_back():
-    model, before = mlp(), repr(np.random.get_state())
-    with nn.modules.module.register_module_forward_hook(drawing):
-        lmnfast.lmn(model, samples(12))
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_state_from_a_hook_on_all_modules_is_put_back(kind):
+    model, before = nn.Sequential(*mlp(), nn.Mish()), repr(np.random.get_state())
+    with getattr(nn.modules.module, f"register_module_{kind}")(drawing):
+        lmnfast.lmn(model, samples(12), method="hermite")
     assert repr(np.random.get_state()) == before
     assert not any(hasattr(part, "calls") for part in model.modules())
+
+
+def test_state_from_a_class_of_torch_that_someone_has_patched_is_put_back(monkeypatch):
+    plain = nn.Mish.forward
+
+    @functools.wraps(plain)
+    def forward(self, z):
+        drawing(self)
+        return plain(self, z)
+
+    monkeypatch.setattr(nn.Mish, "forward", forward)
+    model, before = nn.Sequential(nn.Linear(6, 4), nn.Mish()), repr(np.random.get_state())
+    lmnfast.lmn(model, samples(12))
+    assert repr(np.random.get_state()) == before and not hasattr(model[1], "calls")
 
 
 # Threads ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Pairs that a dtype cannot resolve: dead and cancelling outputs, paths of another scale, samples that nearly agree."""
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -110,6 +111,34 @@ def test_the_last_step_of_a_path_from_an_outlier(device):
     L.resolve()
     # The output is 0 at 20 nodes and 1/2 at the last: cov^2 / (var var) = (1/21 * 1/2)^2 / (var(t) * 20/441) = 3/22.
     assert L.L[0, 1].item() == pytest.approx(3 / 22, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["hermite", "hermite-midpoint"])
+def test_small_outputs_that_are_zero_at_both_ends_are_alive(method):
+    for f in (lambda z: 1e-17 * z * (1 - z), lambda z: z[:, :1] * (1 - z[:, :1])):
+        x = torch.tensor([[0.0, 1e17], [1.0, 2e17], [3.0, 3e17]])
+        L = lmnfast.connectivity(f, x if f(x).shape[1] == 1 else x[:, :1], method=method)
+        assert L[0, 1] < 1e-6
+
+
+def test_dead_outputs_of_a_network_that_is_no_chain_are_constant_at_once(monkeypatch):
+    """A ReLU's output that is 0 is known, and not worth float64; a GELU's is not."""
+    module = sys.modules["lmnfast.connectivity"]
+    shares = []
+
+    def counting(values, x, L, counts, *arguments, **settings):
+        shares.append(int(counts[1]) / (len(L) * (len(L) - 1) / 2))
+
+    monkeypatch.setattr(module, "resolve", counting)
+    for activation in (nn.ReLU(), nn.GELU()):
+        torch.manual_seed(0)
+        f = nn.Sequential(
+            nn.Linear(20, 50), nn.LayerNorm(50), nn.ReLU(), nn.Linear(50, 20), activation
+        ).requires_grad_(False)
+        for method in ("path", "hermite", "hermite-midpoint"):
+            f[3].bias[0] = -20  # the GELU's first output is 0, and in float64 about -1e-40
+            lmnfast.connectivity(f, torch.randn(40, 20), method=method)
+    assert len(shares) < 3 or max(shares[:3]) < 0.02
 
 
 @pytest.mark.parametrize("generic", [False, True])

@@ -181,7 +181,7 @@ void path_r2_on(const PathR2<T>& op, int threads) {
     op.workspace[k] = output_scale(largest);
     const T own = op.rounding ? op.rounding[k] * op.workspace[k] : 0;
     op.workspace[op.outputs + k] = magnitude * op.workspace[k] * T(kLeastRounding) + own;
-    op.workspace[2 * op.outputs + k] = own / T(kConstantUlps);
+    op.workspace[2 * op.outputs + k] = op.rounding ? op.rounding[op.outputs + k] * op.workspace[k] : 0;
   }
   std::int64_t constants = 0, unresolved = 0;
   // Chunks short enough that a thread whose core another process has taken keeps the others waiting for one alone.

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int 
     op.workspace[k] = output_scale(largest[thread]);
     const T own = op.rounding ? op.rounding[k] * op.workspace[k] : T(0);
     op.workspace[op.outputs + k] = magnitudes[thread] * op.workspace[k] * T(kLeastRounding) + own;
-    op.workspace[2 * op.outputs + k] = own / T(kConstantUlps);
+    op.workspace[2 * op.outputs + k] = op.rounding ? op.rounding[op.outputs + k] * op.workspace[k] : T(0);
   }
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..network import ACTIVATIONS, Activation, Chain
+from ..network import ACTIVATIONS, IDENTITY, Activation, Chain
 from ..unresolved import Values, resolve
 from ._checks import check_chain, check_rule, check_sums, plain
 
@@ -132,7 +132,7 @@ class _Hoisted:
                         terms = squares.sqrt()
                     z = _native.linear(z, weights[n - 1], biases[n - 1])
                 for into in (2 * n, 2 * n + 1):
-                    z = activation(z) if into % 2 else z
+                    z = _native.pointwise(activation, z) if into % 2 and activation != IDENTITY else z
                     z = z if skips[into] == -1 else z + values[skips[into]]
                     z = z if shifts[into] is None else z + moved.pop(0)
                     values.append(z)

@@ -17,9 +17,9 @@ def path_r2(
     leaves unresolved (see `lmnfast.unresolved`) follow in float64, from the same outputs; to find them waits for CUDA.
 
     ``torch.ops.lmnfast.path_r2`` leaves such pairs as UNRESOLVED. It returns r2 and two counts, (2,) int64: the outputs that are
-    constant, over all resolved pairs, and the unresolved pairs. Its argument `rounding`, (outputs,) of interior's dtype, is f's own
-    rounding of each output in machine epsilons. The op enqueues on the current stream and never waits. Indices of samples can
-    therefore not be checked on CUDA: a pair of samples that do not exist gets NaN.
+    constant, over all resolved pairs, and the unresolved pairs. Its argument `rounding`, (2, outputs) of interior's dtype, is f's own
+    rounding of each output in machine epsilons, and the magnitude below which nothing is known of that output, negative where an
+    output is known if it is 0. The op enqueues on the current stream and never waits. Indices of samples can therefore not be checked on CUDA: a pair of samples that do not exist gets NaN.
 
     Args:
         interior: (pairs, nodes - 2, outputs), float32 or float64.
@@ -111,8 +111,8 @@ def _plain(
     magnitude = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
     computed_from = ends.abs().amax(0) * LEAST_ROUNDING
     if own is not None:
-        constant &= magnitude >= own / reference.CONSTANT_ULPS
-        computed_from = computed_from + own
+        constant &= (magnitude >= own[1].abs()) | ((magnitude == 0) & (own[1] < 0))
+        computed_from = computed_from + own[0]
     ulps = RESOLVED_ULPS[y.dtype] / reference.CONSTANT_ULPS
     rounding = torch.finfo(y.dtype).eps * ulps * torch.hypot(magnitude, computed_from)
     unresolved = (reference.r2_of_outputs(y, nodes, weights, rounding)[1] & ~constant).any(1)
@@ -144,8 +144,8 @@ def _check(
         raise ValueError(f"ends: expected (samples, {interior.shape[2]}), got shape {tuple(ends.shape)}")
     if rounding is not None:
         check_tensor("rounding", rounding, (interior.dtype,), on)
-        if rounding.shape != ends.shape[1:]:
-            raise ValueError(f"rounding: expected ({ends.shape[1]},), got shape {tuple(rounding.shape)}")
+        if rounding.shape != (2, ends.shape[1]):
+            raise ValueError(f"rounding: expected (2, {ends.shape[1]}), got shape {tuple(rounding.shape)}")
     for name, tensor in (("first", first), ("second", second)):
         if tensor.shape != interior.shape[:1]:
             raise ValueError(f"{name}: expected ({interior.shape[0]},), got shape {tuple(tensor.shape)}")
