@@ -91,6 +91,8 @@ class Checks:
         """
         if y.shape != ends.shape:
             return False
+        if not self.deferred and torch.equal(y, ends):  # of a chain they mostly are
+            return True
         # max and min, which are faster than amax and amin along rows
         high, low = ends.max(0).values, ends.min(0).values
         rounding = 8 * torch.finfo(ends.dtype).eps * torch.maximum(high.abs(), low.abs())
