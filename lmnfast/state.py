@@ -178,7 +178,8 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Callable[[], No
         try:
             with uninterrupted():
                 stateless = not changed and len(roots) == len(modules) and all(map(_is_stateless, parts))
-                stack.enter_context(_random_states(numpys=not stateless))
+                if not stateless:
+                    stack.enter_context(_random_states())
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(_without_fast_path())
                 stack.callback(_set_all, switched)
@@ -281,9 +282,8 @@ def _is_stateless(part: nn.Module) -> bool:
 
 
 @contextmanager
-def _random_states(numpys: bool) -> Iterator[None]:
-    """numpys: numpy's, too, which takes a tenth of a millisecond."""
-    numpy = sys.modules.get("numpy.random") if numpys else None
+def _random_states() -> Iterator[None]:
+    numpy = sys.modules.get("numpy.random")
     with torch.random.fork_rng(_cuda_devices()), ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         if numpy is not None:
