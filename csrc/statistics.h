@@ -11,6 +11,13 @@
 namespace lmn {
 namespace {
 
+template <class T> struct Epsilon;
+template <> struct Epsilon<float> { static constexpr float value = 0x1p-23f; };
+template <> struct Epsilon<double> { static constexpr double value = 0x1p-52; };
+template <class T> struct Vanishing;  // near the smallest normal number
+template <> struct Vanishing<float> { static constexpr float value = 0x1p-120f; };
+template <> struct Vanishing<double> { static constexpr double value = 0x1p-1000; };
+
 // What a sum of a few terms, none above its values at a path's ends, loses to rounding, in epsilons of those.
 constexpr int kRoundedUlps = 8;
 // An output whose standard deviation along a path is at most this many epsilons of its magnitude at the ends is
@@ -49,8 +56,8 @@ struct Share {
 /// 1 - r2 of one output, from its chord and the moments of its residual.
 /// With cov(y, t) = chord var(t) + te and var(e) = ee - e^2:
 ///   var(t) var(y) = cov^2 + (var(t) var(e) - te^2), so 1 - r2 is the second term's share, and nothing cancels.
-/// magnitude: the larger |y| of the two ends; below |least| nothing can be said of a constant output, but that one which is 0 at
-/// both ends is 0 where `least` is negative. rounding_squared: of
+/// magnitude: the larger |y| of the two ends. An output below |least| is never taken for constant, as its own rounding is
+/// unknown; where `least` is negative, an output that is 0 at both ends still is. rounding_squared: of
 /// both ends together, see kResolvedUlps32. All in the units of the chord, in which the outputs' spread over the samples is of
 /// order 1.
 template <class V, class T>
@@ -81,8 +88,8 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V lea
   return {constant > zero ? zero : share, constant, constant > zero ? zero : one - resolved};
 }
 
-/// Whether an output that seems constant may only seem so: the rounding in what it is computed from comes near 1, over which
-/// activations bend, and an activation may hide that rounding together with what lies under it. Scaled as the output is.
+/// Whether an output may only seem to be constant. Activations bend over about 1; where the rounding in what the output is computed
+/// from comes near that, an activation may hide this rounding, and what the rounding covers. rounding: scaled as the output is.
 template <class V, class T>
 LMN_FN V hides_rounding(V rounding, T scale, T epsilon) {
   return rounding * (4 * epsilon) > V{} + scale ? V{} + T(1) : V{};

@@ -138,9 +138,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _Linear.apply(x, weight, bias) if x.requires_grad else _linear(x, weight, bias)
 
 
-# How torch divides the work of a pointwise function among threads: from GRAIN numbers on for some functions, from MOST_SERIAL or
-# FULL on for others, in equal shares.
-GRAIN, MOST_SERIAL, FULL = 2**11, 2**14, 2**15
+# Torch gives each thread an equal share of a pointwise function's numbers: of GELU's from more than SERIAL numbers on, of the others'
+# from STRETCH on, at least STRETCH to a thread. Measured with torch 2.13: their bits follow the thread count from there on.
+SERIAL, STRETCH = 2**14, 2**15
 
 
 def pointwise(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
@@ -148,11 +148,10 @@ def pointwise(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     share, fewer than its loop over vectors takes, by other code. Here all shares are whole vectors."""
     if z.device.type != "cpu":
         return function(z)
-    threads, flat = torch.get_num_threads(), z.reshape(-1)
-    whole = len(flat) - len(flat) % (FULL * threads)
-    parts = [*flat[:whole].split(FULL * threads)] if whole else []
-    for part in flat[whole:].split(min(GRAIN * threads, MOST_SERIAL)):
-        parts.append(F.pad(part, (0, -len(part) % (GRAIN if len(part) > GRAIN else 64))))
+    flat, block = z.reshape(-1), STRETCH * torch.get_num_threads()
+    whole = len(flat) - len(flat) % block
+    parts = [*flat[:whole].split(block)] if whole else []
+    parts += [F.pad(part, (0, -len(part) % 64)) for part in flat[whole:].split(SERIAL)]
     values = [function(part) for part in parts]
     return (values[0] if len(values) == 1 else torch.cat(values))[: z.numel()].reshape(z.shape)
 

@@ -545,7 +545,7 @@ def _generic_hermite(
                     values.append(_half_way(f, x, ends, first, second, checks))
                 magnitude = torch.maximum(y[first, None].abs(), y[second].abs())
                 length = step.abs().amax(-1)
-                # Of an output that is 0 at both ends, slopes may be rounding of what is not; see `unresolved`.
+                # The slopes of an output that is 0 at both ends may be rounding alone, as GELU's far below zero.
                 slight = torch.where(magnitude == 0, torch.maximum(length[..., None], rounding), rounding)
                 share, constant, unresolved = moments.nonlinear_share(
                     chord, values, magnitude, slight, torch.maximum(least[first, None], least[second])

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .nested import contents
-from .state import alone, evaluating, hooked, uninterrupted
+from .state import FORWARDS, alone, evaluating, hooked, uninterrupted
 
 # The order is that of the enum in csrc/activation.h: the kernels get the index.
 ACTIVATIONS = (
@@ -676,8 +676,7 @@ def _input(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-# As they were at import: a library may put others in their place.
-FORWARDS = {k: k.forward for k in vars(nn).values() if isinstance(k, type) and issubclass(k, nn.Module)}
+# As they were at import, as `FORWARDS`.
 FUNCTIONALS = {
     f.__name__: f
     for f in (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)

@@ -94,9 +94,8 @@ def resolve(
         ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
         close = are_close(*samples)[:, None]
         rounding = ends * torch.where(close, _DOUBLE_EPSILON, epsilon)
-        if (
-            least is not None
-        ):  # of close samples, what cancels in an output leaves rounding behind that is larger than all else
+        # Where terms cancel in an output, their rounding stays. Between close samples nothing else may be as large.
+        if least is not None:
             rounding = torch.where(close, torch.maximum(rounding, least), rounding)
         if noise is not None:
             rounding = torch.maximum(rounding, torch.maximum(noise[first], noise[second]))
@@ -107,8 +106,8 @@ def resolve(
 
 
 def _agree(first: Tensor, second: Tensor) -> Tensor:
-    """Whether samples agree to float64 rounding in every coordinate, so that there is nothing but a straight line between
-    them; (pairs, *in) each -> (pairs,) bool."""
+    """Whether samples agree to float64 rounding in every coordinate: f is straight over so short a path; (pairs, *in) each ->
+    (pairs,) bool."""
     first, second = first.double().flatten(1), second.double().flatten(1)
     return ((second - first).abs() <= 16 * _DOUBLE_EPSILON * torch.maximum(first.abs(), second.abs())).all(1)
 
@@ -131,7 +130,7 @@ def _without_rounding(y: Tensor, least: Tensor | None) -> Tensor:
 
 
 def _between(first: Tensor, second: Tensor, t: Tensor | float) -> Tensor:
-    """As torch.lerp, which rounds otherwise at the end of a thread's share."""
+    """Points between samples. torch.lerp rounds the last numbers of a thread's share in another way, so it is not used."""
     t = torch.as_tensor(t, dtype=first.dtype, device=first.device)
     step = second - first
     return torch.where(t < 0.5, first + t * step, second - (1 - t) * step)
@@ -140,8 +139,10 @@ def _between(first: Tensor, second: Tensor, t: Tensor | float) -> Tensor:
 def _without_dead(
     values: Values, first: Tensor, second: Tensor, ends: list[Tensor], slopes: list[Tensor]
 ) -> list[Tensor]:
-    """Slopes at both ends, 0 for an output that is exactly 0 there and half way, and hardly has any: far below zero GELU in
-    PyTorch is 0 where its slope is not, but 1e-34 and the like."""
+    """Slopes at both ends, made 0 for an output that is exactly 0 at both ends and half way and has slopes of rounding's size.
+
+    PyTorch's GELU is exactly 0 far below zero, but its derivative there is 1e-34 and the like.
+    """
     size = torch.stack([y.abs().amax(1) for y in ends]).amax(0).clamp(min=1.0)[:, None]
     slight = torch.stack([(y == 0) & (s.abs() <= _DOUBLE_EPSILON * size) for y, s in zip(ends, slopes)]).all(
         0
@@ -157,10 +158,10 @@ def _path(
     second: Tensor,
     nodes: Tensor,
     midpoint: bool | None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """f, or its polynomials, at every node (pairs, nodes, K), and up to which magnitude that is nothing but rounding at the
-    ends (pairs, K), None where that is not known. dtype: of L."""
+    """f, or its polynomials, at every node (pairs, nodes, K), and the magnitude up to which an output at the ends is nothing but
+    rounding (pairs, K), None where that is not known. dtype: of L."""
     if midpoint is None:
         t = nodes.reshape(-1, *[1] * (first.dim() - 1))
         y, least = values.at(_between(first[:, None], second[:, None], t).flatten(0, 1))
@@ -173,12 +174,17 @@ def _path(
             least[:, 1:-1] = torch.maximum(least[:, 1:-1], at_ends[:, None])
         return _without_rounding(y, least), at_ends
     step, ends, slopes, leasts = second - first, [], [], []
+
+    def at(z: Tensor) -> Tensor:
+        y, least = values.at(z)
+        leasts.append(None if least is None else least.detach())
+        return y
+
     for sample in (first, second):
         # Twice backwards: torch's forward mode warns of its own use of torch.jit.
-        y, slope = torch.autograd.functional.jvp(lambda z: values.at(z)[0], sample, step)
+        y, slope = torch.autograd.functional.jvp(at, sample, step)
         ends.append(y)
         slopes.append(slope)
-        leasts.append(values.at(sample)[1])
     # At the ends a dead output is exactly dead, and slopes do not cancel as values do.
     half = _without_rounding(*values.at(_between(first, second, 0.5))) if midpoint else None
     if dtype != torch.float64:

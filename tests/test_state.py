@@ -244,6 +244,19 @@ def test_state_from_a_class_of_torch_that_someone_has_patched_is_put_back(monkey
     assert repr(np.random.get_state()) == before and not hasattr(model[1], "calls")
 
 
+def test_state_from_a_function_of_torch_that_someone_has_patched_is_put_back(monkeypatch):
+    plain = nn.functional.mish
+    model, before = nn.Sequential(nn.Linear(6, 4), nn.Mish()), repr(np.random.get_state())
+
+    def mish(z, inplace=False):
+        drawing(model[1])
+        return plain(z, inplace)
+
+    monkeypatch.setattr(nn.functional, "mish", mish)
+    lmnfast.lmn(model, samples(12))
+    assert repr(np.random.get_state()) == before and not hasattr(model[1], "calls")
+
+
 # Threads ---------------------------------------------------------------------------------------------------
 
 

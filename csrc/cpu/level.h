@@ -22,13 +22,6 @@ struct Arena {
   }
 };
 
-template <class T> struct Epsilon;
-template <> struct Epsilon<float> { static constexpr float value = 0x1p-23f; };
-template <> struct Epsilon<double> { static constexpr double value = 0x1p-52; };
-template <class T> struct Vanishing;  // near the smallest normal number
-template <> struct Vanishing<float> { static constexpr float value = 0x1p-120f; };
-template <> struct Vanishing<double> { static constexpr double value = 0x1p-1000; };
-
 /// Power of two that brings the largest |value - value of the first sample| to [0.5, 1): r2 does not see it, but the
 /// squares of very small or large outputs would underflow or overflow.
 template <class T>

@@ -13,13 +13,6 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-template <class T> struct Epsilon;
-template <> struct Epsilon<float> { static constexpr float value = 0x1p-23f; };
-template <> struct Epsilon<double> { static constexpr double value = 0x1p-52; };
-template <class T> struct Vanishing;  // near the smallest normal number
-template <> struct Vanishing<float> { static constexpr float value = 0x1p-120f; };
-template <> struct Vanishing<double> { static constexpr double value = 0x1p-1000; };
-
 LMN_FN std::int64_t blocks_of(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 LMN_FN std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
 
@@ -218,7 +211,7 @@ __device__ inline void count(std::int64_t* to, double number) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(number));
 }
 
-/// Sum over the lanes of a warp, the same in all of them; lanes that differ in `mask`'s bits are added.
+/// Sum over groups of `width` neighbouring lanes, a power of two; every lane of a group gets it.
 template <class T>
 __device__ inline T warp_sum(T value, int width = kWarp) {
   for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);

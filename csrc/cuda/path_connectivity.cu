@@ -314,8 +314,8 @@ __global__ void __launch_bounds__(kThreads, 1) shallow_kernel(Shallow p) {
   const int i = i0 + 4 * (warp % 4) + lane / 16, j = j0 + 8 * (warp / 4) + lane / 4 % 4;
   bool meets = false;
   if constexpr (kIsSilu<Curve>) meets = tile_meets(p, i0, j0);
-  // Of the four pairs of a group of four lanes. Only the group's first lane reads and writes them: in registers, over all
-  // chunks, they would make the loop over the nodes spill.
+  // Four lanes share four pairs, and the first of these lanes alone reads and writes the pairs' sums. They are in shared memory,
+  // because in registers they would live through the loop over the nodes, which would then spill.
   __shared__ PairSums totals[kThreads / 4][2][2];
   static_assert(sizeof(totals) <= kStaticShared);
   PairSums(&group_totals)[2][2] = totals[threadIdx.x / 4];

@@ -185,8 +185,7 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
     const int item = thread + n * kThreads, k = item % outputs;
     const Share<T> share =
         items[n].share(op.workspace[outputs + k], op.workspace[2 * outputs + k], nodes.variance_t);
-    shares[item] = share.unresolved > 0 ? T(kUnresolved)
-                                    : share.constant > 0 ? T(kConstantShare) : share.nonlinear;
+    shares[item] = share.unresolved > 0 ? T(kUnresolved) : share.constant > 0 ? T(kConstantShare) : share.nonlinear;
   }
   __syncthreads();
   for (int base = 0; base < pairs; base += kThreads / tile.width) {  // whole warps, so the warp sum stays legal

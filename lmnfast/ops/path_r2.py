@@ -19,7 +19,8 @@ def path_r2(
     ``torch.ops.lmnfast.path_r2`` leaves such pairs as UNRESOLVED. It returns r2 and two counts, (2,) int64: the outputs that are
     constant, over all resolved pairs, and the unresolved pairs. Its argument `rounding`, (2, outputs) of interior's dtype, is f's own
     rounding of each output in machine epsilons, and the magnitude below which nothing is known of that output, negative where an
-    output is known if it is 0. The op enqueues on the current stream and never waits. Indices of samples can therefore not be checked on CUDA: a pair of samples that do not exist gets NaN.
+    output is known if it is 0. The op enqueues on the current stream and never waits. Indices of samples can therefore not be
+    checked on CUDA: a pair of samples that do not exist gets NaN.
 
     Args:
         interior: (pairs, nodes - 2, outputs), float32 or float64.
