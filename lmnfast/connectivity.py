@@ -282,13 +282,13 @@ def enqueue(
     x = checked_samples(f, x)
     checks = Checks(x.is_cuda if deferred is None else deferred)
     precision = torch.get_float32_matmul_precision()
-    with evaluating(f) as begin_anew:
-        calls = Calls(f, begin_anew)
+    with evaluating(f) as kept:
+        calls = Calls(f, kept.put_back)
         if not checks.deferred:  # of not finite samples f may say anything
             checks.finite("x", x)
-        with AllocationCount() as allocated:
-            # f may work in place, and may return a buffer that its next call overwrites.
-            ends = outputs_of(calls, x.clone()).clone()
+        # f may work in place, and may return a buffer that its next call overwrites.
+        ends = outputs_of(calls, x.clone()).clone()
+        allocated = 0  # bytes of f's results for all samples; of a chain nobody asks
         chain = recognise(f) if fuse and has_kernels(x) else None
         if chain is not None and not (has_kernel_of(chain, x) and not (chain.skips and method == "jacobian")):
             chain = None
@@ -306,18 +306,21 @@ def enqueue(
                 checks.finite("f(x)", ends)
                 if expected is not None:
                     checks.agree(ends, expected.reshape(len(x), -1))
-                if chain is not None and not checks.reproduces(chain, x, ends):
+                # Of stateless modules in order nothing else can come out than what the chain gives.
+                if not (chain is None or kept.stateless or checks.reproduces(chain, x, ends)):
                     chain = None
                 if chain is None:
                     for rows in rows_again(len(x)):
-                        again = outputs_of(calls, torch.stack([x[row] for row in rows]))
+                        with AllocationCount() as count:
+                            again = outputs_of(calls, torch.stack([x[row] for row in rows]))
                         checks.repeats(calls, x, ends, again, rows, f"{len(rows)} samples alone")
+                        allocated = -(-count.bytes * len(x) // len(rows))
                     if fuse and method != "jacobian":  # which depends on the coordinates
                         calls, x = _hoisted(calls, x, ends, checks)
                 midpoint = method == "hermite-midpoint"
                 tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
                 if method == "jacobian":
-                    L = _of_jacobians(calls, chain, x, ends, allocated.bytes, checks)
+                    L = _of_jacobians(calls, chain, x, ends, allocated, checks)
                     measured = ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), _nothing)
                 elif chain is not None:
                     with _native.reporting(progress):
@@ -327,11 +330,11 @@ def enqueue(
                             measured = chain_connectivity(chain, x, nodes, weights, midpoint)
                 elif method == "path":
                     measured = _generic(
-                        calls, x, ends, nodes, weights, tile * len(x) // allocated.bytes, checks, progress
+                        calls, x, ends, nodes, weights, tile * len(x) // allocated, checks, progress
                     )
                 else:
                     measured = _generic_hermite(
-                        calls, x, ends, nodes, weights, midpoint, tile, allocated.bytes, checks, progress
+                        calls, x, ends, nodes, weights, midpoint, tile, allocated, checks, progress
                     )
                 if not (checks.deferred and chain is not None):  # else by `check`, on the chain's own weights
                     measured.resolve()

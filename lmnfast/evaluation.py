@@ -335,19 +335,17 @@ def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise ValueError(f"x: expected samples (N, *in) with N > 0, got shape {tuple(x.shape)}")
     if x.is_meta:
         raise ValueError("x: on meta, where tensors have no values; expected samples on a real device")
-    if isinstance(f, nn.Module):
-        check_function(f, len(x))
+    parameters = check_function(f, len(x)) if isinstance(f, nn.Module) else {}
     x = x.detach()
     autocast = torch.is_autocast_enabled(x.device.type)
     if autocast and x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # an output of a layer in low precision; paths between such need not be in it
-    parameters = list(f.named_parameters()) if isinstance(f, nn.Module) else []
-    for name, p in parameters:
+    for name, p in parameters.items():
         if p.device != x.device:
             raise ValueError(
                 f"x: on {x.device}, but f's parameter {name!r} is on {p.device}; move one of them"
             )
-    dtypes = {p.dtype: name for name, p in reversed(parameters) if p.is_floating_point()}
+    dtypes = {p.dtype: name for name, p in reversed(parameters.items()) if p.is_floating_point()}
     others = [dtype for dtype in dtypes if dtype != x.dtype]
     if others and not autocast and (len(others) == len(dtypes) or not _runs(f, x)):
         raise TypeError(

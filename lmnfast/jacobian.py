@@ -57,8 +57,8 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT
     if budget <= 0:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
     x = checked_samples(f, x)
-    with evaluating(f) as begin_anew:
-        calls = Calls(f, begin_anew)
+    with evaluating(f) as kept:
+        calls = Calls(f, kept.put_back)
         chain, y, allocated = _prepared(calls, x)
         if chain is not None:
             J = ops.jacobian(chain, x)
@@ -97,8 +97,8 @@ def jacobian_distances(
     """
     x = checked_samples(f, x)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with evaluating(f) as begin_anew:
-        calls = Calls(f, begin_anew)
+    with evaluating(f) as kept:
+        calls = Calls(f, kept.put_back)
         chain, y, allocated = _prepared(calls, x)
         rows: Callable[[int, int], Tensor]
         if chain is None:
@@ -130,8 +130,8 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
         TypeError, ValueError: as :func:`lmnfast.connectivity`; another f is a ValueError.
     """
     x = checked_samples(f, x)
-    with evaluating(f) as begin_anew:
-        chain, _, _ = _prepared(Calls(f, begin_anew), x, with_kernels=False)
+    with evaluating(f) as kept:
+        chain, _, _ = _prepared(Calls(f, kept.put_back), x, with_kernels=False)
         if chain is None:
             raise ValueError(
                 f"f: expected a chain of Linear layers and piecewise-linear activations; {why_no_chain(f)}"

@@ -266,16 +266,27 @@ def wrapped_as(part: nn.Module) -> str | None:
 def check_made(model: nn.Module, what: str) -> None:
     """Raises ValueError where lazy modules have no parameters yet, which a measure must not make."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if nn.parameter.is_lazy(tensor):
-            raise ValueError(
-                f"{what}: {name!r} is lazy and has no values yet; run a batch through the model first"
-            )
+        _check_values(name, tensor, what)
 
 
-def check_function(f: nn.Module, samples: int) -> None:
-    """Raises ValueError for a module of which can be told without a call that it is no function of single samples."""
-    check_made(f, "f")
+def _check_values(name: str, tensor: Tensor, what: str) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"{what}: {name!r} is lazy and has no values yet; run a batch through the model first"
+        )
+
+
+def check_function(f: nn.Module, samples: int) -> dict[str, Tensor]:
+    """Raises ValueError for a module of which can be told without a call that it is no function of single samples, or that
+    has no values yet. Returns its parameters by name, from one walk over its parts."""
+    parameters: dict[str, Tensor] = {}
     for name, part in f.named_modules():
+        for own in (part._parameters, part._buffers):
+            for key, tensor in own.items():
+                if tensor is not None:
+                    _check_values(path := f"{name}.{key}" if name else key, tensor, "f")
+                    if own is part._parameters:
+                        parameters[path] = tensor
         said = f"its part {name.removeprefix('model.')!r}" if name else "it"
         if ".quantized.dynamic." in type(part).__module__:
             raise ValueError(
@@ -288,6 +299,7 @@ def check_function(f: nn.Module, samples: int) -> None:
                 "numbers of them; export it with a dynamic first dimension: "
                 'torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("samples")},))'
             )
+    return parameters
 
 
 def _exported_for(part: nn.Module) -> int | None:

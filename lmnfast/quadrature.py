@@ -1,7 +1,7 @@
 """Nodes and weights of the sums over a path."""
 
 import operator
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ def path_nodes(rule: str, points: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(nodes.copy()), torch.from_numpy(weights.copy())
 
 
+@lru_cache(maxsize=8)
 def _uniform(points: int) -> tuple[np.ndarray, np.ndarray]:
     return np.linspace(0.0, 1.0, points), np.full(points, 1.0 / points)
 

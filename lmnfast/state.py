@@ -121,13 +121,16 @@ def _lapack_threads() -> Callable[[int], int] | None:
 
 def sharding_of(model: nn.Module) -> str | None:
     """By what a model's parameters are distributed over processes, of which none has the whole model; None: they are not."""
-    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
-        return "FullyShardedDataParallel"
-    for parameter in model.parameters():
-        if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
-            return "DTensor parameters"
-        if hasattr(parameter, "ds_id"):
-            return "DeepSpeed ZeRO stage 3"
+    for part in model.modules():
+        if type(part).__name__ == "FullyShardedDataParallel":
+            return "FullyShardedDataParallel"
+        for parameter in part._parameters.values():
+            if hasattr(parameter, "ds_id"):
+                return "DeepSpeed ZeRO stage 3"
+            if type(parameter) is not nn.Parameter and any(
+                kind.__name__ == "DTensor" for kind in type(parameter).__mro__
+            ):
+                return "DTensor parameters"
     return None
 
 
@@ -142,10 +145,10 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 @contextmanager
-def evaluating(*modules: Any, changed: bool = False) -> Iterator[Callable[[], None]]:
+def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
     """Eval mode without gradients, for as long as the context lasts; afterwards, also after an error, all is
-    as it was. Gives a function that puts everything but the random states back at once, so that the next forward pass is
-    like the first.
+    as it was. Gives what is kept: its `put_back` puts everything but the random states back at once, so that the next forward
+    pass is like the first.
 
     Restored: every submodule's own training flag, its attributes, its buffers and the other tensors among its attributes (a
     forward pass may set or count something); lists, dicts, sets and deques among the attributes and in those, in place; the
@@ -172,27 +175,26 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Callable[[], No
             for name, value in SWITCHES.items()
             if (name == "training" or name in vars(part)) and getattr(part, name) != value
         ]
-        kept, stack = _Kept(), ExitStack()
+        kept, stack = Kept(), ExitStack()
         try:
             with uninterrupted():
-                stateless = (
+                kept.stateless = (
                     not changed
                     and len(roots) == len(modules)
                     and all(map(_is_stateless, parts))
                     and vars(F) == _FUNCTIONS
                 )
-                if not stateless:
-                    stack.enter_context(_random_states())
                 stack.enter_context(torch.no_grad())
-                stack.enter_context(_without_fast_path())
                 stack.callback(_set_all, switched)
-                for part, name, _ in switched:
-                    setattr(part, name, SWITCHES[name])
-                for part in parts:
-                    _stand_still(part, inner=not any(part is root for root in roots), stack=stack)
-                stack.callback(kept.put_back, values=True)
-                kept.keep(parts, stateless)
-            yield kept.put_back
+                _set_all((part, name, SWITCHES[name]) for part, name, _ in switched)
+                if not kept.stateless:
+                    stack.enter_context(_random_states())
+                    stack.enter_context(_without_fast_path())
+                    for part in parts:
+                        _stand_still(part, inner=not any(part is root for root in roots), stack=stack)
+                    stack.callback(kept.put_back, values=True)
+                kept.keep(parts)
+            yield kept
         finally:
             with uninterrupted():
                 stack.close()
@@ -218,7 +220,11 @@ def uninterrupted() -> Iterator[None]:
 
 def _set_all(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
     for part, name, value in values:
-        setattr(part, name, value)
+        own = vars(part)
+        if name in own:  # a tenth of the time of nn.Module's own __setattr__
+            own[name] = value
+        else:  # a property, as of scripted modules
+            setattr(part, name, value)
 
 
 def _stand_still(part: nn.Module, inner: bool, stack: ExitStack) -> None:
@@ -253,10 +259,19 @@ def _without_fast_path() -> Iterator[None]:
 
 def hooked(module: nn.Module, backward: bool = False) -> bool:
     """Whether calling the module runs hooks; with `backward` whether differentiating a call does."""
-    direction, everywhere = "backward" if backward else "forward", nn.modules.module
-    return any(
-        getattr(module, f"_{direction}{when}hooks") or getattr(everywhere, f"_global_{direction}{when}hooks")
-        for when in ("_", "_pre_")
+    everywhere = nn.modules.module
+    if backward:
+        return bool(
+            module._backward_hooks
+            or module._backward_pre_hooks
+            or everywhere._global_backward_hooks
+            or everywhere._global_backward_pre_hooks
+        )
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
     )
 
 
@@ -288,28 +303,30 @@ def _cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
-class _Kept:
+class Kept:
     """What a forward pass may change in modules."""
 
     def __init__(self) -> None:
+        self.stateless = False
+        """Whether there is nothing but torch's own modules that keep no state, so that each forward is the one torch has."""
         self._seen: set[int] = set()
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []
         self._unkept: list[tuple[str, Tensor, int]] = []  # tensors of which there is no copy
         self._storages: list[tuple[Tensor, Tensor, int]] = []
 
-    def keep(self, parts: Iterable[nn.Module], stateless: bool = False) -> None:
-        """stateless: only parameters are kept, which another thread may overwrite."""
+    def keep(self, parts: Iterable[nn.Module]) -> None:
+        """Of stateless ones only the versions of parameters, which another thread may overwrite."""
         with torch._C.DisableTorchFunction():  # a mode around f, as one of float64, is not meant for this
             for part in parts:
-                self._keep_part(part, stateless)
+                self._keep_part(part)
 
-    def _keep_part(self, part: nn.Module, stateless: bool) -> None:
+    def _keep_part(self, part: nn.Module) -> None:
         for name, parameter in part._parameters.items():
             if parameter is not None and id(parameter) not in self._seen:
                 self._seen.add(id(parameter))
                 self._keep_parameter(part, name, parameter)
-        if stateless:
+        if self.stateless:
             return
         for buffer in part._buffers.values():
             if buffer is not None:
@@ -320,8 +337,11 @@ class _Kept:
 
     def _keep_parameter(self, part: nn.Module, name: str, parameter: nn.Parameter) -> None:
         if type(parameter) is nn.Parameter and not parameter.is_inference():
-            data = parameter.detach()
-            self._storages.append((parameter, data, data.data_ptr() if data.layout == torch.strided else 0))
+            if not self.stateless:
+                data = parameter.detach()
+                self._storages.append(
+                    (parameter, data, data.data_ptr() if data.layout == torch.strided else 0)
+                )
             if getattr(part, "max_norm", None) is not None:  # rows that it renormalises in place
                 self._tensors.append((parameter, parameter._version, data.clone()))
             else:

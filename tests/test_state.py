@@ -524,9 +524,9 @@ def test_nested_contexts_put_back_what_each_found():
     model = Fills()
     with evaluating(model):
         model.stats["calls"] = 5
-        with evaluating(model) as begin_anew:
+        with evaluating(model) as kept:
             model(samples(3))
-            begin_anew()
+            kept.put_back()
             assert model.stats["calls"] == 5 and not model.training
         assert model.stats["calls"] == 5 and not model.training
     assert model.stats["calls"] == 0 and model.training
