@@ -180,7 +180,7 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
             with uninterrupted():
                 kept.stateless = (
                     not changed
-                    and len(roots) == len(modules)
+                    and len(roots) == len(modules) > 0
                     and all(map(_is_stateless, parts))
                     and vars(F) == _FUNCTIONS
                 )

@@ -561,13 +561,13 @@ def test_an_interrupt_while_the_state_is_kept_or_put_back_loses_none_of_it(
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     grads, random_state = torch.is_grad_enabled(), torch.get_rng_state()
-    original = getattr(state._Kept, method)
+    original = getattr(state.Kept, method)
 
     def interrupted(self, *args, **kwargs):
         interrupt()
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(state._Kept, method, interrupted)
+    monkeypatch.setattr(state.Kept, method, interrupted)
     with pytest.raises(KeyboardInterrupt):
         lmnfast.lmn(model, torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
     assert all(part.training for part in model.modules()) and torch.is_grad_enabled() is grads
