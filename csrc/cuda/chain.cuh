@@ -2,6 +2,7 @@
 // residuals from layer to layer, for any depth, width, activations and dtype.
 #pragma once
 #include "device.h"
+#include "halves.h"
 
 #include "../activation.h"  // after device.h, whose functions it uses
 
@@ -23,8 +24,15 @@ struct Layer {
   T *z, *a, *slope;          // [samples, stride] before and after the activation, and its derivative or null
   T* rounding;               // [samples, stride], root of the sum of squares of all that a is computed from
   const T *weights, *biases; // [width, width of the layer before], [width] or null
-  float4* packed;            // float: weights as fragments, [blocks of 8 units][steps][lanes]
+  HalfLayer half;            // float
 };
+
+/// What the samples leave to the kernels of halves to decide; zeros before.
+struct RangeFlags {
+  int largest_z;  // bits of the largest |z| of the first layer, as a float
+  int tiny;       // 1 where some SiLU unit has no a beyond kTinyUnit, but not 0
+};
+constexpr float kTinyUnit = 1e-10f;
 
 /// The kernels' view of the problem, all in the memory of the device.
 template <class T>
@@ -32,13 +40,14 @@ struct Problem {
   Layer<T>* layers;     // [last + 1]
   int last;
   bool ends_linear;     // the last layer has no activation: its products are the residuals
-  bool tf32;
+  bool halves_alone;    // float: products may round residuals and weights to halves; else each is two halves
   DeviceNodes<T> nodes;
   std::int64_t samples, outputs;
   T *y, *y_low, *scale; // [samples, outputs] scaled; what rounding linear ones to T lost; [outputs]
   T* rounding;          // [samples, outputs], scaled: epsilons of it are y's rounding
   T* connectivity;
   std::int64_t* counts;
+  RangeFlags* range;    // float
 };
 
 /// Calls function(integral_constant) for the activation.
@@ -146,6 +155,27 @@ __device__ inline double block_sum(double value) {
 constexpr int kForwardTile = 16;
 static_assert(kForwardTile * kForwardTile == kThreads);
 
+/// Notes a block's largest |a| of each unit, and of the first layer the largest |z|.
+__device__ inline void note_range(const Problem<float>& problem, const Layer<float>& layer, std::int64_t first_unit, int row,
+                                  int column, float z, float a, bool is_first) {
+  __shared__ int largest[kForwardTile];  // as integers positive floats have the same order
+  if (row == 0) largest[column] = 0;
+  __syncthreads();
+  atomicMax(&largest[column], int(__float_as_uint(a)));
+  __syncthreads();
+  if (row == 0 && first_unit + column < layer.width) {
+    atomicMax(reinterpret_cast<int*>(layer.half.largest) + first_unit + column, largest[column]);
+  }
+  if (!is_first) return;
+  int largest_z = int(__float_as_uint(z));
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const int other = __shfl_xor_sync(kAllLanes, largest_z, offset);
+    largest_z = other > largest_z ? other : largest_z;
+  }
+  if (threadIdx.x % kWarp == 0) atomicMax(&problem.range->largest_z, largest_z);
+}
+
 /// A block makes 16 samples x 16 units of one layer, one thread per value. Products in double: a node's rounding
 /// averages out along a path, the ends' would tilt all of it. `before` null: z itself, and the block's sum of |z| for the
 /// choice of the kernel, infinite where one is not below the limit.
@@ -186,8 +216,8 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     sum = double(z[sample * layer.width + unit]);
   }
   const T value = T(sum);
+  T activated = value;
   if (sample < problem.samples) {
-    T activated = value;
     T slope = T(0);
     with_kind(layer.kind, [&](auto kind) {
       activated = activate<kind.value, T>(value, layer.alpha, layer.beta);
@@ -201,6 +231,12 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     if (valid && index == problem.last) {
       problem.y_low[sample * layer.width + unit] = problem.ends_linear ? T(sum - double(value)) : T(0);
     }
+  }
+  if constexpr (sizeof(T) == 4) {
+    note_range(problem, layer, first_unit, row, column, valid ? absolute(value) : 0.0f, valid ? absolute(activated) : 0.0f,
+               !before);
+    if (!before && valid && unit == 0) problem.connectivity[sample * (problem.samples + 1)] = 1;
+    return;
   }
   if (before) return;
   const double magnitude = ::fabs(sum);  // 0 outside the matrix
@@ -216,21 +252,10 @@ struct Choice {
   int* elsewhere;
 };
 
-/// Block k scales output k to order 1; the block after the last decides between the kernels, and begins the count.
+/// Scales output k to order 1; the whole block.
 template <class T>
-__global__ void scale_kernel(Problem<T> problem, Choice choice) {
+__device__ void scale_output(const Problem<T>& problem, std::int64_t k) {
   __shared__ double partial[kThreads];
-  const std::int64_t k = blockIdx.x;
-  if (k == problem.outputs) {
-    double sum = 0;
-    for (std::int64_t n = threadIdx.x; n < choice.blocks; n += kThreads) sum += choice.sums[n];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) {
-      *choice.elsewhere = choice.limit > 0 && sum >= choice.least && !isinf(sum);
-      problem.counts[0] = problem.counts[1] = 0;
-    }
-    return;
-  }
   const Layer<T>& layer = problem.layers[problem.last];
   const T origin = layer.a[k];
   T largest = 0;
@@ -256,6 +281,138 @@ __global__ void scale_kernel(Problem<T> problem, Choice choice) {
   }
 }
 
+/// Block k scales output k; the block after the last decides between the kernels, and begins the count.
+template <class T>
+__global__ void scale_kernel(Problem<T> problem, Choice choice) {
+  const std::int64_t k = blockIdx.x;
+  if (k < problem.outputs) return scale_output(problem, k);
+  double sum = 0;
+  for (std::int64_t n = threadIdx.x; n < choice.blocks; n += kThreads) sum += choice.sums[n];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) {
+    *choice.elsewhere = choice.limit > 0 && sum >= choice.least && !isinf(sum);
+    problem.counts[0] = problem.counts[1] = 0;
+  }
+}
+
+// ---- float: what the kernels of halves read ----
+
+/// Four values of a layer for a lane, of samples' values [samples, stride]; in a tail two.
+__device__ inline float4 lane_values(const float* values, std::int64_t stride, std::int64_t sample, const HalfLayer& half,
+                                     int step, int q) {
+  const float* const from = values + sample * stride + step * kStepUnits;
+  if (step < half.steps.full) return *reinterpret_cast<const float4*>(from + 4 * q);
+  const float2 two = *reinterpret_cast<const float2*>(from + 2 * q);
+  return make_float4(two.x, two.y, 0, 0);
+}
+
+/// Element n of the records: a group's, a step's, a lane's. Beyond the last sample stand the last one's values.
+__device__ inline void write_record(const Layer<float>& layer, std::int64_t samples, std::int64_t n) {
+  const HalfLayer& half = layer.half;
+  const int lane = int(n % kWarp), q = lane % 4, step = int(n / kWarp % half.steps.all());
+  const std::int64_t group = n / kWarp / half.steps.all();
+  if (group >= blocks_of(samples, kGroup)) return;
+  const std::int64_t sample = at_most(group * kGroup + lane / 4, samples - 1);
+  const int values = step < half.steps.full ? 4 : 2;
+  const float4 z = lane_values(layer.z, layer.stride, sample, half, step, q);
+  const float4 a = lane_values(layer.a, layer.stride, sample, half, step, q);
+  float4 slope = z;
+  if (half.arrays > kSlope) slope = lane_values(layer.slope, layer.stride, sample, half, step, q);
+  const float from[3][4] = {{z.x, z.y, z.z, z.w}, {a.x, a.y, a.z, a.w}, {slope.x, slope.y, slope.z, slope.w}};
+  float* const to = half.records + group * half.group_floats() + half.step_floats(step) + lane * values;
+  for (int v = 0; v < values; ++v) {
+    const float scale = half_scale(half.largest[step * kStepUnits + values * q + v]);
+    to[v] = from[kZ][v] * half.factor;
+    to[kWarp * values + v] = from[kA][v] * half.factor * scale;
+    if (half.arrays > kSlope) to[2 * kWarp * values + v] = from[kSlope][v] * scale;
+  }
+}
+
+/// Row `unit` of the weights into layer l, scaled, as halves; and the unit's scales. A warp.
+__device__ inline void write_row(const Problem<float>& problem, int l, std::int64_t unit) {
+  const Layer<float>& layer = problem.layers[l];
+  const HalfLayer& half = layer.half;
+  const int lane = int(threadIdx.x) % kWarp;
+  const int step = int(unit / kStepUnits), rest = int(unit % kStepUnits);
+  const bool is_full = step < half.steps.full, valid = unit < layer.width;
+  float unscale = 0;
+  if (l > 0) {
+    const Layer<float>& before = problem.layers[l - 1];
+    const Steps steps = before.half.steps;
+    const auto scaled = [&](std::int64_t d) {
+      if (!valid || d >= before.width) return 0.0;
+      return double(layer.weights[unit * before.width + d]) / double(half_scale(before.half.largest[d]));
+    };
+    double largest = 0;
+    for (std::int64_t d = lane; d < before.width; d += kWarp) largest = larger(::fabs(scaled(d)), largest);
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      largest = larger(__shfl_xor_sync(kAllLanes, largest, offset), largest);
+    }
+    const double scale = half_scale(largest);
+    unscale = float(double(half.factor) / scale);
+    // Where this unit is a column of the instruction, see the order of units above.
+    const int tile = is_full ? rest % 4 / 2 : 0, g = is_full ? rest / 4 * 2 + rest % 2 : rest;
+    for (int n = lane; n < 4 * steps.all(); n += kWarp) {
+      const int from_step = n / 4, q = n % 4;
+      const bool from_full = from_step < steps.full;
+      float w[4] = {}, low[4];
+      for (int v = 0; v < (from_full ? 4 : 2); ++v) {
+        w[v] = float(scaled(from_step * kStepUnits + (from_full ? 4 : 2) * q + v) * scale);
+      }
+      for (int v = 0; v < 4; ++v) {
+        const float high = half.parts == 1 ? w[v] : upper_half(w[v]);
+        low[v] = w[v] - high;
+        w[v] = high;
+      }
+      uint2* const to = half.weights + ((std::int64_t(step) * steps.all() + from_step) * kWarp + 4 * g + q) * 2;
+      to[tile] = make_uint2(to_halves(w[0], w[1]), to_halves(w[2], w[3]));
+      if (!is_full) to[1] = make_uint2(0, 0);
+      if (half.parts == 1) continue;
+      uint2* const to_low = to + half.part_fragments(steps);
+      to_low[tile] = make_uint2(to_halves(low[0], low[1]), to_halves(low[2], low[3]));
+      if (!is_full) to_low[1] = make_uint2(0, 0);
+    }
+  }
+  if (lane > 0) return;
+  const float largest = half.largest[unit], scale = half_scale(largest);
+  float* const to = half.units + std::int64_t(step) * 2 * kStepUnits + rest;
+  to[0] = half.inverse ? 1 / scale : scale;
+  to[is_full ? kStepUnits : kTailUnits] = unscale;
+  if (layer.kind == ActivationKind::kSilu && largest > 0 && largest < kTinyUnit) atomicOr(&problem.range->tiny, 1);
+}
+
+/// Blocks of one layer in finish_kernel.
+struct FinishBlocks {
+  std::int64_t records, rows;
+};
+template <class T>
+LMN_FN FinishBlocks finish_blocks(const Layer<T>& layer, std::int64_t samples) {
+  const std::int64_t lanes = blocks_of(samples, kGroup) * layer.half.steps.all() * kWarp;
+  return {layer.half.records ? blocks_of(lanes, kThreads) : 0, blocks_of(layer.half.steps.units(), kWarps)};
+}
+
+/// Everything that the samples' values and the weights determine, once the forward pass is done: scales of outputs, records,
+/// weights.
+__global__ void finish_kernel(Problem<float> problem) {
+  std::int64_t block = blockIdx.x;
+  if (block == 0 && threadIdx.x == 0) problem.counts[0] = problem.counts[1] = 0;
+  if (block < problem.outputs) return scale_output(problem, block);
+  block -= problem.outputs;
+  for (int l = 0; l <= problem.last; ++l) {
+    const Layer<float>& layer = problem.layers[l];
+    const FinishBlocks blocks = finish_blocks(layer, problem.samples);
+    if (block < blocks.records) return write_record(layer, problem.samples, block * kThreads + threadIdx.x);
+    block -= blocks.records;
+    if (block < blocks.rows) {
+      const std::int64_t row = block * kWarps + threadIdx.x / kWarp;
+      if (row < layer.half.steps.units()) write_row(problem, l, row);
+      return;
+    }
+    block -= blocks.rows;
+  }
+}
+
 // ---- general: any depth, width, activations; float64 too ----
 
 constexpr int kPanelSide = 8;                         // a block's tile: 8 first x 8 second samples
@@ -272,63 +429,11 @@ struct General {
   Stencil<T> stencil;
 };
 
-/// Sums of a warp's tiles: first and second of two rows g and g + 8, outputs 2 q and 2 q + 1, as multiply_add() has them.
-/// Rows from 16 m on, units of every `apart`-th block of 8 from `block` on.
-template <int kM, int kN>
-__device__ inline void multiply_panel(float (&sums)[kM][kN][4], const Layer<float>& layer, const float* panel,
-                                      std::int64_t panel_stride, std::int64_t depth, int m0, std::int64_t block, int apart,
-                                      bool tf32) {
-  const int lane = int(threadIdx.x) % kWarp;
-  const std::int64_t steps = blocks_of(depth, kColumns), blocks = blocks_of(layer.width, 8);
-  for (std::int64_t step = 0; step < steps; ++step) {
-    float a[kM][2][4];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* row = panel + (16 * (m0 + m) + 8 * half + lane / 4) * panel_stride + step * kColumns;
-        const float4 v = *reinterpret_cast<const float4*>(row + 4 * (lane % 4));
-        a[m][half][0] = v.x, a[m][half][1] = v.y, a[m][half][2] = v.z, a[m][half][3] = v.w;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      if (block + n * apart >= blocks) break;
-      const float4 v = layer.packed[((block + n * apart) * steps + step) * kWarp + lane];
-      const float w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int k = 0; k < 4; k += 2) {
-        std::uint32_t w_high[2], w_low[2];
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          w_high[c] = to_tf32(w[k + c]);
-          w_low[c] = to_tf32(w[k + c] - __uint_as_float(w_high[c]));
-        }
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          std::uint32_t high[4], low[4];
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const float e = a[m][c % 2][k + c / 2];
-            high[c] = to_tf32(e);
-            low[c] = to_tf32(e - __uint_as_float(high[c]));
-          }
-          if (!tf32) {
-            multiply_add(sums[m][n], low, w_high[0], w_high[1]);
-            multiply_add(sums[m][n], high, w_low[0], w_low[1]);
-          }
-          multiply_add(sums[m][n], high, w_high[0], w_high[1]);
-        }
-      }
-    }
-  }
-}
-
-/// The same tiles in float64: plain multiply-adds.
+/// Sums of a warp's tiles: first and second of two rows g and g + 8, outputs 2 q and 2 q + 1, as the matrix instruction has
+/// them. Rows from 16 m on, units of every `apart`-th block of 8 from `block` on.
 template <int kM, int kN>
 __device__ inline void multiply_panel(double (&sums)[kM][kN][4], const Layer<double>& layer, const double* panel,
-                                      std::int64_t panel_stride, std::int64_t depth, int m0, std::int64_t block, int apart,
-                                      bool) {
+                                      std::int64_t panel_stride, std::int64_t depth, int m0, std::int64_t block, int apart) {
   const int lane = int(threadIdx.x) % kWarp;
   for (std::int64_t d = 0; d < depth; ++d) {
     double a[kM][2];
@@ -407,13 +512,13 @@ __device__ void make_residuals(const Layer<T>& layer, std::int64_t i0, std::int6
 /// at a time.
 template <class T>
 __device__ void make_deviations(const Layer<T>& layer, std::int64_t depth, const T* panel, T* next,
-                                std::int64_t panel_stride, bool tf32) {
+                                std::int64_t panel_stride) {
   constexpr int kM = 2, kN = 4, kGroups = kPanelTiles / kM;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int m0 = kM * (warp % kGroups);
   for (std::int64_t block = kN * (warp / kGroups); 8 * block < layer.stride; block += kN * kWarps / kGroups) {
     T sums[kM][kN][4] = {};
-    multiply_panel<kM, kN>(sums, layer, panel, panel_stride, depth, m0, block, 1, tf32);
+    multiply_panel<kM, kN>(sums, layer, panel, panel_stride, depth, m0, block, 1);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -473,7 +578,7 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
         __syncthreads();
         for (int l = 1; l < problem.last + !problem.ends_linear; ++l) {
           const Layer<T>& layer = problem.layers[l];
-          make_deviations(layer, problem.layers[l - 1].width, panel, next, p.panel_stride, problem.tf32);
+          make_deviations(layer, problem.layers[l - 1].width, panel, next, p.panel_stride);
           __syncthreads();
           make_residuals(layer, i0, j0, samples, of, t, true, next, p.panel_stride);
           __syncthreads();
@@ -484,7 +589,7 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
         T sums[1][kUnits][4] = {};
         if (problem.ends_linear) {
           multiply_panel<1, kUnits>(sums, problem.layers[problem.last], panel, p.panel_stride,
-                                    problem.layers[problem.last - 1].width, m0, chunk / 8 + unit0, kApart, problem.tf32);
+                                    problem.layers[problem.last - 1].width, m0, chunk / 8 + unit0, kApart);
         }
 #pragma unroll
         for (int n = 0; n < kUnits; ++n) {
@@ -542,17 +647,6 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(General<T> p) {
   }
 }
 
-/// Weights [width, depth] in the order in which multiply_panel() takes them. A thread per lane of a fragment.
-__global__ void pack_kernel(Layer<float> layer, std::int64_t depth, std::int64_t count) {
-  const std::int64_t n = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (n >= count) return;
-  const std::int64_t steps = blocks_of(depth, kColumns), lane = n % kWarp, step = n / kWarp % steps;
-  const std::int64_t unit = n / kWarp / steps * 8 + lane / 4, d = step * kColumns + 4 * (lane % 4);
-  float w[4];
-  for (int c = 0; c < 4; ++c) w[c] = unit < layer.width && d + c < depth ? layer.weights[unit * depth + d + c] : 0.0f;
-  layer.packed[n] = make_float4(w[0], w[1], w[2], w[3]);
-}
-
 // ---- the plan ----
 
 /// Hands out 256-byte aligned pieces of a workspace; with a null base it only counts.
@@ -595,9 +689,6 @@ Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& aren
   if (l == 0) return layer;
   layer.weights = op.weights[l - 1];
   layer.biases = op.biases[l - 1];
-  if (sizeof(T) == 4) {
-    layer.packed = arena.take<float4>(blocks_of(layer.width, 8) * blocks_of(op.widths[l - 1], kColumns) * kWarp);
-  }
   return layer;
 }
 
@@ -617,7 +708,6 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Rang
   Problem<T>& problem = plan.problem;
   problem.last = op.layers;
   problem.ends_linear = op.layers > 0 && op.activations[op.layers].kind == ActivationKind::kIdentity;
-  problem.tf32 = op.tf32;
   problem.samples = op.samples;
   problem.outputs = op.widths[op.layers];
   problem.connectivity = op.connectivity;
@@ -651,15 +741,6 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Rang
   return plan;
 }
 
-template <class T>
-const char* pack_layer(const Layer<T>& layer, std::int64_t depth, CUstream_st* stream) {
-  if constexpr (sizeof(T) == 4) {
-    const std::int64_t count = blocks_of(layer.width, 8) * blocks_of(depth, kColumns) * kWarp;
-    return launch(pack_kernel, blocks_of(count, kThreads), kThreads, 0, stream, layer, depth, count);
-  }
-  return nullptr;
-}
-
 /// Takes the layers' places, and fills in everything that the samples and the weights determine.
 template <class T>
 const char* enqueue_samples(const PathConnectivity<T>& op, Plan<T>& plan, Arena& arena, CUstream_st* stream) {
@@ -673,7 +754,6 @@ const char* enqueue_samples(const PathConnectivity<T>& op, Plan<T>& plan, Arena&
     const T *const before_a = before.a, *const before_rounding = before.rounding;
     error = launch(forward_kernel<T>, blocks, kForwardTile * kForwardTile, 0, stream, plan.problem, layer, l, op.z,
                    before_a, before_rounding, before.width, before.stride, plan.choice.limit, plan.sums);
-    if (!error && l > 0) error = pack_layer(layer, before.width, stream);
     if (l == 0) plan.first = layer;
     before = layer;
   }
@@ -690,6 +770,98 @@ template <class T, int kUnits, int kStencil>
 const char* enqueue_general(const Plan<T>& plan, CUstream_st* stream) {
   return launch(general_kernel<T, kUnits, kStencil>, plan.general_blocks, kThreads, plan.general_shared, stream,
                 plan.general);
+}
+
+// ---- float: the plan ----
+
+/// What a kernel of halves wants of the layers.
+struct Dialect {
+  bool tails;   // widths may end in a step of 8 units
+  bool silu;    // z and a in units of -log2(e), and 1 / scale: SiLU's exponentials are then ex2 of z
+  bool slopes;  // records have slopes
+};
+
+/// Host's view of a float problem: everything's place in the workspace.
+struct HalfPlan {
+  Problem<float> problem{};
+  Dialect dialect{};
+  float* zeros = nullptr;  // RangeFlags, then each layer's largest |a|
+  std::int64_t zero_count = 0;
+  float* nodes = nullptr;
+};
+
+/// Everything but the layers, which come last in the arena, one by one.
+inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect& dialect, Arena& arena) {
+  HalfPlan plan;
+  plan.dialect = dialect;
+  Problem<float>& problem = plan.problem;
+  problem.last = op.layers;
+  problem.ends_linear = op.layers > 0 && op.activations[op.layers].kind == ActivationKind::kIdentity;
+  problem.halves_alone = op.tf32;
+  problem.samples = op.samples;
+  problem.outputs = op.widths[op.layers];
+  problem.connectivity = op.connectivity;
+  problem.counts = op.counts;
+  problem.layers = arena.take<Layer<float>>(op.layers + 1);
+  problem.y = arena.take<float>(op.samples * problem.outputs);
+  problem.y_low = arena.take<float>(op.samples * problem.outputs);
+  problem.rounding = arena.take<float>(op.samples * problem.outputs);
+  problem.scale = arena.take<float>(problem.outputs);
+  plan.nodes = arena.take<float>(3 * std::int64_t(op.nodes.interior));
+  plan.zero_count = sizeof(RangeFlags) / sizeof(float);
+  for (int l = 0; l <= op.layers; ++l) plan.zero_count += steps_of(op.widths[l], dialect.tails).units();
+  plan.zeros = arena.take<float>(plan.zero_count);
+  problem.range = reinterpret_cast<RangeFlags*>(plan.zeros);
+  return plan;
+}
+
+/// Layer l's place in the workspace; to be called for all layers in order.
+inline Layer<float> half_layer_of(const PathConnectivity<float>& op, const HalfPlan& plan, int l, Arena& arena) {
+  Layer<float> layer = layer_of(op, l, plan.dialect.slopes, arena);
+  HalfLayer& half = layer.half;
+  half.steps = steps_of(layer.width, plan.dialect.tails);
+  half.arrays = plan.dialect.slopes ? 3 : 2;
+  half.parts = plan.problem.halves_alone ? 1 : 2;
+  half.factor = plan.dialect.silu ? float(-1.4426950408889634) : 1.0f;
+  half.inverse = plan.dialect.silu;
+  std::int64_t largest = sizeof(RangeFlags) / sizeof(float);
+  for (int before = 0; before < l; ++before) largest += steps_of(op.widths[before], plan.dialect.tails).units();
+  half.largest = plan.zeros + largest;
+  if (l < op.layers || !plan.problem.ends_linear) {
+    half.records = arena.take<float>(blocks_of(op.samples, kGroup) * half.group_floats());
+  }
+  half.units = arena.take<float>(2 * half.steps.units());
+  if (l > 0) {
+    half.weights = arena.take<uint2>(half.parts * half.part_fragments(steps_of(op.widths[l - 1], plan.dialect.tails)));
+  }
+  return layer;
+}
+
+/// Takes the layers' places, and fills in everything that the samples and the weights determine. take(l, layer) sees each.
+template <class Take>
+const char* enqueue_half_samples(const PathConnectivity<float>& op, HalfPlan& plan, Arena& arena, CUstream_st* stream,
+                                 const Take& take) {
+  const char* error =
+      message(cudaMemsetAsync(plan.zeros, 0, std::size_t(plan.zero_count) * sizeof(float), stream));
+  std::int64_t blocks = plan.problem.outputs;
+  Layer<float> before{};
+  for (int l = 0; l <= op.layers && !error; ++l) {
+    const Layer<float> layer = half_layer_of(op, plan, l, arena);
+    take(l, layer);
+    const std::int64_t tiles = blocks_of(op.samples, kForwardTile) * (layer.stride / kForwardTile);
+    const float *const before_a = before.a, *const before_rounding = before.rounding;
+    error = launch(forward_kernel<float>, tiles, kForwardTile * kForwardTile, 0, stream, plan.problem, layer, l, op.z,
+                   before_a, before_rounding, before.width, before.stride, 0.0, static_cast<double*>(nullptr));
+    const FinishBlocks finish = finish_blocks(layer, op.samples);
+    blocks += finish.records + finish.rows;
+    before = layer;
+  }
+  return error ? error : launch(finish_kernel, blocks, kThreads, 0, stream, plan.problem);
+}
+
+inline std::size_t half_workspace(const PathConnectivity<float>& op, const HalfPlan& plan, Arena& arena) {
+  for (int l = 0; l <= op.layers; ++l) half_layer_of(op, plan, l, arena);
+  return arena.used;
 }
 
 }  // namespace

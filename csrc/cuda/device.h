@@ -108,6 +108,40 @@ __device__ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], 
 #endif
 }
 
+/// Two floats as halves, to nearest: `low` in the lower 16 bits. What is beyond 65504 becomes infinite.
+__device__ inline std::uint32_t to_halves(float low, float high) {
+#if defined(LMN_EMULATED)
+  return emulator::to_halves(low, high);
+#else
+  std::uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+#endif
+}
+
+/// c += a b for a warp's 16 x 8 tile of c, a 16 x 16, b 16 x 8, in halves; sums in float. With g = lane / 4 and q = lane % 4,
+/// each register of two halves side by side: a = (g, 2 q), (g + 8, 2 q), (g, 2 q + 8), (g + 8, 2 q + 8); b = (2 q, g), (2 q + 8, g);
+/// c as above. Source: PTX ISA, mma.m16n8k16.
+__device__ inline void multiply_add_halves(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+#if defined(LMN_EMULATED)
+  emulator::mma_m16n8_f16(c, a, 4, b0, b1);
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+/// The same for a 16 x 8, b 8 x 8: a = (g, 2 q), (g + 8, 2 q); b = (2 q, g).
+__device__ inline void multiply_add_halves(float (&c)[4], const std::uint32_t (&a)[2], std::uint32_t b0) {
+#if defined(LMN_EMULATED)
+  emulator::mma_m16n8_f16(c, a, 2, b0, 0);
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
+#endif
+}
+
 /// 16 bytes on their way from the device's memory to the block's shared memory, both 16-byte aligned, past the registers.
 __device__ inline void copy_async16(void* to, const void* from) {
 #if defined(LMN_EMULATED)

@@ -30,13 +30,14 @@ constexpr int kMaxThreads = 1024;
 constexpr std::size_t kStack = 256 * 1024;  // pages that are not touched cost nothing
 constexpr std::size_t kGuard = 1024;        // bytes of NaN before and after the dynamic shared memory
 
-enum class Wait { kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiply };
-const char* const kWaitNames[] = {"nothing", "__syncthreads", "__syncwarp", "vote", "shuffle", "mma"};
+enum class Wait { kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiply, kMultiplyHalves };
+const char* const kWaitNames[] = {"nothing", "__syncthreads", "__syncwarp", "vote", "shuffle", "mma", "mma of halves"};
 
 struct Fragments {
   float* c;
   const std::uint32_t* a;
   std::uint32_t b0, b1;
+  int registers;  // of a
 };
 
 struct Fiber {
@@ -73,6 +74,7 @@ __attribute__((noinline)) void switch_context(jmp_buf& from, jmp_buf& to) {
 }
 
 void multiply_add(const Fragments* const* lanes);
+void multiply_add_halves(const Fragments* const* lanes);
 
 class Machine {
  public:
@@ -227,6 +229,10 @@ void Machine::collective(int warp, unsigned mask) {
     const Fragments* lanes[kWarp];
     for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = &fibers[lane].fragments;
     multiply_add(lanes);
+  } else if (kind == Wait::kMultiplyHalves) {
+    const Fragments* lanes[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = &fibers[lane].fragments;
+    multiply_add_halves(lanes);
   }
 }
 
@@ -411,6 +417,54 @@ void multiply_add(const Fragments* const* lanes) {
   }
 }
 
+float from_half(std::uint32_t bits) {
+  const std::uint32_t sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+  if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  const float magnitude = rest < 0x400u ? float(rest) * 0x1p-24f : as_float((rest << 13) + 0x38000000u);
+  return sign ? -magnitude : magnitude;
+}
+
+std::uint32_t to_half(float v) {
+  const std::uint32_t bits = as_bits(v), sign = bits >> 16 & 0x8000u;
+  if (std::isnan(v)) return 0x7fffu;
+  const float magnitude = std::fabs(v);
+  if (magnitude >= 65520.0f) return sign | 0x7c00u;
+  if (magnitude < 0x1p-14f) return sign | std::uint32_t(std::nearbyint(magnitude * 0x1p24f));
+  const std::uint32_t rest = as_bits(magnitude);
+  return sign | ((rest + 0xfffu + (rest >> 13 & 1u) - 0x38000000u) >> 13);
+}
+
+void multiply_add_halves(const Fragments* const* lanes) {
+  constexpr int kRows = 16, kColumns = 8, kMostDepth = 16, kStep = 4;
+  const int registers = lanes[0]->registers, depth = 4 * registers;
+  float a[kRows][kMostDepth];
+  Floats b[kMostDepth];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const Fragments& f = *lanes[lane];
+    const int g = lane / 4, q = lane % 4;
+    for (int n = 0; n < registers; ++n) {
+      for (int half = 0; half < 2; ++half) {
+        const int k = 2 * q + half + 8 * (n / 2);
+        a[g + 8 * (n % 2)][k] = from_half(f.a[n] >> 16 * half & 0xffffu);
+        if (n % 2 == 0) b[k][g] = from_half((n == 0 ? f.b0 : f.b1) >> 16 * half & 0xffffu);
+      }
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    const auto c = [&](int column) -> float& {
+      return lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
+    };
+    Floats sum;
+    for (int column = 0; column < kColumns; ++column) sum[column] = c(column);
+    for (int begin = 0; begin < depth; begin += kStep) {
+      Floats products[kStep];  // of 11 bits each: exact
+      for (int k = 0; k < kStep; ++k) products[k] = a[row][begin + k] * b[begin + k];
+      sum = add_aligned(sum, products);
+    }
+    for (int column = 0; column < kColumns; ++column) c(column) = sum[column];
+  }
+}
+
 }  // namespace
 
 void set_threads(int threads) { t_threads = threads; }
@@ -467,9 +521,16 @@ std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t value, int argu
 }
 
 void mma_m16n8k8_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  t_current->current().fragments = {c, a, b0, b1};
+  t_current->current().fragments = {c, a, b0, b1, 4};
   t_current->wait(Wait::kMultiply, 0xffffffffu);
 }
+
+void mma_m16n8_f16(float (&c)[4], const std::uint32_t* a, int registers, std::uint32_t b0, std::uint32_t b1) {
+  t_current->current().fragments = {c, a, b0, b1, registers};
+  t_current->wait(Wait::kMultiplyHalves, 0xffffffffu);
+}
+
+std::uint32_t to_halves(float low, float high) { return to_half(low) | to_half(high) << 16; }
 
 float reciprocal(float v) {
   v = flush(v);
