@@ -300,6 +300,7 @@ __global__ void scale_kernel(Problem<T> problem, Choice choice) {
 /// Four values of a layer for a lane, of samples' values [samples, stride]; in a tail two.
 __device__ inline float4 lane_values(const float* values, std::int64_t stride, std::int64_t sample, const HalfLayer& half,
                                      int step, int q) {
+  if (step * kStepUnits >= stride) return make_float4(0, 0, 0, 0);
   const float* const from = values + sample * stride + step * kStepUnits;
   if (step < half.steps.full) return *reinterpret_cast<const float4*>(from + 4 * q);
   const float2 two = *reinterpret_cast<const float2*>(from + 2 * q);
@@ -350,7 +351,7 @@ __device__ inline void write_row(const Problem<float>& problem, int l, std::int6
       largest = larger(__shfl_xor_sync(kAllLanes, largest, offset), largest);
     }
     const double scale = half_scale(largest);
-    unscale = float(double(half.factor) / scale);
+    unscale = float(double(half.factor) / (double(before.half.factor) * scale));
     // Where this unit is a column of the instruction, see the order of units above.
     const int tile = is_full ? rest % 4 / 2 : 0, g = is_full ? rest / 4 * 2 + rest % 2 : rest;
     for (int n = lane; n < 4 * steps.all(); n += kWarp) {
@@ -776,10 +777,16 @@ const char* enqueue_general(const Plan<T>& plan, CUstream_st* stream) {
 
 /// What a kernel of halves wants of the layers.
 struct Dialect {
-  bool tails;   // widths may end in a step of 8 units
+  bool tails;   // hidden widths may end in a step of 8 units
+  int blocks;   // of 8 units to which hidden widths are padded; 0: as many as each needs
   bool silu;    // z and a in units of -log2(e), and 1 / scale: SiLU's exponentials are then ex2 of z
   bool slopes;  // records have slopes
 };
+
+inline Steps half_steps(const PathConnectivity<float>& op, const Dialect& dialect, int l) {
+  if (l == op.layers) return steps_of(op.widths[l], false);
+  return dialect.blocks > 0 ? Steps{dialect.blocks / 2, dialect.blocks % 2} : steps_of(op.widths[l], dialect.tails);
+}
 
 /// Host's view of a float problem: everything's place in the workspace.
 struct HalfPlan {
@@ -809,7 +816,7 @@ inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect&
   problem.scale = arena.take<float>(problem.outputs);
   plan.nodes = arena.take<float>(3 * std::int64_t(op.nodes.interior));
   plan.zero_count = sizeof(RangeFlags) / sizeof(float);
-  for (int l = 0; l <= op.layers; ++l) plan.zero_count += steps_of(op.widths[l], dialect.tails).units();
+  for (int l = 0; l <= op.layers; ++l) plan.zero_count += half_steps(op, dialect, l).units();
   plan.zeros = arena.take<float>(plan.zero_count);
   problem.range = reinterpret_cast<RangeFlags*>(plan.zeros);
   return plan;
@@ -819,20 +826,20 @@ inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect&
 inline Layer<float> half_layer_of(const PathConnectivity<float>& op, const HalfPlan& plan, int l, Arena& arena) {
   Layer<float> layer = layer_of(op, l, plan.dialect.slopes, arena);
   HalfLayer& half = layer.half;
-  half.steps = steps_of(layer.width, plan.dialect.tails);
+  half.steps = half_steps(op, plan.dialect, l);
   half.arrays = plan.dialect.slopes ? 3 : 2;
   half.parts = plan.problem.halves_alone ? 1 : 2;
-  half.factor = plan.dialect.silu ? float(-1.4426950408889634) : 1.0f;
+  half.factor = plan.dialect.silu && l < op.layers ? float(-1.4426950408889634) : 1.0f;
   half.inverse = plan.dialect.silu;
   std::int64_t largest = sizeof(RangeFlags) / sizeof(float);
-  for (int before = 0; before < l; ++before) largest += steps_of(op.widths[before], plan.dialect.tails).units();
+  for (int before = 0; before < l; ++before) largest += half_steps(op, plan.dialect, before).units();
   half.largest = plan.zeros + largest;
   if (l < op.layers || !plan.problem.ends_linear) {
     half.records = arena.take<float>(blocks_of(op.samples, kGroup) * half.group_floats());
   }
   half.units = arena.take<float>(2 * half.steps.units());
   if (l > 0) {
-    half.weights = arena.take<uint2>(half.parts * half.part_fragments(steps_of(op.widths[l - 1], plan.dialect.tails)));
+    half.weights = arena.take<uint2>(half.parts * half.part_fragments(half_steps(op, plan.dialect, l - 1)));
   }
   return layer;
 }

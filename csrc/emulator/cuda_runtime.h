@@ -18,6 +18,7 @@
 #define __shared__ static thread_local  // a block stays on one operating-system thread
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // ---- types ----
 
