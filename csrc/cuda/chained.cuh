@@ -31,7 +31,8 @@ struct Chained {
   int depth;                       // hidden layers
   ActivationKind kind;             // of the hidden layers, where the kernel is for any
   float alpha, beta;
-  float t[kMostNodes], w[kMostNodes], w_t[kMostNodes];
+  alignas(16) float t[kMostNodes];
+  float w[kMostNodes], w_t[kMostNodes];
   int nodes;                       // a multiple of kPass, the last with weight 0
   float spacing;                   // of the nodes; 0: they are not equally spaced
   float variance_t;
@@ -137,7 +138,9 @@ struct Shape {
   static constexpr int kDepth = kBlocks > 0 ? 2 : 1, kFull = kBlocks / 2, kTail = kBlocks % 2, kSteps = kFull + kTail;
   static constexpr int kArrays = kStencil > 0 ? 3 : 2, kParts = kSplit ? 2 : 1;
   static constexpr int kPaths = kStencil == 2 ? kTiles : 1;  // of a lane
-  static constexpr int kWarpsOf = kDepth == 2 && kSplit ? 8 : kBlocks > 13 ? 8 : 12, kThreadsOf = kWarpsOf * kWarp;
+  // As many as their registers leave room for, without one that is spilled.
+  static constexpr int kWarpsOf = kDepth == 1 ? (kStencil > 0 ? 16 : 12) : kSplit || kBlocks > 13 || kStencil > 0 ? 8 : 12;
+  static constexpr int kThreadsOf = kWarpsOf * kWarp;
   static constexpr std::size_t kMomentBytes = kStencil > 0 ? 0 : 8 * 3 * kThreadsOf * sizeof(float);
 };
 
@@ -154,22 +157,23 @@ struct ChainedWarp {
   float* moments;               // shared, [8 outputs][3][threads], this thread's: they are touched once in a pass
   unsigned first, second[kPaths];  // where the groups' records begin, in floats; in all hidden layers alike
   int row;                         // 4 times the first sample's place in its group, and q
-  float t[kPass];
+  int node;                        // the first of this pass
 
   /// Residuals of one step of a layer as fragments; deviation(unit, node) in units of the products.
   template <int kUnits, bool kFirst, class Deviation>
   __device__ inline void make_fragments(int l, int step, const Deviation& deviation, std::uint32_t (&high)[kTiles][kUnits],
                                         std::uint32_t (&low)[kTiles][kUnits]) const {
     constexpr unsigned kArray = kWarp * kUnits;
+    float t[kPass] = {};
+    if constexpr (kStencil == 0) read(t, p.t + node);
     const float* const records = p.layers[l].records + unsigned(step) * (kArrays * kStepUnits * kGroup);
     const float* const units = p.layers[l].units + step * 2 * kStepUnits + kUnits * q;
-    float own[kArrays][kUnits];
-#pragma unroll
-    for (int array = 0; array < kArrays; ++array) read(own[array], records + (first + array * kArray + kUnits * row));
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
       if (path > 0) __syncwarp();  // as after a step, see outputs_at_nodes
-      float other[kArrays][kUnits];
+      float own[kArrays][kUnits], other[kArrays][kUnits];
+#pragma unroll
+      for (int array = 0; array < kArrays; ++array) read(own[array], records + (first + array * kArray + kUnits * row));
 #pragma unroll
       for (int array = 0; array < kArrays; ++array) {
         read(other[array], records + (second[path] + array * kArray + kUnits * lane));
@@ -186,7 +190,7 @@ struct ChainedWarp {
             float d[kPass];
 #pragma unroll
             for (int r = 0; r < kPass; ++r) d[r] = deviation(n, r);
-            at_nodes<kFirst>(own[kZ][n], own[kA][n], other[kZ][n], other[kA][n], d, unscale[b], scale[b], e[b]);
+            at_nodes<kFirst>(t, own[kZ][n], own[kA][n], other[kZ][n], other[kA][n], d, unscale[b], scale[b], e[b]);
           } else {
             const float dz = other[kZ][n] - own[kZ][n], da = other[kA][n] - own[kA][n];
 #pragma unroll
@@ -225,7 +229,7 @@ struct ChainedWarp {
   }
 
   template <bool kFirst>
-  __device__ inline void at_nodes(float z_i, float a_i, float z_j, float a_j, const float (&deviation)[kPass], float unscale,
+  __device__ inline void at_nodes(const float (&t)[kPass], float z_i, float a_i, float z_j, float a_j, const float (&deviation)[kPass], float unscale,
                                   float scale, float (&e)[kPass]) const {
     if constexpr (Curve::kSilu) {
       silu_residuals<kFirst, kCareful>(z_i, a_i, z_j, a_j, t, p.spacing, deviation, unscale, scale, e);
@@ -347,20 +351,17 @@ struct ChainedWarp {
     }
   }
 
-  /// Sums over a lane's outputs of one path; moments(tile, output of a tile, factor of the products).
+  /// Sums over a lane's outputs of one path; moments_of(output of the lane, factor of the products).
   template <class MomentsOf>
   __device__ inline PairSums add_outputs(int i, int j, const MomentsOf& moments_of) const {
+    constexpr int kAtOnce = kStencil > 0 ? 8 : 1;  // moments in shared memory may be counted through
     PairSums sums;
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int k = kStepUnits * (n / 2) + 4 * q + 2 * (n % 2) + c;
-        if (k >= p.outputs) continue;
-        const float factor = p.scale[k] * p.layers[kDepth].units[n / 2 * 2 * kStepUnits + kStepUnits + k % kStepUnits];
-        add_output(sums, p.y, p.y_low, p.rounding, p.outputs, i, j, k, moments_of(n, c, factor), p.scale[k], 0.0f,
-                   p.variance_t);
-      }
+#pragma unroll kAtOnce
+    for (int n = 0; n < 8; ++n) {
+      const int k = kStepUnits * (n / 4) + 4 * q + n % 4;
+      if (k >= p.outputs) continue;
+      const float factor = p.scale[k] * p.layers[kDepth].units[n / 4 * 2 * kStepUnits + kStepUnits + k % kStepUnits];
+      add_output(sums, p.y, p.y_low, p.rounding, p.outputs, i, j, k, moments_of(n, factor), p.scale[k], 0.0f, p.variance_t);
     }
     return sums;
   }
@@ -371,9 +372,7 @@ struct ChainedWarp {
 #pragma unroll
       for (int n = 0; n < 8; ++n) store(n, Moments<float>{0, 0, 0});
 #pragma unroll 1
-      for (int node = 0; node < p.nodes; node += kPass) {
-#pragma unroll
-        for (int r = 0; r < kPass; ++r) t[r] = p.t[node + r];
+      for (node = 0; node < p.nodes; node += kPass) {
         float y[kTiles][4][4];
         outputs_at_nodes(y);
 #pragma unroll
@@ -387,8 +386,8 @@ struct ChainedWarp {
           store(n, sums);
         }
       }
-      sums[0] = add_outputs(i, smaller(j, p.samples - 1), [&](int n, int c, float factor) {
-        const Moments<float> m = load(2 * n + c);
+      sums[0] = add_outputs(i, smaller(j, p.samples - 1), [&](int n, float factor) {
+        const Moments<float> m = load(n);
         return Moments<float>{m.e * factor, m.te * factor, m.ee * factor * factor};
       });
     } else {
@@ -396,12 +395,12 @@ struct ChainedWarp {
       outputs_at_nodes(y);
 #pragma unroll
       for (int path = 0; path < kPaths; ++path) {
-        sums[path] = add_outputs(i, smaller(j + kGroup * path, p.samples - 1), [&](int n, int c, float factor) {
+        sums[path] = add_outputs(i, smaller(j + kGroup * path, p.samples - 1), [&](int n, float factor) {
           float values[kStencil];
 #pragma unroll
           for (int v = 0; v < kStencil; ++v) {
             const int r = v < 2 ? 2 * path + v : 2;
-            values[v] = y[r / 2][n][2 * (r % 2) + c] * factor;
+            values[v] = y[r / 2][n / 2][2 * (r % 2) + n % 2] * factor;
           }
           return stencil_moments<kStencil>(p.stencil, values);
         });
@@ -460,10 +459,8 @@ inline std::int64_t count_units(std::int64_t samples, int paths) {
 __device__ inline Chained& shared_parameters() { return *reinterpret_cast<Chained*>(dynamic_shared()); }
 constexpr std::size_t kParameterBytes = (sizeof(Chained) + 15) / 16 * 16;
 
-/// Not inline: with both of them in the kernel the compiler keeps addresses of one alive through the other, and runs out of
-/// registers. Parameters of a function would be in memory, so it reads the block's copy.
 template <class Curve, int kBlocks, int kStencil, bool kSplit, bool kCareful>
-__device__ __noinline__ void chained_unit(int i, int block) {
+__device__ inline void chained_unit(int i, int block) {
   using S = Shape<Curve, kBlocks, kStencil, kSplit>;
   using W = ChainedWarp<Curve, kBlocks, kStencil, kSplit, kCareful>;
   const Chained& p = shared_parameters();
@@ -498,6 +495,13 @@ __device__ __noinline__ void chained_unit(int i, int block) {
   }
 }
 
+/// Not inline: with a fast and a careful one in the kernel the compiler keeps addresses of one alive through
+/// the other, and runs out of registers. A function's parameters would be in memory, so it reads the block's copy of the kernel's.
+template <class Curve, int kBlocks, int kStencil, bool kSplit, bool kCareful>
+__device__ __noinline__ void one_unit(int i, int block) {
+  chained_unit<Curve, kBlocks, kStencil, kSplit, kCareful>(i, block);
+}
+
 template <class Curve, int kBlocks, int kStencil, bool kSplit>
 __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kWarpsOf * kWarp, 1)
     chained_kernel(const __grid_constant__ Chained p) {
@@ -515,8 +519,7 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kWarp
     }
   }
   __syncthreads();
-  // Hermite has no exponentials but in the middle, which are taken one by one.
-  bool careful = true;
+  [[maybe_unused]] int careful = 1;
   if constexpr (Curve::kSilu && kStencil == 0) {
     careful = !(__uint_as_float(unsigned(p.range->largest_z)) < kPairedLimit) || p.range->tiny != 0;
   }
@@ -526,11 +529,11 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kWarp
     if (i >= p.samples) continue;
     if constexpr (Curve::kSilu && kStencil == 0) {
       if (!careful && !__any_sync(kAllLanes, paths_meet<S::kDepth>(p, i, block))) {
-        chained_unit<Curve, kBlocks, kStencil, kSplit, false>(i, block);
+        one_unit<Curve, kBlocks, kStencil, kSplit, false>(i, block);
         continue;
       }
     }
-    chained_unit<Curve, kBlocks, kStencil, kSplit, true>(i, block);
+    one_unit<Curve, kBlocks, kStencil, kSplit, true>(i, block);
   }
 }
 
@@ -558,7 +561,9 @@ template <class Curve, int kStencil>
 ChainedKernel chained_kernel_for(std::int64_t widest, bool halves_alone) {
   if (widest <= 64) return chained_kernel_of<Curve, 8, kStencil>(halves_alone);
   if (widest <= 104) return chained_kernel_of<Curve, 13, kStencil>(halves_alone);
-  if (widest <= 128) return chained_kernel_of<Curve, 16, kStencil>(halves_alone);
+  if constexpr (kStencil == 0) {  // else too few registers
+    if (widest <= 128) return chained_kernel_of<Curve, 16, kStencil>(halves_alone);
+  }
   return {};
 }
 
