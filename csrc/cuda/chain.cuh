@@ -3,6 +3,8 @@
 #pragma once
 #include "device.h"
 
+#include <vector>
+
 #include "../activation.h"  // after device.h, whose functions it uses
 
 namespace lmn {
@@ -21,9 +23,12 @@ struct Layer {
   ActivationKind kind;
   T alpha, beta;
   T *z, *a, *slope;          // [samples, stride] before and after the activation, and its derivative or null
-  T* rounding;               // [samples, stride], root of the sum of squares of all that a is computed from
+  T* v;                      // [samples, stride], what the next layer takes: a, and what a network adds to it
+  T* rounding;               // [samples, stride], root of the sum of squares of all that v is computed from
   const T *weights, *biases; // [width, width of the layer before], [width] or null
   float4* packed;            // float: weights as fragments, [blocks of 8 units][steps][lanes]
+  double2* fragments;        // double: the same, see chain64.cuh
+  int added[2], kept[2];     // slots of the residuals that are added to, and kept of, z and v; none: -1
 };
 
 /// The kernels' view of the problem, all in the memory of the device.
@@ -31,7 +36,7 @@ template <class T>
 struct Problem {
   Layer<T>* layers;     // [last + 1]
   int last;
-  bool ends_linear;     // the last layer has no activation: its products are the residuals
+  bool ends_linear;     // the last layer has no activation
   bool tf32;
   DeviceNodes<T> nodes;
   std::int64_t samples, outputs;
@@ -146,13 +151,36 @@ __device__ inline double block_sum(double value) {
 constexpr int kForwardTile = 16;
 static_assert(kForwardTile * kForwardTile == kThreads);
 
+/// What is added to one of a layer's values at the samples: an earlier value and its rounding, [samples, stride], and what is
+/// affine in the samples, [samples, width]; each may be null.
+template <class T>
+struct Earlier {
+  const T *value, *rounding, *shift;
+};
+
+/// Adds them to a sum, and to the sum of squares of all it is computed from.
+template <class T>
+__device__ inline void add_earlier(const Earlier<T>& earlier, const Layer<T>& layer, std::int64_t sample, std::int64_t unit,
+                                   double& sum, double& squares) {
+  if (earlier.value) {
+    const double rounding = double(earlier.rounding[sample * layer.stride + unit]);
+    sum += double(earlier.value[sample * layer.stride + unit]);
+    squares = ::fma(rounding, rounding, squares);
+  }
+  if (earlier.shift) {
+    const double term = double(earlier.shift[sample * layer.width + unit]);
+    sum += term;
+    squares = ::fma(term, term, squares);
+  }
+}
+
 /// A block makes 16 samples x 16 units of one layer, one thread per value. Products in double: a node's rounding
 /// averages out along a path, the ends' would tilt all of it. `before` null: z itself, and the block's sum of |z| for the
-/// choice of the kernel, infinite where one is not below the limit.
+/// choice of the kernel, infinite where one is not below the limit. into_z, into_v: what the network adds there.
 template <class T>
 __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, const T* z, const T* before,
-                               const T* before_rounding, std::int64_t depth, std::int64_t before_stride, double limit,
-                               double* sums) {
+                               const T* before_rounding, std::int64_t depth, std::int64_t before_stride,
+                               Earlier<T> into_z, Earlier<T> into_v, double limit, double* sums) {
   __shared__ T a_tile[kForwardTile][kForwardTile + 1], w_tile[kForwardTile][kForwardTile + 1];
   __shared__ T rounding_tile[kForwardTile][kForwardTile + 1];
   const int row = int(threadIdx.x) / kForwardTile, column = int(threadIdx.x) % kForwardTile;
@@ -182,6 +210,7 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
       sum += bias;
       squares = ::fma(bias, bias, squares);
     }
+    if (valid) add_earlier(into_z, layer, sample, unit, sum, squares);
   } else if (valid) {
     sum = double(z[sample * layer.width + unit]);
   }
@@ -196,7 +225,15 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     if (layer.slope) layer.slope[sample * layer.stride + unit] = valid ? slope : T(0);
     layer.z[sample * layer.stride + unit] = valid ? value : T(0);
     layer.a[sample * layer.stride + unit] = valid ? activated : T(0);
-    squares += sum * sum + double(activated) * double(activated);
+    squares += sum * sum;
+    T left = activated;
+    if (layer.v != layer.a) {
+      double total = double(activated);
+      if (valid) add_earlier(into_v, layer, sample, unit, total, squares);
+      left = T(total);
+      layer.v[sample * layer.stride + unit] = valid ? left : T(0);
+    }
+    squares += double(left) * double(left);
     layer.rounding[sample * layer.stride + unit] = valid ? T(::sqrt(squares)) : T(0);
     if (valid && index == problem.last) {
       problem.y_low[sample * layer.width + unit] = problem.ends_linear ? T(sum - double(value)) : T(0);
@@ -232,10 +269,10 @@ __global__ void scale_kernel(Problem<T> problem, Choice choice) {
     return;
   }
   const Layer<T>& layer = problem.layers[problem.last];
-  const T origin = layer.a[k];
+  const T origin = layer.v[k];
   T largest = 0;
   for (std::int64_t n = threadIdx.x; n < problem.samples; n += kThreads) {
-    const T difference = absolute(layer.a[n * layer.stride + k] - origin);
+    const T difference = absolute(layer.v[n * layer.stride + k] - origin);
     largest = largest < difference ? difference : largest;
   }
   partial[threadIdx.x] = double(largest);
@@ -250,7 +287,7 @@ __global__ void scale_kernel(Problem<T> problem, Choice choice) {
   if (threadIdx.x == 0) problem.scale[k] = scale;
   for (std::int64_t n = threadIdx.x; n < problem.samples; n += kThreads) {
     const std::int64_t at = n * problem.outputs + k;
-    problem.y[at] = layer.a[n * layer.stride + k] * scale;
+    problem.y[at] = layer.v[n * layer.stride + k] * scale;
     problem.y_low[at] *= scale;
     problem.rounding[at] = layer.rounding[n * layer.stride + k] * scale;
   }
@@ -318,37 +355,6 @@ __device__ inline void multiply_panel(float (&sums)[kM][kN][4], const Layer<floa
             multiply_add(sums[m][n], high, w_low[0], w_low[1]);
           }
           multiply_add(sums[m][n], high, w_high[0], w_high[1]);
-        }
-      }
-    }
-  }
-}
-
-/// The same tiles in float64: plain multiply-adds.
-template <int kM, int kN>
-__device__ inline void multiply_panel(double (&sums)[kM][kN][4], const Layer<double>& layer, const double* panel,
-                                      std::int64_t panel_stride, std::int64_t depth, int m0, std::int64_t block, int apart,
-                                      bool) {
-  const int lane = int(threadIdx.x) % kWarp;
-  for (std::int64_t d = 0; d < depth; ++d) {
-    double a[kM][2];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        a[m][half] = panel[(16 * (m0 + m) + 8 * half + lane / 4) * panel_stride + d];
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const std::int64_t unit = 8 * (block + n * apart) + 2 * (lane % 4) + c;
-        const double w = unit < layer.width ? layer.weights[unit * depth + d] : 0.0;
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) sums[m][n][2 * half + c] = fma(w, a[m][half], sums[m][n][2 * half + c]);
         }
       }
     }
@@ -553,6 +559,17 @@ __global__ void pack_kernel(Layer<float> layer, std::int64_t depth, std::int64_t
   layer.packed[n] = make_float4(w[0], w[1], w[2], w[3]);
 }
 
+/// The same in float64: {2 q, 2 q + 1} of each 8 inputs.
+__global__ void pack64_kernel(Layer<double> layer, std::int64_t depth, std::int64_t count) {
+  const std::int64_t n = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (n >= count) return;
+  const std::int64_t steps = blocks_of(depth, 8), lane = n % kWarp, step = n / kWarp % steps;
+  const std::int64_t unit = n / kWarp / steps * 8 + lane / 4, d = 8 * step + 2 * (lane % 4);
+  const bool inside = unit < layer.width;
+  layer.fragments[n] = make_double2(inside && d < depth ? layer.weights[unit * depth + d] : 0.0,
+                                    inside && d + 1 < depth ? layer.weights[unit * depth + d + 1] : 0.0);
+}
+
 // ---- the plan ----
 
 /// Hands out 256-byte aligned pieces of a workspace; with a null base it only counts.
@@ -577,7 +594,7 @@ struct Plan {
   double* sums = nullptr;
   int* flag = nullptr;
   T* nodes = nullptr;
-  Layer<T> first{};
+  Layer<T> first{}, last{};
 };
 
 template <class T>
@@ -590,15 +607,61 @@ Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& aren
   layer.beta = T(op.activations[l].beta);
   layer.z = arena.take<T>(op.samples * layer.stride);
   layer.a = arena.take<T>(op.samples * layer.stride);
+  layer.v = op.skips && (op.skips[2 * l + 1] >= 0 || op.shifts[2 * l + 1]) ? arena.take<T>(op.samples * layer.stride)
+                                                                          : layer.a;
   layer.slope = slopes ? arena.take<T>(op.samples * layer.stride) : nullptr;
   layer.rounding = arena.take<T>(op.samples * layer.stride);
+  layer.added[0] = layer.added[1] = layer.kept[0] = layer.kept[1] = -1;
   if (l == 0) return layer;
   layer.weights = op.weights[l - 1];
   layer.biases = op.biases[l - 1];
   if (sizeof(T) == 4) {
     layer.packed = arena.take<float4>(blocks_of(layer.width, 8) * blocks_of(op.widths[l - 1], kColumns) * kWarp);
+  } else {
+    layer.fragments = arena.take<double2>(blocks_of(layer.width, 8) * blocks_of(op.widths[l - 1], 8) * kWarp);
   }
   return layer;
+}
+
+/// A slot for each value whose residuals are added to later ones, free again behind the last of those; -1 for the others.
+struct Slots {
+  std::vector<int> of;  // [values]
+  int count = 0;
+};
+template <class T>
+Slots assign_slots(const PathConnectivity<T>& op) {
+  Slots slots;
+  const int values = op.skips ? 2 * (op.layers + 1) : 0;
+  slots.of.assign(std::size_t(values), -1);
+  std::vector<int> last(slots.of), free_from;
+  for (int value = 0; value < values; ++value) {
+    if (op.skips[value] >= 0) last[std::size_t(op.skips[value])] = value;
+  }
+  for (int value = 0; value < values; ++value) {
+    if (last[std::size_t(value)] < 0) continue;
+    std::size_t slot = 0;
+    while (slot < free_from.size() && free_from[slot] > value) ++slot;
+    if (slot == free_from.size()) free_from.push_back(0);
+    free_from[slot] = last[std::size_t(value)];
+    slots.of[std::size_t(value)] = int(slot);
+  }
+  slots.count = int(free_from.size());
+  return slots;
+}
+
+/// What the network adds to value 2 l (half 0) or 2 l + 1, at the samples. arena: at the first layer's place.
+template <class T>
+Earlier<T> earlier_of(const PathConnectivity<T>& op, int l, int half, bool slopes, Arena arena) {
+  Earlier<T> earlier{nullptr, nullptr, nullptr};
+  if (!op.skips) return earlier;
+  earlier.shift = op.shifts[2 * l + half];
+  const int source = op.skips[2 * l + half];
+  if (source < 0) return earlier;
+  Layer<T> layer{};
+  for (int n = 0; n <= source / 2; ++n) layer = layer_of(op, n, slopes, arena);
+  earlier.value = source % 2 ? layer.v : layer.z;
+  earlier.rounding = layer.rounding;
+  return earlier;
 }
 
 inline std::size_t shared_limit() {
@@ -634,11 +697,12 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Rang
 
   plan.choice = {plan.sums, first_blocks, elsewhere.least_mean * double(op.samples * op.widths[0]), elsewhere.limit,
                  plan.flag};
+  plan.general.stencil = stencil;
+  if (sizeof(T) == 8) return plan;
   std::int64_t widest = 0;
   for (int l = 0; l < op.layers + !problem.ends_linear; ++l) widest = op.widths[l] > widest ? op.widths[l] : widest;
   General<T>& general = plan.general;
   general.skip = plan.flag;
-  general.stencil = stencil;
   general.panel_stride = padded(widest) | kColumns;  // an odd number of steps: neighbouring rows in other banks
   general.tiles = blocks_of(op.samples, kPanelSide) * (blocks_of(op.samples, kPanelSide) + 1) / 2;
   plan.general_blocks = at_most(general.tiles, 2 * device_attribute(cudaDevAttrMultiProcessorCount));
@@ -653,28 +717,39 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Rang
 
 template <class T>
 const char* pack_layer(const Layer<T>& layer, std::int64_t depth, CUstream_st* stream) {
+  const std::int64_t count = blocks_of(layer.width, 8) * blocks_of(depth, sizeof(T) == 4 ? kColumns : 8) * kWarp;
   if constexpr (sizeof(T) == 4) {
-    const std::int64_t count = blocks_of(layer.width, 8) * blocks_of(depth, kColumns) * kWarp;
     return launch(pack_kernel, blocks_of(count, kThreads), kThreads, 0, stream, layer, depth, count);
+  } else {
+    return launch(pack64_kernel, blocks_of(count, kThreads), kThreads, 0, stream, layer, depth, count);
   }
-  return nullptr;
 }
 
 /// Takes the layers' places, and fills in everything that the samples and the weights determine.
 template <class T>
 const char* enqueue_samples(const PathConnectivity<T>& op, Plan<T>& plan, Arena& arena, CUstream_st* stream) {
-  if (plan.general_blocks == 0) return "no CUDA device";
+  if (device_attribute(cudaDevAttrMultiProcessorCount) == 0) return "no CUDA device";
   const char* error = store_nodes(op.nodes, plan.nodes, plan.problem.nodes, stream);
   plan.general.problem = plan.problem;
+  const bool slopes = plan.general.stencil.size > 0;
+  const Arena first = arena;
+  const Slots slots = assign_slots(op);
   Layer<T> before{};
   for (int l = 0; l <= op.layers && !error; ++l) {
-    const Layer<T> layer = layer_of(op, l, plan.general.stencil.size > 0, arena);
+    Layer<T> layer = layer_of(op, l, slopes, arena);
+    for (int half = 0; op.skips && half < 2; ++half) {
+      const int value = 2 * l + half, source = op.skips[value];
+      layer.added[half] = source < 0 ? -1 : slots.of[std::size_t(source)];
+      layer.kept[half] = slots.of[std::size_t(value)];
+    }
     const std::int64_t blocks = blocks_of(op.samples, kForwardTile) * (layer.stride / kForwardTile);
-    const T *const before_a = before.a, *const before_rounding = before.rounding;
+    const T *const before_v = before.v, *const before_rounding = before.rounding;
     error = launch(forward_kernel<T>, blocks, kForwardTile * kForwardTile, 0, stream, plan.problem, layer, l, op.z,
-                   before_a, before_rounding, before.width, before.stride, plan.choice.limit, plan.sums);
+                   before_v, before_rounding, before.width, before.stride, earlier_of(op, l, 0, slopes, first),
+                   earlier_of(op, l, 1, slopes, first), plan.choice.limit, plan.sums);
     if (!error && l > 0) error = pack_layer(layer, before.width, stream);
     if (l == 0) plan.first = layer;
+    plan.last = layer;
     before = layer;
   }
   return error ? error : launch(scale_kernel<T>, plan.problem.outputs + 1, kThreads, 0, stream, plan.problem, plan.choice);

@@ -1,7 +1,7 @@
-// Two kernels. One hidden layer with a usual activation, in float32: `shallow`, where each thread makes the elements of
-// the matrix instruction's fragments that it owns and keeps the moments in registers. Everything else, float64 too: the
-// general kernel of chain.cuh.
-#include "chain.cuh"
+// Two kernels in float32. One hidden layer with a usual activation, in float32: `shallow`, where each thread makes the elements of
+// the matrix instruction's fragments that it owns and keeps the moments in registers. Everything else in float32: the
+// general kernel of chain.cuh. float64: chain64.cuh.
+#include "chain64.cuh"
 
 namespace lmn {
 namespace {
@@ -430,15 +430,13 @@ ShallowKernel find_shallow(const PathConnectivity<float>& op, std::size_t shared
   if (found.shared + kStaticShared > shared_limit) found.kernel = nullptr;
   return found;
 }
-ShallowKernel find_shallow(const PathConnectivity<double>&, std::size_t) { return {nullptr, 0, 0, 0}; }
 
 /// The shallow kernel's weights in the workspace.
 struct Packed {
   float4 *high, *low;
 };
 
-template <class T>
-Packed take_packed(const PathConnectivity<T>& op, const ShallowKernel& kernel, Arena& arena) {
+Packed take_packed(const PathConnectivity<float>& op, const ShallowKernel& kernel, Arena& arena) {
   if (!kernel.kernel) return {nullptr, nullptr};
   const std::int64_t fragments =
       blocks_of(op.widths[1], kOutputChunk) * blocks_of(op.widths[0], kColumns) * kStepFragments;
@@ -466,32 +464,30 @@ const char* run_shallow(const PathConnectivity<float>& op, const Plan<float>& pl
   const std::int64_t sides = blocks_of(op.samples, kSide);
   return launch(kernel.kernel, sides * (sides + 1) / 2, kThreads, kernel.shared, stream, shallow);
 }
-const char* run_shallow(const PathConnectivity<double>&, const Plan<double>&, const ShallowKernel&, const Packed&,
-                        CUstream_st*) {
-  return nullptr;
-}
 
-template <class T>
-const char* path_connectivity_on(const PathConnectivity<T>& op, CUstream_st* stream) {
+const char* path_connectivity_on(const PathConnectivity<double>& op, CUstream_st* stream) {
+  return connectivity64<0>(op, Stencil<double>{}, stream);
+}
+const char* path_connectivity_on(const PathConnectivity<float>& op, CUstream_st* stream) {
   Arena arena{static_cast<char*>(op.workspace)};
   const ShallowKernel kernel = find_shallow(op, shared_limit());
-  Plan<T> plan = make_plan(op, Stencil<T>{}, range_of(kernel), arena);
+  Plan<float> plan = make_plan(op, Stencil<float>{}, range_of(kernel), arena);
   const Packed packed = take_packed(op, kernel, arena);
   const char* error = enqueue_samples(op, plan, arena, stream);
   if (!error && kernel.kernel) error = run_shallow(op, plan, kernel, packed, stream);
   if (error) return error;
-  if constexpr (sizeof(T) == 4) {
-    constexpr std::int64_t kFew = 32;  // outputs that one chunk of the smaller kernel takes
-    if (plan.problem.outputs > kFew) return enqueue_general<T, 4, 0>(plan, stream);
-  }
-  return enqueue_general<T, 2, 0>(plan, stream);
+  constexpr std::int64_t kFew = 32;  // outputs that one chunk of the smaller kernel takes
+  if (plan.problem.outputs > kFew) return enqueue_general<float, 4, 0>(plan, stream);
+  return enqueue_general<float, 2, 0>(plan, stream);
 }
 
-template <class T>
-std::size_t path_connectivity_workspace_on(const PathConnectivity<T>& op) {
+std::size_t path_connectivity_workspace_on(const PathConnectivity<double>& op) {
+  return workspace64<0>(op, Stencil<double>{});
+}
+std::size_t path_connectivity_workspace_on(const PathConnectivity<float>& op) {
   Arena arena{nullptr};
   const ShallowKernel kernel = find_shallow(op, shared_limit());
-  const Plan<T> plan = make_plan(op, Stencil<T>{}, range_of(kernel), arena);
+  const Plan<float> plan = make_plan(op, Stencil<float>{}, range_of(kernel), arena);
   take_packed(op, kernel, arena);
   return workspace(op, plan, arena);
 }

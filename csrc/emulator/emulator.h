@@ -54,4 +54,10 @@ std::uint32_t to_tf32(float v);  // nearest, ties away from zero
 /// here one more than a float's, and the eight products are added in two steps of four.
 void mma_m16n8k8_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
 
+/// In float64 the products are added one after the other, each with one rounding.
+void mma_m16n8k8_f64(double (&c)[4], double a0, double a1, double a2, double a3, double b0, double b1);
+
+/// 1 / v to 20 bits, as rcp.approx.ftz.f64 has it; what is no normal number is zero.
+double reciprocal_f64(double v);
+
 }  // namespace emulator
