@@ -282,6 +282,17 @@ def test_emulated_cards_with_less_shared_memory(name, kilobytes, emulated, dtype
     assert_as_right_as_pytorch(tail(name), samples(20, TAILS[name][0][0]), emulated, dtype)
 
 
+@pytest.mark.parametrize("kilobytes", [48, 99, 227])
+@pytest.mark.parametrize("rule", [("uniform", 21), ("lobatto", 5)])
+def test_emulated_wide_sums_in_any_shared_memory(kilobytes, rule, emulated, monkeypatch):
+    """Nodes in one pass and in several, panels in shared memory and in the device's, outputs in one part and in several."""
+    monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
+    names = ["silu", "tanh", "gelu", "identity"]
+    skips = ((3, 1), (4, 2), (5, 3))
+    chain = random_chain([130, 130, 130, 150], names, skips, scale=0.7)
+    assert_as_right_as_pytorch(chain, samples(10, 130), emulated, torch.float64, path_nodes(*rule))
+
+
 def test_strided_expanded_and_tracked_tensors(device):
     chain = cast(random_chain([6, 20, 4], ["identity", "silu", "identity"]), torch.float32, device)
     strided = Chain(
