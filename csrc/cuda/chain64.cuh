@@ -1,9 +1,10 @@
-// path_connectivity and hermite_connectivity in float64, on the FP64 matrix instruction. Two kernels: one hidden layer of SiLU,
-// sigmoid or tanh over equally spaced nodes, where a warp makes its matrix fragments itself; and everything else, where a block carries panels of residuals from layer to layer.
+// path_connectivity and hermite_connectivity in float64, on the FP64 matrix instruction. Two kernels: one hidden layer of
+// SiLU, sigmoid or tanh over equally spaced nodes, where a warp makes its matrix fragments itself; and everything else, where a
+// block carries panels of residuals from layer to layer.
 //
-// In both a tile of matrix rows is 8 pairs, of one first sample and 8 second ones, at one node, and a lane's rows, g = lane / 4,
-// all belong to one pair. Of 8 hidden units lane q = lane % 4 of a group has 2 q and 2 q + 1, as columns q and q + 4 of the
-// instruction's A: its sums for 8 units are then the next layer's fragments.
+// In both a tile of matrix rows is 8 pairs, of one first sample and 8 second ones, at one node, and a lane's rows,
+// g = lane / 4, all belong to one pair. Of 8 hidden units lane q = lane % 4 of a group has 2 q and 2 q + 1, as columns q and
+// q + 4 of the instruction's A: its sums for 8 units are then the next layer's fragments.
 #pragma once
 #include "chain.cuh"
 
@@ -409,8 +410,8 @@ __device__ inline double* moments_of(const General64& p) {
   return reinterpret_cast<double*>(dynamic_shared() + (p.panels ? 0 : 2 * sizeof(double2) * p.panel_size));
 }
 
-/// The outputs of tiles [begin, begin + units), whose residuals are in `out`, into the moments; with the last nodes, into the pairs' sums.
-/// A warp takes 8 outputs of 8 pairs.
+/// The outputs of tiles [begin, begin + units), whose residuals are in `out`, into the moments; with the last nodes, into the
+/// pairs' sums. A warp takes 8 outputs of 8 pairs.
 template <int kStencil>
 __device__ void add_outputs64(const General64& p, const Work64& work, const double2* out, int begin, int units, int pass,
                               PairSums* totals) {
@@ -479,8 +480,8 @@ __device__ void add_outputs64(const General64& p, const Work64& work, const doub
   }
 }
 
-/// Residuals of layer l, of tiles [begin, begin + units) of 8 units, from those of the layer before in `panel`. A warp takes row
-/// tiles and tiles of units together, in tasks.
+/// Residuals of layer l, of tiles [begin, begin + units) of 8 units, from those of the layer before in `panel`. A warp takes
+/// row tiles and tiles of units together, in tasks.
 template <int kStencil>
 __device__ void run_layer64(const General64& p, const Work64& work, int l, int begin, int units, const double2* panel,
                             double2* out) {
@@ -490,7 +491,8 @@ __device__ void run_layer64(const General64& p, const Work64& work, int l, int b
   const int task_rows = l == 0 ? 2 : kTaskRows64, row_groups = ceiling(work.tiles, task_rows);
   // Large tasks, of two tiles of units, read the panel less often, small ones keep all warps busy: 6 loads for 4 matrix
   // instructions in place of 10 are worth half as many instructions more.
-  const int cost_large = 2 * ceiling(row_groups * ceiling(units, 2), kWarps), cost_small = ceiling(row_groups * units, kWarps);
+  const int cost_large = 2 * ceiling(row_groups * ceiling(units, 2), kWarps);
+  const int cost_small = ceiling(row_groups * units, kWarps);
   const bool large = l > 0 && 2 * cost_large <= 3 * cost_small;
   const int task_units = large ? 2 : 1, tasks = row_groups * ceiling(units, task_units);
   for (int task = warp; task < tasks; task += kWarps) {
@@ -513,8 +515,8 @@ __device__ void run_layer64(const General64& p, const Work64& work, int l, int b
   }
 }
 
-// A block per unit of work, one after the other: a first sample and up to 32 second ones. Panels are [8 units][row tiles][lanes].
-// kStencil: the size of the stencil; 0: at every node.
+// A block per unit of work, one after the other: a first sample and up to 32 second ones. Panels are
+// [8 units][row tiles][lanes]. kStencil: the size of the stencil; 0: at every node.
 template <int kStencil>
 __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_constant__ General64 p) {
   if (*p.skip) return;
@@ -640,7 +642,9 @@ Plan64 make_plan64(const PathConnectivity<double>& op, const Stencil<double>& st
   general.slots = assign_slots(op).count;
   std::int64_t widest = 0, widest_kept = 0;
   for (int l = 0; l < op.layers; ++l) widest = op.widths[l] > widest ? op.widths[l] : widest;
-  for (int l = 0; general.slots > 0 && l <= op.layers; ++l) widest_kept = op.widths[l] > widest_kept ? op.widths[l] : widest_kept;
+  for (int l = 0; general.slots > 0 && l <= op.layers; ++l) {
+    widest_kept = op.widths[l] > widest_kept ? op.widths[l] : widest_kept;
+  }
   const std::int64_t panel_tiles = blocks_of(widest, 8);
   general.chunk = int(at_most(output_tiles, panel_tiles > kWarps ? panel_tiles : kWarps));
   const std::int64_t tiles = panel_tiles > general.chunk ? panel_tiles : general.chunk;

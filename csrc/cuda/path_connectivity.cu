@@ -1,6 +1,6 @@
-// Two kernels in float32. One hidden layer with a usual activation, in float32: `shallow`, where each thread makes the elements of
-// the matrix instruction's fragments that it owns and keeps the moments in registers. Everything else in float32: the
-// general kernel of chain.cuh. float64: chain64.cuh.
+// Two kernels in float32. One hidden layer with a usual activation: `shallow`, where each thread makes the elements of
+// the matrix instruction's fragments that it owns and keeps the moments in registers. Everything else: the general kernel of
+// chain.cuh. float64: chain64.cuh.
 #include "chain64.cuh"
 
 namespace lmn {
