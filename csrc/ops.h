@@ -46,7 +46,7 @@ struct PathConnectivity {
   const T* const* biases;           // [layers], host, of null or [widths[l + 1]]
   const std::int64_t* widths;       // [layers + 1], host
   const Activation* activations;    // [layers + 1], host
-  const std::int32_t* skips;        // [2 * (layers + 1)], host, the value added to each, none: -1; null: no sums (CUDA)
+  const std::int32_t* skips;        // [2 * (layers + 1)], host, the value added to each, none: -1; null: no sums
   const T* const* shifts;           // [2 * (layers + 1)], host, of null or [samples, width], added to each; null with skips
   PathNodes nodes;
   std::int64_t samples;

@@ -42,8 +42,9 @@ def is_native(*tensors: Tensor) -> bool:
 
 def knows_sums(tensor: Tensor) -> bool:
     """Whether the kernels that take this tensor add earlier values of a chain: those for the CPU do, CUDA's, also
-    emulated, do not."""
-    return tensor.device.type == "cpu" and _C.isa() != "emulated-cuda"
+    emulated, in float64 alone."""
+    on_cuda = tensor.device.type != "cpu" or _C.isa() == "emulated-cuda"
+    return not on_cuda or tensor.dtype == torch.float64
 
 
 def address(tensor: Tensor | None) -> int:

@@ -222,7 +222,7 @@ def test_integers_agree_to_the_bit_across_levels_with_sums(summing, dtype):
     activations = tuple(Activation(name) for name in names)
     weights, biases = tuple(integers(5, 5) for _ in range(3)), tuple(integers(5) for _ in range(3))
     chain = Chain(weights, biases, activations, skips=((3, 0), (4, 2), (5, 3), (6, 5)))
-    assert_integers_agree(chain, 4 * integers(40, 5), summing, dtype, False)
+    assert_integers_agree(chain, 4 * integers(40, 5), summing, dtype, True)
 
 
 def assert_integers_agree(
@@ -280,6 +280,17 @@ def test_errors_at_each_matmul_precision(name, matmul, bound, device, precision)
 def test_emulated_cards_with_less_shared_memory(name, kilobytes, emulated, dtype, monkeypatch):
     monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
     assert_as_right_as_pytorch(tail(name), samples(20, TAILS[name][0][0]), emulated, dtype)
+
+
+@pytest.mark.parametrize("kilobytes", [48, 99, 227])
+@pytest.mark.parametrize("rule", [("uniform", 21), ("lobatto", 5)])
+def test_emulated_wide_sums_in_any_shared_memory(kilobytes, rule, emulated, monkeypatch):
+    """Nodes in one pass and in several, panels in shared memory and in the device's, outputs in one part and in several."""
+    monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
+    names = ["silu", "tanh", "gelu", "identity"]
+    skips = ((3, 1), (4, 2), (5, 3))
+    chain = random_chain([130, 130, 130, 150], names, skips, scale=0.7)
+    assert_as_right_as_pytorch(chain, samples(10, 130), emulated, torch.float64, path_nodes(*rule))
 
 
 def test_strided_expanded_and_tracked_tensors(device):

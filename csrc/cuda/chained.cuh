@@ -8,10 +8,11 @@
 // For hermite the nodes are the path's slopes at its two ends (kStencil 2: two groups of second samples side by side), and its
 // midpoint (3).
 #pragma once
-#include "chain.cuh"
+#include "halves.cuh"
 
 namespace lmn {
 namespace {
+namespace chained {
 
 constexpr int kMostNodes = 64;       // interior nodes that fit the kernel's parameters
 constexpr int kTiles = 2;            // of the matrix instruction in one pass
@@ -540,15 +541,15 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kWarp
 // ---- the choice ----
 
 /// A kernel for a chain, and what it wants; null: none of these.
-struct ChainedKernel {
-  void (*kernel)(Chained) = nullptr;
+struct Kernel {
+  void (*run)(Chained) = nullptr;
   int warps = 0, paths = 0;
   std::size_t moment_bytes = 0;
   Dialect dialect{};
 };
 
 template <class Curve, int kBlocks, int kStencil>
-ChainedKernel chained_kernel_of(bool halves_alone) {
+Kernel kernel_of(bool halves_alone) {
   using Alone = Shape<Curve, kBlocks, kStencil, false>;
   using Split = Shape<Curve, kBlocks, kStencil, true>;
   const Dialect dialect{true, kBlocks, Curve::kSilu && kStencil == 0, kStencil > 0};
@@ -558,17 +559,18 @@ ChainedKernel chained_kernel_of(bool halves_alone) {
 
 /// The kernel for two hidden layers.
 template <class Curve, int kStencil>
-ChainedKernel chained_kernel_for(std::int64_t widest, bool halves_alone) {
-  if (widest <= 64) return chained_kernel_of<Curve, 8, kStencil>(halves_alone);
-  if (widest <= 104) return chained_kernel_of<Curve, 13, kStencil>(halves_alone);
+Kernel kernel_for(const PathConnectivity<float>& op) {
+  const std::int64_t widest = op.widths[0] > op.widths[1] ? op.widths[0] : op.widths[1];
+  if (widest <= 64) return kernel_of<Curve, 8, kStencil>(op.tf32);
+  if (widest <= 104) return kernel_of<Curve, 13, kStencil>(op.tf32);
   if constexpr (kStencil == 0) {  // else too few registers
-    if (widest <= 128) return chained_kernel_of<Curve, 16, kStencil>(halves_alone);
+    if (widest <= 128) return kernel_of<Curve, 16, kStencil>(op.tf32);
   }
   return {};
 }
 
 /// Bytes of parameters, weights and moments in shared memory.
-inline std::size_t chained_shared(const PathConnectivity<float>& op, const ChainedKernel& kernel) {
+inline std::size_t shared_bytes(const PathConnectivity<float>& op, const Kernel& kernel) {
   std::int64_t fragments = 0;
   for (int l = 1; l <= op.layers; ++l) {
     fragments += std::int64_t(half_steps(op, kernel.dialect, l).all()) * half_steps(op, kernel.dialect, l - 1).all() * kWarp;
@@ -576,8 +578,18 @@ inline std::size_t chained_shared(const PathConnectivity<float>& op, const Chain
   return std::size_t(fragments) * (op.tf32 ? 1 : 2) * sizeof(uint4) + kernel.moment_bytes + kParameterBytes;
 }
 
+/// The kernel, or none where shared memory is too small for it.
+inline Kernel if_it_fits(const PathConnectivity<float>& op, const Kernel& kernel) {
+  return kernel.run && shared_bytes(op, kernel) <= shared_limit() ? kernel : Kernel{};
+}
+
+inline std::size_t workspace(const PathConnectivity<float>& op, const Kernel& kernel) {
+  Arena arena{nullptr};
+  return half_workspace(op, make_half_plan(op, kernel.dialect, arena), arena);
+}
+
 /// Whether one of these kernels takes all of a problem but for its activations, widths and shared memory.
-inline bool takes_chained(const PathConnectivity<float>& op) {
+inline bool takes(const PathConnectivity<float>& op) {
   return op.layers >= 1 && op.layers <= 2 && !op.skips && op.activations[op.layers].kind == ActivationKind::kIdentity &&
          op.widths[op.layers] <= kChainedOutputs && op.nodes.interior <= kMostNodes && op.samples <= kChainedSamples &&
          op.samples * padded(op.widths[0]) < std::int64_t(1) << 30;
@@ -593,8 +605,10 @@ inline double spacing_of(const PathNodes& nodes) {
   return step;
 }
 
-inline const char* enqueue_chained(const PathConnectivity<float>& op, const ChainedKernel& kernel,
-                                   const Stencil<float>& stencil, HalfPlan& plan, Arena& arena, CUstream_st* stream) {
+inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kernel, const Stencil<float>& stencil,
+                           CUstream_st* stream) {
+  Arena arena{static_cast<char*>(op.workspace)};
+  HalfPlan plan = make_half_plan(op, kernel.dialect, arena);
   Chained chained{};
   const char* error = enqueue_half_samples(op, plan, arena, stream, [&](int l, const Layer<float>& layer) {
     chained.layers[l] = layer.half;
@@ -626,8 +640,9 @@ inline const char* enqueue_chained(const PathConnectivity<float>& op, const Chai
   chained.connectivity = problem.connectivity, chained.counts = problem.counts;
   const std::int64_t blocks =
       at_most(blocks_of(chained.units, kernel.warps), device_attribute(cudaDevAttrMultiProcessorCount));
-  return launch(kernel.kernel, blocks, kernel.warps * kWarp, chained_shared(op, kernel), stream, chained);
+  return launch(kernel.run, blocks, kernel.warps * kWarp, shared_bytes(op, kernel), stream, chained);
 }
 
+}  // namespace chained
 }  // namespace
 }  // namespace lmn

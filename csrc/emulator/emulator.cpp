@@ -30,14 +30,20 @@ constexpr int kMaxThreads = 1024;
 constexpr std::size_t kStack = 256 * 1024;  // pages that are not touched cost nothing
 constexpr std::size_t kGuard = 1024;        // bytes of NaN before and after the dynamic shared memory
 
-enum class Wait { kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiply, kMultiplyHalves };
-const char* const kWaitNames[] = {"nothing", "__syncthreads", "__syncwarp", "vote", "shuffle", "mma", "mma of halves"};
+enum class Wait { kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiply, kMultiplyHalves, kMultiply64 };
+const char* const kWaitNames[] = {"nothing", "__syncthreads", "__syncwarp", "vote", "shuffle", "mma", "mma of halves",
+                                  "mma in float64"};
 
 struct Fragments {
   float* c;
   const std::uint32_t* a;
   std::uint32_t b0, b1;
   int registers;  // of a
+};
+
+struct Fragments64 {
+  double* c;
+  double a[4], b[2];
 };
 
 struct Fiber {
@@ -51,6 +57,7 @@ struct Fiber {
   int source;
   std::uint64_t value;
   Fragments fragments;
+  Fragments64 fragments64;
   std::vector<std::pair<void*, const void*>> copies;  // under way, 16 bytes each
 };
 
@@ -75,6 +82,7 @@ __attribute__((noinline)) void switch_context(jmp_buf& from, jmp_buf& to) {
 
 void multiply_add(const Fragments* const* lanes);
 void multiply_add_halves(const Fragments* const* lanes);
+void multiply_add64(const Fragments64* const* lanes);
 
 class Machine {
  public:
@@ -233,6 +241,10 @@ void Machine::collective(int warp, unsigned mask) {
     const Fragments* lanes[kWarp];
     for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = &fibers[lane].fragments;
     multiply_add_halves(lanes);
+  } else if (kind == Wait::kMultiply64) {
+    const Fragments64* lanes[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = &fibers[lane].fragments64;
+    multiply_add64(lanes);
   }
 }
 
@@ -465,6 +477,29 @@ void multiply_add_halves(const Fragments* const* lanes) {
   }
 }
 
+void multiply_add64(const Fragments64* const* lanes) {
+  constexpr int kRows = 16, kColumns = 8, kDepth = 8;
+  double a[kRows][kDepth], b[kDepth][kColumns];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const Fragments64& f = *lanes[lane];
+    const int g = lane / 4, q = lane % 4;
+    a[g][q] = f.a[0];
+    a[g + 8][q] = f.a[1];
+    a[g][q + 4] = f.a[2];
+    a[g + 8][q + 4] = f.a[3];
+    b[q][g] = f.b[0];
+    b[q + 4][g] = f.b[1];
+  }
+  for (int row = 0; row < kRows; ++row) {
+    for (int column = 0; column < kColumns; ++column) {
+      double& c = lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
+      double sum = c;
+      for (int k = 0; k < kDepth; ++k) sum = std::fma(a[row][k], b[k][column], sum);
+      c = sum;
+    }
+  }
+}
+
 }  // namespace
 
 void set_threads(int threads) { t_threads = threads; }
@@ -531,6 +566,21 @@ void mma_m16n8_f16(float (&c)[4], const std::uint32_t* a, int registers, std::ui
 }
 
 std::uint32_t to_halves(float low, float high) { return to_half(low) | to_half(high) << 16; }
+void mma_m16n8k8_f64(double (&c)[4], double a0, double a1, double a2, double a3, double b0, double b1) {
+  t_current->current().fragments64 = {c, {a0, a1, a2, a3}, {b0, b1}};
+  t_current->wait(Wait::kMultiply64, 0xffffffffu);
+}
+
+double reciprocal_f64(double v) {
+  const auto flushed = [](double x) { return std::fabs(x) < 0x1p-1022 ? std::copysign(0.0, x) : x; };
+  const double exact = flushed(1 / flushed(v));
+  std::uint64_t bits;
+  std::memcpy(&bits, &exact, sizeof(bits));
+  bits &= ~std::uint64_t(0xffffffff);
+  double cut;
+  std::memcpy(&cut, &bits, sizeof(cut));
+  return cut;
+}
 
 float reciprocal(float v) {
   v = flush(v);

@@ -58,4 +58,10 @@ void mma_m16n8_f16(float (&c)[4], const std::uint32_t* a, int registers, std::ui
 
 std::uint32_t to_halves(float low, float high);  // nearest, ties to even
 
+/// In float64 the products are added one after the other, each with one rounding.
+void mma_m16n8k8_f64(double (&c)[4], double a0, double a1, double a2, double a3, double b0, double b1);
+
+/// 1 / v to 20 bits, as rcp.approx.ftz.f64 has it; what is no normal number is zero.
+double reciprocal_f64(double v);
+
 }  // namespace emulator
