@@ -26,7 +26,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-#if defined(LMN_CUDA)
+#if defined(LMN_CUDA) || defined(LMN_EMULATED)
 void raise(const char* op, const char* error) {
   if (error) throw std::runtime_error(std::string(op) + ": " + error);
 }
@@ -346,6 +346,28 @@ PYBIND11_MODULE(_C, m) {
       lmn::linear_cpu(linear(x, weight, bias, samples, inputs, outputs, z, workspace, watch), threads);
     });
   });
+#if defined(LMN_CUDA) || defined(LMN_EMULATED)
+  // Without a counterpart on the CPU, where LAPACK makes B; in an emulated build the stream is 0.
+  m.attr("isometry_units") = lmn::kIsometryUnits;
+  m.def("jacobian_isometry_cuda", [](Address first, Address last, std::int64_t units, std::int64_t inputs,
+                                     std::int64_t outputs, Address isometry, Address lost, Address workspace,
+                                     Address stream) {
+    raise("jacobian_isometry",
+          lmn::jacobian_isometry_cuda({pointer<const double>(first), pointer<const double>(last), units, inputs, outputs,
+                                       pointer<double>(isometry), pointer<double>(lost), pointer<double>(workspace)},
+                                      pointer<CUstream_st>(stream)));
+  });
+  m.def("jacobian_features_cuda", [](Address x, Address first, Address bias, Address isometry, std::int64_t samples,
+                                     std::int64_t inputs, std::int64_t units, int kind, double alpha, double beta,
+                                     Address features, Address slopes, Address stream) {
+    raise("jacobian_features",
+          lmn::jacobian_features_cuda({pointer<const double>(x), pointer<const double>(first), pointer<const double>(bias),
+                                       pointer<const double>(isometry), samples, inputs, units,
+                                       activations_of({kind}, {alpha, beta})[0], pointer<double>(features),
+                                       pointer<double>(slopes)},
+                                      pointer<CUstream_st>(stream)));
+  });
+#endif
   m.attr("distance_group") = lmn::kDistanceGroup;
   m.def("jacobian_distance", [](bool is_double, Address first, Address second, std::int64_t first_samples,
                                 std::int64_t second_samples, std::int64_t features, bool squared, Address distance,
