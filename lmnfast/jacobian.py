@@ -201,8 +201,9 @@ def _prepared(
     """The chain that f is, if so; f(x); and the bytes that f's results took. Both are checked, of a chain maybe `later`."""
     checks = Checks(False)
     later.finite(x, lambda: checks.finite("x", x))
+    allocated = AllocationCount()
     try:
-        with AllocationCount() as allocated:
+        with allocated:
             y = outputs_of(calls, x.clone()).clone()  # f may work in place, and overwrite what it returns
     except Exception:
         later.settle()  # of not finite samples f may say anything
