@@ -60,7 +60,7 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT
     x = checked_samples(f, x)
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
-        later = Later(x)
+        later = Later(_native.on_cuda(x))
         chain, y, allocated = _prepared(calls, x, later, kept.stateless)
         if chain is not None:
             J = ops.jacobian(chain, x)
@@ -85,7 +85,8 @@ def jacobian_distances(
     ``M = (W3^T W3) o (W2 W2^T) = B^T B``, and ``d[i, j] = |B s_i - B s_j|``. Otherwise Jacobians are taken for two tiles of
     samples at a time, again and again, and never all held. Networks that are no chain are differentiated in their own
     dtype, as :func:`jacobians` does; below its rounding a distance is noise.
-    Memory beyond the result: under 64 MB, but for what f itself needs.
+    Memory beyond the result: under 64 MB, but for what f itself needs. CUDA is waited for once, at the end, where f is made
+    of torch's own modules in order.
 
     Args:
         f, x: as there.
@@ -102,7 +103,7 @@ def jacobian_distances(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
-        later = Later(x)
+        later = Later(_native.on_cuda(x))
         chain, y, allocated = _prepared(calls, x, later, kept.stateless)
         rows: Callable[[int, int], Tensor]
         if chain is None:
@@ -112,19 +113,15 @@ def jacobian_distances(
         if all(a.name == "identity" for a in chain.activations):
             later.settle()
             return torch.zeros(len(x), len(x), dtype=dtype, device=x.device)
-        device_features = DeviceFeatures.of(chain, x, affine)
-        if device_features is not None:
-            later.at_most(device_features.lost, ISOMETRY_ERROR, device_features.refuse)
-            rows = device_features.rows(later)
+        for with_isometry in (True, False):
             try:
-                d = tiled(rows, len(x), device_features.width, squared, dtype)
+                rows, width = chain_features(chain, x, affine, later, with_isometry)
+                d = tiled(rows, len(x), width, squared, dtype)
                 later.settle()
                 return d
             except NoIsometry:
                 pass
-        later.settle()
-        rows, width = chain_features(chain, x, affine, with_isometry=device_features is None)
-        return tiled(rows, len(x), width, squared, dtype)
+        raise AssertionError("Jacobians are features of any chain")
 
 
 @alone()
@@ -146,7 +143,7 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """
     x = checked_samples(f, x)
     with evaluating(f) as kept:
-        later = Later(x)
+        later = Later(_native.on_cuda(x))
         chain, _, _ = _prepared(Calls(f, kept.put_back), x, later, kept.stateless, with_kernels=False)
         later.settle()
         if chain is None:
@@ -168,14 +165,14 @@ class NoIsometry(Exception):
 
 
 class Later:
-    """What is expected of values: looked at at once on the CPU; for CUDA's kernels on the device, and waited for all together."""
+    """What is expected of values: looked at at once; or deferred, so that a device is waited for once for all."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.deferred = _native.on_cuda(x)
+    def __init__(self, deferred: bool) -> None:
+        self.deferred = deferred
         self.expected: list[tuple[Tensor, float, Callable[[], None]]] = []
 
     def finite(self, values: Tensor, error: Callable[[], None]) -> None:
-        """error: raises where a value is NaN or Inf; called on CUDA only where one may be."""
+        """error: raises where a value is NaN or Inf; called in any case, or deferred, only where one may be."""
         if not self.deferred:
             return error()
         for extreme in torch.aminmax(values.detach()):  # both NaN where a value is
@@ -183,8 +180,24 @@ class Later:
             self.at_most(extreme, torch.finfo(torch.float32).max, error)
 
     def at_most(self, number: Tensor, limit: float, error: Callable[[], None]) -> None:
-        """number: a single one; error: raises where its magnitude is larger, or NaN."""
-        self.expected.append((number.float().reshape(()), limit, error))
+        """number: a single one; error: raises; called where its magnitude is larger, or NaN."""
+        if self.deferred:
+            self.expected.append((number.float().reshape(()), limit, error))
+        elif not abs(float(number)) <= limit:
+            error()
+
+    def rows(self, make: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+        """Rows of features, expected to be finite, of samples from begin to end. They are not kept to be looked at again."""
+
+        def made(begin: int, end: int) -> Tensor:
+            features = make(begin, end)
+            if self.deferred:
+                self.finite(features, lambda: _check_finite(make(begin, end), begin))
+            else:
+                _check_finite(features, begin)
+            return features
+
+        return made
 
     def settle(self) -> None:
         """Raises the first error; waits for the device, once."""
@@ -279,31 +292,20 @@ class DeviceFeatures:
         features = isometric_features(some, *arguments, self.isometry)
         return torch.cat((features, _offsets(self.chain, some)), 1) if self.affine else features
 
-    def rows(self, later: Later) -> Callable[[int, int], Tensor]:
-        """Of samples from begin to end, and `later` expects them to be finite."""
-
-        def some(begin: int, end: int) -> Tensor:
-            features = self(begin, end)
-            later.finite(features, lambda: _check_finite(self(begin, end), begin))
-            return features
-
-        return some
-
 
 def chain_features(
-    chain: Chain, x: Tensor, affine: bool, with_isometry: bool = True
+    chain: Chain, x: Tensor, affine: bool, later: Later | None = None, with_isometry: bool = True
 ) -> tuple[Callable[[int, int], Tensor], int]:
     """Rows of features, as far apart as the Jacobians of a merged chain, for samples from begin to end; and their
-    number. Waits for the device. with_isometry: False where it is known that there is none."""
-    device_features = DeviceFeatures.of(chain, x, affine) if with_isometry else None
-    if device_features is not None and float(device_features.lost) <= ISOMETRY_ERROR:
-
-        def made(begin: int, end: int) -> Tensor:
-            features = device_features(begin, end)
-            _check_finite(features, begin)
-            return features
-
-        return made, device_features.width
+    number. A deferred `later` raises NoIsometry, once it is settled, where they are none; not without with_isometry."""
+    later = later or Later(False)
+    on_device = DeviceFeatures.of(chain, x, affine) if with_isometry else None
+    if on_device is not None:
+        try:
+            later.at_most(on_device.lost, ISOMETRY_ERROR, on_device.refuse)
+            return later.rows(on_device), on_device.width
+        except NoIsometry:
+            with_isometry = False
     if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
         # W = Q R: a last Linear with more outputs than inputs keeps every distance as R.
         with lapack_on_one_core():
@@ -311,7 +313,7 @@ def chain_features(
         chain = replace(chain, weights=(*chain.weights[:-1], R), biases=(*chain.biases[:-1], None))
     inputs, outputs = chain.weights[0].shape[1], len(chain.weights[-1])
     B = None
-    if with_isometry and device_features is None:
+    if with_isometry:
         with lapack_on_one_core():
             B = _isometry(chain)
     width = (inputs * outputs if B is None else len(B)) + affine * outputs
@@ -325,12 +327,9 @@ def chain_features(
             on_input = chain.activations[0].name != "identity"
             z = some if on_input else _native.linear(some, chain.weights[0], chain.biases[0])
             features = _native.linear(_slope(chain.activations[0 if on_input else 1], z)[1], B, None)
-        if affine:
-            features = torch.cat((features, _offsets(chain, some)), 1)
-        _check_finite(features, begin)
-        return features
+        return torch.cat((features, _offsets(chain, some)), 1) if affine else features
 
-    return rows, width
+    return later.rows(rows), width
 
 
 def _isometry(chain: Chain) -> Tensor | None:

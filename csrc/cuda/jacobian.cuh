@@ -106,7 +106,7 @@ struct alignas(16) Quad {
 
 // 16 x 8 threads; a thread takes quads of rows and quads of columns. 64 sums in registers for each step's four loads of 16
 // bytes from shared memory; four blocks, or 16 warps, share a multiprocessor, and while one loads the others multiply.
-constexpr int kProductThreads = 128, kProductLanes = 16, kProductDepth = 16;
+constexpr int kProductThreads = 128, kProductLanes = 16, kProductDepth = 16, kUnrolled = 4;
 constexpr int kQuadRows = 4 * kProductThreads / kProductLanes, kQuadColumns = 4 * kProductLanes;
 template <class T> constexpr int kRowQuads = sizeof(T) == 4 ? 2 : 1;
 
@@ -164,18 +164,21 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 4 ? 4 : 3) produ
       right[d][own_column / 4].values[own_column % 4] = value;
     }
     __syncthreads();
-#pragma unroll 4
-    for (int d = 0; d < kProductDepth; ++d) {  // beyond the depth: zeros
-      Quad<T> rows[kRowQuads<T>], columns[kColumnQuads];
+    const int count = int(at_most(kProductDepth, p.depth - depth));
+    for (int begin = 0; begin < count; begin += kUnrolled) {
 #pragma unroll
-      for (int q = 0; q < kRowQuads<T>; ++q) rows[q] = left[d][q * kQuadRows / 4 + line];
+      for (int d = begin; d < begin + kUnrolled; ++d) {  // beyond the depth: zeros
+        Quad<T> rows[kRowQuads<T>], columns[kColumnQuads];
 #pragma unroll
-      for (int q = 0; q < kColumnQuads; ++q) columns[q] = right[d][q * kQuadColumns / 4 + lane];
+        for (int q = 0; q < kRowQuads<T>; ++q) rows[q] = left[d][q * kQuadRows / 4 + line];
 #pragma unroll
-      for (int r = 0; r < 4 * kRowQuads<T>; ++r) {
+        for (int q = 0; q < kColumnQuads; ++q) columns[q] = right[d][q * kQuadColumns / 4 + lane];
 #pragma unroll
-        for (int c = 0; c < 4 * kColumnQuads; ++c) {
-          sums[r][c] = fma(rows[r / 4].values[r % 4], columns[c / 4].values[c % 4], sums[r][c]);
+        for (int r = 0; r < 4 * kRowQuads<T>; ++r) {
+#pragma unroll
+          for (int c = 0; c < 4 * kColumnQuads; ++c) {
+            sums[r][c] = fma(rows[r / 4].values[r % 4], columns[c / 4].values[c % 4], sums[r][c]);
+          }
         }
       }
     }
