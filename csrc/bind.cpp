@@ -349,23 +349,29 @@ PYBIND11_MODULE(_C, m) {
 #if defined(LMN_CUDA) || defined(LMN_EMULATED)
   // Without a counterpart on the CPU, where LAPACK makes B; in an emulated build the stream is 0.
   m.attr("isometry_units") = lmn::kIsometryUnits;
-  m.def("jacobian_isometry_cuda", [](Address first, Address last, std::int64_t units, std::int64_t inputs,
-                                     std::int64_t outputs, Address isometry, Address lost, Address workspace,
-                                     Address stream) {
-    raise("jacobian_isometry",
-          lmn::jacobian_isometry_cuda({pointer<const double>(first), pointer<const double>(last), units, inputs, outputs,
-                                       pointer<double>(isometry), pointer<double>(lost), pointer<double>(workspace)},
-                                      pointer<CUstream_st>(stream)));
+  m.def("jacobian_isometry_cuda", [](bool is_double, Address first, Address last, std::int64_t units,
+                                     std::int64_t inputs, std::int64_t outputs, Address isometry, Address lost,
+                                     Address workspace, Address stream) {
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const lmn::JacobianIsometry<T> op{pointer<const T>(first), pointer<const T>(last), units, inputs, outputs,
+                                        pointer<double>(isometry), pointer<double>(lost), pointer<double>(workspace)};
+      raise("jacobian_isometry", lmn::jacobian_isometry_cuda(op, pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
   });
-  m.def("jacobian_features_cuda", [](Address x, Address first, Address bias, Address isometry, std::int64_t samples,
-                                     std::int64_t inputs, std::int64_t units, int kind, double alpha, double beta,
-                                     Address features, Address slopes, Address stream) {
-    raise("jacobian_features",
-          lmn::jacobian_features_cuda({pointer<const double>(x), pointer<const double>(first), pointer<const double>(bias),
-                                       pointer<const double>(isometry), samples, inputs, units,
-                                       activations_of({kind}, {alpha, beta})[0], pointer<double>(features),
-                                       pointer<double>(slopes)},
-                                      pointer<CUstream_st>(stream)));
+  m.def("jacobian_features_cuda", [](bool is_double, Address x, Address first, Address bias, Address isometry,
+                                     std::int64_t samples, std::int64_t inputs, std::int64_t units, int kind, double alpha,
+                                     double beta, Address features, Address slopes, Address stream) {
+    const lmn::Activation activation = activations_of({kind}, {alpha, beta})[0];
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const lmn::JacobianFeatures<T> op{pointer<const T>(x), pointer<const T>(first), pointer<const T>(bias),
+                                        pointer<const double>(isometry), samples, inputs, units, activation,
+                                        pointer<double>(features), pointer<double>(slopes)};
+      raise("jacobian_features", lmn::jacobian_features_cuda(op, pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
   });
 #endif
   m.attr("distance_group") = lmn::kDistanceGroup;

@@ -22,6 +22,7 @@ from .evaluation import (
     widened,
 )
 from .network import IDENTITY, Activation, Chain, recognise, why_no_chain
+from .ops._checks import KERNEL_DTYPES
 from .ops.jacobian_distance import has_isometry, isometric_features, isometry
 from .state import alone, evaluating, lapack_on_one_core
 
@@ -109,7 +110,6 @@ def jacobian_distances(
         if chain is None:
             rows = other_features(calls, x, y, allocated, affine, Checks(False))
             return tiled(rows, len(x), y.shape[1] * (x[0].numel() + affine), squared, dtype)
-        chain = merged(chain)
         if all(a.name == "identity" for a in chain.activations):
             later.settle()
             return torch.zeros(len(x), len(x), dtype=dtype, device=x.device)
@@ -266,7 +266,7 @@ def merged(chain: Chain) -> Chain:
 
 
 class DeviceFeatures:
-    """Features as far apart as the Jacobians of a merged chain with one hidden layer, made by CUDA's kernels without waiting."""
+    """Features as far apart as the Jacobians of a chain with one hidden layer, made by CUDA's kernels without waiting."""
 
     def __init__(self, chain: Chain, x: Tensor, affine: bool) -> None:
         self.chain, self.x, self.affine = chain, x, affine
@@ -277,6 +277,10 @@ class DeviceFeatures:
     @classmethod
     def of(cls, chain: Chain, x: Tensor, affine: bool) -> "DeviceFeatures | None":
         """None where there are no kernels for it, or Jacobians are no larger."""
+        if not _native.on_cuda(x):
+            return None
+        if len(chain.weights) != 2 or not x.dtype == chain.weights[0].dtype in KERNEL_DTYPES:
+            chain = merged(chain)
         bent = [a != IDENTITY for a in chain.activations]
         return (
             cls(chain, x, affine) if bent == [False, True, False] and has_isometry(*chain.weights) else None
@@ -287,17 +291,19 @@ class DeviceFeatures:
         raise NoIsometry
 
     def __call__(self, begin: int, end: int) -> Tensor:
-        some = self.x[begin:end].flatten(1).double()
+        some = self.x[begin:end].flatten(1).to(self.chain.weights[0].dtype)
         arguments = self.chain.weights[0], self.chain.biases[0], self.chain.activations[1]
         features = isometric_features(some, *arguments, self.isometry)
-        return torch.cat((features, _offsets(self.chain, some)), 1) if self.affine else features
+        return torch.cat((features, _offsets(self.chain, some.double())), 1) if self.affine else features
 
 
 def chain_features(
     chain: Chain, x: Tensor, affine: bool, later: Later | None = None, with_isometry: bool = True
 ) -> tuple[Callable[[int, int], Tensor], int]:
-    """Rows of features, as far apart as the Jacobians of a merged chain, for samples from begin to end; and their
-    number. A deferred `later` raises NoIsometry, once it is settled, where they are none; not without with_isometry."""
+    """Rows of features, as far apart as the Jacobians of a chain, for samples from begin to end; and their number.
+
+    A deferred `later` raises NoIsometry, once it is settled, where they are none; not without with_isometry.
+    """
     later = later or Later(False)
     on_device = DeviceFeatures.of(chain, x, affine) if with_isometry else None
     if on_device is not None:
@@ -306,6 +312,7 @@ def chain_features(
             return later.rows(on_device), on_device.width
         except NoIsometry:
             with_isometry = False
+    chain = merged(chain)
     if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
         # W = Q R: a last Linear with more outputs than inputs keeps every distance as R.
         with lapack_on_one_core():

@@ -215,17 +215,18 @@ def weights(inputs, units, outputs, seed=0):
     "shape",
     [(1, 1, 1), (3, 2, 1), (9, 31, 5), (8, 32, 33), (7, 33, 12), (100, 100, 31), (40, 170, 6), (20, 256, 16)],
 )
-def test_features_are_as_far_apart_as_the_jacobians(shape, kernels):
-    first, last, bias = weights(*shape)
-    B, lost = isometry(first.to(kernels), last.to(kernels))
+def test_features_are_as_far_apart_as_the_jacobians(shape, kernels, dtype):
+    """Of weights and samples of a dtype, to float64's rounding."""
+    given = [v.to(dtype) for v in (*weights(*shape), features(37, shape[0], seed=5))]
+    first, last, bias, x = (v.double() for v in given)
+    on_device = [v.to(kernels) for v in given]
+    B, lost = isometry(*on_device[:2])
     M = (last.mT @ last) * (first @ first.mT)
     diagonal = M.diagonal().sqrt()
     assert ((B @ B.mT).cpu() - M).abs().div(diagonal * diagonal[:, None]).max() < 1e-13
     inverse_trace = torch.linalg.inv(M / diagonal / diagonal[:, None]).trace()
     assert lost.shape == (1,) and abs(lost.cpu() / (shape[1] * 2.0**-52 * inverse_trace) - 1) < 1e-6
-    x = features(37, shape[0], seed=5)
-    f = activation("silu")
-    rows = isometric_features(x.to(kernels), first.to(kernels), bias.to(kernels), f, B)
+    rows = isometric_features(on_device[3], on_device[0], on_device[2], activation("silu"), B)
     z = x @ first.mT + bias
     slopes = z.sigmoid() * (1 + z * (1 - z.sigmoid()))
     J = torch.einsum("kh,nh,hd->nkd", last, slopes, first).flatten(1)

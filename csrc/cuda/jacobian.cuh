@@ -15,10 +15,11 @@ constexpr int kForwardTile = 32;   // samples, units and inputs of a block at a 
 constexpr int kForwardSide = 16;   // of the threads' square; each takes two samples and two units
 static_assert(kForwardSide * kForwardSide == kForwardThreads && 2 * kForwardSide == kForwardTile, "a thread has 2 x 2 sums");
 
-template <class T>
+/// In: of what is given; T: of slopes and values, as wide or wider.
+template <class In, class T>
 struct ForwardLayer {
-  const T* in;                   // [samples][depth]
-  const T *weights, *bias;       // [width][depth], null: in is what the activation gets; null: none
+  const In* in;                  // [samples][depth]
+  const In *weights, *bias;      // [width][depth], null: in is what the activation gets; null: none
   T *values, *slopes;            // [samples][width], null: nobody asks; [samples][slope_stride] or null
   std::int64_t samples, depth, width, slope_stride;
   Activation activation;
@@ -27,8 +28,8 @@ struct ForwardLayer {
 // A block takes a tile of samples x units, a thread 2 x 2 of it; neighbouring lanes read and write neighbouring values. Sums
 // in double: a slope is as right as its argument, and a kink is on the right side of it. On cards whose double units are few
 // (1/64 of the float ones) this is 961 x 100 x 100 multiply-adds in about 0.04 ms.
-template <class T, ActivationKind kKind>
-__global__ void __launch_bounds__(kForwardThreads) forward_kernel(ForwardLayer<T> layer) {
+template <class In, class T, ActivationKind kKind>
+__global__ void __launch_bounds__(kForwardThreads) forward_kernel(ForwardLayer<In, T> layer) {
   __shared__ double in[kForwardTile][kForwardTile + 1], weights[kForwardTile][kForwardTile + 1];
   const int lane = int(threadIdx.x) % kForwardTile, line = int(threadIdx.x) / kForwardTile;
   const int column = int(threadIdx.x) % kForwardSide, row = int(threadIdx.x) / kForwardSide;
@@ -63,20 +64,20 @@ __global__ void __launch_bounds__(kForwardThreads) forward_kernel(ForwardLayer<T
       const std::int64_t n = first_sample + row + r * kForwardSide, unit = first_unit + column + c * kForwardSide;
       if (n >= layer.samples || unit >= layer.width) continue;
       const T z = layer.weights ? T(layer.bias ? sums[r][c] + double(layer.bias[unit]) : sums[r][c])
-                                : layer.in[n * layer.width + unit];
+                                : T(layer.in[n * layer.width + unit]);
       if (layer.values) layer.values[n * layer.width + unit] = activate<kKind>(z, alpha, beta);
       if (layer.slopes) layer.slopes[n * layer.slope_stride + unit] = derivative<kKind>(z, alpha, beta);
     }
   }
 }
 
-template <class T, int kKind = 0>
-const char* forward(const ForwardLayer<T>& layer, CUstream_st* stream) {
+template <class In, class T, int kKind = 0>
+const char* forward(const ForwardLayer<In, T>& layer, CUstream_st* stream) {
   if constexpr (kKind + 1 < int(ActivationKind::kCount)) {
-    if (int(layer.activation.kind) != kKind) return forward<T, kKind + 1>(layer, stream);
+    if (int(layer.activation.kind) != kKind) return forward<In, T, kKind + 1>(layer, stream);
   }
   const std::int64_t blocks = blocks_of(layer.samples, kForwardTile) * blocks_of(layer.width, kForwardTile);
-  return launch(forward_kernel<T, ActivationKind(kKind)>, blocks, kForwardThreads, 0, stream, layer);
+  return launch(forward_kernel<In, T, ActivationKind(kKind)>, blocks, kForwardThreads, 0, stream, layer);
 }
 
 // ---- products ----

@@ -119,7 +119,8 @@ constexpr int kGramSide = 16;
 
 // A block takes a tile of M = (last^T last) o (first first^T), a thread an entry: neighbouring lanes read and write
 // neighbouring units.
-__global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsometry op, double* gram) {
+template <class T>
+__global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsometry<T> op, double* gram) {
   __shared__ double rows[kGramSide][kGramSide + 1], columns[kGramSide][kGramSide + 1];
   const int lane = int(threadIdx.x) % kGramSide, line = int(threadIdx.x) / kGramSide;
   const std::int64_t tiles = blocks_of(op.units, kGramSide);
@@ -130,14 +131,16 @@ __global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsom
     __syncthreads();  // the tiles before may still be read
     const bool inside = depth + lane < op.inputs;
     const std::int64_t other = first_column + line;
-    rows[line][lane] = inside && row < op.units ? op.first[row * op.inputs + depth + lane] : 0.0;
-    columns[line][lane] = inside && other < op.units ? op.first[other * op.inputs + depth + lane] : 0.0;
+    rows[line][lane] = inside && row < op.units ? double(op.first[row * op.inputs + depth + lane]) : 0.0;
+    columns[line][lane] = inside && other < op.units ? double(op.first[other * op.inputs + depth + lane]) : 0.0;
     __syncthreads();
     for (int d = 0; d < kGramSide; ++d) first = fma(rows[line][d], columns[lane][d], first);
   }
   if (row >= op.units || column >= op.units) return;
 #pragma unroll 4
-  for (std::int64_t k = 0; k < op.outputs; ++k) last = fma(op.last[k * op.units + row], op.last[k * op.units + column], last);
+  for (std::int64_t k = 0; k < op.outputs; ++k) {
+    last = fma(double(op.last[k * op.units + row]), double(op.last[k * op.units + column]), last);
+  }
   gram[row * op.units + column] = first * last;
 }
 
@@ -158,11 +161,12 @@ inline FactorShape factor_shape(std::int64_t units) {
 // inverse's squares is A^-1's trace, at least one over the least eigenvalue: rounding changes M by about H epsilon and a squared
 // distance by as much of that. Neighbouring lanes read neighbouring units; about 350 cycles a row with 100 units.
 __global__ void __launch_bounds__(kFactorThreads)
-    factor_kernel(JacobianIsometry op, const double* gram, double* memory, FactorShape shape, bool in_shared) {
+    factor_kernel(const double* gram, std::int64_t width, double* memory, FactorShape shape, bool in_shared,
+                  double* isometry, double* lost) {
   double* const norms = reinterpret_cast<double*>(dynamic_shared());  // [padded]
   double* const partial = norms + shape.padded;                       // [parts][padded]
   double* const factor = in_shared ? partial + shape.parts * shape.padded : memory;
-  const int units = int(op.units), h = int(threadIdx.x) % shape.padded, part = int(threadIdx.x) / shape.padded;
+  const int units = int(width), h = int(threadIdx.x) % shape.padded, part = int(threadIdx.x) / shape.padded;
   const bool works = h < units && part < shape.parts;
   for (int n = int(threadIdx.x); n < units; n += kFactorThreads) norms[n] = ::sqrt(gram[std::int64_t(n) * units + n]);
   __syncthreads();
@@ -198,7 +202,7 @@ __global__ void __launch_bounds__(kFactorThreads)
     if (h <= r) trace = fma(value, value, trace);
     // B's transpose, so that the features are one product of rows: B = R diag(norms).
     const double mirrored = factor[std::int64_t(h) * units + r];  // above the diagonal where r > h
-    op.isometry[std::int64_t(r) * units + h] = h > r              ? 0.0
+    isometry[std::int64_t(r) * units + h] = h > r              ? 0.0
                                                : h < r            ? mirrored * norms[r]
                                                : norms[r] == 0    ? 0.0
                                                                   : norms[r] / value;
@@ -210,7 +214,32 @@ __global__ void __launch_bounds__(kFactorThreads)
   for (int p = 0; p < shape.parts; ++p) {
     for (int n = 0; n < units; ++n) total += partial[p * shape.padded + n];
   }
-  *op.lost = double(units) * 0x1p-52 * total;
+  *lost = double(units) * 0x1p-52 * total;
+}
+
+template <class T>
+const char* jacobian_isometry_on(const JacobianIsometry<T>& op, CUstream_st* stream) {
+  if (op.units < 1 || op.units > kIsometryUnits) return "a number of units that has no factor here";
+  double* const gram = op.workspace;
+  double* const factor = gram + op.units * op.units;
+  const std::int64_t tiles = blocks_of(op.units, kGramSide);
+  const char* error = launch(gram_kernel<T>, tiles * tiles, kGramSide * kGramSide, 0, stream, op, gram);
+  if (error) return error;
+  const FactorShape shape = factor_shape(op.units);
+  const std::size_t bytes = shape.vectors() + std::size_t(op.units * op.units) * sizeof(double);
+  const bool in_shared = bytes <= std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return launch(factor_kernel, 1, kFactorThreads, in_shared ? bytes : shape.vectors(), stream, gram, op.units, factor, shape,
+                in_shared, op.isometry, op.lost);
+}
+
+template <class T>
+const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
+  const char* error = forward<T, double>({op.x, op.first, op.bias, nullptr, op.slopes, op.samples, op.inputs, op.units,
+                                          op.units, op.activation}, stream);
+  if (error) return error;
+  const Product<double> product{{op.slopes, op.units}, {op.isometry, 0}, nullptr, nullptr, nullptr, op.features,
+                                op.samples, 1, op.units, op.units, 0};
+  return multiply(product, true, stream);
 }
 
 }  // namespace
@@ -221,28 +250,17 @@ const char* jacobian_distance_cuda(const JacobianDistance<float>& op, CUstream_s
 const char* jacobian_distance_cuda(const JacobianDistance<double>& op, CUstream_st* stream) {
   return jacobian_distance_on(op, stream);
 }
-
-const char* jacobian_isometry_cuda(const JacobianIsometry& op, CUstream_st* stream) {
-  if (op.units < 1 || op.units > kIsometryUnits) return "a number of units that has no factor here";
-  double* const gram = op.workspace;
-  double* const factor = gram + op.units * op.units;
-  const std::int64_t tiles = blocks_of(op.units, kGramSide);
-  const char* error = launch(gram_kernel, tiles * tiles, kGramSide * kGramSide, 0, stream, op, gram);
-  if (error) return error;
-  const FactorShape shape = factor_shape(op.units);
-  const std::size_t bytes = shape.vectors() + std::size_t(op.units * op.units) * sizeof(double);
-  const bool in_shared = bytes <= std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  return launch(factor_kernel, 1, kFactorThreads, in_shared ? bytes : shape.vectors(), stream, op, gram, factor, shape,
-                in_shared);
+const char* jacobian_isometry_cuda(const JacobianIsometry<float>& op, CUstream_st* stream) {
+  return jacobian_isometry_on(op, stream);
 }
-
-const char* jacobian_features_cuda(const JacobianFeatures& op, CUstream_st* stream) {
-  const char* error = forward<double>({op.x, op.first, op.bias, nullptr, op.slopes, op.samples, op.inputs, op.units, op.units,
-                                       op.activation}, stream);
-  if (error) return error;
-  const Product<double> product{{op.slopes, op.units}, {op.isometry, 0}, nullptr, nullptr, nullptr, op.features,
-                                op.samples, 1, op.units, op.units, 0};
-  return multiply(product, true, stream);
+const char* jacobian_isometry_cuda(const JacobianIsometry<double>& op, CUstream_st* stream) {
+  return jacobian_isometry_on(op, stream);
+}
+const char* jacobian_features_cuda(const JacobianFeatures<float>& op, CUstream_st* stream) {
+  return jacobian_features_on(op, stream);
+}
+const char* jacobian_features_cuda(const JacobianFeatures<double>& op, CUstream_st* stream) {
+  return jacobian_features_on(op, stream);
 }
 
 }  // namespace lmn

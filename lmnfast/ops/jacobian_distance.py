@@ -122,19 +122,18 @@ def _(first, second, squared, dtype):
 def has_isometry(first: Tensor, last: Tensor) -> bool:
     """Whether `isometry` takes these weights, and its features are fewer than the Jacobians' numbers."""
     units = len(first)
-    return (
-        _native.on_cuda(first) and units <= _native._C.isometry_units and units < len(last) * first.shape[1]
-    )
+    fits = first.dtype in KERNEL_DTYPES and units < len(last) * first.shape[1]
+    return fits and _native.on_cuda(first) and units <= _native._C.isometry_units
 
 
 def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """B with ``|J_i - J_j| = |B s_i - B s_j|`` for ``J_i = last diag(s_i) first``, by CUDA kernels, without waiting.
 
-    ``B^T B = M = (last^T last) o (first first^T)``, of Cholesky's method on M with a diagonal of ones.
+    ``B^T B = M = (last^T last) o (first first^T)``, by Cholesky's method on M with a diagonal of ones, all in float64.
 
     Args:
-        first: (H, D) float64.
-        last: (K, H) float64.
+        first: (H, D) float32 or float64.
+        last: (K, H) of the same dtype.
 
     Returns:
         B^T (H, H) float64, and (1,) float64: a bound for the share of a squared distance that rounding of M and B takes; a NaN
@@ -142,17 +141,17 @@ def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """
     first, last = plain(first), plain(last)
     units, inputs = first.shape
-    result, lost = first.new_empty(units, units), first.new_empty(1)
+    result = first.new_empty(units, units, dtype=torch.float64)
+    lost, workspace = result.new_empty(1), result.new_empty(2, units, units)
     with _native.stream_of(first) as stream:
-        workspace = first.new_empty(2, units, units)
-        tensors = (result, lost, workspace)
         _native._C.jacobian_isometry_cuda(
+            first.dtype == torch.float64,
             _native.address(first),
             _native.address(last),
             units,
             inputs,
             len(last),
-            *map(_native.address, tensors),
+            *map(_native.address, (result, lost, workspace)),
             stream,
         )
     return result, lost
@@ -161,21 +160,32 @@ def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
 def isometric_features(
     x: Tensor, first: Tensor, bias: Tensor | None, activation: Activation, isometry: Tensor
 ) -> Tensor:
-    """Rows ``B s_i`` (N, H) with ``s_i = a'(first x_i + bias)``: x (N, D), and all in float64; isometry: B^T (H, H)."""
-    x, first, bias = plain(x), plain(first), None if bias is None else plain(bias)
+    """Rows ``B s_i`` with ``s_i = a'(first x_i + bias)``, by CUDA kernels, without waiting; all in float64.
+
+    Args:
+        x: (N, D) float32 or float64.
+        first: (H, D) of the same dtype.
+        bias: (H,) of the same dtype, or None.
+        activation: a.
+        isometry: B^T (H, H) float64.
+
+    Returns:
+        (N, H) float64.
+    """
+    x, first, bias, isometry = plain(x), plain(first), None if bias is None else plain(bias), plain(isometry)
     (codes, parameters), (samples, inputs), units = activation_arguments([activation]), x.shape, len(first)
-    result = x.new_empty(samples, units)
+    result = x.new_empty(samples, units, dtype=torch.float64)
+    slopes = torch.empty_like(result)
     with _native.stream_of(x) as stream:
-        slopes = torch.empty_like(result)
         _native._C.jacobian_features_cuda(
+            x.dtype == torch.float64,
             *map(_native.address, (x, first, bias, isometry)),
             samples,
             inputs,
             units,
             codes[0],
             *parameters,
-            _native.address(result),
-            _native.address(slopes),
+            *map(_native.address, (result, slopes)),
             stream,
         )
     return result
