@@ -40,10 +40,10 @@ def test_distances_of_50_000_samples(symmetric, last_blocks):
     assert (d[-8:, -8:] - truth).abs().max() <= 1e-6 * truth.max() and truth.max() > 1
 
 
-@pytest.mark.parametrize("widths", [(200, 6, 220), (220, 6, 200), (221, 199), (70, 6, 6, 650)])
-def test_jacobians_of_50_000_samples(widths, last_blocks):
-    n = 50_000
-    assert n * widths[0] * widths[-1] > BEYOND
+@pytest.mark.parametrize("widths", [(600, 6, 620), (620, 6, 600), (620, 600), (70, 6, 6, 650)])
+def test_jacobians(widths, last_blocks):
+    """One launch for all samples, but for the last widths', whose workspace takes a few thousand at a time."""
+    n = BEYOND // (widths[0] * widths[-1]) + 9
     generator = torch.Generator().manual_seed(0)
     weights = tuple(torch.randn(o, i, generator=generator) / i**0.5 for i, o in zip(widths, widths[1:]))
     names = ["silu"] * len(weights) + ["identity"]
