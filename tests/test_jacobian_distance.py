@@ -92,10 +92,12 @@ def test_many_features_are_summed_in_parts(width, device, dtype):
     assert_right(u, features(49, width, seed=1) + 0.5, device, dtype)
 
 
-def test_whole_tiles_off_the_diagonal(device, dtype):
-    u = features(200, 7)
+@pytest.mark.parametrize("n", [200, 450])  # of more samples CUDA's tiles are larger
+def test_whole_tiles_off_the_diagonal(n, device, dtype):
+    u = features(n, 19)
     d = assert_right(u, u, device, dtype)
     assert torch.equal(d, d.mT)
+    assert_right(u, features(n - 7, 19, seed=1), device, dtype)
 
 
 def test_rows_the_same_to_rounding_are_exactly_zero_apart(device, dtype):

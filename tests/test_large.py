@@ -10,7 +10,7 @@ from lmnfast.network import Activation, Chain
 from lmnfast.quadrature import path_nodes
 
 BEYOND = 2**31
-LAST = 16  # blocks of each grid that run
+LAST = 32  # blocks of each grid that run
 
 
 def untouched(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
