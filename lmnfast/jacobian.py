@@ -187,7 +187,7 @@ class Later:
             error()
 
     def rows(self, make: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
-        """Rows of features, expected to be finite, of samples from begin to end. They are not kept to be looked at again."""
+        """Rows of features of samples from begin to end, expected to be finite; to be looked at again they are made again."""
 
         def made(begin: int, end: int) -> Tensor:
             features = make(begin, end)
@@ -211,7 +211,7 @@ class Later:
 def _prepared(
     calls: Calls, x: Tensor, later: Later, stateless: bool, with_kernels: bool = True
 ) -> tuple[Chain | None, Tensor, int]:
-    """The chain that f is, if so; f(x); and the bytes that f's results took. Both are checked, of a chain maybe `later`."""
+    """The chain that f is, if so; f(x); and the bytes that f's results took. Both are checked, maybe `later`."""
     checks = Checks(False)
     later.finite(x, lambda: checks.finite("x", x))
     allocated = AllocationCount()

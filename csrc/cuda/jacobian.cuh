@@ -226,7 +226,8 @@ template <class T, bool kStackedRows>
 const char* multiply_stacked(const Product<T>& p, CUstream_st* stream) {
   const std::int64_t columns = kStackedRows ? p.columns : p.samples * p.columns;
   // The narrower tile where it leaves less empty.
-  if (columns <= 4 * kQuadColumns && blocks_of(columns, kQuadColumns) % 2 == 1) return multiply_tiles<T, 1, kStackedRows>(p, stream);
+  const bool narrow = columns <= 4 * kQuadColumns && blocks_of(columns, kQuadColumns) % 2 == 1;
+  if (narrow) return multiply_tiles<T, 1, kStackedRows>(p, stream);
   return multiply_tiles<T, 2, kStackedRows>(p, stream);
 }
 

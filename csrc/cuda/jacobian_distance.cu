@@ -158,8 +158,8 @@ inline FactorShape factor_shape(std::int64_t units) {
 
 // One block: R^T R = A, M with its diagonal scaled to ones, row after row, and with each row of R that of (R^T)^-1, which is
 // the same kind of sum. factor holds R above its diagonal, the inverse below, and the inverse's own diagonal. The sum of the
-// inverse's squares is A^-1's trace, at least one over the least eigenvalue: rounding changes M by about H epsilon and a squared
-// distance by as much of that. Neighbouring lanes read neighbouring units; about 350 cycles a row with 100 units.
+// inverse's squares is A^-1's trace, at least one over the least eigenvalue: rounding changes M by about H epsilon and a
+// squared distance by as much of that. Neighbouring lanes read neighbouring units; about 350 cycles a row with 100 units.
 __global__ void __launch_bounds__(kFactorThreads)
     factor_kernel(const double* gram, std::int64_t width, double* memory, FactorShape shape, bool in_shared,
                   double* isometry, double* lost) {

@@ -136,8 +136,8 @@ def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         last: (K, H) of the same dtype.
 
     Returns:
-        B^T (H, H) float64, and (1,) float64: a bound for the share of a squared distance that rounding of M and B takes; a NaN
-        or Inf where M is singular to rounding. B is of use only where the bound is small.
+        B^T (H, H) float64, and (1,) float64: a bound for the share of a squared distance that rounding of M and B takes; a
+        NaN or Inf where M is singular to rounding. B is of use only where the bound is small.
     """
     first, last = plain(first), plain(last)
     units, inputs = first.shape
