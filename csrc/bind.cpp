@@ -26,7 +26,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-#if defined(LMN_CUDA)
+#if defined(LMN_CUDA) || defined(LMN_EMULATED)
 void raise(const char* op, const char* error) {
   if (error) throw std::runtime_error(std::string(op) + ": " + error);
 }
@@ -346,6 +346,34 @@ PYBIND11_MODULE(_C, m) {
       lmn::linear_cpu(linear(x, weight, bias, samples, inputs, outputs, z, workspace, watch), threads);
     });
   });
+#if defined(LMN_CUDA) || defined(LMN_EMULATED)
+  // Without a counterpart on the CPU, where LAPACK makes B; in an emulated build the stream is 0.
+  m.attr("isometry_units") = lmn::kIsometryUnits;
+  m.def("jacobian_isometry_cuda", [](bool is_double, Address first, Address last, std::int64_t units,
+                                     std::int64_t inputs, std::int64_t outputs, Address isometry, Address lost,
+                                     Address workspace, Address stream) {
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const lmn::JacobianIsometry<T> op{pointer<const T>(first), pointer<const T>(last), units, inputs, outputs,
+                                        pointer<double>(isometry), pointer<double>(lost), pointer<double>(workspace)};
+      raise("jacobian_isometry", lmn::jacobian_isometry_cuda(op, pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
+  m.def("jacobian_features_cuda", [](bool is_double, Address x, Address first, Address bias, Address isometry,
+                                     std::int64_t samples, std::int64_t inputs, std::int64_t units, int kind, double alpha,
+                                     double beta, Address features, Address slopes, Address stream) {
+    const lmn::Activation activation = activations_of({kind}, {alpha, beta})[0];
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const lmn::JacobianFeatures<T> op{pointer<const T>(x), pointer<const T>(first), pointer<const T>(bias),
+                                        pointer<const double>(isometry), samples, inputs, units, activation,
+                                        pointer<double>(features), pointer<double>(slopes)};
+      raise("jacobian_features", lmn::jacobian_features_cuda(op, pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
+#endif
   m.attr("distance_group") = lmn::kDistanceGroup;
   m.def("jacobian_distance", [](bool is_double, Address first, Address second, std::int64_t first_samples,
                                 std::int64_t second_samples, std::int64_t features, bool squared, Address distance,

@@ -117,6 +117,33 @@ struct JacobianDistance {
   const Watch* watch;               // CPU; null: nobody
 };
 
+/// Of a chain whose one nonlinearity is between two Linear layers, J_i = last diag(s_i) first: B with
+/// |J_i - J_j| = |B s_i - B s_j|, so B^T B = M = (last^T last) o (first first^T). CUDA alone.
+constexpr std::int64_t kIsometryUnits = 256;  // at most: one block makes B row after row
+template <class T>
+struct JacobianIsometry {
+  const T* first;                   // [units, inputs]
+  const T* last;                    // [outputs, units]
+  std::int64_t units, inputs, outputs;
+  double* isometry;                 // [units, units], B's transpose
+  double* lost;                     // [1], a bound for the share of a squared distance that B's rounding takes; a NaN or Inf
+                                    // where M has no factor
+  double* workspace;                // [2 * units * units]
+};
+
+/// Rows B s_i, where s_i are the slopes of activation(first x_i + bias). CUDA alone.
+template <class T>
+struct JacobianFeatures {
+  const T* x;                       // [samples, inputs]
+  const T* first;                   // [units, inputs]
+  const T* bias;                    // [units] or null
+  const double* isometry;           // [units, units], B's transpose
+  std::int64_t samples, inputs, units;
+  Activation activation;
+  double* features;                 // [samples, units]
+  double* slopes;                   // [samples, units], the workspace
+};
+
 /// Nonlinear complexity in bits of each row of eigenvalues.
 template <class T>
 struct SpectralEntropy {
@@ -174,6 +201,10 @@ const char* jacobian_cuda(const Jacobian<float>&, CUstream_st*);
 const char* jacobian_cuda(const Jacobian<double>&, CUstream_st*);
 const char* jacobian_distance_cuda(const JacobianDistance<float>&, CUstream_st*);
 const char* jacobian_distance_cuda(const JacobianDistance<double>&, CUstream_st*);
+const char* jacobian_isometry_cuda(const JacobianIsometry<float>&, CUstream_st*);
+const char* jacobian_isometry_cuda(const JacobianIsometry<double>&, CUstream_st*);
+const char* jacobian_features_cuda(const JacobianFeatures<float>&, CUstream_st*);
+const char* jacobian_features_cuda(const JacobianFeatures<double>&, CUstream_st*);
 const char* path_r2_cuda(const PathR2<float>&, CUstream_st*);
 const char* path_r2_cuda(const PathR2<double>&, CUstream_st*);
 const char* spectral_entropy_cuda(const SpectralEntropy<float>&, CUstream_st*);

@@ -47,6 +47,11 @@ def knows_sums(tensor: Tensor) -> bool:
     return not on_cuda or tensor.dtype == torch.float64
 
 
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether CUDA kernels take this tensor, also emulated."""
+    return (tensor.is_cuda and cuda_built()) or (tensor.device.type == "cpu" and _C.isa() == "emulated-cuda")
+
+
 def address(tensor: Tensor | None) -> int:
     """Where a contiguous tensor's values lie; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -73,6 +78,16 @@ def cuda_stream(device: torch.device) -> Iterator[int]:
         raise RuntimeError(f"no CUDA kernel for {device}: {problem}")
     with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
+
+
+@contextmanager
+def stream_of(tensor: Tensor) -> Iterator[int]:
+    """`cuda_stream` of the tensor's device; 0 for the emulated kernels, which take it on the CPU."""
+    if tensor.is_cuda:
+        with cuda_stream(tensor.device) as stream:
+            yield stream
+    else:
+        yield 0
 
 
 @cache

@@ -22,6 +22,8 @@ from .evaluation import (
     widened,
 )
 from .network import IDENTITY, Activation, Chain, recognise, why_no_chain
+from .ops._checks import KERNEL_DTYPES
+from .ops.jacobian_distance import has_isometry, isometric_features, isometry
 from .state import alone, evaluating, lapack_on_one_core
 
 PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
@@ -59,12 +61,14 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT
     x = checked_samples(f, x)
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
-        chain, y, allocated = _prepared(calls, x)
+        later = Later(_native.on_cuda(x))
+        chain, y, allocated = _prepared(calls, x, later, kept.stateless)
         if chain is not None:
             J = ops.jacobian(chain, x)
         else:
             J = Differentiated(calls, x, y, allocated, budget, Checks(False))(0, len(x))
-    _check_finite(J)
+        later.finite(J, lambda: _check_finite(J))
+        later.settle()
     return J
 
 
@@ -82,7 +86,8 @@ def jacobian_distances(
     ``M = (W3^T W3) o (W2 W2^T) = B^T B``, and ``d[i, j] = |B s_i - B s_j|``. Otherwise Jacobians are taken for two tiles of
     samples at a time, again and again, and never all held. Networks that are no chain are differentiated in their own
     dtype, as :func:`jacobians` does; below its rounding a distance is noise.
-    Memory beyond the result: under 64 MB, but for what f itself needs.
+    Memory beyond the result: under 64 MB, but for what f itself needs. CUDA is waited for once, at the end, where f is made
+    of torch's own modules in order.
 
     Args:
         f, x: as there.
@@ -99,17 +104,24 @@ def jacobian_distances(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
-        chain, y, allocated = _prepared(calls, x)
+        later = Later(_native.on_cuda(x))
+        chain, y, allocated = _prepared(calls, x, later, kept.stateless)
         rows: Callable[[int, int], Tensor]
         if chain is None:
             rows = other_features(calls, x, y, allocated, affine, Checks(False))
-            width = y.shape[1] * (x[0].numel() + affine)
-        else:
-            chain = merged(chain)
-            if all(a.name == "identity" for a in chain.activations):
-                return torch.zeros(len(x), len(x), dtype=dtype, device=x.device)
-            rows, width = chain_features(chain, x, affine)
-        return tiled(rows, len(x), width, squared, dtype)
+            return tiled(rows, len(x), y.shape[1] * (x[0].numel() + affine), squared, dtype)
+        if all(a.name == "identity" for a in chain.activations):
+            later.settle()
+            return torch.zeros(len(x), len(x), dtype=dtype, device=x.device)
+        for with_isometry in (True, False):
+            try:
+                rows, width = chain_features(chain, x, affine, later, with_isometry)
+                d = tiled(rows, len(x), width, squared, dtype)
+                later.settle()
+                return d
+            except NoIsometry:
+                pass
+        raise AssertionError("Jacobians are features of any chain")
 
 
 @alone()
@@ -131,7 +143,9 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """
     x = checked_samples(f, x)
     with evaluating(f) as kept:
-        chain, _, _ = _prepared(Calls(f, kept.put_back), x, with_kernels=False)
+        later = Later(_native.on_cuda(x))
+        chain, _, _ = _prepared(Calls(f, kept.put_back), x, later, kept.stateless, with_kernels=False)
+        later.settle()
         if chain is None:
             raise ValueError(
                 f"f: expected a chain of Linear layers and piecewise-linear activations; {why_no_chain(f)}"
@@ -146,17 +160,77 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
         return len(torch.cat(patterns, 1).unique(dim=0)) if patterns else 1
 
 
-def _prepared(calls: Calls, x: Tensor, with_kernels: bool = True) -> tuple[Chain | None, Tensor, int]:
-    """The chain that f is, if so; f(x), checked; and the bytes that f's results took."""
+class NoIsometry(Exception):
+    """The features of `DeviceFeatures` would lose digits of the distances."""
+
+
+class Later:
+    """What is expected of values: looked at at once; or deferred, so that a device is waited for once for all."""
+
+    def __init__(self, deferred: bool) -> None:
+        self.deferred = deferred
+        self.expected: list[tuple[Tensor, float, Callable[[], None]]] = []
+
+    def finite(self, values: Tensor, error: Callable[[], None]) -> None:
+        """error: raises where a value is NaN or Inf; called in any case, or deferred, only where one may be."""
+        if not self.deferred:
+            return error()
+        for extreme in torch.aminmax(values.detach()):  # both NaN where a value is
+            # A float64 beyond float32 becomes Inf; `error` looks at the values themselves.
+            self.at_most(extreme, torch.finfo(torch.float32).max, error)
+
+    def at_most(self, number: Tensor, limit: float, error: Callable[[], None]) -> None:
+        """number: a single one; error: raises; called where its magnitude is larger, or NaN."""
+        if self.deferred:
+            self.expected.append((number.float().reshape(()), limit, error))
+        elif not abs(float(number)) <= limit:
+            error()
+
+    def rows(self, make: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+        """Rows of features of samples from begin to end, expected to be finite; to be looked at again they are made again."""
+
+        def made(begin: int, end: int) -> Tensor:
+            features = make(begin, end)
+            if self.deferred:
+                self.finite(features, lambda: _check_finite(make(begin, end), begin))
+            else:
+                _check_finite(features, begin)
+            return features
+
+        return made
+
+    def settle(self) -> None:
+        """Raises the first error; waits for the device, once."""
+        expected, self.expected = self.expected, []
+        numbers = torch.stack([number for number, _, _ in expected]).tolist() if expected else []
+        for number, (_, limit, error) in zip(numbers, expected):
+            if not abs(number) <= limit:
+                error()
+
+
+def _prepared(
+    calls: Calls, x: Tensor, later: Later, stateless: bool, with_kernels: bool = True
+) -> tuple[Chain | None, Tensor, int]:
+    """The chain that f is, if so; f(x); and the bytes that f's results took. Both are checked, maybe `later`."""
     checks = Checks(False)
-    checks.finite("x", x)
-    with AllocationCount() as allocated:
-        y = outputs_of(calls, x.clone()).clone()  # f may work in place, and overwrite what it returns
-    checks.finite("f(x)", y)
+    later.finite(x, lambda: checks.finite("x", x))
+    allocated = AllocationCount()
+    try:
+        with allocated:
+            y = outputs_of(calls, x.clone()).clone()  # f may work in place, and overwrite what it returns
+    except Exception:
+        later.settle()  # of not finite samples f may say anything
+        raise
+    later.finite(y, lambda: checks.finite("f(x)", y))
     chain = recognise(calls.f) if has_kernels(x) or not with_kernels else None
     if chain is not None and with_kernels and chain.skips:
         chain = None
-    if chain is not None and ((x.dim() != 2 and not chain.flattens) or not checks.reproduces(chain, x, y)):
+    if chain is not None and x.dim() != 2 and not chain.flattens:
+        chain = None
+    if chain is None or not stateless:
+        later.settle()
+    # Of stateless modules in order nothing else can come out than what the chain gives.
+    if not (chain is None or stateless or checks.reproduces(chain, x, y)):
         chain = None
     return chain, y, allocated.bytes
 
@@ -191,34 +265,78 @@ def merged(chain: Chain) -> Chain:
     return replace(chain, weights=tuple(weights), biases=tuple(biases), activations=tuple(activations))
 
 
-def chain_features(chain: Chain, x: Tensor, affine: bool) -> tuple[Callable[[int, int], Tensor], int]:
-    """Rows of features, as far apart as the Jacobians of a merged chain, for samples from begin to end; and their
-    number."""
+class DeviceFeatures:
+    """Features as far apart as the Jacobians of a chain with one hidden layer, made by CUDA's kernels without waiting."""
+
+    def __init__(self, chain: Chain, x: Tensor, affine: bool) -> None:
+        self.chain, self.x, self.affine = chain, x, affine
+        first, last = chain.weights
+        self.isometry, self.lost = isometry(first, last)
+        self.width = len(first) + affine * len(last)
+
+    @classmethod
+    def of(cls, chain: Chain, x: Tensor, affine: bool) -> "DeviceFeatures | None":
+        """None where there are no kernels for it, or Jacobians are no larger."""
+        if not _native.on_cuda(x):
+            return None
+        if len(chain.weights) != 2 or not x.dtype == chain.weights[0].dtype in KERNEL_DTYPES:
+            chain = merged(chain)
+        bent = [a != IDENTITY for a in chain.activations]
+        return (
+            cls(chain, x, affine) if bent == [False, True, False] and has_isometry(*chain.weights) else None
+        )
+
+    @staticmethod
+    def refuse() -> None:
+        raise NoIsometry
+
+    def __call__(self, begin: int, end: int) -> Tensor:
+        some = self.x[begin:end].flatten(1).to(self.chain.weights[0].dtype)
+        arguments = self.chain.weights[0], self.chain.biases[0], self.chain.activations[1]
+        features = isometric_features(some, *arguments, self.isometry)
+        return torch.cat((features, _offsets(self.chain, some.double())), 1) if self.affine else features
+
+
+def chain_features(
+    chain: Chain, x: Tensor, affine: bool, later: Later | None = None, with_isometry: bool = True
+) -> tuple[Callable[[int, int], Tensor], int]:
+    """Rows of features, as far apart as the Jacobians of a chain, for samples from begin to end; and their number.
+
+    A deferred `later` raises NoIsometry, once it is settled, where they are none; not without with_isometry.
+    """
+    later = later or Later(False)
+    on_device = DeviceFeatures.of(chain, x, affine) if with_isometry else None
+    if on_device is not None:
+        try:
+            later.at_most(on_device.lost, ISOMETRY_ERROR, on_device.refuse)
+            return later.rows(on_device), on_device.width
+        except NoIsometry:
+            with_isometry = False
+    chain = merged(chain)
     if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
         # W = Q R: a last Linear with more outputs than inputs keeps every distance as R.
         with lapack_on_one_core():
             R = torch.linalg.qr(chain.weights[-1], mode="r").R
         chain = replace(chain, weights=(*chain.weights[:-1], R), biases=(*chain.biases[:-1], None))
     inputs, outputs = chain.weights[0].shape[1], len(chain.weights[-1])
-    with lapack_on_one_core():
-        isometry = _isometry(chain)
-    width = (inputs * outputs if isometry is None else len(isometry)) + affine * outputs
+    B = None
+    if with_isometry:
+        with lapack_on_one_core():
+            B = _isometry(chain)
+    width = (inputs * outputs if B is None else len(B)) + affine * outputs
 
     def rows(begin: int, end: int) -> Tensor:
         some = x[begin:end].flatten(1).double()
-        if isometry is None:
+        if B is None:
             features = ops.jacobian(chain, some).flatten(1)
         else:
             # The nonlinearity is on the input, or after the first Linear.
             on_input = chain.activations[0].name != "identity"
             z = some if on_input else _native.linear(some, chain.weights[0], chain.biases[0])
-            features = _native.linear(_slope(chain.activations[0 if on_input else 1], z)[1], isometry, None)
-        if affine:
-            features = torch.cat((features, _offsets(chain, some)), 1)
-        _check_finite(features, begin)
-        return features
+            features = _native.linear(_slope(chain.activations[0 if on_input else 1], z)[1], B, None)
+        return torch.cat((features, _offsets(chain, some)), 1) if affine else features
 
-    return rows, width
+    return later.rows(rows), width
 
 
 def _isometry(chain: Chain) -> Tensor | None:

@@ -1,6 +1,7 @@
 """What every op promises on CUDA besides its numbers: the caller's stream and device, no waiting, no memory of its own."""
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lmnfast.quadrature import path_nodes
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="no CUDA device")
 
+features = import_module("lmnfast.ops.jacobian_distance")  # the op hides its module
 LONG = 200_000_000  # cycles, a tenth of a second
 RULE = path_nodes("uniform", 21)
 
@@ -46,9 +48,39 @@ def spectral_entropy(x: Tensor) -> Callable[[], Tensor]:
     return lambda: ops.spectral_entropy(x)
 
 
-@pytest.fixture(
-    params=[path_connectivity, hermite_connectivity, path_r2, spectral_entropy], ids=lambda op: op.__name__
+def jacobian(x: Tensor) -> Callable[[], Tensor]:
+    chain = random_chain([12, 40, 9, 7], ["identity", "silu", "silu", "identity"], bias=False)
+    weights = tuple(w.to(x) for w in chain.weights)
+    return lambda: ops.jacobian(Chain(weights, chain.biases, chain.activations), x)
+
+
+def jacobian_distance(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: ops.jacobian_distance(x.double(), x[:50].double(), False, torch.float32)
+
+
+def isometric_features(x: Tensor) -> Callable[[], Tensor]:
+    chain = random_chain([12, 40, 7], ["identity", "silu", "identity"], bias=False)
+    first, last = (w.to(x.device) for w in chain.weights)
+
+    def call() -> Tensor:
+        B, _ = features.isometry(first, last)
+        return features.isometric_features(x.double(), first, None, chain.activations[1], B)
+
+    return call
+
+
+OPS = (
+    path_connectivity,
+    hermite_connectivity,
+    path_r2,
+    spectral_entropy,
+    jacobian,
+    jacobian_distance,
+    isometric_features,
 )
+
+
+@pytest.fixture(params=OPS, ids=lambda op: op.__name__)
 def op(request):
     """From samples on a device, a function without arguments that calls the op on them."""
     return request.param

@@ -96,6 +96,28 @@ def test_half_precision_is_widened(device):
     assert torch.equal(half, ops.jacobian(wide, x.to(device, torch.bfloat16).float()))
 
 
+@pytest.mark.parametrize("widths", [[8, 20, 4], [4, 20, 8], [7, 12, 3], [3, 5], [8, 12, 9, 4]])
+def test_views_that_begin_between_boundaries_of_16_bytes(widths, device, dtype):
+    def moved(tensor):
+        memory = tensor.new_empty(tensor.numel() + 1)[1:]
+        return memory.copy_(tensor.flatten()).view(tensor.shape)
+
+    chain = random_chain(widths, ["identity", "silu", "tanh", "identity"][: len(widths) - 1] + ["sigmoid"])
+    chain, x = cast(chain, dtype, device), samples(21, widths[0]).to(device, dtype)
+    biases = tuple(map(moved, chain.biases))
+    elsewhere = Chain(tuple(map(moved, chain.weights)), biases, chain.activations)
+    assert torch.equal(ops.jacobian(elsewhere, moved(x)), ops.jacobian(chain, x))
+
+
+@pytest.mark.parametrize("names", ["identity", "identity silu", "silu identity"])
+def test_linear_layers_at_either_end_and_between(names, device, dtype):
+    """They have no slopes, and nobody asks for values behind the last nonlinearity."""
+    names = names.split()
+    for widths in ([6, 9, 20, 9, 4], [4, 9, 20, 9, 6]):
+        chain = random_chain(widths, (names * 5)[:5])
+        assert_right(chain, samples(19, widths[0]), device, dtype)
+
+
 def raw(dtype: torch.dtype) -> list:
     """Arguments of the registered op."""
     chain = cast(random_chain([5, 7, 3], ["silu", "relu", "identity"]), dtype)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from chains import assert_refused
+from chains import activation, assert_refused
 
 from lmnfast import _native, ops, reference
+from lmnfast.network import ACTIVATIONS
+from lmnfast.ops.jacobian_distance import has_isometry, isometric_features, isometry
 
 F64 = torch.float64
 
@@ -90,10 +92,12 @@ def test_many_features_are_summed_in_parts(width, device, dtype):
     assert_right(u, features(49, width, seed=1) + 0.5, device, dtype)
 
 
-def test_whole_tiles_off_the_diagonal(device, dtype):
-    u = features(200, 7)
+@pytest.mark.parametrize("n", [200, 450])  # of more samples CUDA's tiles are larger
+def test_whole_tiles_off_the_diagonal(n, device, dtype):
+    u = features(n, 19)
     d = assert_right(u, u, device, dtype)
     assert torch.equal(d, d.mT)
+    assert_right(u, features(n - 7, 19, seed=1), device, dtype)
 
 
 def test_rows_the_same_to_rounding_are_exactly_zero_apart(device, dtype):
@@ -190,3 +194,115 @@ def test_an_infinite_row_is_no_distance_at_all(device, dtype):
     there = torch.zeros(40, 40, dtype=torch.bool)
     there[13] = there[:, 13] = True
     assert torch.equal(d.isnan(), there)
+
+
+# Features on CUDA
+
+
+@pytest.fixture
+def kernels(device):
+    if not _native.on_cuda(torch.empty(0, device=device)):
+        pytest.skip("these features are made on CUDA alone")
+    return device
+
+
+def weights(inputs, units, outputs, seed=0):
+    """Rows of very different sizes: what is scaled must be scaled back."""
+    sizes = 10 ** features(1, units, seed=seed + 7)[0].clamp(-2, 2)
+    first, last = features(units, inputs, seed=seed) / inputs**0.5, features(outputs, units, seed=seed + 1)
+    return first * sizes[:, None], last, features(1, units, seed=seed + 2)[0]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (3, 2, 1), (9, 31, 5), (8, 32, 33), (7, 33, 12), (100, 100, 31), (40, 170, 6), (20, 256, 16)],
+)
+def test_features_are_as_far_apart_as_the_jacobians(shape, kernels, dtype):
+    """Of weights and samples of a dtype, to float64's rounding."""
+    given = [v.to(dtype) for v in (*weights(*shape), features(37, shape[0], seed=5))]
+    first, last, bias, x = (v.double() for v in given)
+    on_device = [v.to(kernels) for v in given]
+    B, lost = isometry(*on_device[:2])
+    M = (last.mT @ last) * (first @ first.mT)
+    diagonal = M.diagonal().sqrt()
+    assert ((B @ B.mT).cpu() - M).abs().div(diagonal * diagonal[:, None]).max() < 1e-13
+    inverse_trace = torch.linalg.inv(M / diagonal / diagonal[:, None]).trace()
+    assert lost.shape == (1,) and abs(lost.cpu() / (shape[1] * 2.0**-52 * inverse_trace) - 1) < 1e-6
+    rows = isometric_features(on_device[3], on_device[0], on_device[2], activation("silu"), B)
+    z = x @ first.mT + bias
+    slopes = z.sigmoid() * (1 + z * (1 - z.sigmoid()))
+    J = torch.einsum("kh,nh,hd->nkd", last, slopes, first).flatten(1)
+    truth = reference.jacobian_distance(J, J, False)
+    d = reference.jacobian_distance(rows.cpu(), rows.cpu(), False)
+    assert ((d - truth).abs() <= 1e-9 * truth.max()).all() and truth.max() > 0.1
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_features_of_every_activation(name, with_bias, kernels):
+    first, _, bias = (v.to(kernels) for v in weights(6, 13, 5))
+    f = activation(name)
+    x = features(19, 6, seed=5).to(kernels)
+    rows = isometric_features(
+        x, first, bias if with_bias else None, f, torch.eye(13, dtype=F64, device=kernels)
+    )
+    z = (x @ first.mT + bias * with_bias).cpu().requires_grad_()
+    with torch.enable_grad():
+        (slopes,) = torch.autograd.grad(f(z).sum(), z)
+    assert (rows.cpu() - slopes).abs().max() < 1e-13 and slopes.abs().max() > 0.1
+
+
+def test_dead_units_are_left_out(kernels):
+    first, last, _ = weights(9, 12, 5)
+    first[[0, 7]] = 0
+    last[:, [4, 11]] = 0
+    B, lost = isometry(first.to(kernels), last.to(kernels))
+    M = (last.mT @ last) * (first @ first.mT)
+    assert (B[[0, 4, 7, 11]] == 0).all() and lost.item() < 1e-10
+    assert ((B @ B.mT).cpu() - M).abs().max() < 1e-13 * M.max()
+    none, lost = isometry(0 * first.to(kernels), last.to(kernels))
+    assert (none == 0).all() and lost.item() == 0
+
+
+def test_units_that_do_the_same_are_told(kernels):
+    first, last, _ = weights(9, 12, 5)
+    first[3], last[:, 3] = first[8], last[:, 8]
+    _, lost = isometry(first.to(kernels), last.to(kernels))
+    assert not lost.item() <= 1e-6
+    first[2, 2] = float("nan")
+    assert not isometry(first.to(kernels), last.to(kernels))[1].item() <= 1e-6
+
+
+def test_a_factor_that_does_not_fit_into_shared_memory(kernels, monkeypatch):
+    first, last, _ = (v.to(kernels) for v in weights(30, 90, 8))
+    whole = isometry(first, last)
+    monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(48 * 1024))
+    for ours, expected in zip(isometry(first, last), whole):
+        assert torch.equal(ours, expected)
+
+
+def test_weights_that_begin_between_boundaries_of_16_bytes(kernels):
+    first, last, bias = (v.to(kernels) for v in weights(7, 12, 5))
+
+    def moved(tensor):
+        memory = tensor.new_empty(tensor.numel() + 1)[1:]
+        return memory.copy_(tensor.flatten()).view(tensor.shape)
+
+    B, _ = isometry(moved(first), moved(last))
+    assert torch.equal(B, isometry(first, last)[0])
+    x = features(11, 7).to(kernels)
+    f = activation("tanh")
+    moved_rows = isometric_features(moved(x), moved(first), moved(bias), f, moved(B))
+    assert torch.equal(moved_rows, isometric_features(x, first, bias, f, B))
+    d = ops.jacobian_distance(moved(x), moved(x[:4]), False, F64)
+    assert torch.equal(d, ops.jacobian_distance(x, x[:4], False, F64))
+
+
+def test_where_there_are_such_features(kernels):
+    first, last, _ = (v.to(kernels) for v in weights(7, 12, 5))
+    assert has_isometry(first, last)
+    assert not has_isometry(first[:, :1], last[:1])  # Jacobians are smaller
+    many = torch.zeros(_native._C.isometry_units + 1, 300, dtype=F64, device=kernels)
+    assert not has_isometry(many, many.mT)
+    with pytest.raises(RuntimeError, match="jacobian_isometry: a number of units"):
+        isometry(many, many.mT.contiguous())

@@ -1,6 +1,7 @@
 """Jacobians of any network, their distances, and linear regions."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -309,3 +310,124 @@ def test_jacobian_connectivity_is_symmetric_to_the_last_bit():
             x = torch.randn(n, 5, dtype=torch.float64)
             L = lmnfast.connectivity(model, x, method="jacobian")
             assert torch.equal(L, L.mT) and (L.diagonal() == 1).all()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """How often a value is fetched from the device."""
+    counted = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        plain = getattr(torch.Tensor, name)
+
+        def fetch(self, plain=plain):
+            counted.append(self.device)
+            return plain(self)
+
+        monkeypatch.setattr(torch.Tensor, name, fetch)
+    return counted
+
+
+@pytest.mark.parametrize(
+    "widths", [(5, 20, 3), (100, 100, 31), (3, 40, 200), (30, 300, 20), (2, 40, 1), (5, 20, 15, 3)]
+)
+@pytest.mark.parametrize("affine", [False, True])
+def test_distances_on_every_device(widths, affine, device):
+    f, x = network(*widths), samples(33, widths[0])
+    x[1] = x[0]
+    x[3] = x[2] + 1e-5
+    truth = plain_distances(f, x, affine)
+    f.to(device)
+    d = lmnfast.jacobian_distances(f, x.to(device), affine=affine).cpu()
+    assert (
+        ((d - truth).abs() <= 1e-5 * truth + 1e-15).all() and torch.equal(d, d.mT) and d[0, 1] == 0 < d[2, 3]
+    )
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+def test_one_linear_region_on_every_device(activation, device):
+    f = network(6, 15, 4, activation=activation).to(device)
+    x = torch.lerp(samples(12, 6)[:, None], samples(12, 6)[0], torch.linspace(0, 1e-4, 5)[:, None]).flatten(
+        0, 1
+    )
+    x = x.to(device)
+    d, pattern = lmnfast.jacobian_distances(f, x), f[0](x) > 0
+    same = (pattern[:, None] == pattern).all(2)
+    assert same.sum() > len(x) and (d[same] == 0).all() and (d[~same] > 0).all()
+
+
+def test_units_that_do_the_same_on_every_device(device):
+    f, x = network(9, 12, 5), samples(20, 9)
+    with torch.no_grad():
+        f[0].weight[3], f[0].bias[3] = f[0].weight[8], f[0].bias[8]
+        f[2].weight[:, 3] = f[2].weight[:, 8]
+    truth = plain_distances(f, x)
+    f.to(device)
+    d = lmnfast.jacobian_distances(f, x.to(device)).cpu()
+    assert ((d - truth).abs() <= 1e-5 * truth).all() and truth.max() > 0.1
+    L = lmnfast.connectivity(f, x.to(device), method="jacobian").cpu()
+    J = reference.jacobian(f.cpu().double(), x.double()).flatten(1)
+    norms = J.square().sum(1)
+    assert (L - (1 - truth**2 / (norms[:, None] + norms))).abs().max() < 1e-5
+
+
+def test_jacobian_connectivity_on_every_device(device):
+    f, x = network(20, 30, 9), samples(40, 20)
+    truth = plain_distances(f, x)
+    norms = reference.jacobian(copy.deepcopy(f).double(), x.double()).flatten(1).square().sum(1)
+    L = lmnfast.connectivity(f.to(device), x.to(device), method="jacobian").cpu()
+    assert (L - (1 - truth**2 / (norms[:, None] + norms))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances])
+def test_cuda_is_waited_for_once(measure, device, waits, monkeypatch):
+    if not module._native.on_cuda(torch.empty(0, device=device)):
+        pytest.skip("the CPU is not waited for")
+    # The emulated kernels' distances are scaled as the CPU's are.
+    monkeypatch.setattr(sys.modules["lmnfast.ops.jacobian_distance"], "_largest", lambda *_: 1.0)
+    f, x = network(20, 30, 9).to(device), samples(40, 20).to(device)
+    measure(f, x)
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances])
+@pytest.mark.parametrize("widths", [(3, 30, 9), (3, 30, 20, 9)])
+def test_what_is_not_finite_is_named_on_every_device(measure, widths, device):
+    x = samples(6, 3).to(device)
+    bad = x.clone()
+    bad[4, 1] = float("nan")
+    f = network(*widths).to(device)
+    with pytest.raises(ValueError, match="x: NaN or Inf in sample 4, the first of 1"):
+        measure(f, bad)
+    with torch.no_grad():
+        f[-1].weight.fill_(3e38)
+    with pytest.raises(ValueError, match=r"f\(x\): NaN or Inf in sample \d"):
+        measure(f, x)
+    with torch.no_grad():  # outputs of 1e38 are finite, Jacobians are not
+        f = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 5)).to(device)
+        f[0].weight.fill_(1e20)
+        f[0].bias.fill_(1.0)
+        f[2].weight.fill_(1e20)
+    with pytest.raises(ValueError, match=r"f: NaN or Inf in the Jacobian of sample \d, the first of"):
+        lmnfast.jacobians(f, 1e-30 * x.abs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_on_every_device(dtype, device):
+    f, x = network(20, 30, 9).to(dtype), samples(25, 20).to(dtype)
+    f[2].weight.data *= 2.0**20
+    truth = plain_distances(f, x)
+    d = lmnfast.jacobian_distances(f.to(device), x.to(device)).cpu()
+    assert d.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert ((d - truth).abs() <= (1e-9 if dtype == torch.float64 else 1e-5) * truth).all()
+
+
+def test_float64_beyond_float32_is_finite_on_every_device(device):
+    f, x = network(20, 30, 9).double(), samples(25, 20).double()
+    with torch.no_grad():
+        f[2].weight *= 1e60
+        f[2].bias *= 1e60
+    J = lmnfast.jacobians(f.to(device), x.to(device)).cpu()
+    assert J.isfinite().all() and J.abs().max() > 1e58
+    d = lmnfast.jacobian_distances(f, x.to(device)).cpu()
+    truth = plain_distances(f.cpu(), x)
+    assert ((d - truth).abs() <= 1e-9 * truth).all()

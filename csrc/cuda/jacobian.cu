@@ -1,8 +1,6 @@
 // J = diag(a_L') W_L ... diag(a_1') W_1 diag(a_0') for a chunk of samples at a time, layer by layer, from the side with
 // fewer rows or columns.
-#include "device.h"
-
-#include "../activation.h"
+#include "jacobian.cuh"
 
 namespace lmn {
 namespace {
@@ -33,134 +31,7 @@ struct Plan {
   static std::int64_t larger_of(std::int64_t a, std::int64_t b) { return a < b ? b : a; }
 };
 
-// ---- the network at the samples ----
-
-constexpr int kForwardThreads = 128;
-
-template <class T>
-struct ForwardLayer {
-  const T* in;         // [samples][depth]
-  const T* weights;    // [width][depth], null: in is what the activation gets
-  const T* bias;       // null: none
-  T* values;           // [samples][width]
-  T* slopes;           // [samples][slope_stride]
-  std::int64_t samples, depth, width, slope_stride;
-  Activation activation;
-};
-
-// One warp per unit of a sample, lanes over what it sums: neighbouring lanes read neighbouring values. Sums in double:
-// a slope is as right as its argument, and a kink is on the right side of it.
-template <class T, ActivationKind kKind>
-__global__ void __launch_bounds__(kForwardThreads) forward_kernel(ForwardLayer<T> layer) {
-  const std::int64_t warp = (std::int64_t(blockIdx.x) * kForwardThreads + threadIdx.x) / kWarp;
-  const std::int64_t n = warp / layer.width, unit = warp % layer.width;
-  if (n >= layer.samples) return;  // whole warps leave together, so the warp sum stays legal
-  T z;
-  if (layer.weights) {
-    double sum = 0;
-    for (std::int64_t d = threadIdx.x % kWarp; d < layer.depth; d += kWarp) {
-      sum = fma(double(layer.weights[unit * layer.depth + d]), double(layer.in[n * layer.depth + d]), sum);
-    }
-    sum = warp_sum(sum);
-    z = T(layer.bias ? sum + double(layer.bias[unit]) : sum);
-  } else {
-    z = layer.in[n * layer.width + unit];
-  }
-  if (threadIdx.x % kWarp != 0) return;
-  const T alpha = T(layer.activation.alpha), beta = T(layer.activation.beta);
-  layer.values[n * layer.width + unit] = activate<kKind>(z, alpha, beta);
-  layer.slopes[n * layer.slope_stride + unit] = derivative<kKind>(z, alpha, beta);
-}
-
-template <class T, int kKind = 0>
-const char* forward(const ForwardLayer<T>& layer, CUstream_st* stream) {
-  if constexpr (kKind + 1 < int(ActivationKind::kCount)) {
-    if (int(layer.activation.kind) != kKind) return forward<T, kKind + 1>(layer, stream);
-  }
-  return launch(forward_kernel<T, ActivationKind(kKind)>, blocks_of(layer.samples * layer.width, kForwardThreads / kWarp),
-                kForwardThreads, 0, stream, layer);
-}
-
-// ---- products ----
-
-constexpr int kThreadRows = 4, kThreadColumns = 2, kWarps = 8;
-constexpr int kTileRows = kThreadRows * kWarps, kTileColumns = kThreadColumns * kWarp, kTileDepth = 32;
-
-/// A matrix per sample, or with stride 0 one for all.
-template <class T>
-struct Matrices {
-  const T* values;
-  std::int64_t stride;
-};
-
-/// out[n] = diag(row[n]) left[n] diag(middle[n]) right[n] diag(column[n]); the diagonals' stride is slope_stride, null: ones.
-template <class T>
-struct Product {
-  Matrices<T> left, right;             // [rows][depth], [depth][columns]
-  const T *row, *middle, *column;
-  T* out;                              // [samples][rows][columns]
-  std::int64_t samples, rows, depth, columns, slope_stride;
-};
-
-// A block takes a tile of a sample's product, each warp every eighth row of it, each lane two columns 32 apart:
-// neighbouring lanes read and write neighbouring columns.
-template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) product_kernel(Product<T> p) {
-  __shared__ T left[kTileRows][kTileDepth];
-  __shared__ T right[kTileDepth][kTileColumns];
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const std::int64_t column_tiles = blocks_of(p.columns, kTileColumns), row_tiles = blocks_of(p.rows, kTileRows);
-  const std::int64_t n = blockIdx.x / (row_tiles * column_tiles);
-  const std::int64_t first_row = blockIdx.x / column_tiles % row_tiles * kTileRows;
-  const std::int64_t first_column = blockIdx.x % column_tiles * kTileColumns;
-  const T *const left_of = p.left.values + n * p.left.stride, *const right_of = p.right.values + n * p.right.stride;
-  const std::int64_t slopes = n * p.slope_stride;
-  T sums[kThreadRows][kThreadColumns] = {};
-  for (std::int64_t depth = 0; depth < p.depth; depth += kTileDepth) {
-    __syncthreads();  // the tiles before may still be read
-    for (int r = warp; r < kTileRows; r += kWarps) {
-      const bool inside = first_row + r < p.rows && depth + lane < p.depth;
-      const T value = inside ? left_of[(first_row + r) * p.depth + depth + lane] : T(0);
-      left[r][lane] = inside && p.middle ? value * p.middle[slopes + depth + lane] : value;
-    }
-    for (int d = warp; d < kTileDepth; d += kWarps) {
-      for (int c = lane; c < kTileColumns; c += kWarp) {
-        const bool inside = depth + d < p.depth && first_column + c < p.columns;
-        right[d][c] = inside ? right_of[(depth + d) * p.columns + first_column + c] : T(0);
-      }
-    }
-    __syncthreads();
-    const int count = int(at_most(kTileDepth, p.depth - depth));
-    for (int d = 0; d < count; ++d) {
-#pragma unroll
-      for (int r = 0; r < kThreadRows; ++r) {
-#pragma unroll
-        for (int c = 0; c < kThreadColumns; ++c) {
-          sums[r][c] = fma(left[warp + r * kWarps][d], right[d][lane + c * kWarp], sums[r][c]);
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    const std::int64_t row = first_row + warp + r * kWarps;
-#pragma unroll
-    for (int c = 0; c < kThreadColumns; ++c) {
-      const std::int64_t column = first_column + lane + c * kWarp;
-      if (row >= p.rows || column >= p.columns) continue;
-      T value = sums[r][c];
-      if (p.row) value *= p.row[slopes + row];
-      if (p.column) value *= p.column[slopes + column];
-      p.out[(n * p.rows + row) * p.columns + column] = value;
-    }
-  }
-}
-
-template <class T>
-const char* multiply(const Product<T>& p, CUstream_st* stream) {
-  const std::int64_t tiles = blocks_of(p.rows, kTileRows) * blocks_of(p.columns, kTileColumns);
-  return launch(product_kernel<T>, p.samples * tiles, kWarps * kWarp, 0, stream, p);
-}
+// ---- one layer ----
 
 constexpr int kScaleThreads = 256;
 
@@ -170,8 +41,10 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(Product<T> p) {
   const std::int64_t at = std::int64_t(blockIdx.x) * kScaleThreads + threadIdx.x;
   if (at >= p.samples * p.rows * p.columns) return;
   const std::int64_t column = at % p.columns, row = at / p.columns % p.rows, n = at / (p.rows * p.columns);
-  const T* const slopes = p.row + n * p.slope_stride;
-  p.out[at] = p.left.values[row * p.columns + column] * slopes[row] * p.column[n * p.slope_stride + column];
+  T value = p.left.values[row * p.columns + column];
+  if (p.row) value *= p.row[n * p.slope_stride + row];
+  if (p.column) value *= p.column[n * p.slope_stride + column];
+  p.out[at] = value;
 }
 
 // ---- launcher ----
@@ -185,23 +58,34 @@ const char* chunk_of(const Plan<T>& plan, std::int64_t begin, std::int64_t sampl
   T* next = values + plan.chunk * plan.widest;
   T* panel = next + plan.chunk * plan.widest;
   T* next_panel = panel + plan.chunk * plan.panel_size;
+  const auto is_linear = [&op](int l) { return op.activations[l].kind == ActivationKind::kIdentity; };
+  // Of layer l, whose slopes begin at `from`; null: ones.
+  const auto diagonal = [&](int l, const T* from) -> const T* { return is_linear(l) ? nullptr : from; };
 
+  int last_bent = op.layers;  // nobody asks for values beyond
+  while (last_bent >= 0 && is_linear(last_bent)) --last_bent;
+  const T* in = op.x + begin * inputs;
   std::int64_t offset = 0;
-  for (int l = 0; l <= op.layers; ++l) {
-    const char* error = forward<T>({l == 0 ? op.x + begin * inputs : values, l == 0 ? nullptr : op.weights[l - 1],
-                                    l == 0 ? nullptr : op.biases[l - 1], next, slopes + offset, samples,
-                                    l == 0 ? inputs : op.widths[l - 1], op.widths[l], plan.total_width,
-                                    op.activations[l]}, stream);
-    if (error) return error;
+  for (int l = 0; l <= last_bent; ++l) {
+    T* const to = l < last_bent ? next : nullptr;
+    if (l > 0 || !is_linear(l)) {
+      const char* error = forward<T, T>({in, l == 0 ? nullptr : op.weights[l - 1], l == 0 ? nullptr : op.biases[l - 1], to,
+                                      is_linear(l) ? nullptr : slopes + offset, samples,
+                                      l == 0 ? inputs : op.widths[l - 1], op.widths[l], plan.total_width,
+                                      op.activations[l]}, stream);
+      if (error) return error;
+      in = to;
+      next = values;
+      values = to;
+    }
     offset += op.widths[l];
-    T* const free = values;
-    values = next;
-    next = free;
   }
 
   const T* const last = slopes + plan.total_width - outputs;
+  const T* const row = diagonal(op.layers, last);
+  const T* const column = diagonal(0, slopes);
   T* const result = op.jacobian + begin * outputs * inputs;
-  Product<T> p{{op.weights[0], 0}, {}, last, nullptr, slopes, result, samples, outputs, 0, inputs, plan.total_width};
+  Product<T> p{{op.weights[0], 0}, {}, row, nullptr, column, result, samples, outputs, 0, inputs, plan.total_width};
   if (op.layers == 1) {
     return launch(scale_kernel<T>, blocks_of(samples * outputs * inputs, kScaleThreads), kScaleThreads, 0, stream, p);
   }
@@ -214,19 +98,20 @@ const char* chunk_of(const Plan<T>& plan, std::int64_t begin, std::int64_t sampl
       slope -= op.widths[l + 1];
       p.left = product;
       p.right = {op.weights[l], 0};
+      p.middle = diagonal(l + 1, slope);
     } else {
       p.left = {op.weights[l], 0};
       p.right = product;
+      p.middle = diagonal(l, slope);
+      slope += op.widths[l];
     }
-    p.middle = slope;
-    if (!plan.from_outputs) slope += op.widths[l];
     p.rows = plan.from_outputs ? outputs : op.widths[l + 1];
     p.depth = plan.from_outputs ? op.widths[l + 1] : op.widths[l];
     p.columns = plan.from_outputs ? op.widths[l] : inputs;
-    p.row = ends ? last : nullptr;
-    p.column = ends ? slopes : nullptr;
+    p.row = ends ? row : nullptr;
+    p.column = ends ? column : nullptr;
     p.out = ends ? result : panel;
-    const char* error = multiply(p, stream);
+    const char* error = multiply(p, plan.from_outputs, stream);
     if (error) return error;
     product = {panel, p.rows * p.columns};
     T* const free = panel;

@@ -1,18 +1,20 @@
-// Sums of squared differences in float64, tile against tile: the Gram form has no digits left for close rows.
-#include "device.h"
+// Sums of squared differences in float64, tile against tile: the Gram form has no digits left for close rows. And features as
+// far apart as the Jacobians of a chain with one nonlinearity, which are H numbers in place of K x D.
+#include "jacobian.cuh"
 
 namespace lmn {
 namespace {
 
-constexpr int kWarps = 8, kThreadRows = 4;
-constexpr int kTile = kWarp;        // first samples and second samples of a block
-constexpr int kDepth = 32;          // features in shared memory at a time
-static_assert(kWarps * kThreadRows == kTile, "each warp has kThreadRows rows of a tile");
+// ---- distances ----
+
+constexpr int kThreads = 256, kSide = 16;  // of the threads' square; each takes kSums x kSums distances of a tile
+constexpr int kDepth = 16;                 // features in shared memory at a time
+constexpr int kNormWarps = kThreads / kWarp;
 
 // One warp per row, lanes over its features: neighbouring lanes read neighbouring values.
-__global__ void __launch_bounds__(kWarps* kWarp) norm_kernel(const double* features, std::int64_t samples,
-                                                             std::int64_t width, double* norms) {
-  const std::int64_t row = (std::int64_t(blockIdx.x) * kWarps * kWarp + threadIdx.x) / kWarp;
+__global__ void __launch_bounds__(kThreads) norm_kernel(const double* features, std::int64_t samples, std::int64_t width,
+                                                        double* norms) {
+  const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   if (row >= samples) return;  // whole warps leave together, so the warp sum stays legal
   double sum = 0;
   for (std::int64_t f = threadIdx.x % kWarp; f < width; f += kWarp) {
@@ -23,55 +25,72 @@ __global__ void __launch_bounds__(kWarps* kWarp) norm_kernel(const double* featu
   if (threadIdx.x % kWarp == 0) norms[row] = sum;
 }
 
-// A block takes a tile of kTile x kTile distances, each lane a second sample, each warp every eighth first one:
-// neighbouring lanes write neighbouring values, the mirrored tile by way of shared memory.
-template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp)
+// A block takes a tile of distances; a thread neighbouring first samples, and second ones 16 apart: neighbouring lanes write
+// neighbouring values. Two double operations a feature and pair: 4096 x 4096 x 100 are 0.11 ms at sm_90's rate, and where the
+// rate is 1/64 of float's (most cards that are not made for computing) some 6 ms.
+template <class T, int kSums>
+__global__ void __launch_bounds__(kThreads)
     distance_kernel(JacobianDistance<T> op, const double* first_norms, const double* second_norms, bool symmetric) {
-  __shared__ double first[kTile][kDepth + 1], second[kTile][kDepth + 1];
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  constexpr int kTile = kSide * kSums;
+  __shared__ double first[kDepth][kTile + 2], second[kDepth][kTile + 2];
+  const int lane = int(threadIdx.x) % kSide, line = int(threadIdx.x) / kSide;
   const std::int64_t tiles = blocks_of(op.second_samples, kTile);
   const std::int64_t i = blockIdx.x / tiles * kTile, j = blockIdx.x % tiles * kTile;
   if (symmetric && j < i) return;  // another block's mirror image
-  double sums[kThreadRows] = {};
+  double sums[kSums][kSums] = {};
   for (std::int64_t depth = 0; depth < op.features; depth += kDepth) {
     __syncthreads();  // the tiles before may still be read
-    for (int row = warp; row < kTile; row += kWarps) {
+    static_assert(kDepth == kSide, "a lane loads one feature of its rows");
+#pragma unroll
+    for (int n = 0; n < kSums; ++n) {
+      const int row = line + n * kSide;
       const bool inside = depth + lane < op.features;
-      first[row][lane] = inside && i + row < op.first_samples ? op.first[(i + row) * op.features + depth + lane] : 0.0;
-      second[row][lane] = inside && j + row < op.second_samples ? op.second[(j + row) * op.features + depth + lane] : 0.0;
+      first[lane][row] = inside && i + row < op.first_samples ? op.first[(i + row) * op.features + depth + lane] : 0.0;
+      second[lane][row] = inside && j + row < op.second_samples ? op.second[(j + row) * op.features + depth + lane] : 0.0;
     }
     __syncthreads();
-    const int count = int(at_most(kDepth, op.features - depth));
-    for (int f = 0; f < count; ++f) {
-      const double value = second[lane][f];
+#pragma unroll 4
+    for (int f = 0; f < kDepth; ++f) {  // beyond the features: zeros
+      double rows[kSums], columns[kSums];
 #pragma unroll
-      for (int r = 0; r < kThreadRows; ++r) {
-        const double difference = value - first[warp + r * kWarps][f];
-        sums[r] = fma(difference, difference, sums[r]);
+      for (int n = 0; n < kSums; ++n) rows[n] = first[f][line * kSums + n];
+#pragma unroll
+      for (int n = 0; n < kSums; ++n) columns[n] = second[f][lane + n * kSide];
+#pragma unroll
+      for (int r = 0; r < kSums; ++r) {
+#pragma unroll
+        for (int c = 0; c < kSums; ++c) {
+          const double difference = columns[c] - rows[r];
+          sums[r][c] = fma(difference, difference, sums[r][c]);
+        }
       }
     }
   }
-  __syncthreads();
 #pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    const int row = warp + r * kWarps;
-    if (i + row >= op.first_samples || j + lane >= op.second_samples) continue;
-    const double larger_norm = larger(first_norms[i + row], second_norms[j + lane]);
-    const bool counts = larger_norm <= 0x1.fffffffffffffp1023;  // not so of a NaN, an Inf, a sum that overflowed
-    const double square = !counts ? larger_norm - larger_norm : sums[r] <= kSameFeatures * larger_norm ? 0.0 : sums[r];
-    const double distance = op.squared ? square : ::sqrt(square);
-    first[row][lane] = distance;
-    op.distance[(i + row) * op.second_samples + j + lane] = T(distance);
-  }
-  if (!symmetric || i == j) return;
-  __syncthreads();
+  for (int r = 0; r < kSums; ++r) {
+    const std::int64_t row = i + line * kSums + r;
+    if (row >= op.first_samples) continue;
 #pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    const int row = warp + r * kWarps;
-    if (j + row >= op.second_samples || i + lane >= op.first_samples) continue;
-    op.distance[(j + row) * op.second_samples + i + lane] = T(first[lane][row]);
+    for (int c = 0; c < kSums; ++c) {
+      const std::int64_t column = j + lane + c * kSide;
+      if (column >= op.second_samples) continue;
+      const double larger_norm = larger(first_norms[row], second_norms[column]);
+      const bool counts = larger_norm <= 0x1.fffffffffffffp1023;  // not so of a NaN, an Inf, a sum that overflowed
+      const double square = !counts                                  ? larger_norm - larger_norm
+                            : sums[r][c] <= kSameFeatures * larger_norm ? 0.0
+                                                                     : sums[r][c];
+      const T distance = T(op.squared ? square : ::sqrt(square));
+      op.distance[row * op.second_samples + column] = distance;
+      if (symmetric && i != j) op.distance[column * op.second_samples + row] = distance;
+    }
   }
+}
+
+template <class T, int kSums>
+const char* measure(const JacobianDistance<T>& op, const double* first_norms, const double* second_norms, bool symmetric,
+                    CUstream_st* stream) {
+  const std::int64_t blocks = blocks_of(op.first_samples, kSide * kSums) * blocks_of(op.second_samples, kSide * kSums);
+  return launch(distance_kernel<T, kSums>, blocks, kThreads, 0, stream, op, first_norms, second_norms, symmetric);
 }
 
 template <class T>
@@ -79,15 +98,148 @@ const char* jacobian_distance_on(const JacobianDistance<T>& op, CUstream_st* str
   const bool symmetric = op.first == op.second && op.first_samples == op.second_samples;
   double* const second_norms = op.workspace;
   double* const first_norms = symmetric ? second_norms : second_norms + op.second_samples;
-  const char* error = launch(norm_kernel, blocks_of(op.second_samples, kWarps), kWarps * kWarp, 0, stream, op.second,
+  const char* error = launch(norm_kernel, blocks_of(op.second_samples, kNormWarps), kThreads, 0, stream, op.second,
                              op.second_samples, op.features, second_norms);
   if (!error && !symmetric) {
-    error = launch(norm_kernel, blocks_of(op.first_samples, kWarps), kWarps * kWarp, 0, stream, op.first,
-                   op.first_samples, op.features, first_norms);
+    error = launch(norm_kernel, blocks_of(op.first_samples, kNormWarps), kThreads, 0, stream, op.first, op.first_samples,
+                   op.features, first_norms);
   }
   if (error) return error;
-  return launch(distance_kernel<T>, blocks_of(op.first_samples, kTile) * blocks_of(op.second_samples, kTile),
-                kWarps * kWarp, 0, stream, op, first_norms, second_norms, symmetric);
+  // Large tiles read less of shared memory; small ones keep all multiprocessors busy where there are few: from four large
+  // ones for each on the last round costs little.
+  const std::int64_t large = blocks_of(op.first_samples, 4 * kSide) * blocks_of(op.second_samples, 4 * kSide);
+  const std::int64_t busy = 4 * std::int64_t(device_attribute(cudaDevAttrMultiProcessorCount));
+  if ((symmetric ? large / 2 : large) < busy) return measure<T, 2>(op, first_norms, second_norms, symmetric, stream);
+  return measure<T, 4>(op, first_norms, second_norms, symmetric, stream);
+}
+
+// ---- features ----
+
+constexpr int kGramSide = 16;
+
+// A block takes a tile of M = (last^T last) o (first first^T), a thread an entry: neighbouring lanes read and write
+// neighbouring units.
+template <class T>
+__global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsometry<T> op, double* gram) {
+  __shared__ double rows[kGramSide][kGramSide + 1], columns[kGramSide][kGramSide + 1];
+  const int lane = int(threadIdx.x) % kGramSide, line = int(threadIdx.x) / kGramSide;
+  const std::int64_t tiles = blocks_of(op.units, kGramSide);
+  const std::int64_t first_row = blockIdx.x / tiles * kGramSide, first_column = blockIdx.x % tiles * kGramSide;
+  const std::int64_t row = first_row + line, column = first_column + lane;
+  double first = 0, last = 0;
+  for (std::int64_t depth = 0; depth < op.inputs; depth += kGramSide) {
+    __syncthreads();  // the tiles before may still be read
+    const bool inside = depth + lane < op.inputs;
+    const std::int64_t other = first_column + line;
+    rows[line][lane] = inside && row < op.units ? double(op.first[row * op.inputs + depth + lane]) : 0.0;
+    columns[line][lane] = inside && other < op.units ? double(op.first[other * op.inputs + depth + lane]) : 0.0;
+    __syncthreads();
+    for (int d = 0; d < kGramSide; ++d) first = fma(rows[line][d], columns[lane][d], first);
+  }
+  if (row >= op.units || column >= op.units) return;
+#pragma unroll 4
+  for (std::int64_t k = 0; k < op.outputs; ++k) {
+    last = fma(double(op.last[k * op.units + row]), double(op.last[k * op.units + column]), last);
+  }
+  gram[row * op.units + column] = first * last;
+}
+
+constexpr int kFactorThreads = 1024;
+
+/// How one block lies over the units: `parts` threads share what is summed for one.
+struct FactorShape {
+  int padded, parts;
+  std::size_t vectors() const { return std::size_t(padded) * std::size_t(1 + parts) * sizeof(double); }
+};
+inline FactorShape factor_shape(std::int64_t units) {
+  const int padded = int(blocks_of(units, kWarp) * kWarp);
+  return {padded, kFactorThreads / padded};
+}
+
+// One block: R^T R = A, M with its diagonal scaled to ones, row after row, and with each row of R that of (R^T)^-1, which is
+// the same kind of sum. factor holds R above its diagonal, the inverse below, and the inverse's own diagonal. The sum of the
+// inverse's squares is A^-1's trace, at least one over the least eigenvalue: rounding changes M by about H epsilon and a
+// squared distance by as much of that. Neighbouring lanes read neighbouring units; about 350 cycles a row with 100 units.
+__global__ void __launch_bounds__(kFactorThreads)
+    factor_kernel(const double* gram, std::int64_t width, double* memory, FactorShape shape, bool in_shared,
+                  double* isometry, double* lost) {
+  double* const norms = reinterpret_cast<double*>(dynamic_shared());  // [padded]
+  double* const partial = norms + shape.padded;                       // [parts][padded]
+  double* const factor = in_shared ? partial + shape.parts * shape.padded : memory;
+  const int units = int(width), h = int(threadIdx.x) % shape.padded, part = int(threadIdx.x) / shape.padded;
+  const bool works = h < units && part < shape.parts;
+  for (int n = int(threadIdx.x); n < units; n += kFactorThreads) norms[n] = ::sqrt(gram[std::int64_t(n) * units + n]);
+  __syncthreads();
+  const double norm = h < units ? norms[h] : 0.0;
+  for (int r = 0; r < units; ++r) {
+    // A unit whose norm is 0 changes no Jacobian: its row and column are zeros.
+    const double scale = norms[r] * norm;
+    const double entry = works && part == 0 && h > r && scale != 0 ? gram[std::int64_t(r) * units + h] / scale : 0.0;
+    if (works) {
+      double sum = 0;
+      const int begin = h < r ? h : 0;
+      for (int t = begin + (part + shape.parts - begin % shape.parts) % shape.parts; t < r; t += shape.parts) {
+        sum = fma(factor[std::int64_t(t) * units + r], factor[std::int64_t(t) * units + h], sum);
+      }
+      partial[part * shape.padded + h] = sum;
+    }
+    __syncthreads();
+    if (works && part == 0) {
+      double sum = 0, own = 0;
+      for (int p = 0; p < shape.parts; ++p) {
+        sum += partial[p * shape.padded + h];
+        own += partial[p * shape.padded + r];
+      }
+      const double root = ::sqrt(1.0 - own);  // a NaN where A has no factor, and then so has all that follows
+      const double value = (h > r ? entry - sum : h == r ? 1.0 : -sum) / root;
+      factor[std::int64_t(r) * units + h] = norms[r] == 0 ? 0.0 : value;
+    }
+    __syncthreads();
+  }
+  double trace = 0;
+  for (int r = part; works && r < units; r += shape.parts) {
+    const double value = factor[std::int64_t(r) * units + h];
+    if (h <= r) trace = fma(value, value, trace);
+    // B's transpose, so that the features are one product of rows: B = R diag(norms).
+    const double mirrored = factor[std::int64_t(h) * units + r];  // above the diagonal where r > h
+    isometry[std::int64_t(r) * units + h] = h > r              ? 0.0
+                                               : h < r            ? mirrored * norms[r]
+                                               : norms[r] == 0    ? 0.0
+                                                                  : norms[r] / value;
+  }
+  if (works) partial[part * shape.padded + h] = trace;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double total = 0;
+  for (int p = 0; p < shape.parts; ++p) {
+    for (int n = 0; n < units; ++n) total += partial[p * shape.padded + n];
+  }
+  *lost = double(units) * 0x1p-52 * total;
+}
+
+template <class T>
+const char* jacobian_isometry_on(const JacobianIsometry<T>& op, CUstream_st* stream) {
+  if (op.units < 1 || op.units > kIsometryUnits) return "a number of units that has no factor here";
+  double* const gram = op.workspace;
+  double* const factor = gram + op.units * op.units;
+  const std::int64_t tiles = blocks_of(op.units, kGramSide);
+  const char* error = launch(gram_kernel<T>, tiles * tiles, kGramSide * kGramSide, 0, stream, op, gram);
+  if (error) return error;
+  const FactorShape shape = factor_shape(op.units);
+  const std::size_t bytes = shape.vectors() + std::size_t(op.units * op.units) * sizeof(double);
+  const bool in_shared = bytes <= std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return launch(factor_kernel, 1, kFactorThreads, in_shared ? bytes : shape.vectors(), stream, gram, op.units, factor, shape,
+                in_shared, op.isometry, op.lost);
+}
+
+template <class T>
+const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
+  const char* error = forward<T, double>({op.x, op.first, op.bias, nullptr, op.slopes, op.samples, op.inputs, op.units,
+                                          op.units, op.activation}, stream);
+  if (error) return error;
+  const Product<double> product{{op.slopes, op.units}, {op.isometry, 0}, nullptr, nullptr, nullptr, op.features,
+                                op.samples, 1, op.units, op.units, 0};
+  return multiply(product, true, stream);
 }
 
 }  // namespace
@@ -97,6 +249,18 @@ const char* jacobian_distance_cuda(const JacobianDistance<float>& op, CUstream_s
 }
 const char* jacobian_distance_cuda(const JacobianDistance<double>& op, CUstream_st* stream) {
   return jacobian_distance_on(op, stream);
+}
+const char* jacobian_isometry_cuda(const JacobianIsometry<float>& op, CUstream_st* stream) {
+  return jacobian_isometry_on(op, stream);
+}
+const char* jacobian_isometry_cuda(const JacobianIsometry<double>& op, CUstream_st* stream) {
+  return jacobian_isometry_on(op, stream);
+}
+const char* jacobian_features_cuda(const JacobianFeatures<float>& op, CUstream_st* stream) {
+  return jacobian_features_on(op, stream);
+}
+const char* jacobian_features_cuda(const JacobianFeatures<double>& op, CUstream_st* stream) {
+  return jacobian_features_on(op, stream);
 }
 
 }  // namespace lmn

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ..network import Activation
 from ._checks import KERNEL_DTYPES, check_tensor, plain
+from .path_connectivity import activation_arguments
 
 # Features whose largest magnitude lies between these are taken as they are: squares of larger ones overflow, sums of
 # squares of smaller ones lose digits.
@@ -88,9 +90,8 @@ def _measured(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) 
     group = _native._C.distance_group
     rows = -(-len(second) // group) * group + (len(first) if dtype == torch.float32 else 0)
     norms = 8 * (4 * (len(first) + len(second)) + first.shape[1])
-    workspace = torch.empty(
-        norms + rows * first.shape[1] * dtype.itemsize, dtype=torch.uint8, device=first.device
-    )
+    packed = 0 if first.is_cuda else rows * first.shape[1] * dtype.itemsize
+    workspace = torch.empty(norms + packed, dtype=torch.uint8, device=first.device)
     arguments = (
         dtype == torch.float64,
         _native.address(first),
@@ -113,6 +114,81 @@ def _measured(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) 
 def _(first, second, squared, dtype):
     _check(first, second, dtype)
     return first.new_empty(first.shape[0], second.shape[0], dtype=dtype)
+
+
+# Features on CUDA ------------------------------------------------------------------------------------------
+
+
+def has_isometry(first: Tensor, last: Tensor) -> bool:
+    """Whether `isometry` takes these weights, and its features are fewer than the Jacobians' numbers."""
+    units = len(first)
+    fits = first.dtype in KERNEL_DTYPES and units < len(last) * first.shape[1]
+    return fits and _native.on_cuda(first) and units <= _native._C.isometry_units
+
+
+def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """B with ``|J_i - J_j| = |B s_i - B s_j|`` for ``J_i = last diag(s_i) first``, by CUDA kernels, without waiting.
+
+    ``B^T B = M = (last^T last) o (first first^T)``, by Cholesky's method on M with a diagonal of ones, all in float64.
+
+    Args:
+        first: (H, D) float32 or float64.
+        last: (K, H) of the same dtype.
+
+    Returns:
+        B^T (H, H) float64, and (1,) float64: a bound for the share of a squared distance that rounding of M and B takes; a
+        NaN or Inf where M is singular to rounding. B is of use only where the bound is small.
+    """
+    first, last = plain(first), plain(last)
+    units, inputs = first.shape
+    result = first.new_empty(units, units, dtype=torch.float64)
+    lost, workspace = result.new_empty(1), result.new_empty(2, units, units)
+    with _native.stream_of(first) as stream:
+        _native._C.jacobian_isometry_cuda(
+            first.dtype == torch.float64,
+            _native.address(first),
+            _native.address(last),
+            units,
+            inputs,
+            len(last),
+            *map(_native.address, (result, lost, workspace)),
+            stream,
+        )
+    return result, lost
+
+
+def isometric_features(
+    x: Tensor, first: Tensor, bias: Tensor | None, activation: Activation, isometry: Tensor
+) -> Tensor:
+    """Rows ``B s_i`` with ``s_i = a'(first x_i + bias)``, by CUDA kernels, without waiting; all in float64.
+
+    Args:
+        x: (N, D) float32 or float64.
+        first: (H, D) of the same dtype.
+        bias: (H,) of the same dtype, or None.
+        activation: a.
+        isometry: B^T (H, H) float64.
+
+    Returns:
+        (N, H) float64.
+    """
+    x, first, bias, isometry = plain(x), plain(first), None if bias is None else plain(bias), plain(isometry)
+    (codes, parameters), (samples, inputs), units = activation_arguments([activation]), x.shape, len(first)
+    result = x.new_empty(samples, units, dtype=torch.float64)
+    slopes = torch.empty_like(result)
+    with _native.stream_of(x) as stream:
+        _native._C.jacobian_features_cuda(
+            x.dtype == torch.float64,
+            *map(_native.address, (x, first, bias, isometry)),
+            samples,
+            inputs,
+            units,
+            codes[0],
+            *parameters,
+            *map(_native.address, (result, slopes)),
+            stream,
+        )
+    return result
 
 
 def _check(first: Tensor, second: Tensor, dtype: torch.dtype) -> None:
