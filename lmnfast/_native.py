@@ -40,13 +40,6 @@ def is_native(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
 
 
-def knows_sums(tensor: Tensor) -> bool:
-    """Whether the kernels that take this tensor add earlier values of a chain: those for the CPU do, CUDA's, also
-    emulated, in float64 alone."""
-    on_cuda = tensor.device.type != "cpu" or _C.isa() == "emulated-cuda"
-    return not on_cuda or tensor.dtype == torch.float64
-
-
 def on_cuda(tensor: Tensor) -> bool:
     """Whether CUDA kernels take this tensor, also emulated."""
     return (tensor.is_cuda and cuda_built()) or (tensor.device.type == "cpu" and _C.isa() == "emulated-cuda")

@@ -43,7 +43,7 @@ def has_kernels(x: Tensor) -> bool:
 
 def has_kernel_of(chain: Chain, x: Tensor) -> bool:
     """Whether there is a kernel of paths for a chain on samples like these."""
-    return (x.dim() == 2 or chain.flattens) and (not chain.skips or _native.knows_sums(x))
+    return x.dim() == 2 or chain.flattens
 
 
 def all_finite(values: Tensor) -> bool:

@@ -64,10 +64,8 @@ def _of_tail(tail: nn.Module, samples: Tensor | None) -> str:
     if samples is not None:
         if not has_kernels(samples):
             return f"{generic} there is no kernel for {samples.device}"
-        if samples.dim() != 2 and not chain.flattens:
-            return f"{generic} samples of shape {tuple(samples.shape[1:])} are no vectors, and nothing flattens them"
         if not has_kernel_of(chain, samples):
-            return f"{generic} the CUDA kernels know no sums with earlier results in {samples.dtype}"
+            return f"{generic} samples of shape {tuple(samples.shape[1:])} are no vectors, and nothing flattens them"
         with evaluating(tail):
             if not Checks(False).reproduces(chain, samples, tail(samples).flatten(1)):
                 return f"{generic} the chain of Linear and activations that they look like has other outputs"

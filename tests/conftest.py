@@ -32,14 +32,6 @@ def device(request):
 
 
 @pytest.fixture
-def summing(device, dtype):
-    """A device whose kernels add earlier values of a chain in this dtype."""
-    if not _native.knows_sums(torch.empty(0, device=device, dtype=dtype)):
-        pytest.skip("the CUDA kernels know no sums in float32")
-    return device
-
-
-@pytest.fixture
 def emulated():
     """The CUDA kernels on the CPU."""
     before = _native._C.isa()

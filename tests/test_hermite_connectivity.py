@@ -62,16 +62,16 @@ def test_activations_anywhere(names, midpoint, device, dtype):
 
 @MIDPOINT
 @pytest.mark.parametrize("sums", SUMS)
-def test_sums_with_earlier_values(sums, midpoint, summing, dtype):
+def test_sums_with_earlier_values(sums, midpoint, device, dtype):
     chain = chain_with(sums, scale=1.0)
-    assert_right(chain, samples(20, len(chain.weights[0].mT)), summing, dtype, midpoint)
+    assert_right(chain, samples(20, len(chain.weights[0].mT)), device, dtype, midpoint)
 
 
 @MIDPOINT
 @pytest.mark.parametrize("seed", range(6))
-def test_any_sums_in_any_chain(seed, midpoint, summing, dtype):
+def test_any_sums_in_any_chain(seed, midpoint, device, dtype):
     chain = random_sums(seed, scale=0.4)  # saturated outputs cost digits
-    assert_right(chain, samples(18, len(chain.weights[0].mT)), summing, dtype, midpoint)
+    assert_right(chain, samples(18, len(chain.weights[0].mT)), device, dtype, midpoint)
 
 
 @MIDPOINT

@@ -212,7 +212,7 @@ def test_integers_agree_to_the_bit_across_devices(outputs, device, dtype):
     assert_integers_agree(chain, 4 * integers(40, 5), device, dtype, outputs > 1)
 
 
-def test_integers_agree_to_the_bit_across_levels_with_sums(summing, dtype):
+def test_integers_agree_to_the_bit_across_levels_with_sums(device, dtype):
     generator = torch.Generator().manual_seed(0)
 
     def integers(*shape):
@@ -222,7 +222,7 @@ def test_integers_agree_to_the_bit_across_levels_with_sums(summing, dtype):
     activations = tuple(Activation(name) for name in names)
     weights, biases = tuple(integers(5, 5) for _ in range(3)), tuple(integers(5) for _ in range(3))
     chain = Chain(weights, biases, activations, skips=((3, 0), (4, 2), (5, 3), (6, 5)))
-    assert_integers_agree(chain, 4 * integers(40, 5), summing, dtype, True)
+    assert_integers_agree(chain, 4 * integers(40, 5), device, dtype, True)
 
 
 def assert_integers_agree(
@@ -379,37 +379,37 @@ def test_units_that_are_off_at_both_ends_stay_off_where_rounding_leaves_more_tha
 
 
 @pytest.mark.parametrize("sums", SUMS)
-def test_sums_with_earlier_values(sums, summing, dtype):
+def test_sums_with_earlier_values(sums, device, dtype):
     chain = chain_with(sums, scale=1.0)
-    _, truth = assert_as_right_as_pytorch(chain, 2 * samples(37, len(chain.weights[0].mT)), summing, dtype)
+    _, truth = assert_as_right_as_pytorch(chain, 2 * samples(37, len(chain.weights[0].mT)), device, dtype)
     assert truth.min() < 0.9 or sums == "no nonlinearity", "the input does not exercise the nonlinearity"
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_sums_in_any_chain(seed, summing, dtype):
+def test_any_sums_in_any_chain(seed, device, dtype):
     chain = random_sums(seed)
-    assert_as_right_as_pytorch(chain, samples(18, len(chain.weights[0].mT)), summing, dtype)
+    assert_as_right_as_pytorch(chain, samples(18, len(chain.weights[0].mT)), device, dtype)
 
 
-def test_sums_have_the_same_bits_for_any_thread_count(summing, dtype, threads):
+def test_sums_have_the_same_bits_for_any_thread_count(device, dtype, threads):
     chain, x = chain_with("one in another"), samples(70, 9)
     results = []
     for count in (1, 3):
         threads(count)
-        results.append(measured(chain, x, summing, dtype))
+        results.append(measured(chain, x, device, dtype))
     assert torch.equal(*results)
 
 
-def test_a_dead_block_leaves_its_skip_exactly_straight(summing, dtype):
+def test_a_dead_block_leaves_its_skip_exactly_straight(device, dtype):
     chain = random_chain([5, 9, 7, 9, 3], ["identity", "identity", "relu", "identity", "identity"], ((6, 2),))
     chain.biases[1].sub_(1e3)
-    assert (measured(chain, samples(20, 5), summing, dtype) == 1).all()
+    assert (measured(chain, samples(20, 5), device, dtype) == 1).all()
 
 
-def test_coincident_samples_are_connected_by_exactly_one_with_sums(summing, dtype):
+def test_coincident_samples_are_connected_by_exactly_one_with_sums(device, dtype):
     x = samples(40, 9)
     x[1::2] = x[::2]
-    assert (measured(chain_with("one in another"), x, summing, dtype).diagonal(1)[::2] == 1).all()
+    assert (measured(chain_with("one in another"), x, device, dtype).diagonal(1)[::2] == 1).all()
 
 
 def test_opcheck_with_sums(dtype):
