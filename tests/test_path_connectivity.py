@@ -19,6 +19,7 @@ from conftest import EMULATED
 
 from lmnfast import _native, ops, reference
 from lmnfast.network import ACTIVATIONS, Activation, Chain
+from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 
 UNIFORM = path_nodes("uniform", 21)
@@ -280,6 +281,55 @@ def test_errors_at_each_matmul_precision(name, matmul, bound, device, precision)
 def test_emulated_cards_with_less_shared_memory(name, kilobytes, emulated, dtype, monkeypatch):
     monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
     assert_as_right_as_pytorch(tail(name), samples(20, TAILS[name][0][0]), emulated, dtype)
+
+
+@pytest.mark.parametrize(
+    "widths, kilobytes",
+    [
+        ([3, 600, 17, 1], 227),
+        ([3, 17, 600, 10], 227),  # few outputs behind a wide layer
+        ([3, 300, 300, 600, 20], 227),
+        ([3, 600, 10], 227),
+        ([3, 17, 300, 10], 99),  # the same in passes of few tiles
+        ([3, 600, 300, 33], 48),  # no panel fits
+        ([3, 1, 129, 1, 33], 227),
+        ([5, 20, 1000], 99),
+        ([5, 40, 30, 20, 130], 48),
+    ],
+)
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+@pytest.mark.parametrize("matmul, bound", [("highest", 2e-5), ("high", 2e-3)])
+def test_emulated_panels_of_every_shape(
+    widths, kilobytes, name, matmul, bound, emulated, precision, monkeypatch
+):
+    monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
+    chain = random_chain(widths, ["identity", *[name] * (len(widths) - 2), "identity"], scale=1.0)
+    x, rule = 2 * samples(10, widths[0]), path_nodes("uniform", 21 if name == "silu" else 9)
+    precision(matmul)
+    L, truth = measured(chain, x, emulated, torch.float32, rule), reference.path_connectivity(chain, x, *rule)
+    assert torch.equal(L, L.mT) and truth.min() < 0.95
+    assert (L.double() - truth).abs().max() < bound
+
+
+@pytest.mark.parametrize("width", [3, 300])
+@pytest.mark.parametrize("name", ["silu", "tanh", "relu"])
+@pytest.mark.parametrize("matmul", ["highest", "high"])
+def test_what_no_half_can_hold_is_unresolved(width, name, matmul, emulated, precision):
+    """The second layer's units are 1e-6 at all samples and 1 between those on both sides: a tent made of three ReLUs."""
+    first = torch.tensor([[1, 0], [1, 0], [1, 0], [0, 1e-6]], dtype=torch.float64)
+    second = torch.tensor([[1.0, -2, 1, 1]], dtype=torch.float64) * (1 + torch.arange(width)[:, None] / width)
+    chain = Chain(
+        (first, second, samples(2, width)),
+        (torch.tensor([1, 0, -1, 1e-5], dtype=torch.float64), None, None),
+        tuple(map(activation, ("identity", "relu", name, "identity"))),
+    )
+    x = samples(12, 2)
+    x[:, 0] = torch.tensor([-3, -2.5, -2, 2, 2.5, 3]).repeat(2)
+    precision(matmul)
+    found = chain_connectivity(cast(chain, torch.float32), x.float(), *UNIFORM)
+    assert torch.equal(found.L < 0, x[:, None, 0] * x[:, 0] < 0)
+    found.resolve()
+    assert (found.L - reference.path_connectivity(chain, x, *UNIFORM)).abs().max() < 1e-3
 
 
 def test_strided_expanded_and_tracked_tensors(device):

@@ -815,6 +815,17 @@ inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect&
   return plan;
 }
 
+/// Values below v that are added to later ones. Value 0 is the samples': it has no residual.
+inline int sources_before(const PathConnectivity<float>& op, int v) {
+  int count = 0;
+  for (int source = 1; op.skips && source < v; ++source) {
+    bool is_added = false;
+    for (int later = source + 1; later < 2 * (op.layers + 1); ++later) is_added |= op.skips[later] == source;
+    count += is_added;
+  }
+  return count;
+}
+
 /// Layer l's place in the workspace; to be called for all layers in order.
 inline Layer<float> half_layer_of(const PathConnectivity<float>& op, const HalfPlan& plan, int l, Arena& arena) {
   Layer<float> layer = layer_of(op, l, plan.dialect.slopes, arena);
@@ -827,6 +838,11 @@ inline Layer<float> half_layer_of(const PathConnectivity<float>& op, const HalfP
   std::int64_t largest = sizeof(RangeFlags) / sizeof(float);
   for (int before = 0; before < l; ++before) largest += steps_of(op.widths[before], plan.dialect.tails).units();
   half.largest = plan.zeros + largest;
+  for (int after = 0; after < 2; ++after) {
+    const int value = 2 * l + after, source = op.skips ? op.skips[value] : -1;
+    half.added[after] = source > 0 ? sources_before(op, source) : -1;
+    half.kept[after] = sources_before(op, value + 1) > sources_before(op, value) ? sources_before(op, value) : -1;
+  }
   if (l < op.layers || !plan.problem.ends_linear) {
     half.records = arena.take<float>(blocks_of(op.samples, kGroup) * half.group_floats());
   }

@@ -46,6 +46,7 @@ struct HalfLayer {
   float* records;   // [groups of 8 samples][steps][arrays][32 lanes][4, in a tail 2]; null: of outputs without an activation
   float* units;     // [steps][2][16, in a tail 8]: the unit's scale; what brings a sum of products to units of z
   uint2* weights;   // [parts][steps][steps of the layer before][32 lanes][2 tiles of 8 of this layer's units]
+  int added[2], kept[2];  // slots of the residuals that are added to z and to a, and that are kept of them; none: -1
 
   LMN_FN std::int64_t group_floats() const { return arrays * steps.units() * kGroup; }
   /// Where a step's part of a group begins.
