@@ -1,4 +1,4 @@
-// Float32: the kernel of panels.cuh. Float64: the general kernel of chain.cuh. Both at the slopes at a path's ends, and its midpoint.
+// At the slopes at a path's ends, and its midpoint. Float32: panels.cuh. Float64: the general kernel of chain.cuh.
 #include "panels.cuh"
 
 namespace lmn {

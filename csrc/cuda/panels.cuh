@@ -238,7 +238,7 @@ __device__ inline Ends ends_of(const HalfLayer& half, int step) {
           half.records + work.group * half.group_floats() + at + lane * 4};
 }
 
-/// The residuals of SiLU at all tiles of a chunk, by the fast exponential and reciprocal. Where a unit's samples are the same and
+/// The residuals of SiLU at all tiles of a chunk, by the fast exponential and reciprocal. Where samples agree in a unit and
 /// nothing deviates, what these leave is not a residual: it is 0.
 template <int kTiles, class Emit>
 __device__ inline void silu_residuals(const Panels& p, const Sums<kTiles>& sums, int set_tile, int first_step,
@@ -551,7 +551,9 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
         work_of_warp().task = warp_here() < sharing() * sets_here() ? warp_here() : layer_chunks() * sets_here();
         for (; work_of_warp().task < layer_chunks() * sets_here(); advance(&Work::task, sharing() * sets_here())) {
           Sums<kTiles> sums = {};
-          if (work_of_warp().layer > 0) multiply_chunk<kTiles, kSplit, kAhead, kAlwaysShared>(sums, p, set_of_task(), step_of_task());
+          if (work_of_warp().layer > 0) {
+            multiply_chunk<kTiles, kSplit, kAhead, kAlwaysShared>(sums, p, set_of_task(), step_of_task());
+          }
           residuals_of(sums, set_of_task(), step_of_task(), emit);
         }
         __syncthreads();
@@ -604,7 +606,8 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
         for (work_of_warp().task = warp_here(); work_of_warp().task < p.chunks; advance(&Work::task, warps)) {
           const auto first_step = [] { return work_of_warp().task * kChunkSteps; };
           const auto waiting = [&] {
-            return p.moments + (std::int64_t(blockIdx.x) * p.chunks + work_of_warp().task) * kLaneOutputs * kMoments * kWarp + lane_here();
+            const std::int64_t place = std::int64_t(blockIdx.x) * p.chunks + work_of_warp().task;
+            return p.moments + place * kLaneOutputs * kMoments * kWarp + lane_here();
           };
           Moments<float> moments[kLaneOutputs] = {};
           if (work_of_warp().first_tile > 0) load_moments(moments, waiting());
@@ -651,7 +654,8 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
 #pragma unroll
           for (int g = 0; g < kChunkSteps; ++g) {
             const Moments<float> four[4] = {moments[4 * g], moments[4 * g + 1], moments[4 * g + 2], moments[4 * g + 3]};
-            if (first_step() + g < p.output_steps) add_four(pair_sums, problem, work_of_warp().in_products, first_step() + g, four);
+            const int step = first_step() + g;
+            if (step < p.output_steps) add_four(pair_sums, problem, work_of_warp().in_products, step, four);
           }
           add_total(pair_sums, work_of_warp().task == warp_here());
         }
