@@ -22,7 +22,8 @@ struct Layer {
   ActivationKind kind;
   T alpha, beta;
   T *z, *a, *slope;          // [samples, stride] before and after the activation, and its derivative or null
-  T* rounding;               // [samples, stride], root of the sum of squares of all that a is computed from
+  T* v;                      // [samples, stride], what the next layer takes: a, and what a network adds to it
+  T* rounding;               // [samples, stride], root of the sum of squares of all that v is computed from
   const T *weights, *biases; // [width, width of the layer before], [width] or null
   HalfLayer half;            // float
 };
@@ -176,13 +177,36 @@ __device__ inline void note_range(const Problem<float>& problem, const Layer<flo
   if (threadIdx.x % kWarp == 0) atomicMax(&problem.range->largest_z, largest_z);
 }
 
+/// What is added to one of a layer's values at the samples: an earlier value and its rounding, [samples, stride], and what is
+/// affine in the samples, [samples, width]; each may be null.
+template <class T>
+struct Earlier {
+  const T *value, *rounding, *shift;
+};
+
+/// Adds them to a sum, and to the sum of squares of all it is computed from.
+template <class T>
+__device__ inline void add_earlier(const Earlier<T>& earlier, const Layer<T>& layer, std::int64_t sample, std::int64_t unit,
+                                   double& sum, double& squares) {
+  if (earlier.value) {
+    const double rounding = double(earlier.rounding[sample * layer.stride + unit]);
+    sum += double(earlier.value[sample * layer.stride + unit]);
+    squares = ::fma(rounding, rounding, squares);
+  }
+  if (earlier.shift) {
+    const double term = double(earlier.shift[sample * layer.width + unit]);
+    sum += term;
+    squares = ::fma(term, term, squares);
+  }
+}
+
 /// A block makes 16 samples x 16 units of one layer, one thread per value. Products in double: a node's rounding
 /// averages out along a path, the ends' would tilt all of it. `before` null: z itself, and the block's sum of |z| for the
 /// choice of the kernel, infinite where one is not below the limit.
 template <class T>
 __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, const T* z, const T* before,
-                               const T* before_rounding, std::int64_t depth, std::int64_t before_stride, double limit,
-                               double* sums) {
+                               const T* before_rounding, std::int64_t depth, std::int64_t before_stride,
+                               Earlier<T> into_z, Earlier<T> into_v, double limit, double* sums) {
   __shared__ T a_tile[kForwardTile][kForwardTile + 1], w_tile[kForwardTile][kForwardTile + 1];
   __shared__ T rounding_tile[kForwardTile][kForwardTile + 1];
   const int row = int(threadIdx.x) / kForwardTile, column = int(threadIdx.x) % kForwardTile;
@@ -212,11 +236,12 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
       sum += bias;
       squares = ::fma(bias, bias, squares);
     }
+    if (valid) add_earlier(into_z, layer, sample, unit, sum, squares);
   } else if (valid) {
     sum = double(z[sample * layer.width + unit]);
   }
   const T value = T(sum);
-  T activated = value;
+  T activated = value, left = value;
   if (sample < problem.samples) {
     T slope = T(0);
     with_kind(layer.kind, [&](auto kind) {
@@ -226,15 +251,23 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     if (layer.slope) layer.slope[sample * layer.stride + unit] = valid ? slope : T(0);
     layer.z[sample * layer.stride + unit] = valid ? value : T(0);
     layer.a[sample * layer.stride + unit] = valid ? activated : T(0);
-    squares += sum * sum + double(activated) * double(activated);
+    squares += sum * sum;
+    left = activated;
+    if (layer.v != layer.a) {
+      double total = double(activated);
+      if (valid) add_earlier(into_v, layer, sample, unit, total, squares);
+      left = T(total);
+      layer.v[sample * layer.stride + unit] = valid ? left : T(0);
+    }
+    squares += double(left) * double(left);
     layer.rounding[sample * layer.stride + unit] = valid ? T(::sqrt(squares)) : T(0);
     if (valid && index == problem.last) {
       problem.y_low[sample * layer.width + unit] = problem.ends_linear ? T(sum - double(value)) : T(0);
     }
   }
   if constexpr (sizeof(T) == 4) {
-    note_range(problem, layer, first_unit, row, column, valid ? absolute(value) : 0.0f, valid ? absolute(activated) : 0.0f,
-               !before);
+    const float largest = larger(absolute(activated), absolute(left));
+    note_range(problem, layer, first_unit, row, column, valid ? absolute(value) : 0.0f, valid ? largest : 0.0f, !before);
     if (!before && valid && unit == 0) problem.connectivity[sample * (problem.samples + 1)] = 1;
     return;
   }
@@ -257,10 +290,10 @@ template <class T>
 __device__ void scale_output(const Problem<T>& problem, std::int64_t k) {
   __shared__ double partial[kThreads];
   const Layer<T>& layer = problem.layers[problem.last];
-  const T origin = layer.a[k];
+  const T origin = layer.v[k];
   T largest = 0;
   for (std::int64_t n = threadIdx.x; n < problem.samples; n += kThreads) {
-    const T difference = absolute(layer.a[n * layer.stride + k] - origin);
+    const T difference = absolute(layer.v[n * layer.stride + k] - origin);
     largest = largest < difference ? difference : largest;
   }
   partial[threadIdx.x] = double(largest);
@@ -275,7 +308,7 @@ __device__ void scale_output(const Problem<T>& problem, std::int64_t k) {
   if (threadIdx.x == 0) problem.scale[k] = scale;
   for (std::int64_t n = threadIdx.x; n < problem.samples; n += kThreads) {
     const std::int64_t at = n * problem.outputs + k;
-    problem.y[at] = layer.a[n * layer.stride + k] * scale;
+    problem.y[at] = layer.v[n * layer.stride + k] * scale;
     problem.y_low[at] *= scale;
     problem.rounding[at] = layer.rounding[n * layer.stride + k] * scale;
   }
@@ -684,6 +717,7 @@ Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& aren
   layer.beta = T(op.activations[l].beta);
   layer.z = arena.take<T>(op.samples * layer.stride);
   layer.a = arena.take<T>(op.samples * layer.stride);
+  layer.v = op.skips && (op.skips[2 * l + 1] >= 0 || op.shifts[2 * l + 1]) ? arena.take<T>(op.samples * layer.stride) : layer.a;
   layer.slope = slopes ? arena.take<T>(op.samples * layer.stride) : nullptr;
   layer.rounding = arena.take<T>(op.samples * layer.stride);
   if (l == 0) return layer;
@@ -753,7 +787,8 @@ const char* enqueue_samples(const PathConnectivity<T>& op, Plan<T>& plan, Arena&
     const std::int64_t blocks = blocks_of(op.samples, kForwardTile) * (layer.stride / kForwardTile);
     const T *const before_a = before.a, *const before_rounding = before.rounding;
     error = launch(forward_kernel<T>, blocks, kForwardTile * kForwardTile, 0, stream, plan.problem, layer, l, op.z,
-                   before_a, before_rounding, before.width, before.stride, plan.choice.limit, plan.sums);
+                   before_a, before_rounding, before.width, before.stride, Earlier<T>{}, Earlier<T>{}, plan.choice.limit,
+                   plan.sums);
     if (l == 0) plan.first = layer;
     before = layer;
   }
@@ -860,14 +895,30 @@ const char* enqueue_half_samples(const PathConnectivity<float>& op, HalfPlan& pl
   const char* error =
       message(cudaMemsetAsync(plan.zeros, 0, std::size_t(plan.zero_count) * sizeof(float), stream));
   std::int64_t blocks = plan.problem.outputs;
+  const Arena layers_from = arena;
   Layer<float> before{};
+  const auto earlier_of = [&](int value) {
+    Earlier<float> earlier{};
+    if (!op.skips) return earlier;
+    earlier.shift = op.shifts[value];
+    const int source = op.skips[value];
+    if (source < 0) return earlier;
+    Arena again = layers_from;  // places of a layer are cheaper found again than kept
+    Layer<float> layer{};
+    for (int l = 0; l <= source / 2; ++l) layer = half_layer_of(op, plan, l, again);
+    earlier.value = source % 2 ? layer.v : layer.z;
+    earlier.rounding = layer.rounding;
+    return earlier;
+  };
   for (int l = 0; l <= op.layers && !error; ++l) {
     const Layer<float> layer = half_layer_of(op, plan, l, arena);
     take(l, layer);
     const std::int64_t tiles = blocks_of(op.samples, kForwardTile) * (layer.stride / kForwardTile);
-    const float *const before_a = before.a, *const before_rounding = before.rounding;
+    const float *const before_v = before.v, *const before_rounding = before.rounding;
+    const Earlier<float> into_z = earlier_of(2 * l), into_v = earlier_of(2 * l + 1);
     error = launch(forward_kernel<float>, tiles, kForwardTile * kForwardTile, 0, stream, plan.problem, layer, l, op.z,
-                   before_a, before_rounding, before.width, before.stride, 0.0, static_cast<double*>(nullptr));
+                   before_v, before_rounding, before.width, before.stride, into_z, into_v, 0.0,
+                   static_cast<double*>(nullptr));
     const FinishBlocks finish = finish_blocks(layer, op.samples);
     blocks += finish.records + finish.rows;
     before = layer;
