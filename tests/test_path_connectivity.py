@@ -19,6 +19,7 @@ from conftest import EMULATED
 
 from lmnfast import _native, ops, reference
 from lmnfast.network import ACTIVATIONS, Activation, Chain
+from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 
 UNIFORM = path_nodes("uniform", 21)
@@ -284,13 +285,64 @@ def test_emulated_cards_with_less_shared_memory(name, kilobytes, emulated, dtype
 
 @pytest.mark.parametrize("kilobytes", [48, 99, 227])
 @pytest.mark.parametrize("rule", [("uniform", 21), ("lobatto", 5)])
-def test_emulated_wide_sums_in_any_shared_memory(kilobytes, rule, emulated, monkeypatch):
+def test_emulated_wide_sums_in_any_shared_memory(kilobytes, rule, emulated, dtype, monkeypatch):
     """Nodes in one pass and in several, panels in shared memory and in the device's, outputs in one part and in several."""
     monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
     names = ["silu", "tanh", "gelu", "identity"]
     skips = ((3, 1), (4, 2), (5, 3))
     chain = random_chain([130, 130, 130, 150], names, skips, scale=0.7)
-    assert_as_right_as_pytorch(chain, samples(10, 130), emulated, torch.float64, path_nodes(*rule))
+    assert_as_right_as_pytorch(chain, samples(10, 130), emulated, dtype, path_nodes(*rule))
+
+
+@pytest.mark.parametrize(
+    "widths, kilobytes",
+    [
+        ([3, 600, 17, 1], 227),
+        ([3, 17, 272, 10], 227),  # few outputs behind a wide layer
+        ([3, 40, 129, 272, 20], 227),
+        ([3, 600, 10], 227),
+        ([3, 40, 272, 10], 48),  # the same in more passes
+        ([3, 600, 17, 33], 48),  # no panel fits
+        ([3, 129, 1, 33], 227),
+        ([5, 20, 1000], 99),
+        ([5, 40, 30, 20, 130], 48),
+    ],
+)
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+@pytest.mark.parametrize("matmul, bound", [("highest", 2e-5), ("high", 2e-3)])
+def test_emulated_panels_of_every_shape(
+    widths, kilobytes, name, matmul, bound, emulated, precision, monkeypatch
+):
+    monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
+    chain = random_chain(widths, ["identity", *[name] * (len(widths) - 2), "identity"], scale=1.0)
+    x, rule = 2 * samples(9, widths[0]), path_nodes("uniform", 21 if name == "silu" else 9)
+    precision(matmul)
+    L, truth = measured(chain, x, emulated, torch.float32, rule), reference.path_connectivity(chain, x, *rule)
+    assert torch.equal(L, L.mT) and truth.min() < 0.95
+    assert (L.double() - truth).abs().max() < bound
+
+
+@pytest.mark.parametrize("width", [3, 300])
+@pytest.mark.parametrize("name", ["silu", "tanh", "relu"])
+@pytest.mark.parametrize("matmul", ["highest", "high"])
+def test_what_no_half_can_hold_is_unresolved(width, name, matmul, emulated, precision):
+    """The second layer's units are 3e-3 at all samples and a thousand times as large, or not, between those on both sides:
+    a tent made of three ReLUs."""
+    precision(matmul)
+    x = torch.tensor([[-3, 0.2], [-2.5, 3], [2.5, 3], [3, 0.2]], dtype=torch.float64)
+    for height, fits in ((4, False), (2**-4, True)):
+        first = torch.tensor([[1, 0], [1, 0], [1, 0], [0, 1e-3]], dtype=torch.float64)
+        second = torch.tensor([[1.0, -2, 1, 0]], dtype=torch.float64) * height
+        second = (second + torch.tensor([0, 0, 0, 1])) * (1 + torch.arange(width)[:, None] / width)
+        chain = Chain(
+            (first, second, samples(2, width)),
+            (torch.tensor([1, 0, -1, 0], dtype=torch.float64), None, None),
+            tuple(map(activation, ("identity", "relu", name, "identity"))),
+        )
+        found = chain_connectivity(cast(chain, torch.float32), x.float(), *UNIFORM)
+        assert torch.equal(found.L[:2, 2:] >= 0, torch.full((2, 2), fits))
+        found.resolve()
+        assert (found.L - reference.path_connectivity(chain, x, *UNIFORM)).abs().max() < 1e-3
 
 
 def test_strided_expanded_and_tracked_tensors(device):

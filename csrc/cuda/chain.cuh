@@ -173,7 +173,7 @@ __device__ inline void add_earlier(const Earlier<T>& earlier, const Layer<T>& la
   }
 }
 
-/// Notes a block's largest |a| of each unit, and of the first layer the largest |z|.
+/// Notes a block's largest |a| and |v| of each unit, and of the first layer the largest |z|.
 __device__ inline void note_range(const Problem<float>& problem, const Layer<float>& layer, std::int64_t first_unit, int row,
                                   int column, float z, float a, bool is_first) {
   __shared__ int largest[kForwardTile];  // as integers positive floats have the same order
@@ -235,7 +235,7 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     sum = double(z[sample * layer.width + unit]);
   }
   const T value = T(sum);
-  T activated = value;
+  T activated = value, left = value;
   if (sample < problem.samples) {
     T slope = T(0);
     with_kind(layer.kind, [&](auto kind) {
@@ -246,7 +246,7 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     layer.z[sample * layer.stride + unit] = valid ? value : T(0);
     layer.a[sample * layer.stride + unit] = valid ? activated : T(0);
     squares += sum * sum;
-    T left = activated;
+    left = activated;
     if (layer.v != layer.a) {
       layer.rounding[sample * layer.stride + unit] = valid ? T(::sqrt(squares)) : T(0);  // of z, which may be added to a
       double total = double(activated);
@@ -261,8 +261,8 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     }
   }
   if constexpr (sizeof(T) == 4) {
-    note_range(problem, layer, first_unit, row, column, valid ? absolute(value) : 0.0f, valid ? absolute(activated) : 0.0f,
-               !before);
+    note_range(problem, layer, first_unit, row, column, valid ? absolute(value) : 0.0f,
+               valid ? larger(absolute(activated), absolute(left)) : 0.0f, !before);
     if (!before && valid && unit == 0) problem.connectivity[sample * (problem.samples + 1)] = 1;
     return;
   }

@@ -18,7 +18,7 @@ namespace {
 constexpr int kStepUnits = 16, kTailUnits = 8;
 constexpr int kGroup = 8;            // second samples of a tile
 constexpr int kScaleExponent = 8;    // the largest value as a half: 2^8 to 2^9, so a residual may exceed its samples 128 times
-constexpr int kExponentLimit = 100;  // of a scale
+constexpr int kExponentLimit = 120;  // of a scale
 
 /// Steps of one layer.
 struct Steps {
@@ -42,7 +42,7 @@ struct HalfLayer {
   int parts;        // of the weights: 1, or 2 with what rounding them to halves lost
   float factor;     // of z, a and unscale: -log2(e) where SiLU's exponentials are taken by ex2 at once, else 1
   bool inverse;     // `units` holds 1 / scale in place of the scale
-  float* largest;   // [units], |a| over the samples
+  float* largest;   // [units], |a| and |v| over the samples
   float* records;   // [groups of 8 samples][steps][arrays][32 lanes][4, in a tail 2]; null: of outputs without an activation
   float* units;     // [steps][2][16, in a tail 8]: the unit's scale; what brings a sum of products to units of z
   uint2* weights;   // [parts][steps][steps of the layer before][32 lanes][2 tiles of 8 of this layer's units]
