@@ -43,7 +43,12 @@ def is_native(*tensors: Tensor) -> bool:
 def knows_sums(tensor: Tensor) -> bool:
     """Whether the kernels that take this tensor add earlier values of a chain: those for the CPU do, CUDA's, also
     emulated, do not."""
-    return tensor.device.type == "cpu" and _C.isa() != "emulated-cuda"
+    return tensor.device.type == "cpu" and not emulates_cuda(tensor)
+
+
+def emulates_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels take this tensor on the CPU, in a build for their tests."""
+    return tensor.device.type == "cpu" and _C.isa() == "emulated-cuda"
 
 
 def address(tensor: Tensor | None) -> int:
