@@ -32,9 +32,9 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
 
     Args:
         L: (..., N, N), floating point, symmetric.
-        solver: where a matrix on a CUDA device is solved. "cuda": there, by the package's kernel up to an N of about 1700 (on
-            an H200; see `ops.symmetric_eigenvalues`), beyond by cuSOLVER, and on the CPU where that fails; "cpu";
-            "auto" is where the matrix is. A matrix elsewhere is solved on the CPU.
+        solver: where a matrix on a CUDA device is solved. "cuda": there, by the package's kernel where it fits (up to
+            N = 1664 on an H200), else by cuSOLVER, and on the CPU where that fails; "cpu"; "auto" is "cuda". A matrix on
+            the CPU is solved there.
 
     Returns:
         (..., N) float64 on L's device.
@@ -61,7 +61,7 @@ def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
     if L.is_cuda and solver != "cpu":
         try:
             values, used = ops.symmetric_eigenvalues(L), "cuda" if fits(L) else "cusolver"
-            if used == "cuda" and bool(values.isnan().any()):  # given up: other work kept some of its blocks from running
+            if used == "cuda" and bool(values.isnan().any()):  # given up: not all of its blocks ran at once
                 values, used = torch.linalg.eigvalsh(L.double()), "cusolver"
         except torch.linalg.LinAlgError:  # cuSOLVER fails on some nearly rank-one matrices
             values, used = None, "cpu"

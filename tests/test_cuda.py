@@ -46,8 +46,13 @@ def spectral_entropy(x: Tensor) -> Callable[[], Tensor]:
     return lambda: ops.spectral_entropy(x)
 
 
+def symmetric_eigenvalues(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: ops.symmetric_eigenvalues(x @ x.mT)
+
+
 @pytest.fixture(
-    params=[path_connectivity, hermite_connectivity, path_r2, spectral_entropy], ids=lambda op: op.__name__
+    params=[path_connectivity, hermite_connectivity, path_r2, spectral_entropy, symmetric_eigenvalues],
+    ids=lambda op: op.__name__,
 )
 def op(request):
     """From samples on a device, a function without arguments that calls the op on them."""

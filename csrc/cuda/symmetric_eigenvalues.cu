@@ -167,9 +167,8 @@ struct Scale {
 // column after it as they stand, and then make the update while both travel. The vector warps of every block get both from
 // L2, put in what the missing update changes, and make v and w, all of them alike: one exchange a column.
 //
-// Measured on an H200 before the registers were shared out evenly (a prototype moved some from vector to matrix warps, which
-// takes instructions of sm_90a alone): 1.7 us a column at 768 and 961 with one matrix, instruction issue and the exchange;
-// a column takes 0.05 us of arithmetic.
+// A prototype took 1.7 us a column on an H200, at 768 and 961 with one matrix, of the exchange and of issuing instructions, not
+// of arithmetic. It moved registers from vector to matrix warps, by instructions of sm_90a alone, and held more in them.
 //
 // Why relaxed stores and loads do. A value and its tag are one 8-byte word, so whoever sees the tag has the value, and
 // nothing else is handed over through memory that blocks share: no order between words is asked for. There are two buffers,
@@ -190,7 +189,8 @@ constexpr int kMatrixWarps = 8, kMatrixThreads = kMatrixWarps * kWarp;
 
 // Who holds what. Lanes and matrix warps are spread over rows and, what is left of them, over columns; a chunk is as many
 // columns as there are column lanes in a block. A lane holds kRows rows, each `stride` indices after the one before, and of
-// these one column of each chunk: the last kHeld chunks in registers, those before, which are done with first, in shared memory.
+// these one column of each chunk: the last kHeld chunks in registers, those before, which are done with first, in shared
+// memory. kHeld is what the registers hold without spills, 128 a thread for 512 threads and 168 for 384.
 template <int kRows_, int kRowLanes_, int kRowWarps_, int kHeld_, int kVectorWarps_, int kEntries_>
 struct Layout {
   static constexpr int kRows = kRows_, kRowLanes = kRowLanes_, kRowWarps = kRowWarps_, kHeld = kHeld_;
@@ -324,7 +324,7 @@ __device__ inline void update(double (&held)[L::kRows][L::kHeld], const Lane& la
   }
 }
 
-// function(std::integral_constant-like kFirst): the even number at or below the first row that is left.
+// function(First<kFirst>()), kFirst the even number at or below the first row that is left.
 template <int kFirst> struct First { static constexpr int value = kFirst; };
 template <class L, int kFirst = 0, class Function>
 __device__ inline void from_row(int first, const Function& function) {
@@ -647,8 +647,8 @@ __global__ void __launch_bounds__(L::kThreads, 1) tridiagonal_kernel(Matrices ma
 //
 // The number of eigenvalues below z is that of the sign changes of p_i = (d_i - z) p_{i-1} - e_{i-1}^2 p_{i-2}, p_{-1} = 1:
 // two multiply-adds a row, one of them on the critical path, and no division. Rows in blocks of 16 are scaled so that the
-// last coefficient is 1: y_i = (g_i - z h_i) y_{i-1} - y_{i-2} with k_i = e_{i-1}^2 k_{i-2}, h_i = k_{i-1} / k_i, g_i = d_i h_i,
-// p_i = k_i y_i. Eight factors of the least e^2 are 1e-256, so that neither k nor y leaves the range of a double.
+// last coefficient is 1: y_i = (g_i - z h_i) y_{i-1} - y_{i-2} with k_i = e_{i-1}^2 k_{i-2}, h_i = k_{i-1} / k_i,
+// g_i = d_i h_i, p_i = k_i y_i. Eight factors of the least e^2 are 1e-256, so that neither k nor y leaves the range of a double.
 // Couplings are at least 1e-16 of the bound on the spectrum, which is what float64 knows of them.
 
 constexpr int kSturmBlock = 128, kRowsAtOnce = 16;
@@ -856,7 +856,7 @@ void consider(const Card& card, int samples, int batch, double cost, Plan& plan)
   if (least > card.multiprocessors) return;
   s.groups = card.multiprocessors / least;
   if (s.groups > batch) s.groups = batch;
-  cost *= double(batch + s.groups - 1) / s.groups;
+  cost *= (batch + s.groups - 1) / s.groups;  // so many waves
   if (plan.run && cost >= plan.cost) return;
 #if !defined(LMN_EMULATED)
   if (occupancy(reinterpret_cast<const void*>(&tridiagonal_kernel<L>), L::kThreads, s.bytes) < 1) return;
@@ -868,7 +868,7 @@ void consider(const Card& card, int samples, int batch, double cost, Plan& plan)
   plan = {s, run_layout<L>, cost};
 }
 
-// Costs: measured on an H200, with a prototype of these layouts, N = 768 and 961.
+// Costs: of a prototype of these layouts on an H200, N = 768, 961 and 2048.
 inline Plan plan_of(std::int64_t samples, std::int64_t batch) {
   Plan plan;
   const Card card{device_attribute(cudaDevAttrMultiProcessorCount), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};

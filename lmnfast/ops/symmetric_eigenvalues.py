@@ -9,17 +9,17 @@ from .. import _native
 from ..state import lapack_on_one_core
 from ._checks import KERNEL_DTYPES, check_dense, plain
 
-# Up to this N, LAPACK solves on one core, so that the values have the same bits for any thread count. On two cores of an AMD
-# EPYC that takes 24 ms in place of 19 at N = 500, 135 in place of 73 at 961, 794 in place of 475 at 2048.
+# Up to this N, LAPACK solves on one core, so that the values have the same bits for any thread count. On two cores of
+# an AMD EPYC that takes 24 ms in place of 19 at N = 500, 135 in place of 73 at 961, 794 in place of 475 at 2048.
 SAME_BITS_TO = 1024
 
 
 def symmetric_eigenvalues(matrices: Tensor) -> Tensor:
     """:func:`lmnfast.reference.symmetric_eigenvalues`: ``torch.linalg.eigvalsh`` in float64.
 
-    On the CPU it is LAPACK's. On CUDA it is the package's kernel, which does not wait for the device, or where
-    :func:`fits` says that a matrix is too large for it cuSOLVER, which does. The kernel's values are within 1e-13 of the largest
-    magnitude, times a few; their bits are the same in every call of the same shape on the same card.
+    On the CPU it is LAPACK's. On CUDA it is the package's kernel, which does not wait for the device, or for a matrix that
+    :func:`fits` says is too large for it, cuSOLVER, which does. The kernel's values are within a few times 1e-13 of the
+    largest magnitude; their bits are the same in every call of the same shape on the same card.
 
     Args:
         matrices: (..., N, N) float32 or float64, N > 0; the lower triangle is read.
@@ -31,14 +31,16 @@ def symmetric_eigenvalues(matrices: Tensor) -> Tensor:
     Raises:
         TypeError: neither float32 nor float64.
         ValueError: not square, or empty.
-        torch.linalg.LinAlgError: LAPACK or cuSOLVER does not converge, as cuSOLVER does not on some matrices near rank one.
+        torch.linalg.LinAlgError: LAPACK or cuSOLVER does not converge; cuSOLVER does not for some matrices near rank one.
     """
     return torch.ops.lmnfast.symmetric_eigenvalues(matrices)
 
 
 def fits(matrices: Tensor) -> bool:
-    """Whether matrices (..., N, N) are solved by the CUDA kernel, in several waves if need be, on the device they are on: its
-    blocks hold a matrix between them, and have to be there all at once. An H200 takes N up to about 1700, an A100 1100."""
+    """Whether matrices (..., N, N) are solved by the CUDA kernel of the device they are on, in several waves if need be.
+
+    Its blocks hold a matrix between them, and have to be there all at once: an H200 takes N up to 1664, an A100 1280.
+    """
     return _workspace_bytes(matrices) > 0
 
 
