@@ -80,10 +80,10 @@ __device__ inline double whole_warp_sum(double v) {
 #else
   double even, odd, sum;
   [[maybe_unused]] double same;
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%4, %4};"
-      : "=d"(even), "=d"(odd) : "d"(1.0), "d"(v), "d"(0.0));
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%4, %4};"
-      : "=d"(sum), "=d"(same) : "d"(even + odd), "d"(1.0), "d"(0.0));
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%4, %4};"
+               : "=d"(even), "=d"(odd) : "d"(1.0), "d"(v), "d"(0.0));
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%4, %4};"
+               : "=d"(sum), "=d"(same) : "d"(even + odd), "d"(1.0), "d"(0.0));
   return sum;
 #endif
 }
@@ -120,7 +120,7 @@ struct Matrices {
 
 // In the caller's workspace.
 struct Work {
-  double* exchange;             // [batch, 2, 2, padded]: by parity of the step, products and columns. 0 at first
+  double* exchange;             // [batch, 2, 2, words()]: by parity of the step, products and columns. 0 at first
   unsigned long long* largest;  // [batch], bits of the largest magnitude. 0 at first
   unsigned long long* failed;   // [batch], 0 at first
   double* diagonal;             // [batch, samples]
@@ -211,6 +211,8 @@ struct Shape {
   int padded;   // indices: a multiple of a chunk
   int padding;
   int spilled;  // chunks in shared memory
+  int skipped;  // indices of no row, an even number of them, that the exchange leaves out
+  __host__ __device__ int words() const { return padded - skipped; }  // of a vector in the exchange
   int sums, partial, w, x, chunks, bytes;  // where they lie in shared memory, in doubles; bytes in all
 };
 
@@ -404,14 +406,13 @@ __device__ void hold_matrix(const Matrices& A, int matrix, const Scale& scale, c
     step.chunk = step.next / L::kChunk;
     step.owns = lane.column == step.next % L::kChunk;
     step.tag = ((n >> 1) + 1) & 3;
-    step.products = work.exchange + (std::int64_t(matrix) * 2 + (n & 1)) * 2 * shape.padded;
-    step.column = step.products + shape.padded;
+    step.products = work.exchange + (std::int64_t(matrix) * 2 + (n & 1)) * 2 * shape.words() - shape.skipped;
+    step.column = step.products + shape.words();
     step.x = memory + shape.x + (n & 1) * shape.padded;
     step.v = memory + shape.x + ((n + 1) & 1) * shape.padded;
     while (shape.padding + gone * shape.blocks + block < step.next) ++gone;
     const int first = gone / (L::kRowLanes * L::kRowWarps);
     forget(lane.row);
-    forget(lane.column);
 
     meet(kColumnReady, L::kThreads);
     double products[L::kRows];
@@ -532,8 +533,9 @@ __device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, 
     const double v_next = alpha - beta;
     if (writes) off_diagonal[n] = beta;
 
-    const double* const products = work.exchange + (std::int64_t(matrix) * 2 + (n & 1)) * 2 * padded;
-    const double* const column = products + padded;
+    const double* const products =
+        work.exchange + (std::int64_t(matrix) * 2 + (n & 1)) * 2 * shape.words() - shape.skipped;
+    const double* const column = products + shape.words();
     double z[kEntries];
     const auto fetch = [&](const double* from) {
       unsigned missing = 0;
@@ -564,6 +566,7 @@ __device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, 
 #endif
         }
       }
+      __syncwarp();  // lanes leave the loop one by one, and what follows takes the whole warp
     };
     fetch(column);
     // The column, and the products' corrections for the missing update, before the products arrive.
@@ -648,8 +651,8 @@ __global__ void __launch_bounds__(L::kThreads, 1) tridiagonal_kernel(Matrices ma
 // The number of eigenvalues below z is that of the sign changes of p_i = (d_i - z) p_{i-1} - e_{i-1}^2 p_{i-2}, p_{-1} = 1:
 // two multiply-adds a row, one of them on the critical path, and no division. Rows in blocks of 16 are scaled so that the
 // last coefficient is 1: y_i = (g_i - z h_i) y_{i-1} - y_{i-2} with k_i = e_{i-1}^2 k_{i-2}, h_i = k_{i-1} / k_i,
-// g_i = d_i h_i, p_i = k_i y_i. Eight factors of the least e^2 are 1e-256, so that neither k nor y leaves the range of a double.
-// Couplings are at least 1e-16 of the bound on the spectrum, which is what float64 knows of them.
+// g_i = d_i h_i, p_i = k_i y_i. Eight factors of the least e^2 are 1e-256, so that neither k nor y leaves the range of a
+// double. Couplings are at least 1e-16 of the bound on the spectrum, which is what float64 knows of them.
 
 constexpr int kSturmBlock = 128, kRowsAtOnce = 16;
 constexpr double kLeastCoupling = 1e-32;  // squared
@@ -836,6 +839,7 @@ void consider(const Card& card, int samples, int batch, double cost, Plan& plan)
   s.padded = chunks * L::kChunk;
   s.padding = s.padded - samples;
   s.spilled = chunks - L::kHeld;
+  s.skipped = s.padding / 2 * 2;
   if (s.padded > L::kEntries * L::kVectorThreads) return;
 
   int doubles = 0;
@@ -883,7 +887,7 @@ inline Plan plan_of(std::int64_t samples, std::int64_t batch) {
 }
 
 inline std::size_t exchange_bytes(const Plan& plan) {
-  return std::size_t(plan.shape.batch) * 4 * std::size_t(plan.shape.padded) * sizeof(double);
+  return std::size_t(plan.shape.batch) * 4 * std::size_t(plan.shape.words()) * sizeof(double);
 }
 
 template <class T>
