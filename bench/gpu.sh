@@ -5,8 +5,8 @@
 #   bench/gpu.sh build test sanitize    9 minutes at most
 #   bench/gpu.sh build bench            likewise
 #   bench/gpu.sh bench PART...          only these bench/bench_PART.py; without: path_r2 path_connectivity spectral_entropy
-#                                       connectivity spectrum probe, which fit the time. The others: hermite_connectivity
-#                                       jacobian jacobian_distance
+#                                       connectivity symmetric_eigenvalues probe, which fit the time. The others:
+#                                       hermite_connectivity jacobian jacobian_distance
 #
 # RESULTS=DIRECTORY: where the benchmarks' <card>.json and <card>.md go (bench/results). A stage that fails or runs out
 # of time does not keep the next from running; the exit code is 1 then. ONLY=cpu tries the script without a card.
@@ -69,6 +69,11 @@ for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
              ops.path_r2(y, ends, first, second, *rule), bound)
     w = torch.randn(3, 101, dtype=dtype)
     same(f"spectral_entropy {dtype}", ops.spectral_entropy(w.to(device)), ops.spectral_entropy(w), 1e-10)
+    for n in (1, 33, 97):
+        A = torch.randn(2, n, n, dtype=dtype)
+        A = torch.stack([A[0] + A[0].mT, torch.ones(n, n, dtype=dtype)])
+        same(f"symmetric_eigenvalues {dtype} {n}", ops.symmetric_eigenvalues(A.to(device)),
+             ops.symmetric_eigenvalues(A), 1e-12 * n)
     for widths in ((7, 10, 3), (20, 100, 31), (20, 40, 50, 33)):
         for act in (torch.nn.SiLU(), torch.nn.GELU(), torch.nn.ReLU()):
             layers = [m for a, b in zip(widths, widths[1:]) for m in (torch.nn.Linear(a, b), act)][:-1]
@@ -105,11 +110,11 @@ bench() {
     failed+=(bench)
     return
   fi
-  [ ${#parts[@]} -gt 0 ] || parts=(path_r2 path_connectivity spectral_entropy connectivity spectrum probe)
+  [ ${#parts[@]} -gt 0 ] || parts=(path_r2 path_connectivity spectral_entropy connectivity symmetric_eigenvalues probe)
   for part in "${parts[@]}"; do
     case $part in
       path_connectivity) seconds=220 ;;
-      path_r2 | spectrum) seconds=60 ;;
+      path_r2 | symmetric_eigenvalues) seconds=60 ;;
       *) seconds=25 ;;
     esac
     stage "bench $part" $seconds "$python" -P -m pytest -p no:cacheprovider "bench/bench_$part.py" -k "$only" \

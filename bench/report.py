@@ -52,6 +52,8 @@ PARTS = {  # of bench/bench_PART.py: what the document says of it
     "which the floor leaves out and the rivals' Gram forms get wrong.",
     "spectral_entropy": "Floor: a sum of the same values. A logarithm of each is dearer than an addition; at 768 values "
     "it is the call that takes the time.",
+    "symmetric_eigenvalues": "On the CPU this is LAPACK, on one core up to N = 1024 for the same bits. Floor: two thirds of "
+    "N^3 multiply-adds as one float64 matrix product.",
     "spectrum": "Floor: two thirds of N^3 multiply-adds as one float64 matrix product. LAPACK makes half of them in "
     "matrix-vector products, which memory limits.",
     "grokking": "A step of the reference trainer. Floor: the products of the second and third Linear, forward and backward, "

@@ -284,6 +284,12 @@ lmn::SpectralEntropy<T> spectral_entropy(Address eigenvalues, Address bits, std:
   return {pointer<const T>(eigenvalues), pointer<double>(bits), batch, samples};
 }
 
+template <class T>
+lmn::SymmetricEigenvalues<T> symmetric_eigenvalues(Address matrices, Address eigenvalues, std::int64_t batch,
+                                                   std::int64_t samples, Address workspace) {
+  return {pointer<const T>(matrices), pointer<double>(eigenvalues), batch, samples, pointer<void>(workspace)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -412,6 +418,21 @@ PYBIND11_MODULE(_C, m) {
       lmn::spectral_entropy_cpu(spectral_entropy<float>(eigenvalues, bits, batch, samples), threads);
     }
   });
+#if defined(LMN_CUDA) || defined(LMN_EMULATED)
+  m.def("symmetric_eigenvalues_workspace", [](std::int64_t batch, std::int64_t samples) {
+    return lmn::symmetric_eigenvalues_cuda_workspace(symmetric_eigenvalues<double>(0, 0, batch, samples, 0));
+  });
+  m.def("symmetric_eigenvalues_cuda", [](bool is_double, Address matrices, Address eigenvalues, std::int64_t batch,
+                                         std::int64_t samples, Address workspace, Address stream) {
+    const auto run = [&](auto zero) {
+      raise("symmetric_eigenvalues",
+            lmn::symmetric_eigenvalues_cuda(
+                symmetric_eigenvalues<decltype(zero)>(matrices, eigenvalues, batch, samples, workspace),
+                pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
+#endif
 #if defined(LMN_CUDA)
   m.def("jacobian_distance_cuda", [](bool is_double, Address first, Address second, std::int64_t first_samples,
                                      std::int64_t second_samples, std::int64_t features, bool squared,

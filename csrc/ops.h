@@ -152,6 +152,16 @@ struct SpectralEntropy {
   std::int64_t batch, samples;
 };
 
+/// Eigenvalues of symmetric matrices, rising; of their lower triangles, as LAPACK takes them. NaN for a matrix that is not
+/// finite. CUDA alone: on the CPU it is LAPACK, which lmnfast/ops calls.
+template <class T>
+struct SymmetricEigenvalues {
+  const T* matrices;                // [batch, samples, samples]
+  double* eigenvalues;              // [batch, samples]
+  std::int64_t batch, samples;
+  void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
+};
+
 /// x W^T + b, each sum from the first input to the last: the same bits for any thread count and any batch, which a BLAS
 /// does not promise. It is what a chain's samples go through once before path_connectivity. CPU alone.
 struct Linear {
@@ -209,5 +219,10 @@ const char* path_r2_cuda(const PathR2<float>&, CUstream_st*);
 const char* path_r2_cuda(const PathR2<double>&, CUstream_st*);
 const char* spectral_entropy_cuda(const SpectralEntropy<float>&, CUstream_st*);
 const char* spectral_entropy_cuda(const SpectralEntropy<double>&, CUstream_st*);
+/// 0: the matrices do not fit on the current device.
+std::size_t symmetric_eigenvalues_cuda_workspace(const SymmetricEigenvalues<float>&);
+std::size_t symmetric_eigenvalues_cuda_workspace(const SymmetricEigenvalues<double>&);
+const char* symmetric_eigenvalues_cuda(const SymmetricEigenvalues<float>&, CUstream_st*);
+const char* symmetric_eigenvalues_cuda(const SymmetricEigenvalues<double>&, CUstream_st*);
 
 }  // namespace lmn

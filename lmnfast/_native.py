@@ -42,7 +42,12 @@ def is_native(*tensors: Tensor) -> bool:
 
 def on_cuda(tensor: Tensor) -> bool:
     """Whether CUDA kernels take this tensor, also emulated."""
-    return (tensor.is_cuda and cuda_built()) or (tensor.device.type == "cpu" and _C.isa() == "emulated-cuda")
+    return (tensor.is_cuda and cuda_built()) or emulates_cuda(tensor)
+
+
+def emulates_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels take this tensor on the CPU, in a build for their tests."""
+    return tensor.device.type == "cpu" and _C.isa() == "emulated-cuda"
 
 
 def address(tensor: Tensor | None) -> int:

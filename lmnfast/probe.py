@@ -49,7 +49,8 @@ class Probe:
     Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The tail is kept, and cut anew
     when anything in the model but its parameters' values has changed (see `network.python_state`), or when its
     outputs on the samples are no longer the model's. The connectivity is computed on the calling thread, the eigenproblem on one background
-    thread and one core. Training with a probe is bit-identical to training without, unless a forward pass in eval mode has an
+    thread and one core, or from that thread on the CUDA device that the matrix is on, of which only numbers are copied.
+    Training with a probe is bit-identical to training without, unless a forward pass in eval mode has an
     effect on what `state.evaluating` does not restore: containers outside the model that hooks fill, files, objects of other
     classes. A copy of a probe (copy.deepcopy, pickle) has its rows and no writers. A probe works in the process it was made in.
 

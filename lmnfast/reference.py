@@ -181,6 +181,11 @@ def jacobian_distance(first: Tensor, second: Tensor, squared: bool) -> Tensor:
     return square if squared else square.sqrt()
 
 
+def symmetric_eigenvalues(matrices: Tensor) -> Tensor:
+    """Eigenvalues of symmetric matrices (..., N, N), of their lower triangles: (..., N) float64, rising."""
+    return torch.linalg.eigvalsh(matrices.double())
+
+
 def spectral_entropy(eigenvalues: Tensor) -> Tensor:
     """Nonlinear complexity S_NL = -sum p log2 p with p = |w| / sum |w|, in bits; 0 log 0 = 0.
 
@@ -201,5 +206,5 @@ def linear_mapping_number(connectivity: Tensor, negative: str = "absolute") -> T
 
     negative: "absolute" (the paper's) counts a negative eigenvalue by its magnitude, "clip" as 0.
     """
-    w = torch.linalg.eigvalsh(connectivity.double())
+    w = symmetric_eigenvalues(connectivity)
     return 2 ** spectral_entropy(w.clamp(min=0) if negative == "clip" else w)

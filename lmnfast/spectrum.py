@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,19 +14,14 @@ from ._native import Progress
 from .connectivity import Enqueued, measured, warn_of_offsets
 from .evaluation import DEFAULT_BUDGET, all_finite
 from .network import Stacked
-from .state import lapack_on_one_core, one_core_after_fork
+from .ops.symmetric_eigenvalues import fits
+from .state import one_core_after_fork
 
 SOLVERS = ("auto", "cpu", "cuda")
 NEGATIVE = ("absolute", "clip")
 # What a number depends on, beside the network and the samples: columns of every table, by the names in `Measurement`.
 SETTINGS = ("samples", "outputs", "points", "rule", "method", "precision", "solver", "negative")
 SHARES = ("constant_share", "negative_share")
-# An estimate until it is measured on a card: cuSOLVER's dense solver is a long sequence of small dependent steps,
-# so latency bounds it where the matrix is small, and LAPACK on the CPU is ahead.
-CUDA_SOLVES_FROM = 2048
-# Up to this N, LAPACK solves on one core, so that LMN has the same bits for any thread count. On two cores of an AMD EPYC
-# that takes 24 ms in place of 19 at N = 500, 135 in place of 73 at 961, 794 in place of 475 at 2048.
-SAME_BITS_TO = 1024
 
 
 def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
@@ -38,8 +32,9 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
 
     Args:
         L: (..., N, N), floating point, symmetric.
-        solver: where a matrix on a CUDA device is solved. "cpu"; "cuda", but on the CPU where the device's solver
-            fails; "auto" is "cuda" from N = CUDA_SOLVES_FROM on.
+        solver: where a matrix on a CUDA device is solved. "cuda": there, by the package's kernel where it fits (up to
+            N = 1664 on an H200), else by cuSOLVER, and on the CPU where that fails; "cpu"; "auto" is "cuda". A matrix on
+            the CPU is solved there.
 
     Returns:
         (..., N) float64 on L's device.
@@ -60,16 +55,18 @@ def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if solver == "cuda" and not L.is_cuda:
         raise ValueError(f"solver: 'cuda' solves matrices on a CUDA device, got one on {L.device}")
-    L, values, used = L.detach(), None, "cpu"
-    if L.is_cuda and (solver == "cuda" or (solver == "auto" and L.shape[-1] >= CUDA_SOLVES_FROM)):
+    L = L.detach()
+    L = L if L.dtype == torch.float32 else L.double()
+    values, used = None, "cpu"
+    if L.is_cuda and solver != "cpu":
         try:
-            values, used = torch.linalg.eigvalsh(L.double()), "cuda"
-        except torch.linalg.LinAlgError:  # GPU solvers fail on some nearly rank-one matrices
-            pass
+            values, used = ops.symmetric_eigenvalues(L), "cuda" if fits(L) else "cusolver"
+            if used == "cuda" and bool(values.isnan().any()):  # given up: not all of its blocks ran at once
+                values, used = torch.linalg.eigvalsh(L.double()), "cusolver"
+        except torch.linalg.LinAlgError:  # cuSOLVER fails on some nearly rank-one matrices
+            values, used = None, "cpu"
     if values is None:
-        same_bits = L.shape[-1] <= SAME_BITS_TO or torch.are_deterministic_algorithms_enabled()
-        with lapack_on_one_core() if same_bits else nullcontext():
-            values = torch.linalg.eigvalsh(L.cpu().double())
+        values = ops.symmetric_eigenvalues(L.cpu())
     return values.gather(-1, values.abs().argsort(-1, descending=True)), used
 
 
@@ -154,7 +151,7 @@ class Measurement:
     from the chord), and so do torch's own products in any other f, where the device has units for that. "float64",
     "bfloat16", "float16": the samples' dtype, or the one that autocast computes in."""
     solver: str
-    """Where the eigenproblem was solved, in float64: "cpu" or "cuda"."""
+    """What solved the eigenproblem, in float64: "cpu" (LAPACK), "cuda" (the package's kernel) or "cusolver"."""
     negative: str
     """What negative eigenvalues count: "absolute" or "clip"."""
     constant_share: float
@@ -199,9 +196,12 @@ def measurement(
     """Solves the eigenproblem of a connectivity (N, N) whose checks have passed."""
     values, solver = _solved(enqueued.L)
     bits = _complexity(values, negative)
+    below_zero = values.clamp(max=0).abs().sum() / values.abs().sum()
+    # Three numbers in one copy: from a card each waits for it.
+    lmn, complexity_bits, negative_share = torch.stack([torch.exp2(bits), bits, below_zero]).tolist()
     return Measurement(
-        lmn=float(torch.exp2(bits)),
-        complexity_bits=float(bits),
+        lmn=lmn,
+        complexity_bits=complexity_bits,
         eigenvalues=values.to(enqueued.L.device),
         connectivity=enqueued.L,
         samples=len(enqueued.L),
@@ -213,7 +213,7 @@ def measurement(
         solver=solver,
         negative=negative,
         constant_share=enqueued.constant_share(),
-        negative_share=float(values.clamp(max=0).abs().sum() / values.abs().sum()),
+        negative_share=negative_share,
     )
 
 

@@ -48,6 +48,10 @@ def spectral_entropy(x: Tensor) -> Callable[[], Tensor]:
     return lambda: ops.spectral_entropy(x)
 
 
+def symmetric_eigenvalues(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: ops.symmetric_eigenvalues(x @ x.mT)
+
+
 def jacobian(x: Tensor) -> Callable[[], Tensor]:
     chain = random_chain([12, 40, 9, 7], ["identity", "silu", "silu", "identity"], bias=False)
     weights = tuple(w.to(x) for w in chain.weights)
@@ -77,6 +81,7 @@ OPS = (
     jacobian,
     jacobian_distance,
     isometric_features,
+    symmetric_eigenvalues,
 )
 
 

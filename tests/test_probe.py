@@ -482,7 +482,7 @@ def test_training_may_go_on_at_once_and_does_not_change_the_value(network, own_s
             for value in (*model.parameters(), loss):
                 value.mul_(3)
     row = probe.history[0]
-    assert row["lmn"] == pytest.approx(expected, rel=1e-5) and row["loss"] == 1 and row["solver"] == "cpu"
+    assert row["lmn"] == pytest.approx(expected, rel=1e-5) and row["loss"] == 1 and row["solver"] == "cuda"
 
 
 @CUDA

@@ -1,5 +1,6 @@
 import importlib
 import re
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -339,11 +340,31 @@ def test_solvers_agree_and_the_result_is_on_the_matrix_device(solver, shape, dty
 
 
 @CUDA
-def test_small_matrices_are_solved_on_the_cpu_and_large_ones_on_the_card(monkeypatch):
-    monkeypatch.setattr(spectrum, "CUDA_SOLVES_FROM", 8)
-    for n, where in ((7, "cpu"), (8, "cuda")):
-        m = measurement(enqueued(symmetric(n, n).cuda()), points=21, rule="uniform")
-        assert m.solver == where and m.eigenvalues.device.type == "cuda"
+def test_the_card_solves_its_own_matrices_and_is_named():
+    for n in (1, 7, 300):
+        L = symmetric(n, n)
+        m = measurement(enqueued(L.cuda()), points=21, rule="uniform")
+        assert m.solver == "cuda" and m.eigenvalues.device.type == "cuda"
+        assert m.lmn == pytest.approx(lmnfast.linear_mapping_number(L).item(), rel=1e-9)
+
+
+def in_place_of_the_kernel(monkeypatch, kernel):
+    """kernel(matrices) or None: none fits."""
+    module = sys.modules["lmnfast.ops.symmetric_eigenvalues"]
+    if kernel is None:
+        monkeypatch.setattr(module, "_workspace_bytes", lambda matrices: 0)
+    else:
+        monkeypatch.setattr(spectrum.ops, "symmetric_eigenvalues", kernel)
+
+
+@CUDA
+@pytest.mark.parametrize("given_up", [False, True])
+def test_where_the_kernel_does_not_solve_cusolver_does_and_is_named(given_up, monkeypatch):
+    L = symmetric(9, 9).cuda()
+    expected = lmnfast.eigenvalues(L)
+    in_place_of_the_kernel(monkeypatch, (lambda L: expected * torch.nan) if given_up else None)
+    m = measurement(enqueued(L), points=21, rule="uniform")
+    assert m.solver == "cusolver" and torch.allclose(m.eigenvalues, expected, rtol=0, atol=1e-12)
 
 
 @CUDA
@@ -357,7 +378,7 @@ def test_where_the_card_fails_the_cpu_solves_and_is_named(monkeypatch):
             raise torch.linalg.LinAlgError("did not converge")
         return solve(L)
 
-    monkeypatch.setattr(spectrum, "CUDA_SOLVES_FROM", 1)
+    in_place_of_the_kernel(monkeypatch, None)
     monkeypatch.setattr(torch.linalg, "eigvalsh", failing)
     m = measurement(enqueued(L), points=21, rule="uniform")
     assert calls == ["cuda", "cpu"] and m.solver == "cpu"

@@ -1,4 +1,5 @@
-// Threads of a block are fibers of one operating-system thread; blocks of a grid are spread over OpenMP's.
+// Threads of a block are fibers of one operating-system thread; blocks of a grid are spread over OpenMP's, those of a
+// cooperative grid take turns on one.
 #undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks, which is how fibers are switched
 #include "emulator.h"
 
@@ -30,9 +31,11 @@ constexpr int kMaxThreads = 1024;
 constexpr std::size_t kStack = 256 * 1024;  // pages that are not touched cost nothing
 constexpr std::size_t kGuard = 1024;        // bytes of NaN before and after the dynamic shared memory
 
-enum class Wait { kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiply, kMultiplyHalves, kMultiply64 };
+enum class Wait {
+  kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiply, kMultiplyHalves, kMultiply64, kNamed, kStore
+};
 const char* const kWaitNames[] = {"nothing", "__syncthreads", "__syncwarp", "vote", "shuffle", "mma", "mma of halves",
-                                  "mma in float64"};
+                                  "mma in float64", "bar.sync", "store of another block"};
 
 struct Fragments {
   float* c;
@@ -54,7 +57,7 @@ struct Fiber {
   Wait wait;
   unsigned mask;
   Barrier barrier;
-  int source;
+  int source;  // lane; of a numbered barrier its number
   std::uint64_t value;
   Fragments fragments;
   Fragments64 fragments64;
@@ -62,8 +65,13 @@ struct Fiber {
 };
 
 struct Warp {
-  unsigned ready, at_collective, at_barrier, exited;  // lanes
+  unsigned ready, at_collective, at_barrier, exited, at_named, at_store;  // lanes
 };
+
+struct NamedBarrier {
+  int arrived, expected;  // threads
+};
+constexpr int kNamedBarriers = 16;
 
 // xorshift64: the order in which fibers are resumed
 struct Order {
@@ -86,11 +94,17 @@ void multiply_add64(const Fragments64* const* lanes);
 
 class Machine {
  public:
+  explicit Machine(int most_threads = kMaxThreads, bool guarded = true) : most_threads_(most_threads), guarded_(guarded) {}
   ~Machine() {
     if (stacks_) munmap(stacks_, stack_bytes_);
   }
 
-  void run_block(int block, int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
+  void begin(int block, int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
+  // True: all threads have returned. False, in a cooperative grid alone: it is another block's turn.
+  bool run(bool cooperative);
+  void end();
+  // Whether a thread has got further in the last run() than to its next look for a store.
+  bool progressed() const { return progressed_; }
 
   // From a fiber: gives way until what it waits for has happened.
   std::uint64_t wait(Wait wait, unsigned mask) {
@@ -104,6 +118,9 @@ class Machine {
   int lane() const { return current_ % kWarp; }
   unsigned char* shared() { return shared_; }
   void copy(void* to, const void* from);
+  void named_barrier(int number, int threads, bool wait);
+  [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
+  void print_waits();
 
  private:
   static void fiber_main();
@@ -112,7 +129,7 @@ class Machine {
   void resolve_collectives(int warp);
   void collective(int warp, unsigned mask);
   bool resolve_block_barrier();
-  [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
+  void make_stacks();
 
   jmp_buf scheduler_;
   std::unique_ptr<Fiber[]> fibers_;
@@ -121,7 +138,12 @@ class Machine {
   std::vector<unsigned char> memory_;
   unsigned char* shared_ = nullptr;
   Warp warps_[kMaxThreads / kWarp];
-  int threads_ = 0, current_ = 0;
+  NamedBarrier named_[kNamedBarriers];
+  const int most_threads_;
+  const bool guarded_;
+  bool progressed_ = false;
+  std::size_t shared_bytes_ = 0;
+  int block_ = 0, blocks_ = 0, threads_ = 0, current_ = 0;
   void (*body_)(const void*) = nullptr;
   const void* kernel_ = nullptr;
   Order order_;
@@ -185,7 +207,12 @@ void Machine::step(int warp) {
     if (!(ready >> lane & 1)) continue;
     resume(warp * kWarp + int(lane));
     const Wait wait = fibers_[warp * kWarp + int(lane)].wait;
-    (wait == Wait::kNothing ? w.exited : wait == Wait::kBlock ? w.at_barrier : w.at_collective) |= 1u << lane;
+    progressed_ |= wait != Wait::kStore;
+    (wait == Wait::kNothing ? w.exited
+     : wait == Wait::kBlock ? w.at_barrier
+     : wait == Wait::kNamed ? w.at_named
+     : wait == Wait::kStore ? w.at_store
+                            : w.at_collective) |= 1u << lane;
   }
   resolve_collectives(warp);
 }
@@ -277,47 +304,87 @@ bool Machine::resolve_block_barrier() {
   return true;
 }
 
-void Machine::run_block(int block, int blocks, int threads, std::size_t shared, void (*body)(const void*),
-                        const void* kernel) {
-  if (!stacks_) {
-    stack_bytes_ = kMaxThreads * kStack;
-    stacks_ = mmap(nullptr, stack_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stacks_ == MAP_FAILED) fail("no memory for the stacks of %d threads", kMaxThreads);
-    fibers_.reset(new Fiber[kMaxThreads]);
-    const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
-    for (int thread = 0; thread < kMaxThreads; ++thread) {
-      char* const stack = static_cast<char*>(stacks_) + thread * kStack;
-      mprotect(stack, page, PROT_NONE);  // one that overflows crashes
-      ucontext_t& start = fibers_[thread].start;
-      getcontext(&start);
-      start.uc_stack.ss_sp = stack;
-      start.uc_stack.ss_size = kStack;
-      makecontext(&start, &Machine::fiber_main, 0);
-    }
+void Machine::named_barrier(int number, int threads, bool wait) {
+  if (number < 0 || number >= kNamedBarriers || threads < kWarp || threads % kWarp || threads > threads_) {
+    fail("thread %d at barrier %d of %d threads", current_, number, threads);
   }
-  t_current = this;
-  blockIdx = {unsigned(block), 0, 0};
-  threadIdx = {0, 0, 0};
-  blockDim = {unsigned(threads), 1, 1};
-  gridDim = {unsigned(blocks), 1, 1};
+  NamedBarrier& barrier = named_[number];
+  if (barrier.arrived > 0 && barrier.expected != threads) {
+    fail("thread %d at barrier %d of %d threads, others of %d", current_, number, threads, barrier.expected);
+  }
+  barrier.expected = threads;
+  if (++barrier.arrived < threads) {
+    if (!wait) return;
+    current().source = number;
+    this->wait(Wait::kNamed, 0);
+    return;
+  }
+  barrier.arrived = 0;
+  for (int thread = 0; thread < threads_; ++thread) {
+    Warp& w = warps_[thread / kWarp];
+    const unsigned lane = 1u << thread % kWarp;
+    if (!(w.at_named & lane) || fibers_[thread].source != number) continue;
+    w.at_named &= ~lane;
+    w.ready |= lane;
+  }
+}
+
+void Machine::make_stacks() {
+  stack_bytes_ = most_threads_ * kStack;
+  stacks_ = mmap(nullptr, stack_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks_ == MAP_FAILED) fail("no memory for the stacks of %d threads", most_threads_);
+  fibers_.reset(new Fiber[most_threads_]);
+  const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
+  for (int thread = 0; thread < most_threads_; ++thread) {
+    char* const stack = static_cast<char*>(stacks_) + thread * kStack;
+    if (guarded_) mprotect(stack, page, PROT_NONE);  // one that overflows crashes
+    ucontext_t& start = fibers_[thread].start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = stack;
+    start.uc_stack.ss_size = kStack;
+    makecontext(&start, &Machine::fiber_main, 0);
+  }
+}
+
+void Machine::begin(int block, int blocks, int threads, std::size_t shared, void (*body)(const void*),
+                    const void* kernel) {
+  if (!stacks_) make_stacks();
+  block_ = block;
+  blocks_ = blocks;
   threads_ = threads;
   body_ = body;
   kernel_ = kernel;
   order_.state = 0x9e3779b97f4a7c15u * (unsigned(block) + 1u);
 
   // 16-byte aligned and no more: that is all a kernel may rely on.
+  shared_bytes_ = shared;
   memory_.assign(shared + 2 * kGuard + 32, 0xff);
   shared_ = memory_.data() + kGuard;
   while (reinterpret_cast<std::uintptr_t>(shared_) % 32 != 16) ++shared_;
 
-  const int warps = (threads + kWarp - 1) / kWarp;
-  for (int warp = 0; warp < warps; ++warp) {
+  for (int warp = 0; warp * kWarp < threads; ++warp) {
     const int lanes = std::min(threads - warp * kWarp, kWarp);
     const unsigned all = lanes == kWarp ? ~0u : (1u << lanes) - 1;
-    warps_[warp] = {all, 0, 0, ~all};
+    warps_[warp] = {all, 0, 0, ~all, 0, 0};
   }
-  // A warp mostly runs on to its next __syncthreads, which is as far ahead of the others as it can get.
-  constexpr unsigned kStay = 8;
+  for (NamedBarrier& barrier : named_) barrier = {0, 0};
+}
+
+bool Machine::run(bool cooperative) {
+  t_current = this;
+  blockIdx = {unsigned(block_), 0, 0};
+  threadIdx = {0, 0, 0};
+  blockDim = {unsigned(threads_), 1, 1};
+  gridDim = {unsigned(blocks_), 1, 1};
+  progressed_ = false;
+  const int warps = (threads_ + kWarp - 1) / kWarp;
+  for (int warp = 0; warp < warps; ++warp) {
+    warps_[warp].ready |= warps_[warp].at_store;
+    warps_[warp].at_store = 0;
+  }
+  // A warp mostly runs on to its next __syncthreads, which is as far ahead of the others as it can get; a block of a
+  // cooperative grid mostly until all its threads wait.
+  constexpr unsigned kStay = 8, kTurn = 256;
   for (int warp = 0;;) {
     if (!warps_[warp].ready || order_.next() % kStay == 0) {
       const int first = int(order_.next() % unsigned(warps));
@@ -328,27 +395,48 @@ void Machine::run_block(int block, int blocks, int threads, std::size_t shared, 
     }
     if (warp >= 0) {
       step(warp);
+      if (cooperative && order_.next() % kTurn == 0) return false;
       continue;
     }
     warp = 0;
     if (resolve_block_barrier()) continue;
-    bool done = true;
-    for (int n = 0; n < warps; ++n) done &= warps_[n].exited == ~0u;
-    if (done) break;
+    bool done = true, looking = false;
     for (int n = 0; n < warps; ++n) {
-      std::fprintf(stderr, "warp %d: lanes at __syncthreads %08x, at a warp collective %08x, returned %08x\n", n,
-                   warps_[n].at_barrier, warps_[n].at_collective, warps_[n].exited);
+      done &= warps_[n].exited == ~0u;
+      looking |= warps_[n].at_store != 0;
     }
-    fail("its threads wait for one another for ever (a divergent barrier)");
+    if (done) return true;
+    if (looking && cooperative) return false;
+    print_waits();
+    fail(looking ? "it waits for another block, in a grid that is not cooperative"
+                 : "its threads wait for one another for ever (a divergent barrier)");
+  }
+}
+
+void Machine::print_waits() {
+  for (int n = 0; n * kWarp < threads_; ++n) {
+    std::fprintf(stderr, "block %d, warp %d: lanes at __syncthreads %08x, at a warp collective %08x, returned %08x", block_,
+                 n, warps_[n].at_barrier, warps_[n].at_collective, warps_[n].exited);
+    std::fprintf(stderr, ", at bar.sync %08x, at a load of another block's store %08x\n", warps_[n].at_named,
+                 warps_[n].at_store | warps_[n].ready);
+  }
+}
+
+void Machine::end() {
+  for (int number = 0; number < kNamedBarriers; ++number) {
+    if (named_[number].arrived > 0) fail("%d threads have arrived at barrier %d, and nobody has met them there",
+                                         named_[number].arrived, number);
   }
   const unsigned char *const begin = memory_.data(), *const end = begin + memory_.size();
   const auto untouched = [](unsigned char byte) { return byte == 0xff; };
   if (!std::all_of(begin, static_cast<const unsigned char*>(shared_), untouched)) {
     fail("a write before the beginning of its dynamic shared memory");
   }
-  const unsigned char* const past = shared_ + shared;
+  const unsigned char* const past = shared_ + shared_bytes_;
   const unsigned char* const written = std::find_if_not(past, end, untouched);
-  if (written != end) fail("a write %td bytes past its %zu bytes of dynamic shared memory", written - past, shared);
+  if (written != end) {
+    fail("a write %td bytes past its %zu bytes of dynamic shared memory", written - past, shared_bytes_);
+  }
 }
 
 float as_float(std::uint32_t bits) {
@@ -514,13 +602,82 @@ void run_blocks(int blocks, int threads, std::size_t shared, void (*body)(const 
   // For tests of what lies beyond 2^31 values, in memory that is hardly touched: of each grid only so many blocks at its end.
   const char* const last = std::getenv("LMNFAST_EMULATED_LAST_BLOCKS");
   const int begin = last ? std::max(0, blocks - std::atoi(last)) : 0;
+  const auto run_block = [&](int block) {
+    t_machine.begin(block, blocks, threads, shared, body, kernel);
+    t_machine.run(false);
+    t_machine.end();
+  };
   if (blocks == 1 || t_threads == 1) {
-    for (int n = blocks; n-- > begin;) t_machine.run_block(n, blocks, threads, shared, body, kernel);
+    for (int n = blocks; n-- > begin;) run_block(n);
     return;
   }
 #pragma omp parallel for schedule(dynamic) num_threads(std::min(t_threads, blocks))
-  for (int n = begin; n < blocks; ++n) t_machine.run_block(n, blocks, threads, shared, body, kernel);
+  for (int n = begin; n < blocks; ++n) run_block(n);
 }
+
+void run_cooperative_blocks(int blocks, int threads, std::size_t shared, void (*body)(const void*),
+                            const void* kernel) {
+  int limit = 0, multiprocessors = 0;
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
+  if (threads < 1 || threads > kMaxThreads || shared > std::size_t(limit)) {
+    t_error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  if (blocks > multiprocessors) {  // one on each, as cudaOccupancyMaxActiveBlocksPerMultiprocessor says
+    t_error = cudaErrorCooperativeLaunchTooLarge;
+    return;
+  }
+  constexpr int kMostGuarded = 16384;  // two mappings a thread, of the 65 530 that Linux lets a process have
+  std::vector<std::unique_ptr<Machine>> machines;
+  for (int n = 0; n < blocks; ++n) {
+    machines.push_back(std::make_unique<Machine>(threads, blocks * threads <= kMostGuarded));
+    machines.back()->begin(n, blocks, threads, shared, body, kernel);
+  }
+  // One block gets a turn now and then only, another one after a while. A block that only waits is left alone until another
+  // has got further, and then looks again now and then. When all have waited for so many rounds, nothing is left to happen.
+  constexpr unsigned kLag = 16, kWhile = 512, kLook = 8;
+  constexpr int kRounds = 64;
+  Order order{0x9e3779b97f4a7c15u ^ unsigned(blocks)};
+  std::vector<std::int64_t> waits_since(machines.size(), -1);  // a moment; -1: it does not wait
+  std::int64_t moment = 0;
+  std::size_t lagging = 0, waiting = 0;  // at this moment
+  int rounds = 0;
+  while (!machines.empty()) {
+    if (order.next() % kWhile == 0) lagging = order.next() % machines.size();
+    const std::size_t turn = order.next() % machines.size();
+    if (waits_since[turn] == moment) continue;
+    const bool all_wait = waiting + 1 == machines.size();
+    if (!all_wait && ((turn == lagging && order.next() % kLag) || (waits_since[turn] >= 0 && order.next() % kLook))) continue;
+    Machine& machine = *machines[turn];
+    const bool done = machine.run(true);
+    if (done || machine.progressed()) {
+      waits_since[turn] = -1;
+      ++moment;
+      waiting = 0;
+      rounds = 0;
+    } else {
+      waits_since[turn] = moment;
+      if (++waiting == machines.size()) {
+        ++moment;
+        waiting = 0;
+        if (++rounds == kRounds) {
+          for (auto& each : machines) each->print_waits();
+          machine.fail("the blocks that are left wait for one another for ever");
+        }
+      }
+    }
+    if (done) {
+      machine.end();
+      machines.erase(machines.begin() + std::ptrdiff_t(turn));
+      waits_since.erase(waits_since.begin() + std::ptrdiff_t(turn));
+    }
+  }
+}
+
+void give_way() { t_current->wait(Wait::kStore, 0); }
+
+void named_barrier(int number, int threads, bool wait) { t_current->named_barrier(number, threads, wait); }
 
 unsigned char* dynamic_shared() { return t_current->shared(); }
 
@@ -623,6 +780,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
   }
   return "unknown error";
 }
@@ -637,11 +795,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   // An H100's, or a smaller card's where a test asks for it.
   const char* const shared = std::getenv("LMNFAST_EMULATED_SHARED");
   const int optin = shared ? std::atoi(shared) : 227 * 1024;
+  const char* const multiprocessors = std::getenv("LMNFAST_EMULATED_MULTIPROCESSORS");  // few, for grids are small
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = optin; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = optin + kReserved; return cudaSuccess;
     case cudaDevAttrReservedSharedMemoryPerBlock: *value = kReserved; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = 3; return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: *value = multiprocessors ? std::atoi(multiprocessors) : 3; return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch: *value = 1; return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }

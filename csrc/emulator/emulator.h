@@ -3,8 +3,8 @@
 // What it keeps of the programming model: a block's threads interleave only at barriers and warp collectives, and
 // they are resumed in an order that is shuffled there, so that a missing barrier gives another result; dynamic shared
 // memory holds NaNs when a block begins and ends at the byte it was asked for; threads that wait for one another for
-// ever end the process with a message. What it does not: timing, memory outside shared memory, instructions that
-// csrc/cuda does not use.
+// ever end the process with a message. What it does not: timing, memory outside shared memory (a store is seen by all at
+// once, and in order), instructions that csrc/cuda does not use.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -23,6 +23,24 @@ void run_grid(int blocks, int threads, std::size_t shared, const F& kernel) {
 }
 
 unsigned char* dynamic_shared();
+
+// ---- cooperative grids: every block is there at once, and they may wait for one another ----
+
+void run_cooperative_blocks(int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
+
+/// kernel() by every thread of every block, all on the calling operating-system thread. Blocks take turns in a shuffled
+/// order, one of them rarely, so that it lags behind the others; blocks that wait for one another for ever end the process
+/// with a message. A `__shared__` variable would be the same for all blocks: such a kernel has dynamic shared memory alone.
+template <class F>
+void run_cooperative_grid(int blocks, int threads, std::size_t shared, const F& kernel) {
+  run_cooperative_blocks(blocks, threads, shared, [](const void* f) { (*static_cast<const F*>(f))(); }, &kernel);
+}
+
+/// For a loop that waits for another block's store, between two loads: the other blocks get their turns.
+void give_way();
+
+/// bar.sync (wait) and bar.arrive on one of the block's 16 numbered barriers, for `threads` of its threads.
+void named_barrier(int number, int threads, bool wait);
 
 // ---- barriers and warp collectives ----
 

@@ -10,6 +10,7 @@ from .jacobian_distance import jacobian_distance
 from .path_connectivity import path_connectivity
 from .path_r2 import path_r2
 from .spectral_entropy import spectral_entropy
+from .symmetric_eigenvalues import symmetric_eigenvalues
 
 __all__ = [
     "hermite_connectivity",
@@ -18,4 +19,5 @@ __all__ = [
     "path_connectivity",
     "path_r2",
     "spectral_entropy",
+    "symmetric_eigenvalues",
 ]
