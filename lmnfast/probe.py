@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .connectivity import Enqueued, enqueue, on_stream
 from .cutting import cut, match_layers, python_state, run_to
-from .evaluation import DEFAULT_BUDGET
 from .network import Forward, Output
 from .quadrature import path_nodes
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
@@ -78,7 +77,7 @@ class Probe:
         method: str = "path",
         points: int = 21,
         rule: str = "uniform",
-        budget: int = DEFAULT_BUDGET,
+        budget: int | None = None,
         forward: Forward = None,
         output: Output = None,
         negative: str = "absolute",

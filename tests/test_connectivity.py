@@ -135,7 +135,10 @@ def test_a_linear_layer_over_the_last_of_several_dimensions_is_not_taken_for_a_c
 
 
 def test_a_chain_that_does_not_give_the_networks_outputs_is_not_used(monkeypatch):
-    net, x = mlp(6, 20, 4), inputs(12, 6)
+    class Own(nn.Sequential):  # whose forward may be anything, unlike that of torch's own
+        pass
+
+    net, x = Own(*mlp(6, 20, 4)), inputs(12, 6)
     wrong = Chain((torch.zeros(4, 6),), (None,), (lmnfast.network.IDENTITY,) * 2)
     truth = lmnfast.connectivity(net, x)
     monkeypatch.setattr(MODULE, "recognise", lambda f: wrong)

@@ -109,6 +109,12 @@ T atomicMax(T* to, T value) {
   return before;
 }
 
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline long long __double_as_longlong(double v) {
+  long long bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  return bits;
+}
 inline unsigned __float_as_uint(float v) {
   unsigned bits;
   std::memcpy(&bits, &v, sizeof(v));
