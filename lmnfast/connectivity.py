@@ -271,6 +271,7 @@ def enqueue(
     budget: int | None = None,
     fuse: bool = True,
     expected: Tensor | None = None,
+    known: Chain | None = None,
     deferred: bool | None = None,
     stream: torch.cuda.Stream | None = None,
     progress: Progress | None = None,
@@ -284,6 +285,7 @@ def enqueue(
         f, x, method, points, rule, budget: as there.
         fuse: use the fused kernel for a chain.
         expected: f(x), where that is known.
+        known: what `recognise` gives for f, where that is known.
         deferred: leave the checks to `check`; None: on CUDA.
         stream: CUDA, another than the current one, that takes the work. What the current stream is given
             next may change f's parameters: a chain's are copied, else the current stream waits for `stream`.
@@ -309,7 +311,7 @@ def enqueue(
         # f may work in place, and may return a buffer that its next call overwrites.
         ends = outputs_of(calls, x.clone()).clone()
         allocated = 0  # bytes of f's results for all samples; of a chain nobody asks
-        chain = recognise(f) if fuse and has_kernels(x) else None
+        chain = (known or recognise(f)) if fuse and has_kernels(x) else None
         if chain is not None and not (has_kernel_of(chain, x) and not (chain.skips and method == "jacobian")):
             chain = None
         if stream is not None:
@@ -325,7 +327,7 @@ def enqueue(
                     expected = expected.reshape(len(x), -1)
                 if chain is not None and checks.deferred and method != "jacobian":
                     # Of stateless modules in order nothing else can come out than what the chain gives.
-                    again = None if kept.stateless else chain(x)
+                    again = None if kept.in_order else chain(x)
                     if all(t is None or _is_like(t, ends) for t in (again, expected)):
                         measured = chain_connectivity(chain, x, nodes, weights, midpoint)
                         return Enqueued(
@@ -340,7 +342,7 @@ def enqueue(
                 checks.finite("f(x)", ends)
                 if expected is not None:
                     checks.agree(ends, expected)
-                if not (chain is None or kept.stateless or checks.reproduces(chain, x, ends)):
+                if not (chain is None or kept.in_order or checks.reproduces(chain, x, ends)):
                     chain = None
                 if chain is None:
                     for rows in rows_again(len(x)):

@@ -99,7 +99,9 @@ def test_the_verdicts_are_those_of_separate_checks(scale, device, dtype):
         if agrees:
             findings.check()
         else:
-            with pytest.raises(RuntimeError, match="f: its outputs on the samples are not those of the model"):
+            with pytest.raises(
+                RuntimeError, match="f: its outputs on the samples are not those of the model"
+            ):
                 findings.check()
         findings = Findings(x, y, other, None, L, counts)
         if reproduces:
@@ -146,7 +148,12 @@ def test_torch_compile_gives_the_same_numbers():
         (0, torch.ones(7, 5, dtype=torch.int64), TypeError, "x: expected torch.float32 or torch.float64"),
         (0, torch.ones(7), ValueError, r"x: expected samples \(N, D\) with N > 0, got shape \(7,\)"),
         (1, torch.ones(6, 3), ValueError, r"y: expected \(7, outputs\) with outputs > 0, got shape \(6, 3\)"),
-        (1, torch.ones(7, 3).double(), TypeError, "y: expected torch.float32 on cpu, got torch.float64 on cpu"),
+        (
+            1,
+            torch.ones(7, 3).double(),
+            TypeError,
+            "y: expected torch.float32 on cpu, got torch.float64 on cpu",
+        ),
         (2, torch.ones(7, 4), ValueError, r"again: expected \(7, 3\), got shape \(7, 4\)"),
         (3, torch.ones(21), ValueError, r"expected: expected \(7, 3\), got shape \(21,\)"),
         (4, torch.ones(7, 6), ValueError, r"L: expected \(7, 7\), got shape \(7, 6\)"),
