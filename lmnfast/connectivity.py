@@ -15,11 +15,11 @@ from . import _native
 from ._native import Progress
 from .cutting import affine_start
 from .evaluation import (
-    AllocationCount,
     Calls,
     Checks,
     Findings,
     NotTheChain,
+    bytes_of,
     check_budget,
     checked_samples,
     has_kernel_of,
@@ -31,7 +31,7 @@ from .evaluation import (
     rows_again,
     rows_between,
     tile_bytes,
-    tile_points,
+    tile_pairs,
     widened,
 )
 from .jacobian import Differentiated, chain_features, merged, other_features, tiled
@@ -126,12 +126,7 @@ def measured(
     """
     with _reported(progress) as report:
         if stacked is not None:
-            results, networks = [], _stacked_networks(f, x, stacked)
-            for number in range(networks):
-                with loaded(f, stacked, number):
-                    share = _share_of(report, number, networks)
-                    results += measured(f, x[number], progress=share, **settings)
-            return results
+            return _measured_stack(f, x, stacked, report, settings)
         enqueued = enqueue(f, x, progress=report, **settings)
         try:
             enqueued.check()
@@ -141,6 +136,34 @@ def measured(
         if report is not None:
             report(1.0)
         return [enqueued]
+
+
+def _measured_stack(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    stacked: Stacked,
+    report: Progress | None,
+    settings: dict[str, Any],
+) -> list["Enqueued"]:
+    """As `measured`. A device gets the work of all networks before anybody waits for that of one."""
+    networks = _stacked_networks(f, x, stacked)
+
+    def one(number: int, **more: Any) -> Enqueued:
+        with loaded(f, stacked, number):
+            return enqueue(f, x[number], progress=_share_of(report, number, networks), **settings, **more)
+
+    results = []
+    for number in range(networks):
+        results.append(one(number))
+        if report is not None:
+            report((number + 1) / networks)
+    for number, enqueued in enumerate(results):
+        try:
+            enqueued.check()
+        except NotTheChain:
+            results[number] = one(number, fuse=False)
+            results[number].check()
+    return results
 
 
 def warn_of_offsets(each: Sequence["Enqueued"], name: str = "f", stacklevel: int = 3) -> None:
@@ -168,9 +191,9 @@ def _reported(progress: bool | Progress) -> Iterator[Progress | None]:
         yield lambda done: bar.update(done - bar.n)
 
 
-def _share_of(report: Progress | None, number: int, count: int) -> bool | Progress:
+def _share_of(report: Progress | None, number: int, count: int) -> Progress | None:
     """Tells `report` the share of all, where one of them after the other is measured."""
-    return False if report is None else lambda done: report((number + done) / count)
+    return None if report is None else lambda done: report((number + done) / count)
 
 
 def _stacked_networks(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> int:
@@ -346,10 +369,8 @@ def enqueue(
                     chain = None
                 if chain is None:
                     for rows in rows_again(len(x)):
-                        with AllocationCount() as count:
-                            again = outputs_of(calls, torch.stack([x[row] for row in rows]))
+                        again, allocated = bytes_of(calls, x, rows)
                         checks.repeats(calls, x, ends, again, rows, f"{len(rows)} samples alone")
-                        allocated = -(-count.bytes * len(x) // len(rows))
                     if fuse and method != "jacobian":  # which depends on the coordinates
                         calls, x = _hoisted(calls, x, ends, checks)
                 tile = tile_bytes(budget, x.device) if chain is None else 0
@@ -479,7 +500,7 @@ def _generic(
         keep_freed_pages()
     widened_f = Widened(f, x, original)
     samples = len(rows_between(len(x)))
-    most, _ = tile_points(tile, len(x), allocated, len(t))
+    most = tile_pairs(tile, len(x), allocated, len(t))
     finished = 0
     for first, second in _pairs(len(x), most, x.device):
         pairs = len(first)

@@ -63,12 +63,10 @@ def check_budget(budget: int | None) -> None:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
 
 
-def tile_points(tile: int, samples: int, allocated: int, nodes: int) -> tuple[int, int]:
-    """Pairs and points that f is called on at a time: whole pairs, and samples that have to come out as before, see
-    `rows_between`. allocated: bytes that f takes for all samples."""
-    again = len(rows_between(samples))
-    pairs = max(1, (tile * samples // allocated - again) // nodes)
-    return pairs, pairs * nodes + again
+def tile_pairs(tile: int, samples: int, allocated: int, interior: int) -> int:
+    """Paths, of so many interior points, in so many bytes, beside samples that have to come out as before, see `rows_between`.
+    allocated: bytes that f takes for all samples."""
+    return max(1, (tile * samples // allocated - len(rows_between(samples))) // interior)
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -297,6 +295,13 @@ class AllocationCount(TorchFunctionMode):
             if isinstance(value, Tensor):
                 self.bytes += value.numel() * value.element_size()
         return result
+
+
+def bytes_of(f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int]) -> tuple[Tensor, int]:
+    """f's outputs for some of the samples, and the bytes that it takes for all of them."""
+    with AllocationCount() as count:
+        again = outputs_of(f, torch.stack([x[row] for row in rows]))
+    return again, -(-count.bytes * len(x) // len(rows))
 
 
 class Calls:

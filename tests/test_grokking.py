@@ -547,6 +547,33 @@ def test_a_diverged_training_says_so(tmp_path):
         train(replace(TINY, learning_rate=1e30), tmp_path)
 
 
+def test_tensors_come_in_one_copy_as_they_were():
+    tensors = [
+        torch.randn(3, 5).T,
+        torch.tensor(7),
+        torch.tensor(2.5, dtype=torch.float64),
+        torch.tensor([True, False, True]),
+        torch.zeros(0, 4),
+        torch.randn(3).bfloat16(),
+        torch.nn.Parameter(torch.randn(2, 2)),
+    ]
+    copies = training.unpacked(training.packed(tensors), tensors)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert copy.dtype == tensor.dtype and torch.equal(copy, tensor) and not copy.requires_grad
+        assert copy.untyped_storage().nbytes() == tensor.nbytes  # what torch.save would write
+
+
+def test_a_copy_for_later_does_not_change_with_what_was_copied():
+    content = {"step": 3, "model": {"weight": torch.ones(2)}, "groups": [{"lr": 0.1, "betas": (0.9, 0.98)}]}
+    copy = training.HostCopy(content)
+    content["model"]["weight"].mul_(2)
+    content["groups"][0]["lr"] = 0.2
+    read = copy.read()
+    assert read["model"]["weight"].tolist() == [1, 1] and read["groups"] == [
+        {"lr": 0.1, "betas": (0.9, 0.98)}
+    ]
+
+
 @pytest.mark.parametrize("updates_before", [0, 3], ids=["from the start", "resumed"])
 def test_warming_up_changes_nothing_and_keeps_every_address(updates_before, tmp_path):
     warm, cold = (training._Training(TINY, tmp_path) for _ in range(2))
