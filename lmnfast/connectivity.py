@@ -369,7 +369,7 @@ def enqueue(
                     chain = None
                 if chain is None:
                     for rows in rows_again(len(x)):
-                        again, allocated = bytes_of(calls, x, rows)
+                        again, allocated = bytes_of(calls, x, rows, method != "path")
                         checks.repeats(calls, x, ends, again, rows, f"{len(rows)} samples alone")
                     if fuse and method != "jacobian":  # which depends on the coordinates
                         calls, x = _hoisted(calls, x, ends, checks)

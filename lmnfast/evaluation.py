@@ -4,6 +4,7 @@ Shared by the measures that rest on it, `connectivity` and `jacobian`.
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from functools import cache
 
@@ -283,23 +284,51 @@ class Checks:
 
 
 class AllocationCount(TorchFunctionMode):
-    """Counts the bytes of all results of torch calls: what f holds at a time is hardly ever more."""
+    """Counts the bytes of all results of torch calls: what f holds at a time is hardly ever more, and where it is differentiated
+    hardly less. live: the most that there are at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, live: bool = False) -> None:
         super().__init__()
         self.bytes = 1
+        self._live: int | None = 0 if live else None
+        self._tensors: set[int] = set()
+        self._storages: dict[int, int] = {}  # by address, how many tensors there are in it
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(value, Tensor):
-                self.bytes += value.numel() * value.element_size()
+                if self._live is None:
+                    self.bytes += value.numel() * value.element_size()
+                elif id(value) not in self._tensors:  # else it was worked on in place
+                    self._follow(value)
         return result
 
+    def _follow(self, value: Tensor) -> None:
+        storage = value.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in self._storages:
+            self._live += size
+            self.bytes = max(self.bytes, self._live)
+        self._storages[address] = self._storages.get(address, 0) + 1
+        self._tensors.add(id(value))
 
-def bytes_of(f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int]) -> tuple[Tensor, int]:
-    """f's outputs for some of the samples, and the bytes that it takes for all of them."""
-    with AllocationCount() as count:
+        def drop(tensor: int) -> None:
+            self._tensors.discard(tensor)
+            self._storages[address] -= 1
+            if self._storages[address] == 0:
+                del self._storages[address]
+                self._live -= size
+
+        weakref.finalize(value, drop, id(value)).atexit = False
+
+
+def bytes_of(
+    f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int], differentiated: bool = False
+) -> tuple[Tensor, int]:
+    """f's outputs for some of the samples, and the bytes that it takes for all of them: on CUDA, where f is not differentiated, at
+    a time. CPU_TILE was chosen by all of them together."""
+    with AllocationCount(live=x.is_cuda and not differentiated) as count:
         again = outputs_of(f, torch.stack([x[row] for row in rows]))
     return again, -(-count.bytes * len(x) // len(rows))
 

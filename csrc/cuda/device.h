@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>  // the CUDA toolkit's, or in an emulated build csrc/emulator's
 
+#include <atomic>
 #include <cmath>
 #include <mutex>
 
@@ -72,9 +73,16 @@ __device__ inline unsigned char* dynamic_shared() {
 #endif
 }
 
+/// An attribute of the current device; the driver is asked once.
 inline int device_attribute(cudaDeviceAttr attribute) {
+  constexpr int kDevices = 16, kAttributes = 160;
+  static std::atomic<int> known[kDevices][kAttributes];  // the value and 1; 0: not known
   int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const bool kept = device < kDevices && int(attribute) < kAttributes;
+  if (kept && (value = known[device][int(attribute)].load(std::memory_order_relaxed)) > 0) return value - 1;
+  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  if (kept) known[device][int(attribute)].store(value + 1, std::memory_order_relaxed);
   return value;
 }
 
