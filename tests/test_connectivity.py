@@ -177,6 +177,20 @@ def test_checks_behind_a_kernel_are_one_pass_and_read_once(wrap, method, monkeyp
     assert torch.equal(enqueued.L, truth)
 
 
+def test_a_call_with_cuda_kernels_is_checked_behind_them(emulated):
+    net, x = OneReal(mlp(6, 20, 4)), inputs(20, 6)
+    enqueued = MODULE.enqueue(net, x, expected=net(x).detach(), deferred=True)
+    enqueued.check()
+    with torch.no_grad():
+        truth = reference.path_connectivity(copy.deepcopy(net).double(), x.double(), *UNIFORM)
+    assert (enqueued.L - truth).abs().max() < 5e-5
+    with pytest.raises(RuntimeError, match="not those of the model"):
+        MODULE.enqueue(net, x, expected=2 * net(x).detach(), deferred=True).check()
+    x[3, 2] = NAN
+    with pytest.raises(ValueError, match="x: NaN or Inf in sample 3, the first of 1"):
+        MODULE.enqueue(net, x, deferred=True).check()
+
+
 def test_pairs_that_a_kernel_leaves_are_measured_behind_the_checks():
     net = mlp(6, 20, 4)
     x = inputs(12, 6)
