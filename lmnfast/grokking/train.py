@@ -221,6 +221,7 @@ class _Training:
             self._resume()
         self.unwritten = 0
         self.taken: tuple[int, HostCopy] | None = None  # of the last measurement, until it is settled
+        self.settles_late = config.device == "cuda"
         self.clock = time.perf_counter()
 
     def _resume(self) -> None:
@@ -297,12 +298,12 @@ class _Training:
         metrics = _evaluate(self.model, self.task)
         states = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
         self.taken = step, HostCopy({"metrics": metrics, **states})
-        if self.config.device == "cpu":
+        if not self.settles_late:
             self.check_metrics()
         self.tick("training")
         self.probe(step, **metrics)
         self.tick("measuring")
-        if self.config.device == "cpu":
+        if not self.settles_late:
             self.settle()
         self.unwritten += 1
         if self.unwritten > 4:  # solving is slower than training from one to the next: bound what waits
