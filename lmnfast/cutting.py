@@ -588,9 +588,9 @@ def _pure(node: fx.Node) -> bool:
 
 def python_state(model: nn.Module, inputs: Any) -> list:
     """What a cut makes constants of, to be compared by ==: which modules, forwards, hooks and tensors a model has, of
-    what dtypes, its attributes, which inputs they are, and what was changed in torch itself. Left out are training flags, which a tail does not
-    read, and values of parameters, which it follows. Other tensors, where the forward is the user's, count with
-    how often they were changed: what is computed of them alone is a constant to torch.fx.
+    what dtypes, its attributes, which inputs they are, and what was changed in torch itself. Left out are training flags,
+    which a tail does not read, and values of parameters, which it follows. Other tensors, where the forward is the
+    user's, count with how often they were changed: what is computed of them alone is a constant to torch.fx.
 
     Attributes are followed two levels deep; below, an object counts by its identity alone.
     """

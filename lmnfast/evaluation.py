@@ -326,8 +326,8 @@ class AllocationCount(TorchFunctionMode):
 def bytes_of(
     f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int], differentiated: bool = False
 ) -> tuple[Tensor, int]:
-    """f's outputs for some of the samples, and the bytes that it takes for all of them: on CUDA, where f is not differentiated, at
-    a time. CPU_TILE was chosen by all of them together."""
+    """f's outputs for some of the samples, and the bytes that it takes for all of them: on CUDA, where f is not
+    differentiated, at a time. CPU_TILE was chosen by all of them together."""
     with AllocationCount(live=x.is_cuda and not differentiated) as count:
         again = outputs_of(f, torch.stack([x[row] for row in rows]))
     return again, -(-count.bytes * len(x) // len(rows))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import _signal  # the functions of `signal` make enums of all: a quarter of the time of `evaluating`
 import ctypes
 import os
 import random
 import sys
 import threading
-from _signal import (
-    SIGINT,
-    getsignal,
-)  # signal's own functions make enums of all: a quarter of the time of `evaluating`
-from _signal import signal as set_signal
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -211,16 +207,16 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of the block: what changes the model, or torch, is done or put back as a whole."""
-    handler = getsignal(SIGINT)
+    handler = _signal.getsignal(_signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield  # Python runs the handlers of signals on the main thread alone
         return
     came: list[tuple[int, Any]] = []
-    set_signal(SIGINT, lambda number, frame: came.append((number, frame)))
+    _signal.signal(_signal.SIGINT, lambda number, frame: came.append((number, frame)))
     try:
         yield
     finally:
-        set_signal(SIGINT, handler)
+        _signal.signal(_signal.SIGINT, handler)
         if came:
             handler(*came[0])
 

@@ -1,4 +1,4 @@
-"""What is wrong with samples, outputs and a matrix, against the reference: to the last bit, as nothing in it is a sum of floats."""
+"""What is wrong with samples, outputs and a matrix, against the reference: to the last bit, as it has no sum of floats."""
 
 import pytest
 import torch
