@@ -2,12 +2,16 @@
 # Everything that only a machine with an NVIDIA card can say. Needs no network: a Python with torch for CUDA, pybind11,
 # cmake, ninja, pytest and pytest-benchmark, and nvcc. Builds and installs lmnfast into that Python.
 #
-#   bench/gpu.sh build test sanitize    9 minutes at most
-#   bench/gpu.sh build bench            likewise
+#   bench/gpu.sh build test             7 minutes at most; in 8 processes, where there is pytest-xdist
+#   bench/gpu.sh build sanitize         7 minutes at most
+#   bench/gpu.sh build calls bench      10 minutes at most: what public calls cost the host, then the kernels
 #   bench/gpu.sh bench PART...          only these bench/bench_PART.py; without: path_r2 path_connectivity spectral_entropy
 #                                       connectivity symmetric_eigenvalues probe, which fit the time. The others:
-#                                       hermite_connectivity jacobian jacobian_distance
+#                                       check_outputs hermite_connectivity jacobian jacobian_distance
+#   bench/gpu.sh profile CALL...        Nsight Compute on the kernels of some of the calls that bench/calls.py names; without:
+#                                       connectivity, and its hermite
 #
+# "build" is needed once on a machine. The tables come last; each row names the command that makes it alone.
 # RESULTS=DIRECTORY: where the benchmarks' <card>.json and <card>.md go (bench/results). A stage that fails or runs out
 # of time does not keep the next from running; the exit code is 1 then. ONLY=cpu tries the script without a card.
 set -uo pipefail
@@ -18,6 +22,7 @@ python=${PYTHON:-python3}
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 failed=()
+tables=()
 command_line="bench/gpu.sh $*"
 
 # stage NAME SECONDS COMMAND...: SIGINT first, so that pytest still writes what it has
@@ -43,8 +48,10 @@ build() {
 }
 
 tests() {
+  local parallel=()
+  "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
   # -P: else the checkout's lmnfast, which has no compiled core, comes before the installed one.
-  stage "GPU tests" 180 "$python" -P -m pytest -p no:cacheprovider -k "$only" --maxfail=20 tests
+  stage "GPU tests" 260 "$python" -P -m pytest -p no:cacheprovider "${parallel[@]}" -k "$only" --maxfail=20 tests
 }
 
 # One small call of each kernel and route, its result held to the CPU's; every shape has a remainder somewhere.
@@ -67,6 +74,13 @@ for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         there = [v.to(device) for v in (y, ends, first, second)]
         same(f"path_r2 {dtype} {pairs} x 19 x {k}", ops.path_r2(*there, *rule),
              ops.path_r2(y, ends, first, second, *rule), bound)
+    for n, d, k in ((37, 5, 3), (40, 65, 70)):
+        x, y, L = (torch.randn(shape, dtype=dtype) for shape in ((n, d), (n, k), (n, n)))
+        L[3, 4], y[7, 1] = float("nan"), float("inf")
+        arguments = (x, y, y + 1e-3, y.flip(0), L, torch.tensor([3, 4]))
+        there = [v.to(device) for v in arguments]
+        same(f"check_outputs {dtype} {n} {d} {k}", ops.check_outputs(*there, 1e-7),
+             ops.check_outputs(*arguments, 1e-7), 1e-30)
     w = torch.randn(3, 101, dtype=dtype)
     same(f"spectral_entropy {dtype}", ops.spectral_entropy(w.to(device)), ops.spectral_entropy(w), 1e-10)
     for n in (1, 33, 97):
@@ -97,8 +111,9 @@ sanitize() {
     return
   fi
   for tool in memcheck racecheck; do
-    # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows.
-    stage $tool 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+    # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows. On an H200 with nothing beside
+    # it racecheck took 52 s.
+    stage $tool 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
       "$python" "$log/small.py" "$only"
   done
 }
@@ -113,7 +128,7 @@ bench() {
   [ ${#parts[@]} -gt 0 ] || parts=(path_r2 path_connectivity spectral_entropy connectivity symmetric_eigenvalues probe)
   for part in "${parts[@]}"; do
     case $part in
-      path_connectivity) seconds=220 ;;
+      path_connectivity) seconds=200 ;;
       path_r2 | symmetric_eigenvalues) seconds=60 ;;
       *) seconds=25 ;;
     esac
@@ -121,19 +136,51 @@ bench() {
       -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning --benchmark-json="$log/$part.json"
     [ -s "$log/$part.json" ] && written+=("$log/$part.json")
   done
-  [ ${#written[@]} -eq 0 ] || stage report 20 "$python" bench/results.py "$results" "$command_line" "${written[@]}"
+  [ ${#written[@]} -eq 0 ] && return
+  stage report 20 "$python" bench/results.py "$results" "$command_line" "${written[@]}" > "$log/report"
+  cat "$log/report"
+  local table
+  table=$(sed -n 's/^written: .*, \(.*\.md\)$/\1/p' "$log/report")
+  [ -z "$table" ] || tables+=("$table")
 }
 
-[ $# -gt 0 ] || { sed -n '2,12s/^# \?//p' "$0"; exit 2; }
+calls() {
+  stage calls 40 "$python" -P bench/calls.py --device "$only" > "$log/calls.md"
+  tables+=("$log/calls.md")
+}
+
+profile() {
+  if ! command -v ncu >/dev/null; then
+    echo "profile: no ncu (Nsight Compute) on the path" >&2
+    failed+=(profile)
+    return
+  fi
+  local names=("$@")
+  [ ${#names[@]} -gt 0 ] || names=(connectivity "connectivity, hermite")
+  for name in "${names[@]}"; do
+    # lmn:: is the kernels' namespace; torch's own are left out.
+    stage "profile $name" 120 ncu --profile-from-start off --kernel-name-base demangled --kernel-name "regex:lmn::" \
+      --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats \
+      "$python" -P bench/calls.py --once "$name"
+  done
+}
+
+[ $# -gt 0 ] || { sed -n '2,19s/^# \?//p' "$0"; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     build) build ;;
     test) tests ;;
     sanitize) sanitize ;;
+    calls) calls ;;
     bench) shift; bench "$@"; break ;;
-    *) echo "bench/gpu.sh: expected build, test, sanitize or bench, got $1" >&2; exit 2 ;;
+    profile) shift; profile "$@"; break ;;
+    *) echo "bench/gpu.sh: expected build, test, sanitize, calls, bench or profile, got $1" >&2; exit 2 ;;
   esac
   shift
+done
+for table in "${tables[@]}"; do
+  echo "=== $table"
+  cat "$table"
 done
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2

@@ -22,18 +22,17 @@ COLUMNS = {  # of extra_info
 }
 
 
-def table(records: list[dict]) -> list[str]:
-    """Lines of Markdown. A record: group, name, extra_info, stats, as pytest-benchmark saves them."""
+def table(records: list[dict], commands: bool = False) -> list[str]:
+    """Lines of Markdown. A record: group, name, extra_info, stats, as pytest-benchmark saves them; for commands fullname, too:
+    what makes the row alone."""
     groups = defaultdict(list)
     for record in records:
         groups[record["group"]].append(record)
     shown = [
         c for c, of in COLUMNS.items() if any(of(r["stats"], r["extra_info"]) is not None for r in records)
     ]
-    lines = [
-        "| " + " | ".join(["problem", "bar", "median ms", "min ms", "median over ours", *shown]) + " |",
-        "|---|---|" + "--:|" * (3 + len(shown)),
-    ]
+    head = ["problem", "bar", "median ms", "min ms", "median over ours", *shown, *["command"] * commands]
+    lines = [f"| {' | '.join(head)} |", "|---|---|" + "--:|" * (3 + len(shown)) + "---|" * commands]
     for group, members in groups.items():
         ours = next((r["stats"]["median"] for r in members if r["extra_info"].get("bar") == "ours"), None)
         for row, r in enumerate(sorted(members, key=lambda r: r["stats"]["median"])):
@@ -46,6 +45,7 @@ def table(records: list[dict]) -> list[str]:
                 f"{stats['min'] * 1e3:.4g}",
                 f"{stats['median'] / ours:.3g}" if ours else "",
                 *("" if number is None else f"{number:.2g}" for number in numbers),
+                *[f"`pytest '{r.get('fullname')}'`"] * commands,
             ]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
@@ -101,7 +101,7 @@ def main(directory: str, command: str, *parts: str) -> None:
     )
     heading = [f"# Benchmarks on {card}", "", f"- date: {date.today()}", f"- command: `{command}`"]
     heading += [f"- {name}: {value}" for name, value in facts.items()]
-    stem.with_suffix(".md").write_text("\n".join([*heading, "", *table(records), ""]))
+    stem.with_suffix(".md").write_text("\n".join([*heading, "", *table(records, commands=True), ""]))
     print(f"written: {stem}.json, {stem}.md")
 
 

@@ -280,6 +280,18 @@ lmn::PathR2<T> path_r2(Address interior, Address ends, Address first, Address se
 }
 
 template <class T>
+lmn::CheckOutputs<T> check_outputs(Address x, Address y, Address again, Address expected, Address connectivity,
+                                   Address counts, std::int64_t samples, std::int64_t inputs, std::int64_t outputs,
+                                   double epsilon, Address found) {
+  return {pointer<const T>(x),        pointer<const T>(y),
+          pointer<const T>(again),    pointer<const T>(expected),
+          pointer<const T>(connectivity), pointer<const std::int64_t>(counts),
+          samples,                    inputs,
+          outputs,                    epsilon,
+          pointer<std::int64_t>(found)};
+}
+
+template <class T>
 lmn::SpectralEntropy<T> spectral_entropy(Address eigenvalues, Address bits, std::int64_t batch, std::int64_t samples) {
   return {pointer<const T>(eigenvalues), pointer<double>(bits), batch, samples};
 }
@@ -409,6 +421,18 @@ PYBIND11_MODULE(_C, m) {
     is_double ? run(0.0) : run(0.0f);
   });
 
+  m.def("check_outputs", [](bool is_double, Address x, Address y, Address again, Address expected, Address connectivity,
+                            Address counts, std::int64_t samples, std::int64_t inputs, std::int64_t outputs,
+                            double epsilon, Address found, int threads) {
+    py::gil_scoped_release release;
+    const auto run = [&](auto zero) {
+      lmn::check_outputs_cpu(check_outputs<decltype(zero)>(x, y, again, expected, connectivity, counts, samples, inputs,
+                                                           outputs, epsilon, found), threads);
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
+  m.attr("findings") = lmn::kFindings;
+
   m.def("spectral_entropy", [](bool is_double, Address eigenvalues, Address bits, std::int64_t batch,
                                std::int64_t samples, int threads) {
     py::gil_scoped_release release;
@@ -456,6 +480,17 @@ PYBIND11_MODULE(_C, m) {
       using T = decltype(zero);
       raise("path_r2", lmn::path_r2_cuda(path_r2<T>(interior, ends, first, second, nodes, pairs, samples, outputs, r2,
                                                     counts, rounding, workspace), pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
+  m.def("check_outputs_cuda", [](bool is_double, Address x, Address y, Address again, Address expected,
+                                 Address connectivity, Address counts, std::int64_t samples, std::int64_t inputs,
+                                 std::int64_t outputs, double epsilon, Address found, Address stream) {
+    const auto run = [&](auto zero) {
+      raise("check_outputs",
+            lmn::check_outputs_cuda(check_outputs<decltype(zero)>(x, y, again, expected, connectivity, counts, samples,
+                                                                  inputs, outputs, epsilon, found),
+                                    pointer<CUstream_st>(stream)));
     };
     is_double ? run(0.0) : run(0.0f);
   });

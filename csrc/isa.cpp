@@ -29,13 +29,15 @@
   void jacobian_distance(const JacobianDistance<double>&, int);                         \
   void path_r2(const PathR2<float>&, int);                                              \
   void path_r2(const PathR2<double>&, int);                                             \
+  void check_outputs(const CheckOutputs<float>&, int);                                  \
+  void check_outputs(const CheckOutputs<double>&, int);                                 \
   void spectral_entropy(const SpectralEntropy<float>&, int);                            \
   void spectral_entropy(const SpectralEntropy<double>&, int);                           \
   }
 #define LMN_KERNELS(level) \
   {level::path_connectivity_workspace, level::path_connectivity, level::hermite_connectivity_workspace, \
    level::hermite_connectivity, level::jacobian_workspace, level::jacobian, level::jacobian_distance,   \
-   level::path_r2, level::spectral_entropy}
+   level::path_r2, level::check_outputs, level::spectral_entropy}
 #define LMN_LEVEL(level, supported) {#level, supported, LMN_KERNELS(level), LMN_KERNELS(level), level::linear_workspace, level::linear, true}
 
 LMN_DECLARE_LEVEL(baseline)
@@ -91,6 +93,11 @@ template <class T>
 void path_r2(const PathR2<T>& op, int threads) {
   emulator::set_threads(threads);
   check(path_r2_cuda(op, nullptr));
+}
+template <class T>
+void check_outputs(const CheckOutputs<T>& op, int threads) {
+  emulator::set_threads(threads);
+  check(check_outputs_cuda(op, nullptr));
 }
 template <class T>
 void spectral_entropy(const SpectralEntropy<T>& op, int threads) {
@@ -169,6 +176,7 @@ bool use_level(const char* name) {
     kernels<T>().jacobian_distance(op, threads);                                                           \
   }                                                                                                        \
   void path_r2_cpu(const PathR2<T>& op, int threads) { kernels<T>().path_r2(op, threads); }                \
+  void check_outputs_cpu(const CheckOutputs<T>& op, int threads) { kernels<T>().check_outputs(op, threads); } \
   void spectral_entropy_cpu(const SpectralEntropy<T>& op, int threads) { kernels<T>().spectral_entropy(op, threads); }
 
 std::size_t linear_workspace(const Linear& op, int threads) { return g_in_use->linear_workspace(op, threads); }

@@ -15,6 +15,7 @@ struct Kernels {
   void (*jacobian)(const Jacobian<T>&, int threads);
   void (*jacobian_distance)(const JacobianDistance<T>&, int threads);
   void (*path_r2)(const PathR2<T>&, int threads);
+  void (*check_outputs)(const CheckOutputs<T>&, int threads);
   void (*spectral_entropy)(const SpectralEntropy<T>&, int threads);
 };
 

@@ -162,6 +162,23 @@ struct SymmetricEigenvalues {
   void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
 };
 
+/// Numbers that check_outputs finds.
+constexpr int kFindings = 12;
+
+/// What a public call has to know of its numbers before they count: one pass over all, for one copy to the host.
+template <class T>
+struct CheckOutputs {
+  const T* x;                       // [samples, inputs]
+  const T* y;                       // [samples, outputs], f's at x
+  const T* again;                   // [samples, outputs] or null: the chain's that f is taken for
+  const T* expected;                // [samples, outputs] or null: the model's that f was cut from
+  const T* connectivity;            // [samples, samples]
+  const std::int64_t* counts;       // [2], as path_connectivity leaves them
+  std::int64_t samples, inputs, outputs;
+  double epsilon;                   // of the dtype that f's outputs come in
+  std::int64_t* found;              // [kFindings], as lmnfast/ops/check_outputs.py says
+};
+
 /// x W^T + b, each sum from the first input to the last: the same bits for any thread count and any batch, which a BLAS
 /// does not promise. It is what a chain's samples go through once before path_connectivity. CPU alone.
 struct Linear {
@@ -192,6 +209,8 @@ void jacobian_distance_cpu(const JacobianDistance<float>&, int threads);
 void jacobian_distance_cpu(const JacobianDistance<double>&, int threads);
 void path_r2_cpu(const PathR2<float>&, int threads);
 void path_r2_cpu(const PathR2<double>&, int threads);
+void check_outputs_cpu(const CheckOutputs<float>&, int threads);
+void check_outputs_cpu(const CheckOutputs<double>&, int threads);
 void spectral_entropy_cpu(const SpectralEntropy<float>&, int threads);
 void spectral_entropy_cpu(const SpectralEntropy<double>&, int threads);
 
@@ -217,6 +236,8 @@ const char* jacobian_features_cuda(const JacobianFeatures<float>&, CUstream_st*)
 const char* jacobian_features_cuda(const JacobianFeatures<double>&, CUstream_st*);
 const char* path_r2_cuda(const PathR2<float>&, CUstream_st*);
 const char* path_r2_cuda(const PathR2<double>&, CUstream_st*);
+const char* check_outputs_cuda(const CheckOutputs<float>&, CUstream_st*);
+const char* check_outputs_cuda(const CheckOutputs<double>&, CUstream_st*);
 const char* spectral_entropy_cuda(const SpectralEntropy<float>&, CUstream_st*);
 const char* spectral_entropy_cuda(const SpectralEntropy<double>&, CUstream_st*);
 /// 0: the matrices do not fit on the current device.

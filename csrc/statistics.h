@@ -36,6 +36,15 @@ constexpr double kCloseSamples = 0x1p-10;
 // Where only f's outputs are known, what they are computed from is taken to be as large as they are at the path's ends,
 // and at least this share of their largest value over the samples: an output may be small because terms cancel.
 constexpr double kLeastRounding = 0x1p-6;
+// Outputs of the same operations in another order differ by at most this many epsilons of their magnitude and of the
+// largest: as in lmnfast.network.same_output.
+constexpr double kSameOutputUlps = 32;
+/// Whether an output (its range over the samples, and how far another function's values are apart from it there) is that
+/// function's, too: as in lmnfast.evaluation.Checks.same.
+LMN_FN bool is_same_output(double high, double low, double apart, double epsilon) {
+  const double above = high < 0 ? -high : high, below = low < 0 ? -low : low;
+  return apart <= 1e-3 * (high - low) + kRoundedUlps * epsilon * (above < below ? below : above) + 1e-30;
+}
 /// An entry of a connectivity matrix, or of a list of pairs, that is unresolved.
 constexpr double kUnresolved = -1.0;
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +57,15 @@ def address(tensor: Tensor | None) -> int:
 
 def path_nodes(nodes: Tensor, weights: Tensor) -> tuple[list[float], list[float], float, float]:
     """A rule as the kernels use it: interior nodes, their weights, and mean and variance of t over all nodes."""
+    t, w = nodes.tolist(), weights.tolist()
+    return t[1:-1], w[1:-1], *_moments(tuple(t), tuple(w))
+
+
+@lru_cache(maxsize=16)
+def _moments(t: tuple[float, ...], w: tuple[float, ...]) -> tuple[float, float]:
+    nodes, weights = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (t, w))
     mean = weights @ nodes
-    variance = weights @ (nodes - mean) ** 2
-    return nodes[1:-1].tolist(), weights[1:-1].tolist(), float(mean), float(variance)
+    return float(mean), float(weights @ (nodes - mean) ** 2)
 
 
 def cuda_built() -> bool:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from . import _native
 from ._native import Progress
 from .cutting import affine_start
 from .evaluation import (
-    CPU_TILE,
-    DEFAULT_BUDGET,
-    AllocationCount,
     Calls,
     Checks,
+    Findings,
     NotTheChain,
+    bytes_of,
+    check_budget,
     checked_samples,
     has_kernel_of,
     has_kernels,
@@ -29,6 +30,8 @@ from .evaluation import (
     outputs_of,
     rows_again,
     rows_between,
+    tile_bytes,
+    tile_pairs,
     widened,
 )
 from .jacobian import Differentiated, chain_features, merged, other_features, tiled
@@ -54,7 +57,7 @@ def connectivity(
     method: str = "path",
     points: int = 21,
     rule: str = "uniform",
-    budget: int = DEFAULT_BUDGET,
+    budget: int | None = None,
     stacked: Stacked | None = None,
     progress: bool | Progress = False,
 ) -> Tensor:
@@ -78,8 +81,10 @@ def connectivity(
         method: "path", "hermite", "hermite-midpoint" or "jacobian".
         points: nodes on a path, ends included; of no effect on "jacobian".
         rule: "uniform" (the definition, with 21 points) or "lobatto" (approximates the 21-point sums with fewer).
-        budget: bytes a tile of path points, or of Jacobians, and f's intermediate results may take together. Where a
-            device has no memory left all the same, tiles are halved until it has.
+        budget: bytes a tile of path points, or of Jacobians, and f's intermediate results may take together. None: 256 MiB on
+            the CPU; on CUDA a quarter of the card's free memory, what torch's allocator holds for later included, and 4 GiB
+            at most. On the CPU a tile of path points has 24 MiB at most, as caches are faster. A tile is whole pairs, one at
+            least. Where a device has no memory left all the same, tiles are halved until it has.
         stacked: parameters and buffers of B networks like the module f, as torch.func.stack_module_state returns them;
             x is then (B, N, *in), each network's own samples.
         progress: True shows a bar (needs tqdm); a function is told the share that is done, from 0 to 1, about ten times a
@@ -121,12 +126,7 @@ def measured(
     """
     with _reported(progress) as report:
         if stacked is not None:
-            results, networks = [], _stacked_networks(f, x, stacked)
-            for number in range(networks):
-                with loaded(f, stacked, number):
-                    share = _share_of(report, number, networks)
-                    results += measured(f, x[number], progress=share, **settings)
-            return results
+            return _measured_stack(f, x, stacked, report, settings)
         enqueued = enqueue(f, x, progress=report, **settings)
         try:
             enqueued.check()
@@ -136,6 +136,34 @@ def measured(
         if report is not None:
             report(1.0)
         return [enqueued]
+
+
+def _measured_stack(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    stacked: Stacked,
+    report: Progress | None,
+    settings: dict[str, Any],
+) -> list["Enqueued"]:
+    """As `measured`. A device gets the work of all networks before anybody waits for that of one."""
+    networks = _stacked_networks(f, x, stacked)
+
+    def one(number: int, **more: Any) -> Enqueued:
+        with loaded(f, stacked, number):
+            return enqueue(f, x[number], progress=_share_of(report, number, networks), **settings, **more)
+
+    results = []
+    for number in range(networks):
+        results.append(one(number))
+        if report is not None:
+            report((number + 1) / networks)
+    for number, enqueued in enumerate(results):
+        try:
+            enqueued.check()
+        except NotTheChain:
+            results[number] = one(number, fuse=False)
+            results[number].check()
+    return results
 
 
 def warn_of_offsets(each: Sequence["Enqueued"], name: str = "f", stacklevel: int = 3) -> None:
@@ -163,9 +191,9 @@ def _reported(progress: bool | Progress) -> Iterator[Progress | None]:
         yield lambda done: bar.update(done - bar.n)
 
 
-def _share_of(report: Progress | None, number: int, count: int) -> bool | Progress:
+def _share_of(report: Progress | None, number: int, count: int) -> Progress | None:
     """Tells `report` the share of all, where one of them after the other is measured."""
-    return False if report is None else lambda done: report((number + done) / count)
+    return None if report is None else lambda done: report((number + done) / count)
 
 
 def _stacked_networks(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> int:
@@ -193,8 +221,10 @@ class Enqueued:
     verdicts: Tensor | None = None
     """(checks, 2) int64, how many values fail a check and which is the first; None where all was looked at."""
     errors: tuple[Callable[[int, int], Exception], ...] = ()
-    offset: Tensor | None = None
-    """0-dim float64, as `_offset` gives it; None: of no interest, as next to no output counts as constant."""
+    offset: Tensor | Callable[[], Tensor] | None = None
+    """0-dim float64, as `_offset` gives it, or what gives it; None: of no interest, as next to no output counts as constant."""
+    findings: Findings | None = None
+    """In place of verdicts, of a chain on a device."""
 
     @property
     def L(self) -> Tensor:
@@ -203,6 +233,8 @@ class Enqueued:
     @property
     def constants(self) -> int:
         """Outputs that were counted as constant to rounding, over all pairs i < j."""
+        if self.findings is not None and not self.findings.unresolved:
+            return self.findings.constants
         return int(self.measured.counts[0])
 
     def check(self) -> None:
@@ -210,6 +242,14 @@ class Enqueued:
 
         Pairs that the samples' dtype cannot resolve are measured here, where that was not done before.
         """
+        if self.findings is not None:
+            self.findings.check()
+            if self.findings.unresolved:
+                self.measured.resolve()
+                Checks(False).entries(self.L)
+            else:
+                self.findings.check_entries()
+            return
         if self.verdicts is None:
             return
         for (failing, first), error in zip(self.verdicts.cpu().tolist(), self.errors, strict=True):
@@ -226,7 +266,10 @@ class Enqueued:
     def offset_problem(self) -> str | None:
         """What is wrong where outputs vary so little beside their size that rounding hides it; waits for the device."""
         share = self.constant_share()
-        if share < WARNED_SHARE or self.offset is None or (offset := float(self.offset)) == 0:
+        if share < WARNED_SHARE or self.offset is None:
+            return None
+        offset = float(self.offset() if callable(self.offset) else self.offset)
+        if offset == 0:
             return None
         size = (
             "outputs are the same large value for all samples"
@@ -248,9 +291,10 @@ def enqueue(
     method: str = "path",
     points: int = 21,
     rule: str = "uniform",
-    budget: int = DEFAULT_BUDGET,
+    budget: int | None = None,
     fuse: bool = True,
     expected: Tensor | None = None,
+    known: Chain | None = None,
     deferred: bool | None = None,
     stream: torch.cuda.Stream | None = None,
     progress: Progress | None = None,
@@ -264,6 +308,7 @@ def enqueue(
         f, x, method, points, rule, budget: as there.
         fuse: use the fused kernel for a chain.
         expected: f(x), where that is known.
+        known: what `recognise` gives for f, where that is known.
         deferred: leave the checks to `check`; None: on CUDA.
         stream: CUDA, another than the current one, that takes the work. What the current stream is given
             next may change f's parameters: a chain's are copied, else the current stream waits for `stream`.
@@ -276,9 +321,9 @@ def enqueue(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    midpoint = method == "hermite-midpoint" if method.startswith("hermite") else None
     nodes, weights = path_nodes(rule, points)
-    if budget <= 0:
-        raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
+    check_budget(budget)
     x = checked_samples(f, x)
     checks = Checks(x.is_cuda if deferred is None else deferred)
     precision = torch.get_float32_matmul_precision()
@@ -289,7 +334,7 @@ def enqueue(
         # f may work in place, and may return a buffer that its next call overwrites.
         ends = outputs_of(calls, x.clone()).clone()
         allocated = 0  # bytes of f's results for all samples; of a chain nobody asks
-        chain = recognise(f) if fuse and has_kernels(x) else None
+        chain = (known or recognise(f)) if fuse and has_kernels(x) else None
         if chain is not None and not (has_kernel_of(chain, x) and not (chain.skips and method == "jacobian")):
             chain = None
         if stream is not None:
@@ -301,37 +346,42 @@ def enqueue(
             stream.wait_stream(torch.cuda.current_stream(x.device))
         try:
             with on_stream(stream):
+                if expected is not None:
+                    expected = expected.reshape(len(x), -1)
+                if chain is not None and checks.deferred and method != "jacobian":
+                    # Of stateless modules in order nothing else can come out than what the chain gives.
+                    again = None if kept.in_order else chain(x)
+                    if all(t is None or _is_like(t, ends) for t in (again, expected)):
+                        measured = chain_connectivity(chain, x, nodes, weights, midpoint)
+                        return Enqueued(
+                            measured,
+                            _precision(precision, chain, x),
+                            ends.shape[1],
+                            offset=partial(_offset, chain, ends),
+                            findings=Findings(x, ends, again, expected, measured.L, measured.counts),
+                        )
                 if checks.deferred:
                     checks.finite("x", x)
                 checks.finite("f(x)", ends)
                 if expected is not None:
-                    checks.agree(ends, expected.reshape(len(x), -1))
-                # Of stateless modules in order nothing else can come out than what the chain gives.
-                if not (chain is None or kept.stateless or checks.reproduces(chain, x, ends)):
+                    checks.agree(ends, expected)
+                if not (chain is None or kept.in_order or checks.reproduces(chain, x, ends)):
                     chain = None
                 if chain is None:
                     for rows in rows_again(len(x)):
-                        with AllocationCount() as count:
-                            again = outputs_of(calls, torch.stack([x[row] for row in rows]))
+                        again, allocated = bytes_of(calls, x, rows, method != "path")
                         checks.repeats(calls, x, ends, again, rows, f"{len(rows)} samples alone")
-                        allocated = -(-count.bytes * len(x) // len(rows))
                     if fuse and method != "jacobian":  # which depends on the coordinates
                         calls, x = _hoisted(calls, x, ends, checks)
-                midpoint = method == "hermite-midpoint"
-                tile = min(budget, CPU_TILE) if x.device.type == "cpu" else budget
+                tile = tile_bytes(budget, x.device) if chain is None else 0
                 if method == "jacobian":
                     L = _of_jacobians(calls, chain, x, ends, allocated, checks)
                     measured = ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), _nothing)
                 elif chain is not None:
                     with _native.reporting(progress):
-                        if method == "path":
-                            measured = chain_connectivity(chain, x, nodes, weights)
-                        else:
-                            measured = chain_connectivity(chain, x, nodes, weights, midpoint)
-                elif method == "path":
-                    measured = _generic(
-                        calls, x, ends, nodes, weights, tile * len(x) // allocated, checks, progress
-                    )
+                        measured = chain_connectivity(chain, x, nodes, weights, midpoint)
+                elif midpoint is None:
+                    measured = _generic(calls, x, ends, nodes, weights, tile, allocated, checks, progress)
                 else:
                     measured = _generic_hermite(
                         calls, x, ends, nodes, weights, midpoint, tile, allocated, checks, progress
@@ -346,12 +396,19 @@ def enqueue(
                     checks.pending(),
                     tuple(checks.errors),
                 )
-                if checks.deferred or enqueued.constant_share() >= WARNED_SHARE:
+                if checks.deferred:
+                    enqueued = replace(enqueued, offset=partial(_offset, chain, ends))
+                elif enqueued.constant_share() >= WARNED_SHARE:
                     enqueued = replace(enqueued, offset=_offset(chain, ends))
                 return enqueued
         finally:
             if stream is not None and chain is None:
                 torch.cuda.current_stream(x.device).wait_stream(stream)
+
+
+def _is_like(values: Tensor, ends: Tensor) -> bool:
+    """Whether one pass can compare them."""
+    return (values.shape, values.dtype, values.device) == (ends.shape, ends.dtype, ends.device)
 
 
 def _precision(setting: str, chain: Chain | None, x: Tensor) -> str:
@@ -428,11 +485,13 @@ def _generic(
     ends: Tensor,
     nodes: Tensor,
     weights: Tensor,
-    rows: int,
+    tile: int,
+    allocated: int,
     checks: Checks,
     progress: Progress | None,
 ) -> ChainConnectivity:
-    """Calls f on tiles of about ``rows`` points of paths; the paths' ends are f's outputs on the samples."""
+    """Calls f on tiles of points of paths; the paths' ends are f's outputs on the samples. f took ``allocated`` bytes for all
+    of these."""
     original, ends = ends, widened(ends)
     L = torch.ones(len(x), len(x), dtype=ends.dtype, device=x.device)
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
@@ -441,7 +500,7 @@ def _generic(
         keep_freed_pages()
     widened_f = Widened(f, x, original)
     samples = len(rows_between(len(x)))
-    most = max(1, (rows - samples) // len(t))
+    most = tile_pairs(tile, len(x), allocated, len(t))
     finished = 0
     for first, second in _pairs(len(x), most, x.device):
         pairs = len(first)
@@ -481,7 +540,7 @@ def _generic(
 
     def resolved() -> None:
         if int(counts[1]):
-            points = max(1, rows // 4)  # float64 takes more memory
+            points = max(1, tile * len(x) // allocated // 4)  # float64 takes more memory
             values, noise = widened_f.values(), widened_f.noise()
             resolve(values, x, L, counts, nodes, weights, points=points, noise=noise)
 

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import inspect
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .nested import at_path, entries_of, mapped, path_to_tensor, replaced, tensors_in
 from .network import (
+    ADDITIONS,
     FLATTEN,
     FUNCTIONS,
     IDENTITY,
@@ -36,7 +37,7 @@ from .network import (
     same_output,
     wrapped_as,
 )
-from .state import alone, evaluating, hooked, refuse_sharded
+from .state import alone, evaluating, hooked, keeps_nothing, refuse_sharded, torchs_own
 
 # Entries of an attribute up to which it is compared from one measurement to the next: a few hundred microseconds.
 LARGE = 1000
@@ -56,6 +57,8 @@ AFFINE_MODULES = (
         nn.AdaptiveAvgPool3d,
     ),
 )
+# Of the functions that the kernels know, those that draw no random numbers whatever their arguments.
+COMPUTING = {F.linear, *ADDITIONS} | {f for f in FUNCTIONS if "dropout" not in f.__name__}
 AFFINE_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -243,14 +246,11 @@ def _run_to(
             # What follows may work in place.
             seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
 
-    handle = nn.Module.register_forward_hook(part, record)  # a scripted module's own only raises
     try:
-        result = _on_copies(run, inputs)
+        result = _on_copies(run, inputs, part, record)
     except Exception as error:
         _check_fit(run.model, inputs, forward, error)
         raise
-    finally:
-        handle.remove()
     if calls == 0 or (call is None and calls > 1):
         if calls:
             why = f"; which call? name one, from {layer + '@0'!r} to {layer + f'@{calls - 1}'!r}"
@@ -276,11 +276,18 @@ def _run_to(
     return samples, result, path
 
 
-def _on_copies(run: Call, inputs: Any) -> Any:
-    with evaluating(run):
-        result = run(mapped(inputs, lambda tensor: tensor.detach().clone()))
-        # It may be a tensor of the model's, which is put back, or overwritten by the next call.
-        return result.clone() if isinstance(result, Tensor) else result
+def _on_copies(run: Call, inputs: Any, part: nn.Module | None = None, hook: Callable | None = None) -> Any:
+    """The output on copies of the inputs; the hook is called behind the part."""
+    with evaluating(run):  # which the hook would have keep the state of torch's own modules
+        # A scripted module's own method only raises.
+        handle = None if part is None else nn.Module.register_forward_hook(part, hook)
+        try:
+            result = run(mapped(inputs, lambda tensor: tensor.detach().clone()))
+            # It may be a tensor of the model's, which is put back, or overwritten by the next call.
+            return result.clone() if isinstance(result, Tensor) else result
+        finally:
+            if handle is not None:
+                handle.remove()
 
 
 def _check_rows(what: str, value: Tensor, rows: int, inputs: Any, forward: Forward, model: nn.Module) -> None:
@@ -448,7 +455,7 @@ def _traced_tail(call: Call, layer: nn.Module, number: int | None, path: list) -
 
     Raises whatever the user's forward raises on proxies; ValueError where the layer cannot be separated.
     """
-    with evaluating(call):  # afterwards `call` has no longer the constants that tracing met
+    with evaluating(call, changed=True):  # afterwards `call` has no longer the constants that tracing met
         return _after_layer(call, layer, number, path)
 
 
@@ -490,7 +497,20 @@ def _after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphMo
     for node in reversed(tail.nodes):
         if not node.users and _pure(node):  # a loss beside the output, say
             tail.erase_node(node)
-    return fx.GraphModule(root, tail)
+    result = fx.GraphModule(root, tail)
+    if all(map(_only_computes, tail.nodes)):
+        keeps_nothing(result)
+    return result
+
+
+def _only_computes(node: fx.Node) -> bool:
+    """Whether a step of a graph gives the same each time and changes nothing but results before it; of a module `evaluating`
+    looks itself."""
+    if node.op == "get_attr":  # nothing works in place on a parameter
+        return all(user.target in (F.linear, operator.add, torch.add) for user in node.users)
+    if node.op == "call_function":
+        return node.target in COMPUTING
+    return node.target in METHODS or node.target in ADDITIONS if node.op == "call_method" else True
 
 
 def affine_start(f: Any) -> tuple[fx.GraphModule, fx.GraphModule] | None:
@@ -567,18 +587,18 @@ def _pure(node: fx.Node) -> bool:
 
 
 def python_state(model: nn.Module, inputs: Any) -> list:
-    """What a cut makes constants of, to be compared by ==: which modules, hooks and tensors a model has, of
-    what dtypes, its attributes, and which inputs they are. Left out are training flags, which a tail does not
-    read, and values of parameters, which it follows. Other tensors, where the forward is the user's, count with
-    how often they were changed: what is computed of them alone is a constant to torch.fx.
+    """What a cut makes constants of, to be compared by ==: which modules, forwards, hooks and tensors a model has, of
+    what dtypes, its attributes, which inputs they are, and what was changed in torch itself. Left out are training flags,
+    which a tail does not read, and values of parameters, which it follows. Other tensors, where the forward is the
+    user's, count with how often they were changed: what is computed of them alone is a constant to torch.fx.
 
     Attributes are followed two levels deep; below, an object counts by its identity alone.
     """
-    state = [_frozen(inputs, 1, False)]
+    state = [_frozen(inputs, 1, False), torchs_own()]
     for part in model.modules():
         traced = not type(part).__module__.startswith("torch.nn")  # fx.Tracer's own rule
         attributes = [(name, _frozen(v, 2, traced)) for name, v in vars(part).items() if name != "training"]
-        state.append((_Same(part), attributes))
+        state.append((_Same(part), _Same(getattr(type(part), "forward", None)), attributes))
     return state
 
 

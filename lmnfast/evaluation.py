@@ -4,6 +4,7 @@ Shared by the measures that rest on it, `connectivity` and `jacobian`.
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from functools import cache
 
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import _native
 from .network import CHAIN_DTYPES, Chain, check_function, same_output
+from .ops.check_outputs import check_outputs
 from .state import evaluating
 from .unresolved import in_double
 
@@ -21,6 +23,10 @@ DEFAULT_BUDGET = 256 * 2**20
 # many at once. Fastest of seven runs in turns, residual, convolutional and transformer network of bench_connectivity:
 # 0.23, 0.23, 0.43 s with 4 MB, 0.18, 0.18, 0.29 with 16, 0.17, 0.17, 0.27 with 24, 0.23, 0.17, 0.27 with 64.
 CPU_TILE = 24 * 2**20
+# On CUDA a tile is to keep the card busy, and to be large enough for the fast algorithms of convolutions, beside a training that
+# needs memory, too. Measured on an H200 with a residual network and a transformer: 1.1 to 2.8 times faster with 4 GiB than with
+# 256 MiB, and no faster beyond.
+CUDA_SHARE, CUDA_MOST = 0.25, 4 * 2**30
 
 
 class NotTheChain(RuntimeError):
@@ -35,6 +41,33 @@ def keep_freed_pages() -> None:
     the residual network of bench_connectivity: 144 000 page faults and 0.38 s, 1 000 and 0.22 s after this.
     """
     torch.empty(2**25 - 2**13, dtype=torch.uint8, device="cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that nobody uses: of the driver's, and of what torch's allocator holds and has not given away."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def tile_bytes(budget: int | None, device: torch.device) -> int:
+    """Bytes for a tile on a device; None: as many as :func:`lmnfast.connectivity` says."""
+    if device.type == "cpu":
+        return min(DEFAULT_BUDGET if budget is None else budget, CPU_TILE)
+    if budget is not None or device.type != "cuda":
+        return DEFAULT_BUDGET if budget is None else budget
+    return max(1, min(int(CUDA_SHARE * free_memory(device)), CUDA_MOST))
+
+
+def check_budget(budget: int | None) -> None:
+    """Raises ValueError for what is no number of bytes."""
+    if budget is not None and budget <= 0:
+        raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
+
+
+def tile_pairs(tile: int, samples: int, allocated: int, interior: int) -> int:
+    """Paths, of so many interior points, in so many bytes, beside samples that have to come out as before, see `rows_between`.
+    allocated: bytes that f takes for all samples."""
+    return max(1, (tile * samples // allocated - len(rows_between(samples))) // interior)
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -54,6 +87,84 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
+class Findings:
+    """What is found in one pass behind a chain's kernel, to be read all together: the errors of `Checks`, and the counts."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        ends: Tensor,
+        again: Tensor | None,
+        expected: Tensor | None,
+        L: Tensor,
+        counts: Tensor,
+    ) -> None:
+        """Enqueues the pass over samples (N, *in), outputs (N, K), those of the chain and of the model, the connectivity and
+        its counts; in L's dtype, which theirs fits in."""
+        values = (None if t is None else t.to(L.dtype) for t in (x.flatten(1), ends, again, expected))
+        self._found = check_outputs(*values, L, counts, torch.finfo(ends.dtype).eps)
+        self._samples = len(x)
+        self._numbers: list[int] | None = None
+
+    def read(self) -> list[int]:
+        """The numbers, see `reference.check_outputs`; waits for the device, once."""
+        if self._numbers is None:
+            found = self._found.cpu()
+            *before, _, _ = found[:7].tolist()
+            excess, magnitude = found[5:7].view(torch.float64).tolist()
+            differ = int(before[4] > 0 or excess > magnitude)
+            self._numbers = [*before[:4], differ, *found[7:].tolist()]
+        return self._numbers
+
+    def check(self) -> None:
+        """Raises what is wrong with samples and outputs; waits for the device."""
+        in_x, x_reach, in_y, y_reach, differ, others, *_ = self.read()
+        if in_x:
+            raise _not_finite("x", in_x, self._samples - x_reach)
+        if in_y:
+            raise _not_finite("f(x)", in_y, self._samples - y_reach)
+        if differ:
+            raise _other_model()
+        if others:
+            raise _other_chain()
+
+    def check_entries(self) -> None:
+        """Raises what is wrong with the matrix."""
+        failing, reach = self.read()[6:8]
+        if failing:
+            raise _not_finite_entry(self._samples**2 - reach, self._samples)
+
+    @property
+    def constants(self) -> int:
+        return self.read()[8]
+
+    @property
+    def unresolved(self) -> int:
+        return self.read()[9]
+
+
+def _not_finite(name: str, failing: int, first: int) -> ValueError:
+    return ValueError(f"{name}: NaN or Inf in sample {first}, the first of {failing}")
+
+
+def _not_finite_entry(first: int, samples: int) -> ValueError:
+    i, j = divmod(first, samples)
+    return ValueError(f"f: NaN or Inf in an output on the path from sample {i} to sample {j}")
+
+
+def _other_model() -> RuntimeError:
+    return RuntimeError(
+        "f: its outputs on the samples are not those of the model that it was cut from; the model's "
+        "forward has changed since, in a way that only its outputs show"
+    )
+
+
+def _other_chain() -> NotTheChain:
+    return NotTheChain(
+        "f: looks like a chain of Linear and activations, or begins with affine maps, but that chain has other outputs"
+    )
+
+
 class Checks:
     """Raises at once, or collects what fails on the device, to be read there all together."""
 
@@ -67,18 +178,13 @@ class Checks:
             return
         self._expect(
             values.isfinite().flatten(1).all(1),
-            lambda failing, first: ValueError(
-                f"{name}: NaN or Inf in sample {first}, the first of {failing}"
-            ),
+            lambda failing, first: _not_finite(name, failing, first),
         )
 
     def agree(self, ends: Tensor, expected: Tensor) -> None:
         self._expect(
             same_output(ends, expected),
-            lambda *_: RuntimeError(
-                "f: its outputs on the samples are not those of the model that it was cut from; the model's "
-                "forward has changed since, in a way that only its outputs show"
-            ),
+            lambda *_: _other_model(),
         )
 
     def reproduces(self, chain: Chain, x: Tensor, ends: Tensor) -> bool:
@@ -101,10 +207,7 @@ class Checks:
             return bool(same)
         self._expect(
             same,
-            lambda *_: NotTheChain(
-                "f: looks like a chain of Linear and activations, or begins with affine maps, but that chain has "
-                "other outputs"
-            ),
+            lambda *_: _other_chain(),
         )
         return True
 
@@ -161,12 +264,8 @@ class Checks:
         )
 
     def entries(self, L: Tensor) -> None:
-        def error(_: int, first: int) -> Exception:
-            i, j = divmod(first, len(L))
-            return ValueError(f"f: NaN or Inf in an output on the path from sample {i} to sample {j}")
-
         if self.deferred or not all_finite(L):
-            self._expect(L.isfinite().flatten(), error)
+            self._expect(L.isfinite().flatten(), lambda _, first: _not_finite_entry(first, len(L)))
 
     def pending(self) -> Tensor | None:
         return torch.stack(self.verdicts) if self.deferred else None
@@ -185,18 +284,53 @@ class Checks:
 
 
 class AllocationCount(TorchFunctionMode):
-    """Counts the bytes of all results of torch calls: what f holds at a time is hardly ever more."""
+    """Counts the bytes of all results of torch calls: what f holds at a time is hardly ever more, and where it is differentiated
+    hardly less. live: the most that there are at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, live: bool = False) -> None:
         super().__init__()
         self.bytes = 1
+        self._live: int | None = 0 if live else None
+        self._tensors: set[int] = set()
+        self._storages: dict[int, int] = {}  # by address, how many tensors there are in it
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(value, Tensor):
-                self.bytes += value.numel() * value.element_size()
+                if self._live is None:
+                    self.bytes += value.numel() * value.element_size()
+                elif id(value) not in self._tensors:  # else it was worked on in place
+                    self._follow(value)
         return result
+
+    def _follow(self, value: Tensor) -> None:
+        storage = value.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in self._storages:
+            self._live += size
+            self.bytes = max(self.bytes, self._live)
+        self._storages[address] = self._storages.get(address, 0) + 1
+        self._tensors.add(id(value))
+
+        def drop(tensor: int) -> None:
+            self._tensors.discard(tensor)
+            self._storages[address] -= 1
+            if self._storages[address] == 0:
+                del self._storages[address]
+                self._live -= size
+
+        weakref.finalize(value, drop, id(value)).atexit = False
+
+
+def bytes_of(
+    f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int], differentiated: bool = False
+) -> tuple[Tensor, int]:
+    """f's outputs for some of the samples, and the bytes that it takes for all of them: on CUDA, where f is not
+    differentiated, at a time. CPU_TILE was chosen by all of them together."""
+    with AllocationCount(live=x.is_cuda and not differentiated) as count:
+        again = outputs_of(f, torch.stack([x[row] for row in rows]))
+    return again, -(-count.bytes * len(x) // len(rows))
 
 
 class Calls:

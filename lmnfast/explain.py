@@ -6,7 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from .cutting import affine_start, cut, match_layers, why_not_traced
-from .evaluation import Checks, has_kernel_of, has_kernels
+from .evaluation import (
+    Checks,
+    bytes_of,
+    checked_samples,
+    has_kernel_of,
+    has_kernels,
+    rows_again,
+    rows_between,
+    tile_bytes,
+    tile_pairs,
+)
 from .network import (
     Chain,
     Forward,
@@ -14,6 +24,7 @@ from .network import (
     Output,
     chain_or_reason,
 )
+from .quadrature import path_nodes
 from .state import evaluating
 
 
@@ -46,10 +57,27 @@ def _route(model: nn.Module, layer: str, inputs: Any, forward: Forward, output: 
     lines = [
         f"{len(samples)} samples of shape {tuple(samples.shape[1:])}, {samples.dtype} on {samples.device}"
     ]
-    if not isinstance(measured, torch.fx.GraphModule):
+    if isinstance(measured, torch.fx.GraphModule):
+        lines.append(_of_tail(measured, samples))
+    else:
         reason = reason or "what torch.fx traced has other outputs on the samples"
-        return [*lines, f"generic: a forward hook replaces the layer's output, as {reason}"]
-    return [*lines, _of_tail(measured, samples)]
+        lines.append(f"generic: a forward hook replaces the layer's output, as {reason}")
+    if lines[-1].startswith("generic"):
+        lines.append(_tiles(measured, samples))
+    return lines
+
+
+def _tiles(tail: nn.Module, samples: Tensor) -> str:
+    """How many points a tile has by default."""
+    x, interior = checked_samples(tail, samples), len(path_nodes("uniform", 21)[0]) - 2
+    with evaluating(tail):
+        _, allocated = bytes_of(tail, x, rows_again(len(x))[-1])
+    tile = tile_bytes(None, x.device)
+    pairs = min(tile_pairs(tile, len(x), allocated, interior), max(1, len(x) * (len(x) - 1) // 2))
+    return (
+        f"tiles of {pairs} paths of 21 points, {pairs * interior + len(rows_between(len(x)))} points a call, "
+        f"in {tile / 2**20:.0f} MiB"
+    )
 
 
 def _of_tail(tail: nn.Module, samples: Tensor | None) -> str:

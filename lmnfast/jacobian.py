@@ -62,7 +62,7 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
         later = Later(_native.on_cuda(x))
-        chain, y, allocated = _prepared(calls, x, later, kept.stateless)
+        chain, y, allocated = _prepared(calls, x, later, kept.in_order)
         if chain is not None:
             J = ops.jacobian(chain, x)
         else:
@@ -105,7 +105,7 @@ def jacobian_distances(
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
         later = Later(_native.on_cuda(x))
-        chain, y, allocated = _prepared(calls, x, later, kept.stateless)
+        chain, y, allocated = _prepared(calls, x, later, kept.in_order)
         rows: Callable[[int, int], Tensor]
         if chain is None:
             rows = other_features(calls, x, y, allocated, affine, Checks(False))
@@ -144,7 +144,7 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     x = checked_samples(f, x)
     with evaluating(f) as kept:
         later = Later(_native.on_cuda(x))
-        chain, _, _ = _prepared(Calls(f, kept.put_back), x, later, kept.stateless, with_kernels=False)
+        chain, _, _ = _prepared(Calls(f, kept.put_back), x, later, kept.in_order, with_kernels=False)
         later.settle()
         if chain is None:
             raise ValueError(

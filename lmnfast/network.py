@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .nested import contents
-from .state import FORWARDS, alone, evaluating, hooked, uninterrupted
+from .state import FORWARDS, alone, evaluating, hooked, keeps_nothing, uninterrupted
 
 # The order is that of the enum in csrc/activation.h: the kernels get the index.
 ACTIVATIONS = (
@@ -326,6 +326,8 @@ class Call(nn.Module):
         self.output = output
         self.names = list(inputs) if isinstance(inputs, Mapping) else None
         self.count = len(inputs) if isinstance(inputs, (tuple, list)) else None
+        if forward is None and not callable(output):
+            keeps_nothing(self)
 
     def forward(self, inputs: Any) -> Any:
         if self.run is not None:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from .connectivity import Enqueued, enqueue, on_stream
 from .cutting import cut, match_layers, python_state, run_to
-from .evaluation import DEFAULT_BUDGET
-from .network import Forward, Output
+from .network import Chain, Forward, Output, recognise
 from .quadrature import path_nodes
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
 from .state import alone
@@ -79,7 +78,7 @@ class Probe:
         method: str = "path",
         points: int = 21,
         rule: str = "uniform",
-        budget: int = DEFAULT_BUDGET,
+        budget: int | None = None,
         forward: Forward = None,
         output: Output = None,
         negative: str = "absolute",
@@ -111,7 +110,7 @@ class Probe:
         self._waiting: deque[Future] = deque()  # one thread solves them, so they end in order
         self._start()
         with self._timed(), alone():
-            tails = [cut(model, layer, inputs, **self._call)[0] for layer in self.layers]
+            tails = [_Tail(cut(model, layer, inputs, **self._call)[0]) for layer in self.layers]
             state = python_state(model, inputs)
             self._tails = {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
 
@@ -122,7 +121,7 @@ class Probe:
             max_workers=1, thread_name_prefix="lmnfast-probe", initializer=_work_on_one_core
         )
         self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
-        self._tails: dict[str, tuple[nn.Module, list]] = {}  # by layer, with the state they were cut in
+        self._tails: dict[str, tuple[_Tail, list]] = {}  # by layer, with the state they were cut in
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, deep or by pickle: a probe of the copied model that goes on with the rows, waited for, and writes to no
@@ -191,18 +190,24 @@ class Probe:
                 except Exception:  # of a fresh cut it counts; this one may be of a model that is no more
                     pass
             tail, samples = cut(self.model, layer, self.inputs, **self._call)
-            self._tails[layer] = tail, state
-            return self._measure(tail, samples, None)
+            self._tails[layer] = _Tail(tail), state
+            return self._measure(self._tails[layer][0], samples, None)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{error} (probe of layer {layer!r}, step {step})") from error
 
     def _measure(
-        self, tail: nn.Module, samples: Tensor, output: Tensor | None
+        self, tail: _Tail, samples: Tensor, output: Tensor | None
     ) -> tuple[Enqueued, torch.cuda.Event | None]:
         """The connectivity of a tail whose outputs are to be `output`, where that is given."""
         stream = self._streams_on(samples.device)[0] if samples.is_cuda else None
         enqueued = enqueue(
-            tail, samples, budget=self._budget, expected=output, stream=stream, **self._settings
+            tail.module,
+            samples,
+            budget=self._budget,
+            expected=output,
+            known=tail.chain(),
+            stream=stream,
+            **self._settings,
         )
         if stream is None:
             return enqueued, None
@@ -368,6 +373,30 @@ class Probe:
             yield
         finally:
             self.seconds += time.perf_counter() - started
+
+
+class _Tail:
+    """A tail, and the chain that it is, as long as `python_state` stays the same."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        chain = recognise(module)
+        if chain is None:
+            self._chain = None
+            return
+        parameters = {p.data_ptr(): p for p in module.parameters()}
+        values = [value for value in (*chain.weights, *chain.biases) if value is not None]
+        sources = [parameters.get(value.data_ptr()) for value in values]
+        # Weights that are computed (parametrisations, a frozen batch norm) are as they were, and to be computed anew.
+        follows = all(p is not None and p.shape == v.shape for p, v in zip(sources, values, strict=True))
+        self._chain = chain if follows else None
+        self._pairs = list(zip(sources, values, strict=True))
+
+    def chain(self) -> Chain | None:
+        """The chain, where its weights still are the parameters' values; None: to be recognised anew."""
+        if self._chain is None or any(p.data_ptr() != value.data_ptr() for p, value in self._pairs):
+            return None
+        return self._chain
 
 
 class _Later:

@@ -186,6 +186,59 @@ def symmetric_eigenvalues(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrices.double())
 
 
+def check_outputs(
+    x: Tensor,
+    y: Tensor,
+    again: Tensor | None,
+    expected: Tensor | None,
+    L: Tensor,
+    counts: Tensor,
+    epsilon: float,
+) -> Tensor:
+    """What a call has to know of its numbers before they count.
+
+    Args:
+        x: (N, D), the samples.
+        y: (N, K), f's outputs there.
+        again: (N, K), those of the chain that f is taken for, or None.
+        expected: (N, K), those of the model that f was cut from, or None.
+        L: (N, N), the connectivity.
+        counts: (2,) int64.
+        epsilon: of the dtype that f's outputs come in.
+
+    Returns:
+        (12,) int64. Twice two numbers, of x's rows and of y's: how many are not finite, and how many rows there are from the
+        first of these on. Of expected three: how many values are not finite in y and there alike; and, as the bits of float64,
+        the largest ``|y - expected| / (32 epsilon) - |expected|``, 0 if that is below, and the largest ``|expected|``. The
+        outputs are the same where the first is 0 and the second is at most the third. How many outputs k have an
+        ``|again_k - y_k|`` above ``(max y_k - min y_k) / 1000 + 8 epsilon max |y_k| + 1e-30``. As for the rows, of the entries
+        of L. The counts.
+    """
+
+    def failing(bad: Tensor) -> list[Tensor]:
+        places = bad.flatten().nonzero()
+        return [bad.sum(), bad.numel() - places.amin() if len(places) else bad.sum()]
+
+    found = [*failing(~x.isfinite().all(1)), *failing(~y.isfinite().all(1))]
+    wide = y.double()
+    unlike, excess, magnitude = 0, 0.0, 0.0
+    if expected is not None:
+        other = expected.double()
+        over = (wide - other).abs() / (32 * epsilon) - other.abs()
+        finite, equal = other.isfinite(), (wide == other) | (wide.isnan() & other.isnan())
+        unlike = torch.where(finite, ~over.isfinite(), ~equal).sum()
+        excess = torch.where(finite & over.isfinite(), over, 0.0).amax().clamp(min=0)
+        magnitude = torch.where(finite, other.abs(), 0.0).amax()
+    bits = torch.tensor([float(excess), float(magnitude)], dtype=torch.float64).view(torch.int64)
+    others = 0
+    if again is not None:
+        apart, high, low = (again - y).abs().amax(0).double(), wide.amax(0), wide.amin(0)
+        same = apart <= 1e-3 * (high - low) + 8 * epsilon * torch.maximum(high.abs(), low.abs()) + 1e-30
+        others = (~(same & apart.isfinite())).sum()
+    found += [unlike, *bits, others, *failing(~L.isfinite()), *counts]
+    return torch.tensor([int(number) for number in found], device=y.device)
+
+
 def spectral_entropy(eigenvalues: Tensor) -> Tensor:
     """Nonlinear complexity S_NL = -sum p log2 p with p = |w| / sum |w|, in bits; 0 log 0 = 0.
 

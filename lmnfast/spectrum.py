@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from ._native import Progress
 from .connectivity import Enqueued, measured, warn_of_offsets
-from .evaluation import DEFAULT_BUDGET, all_finite
+from .evaluation import all_finite
 from .network import Stacked
 from .ops.symmetric_eigenvalues import fits
 from .state import one_core_after_fork
@@ -224,7 +224,7 @@ def measure(
     method: str = "path",
     points: int = 21,
     rule: str = "uniform",
-    budget: int = DEFAULT_BUDGET,
+    budget: int | None = None,
     negative: str = "absolute",
     progress: bool | Progress = False,
 ) -> Measurement:
@@ -264,7 +264,7 @@ def lmn(
     method: str = "path",
     points: int = 21,
     rule: str = "uniform",
-    budget: int = DEFAULT_BUDGET,
+    budget: int | None = None,
     stacked: Stacked | None = None,
     negative: str = "absolute",
 ) -> Tensor:

@@ -15,6 +15,7 @@ from functools import cache
 from operator import is_
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from .processes import cores
 # What is looked into, beside modules, for containers and tensors that a forward pass may change.
 CONTAINERS = (dict, list, set, deque)
 LEVELS = 3  # a module's attributes, the containers among them, and containers in those
+PLAIN = {type(None), bool, int, float, str}
+NOTHING: dict[Any, Any] = {}
 # Entries up to which a container is looked into: the larger ones (vocabularies, replay buffers) hold plain values.
 LARGE = 1000
 # Bytes up to which a tensor that is no buffer is copied, to be put back: a data set in an attribute is not.
@@ -46,6 +49,9 @@ _FUNCTIONS = dict(vars(F))
 STATELESS = tuple(
     f"torch.nn.modules.{name}" for name in ("activation", "container", "conv", "dropout", "flatten", "linear")
 )
+
+# Modules whose generated forward only calls torch's functions and its own parts, and that forward; see `keeps_nothing`.
+_generated: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 _lock = threading.RLock()
 _forked = False
@@ -178,12 +184,9 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
         kept, stack = Kept(), ExitStack()
         try:
             with uninterrupted():
-                kept.stateless = (
-                    not changed
-                    and len(roots) == len(modules) > 0
-                    and all(map(_is_stateless, parts))
-                    and vars(F) == _FUNCTIONS
-                )
+                if not changed and len(roots) == len(modules) > 0 and vars(F) == _FUNCTIONS:
+                    kept.stateless = all(map(_is_stateless, parts))
+                    kept.in_order = kept.stateless and not any(part in _generated for part in parts)
                 stack.enter_context(torch.no_grad())
                 stack.callback(_set_all, switched)
                 _set_all((part, name, SWITCHES[name]) for part, name, _ in switched)
@@ -275,11 +278,27 @@ def hooked(module: nn.Module, backward: bool = False) -> bool:
     )
 
 
+def torchs_own() -> tuple[bool, ...]:
+    """Whether torch's functions are as they were at import, and which kinds of hooks run for every module."""
+    everywhere = nn.modules.module
+    hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
+    return vars(F) == _FUNCTIONS, *map(bool, hooks)
+
+
+def keeps_nothing(part: nn.Module) -> None:
+    """Says of a module with a generated forward that a pass through it changes nothing that its parts do not change."""
+    _generated[part] = type(part).forward
+
+
 def _is_stateless(part: nn.Module) -> bool:
-    """Whether a module is one of torch's own that changes nothing in a forward pass in eval mode, and runs no code of the user's."""
+    """Whether a module is one of torch's own, or calls only such, that changes nothing in a forward pass in eval mode, and runs
+    no code of the user's."""
     kind = type(part)
+    if part in _generated:
+        own_forward = _generated[part] is kind.forward and "forward" not in vars(part)
+        return own_forward and not hooked(part) and not hooked(part, backward=True)
     return (
-        kind.__module__ in STATELESS
+        (kind.__module__ in STATELESS or kind is nn.Module)  # which a graph has as a folder of parts
         and kind in FORWARDS
         and kind.forward is FORWARDS[kind]
         and not any(map(callable, vars(part).values()))
@@ -308,7 +327,9 @@ class Kept:
 
     def __init__(self) -> None:
         self.stateless = False
-        """Whether there is nothing but torch's own modules that keep no state, so that each forward is the one torch has."""
+        """Whether there is nothing but torch's own modules that keep no state, and graphs of them."""
+        self.in_order = False
+        """Whether there is nothing but those modules, so that each forward is the one torch has."""
         self._seen: set[int] = set()
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []
@@ -368,10 +389,15 @@ class Kept:
             return
         if levels > 1 and len(value) <= LARGE:
             for entry in value.values() if isinstance(value, dict) else value:
+                if type(entry) in PLAIN:
+                    continue
                 if isinstance(entry, Tensor):
                     self._keep_tensor(entry, buffer=False)
                 elif isinstance(entry, (*CONTAINERS, tuple)):
-                    self._keep(entry, levels - 1)
+                    if entry or type(entry) is not OrderedDict:
+                        self._keep(entry, levels - 1)
+                    else:  # of hooks, most of what a module has
+                        self._containers.append((entry, NOTHING))
 
     def put_back(self, values: bool = False) -> None:
         """values: also where only the values show that a tensor has changed, as after a change of its .data."""

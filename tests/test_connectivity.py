@@ -134,8 +134,89 @@ def test_a_linear_layer_over_the_last_of_several_dimensions_is_not_taken_for_a_c
         ).abs().max() < 1e-5
 
 
+class OneReal(nn.Module):
+    """Its forward is the user's, so that its outputs are compared with the chain's."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("method", ["path", "hermite", "hermite-midpoint"])
+@pytest.mark.parametrize("wrap", [lambda net: net, OneReal], ids=["torch's own", "the user's"])
+def test_checks_behind_a_kernel_are_one_pass_and_read_once(wrap, method, monkeypatch, dtype):
+    passes, reads = [], []
+    read = MODULE.Findings.read
+
+    def counted(self):
+        reads.append(self._numbers is None)
+        return read(self)
+
+    original = sys.modules["lmnfast.evaluation"].check_outputs
+    monkeypatch.setattr(MODULE.Findings, "read", counted)
+    monkeypatch.setattr(
+        sys.modules["lmnfast.evaluation"],
+        "check_outputs",
+        lambda *args: passes.append(args) or original(*args),
+    )
+    net, x = mlp(6, 20, 4).to(dtype), inputs(20, 6, dtype=dtype)
+    truth = lmnfast.connectivity(wrap(net), x, method=method)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        enqueued = MODULE.enqueue(wrap(net), x, method=method, deferred=True)
+    assert len(passes) == 1 and not reads
+    assert (passes[0][2] is None) == isinstance(wrap(net), nn.Sequential)
+    names = [event.name for event in profile.events()]
+    assert names.count("lmnfast::check_outputs") == 1
+    assert not {"aten::_local_scalar_dense", "aten::nonzero"} & set(names), "each would wait for a device"
+    enqueued.check()
+    assert enqueued.offset_problem() is None and enqueued.constants == 0
+    assert sum(reads) == 1
+    assert torch.equal(enqueued.L, truth)
+
+
+def test_a_call_with_cuda_kernels_is_checked_behind_them(emulated):
+    net, x = OneReal(mlp(6, 20, 4)), inputs(20, 6)
+    enqueued = MODULE.enqueue(net, x, expected=net(x).detach(), deferred=True)
+    enqueued.check()
+    with torch.no_grad():
+        truth = reference.path_connectivity(copy.deepcopy(net).double(), x.double(), *UNIFORM)
+    assert (enqueued.L - truth).abs().max() < 5e-5
+    with pytest.raises(RuntimeError, match="not those of the model"):
+        MODULE.enqueue(net, x, expected=2 * net(x).detach(), deferred=True).check()
+    x[3, 2] = NAN
+    with pytest.raises(ValueError, match="x: NaN or Inf in sample 3, the first of 1"):
+        MODULE.enqueue(net, x, deferred=True).check()
+
+
+def test_pairs_that_a_kernel_leaves_are_measured_behind_the_checks():
+    net = mlp(6, 20, 4)
+    x = inputs(12, 6)
+    x[3] = x[5] * (1 + 1e-6)
+    immediate, enqueued = MODULE.enqueue(net, x), MODULE.enqueue(net, x, deferred=True)
+    assert enqueued.findings.unresolved > 0
+    enqueued.check()
+    assert torch.equal(enqueued.L, immediate.L) and enqueued.constants == immediate.constants
+
+
+def test_an_offset_is_looked_at_where_outputs_are_constant(monkeypatch):
+    net, x = mlp(6, 20, 4), inputs(30, 6)
+    with torch.no_grad():  # one unit that is the same large number for all samples
+        net[0].weight[3], net[0].bias[3], net[2].weight[:, 3] = 0, 1e5, 1
+    monkeypatch.setattr(MODULE.Enqueued, "constants", property(lambda _: 100))
+    immediate, enqueued = MODULE.enqueue(net, x), MODULE.enqueue(net, x, deferred=True)
+    enqueued.check()
+    assert enqueued.offset_problem() == immediate.offset_problem()
+    assert "some outputs are" in str(immediate.offset_problem())
+
+
 def test_a_chain_that_does_not_give_the_networks_outputs_is_not_used(monkeypatch):
-    net, x = mlp(6, 20, 4), inputs(12, 6)
+    class Own(nn.Sequential):  # whose forward may be anything, unlike that of torch's own
+        pass
+
+    net, x = Own(*mlp(6, 20, 4)), inputs(12, 6)
     wrong = Chain((torch.zeros(4, 6),), (None,), (lmnfast.network.IDENTITY,) * 2)
     truth = lmnfast.connectivity(net, x)
     monkeypatch.setattr(MODULE, "recognise", lambda f: wrong)
@@ -195,6 +276,31 @@ def test_every_method_agrees_with_its_definition(widths, method, wrap, dtype):
     plain = (definition(net, x, method, dtype) - truth).abs().max()
     floor = 5e-5 if dtype == torch.float32 else 1e-11
     assert truth.min() < 0.9 and (L - truth).abs().max() <= 2 * plain + floor
+
+
+def test_the_default_budget_follows_the_free_memory_of_a_card(monkeypatch):
+    evaluation, card = sys.modules["lmnfast.evaluation"], torch.device("cuda", 1)
+    free, reserved, allocated = {}, {}, {}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[device])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[device])
+    for gib, in_torch, of_these, expected in ((8, 0, 0, 2), (1, 8, 1, 2), (70, 0, 0, 4), (0, 2, 2, 0)):
+        free[card], reserved[card], allocated[card] = (n * 2**30 for n in (gib, in_torch, of_these))
+        assert evaluation.tile_bytes(None, card) == max(1, expected * 2**30)
+        assert evaluation.tile_bytes(2**33, card) == 2**33
+    cpu = torch.device("cpu")
+    assert evaluation.tile_bytes(None, cpu) == evaluation.tile_bytes(2**33, cpu) == 24 * 2**20
+    assert evaluation.tile_bytes(1000, cpu) == 1000
+
+
+@pytest.mark.parametrize("tile", [0, 10**3, 10**5, 10**7])
+def test_tiles_are_whole_paths_within_the_budget(tile):
+    tile_pairs = sys.modules["lmnfast.evaluation"].tile_pairs
+    for samples, allocated, interior in ((12, 12 * 80, 19), (200, 10**6, 7), (2, 64, 1)):
+        pairs, a_sample = tile_pairs(tile, samples, allocated, interior), allocated / samples
+        again = min(3, samples)
+        assert pairs == 1 or (pairs * interior + again) * a_sample <= tile
+        assert ((pairs + 1) * interior + again) * a_sample > tile - a_sample
 
 
 @pytest.mark.parametrize("method", HERMITE)
@@ -516,6 +622,44 @@ def test_the_result_is_the_same_when_checks_are_left_for_later(wrap):
     enqueued = MODULE.enqueue(wrap(net), x, expected=net(x).detach(), deferred=True)
     enqueued.check()
     assert torch.equal(enqueued.L, lmnfast.connectivity(wrap(net), x))
+
+
+def test_networks_of_a_stack_are_all_enqueued_before_one_is_checked(monkeypatch):
+    models, x = [mlp(6, 20, 4, seed=seed) for seed in range(3)], inputs(12, 6).expand(3, 12, 6)
+    stacked, order = torch.func.stack_module_state(models), []
+    truth = torch.stack([lmnfast.connectivity(model, x[0]) for model in models])
+
+    def enqueue(*args, **settings):
+        order.append("enqueue")
+        settings.pop("progress")
+        return original(*args, deferred=True, **settings)
+
+    def check(self):
+        order.append("check")
+        checks(self)
+
+    original, checks = MODULE.enqueue, MODULE.Enqueued.check
+    monkeypatch.setattr(MODULE, "enqueue", enqueue)
+    monkeypatch.setattr(MODULE.Enqueued, "check", check)
+    assert torch.equal(lmnfast.connectivity(models[0], x, stacked=stacked), truth)
+    assert order == 3 * ["enqueue"] + 3 * ["check"]
+
+
+def test_one_network_of_a_stack_that_is_no_chain_is_measured_anew(monkeypatch):
+    """The second one has another chain than it looks like."""
+    models, x = [mlp(6, 20, 4, seed=seed) for seed in range(3)], inputs(12, 6).expand(3, 12, 6)
+    stacked, checked = torch.func.stack_module_state(models), []
+    truth = torch.stack([lmnfast.connectivity(model, x[0]) for model in models])
+
+    def check(self):
+        checked.append(self)
+        if len(checked) == 2:
+            raise MODULE.NotTheChain("f: looks like a chain")
+
+    monkeypatch.setattr(MODULE.Enqueued, "check", check)
+    L = lmnfast.connectivity(models[0], x, stacked=stacked)
+    assert len(checked) == 4 and (L - truth).abs().max() < 1e-5
+    assert torch.equal(L[::2], truth[::2]) and not torch.equal(L[1], truth[1])
 
 
 def test_outputs_other_than_expected_are_an_error():

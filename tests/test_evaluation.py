@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import lmnfast
 from lmnfast import reference
-from lmnfast.evaluation import rows_again
+from lmnfast.evaluation import AllocationCount, rows_again
 from lmnfast.quadrature import path_nodes
 
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
@@ -368,3 +368,28 @@ def test_a_refusal_says_where_rounding_decides_the_outputs():
 
     with pytest.raises(ValueError, match="f: rounding decides its outputs: called on"):
         lmnfast.lmn(f, torch.randn(40, 200))
+
+
+def test_bytes_are_counted_of_all_results_or_of_those_there_are_at_a_time():
+    layers = nn.Sequential(
+        nn.Linear(6, 100), nn.ReLU(inplace=True), nn.Linear(100, 50), nn.Flatten(), nn.Linear(50, 2)
+    )
+    x, a_float = samples(10), 4
+
+    def f(z):
+        y = layers(z)
+        kept = torch.stack([y, y], 1)
+        return kept[:, 0] + kept[:, 1].view(-1, 2)
+
+    with torch.no_grad():
+        with AllocationCount() as together:
+            first = f(x)
+        with AllocationCount(live=True) as at_a_time:
+            second = f(x)
+            third = f(x)  # what the calls return stays
+    assert torch.equal(first, second) and torch.equal(first, third)
+    # Both sides of the second Linear are there together, and nothing else; a view takes nothing.
+    assert at_a_time.bytes == 10 * a_float * (100 + 50 + 2)
+    assert together.bytes > 10 * a_float * (100 + 100 + 50 + 50)
+    del second, third
+    assert at_a_time._live == 0 and not at_a_time._storages and not at_a_time._tensors

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,40 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(finished, tm
         for path in (finished.path, tmp_path / "again", tmp_path / "other")
     ]
     assert metrics[0] == metrics[1] != metrics[2]
+
+
+@pytest.fixture
+def settling_late(monkeypatch):
+    """As on a card, what a measurement took is checked and saved at the next one."""
+    begin = training._Training.__init__
+
+    def late(self, config, path):
+        begin(self, config, path)
+        self.settles_late = True
+
+    monkeypatch.setattr(training._Training, "__init__", late)
+
+
+def test_a_measurement_that_is_settled_late_leaves_the_same_files(finished, settling_late, tmp_path):
+    train(replace(TINY, steps=TINY.steps // 2 // TINY.every * TINY.every), tmp_path / "late")
+    train(TINY, tmp_path / "late")  # and one that is resumed
+    for kept in (finished.path, tmp_path / "late"):
+        assert sorted(p.name for p in kept.rglob("*.pt"))
+    names = [p.relative_to(finished.path) for p in finished.path.rglob("*.pt")]
+    for name in (*names, Path("metrics.csv")):
+        if name.name != "state.pt":  # which has seconds
+            assert (tmp_path / "late" / name).read_bytes() == (finished.path / name).read_bytes()
+    states = [training.read_tensors(p / "state.pt") for p in (finished.path, tmp_path / "late")]
+    assert states[0]["step"] == states[1]["step"] == TINY.steps
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name])
+
+
+def test_a_training_that_diverges_says_so_when_it_is_settled_late(settling_late, tmp_path, monkeypatch):
+    probe = sys.modules["lmnfast.probe"]
+    monkeypatch.setattr(probe, "enqueue", partial(probe.enqueue, deferred=True))  # as on a card
+    with pytest.raises(FloatingPointError, match="training diverged: train_loss is .* at step 5"):
+        train(replace(TINY, learning_rate=1e30), tmp_path)
 
 
 def test_training_leaves_thread_count_and_random_state_alone(tmp_path):
@@ -545,6 +580,33 @@ def test_a_directory_that_cannot_be_written_is_one_error_before_any_work(tmp_pat
 def test_a_diverged_training_says_so(tmp_path):
     with pytest.raises(FloatingPointError, match="training diverged: train_loss is .* at step 5"):
         train(replace(TINY, learning_rate=1e30), tmp_path)
+
+
+def test_tensors_come_in_one_copy_as_they_were():
+    tensors = [
+        torch.randn(3, 5).T,
+        torch.tensor(7),
+        torch.tensor(2.5, dtype=torch.float64),
+        torch.tensor([True, False, True]),
+        torch.zeros(0, 4),
+        torch.randn(3).bfloat16(),
+        torch.nn.Parameter(torch.randn(2, 2)),
+    ]
+    copies = training.unpacked(training.packed(tensors), tensors)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert copy.dtype == tensor.dtype and torch.equal(copy, tensor) and not copy.requires_grad
+        assert copy.untyped_storage().nbytes() == tensor.nbytes  # what torch.save would write
+
+
+def test_a_copy_for_later_does_not_change_with_what_was_copied():
+    content = {"step": 3, "model": {"weight": torch.ones(2)}, "groups": [{"lr": 0.1, "betas": (0.9, 0.98)}]}
+    copy = training.HostCopy(content)
+    content["model"]["weight"].mul_(2)
+    content["groups"][0]["lr"] = 0.2
+    read = copy.read()
+    assert read["model"]["weight"].tolist() == [1, 1] and read["groups"] == [
+        {"lr": 0.1, "betas": (0.9, 0.98)}
+    ]
 
 
 @pytest.mark.parametrize("updates_before", [0, 3], ids=["from the start", "resumed"])

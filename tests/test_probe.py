@@ -1,6 +1,7 @@
 """Measuring a network while it trains."""
 
 import functools
+import sys
 import threading
 import types
 import warnings
@@ -14,6 +15,7 @@ import lmnfast.probe
 from lmnfast import _native
 from lmnfast.connectivity import Enqueued, connectivity, enqueue
 from lmnfast.cutting import cut, python_state
+from lmnfast.network import recognise
 from lmnfast.probe import COLUMNS, MOST_PENDING, Probe
 from lmnfast.spectrum import measurement
 
@@ -30,6 +32,13 @@ class Network(nn.Module):
 
     def forward(self, x):
         return self.out(F.silu(self.norm(self.second(self.drop(F.silu(self.first(x)))))))
+
+
+class Plain(Network):
+    """All weights of its chain are parameters, and none computed."""
+
+    def forward(self, x):
+        return self.out(F.silu(self.second(F.silu(self.first(x)))))
 
 
 class Untraceable(Network):
@@ -344,6 +353,84 @@ def test_a_model_that_changes_is_measured_as_it_is(change, x, monkeypatch):
     if change not in SAME_NUMBER:
         assert (expected.connectivity - before).abs().max() > 1e-3, "the change was to make a difference"
     assert len(cuts) == (1 if change in FOLLOWED else 2)
+
+
+def moved(model):
+    """The same numbers, times 3, in other memory."""
+    for p in model.parameters():
+        p.data = 3 * p.data
+
+
+def patched(part, function):
+    part.forward = lambda z: function(type(part).forward(part, z))
+
+
+# With a chain behind the layer, which is kept, too: whether another one is measured afterwards, and the tail cut anew.
+CHAIN_CHANGES = {
+    "nothing": (lambda model, patch: None, False, False),
+    "training mode": (lambda model, patch: model.train(not model.training), False, False),
+    "what requires grad": (lambda model, patch: model.requires_grad_(False), False, False),
+    "values in place": (lambda model, patch: [p.data.mul_(3) for p in model.parameters()], True, False),
+    "memory of parameters": (lambda model, patch: moved(model), True, False),
+    "a parameter": (lambda model, patch: weight_replaced(model), True, True),
+    "a module": (lambda model, patch: module_replaced(model), True, True),
+    "a hook": (
+        lambda model, patch: model.out.register_forward_hook(lambda m, a, y: (9 * y).sin()),
+        True,
+        True,
+    ),
+    "a forward": (lambda model, patch: patched(model.second, torch.sin), True, True),
+    "a class": (
+        lambda model, patch: patch(nn.Linear, "forward", lambda m, z: F.linear(z, m.weight).sin()),
+        True,
+        True,
+    ),
+    "a function": (lambda model, patch: patch(F, "silu", lambda z: z.sin()), True, True),
+    "a hook for all": (lambda model, patch: patch_hooks(patch), True, True),
+}
+
+
+def patch_hooks(patch):
+    everywhere = torch.nn.modules.module
+    hook = lambda m, a, y: 3 * y.sin() if isinstance(m, nn.Linear) else None  # noqa: E731
+    patch(everywhere, "_global_forward_hooks", {0: hook})
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
+@pytest.mark.parametrize("network", [Plain, Network])
+@pytest.mark.parametrize("change", CHAIN_CHANGES)
+def test_a_chain_that_is_kept_is_measured_as_it_is(change, network, deferred, x, monkeypatch):
+    torch.manual_seed(0)
+    model, cuts = network(), []
+    alter, differs, anew = CHAIN_CHANGES[change]
+
+    def counting(*args, **keywords):
+        cuts.append(args)
+        return cut(*args, **keywords)
+
+    monkeypatch.setattr(lmnfast.probe, "cut", counting)
+    monkeypatch.setattr(lmnfast.probe, "enqueue", functools.partial(enqueue, deferred=deferred))
+    with Probe(model, x, "first", every=1) as probe:
+        probe()
+        assert recognise(cut(model, "first", x)[0]) is not None
+        before = connectivity(*cut(model, "first", x))
+        alter(model, monkeypatch.setattr)
+        probe()
+        probe()
+        expected = lmnfast.measure(*cut(model, "first", x))
+        assert [row["lmn"] for row in probe.history[1:]] == pytest.approx([expected.lmn] * 2, rel=1e-6)
+        assert ((expected.connectivity - before).abs().max() > 1e-3) == differs
+        assert len(cuts) == (2 if anew else 1)
+
+
+def test_a_chain_is_recognised_once(x, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sys.modules["lmnfast.connectivity"], "recognise", lambda f: calls.append(f))
+    with Probe(Plain(), x, "first", every=1) as probe:
+        for _ in range(3):
+            probe()
+        assert len(probe.history) == 3
+    assert not calls
 
 
 def test_measuring_does_not_change_the_python_state(model, x):

@@ -2,7 +2,9 @@
 #pragma once
 #include <cuda_runtime.h>  // the CUDA toolkit's, or in an emulated build csrc/emulator's
 
+#include <atomic>
 #include <cmath>
+#include <mutex>
 
 #include "../ops.h"
 #include "../statistics.h"
@@ -20,15 +22,34 @@ LMN_FN std::int64_t at_most(std::int64_t value, std::int64_t limit) { return val
 
 inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// More than 48 KB, static and dynamic together, has to be asked for; asking for less costs a microsecond.
+/// Asks for a kernel's dynamic shared memory: what is above 48 KB, static and dynamic together, has to be asked for. Once for a
+/// kernel and device, as asking costs a microsecond.
+inline cudaError_t ask_for_shared(const void* kernel, int bytes) {
+  constexpr int kSlots = 256;  // more than one source has kernels, times devices; where they are taken, every launch asks
+  struct Granted {
+    const void* kernel;
+    int device, bytes;
+  };
+  static Granted granted[kSlots];
+  static std::mutex alone;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(alone);
+  int slot = 0;
+  while (slot < kSlots && granted[slot].kernel && (granted[slot].kernel != kernel || granted[slot].device != device)) ++slot;
+  if (slot < kSlots && granted[slot].kernel && granted[slot].bytes >= bytes) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && slot < kSlots) granted[slot] = {kernel, device, bytes};
+  return error;
+}
+
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared,
                    [[maybe_unused]] CUstream_st* stream, const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "more blocks than a grid can have";
   if (shared > 0) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    const cudaError_t error = ask_for_shared(reinterpret_cast<const void*>(kernel), int(shared));
     if (error != cudaSuccess) {
       cudaGetLastError();  // or the next launch would report it again
       return message(error);
@@ -52,9 +73,16 @@ __device__ inline unsigned char* dynamic_shared() {
 #endif
 }
 
+/// An attribute of the current device; the driver is asked once.
 inline int device_attribute(cudaDeviceAttr attribute) {
+  constexpr int kDevices = 16, kAttributes = 160;
+  static std::atomic<int> known[kDevices][kAttributes];  // the value and 1; 0: not known
   int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const bool kept = device < kDevices && int(attribute) < kAttributes;
+  if (kept && (value = known[device][int(attribute)].load(std::memory_order_relaxed)) > 0) return value - 1;
+  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  if (kept) known[device][int(attribute)].store(value + 1, std::memory_order_relaxed);
   return value;
 }
 

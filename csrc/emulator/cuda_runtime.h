@@ -119,6 +119,11 @@ T atomicMax(T* to, T value) {
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
+inline long long __double_as_longlong(double v) {
+  long long bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  return bits;
+}
 inline unsigned __float_as_uint(float v) {
   unsigned bits;
   std::memcpy(&bits, &v, sizeof(v));

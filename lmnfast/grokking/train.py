@@ -31,6 +31,7 @@ from torch.nn.functional import cross_entropy
 from ..connectivity import METHODS, connectivity
 from ..cutting import cut
 from ..files import claimed, write_file
+from ..nested import mapped, tensors_in
 from ..probe import Probe
 from ..quadrature import RULES, path_nodes
 from ..spectrum import SETTINGS, SHARES, check_negative, linear_mapping_number
@@ -219,6 +220,8 @@ class _Training:
         if (path / "state.pt").exists():
             self._resume()
         self.unwritten = 0
+        self.taken: tuple[int, HostCopy] | None = None  # of the last measurement, until it is settled
+        self.settles_late = config.device == "cuda"
         self.clock = time.perf_counter()
 
     def _resume(self) -> None:
@@ -291,22 +294,41 @@ class _Training:
             self.write()
 
     def measure(self, step: int) -> None:
+        self.settle()
         metrics = _evaluate(self.model, self.task)
-        for name, value in metrics.items():
-            if not abs(value) < float("inf"):
-                raise FloatingPointError(f"training diverged: {name} is {value} at step {step}")
+        states = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+        self.taken = step, HostCopy({"metrics": metrics, **states})
+        if not self.settles_late:
+            self.check_metrics()
         self.tick("training")
         self.probe(step, **metrics)
         self.tick("measuring")
-        self.check_there()
-        save_tensors(checkpoint_of(self.path, step), self.model.state_dict())
-        snapshot = {"step": step, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
-        self.state = deepcopy(snapshot)
+        if not self.settles_late:
+            self.settle()
         self.unwritten += 1
         if self.unwritten > 4:  # solving is slower than training from one to the next: bound what waits
             self.write()
 
+    def settle(self) -> None:
+        """Checks and saves what the last measurement took. On a card that is left to the next one, which need not wait for it:
+        the training goes on meanwhile."""
+        if self.taken is None:
+            return
+        self.check_metrics()
+        step, copy = self.taken
+        self.taken = None
+        self.check_there()
+        save_tensors(checkpoint_of(self.path, step), copy.read()["model"])
+        self.state = {"step": step, "model": copy.read()["model"], "optimiser": copy.read()["optimiser"]}
+
+    def check_metrics(self) -> None:
+        step, copy = self.taken
+        for name, value in copy.read()["metrics"].items():
+            if not abs(value.item()) < float("inf"):
+                raise FloatingPointError(f"training diverged: {name} is {value.item()} at step {step}")
+
     def write(self) -> None:
+        self.settle()
         self.tick("training")
         history = self.probe.history  # waits for what is pending
         self.tick("measuring")
@@ -334,6 +356,40 @@ class _Training:
         now = time.perf_counter()
         self.seconds[activity] += now - self.clock
         self.clock = now
+
+
+class HostCopy:
+    """Dicts and lists of tensors and plain values as they are now, on the CPU. Tensors of a card come there in one copy, which
+    nobody waits for before `read`."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self._tensors = [tensor for tensor in tensors_in(content) if tensor.is_cuda]
+        self._content = content if self._tensors else deepcopy(content)
+        if self._tensors:
+            there = packed(self._tensors)
+            self._bytes = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+            self._bytes.copy_(there, non_blocking=True)
+            self._done = torch.cuda.Event(blocking=True)
+            self._done.record()
+
+    def read(self) -> dict[str, Any]:
+        if self._tensors:
+            self._done.synchronize()
+            values = iter(unpacked(self._bytes, self._tensors))
+            copied = mapped(self._content, lambda t: next(values) if t.is_cuda else t.clone())
+            self._content, self._tensors = copied, []
+        return self._content
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of some tensors one after the other, (bytes,) uint8."""
+    return torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+def unpacked(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of the dtypes and shapes of those that were packed, each in memory of its own."""
+    parts = values.split([tensor.nbytes for tensor in like])
+    return [part.clone().view(t.dtype).reshape(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
 def _warm_up(update: Callable[[], None], model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
@@ -727,15 +783,15 @@ def progress_bar(total: int, initial: int, progress: bool) -> Iterator:
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, task: Task) -> dict[str, float]:
-    """METRICS of the model."""
+def _evaluate(model: nn.Module, task: Task) -> dict[str, Tensor]:
+    """METRICS of the model, 0-dim float64 on its device, not waited for."""
     train, test = model(task.train_inputs), model(task.test_inputs)
     return {
-        "train_loss": cross_entropy(train, task.train_labels).item(),
-        "test_loss": cross_entropy(test, task.test_labels).item(),
-        "train_accuracy": (train.argmax(1) == task.train_labels).double().mean().item(),
-        "test_accuracy": (test.argmax(1) == task.test_labels).double().mean().item(),
-        "l2_norm": nn.utils.parameters_to_vector(model.parameters()).double().norm().item(),
+        "train_loss": cross_entropy(train, task.train_labels).double(),
+        "test_loss": cross_entropy(test, task.test_labels).double(),
+        "train_accuracy": (train.argmax(1) == task.train_labels).double().mean(),
+        "test_accuracy": (test.argmax(1) == task.test_labels).double().mean(),
+        "l2_norm": nn.utils.parameters_to_vector(model.parameters()).double().norm(),
     }
 
 

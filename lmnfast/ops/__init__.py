@@ -4,6 +4,7 @@ Registered by ``torch.library.define`` and ``impl``: the ``custom_op`` decorator
 call, two seconds that a first measurement need not take.
 """
 
+from .check_outputs import check_outputs
 from .hermite_connectivity import hermite_connectivity
 from .jacobian import jacobian
 from .jacobian_distance import jacobian_distance
@@ -13,6 +14,7 @@ from .spectral_entropy import spectral_entropy
 from .symmetric_eigenvalues import symmetric_eigenvalues
 
 __all__ = [
+    "check_outputs",
     "hermite_connectivity",
     "jacobian",
     "jacobian_distance",

@@ -19,7 +19,8 @@ WEIGHT_SUM_ERROR = 1e-9
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor with its values in memory one after the other, at an address that is a multiple of their size."""
-    tensor = tensor.resolve_neg().contiguous()
+    if tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.resolve_neg().contiguous()
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
