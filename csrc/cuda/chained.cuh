@@ -355,7 +355,7 @@ struct ChainedWarp {
   /// Sums over a lane's outputs of one path; moments_of(output of the lane, factor of the products).
   template <class MomentsOf>
   __device__ inline PairSums add_outputs(int i, int j, const MomentsOf& moments_of) const {
-    constexpr int kAtOnce = kStencil > 0 ? 8 : 1;  // moments in shared memory may be counted through
+    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 : 1;  // moments in shared memory may be counted through
     PairSums sums;
 #pragma unroll kAtOnce
     for (int n = 0; n < 8; ++n) {

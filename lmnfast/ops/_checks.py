@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..network import ACTIVATIONS, check_layers
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
