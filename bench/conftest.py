@@ -18,13 +18,13 @@ from lmnfast.network import Activation, Chain
 from lmnfast.quadrature import path_nodes
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-# Per multiprocessor and clock, dense: matrix units' TF32 multiply-adds, by compute capability. FP32 lanes and
+# Per multiprocessor and clock, dense: matrix units' multiply-adds of halves, by compute capability. FP32 lanes and
 # special functions (MUFU) are 128 and 16 on sm_90, 64 and 16 on sm_80.
-TF32_RATE = {(8, 0): 512, (9, 0): 1024}
+HALF_RATE = {(8, 0): 1024, (9, 0): 2048}
 FP32_RATE = {(8, 0): 64, (9, 0): 128}
 MUFU_RATE = 16
 FP32_PER_ACTIVATION = (
-    9  # interpolation, chord, product with the sigmoid, rounding to TF32: an estimate of the design
+    9  # interpolation, chord, product with the sigmoid, rounding to halves: an estimate of the design
 )
 LONG_ENOUGH = 2e-3  # seconds, where a call's launches no longer show
 BAR_SECONDS, FEWEST_ROUNDS = 3.0, 3  # a slow rival gets fewer rounds
@@ -172,10 +172,10 @@ def path_connectivity_floor(request, device):
             "MUFU_s": points * sum(map(_up_to_8, hidden)) / (MUFU_RATE * cycles),
             "memory_s": 4 * n * (n + widths[1]) / copy_rate(),
         }
-        if kind in TF32_RATE:
+        if kind in HALF_RATE:
             products = 3 if torch.get_float32_matmul_precision() == "highest" else 1  # a split into two parts
             multiply_adds = points * sum(_up_to_8(k) * _up_to_8(m) for k, m in layers)
-            parts["TF32_s"] = products * multiply_adds / (TF32_RATE[kind] * cycles)
+            parts["halves_s"] = products * multiply_adds / (HALF_RATE[kind] * cycles)
             parts["FP32_s"] = FP32_PER_ACTIVATION * points * sum(hidden) / (FP32_RATE[kind] * cycles)
         return {"floor_s": max(parts.values()), **parts}
 

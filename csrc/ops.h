@@ -51,7 +51,7 @@ struct PathConnectivity {
   PathNodes nodes;
   std::int64_t samples;
   std::int32_t layers;
-  bool tf32;                        // CUDA, float: products of the chord residual may round it to TF32
+  bool halves_alone;                // CUDA, float: products may round residuals and weights to halves, of 11 bits
   T* connectivity;                  // [samples, samples]; kUnresolved for a pair that T cannot resolve
   std::int64_t* counts;             // [2], outputs counted as constant over the resolved pairs; unresolved pairs
   void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says

@@ -147,8 +147,8 @@ class Measurement:
     precision: str
     """What f's products were computed in. "highest", "high", "medium": float32. A fused kernel on the CPU is "highest",
     whatever torch says. Elsewhere it is ``torch.get_float32_matmul_precision()`` at the time: fused kernels on CUDA
-    follow it ("highest" keeps float32's last bits by a split into two TF32 parts, the others use TF32 on the distance
-    from the chord), and so do torch's own products in any other f, where the device has units for that. "float64",
+    follow it ("highest" splits residuals from the chord and weights into two halves each, "high" and "medium" round each to
+    one, of 11 bits), and so do torch's own products in any other f, where the device has units for that. "float64",
     "bfloat16", "float16": the samples' dtype, or the one that autocast computes in."""
     solver: str
     """What solved the eigenproblem, in float64: "cpu" (LAPACK), "cuda" (the package's kernel) or "cusolver"."""

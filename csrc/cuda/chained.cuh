@@ -29,7 +29,6 @@ __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
 /// A node rule as parameters, and the layers. By value.
 struct Chained {
   HalfLayer layers[3];             // hidden, and the last are the outputs
-  int depth;                       // hidden layers
   ActivationKind kind;             // of the hidden layers, where the kernel is for any
   float alpha, beta;
   alignas(16) float t[kMostNodes];
@@ -561,10 +560,10 @@ Kernel kernel_of(bool halves_alone) {
 template <class Curve, int kStencil>
 Kernel kernel_for(const PathConnectivity<float>& op) {
   const std::int64_t widest = op.widths[0] > op.widths[1] ? op.widths[0] : op.widths[1];
-  if (widest <= 64) return kernel_of<Curve, 8, kStencil>(op.tf32);
-  if (widest <= 104) return kernel_of<Curve, 13, kStencil>(op.tf32);
+  if (widest <= 64) return kernel_of<Curve, 8, kStencil>(op.halves_alone);
+  if (widest <= 104) return kernel_of<Curve, 13, kStencil>(op.halves_alone);
   if constexpr (kStencil == 0) {  // else too few registers
-    if (widest <= 128) return kernel_of<Curve, 16, kStencil>(op.tf32);
+    if (widest <= 128) return kernel_of<Curve, 16, kStencil>(op.halves_alone);
   }
   return {};
 }
@@ -575,7 +574,7 @@ inline std::size_t shared_bytes(const PathConnectivity<float>& op, const Kernel&
   for (int l = 1; l <= op.layers; ++l) {
     fragments += std::int64_t(half_steps(op, kernel.dialect, l).all()) * half_steps(op, kernel.dialect, l - 1).all() * kWarp;
   }
-  return std::size_t(fragments) * (op.tf32 ? 1 : 2) * sizeof(uint4) + kernel.moment_bytes + kParameterBytes;
+  return std::size_t(fragments) * (op.halves_alone ? 1 : 2) * sizeof(uint4) + kernel.moment_bytes + kParameterBytes;
 }
 
 /// The kernel, or none where shared memory is too small for it.
@@ -619,7 +618,6 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   });
   if (error) return error;
   const Problem<float>& problem = plan.problem;
-  chained.depth = op.layers;
   const double spacing = spacing_of(op.nodes);
   chained.spacing = float(spacing);
   chained.nodes = int(blocks_of(op.nodes.interior, kPass)) * kPass;

@@ -79,7 +79,11 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   static std::atomic<int> known[kDevices][kAttributes];  // the value and 1; 0: not known
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
+#if defined(LMN_EMULATED)
+  const bool kept = false;  // tests change the device
+#else
   const bool kept = device < kDevices && int(attribute) < kAttributes;
+#endif
   if (kept && (value = known[device][int(attribute)].load(std::memory_order_relaxed)) > 0) return value - 1;
   if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
   if (kept) known[device][int(attribute)].store(value + 1, std::memory_order_relaxed);
@@ -111,31 +115,6 @@ __device__ inline float exp2_fast(float v) {
 #endif
 }
 
-/// Nearest TF32 number (10 bits of mantissa), a NaN stays one.
-__device__ inline std::uint32_t to_tf32(float v) {
-#if defined(LMN_EMULATED)
-  return emulator::to_tf32(v);
-#else
-  std::uint32_t result;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(v));
-  return result;
-#endif
-}
-
-/// c += a b for a warp's 16 x 8 tile of c, a 16 x 8, b 8 x 8 in TF32: lower bits of a and b are ignored.
-/// With g = lane / 4 and q = lane % 4: a = (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4); b = (q, g), (q + 4, g);
-/// c = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1). Source: PTX ISA, mma.m16n8k8.
-__device__ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-#if defined(LMN_EMULATED)
-  emulator::mma_m16n8k8_tf32(c, a, b0, b1);
-#else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
 /// Two floats as halves, to nearest: `low` in the lower 16 bits. What is beyond 65504 becomes infinite.
 __device__ inline std::uint32_t to_halves(float low, float high) {
 #if defined(LMN_EMULATED)
@@ -149,7 +128,7 @@ __device__ inline std::uint32_t to_halves(float low, float high) {
 
 /// c += a b for a warp's 16 x 8 tile of c, a 16 x 16, b 16 x 8, in halves; sums in float. With g = lane / 4 and q = lane % 4,
 /// each register of two halves side by side: a = (g, 2 q), (g + 8, 2 q), (g, 2 q + 8), (g + 8, 2 q + 8); b = (2 q, g), (2 q + 8, g);
-/// c as above. Source: PTX ISA, mma.m16n8k16.
+/// c = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1). Source: PTX ISA, mma.m16n8k16.
 __device__ inline void multiply_add_halves(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
 #if defined(LMN_EMULATED)
   emulator::mma_m16n8_f16(c, a, 4, b0, b1);

@@ -153,7 +153,7 @@ inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect&
   Problem<float>& problem = plan.problem;
   problem.last = op.layers;
   problem.ends_linear = op.layers > 0 && op.activations[op.layers].kind == ActivationKind::kIdentity;
-  problem.halves_alone = op.tf32;
+  problem.halves_alone = op.halves_alone;
   problem.samples = op.samples;
   problem.outputs = op.widths[op.layers];
   problem.connectivity = op.connectivity;

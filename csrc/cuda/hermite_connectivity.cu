@@ -17,7 +17,7 @@ chained::Kernel find_chained(const HermiteConnectivity<float>& op) {
   chained::Kernel found;
   if (!chained::takes(path)) return found;
   if (path.layers == 1) {
-    found = op.midpoint ? chained::kernel_of<Any, 0, 3>(path.tf32) : chained::kernel_of<Any, 0, 2>(path.tf32);
+    found = op.midpoint ? chained::kernel_of<Any, 0, 3>(path.halves_alone) : chained::kernel_of<Any, 0, 2>(path.halves_alone);
   } else if (!op.midpoint) {
     found = chained::kernel_for<Any, 2>(path);
   }

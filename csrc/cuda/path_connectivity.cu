@@ -17,7 +17,7 @@ chained::Kernel find_chained(const PathConnectivity<float>& op) {
       found = chained::kernel_for<Curve<ActivationKind::kSilu>, 0>(op);
     }
   } else {
-    const auto of = [&](auto curve) { return chained::kernel_of<decltype(curve), 0, 0>(op.tf32); };
+    const auto of = [&](auto curve) { return chained::kernel_of<decltype(curve), 0, 0>(op.halves_alone); };
     switch (kind) {
       case ActivationKind::kSilu: found = of(Curve<ActivationKind::kSilu>{}); break;
       case ActivationKind::kSigmoid: found = of(Curve<ActivationKind::kSigmoid>{}); break;

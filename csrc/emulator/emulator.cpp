@@ -32,9 +32,9 @@ constexpr std::size_t kStack = 256 * 1024;  // pages that are not touched cost n
 constexpr std::size_t kGuard = 1024;        // bytes of NaN before and after the dynamic shared memory
 
 enum class Wait {
-  kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiply, kMultiplyHalves, kMultiply64, kNamed, kStore
+  kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiplyHalves, kMultiply64, kNamed, kStore
 };
-const char* const kWaitNames[] = {"nothing", "__syncthreads", "__syncwarp", "vote", "shuffle", "mma", "mma of halves",
+const char* const kWaitNames[] = {"nothing", "__syncthreads", "__syncwarp", "vote", "shuffle", "mma of halves",
                                   "mma in float64", "bar.sync", "store of another block"};
 
 struct Fragments {
@@ -88,7 +88,6 @@ __attribute__((noinline)) void switch_context(jmp_buf& from, jmp_buf& to) {
   if (_setjmp(from) == 0) _longjmp(to, 1);
 }
 
-void multiply_add(const Fragments* const* lanes);
 void multiply_add_halves(const Fragments* const* lanes);
 void multiply_add64(const Fragments64* const* lanes);
 
@@ -260,10 +259,6 @@ void Machine::collective(int warp, unsigned mask) {
       if (!(mask >> source & 1)) fail("lane %d of warp %d shuffles from lane %d, not in %08x", lane, warp, source, mask);
       fibers[lane].value = values[source];
     }
-  } else if (kind == Wait::kMultiply) {
-    const Fragments* lanes[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = &fibers[lane].fragments;
-    multiply_add(lanes);
   } else if (kind == Wait::kMultiplyHalves) {
     const Fragments* lanes[kWarp];
     for (int lane = 0; lane < kWarp; ++lane) lanes[lane] = &fibers[lane].fragments;
@@ -462,8 +457,6 @@ using Unsigned = std::uint32_t __attribute__((vector_size(32)));
 using Doubles = double __attribute__((vector_size(64)));
 using Longs = std::int64_t __attribute__((vector_size(64)));
 
-float tf32(std::uint32_t bits) { return as_float(bits & ~0x1fffu); }
-
 // sum + addends[0] + ... + addends[3]
 Floats add_aligned(Floats sum, const Floats (&addends)[4]) {
   constexpr int kBits = 24;  // of a mantissa below the largest addend's leading one: a float's and one more
@@ -486,35 +479,6 @@ Floats add_aligned(Floats sum, const Floats (&addends)[4]) {
   const Longs bits = Longs(__builtin_convertvector(Ints(total), Doubles)) & ~((std::int64_t(1) << 29) - 1);
   const Floats truncated = __builtin_convertvector(Doubles(bits), Floats) * unscale;
   return exponent == 255 ? plain : truncated;  // NaN or Inf
-}
-
-void multiply_add(const Fragments* const* lanes) {
-  constexpr int kRows = 16, kColumns = 8, kDepth = 8, kStep = 4;
-  float a[kRows][kDepth];
-  Floats b[kDepth];
-  for (int lane = 0; lane < kWarp; ++lane) {
-    const Fragments& f = *lanes[lane];
-    const int g = lane / 4, q = lane % 4;
-    a[g][q] = tf32(f.a[0]);
-    a[g + 8][q] = tf32(f.a[1]);
-    a[g][q + 4] = tf32(f.a[2]);
-    a[g + 8][q + 4] = tf32(f.a[3]);
-    b[q][g] = tf32(f.b0);
-    b[q + 4][g] = tf32(f.b1);
-  }
-  for (int row = 0; row < kRows; ++row) {
-    const auto c = [&](int column) -> float& {
-      return lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
-    };
-    Floats sum;
-    for (int column = 0; column < kColumns; ++column) sum[column] = c(column);
-    for (int begin = 0; begin < kDepth; begin += kStep) {
-      Floats products[kStep];  // of 11 bits each: exact
-      for (int k = 0; k < kStep; ++k) products[k] = a[row][begin + k] * b[begin + k];
-      sum = add_aligned(sum, products);
-    }
-    for (int column = 0; column < kColumns; ++column) c(column) = sum[column];
-  }
 }
 
 float from_half(std::uint32_t bits) {
@@ -715,11 +679,6 @@ std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t value, int argu
   return t_current->wait(Wait::kShuffle, mask);
 }
 
-void mma_m16n8k8_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  t_current->current().fragments = {c, a, b0, b1, 4};
-  t_current->wait(Wait::kMultiply, 0xffffffffu);
-}
-
 void mma_m16n8_f16(float (&c)[4], const std::uint32_t* a, int registers, std::uint32_t b0, std::uint32_t b1) {
   t_current->current().fragments = {c, a, b0, b1, registers};
   t_current->wait(Wait::kMultiplyHalves, 0xffffffffu);
@@ -760,11 +719,6 @@ float exp2_fast(float v) {
     nearest = std::nextafter(std::nextafter(nearest, side), side);
   }
   return flush(nearest);
-}
-
-std::uint32_t to_tf32(float v) {
-  if (std::isnan(v)) return 0x7fffffffu;
-  return std::isinf(v) ? as_bits(v) : (as_bits(v) + 0x1000u) & ~0x1fffu;
 }
 
 }  // namespace emulator

@@ -66,12 +66,8 @@ float reciprocal(float v);
 /// 2^v, for every second v two ulp off, as ex2.approx may be; exact at 0, and what is no normal number is zero.
 float exp2_fast(float v);
 
-std::uint32_t to_tf32(float v);  // nearest, ties away from zero
-
-/// Matrix units align the addends to the largest and drop what lies below. How many bits they keep is not documented:
-/// here one more than a float's, and the eight products are added in two steps of four.
-void mma_m16n8k8_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1);
-/// Halves; of depth 16 with four registers of a, of depth 8 with two.
+/// Matrix units align the addends to the largest and drop what lies below. How many bits they keep is not documented: here one
+/// more than a float's, and products are added in steps of four. Of depth 16 with four registers of a, of depth 8 with two.
 void mma_m16n8_f16(float (&c)[4], const std::uint32_t* a, int registers, std::uint32_t b0, std::uint32_t b1);
 
 std::uint32_t to_halves(float low, float high);  // nearest, ties to even

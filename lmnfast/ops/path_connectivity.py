@@ -19,8 +19,10 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
     A first Linear commutes with the path and is applied to the samples alone, in float64. float32 in, statistics and result:
     float32, sums over outputs compensated or in float64; float64: float64; half types are widened to float32 first.
     Pairs that this cannot resolve are measured in float64 afterwards, see `lmnfast.unresolved`.
-    On CUDA float32 products follow ``torch.get_float32_matmul_precision()``: "highest" as exact as float32 (two TF32
-    parts), else the residual from the chord is rounded to TF32, which costs 1 - r2 a relative 1e-3 at most.
+    On CUDA float32 products follow ``torch.get_float32_matmul_precision()``. "highest": residuals from the chord and weights
+    are each split into two halves, which keeps 22 of float32's 24 bits. "high" and "medium": each is one half, of 11 bits, as
+    in TF32, which costs 1 - r2 a relative 1e-3 at most. A power of two for each unit brings them into a half's range; where
+    that fails, the pair is one of those measured in float64.
 
     Args:
         chain: weights on the samples' device, of their dtype.
