@@ -34,7 +34,7 @@ from .evaluation import (
     tile_pairs,
     widened,
 )
-from .jacobian import Differentiated, chain_features, merged, other_features, tiled
+from .jacobian import Differentiated, other_features, tiled, with_features
 from .network import Chain, Stacked, loaded, networks_in, recognise
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .quadrature import path_nodes
@@ -703,15 +703,17 @@ def _of_jacobians(
 ) -> Tensor:
     """1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2), from the distances of jacobian_distances."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     if chain is None:
         rows = other_features(f, x, ends, allocated, False, checks)
-        width = ends.shape[1] * x[0].numel()
-    else:
-        chain = merged(chain)
-        if all(a.name == "identity" for a in chain.activations):
-            return torch.ones(len(x), len(x), dtype=dtype, device=x.device)
-        rows, width = chain_features(chain, x, False)
+        return _shares_of_norms(rows, x, ends.shape[1] * x[0].numel(), dtype)
+    if all(a.name == "identity" for a in chain.activations):
+        return torch.ones(len(x), len(x), dtype=dtype, device=x.device)
+    return with_features(chain, x, False, lambda rows, width: _shares_of_norms(rows, x, width, dtype))
+
+
+def _shares_of_norms(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The same of rows of features, in place of Jacobians."""
+    norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     def with_norms(begin: int, end: int) -> Tensor:
         features = rows(begin, end)

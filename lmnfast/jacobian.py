@@ -113,15 +113,9 @@ def jacobian_distances(
         if all(a.name == "identity" for a in chain.activations):
             later.settle()
             return torch.zeros(len(x), len(x), dtype=dtype, device=x.device)
-        for with_isometry in (True, False):
-            try:
-                rows, width = chain_features(chain, x, affine, later, with_isometry)
-                d = tiled(rows, len(x), width, squared, dtype)
-                later.settle()
-                return d
-            except NoIsometry:
-                pass
-        raise AssertionError("Jacobians are features of any chain")
+        return with_features(
+            chain, x, affine, lambda rows, width: tiled(rows, len(x), width, squared, dtype), later
+        )
 
 
 @alone()
@@ -337,6 +331,25 @@ def chain_features(
         return torch.cat((features, _offsets(chain, some)), 1) if affine else features
 
     return later.rows(rows), width
+
+
+def with_features(
+    chain: Chain,
+    x: Tensor,
+    affine: bool,
+    make: Callable[[Callable[[int, int], Tensor], int], Tensor],
+    later: Later | None = None,
+) -> Tensor:
+    """What is made of the rows of `chain_features` and their number. CUDA is waited for once, with what `later` expects."""
+    later = later or Later(_native.on_cuda(x))
+    for with_isometry in (True, False):
+        try:
+            made = make(*chain_features(chain, x, affine, later, with_isometry))
+            later.settle()
+            return made
+        except NoIsometry:
+            pass
+    raise AssertionError("Jacobians are features of any chain")
 
 
 def _isometry(chain: Chain) -> Tensor | None:

@@ -623,7 +623,7 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   chained.nodes = int(blocks_of(op.nodes.interior, kPass)) * kPass;
   for (int m = 0; m < chained.nodes; ++m) {
     const bool inside = m < op.nodes.interior;
-    const double t = inside ? op.nodes.t[m] : spacing > 0 ? spacing * (m + 1) : 1.0;
+    const double t = inside ? op.nodes.t[m] : 1.0;  // between the samples, where a residual has a half's range
     chained.t[m] = float(t);
     chained.w[m] = inside ? float(op.nodes.weights[m]) : 0.0f;
     chained.w_t[m] = inside ? float(op.nodes.weights[m] * (t - op.nodes.mean_t)) : 0.0f;
