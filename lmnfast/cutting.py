@@ -506,6 +506,8 @@ def _after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphMo
 def _only_computes(node: fx.Node) -> bool:
     """Whether a step of a graph gives the same each time and changes nothing but results before it; of a module `evaluating`
     looks itself."""
+    if "out" in node.kwargs:
+        return False
     if node.op == "get_attr":  # nothing works in place on a parameter
         return all(user.target in (F.linear, operator.add, torch.add) for user in node.users)
     if node.op == "call_function":

@@ -45,7 +45,10 @@ def keep_freed_pages() -> None:
 
 def free_memory(device: torch.device) -> int:
     """Bytes of a CUDA device that nobody uses: of the driver's, and of what torch's allocator holds and has not given away."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    except (RuntimeError, NotImplementedError):  # of another allocator than torch's
+        held = 0
     return torch.cuda.mem_get_info(device)[0] + held
 
 
@@ -305,8 +308,15 @@ class AllocationCount(TorchFunctionMode):
         return result
 
     def _follow(self, value: Tensor) -> None:
-        storage = value.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
+        size = value.numel() * value.element_size()
+        try:
+            storage = value.untyped_storage()
+            address = storage.data_ptr()
+        except (RuntimeError, NotImplementedError):  # of vmap, torch.func, sparse layouts: not accessible
+            self._live += size
+            self.bytes = max(self.bytes, self._live)
+            return
+        size = min(size, storage.nbytes())  # a view of what was there before may have a large one
         if address not in self._storages:
             self._live += size
             self.bytes = max(self.bytes, self._live)
@@ -328,8 +338,9 @@ def bytes_of(
 ) -> tuple[Tensor, int]:
     """f's outputs for some of the samples, and the bytes that it takes for all of them: on CUDA, where f is not
     differentiated, at a time. CPU_TILE was chosen by all of them together."""
+    some = torch.stack([x[row] for row in rows])
     with AllocationCount(live=x.is_cuda and not differentiated) as count:
-        again = outputs_of(f, torch.stack([x[row] for row in rows]))
+        again = outputs_of(f, some)
     return again, -(-count.bytes * len(x) // len(rows))
 
 

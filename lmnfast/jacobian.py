@@ -15,6 +15,7 @@ from .evaluation import (
     Calls,
     Checks,
     all_finite,
+    check_budget,
     checked_samples,
     has_kernels,
     out_of_memory,
@@ -36,7 +37,7 @@ ISOMETRY_ERROR = 1e-6
 
 
 @alone()
-def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT_BUDGET) -> Tensor:
+def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = None) -> Tensor:
     """Jacobian of f at every sample; ``torch.func.vmap(torch.func.jacrev(f))(x)`` to rounding, flattened.
 
     Chains of Linear and pointwise activations without residual blocks run in one fused kernel. Any other f is
@@ -47,7 +48,7 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT
     Args:
         f: maps a batch (B, *in) to (B, *out), one row independent of the others, differentiable.
         x: (N, *in), floating point, the samples.
-        budget: bytes that f's intermediate results and their derivatives may take together; not for chains.
+        budget: bytes that f's intermediate results and their derivatives may take together, None: 256 MiB; not for chains.
 
     Returns:
         (N, K, D) with K outputs and D inputs; float64 for float64 samples, else float32.
@@ -56,8 +57,8 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int = DEFAULT
         TypeError, ValueError: as :func:`lmnfast.connectivity`; a NaN or Inf in a Jacobian, or an f that cannot be
             differentiated, is a ValueError.
     """
-    if budget <= 0:
-        raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
+    check_budget(budget)
+    budget = DEFAULT_BUDGET if budget is None else budget
     x = checked_samples(f, x)
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)

@@ -394,7 +394,10 @@ class _Tail:
 
     def chain(self) -> Chain | None:
         """The chain, where its weights still are the parameters' values; None: to be recognised anew."""
-        if self._chain is None or any(p.data_ptr() != value.data_ptr() for p, value in self._pairs):
+        if self._chain is None or any(
+            p.data_ptr() != value.data_ptr() or p.shape != value.shape or p.stride() != value.stride()
+            for p, value in self._pairs
+        ):
             return None
         return self._chain
 

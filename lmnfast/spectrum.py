@@ -59,12 +59,19 @@ def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
     L = L if L.dtype == torch.float32 else L.double()
     values, used = None, "cpu"
     if L.is_cuda and solver != "cpu":
-        try:
-            values, used = ops.symmetric_eigenvalues(L), "cuda" if fits(L) else "cusolver"
-            if used == "cuda" and bool(values.isnan().any()):  # given up: not all of its blocks ran at once
+        if fits(L):
+            try:
+                values, used = ops.symmetric_eigenvalues(L), "cuda"
+                values = (
+                    None if bool(values.isnan().any()) else values
+                )  # given up: not all of its blocks ran at once
+            except RuntimeError:  # a launch of all blocks at once that is refused, by a share of the card say
+                values = None
+        if values is None:
+            try:
                 values, used = torch.linalg.eigvalsh(L.double()), "cusolver"
-        except torch.linalg.LinAlgError:  # cuSOLVER fails on some nearly rank-one matrices
-            values, used = None, "cpu"
+            except torch.linalg.LinAlgError:  # cuSOLVER fails on some nearly rank-one matrices
+                values, used = None, "cpu"
     if values is None:
         values = ops.symmetric_eigenvalues(L.cpu())
     return values.gather(-1, values.abs().argsort(-1, descending=True)), used

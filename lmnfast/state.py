@@ -41,8 +41,17 @@ SWITCHES = {
     "require_backward_grad_sync": False,
 }
 
-# As they were at import: a library may put others in their place.
+
+def _is_torchs(function: Any) -> bool:
+    """Whether a function was written in torch, and is not what a library has put in its place."""
+    code = getattr(function, "__code__", None)
+    return code is not None and Path(code.co_filename).is_relative_to(Path(torch.__file__).parent)
+
+
+# As they were at import: a library may put others in their place, and may have done so before.
 FORWARDS = {k: k.forward for k in vars(nn).values() if isinstance(k, type) and issubclass(k, nn.Module)}
+FORWARDS = {kind: forward for kind, forward in FORWARDS.items() if _is_torchs(forward)}
+_CALL = nn.Module.__call__ if _is_torchs(nn.Module.__call__) else None
 _FUNCTIONS = dict(vars(F))
 # Where torch has the modules that change nothing in a forward pass in eval mode. The state of a network of such modules alone is
 # not kept: for four of them `evaluating` takes 0.16 ms in place of 0.36.
@@ -301,6 +310,8 @@ def _is_stateless(part: nn.Module) -> bool:
         (kind.__module__ in STATELESS or kind is nn.Module)  # which a graph has as a folder of parts
         and kind in FORWARDS
         and kind.forward is FORWARDS[kind]
+        and kind.__call__ is _CALL
+        and not hasattr(part, "max_norm")  # rows may be renormalised by it
         and not any(map(callable, vars(part).values()))
         and not hooked(part)
         and not hooked(part, backward=True)

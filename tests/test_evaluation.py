@@ -393,3 +393,11 @@ def test_bytes_are_counted_of_all_results_or_of_those_there_are_at_a_time():
     assert together.bytes > 10 * a_float * (100 + 100 + 50 + 50)
     del second, third
     assert at_a_time._live == 0 and not at_a_time._storages and not at_a_time._tensors
+
+
+def test_bytes_held_at_a_time_are_counted_of_results_without_a_storage_and_not_of_views_of_more():
+    data = torch.randn(1000, 10)
+    with AllocationCount(live=True) as count:
+        torch.vmap(torch.func.grad(lambda row: row.square().sum()))(data[:5])
+        data[:5].to_sparse()
+    assert 1 < count.bytes < 4 * data.numel()

@@ -1,5 +1,7 @@
 """The fused kernel against the float64 reference: every activation, instruction set, dtype, odd size, limit case."""
 
+import math
+
 import pytest
 import torch
 from chains import (
@@ -343,6 +345,31 @@ def test_what_no_half_can_hold_is_unresolved(width, name, matmul, emulated, prec
         assert torch.equal(found.L[:2, 2:] >= 0, torch.full((2, 2), fits))
         found.resolve()
         assert (found.L - reference.path_connectivity(chain, x, *UNIFORM)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("far", [1e3, 1e5, 1e6, 1e7, 1e8, 1e9])
+@pytest.mark.parametrize("alone", [False, True])  # the sample in one unit
+@pytest.mark.parametrize("name", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("widths", [(24, 8), (24, 20, 8), (24, 40)])
+def test_a_sample_far_away_costs_the_others_no_digits(far, alone, name, widths, device):
+    """Where numbers have the range of halves, one scale has to do for all samples."""
+    chain = random_chain(list(widths), [name] * (len(widths) - 1) + ["identity"], scale=1.0)
+    x = samples(12, 24)
+    x[3, 0 if alone else slice(None)] *= far
+    others = torch.arange(12) != 3
+    L, truth = measured(chain, x, device, torch.float32), reference.path_connectivity(chain, x, *UNIFORM)
+    assert truth[others][:, others].min() < 0.99
+    assert (L.double() - truth)[others][:, others].abs().max() < 2e-5
+
+
+def test_a_sample_that_is_not_finite_spoils_its_own_pairs_alone(device):
+    chain = random_chain([24, 8], ["relu", "identity"], scale=1e6)
+    x = 1e-6 * samples(12, 24)
+    truth = reference.path_connectivity(chain, x, *UNIFORM)
+    x[3, 2] = math.nan
+    others = torch.arange(12) != 3
+    L = chain_connectivity(cast(chain, torch.float32, device), x.float().to(device), *UNIFORM).L.cpu()
+    assert (L.double() - truth)[others][:, others].abs().max() < 2e-5
 
 
 def test_strided_expanded_and_tracked_tensors(device):

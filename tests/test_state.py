@@ -591,3 +591,21 @@ def test_an_interrupt_while_a_model_is_traced_leaves_torch_as_it_was(interruptib
         lmnfast.lmn(Interrupting(), torch.randn(6, 4))
     assert nn.Module.__call__ is call
     nn.Linear(2, 2)(torch.zeros(1, 2))
+
+
+def test_a_forward_or_a_call_that_is_not_torchs_is_no_network_that_keeps_no_state(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(8, 4)
+    with state.evaluating(model) as kept:
+        assert kept.stateless and kept.in_order
+    original = nn.ReLU.__call__
+    monkeypatch.setattr(nn.ReLU, "__call__", lambda self, z: original(self, z) + z**2)
+    with state.evaluating(model) as kept:
+        assert not kept.stateless
+    expected = lmnfast.connectivity(lambda z: model(z), x)
+    assert (lmnfast.connectivity(model, x) - expected).abs().max() < 1e-5
+
+
+def test_a_linear_with_a_norm_of_the_users_is_measured():
+    model = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 3))
+    model[0].max_norm = 1.0
+    assert lmnfast.lmn(model, torch.randn(8, 4)) >= 1

@@ -35,9 +35,9 @@ struct Layer {
 /// What the samples leave to the kernels of halves to decide; zeros before.
 struct RangeFlags {
   int largest_z;  // bits of the largest |z| of the first layer, as a float
-  int tiny;       // 1 where some SiLU unit has no a beyond kTinyUnit, but not 0
+  int careful;    // 1 where some SiLU unit's largest |a| is below kTinyUnit, but not 0, or above kHugeUnit
 };
-constexpr float kTinyUnit = 1e-10f;
+constexpr float kTinyUnit = 1e-10f, kHugeUnit = 0x1p40f;
 
 /// The kernels' view of the problem, all in the memory of the device.
 template <class T>
@@ -173,13 +173,13 @@ __device__ inline void add_earlier(const Earlier<T>& earlier, const Layer<T>& la
   }
 }
 
-/// Notes a block's largest |a| and |v| of each unit, and of the first layer the largest |z|.
+/// Notes a block's largest |a| and |v| of each unit, but of what is not finite, and of the first layer the largest |z|, a NaN too.
 __device__ inline void note_range(const Problem<float>& problem, const Layer<float>& layer, std::int64_t first_unit, int row,
                                   int column, float z, float a, bool is_first) {
   __shared__ int largest[kForwardTile];  // as integers positive floats have the same order
   if (row == 0) largest[column] = 0;
   __syncthreads();
-  atomicMax(&largest[column], int(__float_as_uint(a)));
+  if (a <= 0x1.fffffep127f) atomicMax(&largest[column], int(__float_as_uint(a)));
   __syncthreads();
   if (row == 0 && first_unit + column < layer.width) {
     atomicMax(reinterpret_cast<int*>(layer.half.largest) + first_unit + column, largest[column]);
@@ -216,6 +216,10 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
       const bool inside = sample < problem.samples && d < depth;
       a_tile[row][column] = inside ? before[sample * before_stride + d] : T(0);
       rounding_tile[row][column] = inside ? before_rounding[sample * before_stride + d] : T(0);
+      if constexpr (sizeof(T) == 4) {  // the half's own rounding, of the largest |a| of all samples
+        const float quantum = inside ? problem.layers[index - 1].half.largest[d] * kHalfRounding : 0.0f;
+        rounding_tile[row][column] = float(::hypot(double(rounding_tile[row][column]), double(quantum)));
+      }
       w_tile[row][column] = other < layer.width && d < depth ? layer.weights[other * depth + d] : T(0);
       __syncthreads();
       for (int d_tile = 0; d_tile < kForwardTile; ++d_tile) {

@@ -21,7 +21,7 @@ constexpr int kChainedOutputs = 32;
 
 // SiLU with |z| below this: a product of two terms 1 + exp(-z) is far from overflow, and exponentials at equally spaced nodes
 // may be had by multiplication. Of a deeper layer, whose z may exceed that of its samples, exponents are cut off there: a SiLU is
-// then wrong by 43 exp(-43) = 1e-17, which kTinyUnit keeps below a float's rounding.
+// then wrong by |z| 2^-62, which kTinyUnit keeps below a float's rounding.
 constexpr float kPairedLimit = 43, kPairedExponent = 62;
 
 __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
@@ -33,7 +33,7 @@ struct Chained {
   float alpha, beta;
   alignas(16) float t[kMostNodes];
   float w[kMostNodes], w_t[kMostNodes];
-  int nodes;                       // a multiple of kPass, the last with weight 0
+  int nodes, interior;             // a multiple of kPass, and how many of these count
   float spacing;                   // of the nodes; 0: they are not equally spaced
   float variance_t;
   Stencil<float> stencil;
@@ -381,6 +381,7 @@ struct ChainedWarp {
           Moments<float> sums = load(n);
 #pragma unroll
           for (int r = 0; r < kPass; ++r) {
+            if (node + r >= p.interior) break;  // others only fill up the pass, and may be infinite
             add_moments(sums, y[r / 2][n / 2][2 * (r % 2) + n % 2], p.w[node + r], p.w_t[node + r]);
           }
           store(n, sums);
@@ -521,9 +522,10 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kWarp
   __syncthreads();
   [[maybe_unused]] int careful = 1;
   if constexpr (Curve::kSilu && kStencil == 0) {
-    careful = !(__uint_as_float(unsigned(p.range->largest_z)) < kPairedLimit) || p.range->tiny != 0;
+    careful = !(__uint_as_float(unsigned(p.range->largest_z)) < kPairedLimit) || p.range->careful != 0;
   }
   for (int n = int(blockIdx.x * S::kWarpsOf + threadIdx.x / kWarp); n < p.units; n += int(gridDim.x * S::kWarpsOf)) {
+    __syncwarp();  // the lanes that have stored an entry are back
     int i, block;
     find_unit<S::kPaths>(n, i, block);
     if (i >= p.samples) continue;
@@ -621,9 +623,10 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   const double spacing = spacing_of(op.nodes);
   chained.spacing = float(spacing);
   chained.nodes = int(blocks_of(op.nodes.interior, kPass)) * kPass;
+  chained.interior = op.nodes.interior;
   for (int m = 0; m < chained.nodes; ++m) {
     const bool inside = m < op.nodes.interior;
-    const double t = inside ? op.nodes.t[m] : 1.0;  // between the samples, where a residual has a half's range
+    const double t = inside ? op.nodes.t[m] : 1.0;
     chained.t[m] = float(t);
     chained.w[m] = inside ? float(op.nodes.weights[m]) : 0.0f;
     chained.w_t[m] = inside ? float(op.nodes.weights[m] * (t - op.nodes.mean_t)) : 0.0f;

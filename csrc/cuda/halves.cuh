@@ -88,7 +88,8 @@ __device__ inline void write_row(const Problem<float>& problem, int l, std::int6
   float* const to = half.units + std::int64_t(step) * 2 * kStepUnits + rest;
   to[0] = half.inverse ? 1 / scale : scale;
   to[is_full ? kStepUnits : kTailUnits] = unscale;
-  if (layer.kind == ActivationKind::kSilu && largest > 0 && largest < kTinyUnit) atomicOr(&problem.range->tiny, 1);
+  const bool ordinary = largest == 0 || (largest >= kTinyUnit && largest <= kHugeUnit);
+  if (layer.kind == ActivationKind::kSilu && !ordinary) atomicOr(&problem.range->careful, 1);
 }
 
 /// Blocks of one layer in finish_kernel.

@@ -471,7 +471,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
   const int warps = int(blockDim.x) / kWarp;
   const auto residuals_of = [&](Sums<kTiles>& sums, int set_tile, int first_step, const auto& emit) {
     // The fast exponential's relative error grows with |z|: what is left of a unit that is all but off needs the other one.
-    if (kPolynomial || p.kept || layer_here(p)->kind != ActivationKind::kSilu || afresh(&problem.range->tiny)[0]) {
+    if (kPolynomial || p.kept || layer_here(p)->kind != ActivationKind::kSilu || afresh(&problem.range->careful)[0]) {
       any_residuals<kTiles, kPolynomial>(p, sums, set_tile, first_step, emit);
     } else {
       silu_residuals<kTiles>(p, sums, set_tile, first_step, emit);
@@ -532,6 +532,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
         if (p.hidden == 1) __syncthreads();  // the first warp has read the sums before
         for (int at = 0; at < own_sums; at += kWarp) partial()[warp_here() * own_sums + at] = make_float4(0, 0, 0, 0);
         const auto emit = [&](int, int m, int step, const Residuals& e) {
+          __syncwarp();
           const Fragment<kSplit> fragment = to_fragment<kSplit>(e);
           const Layer<float>* const layer = afresh(problem.layers + problem.last);
           const int steps = layer[-1].half.steps.all();
@@ -781,6 +782,10 @@ const char* enqueue_by_panels(const PathConnectivity<float>& op, const Stencil<f
   HalfPlan half = make_half_plan(op, Dialect{false, 0, false, kPolynomial}, arena);
   PanelPlan plan = make_panel_plan(op, half, stencil, arena);
   if (plan.blocks == 0) return "no CUDA device";
+  for (int l = 1; l <= op.layers; ++l) {  // 32-bit places of its weights
+    const std::int64_t fragments = half_steps(op, half.dialect, l - 1).all() * std::int64_t(half_steps(op, half.dialect, l).all());
+    if (fragments * kWarp > 0x3fffffff) return "a layer too wide for the kernel";
+  }
   const char* error = store_nodes(op.nodes, half.nodes, half.problem.nodes, stream);
   if (!error) error = enqueue_half_samples(op, half, arena, stream, [](int, const Layer<float>&) {});
   if (error) return error;
