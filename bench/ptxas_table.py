@@ -30,6 +30,9 @@ def kernels(log: str) -> dict[tuple[str, str], list[int]]:
             described = match[1]  # a function that a kernel calls is also described, after it
         elif (match := LINES["stack"].search(line)) and entry and described == entry[0]:
             found[entry] = [0, *map(int, match.groups()), 0]
+        elif match and entry in found:  # what such a function spills, its kernel does
+            found[entry][2] += int(match[2])
+            found[entry][3] += int(match[3])
         elif (match := LINES["registers"].search(line)) and entry in found:
             shared = re.search(r"(\d+) bytes smem", line)
             found[entry][0], found[entry][-1] = int(match[1]), int(shared[1]) if shared else 0

@@ -261,13 +261,15 @@ ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Addres
                                        const std::vector<int>& kinds, const std::vector<double>& parameters,
                                        std::vector<std::int32_t> skips, std::vector<Address> shifts,
                                        std::vector<double> t, std::vector<double> node_weights, double mean_t,
-                                       double variance_t, std::int64_t samples, bool halves_alone, std::optional<bool> midpoint) {
+                                       double variance_t, std::int64_t samples, bool halves_alone,
+                                       std::optional<bool> midpoint) {
   expect_chain(weights.size(), biases.size(), widths.size(), kinds.size());
   expect(skips.size() == shifts.size() && (skips.empty() || skips.size() == 2 * kinds.size()), "skips, shifts");
   for (std::size_t n = 0; n < skips.size(); ++n) expect(-1 <= skips[n] && skips[n] < int(n), "skips");
   expect(t.size() == node_weights.size(), "nodes");
   return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), activations_of(kinds, parameters),
-          std::move(skips), std::move(shifts), {std::move(t), std::move(node_weights), mean_t, variance_t}, samples, halves_alone, midpoint};
+          std::move(skips), std::move(shifts), {std::move(t), std::move(node_weights), mean_t, variance_t}, samples,
+          halves_alone, midpoint};
 }
 
 template <class T>

@@ -173,7 +173,7 @@ __device__ inline void add_earlier(const Earlier<T>& earlier, const Layer<T>& la
   }
 }
 
-/// Notes a block's largest |a| and |v| of each unit, but of what is not finite, and of the first layer the largest |z|, a NaN too.
+/// Notes a block's largest |a| and |v| of each unit, of finite ones; and of the first layer the largest |z|, a NaN too.
 __device__ inline void note_range(const Problem<float>& problem, const Layer<float>& layer, std::int64_t first_unit, int row,
                                   int column, float z, float a, bool is_first) {
   __shared__ int largest[kForwardTile];  // as integers positive floats have the same order

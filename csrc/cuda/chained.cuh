@@ -20,8 +20,8 @@ constexpr int kPass = 2 * kTiles;    // nodes
 constexpr int kChainedOutputs = 32;
 
 // SiLU with |z| below this: a product of two terms 1 + exp(-z) is far from overflow, and exponentials at equally spaced nodes
-// may be had by multiplication. Of a deeper layer, whose z may exceed that of its samples, exponents are cut off there: a SiLU is
-// then wrong by |z| 2^-62, which kTinyUnit keeps below a float's rounding.
+// may be had by multiplication. Of a deeper layer, whose z may exceed that of its samples, exponents are cut off there: a SiLU
+// is then wrong by |z| 2^-62, which kTinyUnit keeps below a float's rounding.
 constexpr float kPairedLimit = 43, kPairedExponent = 62;
 
 __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
@@ -229,8 +229,8 @@ struct ChainedWarp {
   }
 
   template <bool kFirst>
-  __device__ inline void at_nodes(const float (&t)[kPass], float z_i, float a_i, float z_j, float a_j, const float (&deviation)[kPass], float unscale,
-                                  float scale, float (&e)[kPass]) const {
+  __device__ inline void at_nodes(const float (&t)[kPass], float z_i, float a_i, float z_j, float a_j,
+                                  const float (&deviation)[kPass], float unscale, float scale, float (&e)[kPass]) const {
     if constexpr (Curve::kSilu) {
       silu_residuals<kFirst, kCareful>(z_i, a_i, z_j, a_j, t, p.spacing, deviation, unscale, scale, e);
     } else {
@@ -496,8 +496,8 @@ __device__ inline void chained_unit(int i, int block) {
   }
 }
 
-/// Not inline: with a fast and a careful one in the kernel the compiler keeps addresses of one alive through
-/// the other, and runs out of registers. A function's parameters would be in memory, so it reads the block's copy of the kernel's.
+/// Not inline: with a fast and a careful one in the kernel the compiler keeps addresses of one alive through the other, and runs
+/// out of registers. A function's parameters would be in memory, so it reads the block's copy of the kernel's.
 template <class Curve, int kBlocks, int kStencil, bool kSplit, bool kCareful>
 __device__ __noinline__ void one_unit(int i, int block) {
   chained_unit<Curve, kBlocks, kStencil, kSplit, kCareful>(i, block);
@@ -554,7 +554,9 @@ Kernel kernel_of(bool halves_alone) {
   using Alone = Shape<Curve, kBlocks, kStencil, false>;
   using Split = Shape<Curve, kBlocks, kStencil, true>;
   const Dialect dialect{true, kBlocks, Curve::kSilu && kStencil == 0, kStencil > 0};
-  if (halves_alone) return {chained_kernel<Curve, kBlocks, kStencil, false>, Alone::kWarpsOf, Alone::kPaths, Alone::kMomentBytes, dialect};
+  if (halves_alone) {
+    return {chained_kernel<Curve, kBlocks, kStencil, false>, Alone::kWarpsOf, Alone::kPaths, Alone::kMomentBytes, dialect};
+  }
   return {chained_kernel<Curve, kBlocks, kStencil, true>, Split::kWarpsOf, Split::kPaths, Split::kMomentBytes, dialect};
 }
 

@@ -127,13 +127,14 @@ __device__ inline std::uint32_t to_halves(float low, float high) {
 }
 
 /// c += a b for a warp's 16 x 8 tile of c, a 16 x 16, b 16 x 8, in halves; sums in float. With g = lane / 4 and q = lane % 4,
-/// each register of two halves side by side: a = (g, 2 q), (g + 8, 2 q), (g, 2 q + 8), (g + 8, 2 q + 8); b = (2 q, g), (2 q + 8, g);
-/// c = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1). Source: PTX ISA, mma.m16n8k16.
+/// each register of two halves side by side: a = (g, 2 q), (g + 8, 2 q), (g, 2 q + 8), (g + 8, 2 q + 8); b = (2 q, g),
+/// (2 q + 8, g); c = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1). Source: PTX ISA, mma.m16n8k16.
 __device__ inline void multiply_add_halves(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
 #if defined(LMN_EMULATED)
   emulator::mma_m16n8_f16(c, a, 4, b0, b1);
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif

@@ -3,7 +3,7 @@
 //
 // A half has 11 bits of mantissa, as TF32 has, at twice the rate. A power of two for each unit and each row of weights brings
 // the values into a half's range. Where a value is beyond it, a sum is infinite; where values are far below the largest one of
-// their unit, they lose bits, which counts as rounding (kHalfRounding). Either way a pair is unresolved, and float64 measures it.
+// their unit, they lose bits, which counts as rounding (kHalfRounding). Either way the pair is unresolved: float64 measures it.
 //
 // Units go in steps of 16: of these lane 4 g + q has units 4 q .. 4 q + 3, so that it reads them at once, and so that a pair
 // of accumulators of one layer is a register of the next layer's fragment. Where a width leaves 8 or fewer units, a last
@@ -20,8 +20,8 @@ constexpr int kStepUnits = 16, kTailUnits = 8;
 constexpr int kGroup = 8;            // second samples of a tile
 constexpr int kScaleExponent = 8;    // the largest value as a half: 2^8 to 2^9, so a residual may exceed its samples 128 times
 constexpr int kExponentLimit = 120;  // of a scale
-// Steps of the smallest halves are 2^-24, so a residual, and a weight beside the row's largest, are exact to 2^-33 of the largest |a|
-// of their unit, or 2^-10 float32 epsilons of that. Counted 32 times, as weights and residuals add up over the units of a layer.
+// Steps of the smallest halves are 2^-24, so a residual, and a weight beside the row's largest, are exact to 2^-33 of the largest
+// |a| of their unit, or 2^-10 float32 epsilons of that. Counted 32 times, as they add up over the units of a layer.
 constexpr float kHalfRounding = 0x1p-5f;
 
 /// Steps of one layer.

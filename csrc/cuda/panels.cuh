@@ -783,8 +783,8 @@ const char* enqueue_by_panels(const PathConnectivity<float>& op, const Stencil<f
   PanelPlan plan = make_panel_plan(op, half, stencil, arena);
   if (plan.blocks == 0) return "no CUDA device";
   for (int l = 1; l <= op.layers; ++l) {  // 32-bit places of its weights
-    const std::int64_t fragments = half_steps(op, half.dialect, l - 1).all() * std::int64_t(half_steps(op, half.dialect, l).all());
-    if (fragments * kWarp > 0x3fffffff) return "a layer too wide for the kernel";
+    const std::int64_t before = half_steps(op, half.dialect, l - 1).all();
+    if (before * half_steps(op, half.dialect, l).all() * kWarp > 0x3fffffff) return "a layer too wide for the kernel";
   }
   const char* error = store_nodes(op.nodes, half.nodes, half.problem.nodes, stream);
   if (!error) error = enqueue_half_samples(op, half, arena, stream, [](int, const Layer<float>&) {});
