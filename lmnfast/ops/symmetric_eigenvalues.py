@@ -78,11 +78,8 @@ def _symmetric_eigenvalues(matrices: Tensor) -> Tensor:
         n,
         _native.address(workspace),
     )
-    if matrices.is_cuda:
-        with _native.cuda_stream(matrices.device) as stream:
-            _native._C.symmetric_eigenvalues_cuda(*arguments, stream)
-    else:
-        _native._C.symmetric_eigenvalues_cuda(*arguments, 0)
+    with _native.stream_of(matrices) as stream:
+        _native._C.symmetric_eigenvalues_cuda(*arguments, stream)
     return result
 
 
