@@ -145,6 +145,23 @@ __device__ inline double block_sum(double value) {
   return value;
 }
 
+// ---- units of work ----
+
+/// The n-th unit of work: a first sample i and the n-th block of `size` second samples, those from i on being in it. Units of
+/// one block are side by side, so that the warps that share a cache read the same second samples.
+template <class Index>
+LMN_FN void find_unit(Index n, Index size, Index& i, Index& block) {
+  const auto start = [size](Index b) { return size * (b * (b + 1) / 2); };
+  block = Index((::sqrt(1.0 + 8.0 * double(n) / double(size)) - 1.0) / 2.0);
+  while (block > 0 && start(block) > n) --block;
+  while (start(block + 1) <= n) ++block;
+  i = n - start(block);
+}
+inline std::int64_t count_units(std::int64_t samples, std::int64_t size) {
+  const std::int64_t blocks = blocks_of(samples, size);
+  return size * (blocks * (blocks - 1) / 2) + samples;
+}
+
 // ---- the network at the samples ----
 
 constexpr int kForwardTile = 16;
@@ -342,6 +359,25 @@ Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& aren
   return layer;
 }
 
+/// The problem but for its nodes and its range.
+template <class T>
+Problem<T> make_problem(const PathConnectivity<T>& op, Arena& arena) {
+  Problem<T> problem{};
+  problem.last = op.layers;
+  problem.ends_linear = op.layers > 0 && op.activations[op.layers].kind == ActivationKind::kIdentity;
+  problem.halves_alone = op.halves_alone;
+  problem.samples = op.samples;
+  problem.outputs = op.widths[op.layers];
+  problem.connectivity = op.connectivity;
+  problem.counts = op.counts;
+  problem.layers = arena.take<Layer<T>>(op.layers + 1);
+  problem.y = arena.take<T>(op.samples * problem.outputs);
+  problem.y_low = arena.take<T>(op.samples * problem.outputs);
+  problem.rounding = arena.take<T>(op.samples * problem.outputs);
+  problem.scale = arena.take<T>(problem.outputs);
+  return problem;
+}
+
 /// A slot for each value whose residuals are added to later ones, free again behind the last of those; -1 for the others.
 struct Slots {
   std::vector<int> of;  // [values]
@@ -411,6 +447,15 @@ const char* enqueue_forward(const PathConnectivity<T>& op, const Problem<T>& pro
     if (!error) error = seen(l, layer);
   }
   return error;
+}
+
+/// The spacing of equally spaced nodes; negative where they are not.
+inline double spacing_of(const PathNodes& nodes) {
+  const double spacing = nodes.interior > 1 ? (nodes.t[nodes.interior - 1] - nodes.t[0]) / (nodes.interior - 1) : 0.0;
+  for (int m = 0; m < nodes.interior; ++m) {
+    if (!(std::fabs(nodes.t[m] - (nodes.t[0] + m * spacing)) <= 4 * Epsilon<double>::value)) return -1;
+  }
+  return spacing;
 }
 
 inline std::size_t shared_limit() {

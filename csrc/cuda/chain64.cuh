@@ -50,20 +50,6 @@ __device__ inline double reciprocal_fast(double v) {
   return fma(x, fma(e, e, e), x);
 }
 
-/// The n-th unit of work: a first sample i and the n-th block of `size` second samples, those from i on being in it. Units of
-/// one block are side by side, so that the warps that share a cache read the same second samples.
-__device__ inline void find_unit(std::int64_t n, std::int64_t size, std::int64_t& i, std::int64_t& block) {
-  const auto start = [size](std::int64_t b) { return size * (b * (b + 1) / 2); };
-  block = std::int64_t((::sqrt(1.0 + 8.0 * double(n) / double(size)) - 1.0) / 2.0);
-  while (block > 0 && start(block) > n) --block;
-  while (start(block + 1) <= n) ++block;
-  i = n - start(block);
-}
-LMN_FN std::int64_t count_units(std::int64_t samples, std::int64_t size) {
-  const std::int64_t blocks = blocks_of(samples, size);
-  return size * (blocks * (blocks - 1) / 2) + samples;
-}
-
 LMN_FN int ceiling(int count, int size) { return (count + size - 1) / size; }
 
 // ---- the samples ----
@@ -120,18 +106,7 @@ struct Range {
 inline Plan make_plan(const PathConnectivity<double>& op, bool slopes, Range elsewhere, Arena& arena) {
   Plan plan;
   plan.slopes = slopes;
-  Problem<double>& problem = plan.problem;
-  problem.last = op.layers;
-  problem.ends_linear = op.layers > 0 && op.activations[op.layers].kind == ActivationKind::kIdentity;
-  problem.samples = op.samples;
-  problem.outputs = op.widths[op.layers];
-  problem.connectivity = op.connectivity;
-  problem.counts = op.counts;
-  problem.layers = arena.take<Layer<double>>(op.layers + 1);
-  problem.y = arena.take<double>(op.samples * problem.outputs);
-  problem.y_low = arena.take<double>(op.samples * problem.outputs);
-  problem.rounding = arena.take<double>(op.samples * problem.outputs);
-  problem.scale = arena.take<double>(problem.outputs);
+  plan.problem = make_problem(op, arena);
   plan.nodes = arena.take<double>(3 * std::int64_t(op.nodes.interior));
   plan.flag = arena.take<int>(1);
   const std::int64_t first_blocks = blocks_of(op.samples, kForwardTile) * padded(op.widths[0]) / kForwardTile;
@@ -260,7 +235,7 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
        unit += std::int64_t(gridDim.x) * kShallowWarps64) {
     __syncwarp();  // the lanes that have stored an entry are back
     std::int64_t i, block;
-    find_unit(unit, 8, i, block);
+    find_unit(unit, std::int64_t(8), i, block);
     const double2* const first = p.first + i * p.steps * arrays * 4 + lane % 4;
     const double2* const second = p.second + block * p.steps * arrays * kWarp + lane;
     const std::int64_t j = 8 * block + lane / 4;
@@ -632,7 +607,7 @@ __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_con
       if (threadIdx.x == 0) {
         const std::int64_t nodes = kStencil > 0 ? kStencil : problem.nodes.interior;
         std::int64_t column;
-        find_unit(unit, pairs, work.i, column);
+        find_unit(unit, std::int64_t(pairs), work.i, column);
         work.j0 = column * pairs;
         work.begin = int(nodes * pass / p.passes);
         work.nodes = int(nodes * (pass + 1) / p.passes) - work.begin;
@@ -681,15 +656,6 @@ struct Plan64 {
   double2 *first = nullptr, *second = nullptr;  // the shallow kernel's, null: it is not for this network
   double spacing = 0;
 };
-
-/// The spacing of equally spaced nodes, also of those that fill up the last four; negative where they are not.
-inline double spacing_of(const PathNodes& nodes) {
-  const double spacing = nodes.interior > 1 ? (nodes.t[nodes.interior - 1] - nodes.t[0]) / (nodes.interior - 1) : 0.0;
-  for (int m = 0; m < nodes.interior; ++m) {
-    if (!(std::fabs(nodes.t[m] - (nodes.t[0] + m * spacing)) <= 4 * Epsilon<double>::value)) return -1;
-  }
-  return spacing;
-}
 
 /// The range in which the shallow kernel takes a network; none: a limit of 0.
 inline Range shallow_range(const PathConnectivity<double>& op, std::size_t shared) {

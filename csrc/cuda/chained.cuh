@@ -439,23 +439,6 @@ __device__ inline bool paths_meet(const Chained& p, int i, int group) {
   return meets && i < j && j < p.samples;
 }
 
-/// Unit n of work: a first sample, and kPaths groups of 8 second samples; all first samples up to the last of these.
-template <int kPaths>
-LMN_FN void find_unit(int n, int& i, int& groups) {
-  constexpr int kEach = kPaths * kGroup / 2;
-  const auto start = [](int b) { return kEach * b * (b + 1); };
-  groups = int((::sqrtf(1.0f + 4.0f * float(n) / kEach) - 1.0f) / 2.0f);
-  while (groups > 0 && start(groups) > n) --groups;
-  while (start(groups + 1) <= n) ++groups;
-  i = n - start(groups);
-}
-/// At most 2^31 for so many samples.
-constexpr std::int64_t kChainedSamples = 1 << 16;
-inline std::int64_t count_units(std::int64_t samples, int paths) {
-  const std::int64_t blocks = blocks_of(samples, paths * kGroup);
-  return paths * kGroup / 2 * blocks * (blocks + 1);
-}
-
 /// The block's copy of the kernel's parameters, at the beginning of its shared memory; behind it the weights.
 __device__ inline Chained& shared_parameters() { return *reinterpret_cast<Chained*>(dynamic_shared()); }
 constexpr std::size_t kParameterBytes = (sizeof(Chained) + 15) / 16 * 16;
@@ -527,8 +510,7 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kWarp
   for (int n = int(blockIdx.x * S::kWarpsOf + threadIdx.x / kWarp); n < p.units; n += int(gridDim.x * S::kWarpsOf)) {
     __syncwarp();  // the lanes that have stored an entry are back
     int i, block;
-    find_unit<S::kPaths>(n, i, block);
-    if (i >= p.samples) continue;
+    find_unit(n, S::kPaths * kGroup, i, block);
     if constexpr (Curve::kSilu && kStencil == 0) {
       if (!careful && !__any_sync(kAllLanes, paths_meet<S::kDepth>(p, i, block))) {
         one_unit<Curve, kBlocks, kStencil, kSplit, false>(i, block);
@@ -591,21 +573,13 @@ inline std::size_t workspace(const PathConnectivity<float>& op, const Kernel& ke
   return half_workspace(op, make_half_plan(op, kernel.dialect, arena), arena);
 }
 
+constexpr std::int64_t kChainedSamples = 1 << 16;  // of which there are fewer than 2^31 units of work
+
 /// Whether one of these kernels takes all of a problem but for its activations, widths and shared memory.
 inline bool takes(const PathConnectivity<float>& op) {
   return op.layers >= 1 && op.layers <= 2 && !op.skips && op.activations[op.layers].kind == ActivationKind::kIdentity &&
          op.widths[op.layers] <= kChainedOutputs && op.nodes.interior <= kMostNodes && op.samples <= kChainedSamples &&
          op.samples * padded(op.widths[0]) < std::int64_t(1) << 30;
-}
-
-/// Equal steps from node to node, and from 0 to the first; else 0.
-inline double spacing_of(const PathNodes& nodes) {
-  if (nodes.interior == 0) return 0;
-  const double step = nodes.t[0];
-  for (int m = 1; m < nodes.interior; ++m) {
-    if (::fabs(nodes.t[m] - nodes.t[m - 1] - step) > 1e-12) return 0;
-  }
-  return step;
 }
 
 inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kernel, const Stencil<float>& stencil,
@@ -623,7 +597,7 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   if (error) return error;
   const Problem<float>& problem = plan.problem;
   const double spacing = spacing_of(op.nodes);
-  chained.spacing = float(spacing);
+  chained.spacing = spacing > 0 ? float(spacing) : 0.0f;
   chained.nodes = int(blocks_of(op.nodes.interior, kPass)) * kPass;
   chained.interior = op.nodes.interior;
   for (int m = 0; m < chained.nodes; ++m) {
@@ -636,7 +610,7 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   chained.variance_t = float(op.nodes.variance_t);
   chained.stencil = stencil;
   chained.samples = int(problem.samples);
-  chained.units = int(count_units(problem.samples, kernel.paths));
+  chained.units = int(count_units(problem.samples, kernel.paths * kGroup));
   chained.outputs = int(problem.outputs);
   chained.y = problem.y, chained.y_low = problem.y_low, chained.rounding = problem.rounding, chained.scale = problem.scale;
   chained.range = problem.range;

@@ -151,24 +151,12 @@ struct HalfPlan {
 inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect& dialect, Arena& arena) {
   HalfPlan plan;
   plan.dialect = dialect;
-  Problem<float>& problem = plan.problem;
-  problem.last = op.layers;
-  problem.ends_linear = op.layers > 0 && op.activations[op.layers].kind == ActivationKind::kIdentity;
-  problem.halves_alone = op.halves_alone;
-  problem.samples = op.samples;
-  problem.outputs = op.widths[op.layers];
-  problem.connectivity = op.connectivity;
-  problem.counts = op.counts;
-  problem.layers = arena.take<Layer<float>>(op.layers + 1);
-  problem.y = arena.take<float>(op.samples * problem.outputs);
-  problem.y_low = arena.take<float>(op.samples * problem.outputs);
-  problem.rounding = arena.take<float>(op.samples * problem.outputs);
-  problem.scale = arena.take<float>(problem.outputs);
+  plan.problem = make_problem(op, arena);
   plan.nodes = arena.take<float>(3 * std::int64_t(op.nodes.interior));
   plan.zero_count = sizeof(RangeFlags) / sizeof(float);
   for (int l = 0; l <= op.layers; ++l) plan.zero_count += half_steps(op, dialect, l).units();
   plan.zeros = arena.take<float>(plan.zero_count);
-  problem.range = reinterpret_cast<RangeFlags*>(plan.zeros);
+  plan.problem.range = reinterpret_cast<RangeFlags*>(plan.zeros);
   return plan;
 }
 

@@ -78,15 +78,6 @@ __device__ inline void advance(T Work::*number, std::int64_t by) {
 }
 __device__ inline int lane_here() { return afresh(int(threadIdx.x)) % kWarp; }
 
-/// The n-th of the units (i, group) with i <= 8 group + 7 and i < samples, those of a group side by side.
-__device__ inline void find_unit(std::int64_t n, int& i, int& group) {
-  const auto start = [](std::int64_t g) { return kGroup / 2 * g * (g + 1); };
-  group = int((::sqrt(1.0 + double(n)) - 1.0) / 2.0);
-  while (group > 0 && start(group) > n) --group;
-  while (start(group + 1) <= n) ++group;
-  i = int(n - start(group));
-}
-
 /// The node of a row; those beyond the last one weigh nothing.
 __device__ inline float node_t(const DeviceNodes<float>& nodes, int node) {
   return node < nodes.interior ? nodes.t[node] : 0.5f;
@@ -493,9 +484,9 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
   const auto is_last = [&] { return work_of_warp().first_tile + p.pass_tiles >= p.tiles; };
   for (work_of_warp().unit = blockIdx.x; work_of_warp().unit < p.units; advance(&Work::unit, gridDim.x)) {
     {
-      int i, group;
-      find_unit(work_of_warp().unit, i, group);
-      work_of_warp().i = i, work_of_warp().group = group;
+      std::int64_t i, group;
+      find_unit(work_of_warp().unit, std::int64_t(kGroup), i, group);
+      work_of_warp().i = int(i), work_of_warp().group = int(group);
     }
     for (work_of_warp().first_tile = 0; work_of_warp().first_tile < p.tiles;
          advance(&Work::first_tile, p.pass_tiles)) {
@@ -709,8 +700,7 @@ inline PanelPlan make_panel_plan(const PathConnectivity<float>& op, const HalfPl
   panels.stencil = stencil;
   panels.tiles = int(blocks_of(polynomial ? stencil.size : op.nodes.interior, 2));
   panels.hidden = op.layers;
-  const std::int64_t groups = blocks_of(op.samples, kGroup);
-  panels.units = kGroup / 2 * (groups - 1) * groups + op.samples;
+  panels.units = count_units(op.samples, kGroup);
   const std::int64_t output_steps = steps(op.layers), chunks = blocks_of(output_steps, kChunkSteps);
   panels.output_steps = int(output_steps), panels.chunks = int(chunks);
   plan.straight = straight && problem.ends_linear && !polynomial && slots == 0 && problem.outputs <= kStraightOutputs &&
