@@ -50,6 +50,7 @@ struct Problem {
   std::int64_t samples, outputs;
   T *y, *y_low, *scale; // [samples, outputs] scaled; what rounding linear ones to T lost; [outputs]
   T* rounding;          // [samples, outputs], scaled: epsilons of it are y's rounding
+  float4* ends;         // float: the same once more for kernels of at most kEndOutputs outputs, see write_end; else null
   T* connectivity;
   std::int64_t* counts;
   RangeFlags* range;    // float
@@ -80,6 +81,16 @@ __device__ inline void add_moments(Moments<T>& moments, T e, T w, T w_t) {
   moments.e += weighted;
   moments.te = fma(w_t, e, moments.te);
   moments.ee = fma(weighted, e, moments.ee);
+}
+
+constexpr int kEndOutputs = 32;
+/// All that a pair's statistics want of output k at one sample, to be read at once: y, what rounding it lost, its rounding's square,
+/// and 1 where an activation may hide that rounding. [samples][kEndOutputs]: lane 4 g + q has outputs 16 h + 4 q + m at 4 (4 h + m) + q.
+__device__ inline void write_end(float4* ends, std::int64_t sample, std::int64_t k, float y, float y_low, float rounding,
+                                 float scale) {
+  const std::int64_t place = 4 * (k / 16 * 4 + k % 4) + k % 16 / 4;
+  const float hides = hides_rounding<float, float>(rounding, scale, Epsilon<float>::value);
+  ends[sample * kEndOutputs + place] = make_float4(y, y_low, rounding * rounding, hides);
 }
 
 /// Sums over the outputs of a pair.
@@ -319,6 +330,9 @@ __device__ void scale_output(const Problem<T>& problem, std::int64_t k) {
     problem.y[at] = layer.v[n * layer.stride + k] * scale;
     problem.y_low[at] *= scale;
     problem.rounding[at] = layer.rounding[n * layer.stride + k] * scale;
+    if constexpr (sizeof(T) == 4) {
+      if (problem.ends) write_end(problem.ends, n, k, problem.y[at], problem.y_low[at], problem.rounding[at], scale);
+    }
   }
 }
 

@@ -17,7 +17,7 @@ namespace chained {
 constexpr int kMostNodes = 64;       // interior nodes that fit the kernel's parameters
 constexpr int kTiles = 2;            // of the matrix instruction in one pass
 constexpr int kPass = 2 * kTiles;    // nodes
-constexpr int kChainedOutputs = 32;
+constexpr int kChainedOutputs = kEndOutputs;
 
 // SiLU with |z| below this: a product of two terms 1 + exp(-z) is far from overflow, and exponentials at equally spaced nodes
 // may be had by multiplication. Of a deeper layer, whose z may exceed that of its samples, exponents are cut off there: a SiLU
@@ -31,14 +31,19 @@ struct Chained {
   HalfLayer layers[3];             // hidden, and the last are the outputs
   ActivationKind kind;             // of the hidden layers, where the kernel is for any
   float alpha, beta;
+  // What only fills up the last pass is the last node once more, with weight 0.
   alignas(16) float t[kMostNodes];
-  float w[kMostNodes], w_t[kMostNodes];
+  alignas(16) float w[kMostNodes];    // weights over `weight`
+  alignas(16) float w_t[kMostNodes];  // weights times t - mean t
   int nodes, interior;             // a multiple of kPass, and how many of these count
-  float spacing;                   // of the nodes; 0: they are not equally spaced
+  bool uniform;                    // nodes are equally spaced, and their weights are all `weight`
+  float spacing, weight;
   float variance_t;
   Stencil<float> stencil;
   int samples, units, outputs;
-  const float *y, *y_low, *rounding, *scale;
+  const float4* ends;              // see write_end
+  const float* scale;              // of the outputs
+  float factor[kChainedOutputs];   // in the block's copy: from sums of products to scaled outputs, in the order of `ends`
   const float* z;                  // of the first layer, [samples, stride]
   std::int64_t stride, width;
   const RangeFlags* range;
@@ -53,13 +58,19 @@ struct Curve {
   static constexpr bool kSilu = kKind == ActivationKind::kSilu;
 };
 
+/// How a unit of work is measured. careful: any z, and no residual where two samples agree in a hidden unit, where the
+/// exponential's rounding would leave one; the others notice such samples, and leave them to it. uniform: nodes are equally spaced
+/// and have one weight. A template's parameter: a branch within the unrolled loops becomes instructions that are issued for nothing.
+enum class Way { careful, fast, uniform };
+
 /// SiLU's residuals of one unit along one path, times the unit's scale. z and a are in units of -log2(e), so that ex2(z) is
 /// exp(-z); inverse: 1 / scale, which goes into the reciprocal for nothing.
-/// kCareful: any z; and no residual where the ends agree, where the exponential's rounding would leave one.
-template <bool kFirst, bool kCareful>
+template <bool kFirst, Way kWay>
 __device__ inline void silu_residuals(float z_i, float a_i, float z_j, float a_j, const float (&t)[kPass], float spacing,
-                                      const float (&deviation)[kPass], float unscale, float inverse, float (&e)[kPass]) {
+                                      const float (&deviation)[kPass], float unscale, float inverse, float (&e)[kPass],
+                                      bool& meets) {
   const float dz = z_j - z_i, da = a_j - a_i;
+  if constexpr (kWay != Way::careful) meets |= dz == 0;
   float z[kPass], chord[kPass], power[kPass];
 #pragma unroll
   for (int r = 0; r < kPass; ++r) {
@@ -67,7 +78,7 @@ __device__ inline void silu_residuals(float z_i, float a_i, float z_j, float a_j
     if constexpr (!kFirst) z[r] = fma(deviation[r], unscale, z[r]);
     chord[r] = fma(t[r], da, a_i);
   }
-  if (kFirst && !kCareful && spacing != 0) {
+  if constexpr (kFirst && kWay == Way::uniform) {
     const float ratio = exp2_fast(spacing * dz), squared = ratio * ratio;
     power[0] = exp2_fast(z[0]);
     power[1] = power[0] * ratio;
@@ -76,10 +87,10 @@ __device__ inline void silu_residuals(float z_i, float a_i, float z_j, float a_j
   } else {
 #pragma unroll
     for (int r = 0; r < kPass; ++r) {
-      power[r] = exp2_fast(kFirst || kCareful ? z[r] : ::fminf(z[r], kPairedExponent));
+      power[r] = exp2_fast(kFirst || kWay == Way::careful ? z[r] : ::fminf(z[r], kPairedExponent));
     }
   }
-  if constexpr (kCareful) {
+  if constexpr (kWay == Way::careful) {
 #pragma unroll
     for (int r = 0; r < kPass; ++r) {
       const float residual = fma(z[r], reciprocal(fma(power[r], inverse, inverse)), -chord[r]);
@@ -131,6 +142,27 @@ __device__ inline void read(float (&values)[kCount], const float* from) {
     values[0] = v.x, values[1] = v.y;
   }
 }
+/// The same from the device's memory, which nothing writes meanwhile: pointers that come from shared memory do not say so.
+template <int kCount>
+__device__ inline void fetch(float (&values)[kCount], const float* from) {
+  if constexpr (kCount == 4) {
+    const float4 v = __ldg(reinterpret_cast<const float4*>(from));
+    values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+  } else {
+    const float2 v = __ldg(reinterpret_cast<const float2*>(from));
+    values[0] = v.x, values[1] = v.y;
+  }
+}
+
+/// 1 - r2 of an output that ordinary_share does not know, a NaN where it is unresolved; and 1 where it is constant. Not inline, as
+/// there are few.
+__device__ __noinline__ float2 share_of_odd(float chord, Moments<float> m, float4 first, float4 second, float variance_t) {
+  const Share<float> share =
+      share_of_output<float, float>(chord, m, larger(absolute(first.x), absolute(second.x)), 0.0f, first.z + second.z,
+                                    variance_t, Epsilon<float>::value);
+  const bool hides = share.constant > 0 && first.w + second.w > 0;
+  return make_float2(hides || share.unresolved > 0 ? NAN : share.nonlinear, share.constant);
+}
 
 /// kBlocks: blocks of 8 units of each of two hidden layers; 0: one hidden layer, of any number.
 template <class Curve, int kBlocks, int kStencil, bool kSplit>
@@ -139,50 +171,76 @@ struct Shape {
   static constexpr int kArrays = kStencil > 0 ? 3 : 2, kParts = kSplit ? 2 : 1;
   static constexpr int kPaths = kStencil == 2 ? kTiles : 1;  // of a lane
   // As many as their registers leave room for, without one that is spilled.
-  static constexpr int kWarpsOf = kDepth == 1 ? (kStencil > 0 ? 16 : 12) : kSplit || kBlocks > 13 || kStencil > 0 ? 8 : 12;
-  static constexpr int kThreadsOf = kWarpsOf * kWarp;
-  static constexpr std::size_t kMomentBytes = kStencil > 0 ? 0 : 8 * 3 * kThreadsOf * sizeof(float);
+  static constexpr int kMostWarps = kDepth == 1 ? (kStencil > 0 ? 20 : 16) : kSplit || kBlocks > 13 || kStencil > 0 ? 8 : 12;
+  // Shared memory of a warp, in float4 of a lane: moments, and the lower halves of a first hidden layer's residuals.
+  static constexpr int kMoments = kStencil > 0 ? 0 : 6, kLow = kSplit && kDepth == 2 && kStencil == 0 ? kSteps * kTiles : 0;
+  static constexpr std::size_t kWarpBytes = (kMoments + kLow) * kWarp * sizeof(float4);
 };
 
-template <class Curve, int kBlocks, int kStencil, bool kSplit, bool kCareful>
+template <class Curve, int kBlocks, int kStencil, bool kSplit, Way kWay>
 struct ChainedWarp {
   using S = Shape<Curve, kBlocks, kStencil, kSplit>;
   static constexpr int kParts = S::kParts, kPaths = S::kPaths, kArrays = S::kArrays, kDepth = S::kDepth;
+  static constexpr int kStepFloats = kArrays * kStepUnits * kGroup;
 
   __device__ explicit ChainedWarp(const Chained& parameters) : p(parameters) {}
 
   const Chained& p;
-  const uint4* weights;         // shared: into the second hidden layer, and into the outputs
+  const uint4* weights;         // shared, this lane's: into the second hidden layer, and into the outputs
   int lane, q;
-  float* moments;               // shared, [8 outputs][3][threads], this thread's: they are touched once in a pass
+  float4* moments;              // shared, [e, te, ee][2][lanes], this lane's: four outputs each; they are touched once in a pass
+  uint4* low_steps;             // shared, [steps][tiles][lanes], this lane's
   unsigned first, second[kPaths];  // where the groups' records begin, in floats; in all hidden layers alike
   int row;                         // 4 times the first sample's place in its group, and q
   int node;                        // the first of this pass
+  float spacing;                   // of the nodes
+  mutable bool meets = false;      // whether the lane's two samples agree in some hidden unit; not in the careful way
+  bool more_outputs;               // than kStepUnits
+
+  /// Where a lane's records of one layer begin: the first sample's, the second samples', and the units' scales.
+  template <int kUnits>
+  struct Records {
+    const float *own, *other[kPaths], *units;
+  };
+  template <int kUnits>
+  __device__ inline Records<kUnits> records_at(int l, int step) const {
+    const float* const records = p.layers[l].records + unsigned(step) * kStepFloats;
+    Records<kUnits> at;
+    at.own = records + (first + kUnits * row);
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) at.other[path] = records + (second[path] + kUnits * lane);
+    at.units = p.layers[l].units + step * 2 * kStepUnits + kUnits * q;
+    return at;
+  }
+  __device__ static inline void advance(Records<4>& at) {
+    at.own += kStepFloats;
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) at.other[path] += kStepFloats;
+    at.units += 2 * kStepUnits;
+  }
 
   /// Residuals of one step of a layer as fragments; deviation(unit, node) in units of the products.
   template <int kUnits, bool kFirst, class Deviation>
-  __device__ inline void make_fragments(int l, int step, const Deviation& deviation, std::uint32_t (&high)[kTiles][kUnits],
+  __device__ inline void make_fragments(const Records<kUnits>& at, const Deviation& deviation,
+                                        std::uint32_t (&high)[kTiles][kUnits],
                                         std::uint32_t (&low)[kTiles][kUnits]) const {
-    constexpr unsigned kArray = kWarp * kUnits;
+    constexpr int kArray = kWarp * kUnits;
     float t[kPass] = {};
     if constexpr (kStencil == 0) read(t, p.t + node);
-    const float* const records = p.layers[l].records + unsigned(step) * (kArrays * kStepUnits * kGroup);
-    const float* const units = p.layers[l].units + step * 2 * kStepUnits + kUnits * q;
+    float scale[kUnits], unscale[kUnits] = {};
+    fetch(scale, at.units);
+    if constexpr (!kFirst) fetch(unscale, at.units + 4 * kUnits);
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
-      if (path > 0) __syncwarp();  // as after a step, see outputs_at_nodes
+      if (kDepth == 2 && path > 0) __syncwarp();  // as after a step, see outputs_at_nodes
       float own[kArrays][kUnits], other[kArrays][kUnits];
 #pragma unroll
-      for (int array = 0; array < kArrays; ++array) read(own[array], records + (first + array * kArray + kUnits * row));
+      for (int array = 0; array < kArrays; ++array) fetch(own[array], at.own + array * kArray);
 #pragma unroll
-      for (int array = 0; array < kArrays; ++array) {
-        read(other[array], records + (second[path] + array * kArray + kUnits * lane));
-      }
+      for (int array = 0; array < kArrays; ++array) fetch(other[array], at.other[path] + array * kArray);
 #pragma unroll
       for (int x = 0; x < kUnits; x += 2) {
-        float e[2][kPass], scale[2], unscale[2] = {};
-        read(scale, units + x);
-        if constexpr (!kFirst) read(unscale, units + (4 * kUnits + x));
+        float e[2][kPass];
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const int n = x + b;
@@ -190,20 +248,20 @@ struct ChainedWarp {
             float d[kPass];
 #pragma unroll
             for (int r = 0; r < kPass; ++r) d[r] = deviation(n, r);
-            at_nodes<kFirst>(t, own[kZ][n], own[kA][n], other[kZ][n], other[kA][n], d, unscale[b], scale[b], e[b]);
+            at_nodes<kFirst>(t, own[kZ][n], own[kA][n], other[kZ][n], other[kA][n], d, unscale[n], scale[n], e[b]);
           } else {
             const float dz = other[kZ][n] - own[kZ][n], da = other[kA][n] - own[kA][n];
 #pragma unroll
             for (int end = 0; end < 2; ++end) {
               const int r = 2 * path + end;
-              const float z = kFirst ? dz : fma(deviation(n, r), unscale[b], dz);
+              const float z = kFirst ? dz : fma(deviation(n, r), unscale[n], dz);
               e[b][r] = fma(end == 0 ? own[kSlope][n] : other[kSlope][n], z, -da);
             }
             if constexpr (kStencil == 3) {
               const float z = fma(0.5f, dz, own[kZ][n]), chord = fma(0.5f, da, own[kA][n]);
-              const float middle = kFirst ? z : fma(deviation(n, 2), unscale[b], z);
+              const float middle = kFirst ? z : fma(deviation(n, 2), unscale[n], z);
               with_kind(p.kind, [&](auto kind) {
-                e[b][2] = fma(activate<kind.value, float>(middle, p.alpha, p.beta), scale[b], -chord);
+                e[b][2] = fma(activate<kind.value, float>(middle, p.alpha, p.beta), scale[n], -chord);
               });
               e[b][3] = 0;
             }
@@ -218,21 +276,12 @@ struct ChainedWarp {
     }
   }
 
-  __device__ inline bool more_outputs() const { return p.outputs > kStepUnits; }
-  __device__ inline Moments<float> load(int n) const {
-    const float* const from = moments + n * 3 * S::kThreadsOf;
-    return {from[0], from[S::kThreadsOf], from[2 * S::kThreadsOf]};
-  }
-  __device__ inline void store(int n, const Moments<float>& sums) const {
-    float* const to = moments + n * 3 * S::kThreadsOf;
-    to[0] = sums.e, to[S::kThreadsOf] = sums.te, to[2 * S::kThreadsOf] = sums.ee;
-  }
-
   template <bool kFirst>
   __device__ inline void at_nodes(const float (&t)[kPass], float z_i, float a_i, float z_j, float a_j,
                                   const float (&deviation)[kPass], float unscale, float scale, float (&e)[kPass]) const {
     if constexpr (Curve::kSilu) {
-      silu_residuals<kFirst, kCareful>(z_i, a_i, z_j, a_j, t, p.spacing, deviation, unscale, scale, e);
+      const float step = kDepth == 1 ? spacing : p.spacing;  // with two layers there is no register left for it
+      silu_residuals<kFirst, kWay>(z_i, a_i, z_j, a_j, t, step, deviation, unscale, scale, e, meets);
     } else {
       static_assert(kFirst);
 #pragma unroll
@@ -248,14 +297,20 @@ struct ChainedWarp {
   __device__ inline void add_to_outputs(int step, int steps, const std::uint32_t (&high)[kTiles][kUnits],
                                         const std::uint32_t (&low)[kTiles][kUnits], float (&y)[kTiles][4][4]) const {
     constexpr int kInto = kDepth == 2 ? kParts * S::kSteps * S::kSteps * kWarp : 0;  // a second hidden layer
-    const uint4* const w = weights + (kInto + step * kWarp + lane);
-    const int part = p.layers[kDepth].steps.all() * steps * kWarp;
+    const uint4* const w = weights + (kInto + step * kWarp);
+    const int block = more_outputs ? steps * kWarp : 0, part = steps * kWarp + block;
+    uint4 high_of[2], low_of[2];
+    const auto load = [&](int c) {
+      high_of[c] = low_of[c] = w[c * block];
+      if constexpr (kSplit) low_of[c] = w[part + c * block];
+    };
+    load(0);
+    if (kDepth == 1) load(1);  // else there are no registers left; behind the branch its products wait for it
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      if (c == 1 && !more_outputs()) break;
-      const uint4 w_high = w[c * steps * kWarp];
-      uint4 w_low = w_high;
-      if constexpr (kSplit) w_low = w[part + c * steps * kWarp];
+      if (c == 1 && !more_outputs) break;
+      if (kDepth == 2 && c == 1) load(1);
+      const uint4 &w_high = high_of[c], &w_low = low_of[c];
 #pragma unroll
       for (int term = kSplit ? 0 : 2; term < 3; ++term) {  // small terms first
 #pragma unroll
@@ -273,12 +328,28 @@ struct ChainedWarp {
     std::uint32_t full[S::kFull > 0 ? S::kFull : 1][kTiles][4], tail[kTiles][2];
   };
 
+  /// Fragments of a step's lower halves, which lie in shared memory: registers for all of them would leave room for 8 warps.
+  template <int kUnits>
+  __device__ inline void put_low(int step, const std::uint32_t (&low)[kTiles][kUnits]) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      uint4* const to = low_steps + (step * kTiles + m) * kWarp;
+      if constexpr (kUnits == 4) {
+        *to = make_uint4(low[m][0], low[m][1], low[m][2], low[m][3]);
+      } else {
+        *reinterpret_cast<uint2*>(to) = make_uint2(low[m][0], low[m][1]);
+      }
+    }
+  }
+
   /// One step of the second layer, of kUnits units a lane: products, residuals, and from these the outputs' products.
   template <int kUnits>
   __device__ inline void second_step(int step, const Fragments& high, const Fragments& low, float (&y)[kTiles][4][4]) const {
-    float sums[kTiles][kUnits / 2][4] = {};
+    // Of each term by itself: one sum of all would be three times as long a chain of products that wait for each other.
+    constexpr int kSums = S::kLow > 0 ? 3 : 1;
+    float sums[kSums][kTiles][kUnits / 2][4] = {};
     constexpr int kPart = S::kSteps * S::kSteps * kWarp;
-    const uint4* const w = weights + step * S::kSteps * kWarp + lane;
+    const uint4* const w = weights + step * S::kSteps * kWarp;
 #pragma unroll
     for (int s = 0; s < S::kSteps; ++s) {
       const uint4 w_high = w[s * kWarp];
@@ -290,20 +361,38 @@ struct ChainedWarp {
         const uint4& b = term == 1 ? w_low : w_high;
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
+          float(&into)[kUnits / 2][4] = sums[kSums == 3 ? term : 0][m];
+          std::uint32_t lower[4];
+          if (S::kLow > 0 && term == 0) {
+            const uint4 v = low_steps[(s * kTiles + m) * kWarp];
+            lower[0] = v.x, lower[1] = v.y, lower[2] = v.z, lower[3] = v.w;
+          }
 #pragma unroll
           for (int n = 0; n < kUnits / 2; ++n) {
-            if (s < S::kFull) {
-              multiply_tile(sums[m][n], a.full[s < S::kFull ? s : 0][m], b, n);
+            if (S::kLow > 0 && term == 0) {
+              if (s < S::kFull) {
+                multiply_tile(into[n], lower, b, n);
+              } else {
+                const std::uint32_t tail[2] = {lower[0], lower[1]};
+                multiply_tile(into[n], tail, b, n);
+              }
+            } else if (s < S::kFull) {
+              multiply_tile(into[n], a.full[s < S::kFull ? s : 0][m], b, n);
             } else {
-              multiply_tile(sums[m][n], a.tail[m], b, n);
+              multiply_tile(into[n], a.tail[m], b, n);
             }
           }
         }
       }
     }
     std::uint32_t next_high[kTiles][kUnits], next_low[kTiles][kUnits];
-    const auto deviation = [&](int n, int r) { return sums[r / 2][n / 2][2 * (r % 2) + n % 2]; };
-    make_fragments<kUnits, false>(1, step, deviation, next_high, next_low);
+    const auto deviation = [&](int n, int r) {
+      float sum = sums[0][r / 2][n / 2][2 * (r % 2) + n % 2];
+#pragma unroll
+      for (int term = 1; term < kSums; ++term) sum += sums[term][r / 2][n / 2][2 * (r % 2) + n % 2];
+      return sum;
+    };
+    make_fragments<kUnits, false>(records_at<kUnits>(1, step), deviation, next_high, next_low);
     add_to_outputs<kUnits>(step, S::kSteps, next_high, next_low, y);
   }
 
@@ -324,25 +413,29 @@ struct ChainedWarp {
     if constexpr (kDepth == 1) {
       const Steps steps = p.layers[0].steps;
       clear(y);
+      Records<4> at = records_at<4>(0, 0);
 #pragma unroll 1
       for (int s = 0; s < steps.full; ++s) {
         std::uint32_t high[kTiles][4], low[kTiles][4];
-        make_fragments<4, true>(0, s, none, high, low);
+        make_fragments<4, true>(at, none, high, low);
         add_to_outputs<4>(s, steps.all(), high, low, y);
+        advance(at);
       }
       if (steps.tail) {
         std::uint32_t high[kTiles][2], low[kTiles][2];
-        make_fragments<2, true>(0, steps.full, none, high, low);
+        make_fragments<2, true>(records_at<2>(0, steps.full), none, high, low);
         add_to_outputs<2>(steps.full, steps.all(), high, low, y);
       }
     } else {
       Fragments high, low;
 #pragma unroll
       for (int s = 0; s < S::kFull; ++s) {
-        make_fragments<4, true>(0, s, none, high.full[s], low.full[s]);
+        make_fragments<4, true>(records_at<4>(0, s), none, high.full[s], low.full[s]);
+        if constexpr (S::kLow > 0) put_low<4>(s, low.full[s]);
         __syncwarp();  // else the compiler asks for all steps' records at once, and has no registers left
       }
-      if constexpr (S::kTail) make_fragments<2, true>(0, S::kFull, none, high.tail, low.tail);
+      if constexpr (S::kTail) make_fragments<2, true>(records_at<2>(0, S::kFull), none, high.tail, low.tail);
+      if constexpr (S::kLow > 0 && S::kTail) put_low<2>(S::kFull, low.tail);
       __syncwarp();
       clear(y);
 #pragma unroll 1
@@ -354,42 +447,82 @@ struct ChainedWarp {
   /// Sums over a lane's outputs of one path; moments_of(output of the lane, factor of the products).
   template <class MomentsOf>
   __device__ inline PairSums add_outputs(int i, int j, const MomentsOf& moments_of) const {
-    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 : 1;  // moments in shared memory may be counted through
-    PairSums sums;
+    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 : 2;  // moments in shared memory may be counted through
+    const float4 *const at_i = p.ends + i * kChainedOutputs + q, *const at_j = p.ends + j * kChainedOutputs + q;
+    float nonlinear = 0;  // of eight outputs at most
+    int constants = 0;
 #pragma unroll kAtOnce
     for (int n = 0; n < 8; ++n) {
-      const int k = kStepUnits * (n / 4) + 4 * q + n % 4;
-      if (k >= p.outputs) continue;
-      const float factor = p.scale[k] * p.layers[kDepth].units[n / 4 * 2 * kStepUnits + kStepUnits + k % kStepUnits];
-      add_output(sums, p.y, p.y_low, p.rounding, p.outputs, i, j, k, moments_of(n, factor), p.scale[k], 0.0f, p.variance_t);
+      if (kStepUnits * (n / 4) + 4 * q + n % 4 >= p.outputs) continue;
+      const float4 first = __ldg(at_i + 4 * n), second = __ldg(at_j + 4 * n);
+      const float chord = (second.x - first.x) + (second.y - first.y);
+      const float magnitude = ::fmaxf(absolute(first.x), absolute(second.x));
+      const Moments<float> m = moments_of(n, p.factor[4 * n + q]);
+      const float ordinary = ordinary_share<float>(chord, m, magnitude, first.z + second.z, p.variance_t,
+                                                   Epsilon<float>::value, [](float v) { return reciprocal(v); });
+      if (ordinary >= 0) {
+        nonlinear += ordinary;
+      } else {
+        const float2 odd = share_of_odd(chord, m, first, second, p.variance_t);
+        nonlinear += odd.x;
+        constants += odd.y > 0 ? 1 : 0;
+      }
     }
-    return sums;
+    return {double(nonlinear), constants};
   }
 
-  /// Sums over a lane's outputs, for each of its paths from sample i to j + 8 path.
-  __device__ inline void run(int i, int j, PairSums (&sums)[kPaths]) {
+  /// Adds four outputs' residuals at the nodes of this pass to their moments. kEqual: all have the weight 1.
+  template <bool kEqual>
+  __device__ inline void add_pass(const float (&y)[kTiles][4][4], int half) const {
+    float e[4], te[4], ee[4], w[kPass] = {}, w_t[kPass];
+    float4* const at = moments + half * kWarp;
+    read(e, reinterpret_cast<const float*>(at));
+    read(te, reinterpret_cast<const float*>(at + 2 * kWarp));
+    read(ee, reinterpret_cast<const float*>(at + 4 * kWarp));
+    if constexpr (!kEqual) read(w, p.w + node);
+    read(w_t, p.w_t + node);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int r = 0; r < kPass; ++r) {
+        const float value = y[r / 2][2 * half + n / 2][2 * (r % 2) + n % 2];
+        const float weighted = kEqual ? value : value * w[r];
+        e[n] += weighted;
+        te[n] = fma(w_t[r], value, te[n]);
+        ee[n] = fma(weighted, value, ee[n]);
+      }
+    }
+    at[0] = make_float4(e[0], e[1], e[2], e[3]);
+    at[2 * kWarp] = make_float4(te[0], te[1], te[2], te[3]);
+    at[4 * kWarp] = make_float4(ee[0], ee[1], ee[2], ee[3]);
+  }
+
+  /// Sums over a lane's outputs, for each of its paths from sample i to j + 8 path. False: another way has to be taken.
+  __device__ inline bool run(int i, int j, PairSums (&sums)[kPaths]) {
     if constexpr (kStencil == 0) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) store(n, Moments<float>{0, 0, 0});
+      for (int n = 0; n < 6; ++n) moments[n * kWarp] = make_float4(0, 0, 0, 0);
 #pragma unroll 1
       for (node = 0; node < p.nodes; node += kPass) {
         float y[kTiles][4][4];
         outputs_at_nodes(y);
+        if (kWay != Way::careful && node == 0 && __any_sync(kAllLanes, meets && i < j && j < p.samples)) return false;
+        const bool equal = kWay == Way::uniform && node + kPass <= p.interior;
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          if (n == 4 && !more_outputs()) break;
-          Moments<float> sums = load(n);
-#pragma unroll
-          for (int r = 0; r < kPass; ++r) {
-            if (node + r >= p.interior) break;  // others only fill up the pass, and may be infinite
-            add_moments(sums, y[r / 2][n / 2][2 * (r % 2) + n % 2], p.w[node + r], p.w_t[node + r]);
+        for (int half = 0; half < 2; ++half) {
+          if (half == 1 && !more_outputs) break;
+          if (equal) {
+            add_pass<true>(y, half);
+          } else {
+            add_pass<false>(y, half);
           }
-          store(n, sums);
         }
       }
       sums[0] = add_outputs(i, smaller(j, p.samples - 1), [&](int n, float factor) {
-        const Moments<float> m = load(n);
-        return Moments<float>{m.e * factor, m.te * factor, m.ee * factor * factor};
+        const float* const from = reinterpret_cast<const float*>(moments + n / 4 * kWarp) + n % 4;
+        constexpr int kNext = 4 * 2 * kWarp;
+        const float weight = p.weight * factor;
+        return Moments<float>{from[0] * weight, from[kNext] * factor, from[2 * kNext] * weight * factor};
       });
     } else {
       float y[kTiles][4][4];
@@ -407,46 +540,19 @@ struct ChainedWarp {
         });
       }
     }
+    return true;
   }
 };
-
-/// Whether two different samples of a warp's paths agree in some unit.
-template <int kDepth>
-__device__ inline bool paths_meet(const Chained& p, int i, int group) {
-  const int lane = int(threadIdx.x) % kWarp;
-  const int j = group * kGroup + lane / 4;
-  bool meets = false;
-#pragma unroll
-  for (int l = 0; l < kDepth; ++l) {
-    const HalfLayer& layer = p.layers[l];
-    const float* const first = layer.records + i / kGroup * layer.group_floats();
-    const float* const second = layer.records + group * layer.group_floats();
-    const int own = 4 * int(i % kGroup) + lane % 4;
-    for (int s = 0; s < layer.steps.full; ++s) {
-      float a[4], b[4];
-      read(a, first + layer.step_floats(s) + 4 * own);
-      read(b, second + layer.step_floats(s) + 4 * lane);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) meets |= a[n] == b[n] && a[n] != 0;
-    }
-    if (layer.steps.tail) {
-      float a[2], b[2];
-      read(a, first + layer.step_floats(layer.steps.full) + 2 * own);
-      read(b, second + layer.step_floats(layer.steps.full) + 2 * lane);
-      meets |= (a[0] == b[0] && a[0] != 0) || (a[1] == b[1] && a[1] != 0);
-    }
-  }
-  return meets && i < j && j < p.samples;
-}
 
 /// The block's copy of the kernel's parameters, at the beginning of its shared memory; behind it the weights.
 __device__ inline Chained& shared_parameters() { return *reinterpret_cast<Chained*>(dynamic_shared()); }
 constexpr std::size_t kParameterBytes = (sizeof(Chained) + 15) / 16 * 16;
 
-template <class Curve, int kBlocks, int kStencil, bool kSplit, bool kCareful>
-__device__ inline void chained_unit(int i, int block) {
+/// False: nothing was stored, another way has to be taken.
+template <class Curve, int kBlocks, int kStencil, bool kSplit, Way kWay>
+__device__ inline bool chained_unit(int i, int block) {
   using S = Shape<Curve, kBlocks, kStencil, kSplit>;
-  using W = ChainedWarp<Curve, kBlocks, kStencil, kSplit, kCareful>;
+  using W = ChainedWarp<Curve, kBlocks, kStencil, kSplit, kWay>;
   const Chained& p = shared_parameters();
   const uint4* memory = reinterpret_cast<const uint4*>(dynamic_shared() + kParameterBytes);
   W warp(p);
@@ -461,12 +567,16 @@ __device__ inline void chained_unit(int i, int block) {
     warp.second[path] = unsigned(smaller(block * S::kPaths + path, last_group)) * floats;
   }
   // Two of a step's fragments are one uint4.
-  warp.weights = memory;
+  warp.more_outputs = p.outputs > kStepUnits;
+  warp.spacing = p.spacing;
+  warp.weights = memory + warp.lane;
   for (int l = 0; l < S::kDepth; ++l) memory += S::kParts * p.layers[l + 1].part_fragments(p.layers[l].steps) / 2;
-  warp.moments = const_cast<float*>(reinterpret_cast<const float*>(memory)) + threadIdx.x;
+  uint4* const own = const_cast<uint4*>(memory) + threadIdx.x / kWarp * (S::kWarpBytes / sizeof(uint4)) + warp.lane;
+  warp.moments = reinterpret_cast<float4*>(own);
+  warp.low_steps = own + S::kMoments * kWarp;
   PairSums sums[S::kPaths];
   const int j = block * S::kPaths * kGroup + warp.lane / 4;
-  warp.run(i, j, sums);
+  if (!warp.run(i, j, sums)) return false;
 #pragma unroll
   for (int path = 0; path < S::kPaths; ++path) {
     PairSums total;
@@ -477,17 +587,18 @@ __device__ inline void chained_unit(int i, int block) {
       store_entry(p.connectivity, p.counts, total, p.z, p.stride, p.width, p.samples, p.outputs, i, second);
     }
   }
+  return true;
 }
 
-/// Not inline: with a fast and a careful one in the kernel the compiler keeps addresses of one alive through the other, and runs
+/// Not inline: with more than one way in the kernel the compiler keeps addresses of one alive through the other, and runs
 /// out of registers. A function's parameters would be in memory, so it reads the block's copy of the kernel's.
-template <class Curve, int kBlocks, int kStencil, bool kSplit, bool kCareful>
-__device__ __noinline__ void one_unit(int i, int block) {
-  chained_unit<Curve, kBlocks, kStencil, kSplit, kCareful>(i, block);
+template <class Curve, int kBlocks, int kStencil, bool kSplit, Way kWay>
+__device__ __noinline__ bool one_unit(int i, int block) {
+  return chained_unit<Curve, kBlocks, kStencil, kSplit, kWay>(i, block);
 }
 
 template <class Curve, int kBlocks, int kStencil, bool kSplit>
-__global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kWarpsOf * kWarp, 1)
+__global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMostWarps * kWarp, 1)
     chained_kernel(const __grid_constant__ Chained p) {
   using S = Shape<Curve, kBlocks, kStencil, kSplit>;
   for (unsigned n = threadIdx.x; n < sizeof(Chained) / sizeof(unsigned); n += blockDim.x) {
@@ -503,21 +614,30 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kWarp
     }
   }
   __syncthreads();
-  [[maybe_unused]] int careful = 1;
+  if (threadIdx.x < kChainedOutputs) {
+    const int n = int(threadIdx.x) / 4, k = kStepUnits * (n / 4) + 4 * (int(threadIdx.x) % 4) + n % 4;
+    const float* const units = p.layers[S::kDepth].units + n / 4 * 2 * kStepUnits + kStepUnits;
+    shared_parameters().factor[threadIdx.x] = k < p.outputs ? p.scale[k] * units[k % kStepUnits] : 0.0f;
+  }
+  __syncthreads();
+  [[maybe_unused]] bool careful = true;
   if constexpr (Curve::kSilu && kStencil == 0) {
     careful = !(__uint_as_float(unsigned(p.range->largest_z)) < kPairedLimit) || p.range->careful != 0;
   }
-  for (int n = int(blockIdx.x * S::kWarpsOf + threadIdx.x / kWarp); n < p.units; n += int(gridDim.x * S::kWarpsOf)) {
+  const int warps = int(blockDim.x) / kWarp;
+  for (int n = int(blockIdx.x) * warps + int(threadIdx.x) / kWarp; n < p.units; n += int(gridDim.x) * warps) {
     __syncwarp();  // the lanes that have stored an entry are back
     int i, block;
     find_unit(n, S::kPaths * kGroup, i, block);
     if constexpr (Curve::kSilu && kStencil == 0) {
-      if (!careful && !__any_sync(kAllLanes, paths_meet<S::kDepth>(p, i, block))) {
-        one_unit<Curve, kBlocks, kStencil, kSplit, false>(i, block);
-        continue;
+      bool done = false;
+      if (!careful) {
+        done = p.uniform ? one_unit<Curve, kBlocks, kStencil, kSplit, Way::uniform>(i, block)
+                         : one_unit<Curve, kBlocks, kStencil, kSplit, Way::fast>(i, block);
       }
+      if (done) continue;
     }
-    one_unit<Curve, kBlocks, kStencil, kSplit, true>(i, block);
+    one_unit<Curve, kBlocks, kStencil, kSplit, Way::careful>(i, block);
   }
 }
 
@@ -526,8 +646,8 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kWarp
 /// A kernel for a chain, and what it wants; null: none of these.
 struct Kernel {
   void (*run)(Chained) = nullptr;
-  int warps = 0, paths = 0;
-  std::size_t moment_bytes = 0;
+  int warps = 0, paths = 0;  // at most so many warps; of a lane
+  std::size_t warp_bytes = 0;
   Dialect dialect{};
 };
 
@@ -535,11 +655,11 @@ template <class Curve, int kBlocks, int kStencil>
 Kernel kernel_of(bool halves_alone) {
   using Alone = Shape<Curve, kBlocks, kStencil, false>;
   using Split = Shape<Curve, kBlocks, kStencil, true>;
-  const Dialect dialect{true, kBlocks, Curve::kSilu && kStencil == 0, kStencil > 0};
+  const Dialect dialect{true, kBlocks, Curve::kSilu && kStencil == 0, kStencil > 0, true};
   if (halves_alone) {
-    return {chained_kernel<Curve, kBlocks, kStencil, false>, Alone::kWarpsOf, Alone::kPaths, Alone::kMomentBytes, dialect};
+    return {chained_kernel<Curve, kBlocks, kStencil, false>, Alone::kMostWarps, Alone::kPaths, Alone::kWarpBytes, dialect};
   }
-  return {chained_kernel<Curve, kBlocks, kStencil, true>, Split::kWarpsOf, Split::kPaths, Split::kMomentBytes, dialect};
+  return {chained_kernel<Curve, kBlocks, kStencil, true>, Split::kMostWarps, Split::kPaths, Split::kWarpBytes, dialect};
 }
 
 /// The kernel for two hidden layers.
@@ -554,18 +674,22 @@ Kernel kernel_for(const PathConnectivity<float>& op) {
   return {};
 }
 
-/// Bytes of parameters, weights and moments in shared memory.
-inline std::size_t shared_bytes(const PathConnectivity<float>& op, const Kernel& kernel) {
+/// Bytes of parameters and weights in shared memory.
+inline std::size_t common_bytes(const PathConnectivity<float>& op, const Kernel& kernel) {
   std::int64_t fragments = 0;
   for (int l = 1; l <= op.layers; ++l) {
     fragments += std::int64_t(half_steps(op, kernel.dialect, l).all()) * half_steps(op, kernel.dialect, l - 1).all() * kWarp;
   }
-  return std::size_t(fragments) * (op.halves_alone ? 1 : 2) * sizeof(uint4) + kernel.moment_bytes + kParameterBytes;
+  return std::size_t(fragments) * (op.halves_alone ? 1 : 2) * sizeof(uint4) + kParameterBytes;
 }
 
-/// The kernel, or none where shared memory is too small for it.
-inline Kernel if_it_fits(const PathConnectivity<float>& op, const Kernel& kernel) {
-  return kernel.run && shared_bytes(op, kernel) <= shared_limit() ? kernel : Kernel{};
+/// The kernel with as many warps as shared memory has room for, in fours, one for each scheduler; none where it has no room for
+/// half of them.
+inline Kernel if_it_fits(const PathConnectivity<float>& op, Kernel kernel) {
+  const int most = kernel.warps;
+  const auto fits = [&] { return common_bytes(op, kernel) + std::size_t(kernel.warps) * kernel.warp_bytes <= shared_limit(); };
+  while (kernel.run && 2 * kernel.warps > most && !fits()) kernel.warps -= 4;
+  return kernel.run && 2 * kernel.warps >= most && fits() ? kernel : Kernel{};
 }
 
 inline std::size_t workspace(const PathConnectivity<float>& op, const Kernel& kernel) {
@@ -597,27 +721,31 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   if (error) return error;
   const Problem<float>& problem = plan.problem;
   const double spacing = spacing_of(op.nodes);
-  chained.spacing = spacing > 0 ? float(spacing) : 0.0f;
+  chained.spacing = float(spacing);
+  chained.uniform = spacing > 0;
+  for (int m = 0; m < op.nodes.interior; ++m) chained.uniform &= op.nodes.weights[m] == op.nodes.weights[0];
+  chained.weight = chained.uniform ? float(op.nodes.weights[0]) : 1.0f;
   chained.nodes = int(blocks_of(op.nodes.interior, kPass)) * kPass;
   chained.interior = op.nodes.interior;
   for (int m = 0; m < chained.nodes; ++m) {
     const bool inside = m < op.nodes.interior;
-    const double t = inside ? op.nodes.t[m] : 1.0;
+    const double t = op.nodes.t[inside ? m : op.nodes.interior - 1], weight = inside ? op.nodes.weights[m] : 0.0;
     chained.t[m] = float(t);
-    chained.w[m] = inside ? float(op.nodes.weights[m]) : 0.0f;
-    chained.w_t[m] = inside ? float(op.nodes.weights[m] * (t - op.nodes.mean_t)) : 0.0f;
+    chained.w[m] = chained.uniform ? float(inside) : float(weight);
+    chained.w_t[m] = float(weight * (t - op.nodes.mean_t));
   }
   chained.variance_t = float(op.nodes.variance_t);
   chained.stencil = stencil;
   chained.samples = int(problem.samples);
   chained.units = int(count_units(problem.samples, kernel.paths * kGroup));
   chained.outputs = int(problem.outputs);
-  chained.y = problem.y, chained.y_low = problem.y_low, chained.rounding = problem.rounding, chained.scale = problem.scale;
+  chained.ends = problem.ends, chained.scale = problem.scale;
   chained.range = problem.range;
   chained.connectivity = problem.connectivity, chained.counts = problem.counts;
   const std::int64_t blocks =
       at_most(blocks_of(chained.units, kernel.warps), device_attribute(cudaDevAttrMultiProcessorCount));
-  return launch(kernel.run, blocks, kernel.warps * kWarp, shared_bytes(op, kernel), stream, chained);
+  const std::size_t shared = common_bytes(op, kernel) + std::size_t(kernel.warps) * kernel.warp_bytes;
+  return launch(kernel.run, blocks, kernel.warps * kWarp, shared, stream, chained);
 }
 
 }  // namespace chained

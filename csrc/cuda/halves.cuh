@@ -30,8 +30,11 @@ __device__ inline void write_record(const Layer<float>& layer, std::int64_t samp
   const float from[3][4] = {{z.x, z.y, z.z, z.w}, {a.x, a.y, a.z, a.w}, {slope.x, slope.y, slope.z, slope.w}};
   float* const to = half.records + group * half.group_floats() + half.step_floats(step) + lane * values;
   for (int v = 0; v < values; ++v) {
-    const float scale = half_scale(half.largest[step * kStepUnits + values * q + v]);
+    const int unit = step * kStepUnits + values * q + v;
+    const float scale = half_scale(half.largest[unit]);
     to[v] = from[kZ][v] * half.factor;
+    // What fills up a layer has another z for each sample, so that samples never seem to agree there. Its weights are 0.
+    if (half.inverse && unit >= layer.width) to[v] = float(sample) * 0x1p-20f;
     to[kWarp * values + v] = from[kA][v] * half.factor * scale;
     if (half.arrays > kSlope) to[2 * kWarp * values + v] = from[kSlope][v] * scale;
   }
@@ -131,6 +134,7 @@ struct Dialect {
   int blocks;   // of 8 units to which hidden widths are padded; 0: as many as each needs
   bool silu;    // z and a in units of -log2(e), and 1 / scale: SiLU's exponentials are then ex2 of z
   bool slopes;  // records have slopes
+  bool ends = false;  // the samples' outputs as write_end has them
 };
 
 inline Steps half_steps(const PathConnectivity<float>& op, const Dialect& dialect, int l) {
@@ -152,6 +156,7 @@ inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect&
   HalfPlan plan;
   plan.dialect = dialect;
   plan.problem = make_problem(op, arena);
+  if (dialect.ends) plan.problem.ends = arena.take<float4>(op.samples * kEndOutputs);
   plan.nodes = arena.take<float>(3 * std::int64_t(op.nodes.interior));
   plan.zero_count = sizeof(RangeFlags) / sizeof(float);
   for (int l = 0; l <= op.layers; ++l) plan.zero_count += half_steps(op, dialect, l).units();
