@@ -236,8 +236,8 @@ struct Shape {
   __host__ __device__ int words() const { return padded - skipped; }  // of a vector in the exchange
   __host__ __device__ int left() const { return samples - steps; }      // rows after this phase; 1: all is done
   int sums, partial, w, x, chunks, bytes;  // where they lie in shared memory, in doubles; bytes in all
-  int distant_columns;
-  std::int64_t distant_bytes;  // of all blocks
+  int distant_columns;         // of the matrix, in global memory
+  std::int64_t distant_bytes;  // there, of all blocks
 };
 
 // What changes from step to step for the matrix warps.
@@ -884,7 +884,7 @@ struct Phase {
   Shape shape{};
   Run run = nullptr;
   Fits fits = nullptr;
-  double step = 0;  // microseconds of a column, without what grows with the matrix
+  double step = 0;  // microseconds of a column, without what grows with the entries that a block holds
 };
 
 struct Plan {
@@ -1009,7 +1009,7 @@ inline void consider_all(const Card& card, int n, int batch, std::vector<Phase>&
   consider<Layout<8, 1, 1, 3, 8, 4>>(card, n, batch, 1.75, phases);        // on an H200 up to 1024
   consider<Layout<6, 2, 1, 4, 8, 6>>(card, n, batch, 2.3, phases);         // up to 1536 ?
   consider<Layout<8, 2, 1, 2, 8, 8, true>>(card, n, batch, 2.85, phases);  // up to 2048
-  consider<Layout<6, 4, 1, 1, 8, 10, true>>(card, n, batch, 3.1, phases);  // up to 2560 ?
+  consider<Layout<6, 4, 1, 1, 8, 10, true>>(card, n, batch, 3.1, phases);  // up to 2304 ?
   consider<Layout<8, 4, 1, 4, 4, 8>>(card, n, batch, 2.15, phases);        // batches: up to 1024 with 32 blocks each
   consider<Layout<6, 4, 2, 7, 4, 6>>(card, n, batch, 1.93, phases);        // up to 768 with 16
   consider<Layout<4, 4, 4, 10, 4, 6>>(card, n, batch, 1.95, phases);       // up to 576 with 9 ?
@@ -1066,7 +1066,7 @@ inline Plan plan_of(std::int64_t samples, std::int64_t batch) {
   if (!device_attribute(cudaDevAttrCooperativeLaunch) || samples > kMostSamples || batch < 1 || batch > 0x7fffffff / 2048) {
     return {};
   }
-  // The thread's last one: a call asks twice, and a plan for 2048 takes some 0.1 ms.
+  // The thread's last one: a call asks twice, and a plan for 2048 takes tens of microseconds.
   struct Known {
     Card card;
     std::int64_t samples, batch;
