@@ -21,7 +21,8 @@ BARS = {
 
 
 @pytest.mark.parametrize(
-    "matrices, n", [(1, 64), (1, 768), (1, 961), (1, 1600), (1, 2048), (8, 768), (8, 961)]
+    "matrices, n",
+    [(1, 64), (1, 768), (1, 961), (1, 1280), (1, 1664), (1, 2048), (1, 2304), (8, 768), (8, 961), (64, 768)],
 )
 @pytest.mark.parametrize("bar", BARS)
 def bench_symmetric_eigenvalues(request, benchmark, device, matrices, n, bar):

@@ -33,7 +33,7 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
     Args:
         L: (..., N, N), floating point, symmetric.
         solver: where a matrix on a CUDA device is solved. "cuda": there, by the package's kernel where it fits (up to
-            N = 1664 on an H200), else by cuSOLVER, and on the CPU where that fails; "cpu"; "auto" is "cuda". A matrix on
+            N = 2304 on an H200), else by cuSOLVER, and on the CPU where that fails; "cpu"; "auto" is "cuda". A matrix on
             the CPU is solved there.
 
     Returns:
