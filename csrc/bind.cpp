@@ -367,7 +367,17 @@ PYBIND11_MODULE(_C, m) {
     });
   });
 #if defined(LMN_CUDA) || defined(LMN_EMULATED)
-  // Without a counterpart on the CPU, where LAPACK makes B; in an emulated build the stream is 0.
+  // Without a counterpart on the CPU, where LAPACK makes B and `linear` is given float64; in an emulated build the stream is 0.
+  m.def("wide_linear_cuda", [](bool is_double, Address x, Address weight, Address bias, std::int64_t samples,
+                               std::int64_t inputs, std::int64_t outputs, Address z, Address stream) {
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const lmn::WideLinear<T> op{pointer<const T>(x), pointer<const T>(weight), pointer<const T>(bias),
+                                  samples, inputs, outputs, pointer<double>(z)};
+      raise("wide_linear", lmn::wide_linear_cuda(op, pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
   m.attr("isometry_units") = lmn::kIsometryUnits;
   m.def("isometry_workspace", &lmn::isometry_workspace);
   m.def("jacobian_isometry_cuda", [](bool is_double, Address first, Address last, std::int64_t units,

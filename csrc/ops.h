@@ -184,6 +184,16 @@ struct CheckOutputs {
   std::int64_t* found;              // [kFindings], as lmnfast/ops/check_outputs.py says
 };
 
+/// x W^T + b, each sum in float64, of float32 or float64. What a chain's samples go through once on CUDA.
+template <class T>
+struct WideLinear {
+  const T* x;                       // [samples, inputs]
+  const T* weight;                  // [outputs, inputs]
+  const T* bias;                    // [outputs] or null
+  std::int64_t samples, inputs, outputs;
+  double* z;                        // [samples, outputs]
+};
+
 /// x W^T + b, each sum from the first input to the last: the same bits for any thread count and any batch, which a BLAS
 /// does not promise. It is what a chain's samples go through once before path_connectivity. CPU alone.
 struct Linear {
@@ -235,6 +245,8 @@ const char* jacobian_cuda(const Jacobian<float>&, CUstream_st*);
 const char* jacobian_cuda(const Jacobian<double>&, CUstream_st*);
 const char* jacobian_distance_cuda(const JacobianDistance<float>&, CUstream_st*);
 const char* jacobian_distance_cuda(const JacobianDistance<double>&, CUstream_st*);
+const char* wide_linear_cuda(const WideLinear<float>&, CUstream_st*);
+const char* wide_linear_cuda(const WideLinear<double>&, CUstream_st*);
 const char* jacobian_isometry_cuda(const JacobianIsometry<float>&, CUstream_st*);
 const char* jacobian_isometry_cuda(const JacobianIsometry<double>&, CUstream_st*);
 const char* jacobian_features_cuda(const JacobianFeatures<float>&, CUstream_st*);

@@ -151,11 +151,10 @@ def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
 
 
 def _hoisted(chain: Chain, x: Tensor) -> _Hoisted:
-    z, linears, activations = (
-        x.flatten(1).double(),
-        list(zip(chain.weights, chain.biases)),
-        list(chain.activations),
-    )
+    linears, activations = list(zip(chain.weights, chain.biases)), list(chain.activations)
+    z = x.flatten(1)
+    if chain.skips or not linears or activations[0].name != "identity":  # else `linear` converts it
+        z = z.double()
     if linears and activations[-1].name == "identity":
         # r2 does not see a constant that is added to an output; the constant rule, and float32, would.
         linears[-1] = linears[-1][0], None
