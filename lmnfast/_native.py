@@ -168,9 +168,9 @@ SMALL_LINEAR = 2**25
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of rows x (B, D) in float64. On the CPU the same bits for any thread count and any number of rows: the products
     of torch's BLAS are summed in parts that depend on both. Can be differentiated by x."""
-    if x.dtype == weight.dtype and on_cuda(x) and not x.requires_grad and x.numel() * len(weight) <= SMALL_LINEAR:
-        if x.dtype in (torch.float32, torch.float64):
-            return _wide_linear(plain(x), plain(weight), None if bias is None else plain(bias))
+    alike = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    if alike and on_cuda(x) and not x.requires_grad and x.numel() * len(weight) <= SMALL_LINEAR:
+        return _wide_linear(plain(x), plain(weight), None if bias is None else plain(bias))
     x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -211,8 +211,15 @@ def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (samples, inputs), outputs = x.shape, len(weight)
     z = x.new_empty(samples, outputs, dtype=torch.float64)
     with stream_of(x) as stream:
-        addresses = address(x), address(weight), address(bias)
-        _C.wide_linear_cuda(x.dtype == torch.float64, *addresses, samples, inputs, outputs, address(z), stream)
+        _C.wide_linear_cuda(
+            x.dtype == torch.float64,
+            *map(address, (x, weight, bias)),
+            samples,
+            inputs,
+            outputs,
+            address(z),
+            stream,
+        )
     return z
 
 

@@ -331,7 +331,7 @@ def _found_finite(
     found.check()
     if lost is not None and not abs(found.count) <= ISOMETRY_ERROR:
         return None
-    if not found.finite:  # a float64 beyond float32, or a square beyond float64: the rows themselves are looked at, once more
+    if not found.finite:  # of a square beyond what there is, too, so the rows say
         tile = _tile_rows(len(x), width)
         for begin in range(0, len(x), tile):
             _check_finite(rows(begin, min(begin + tile, len(x))), begin)

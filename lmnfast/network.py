@@ -808,16 +808,18 @@ def _checked_chain(
         raise NotAChain("it has no Linear")
     if any(type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided for t in tensors):
         raise NotAChain("a weight that is no plain dense tensor")
-    kinds = {f"{t.dtype} on {t.device}" for t in tensors}
+    kinds = {(t.dtype, t.device) for t in tensors}
     if len(kinds) != 1 or tensors[0].dtype not in CHAIN_DTYPES:
-        raise NotAChain(f"weights are {' and '.join(sorted(kinds))}")
+        said = sorted(f"{dtype} on {device}" for dtype, device in kinds)
+        raise NotAChain(f"weights are {' and '.join(said)}")
+    shapes = [w.shape for w in weights]
     if (
-        any(w.ndim != 2 for w in weights)
-        or any(b is not None and b.shape != w.shape[:1] for w, b in zip(weights, biases))
-        or any(w.shape[0] != after.shape[1] for w, after in zip(weights, weights[1:]))
+        any(len(shape) != 2 for shape in shapes)
+        or any(b is not None and b.shape != shape[:1] for shape, b in zip(shapes, biases))
+        or any(shape[0] != after[1] for shape, after in zip(shapes, shapes[1:]))
     ):
         raise NotAChain("shapes of weights that do not fit together")
-    widths = [weights[0].shape[1], *map(len, weights)]
+    widths = [shapes[0][1], *(shape[0] for shape in shapes)]
     if any(widths[into // 2] != widths[source // 2] for into, source in skips.items()):
         raise NotAChain("a sum of results of different widths")
     return Chain(
