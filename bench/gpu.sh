@@ -50,8 +50,11 @@ build() {
 tests() {
   local parallel=()
   "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
-  # -P: else the checkout's lmnfast, which has no compiled core, comes before the installed one.
-  stage "GPU tests" 260 "$python" -P -m pytest -p no:cacheprovider "${parallel[@]}" -k "$only" --maxfail=20 tests
+  # -P: else the checkout's lmnfast, which has no compiled core, comes before the installed one. pytest-benchmark warns beside
+  # pytest-xdist, which the tests' settings make an error. One thread: eight processes with as many threads each as there are cores
+  # wait for one another.
+  stage "GPU tests" 260 env OMP_NUM_THREADS=1 "$python" -P -m pytest -p no:cacheprovider -p no:benchmark "${parallel[@]}" \
+    -k "$only" --maxfail=20 tests
 }
 
 # One small call of each kernel and route, its result held to the CPU's; every shape has a remainder somewhere.
@@ -62,9 +65,17 @@ from lmnfast.network import recognise
 from lmnfast.quadrature import path_nodes
 device = sys.argv[1]
 def same(name, on_device, on_cpu, bound):
-    error = float((on_device.cpu().double() - on_cpu.double()).abs().max())
-    assert error < bound, (name, error)
-    print(name, error)
+    error = (on_device.cpu().double() - on_cpu.double()).abs()
+    assert bool((error < bound).all()), (name, float(error.max()))
+    print(name, float(error.max()))
+def eleven_bits(net, x):
+    # Mean over outputs of what 11 bits of the last hidden units, beside their chords, are of the output on a path: it is much where
+    # an output hardly varies beside them, and few outputs do not level it. In the emulator errors at "high" are up to half of it.
+    t = rule[0][:, None]
+    units, last = net[:-1](torch.lerp(x[:, None, None], x[None, :, None], t)), net[-1]
+    bent = units - torch.lerp(units[:, :, :1], units[:, :, -1:], t)
+    of_outputs = (bent.square().mean(2) @ last.weight.square().mT).sqrt()
+    return 2.0**-11 * (of_outputs / last(units).std(2, correction=0)).nan_to_num(0.0).mean(-1)
 torch.manual_seed(0)
 rule = path_nodes("uniform", 21)
 for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
@@ -93,12 +104,14 @@ for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
             layers = [m for a, b in zip(widths, widths[1:]) for m in (torch.nn.Linear(a, b), act)][:-1]
             net = torch.nn.Sequential(*layers).requires_grad_(False).to(dtype)
             x = torch.randn(37, widths[0], dtype=dtype)
+            high = eleven_bits(net.double(), x.double())
+            net.to(dtype)
             on_cpu = ops.path_connectivity(recognise(net), x, *rule)
             for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
                 torch.set_float32_matmul_precision(precision)
                 there = ops.path_connectivity(recognise(net.to(device)), x.to(device), *rule)
                 same(f"path_connectivity {dtype} {precision} {widths} {act}", there, on_cpu,
-                     2e-3 if precision == "high" else bound)
+                     bound + 2 * high if precision == "high" else bound)
                 net.to("cpu")
 '
 

@@ -282,15 +282,15 @@ lmn::PathR2<T> path_r2(Address interior, Address ends, Address first, Address se
 }
 
 template <class T>
-lmn::CheckOutputs<T> check_outputs(Address x, Address y, Address again, Address expected, Address connectivity,
-                                   Address counts, std::int64_t samples, std::int64_t inputs, std::int64_t outputs,
+lmn::CheckOutputs<T> check_outputs(Address x, Address y, Address again, Address expected, Address matrix, Address counts,
+                                   std::int64_t samples, std::int64_t inputs, std::int64_t outputs, std::int64_t columns,
                                    double epsilon, Address found) {
   return {pointer<const T>(x),        pointer<const T>(y),
           pointer<const T>(again),    pointer<const T>(expected),
-          pointer<const T>(connectivity), pointer<const std::int64_t>(counts),
+          pointer<const T>(matrix),   pointer<const std::int64_t>(counts),
           samples,                    inputs,
-          outputs,                    epsilon,
-          pointer<std::int64_t>(found)};
+          outputs,                    columns,
+          epsilon,                    pointer<std::int64_t>(found)};
 }
 
 template <class T>
@@ -367,8 +367,19 @@ PYBIND11_MODULE(_C, m) {
     });
   });
 #if defined(LMN_CUDA) || defined(LMN_EMULATED)
-  // Without a counterpart on the CPU, where LAPACK makes B; in an emulated build the stream is 0.
+  // Without a counterpart on the CPU, where LAPACK makes B and `linear` is given float64; in an emulated build the stream is 0.
+  m.def("wide_linear_cuda", [](bool is_double, Address x, Address weight, Address bias, std::int64_t samples,
+                               std::int64_t inputs, std::int64_t outputs, Address z, Address stream) {
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const lmn::WideLinear<T> op{pointer<const T>(x), pointer<const T>(weight), pointer<const T>(bias),
+                                  samples, inputs, outputs, pointer<double>(z)};
+      raise("wide_linear", lmn::wide_linear_cuda(op, pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
   m.attr("isometry_units") = lmn::kIsometryUnits;
+  m.def("isometry_workspace", &lmn::isometry_workspace);
   m.def("jacobian_isometry_cuda", [](bool is_double, Address first, Address last, std::int64_t units,
                                      std::int64_t inputs, std::int64_t outputs, Address isometry, Address lost,
                                      Address workspace, Address stream) {
@@ -423,13 +434,13 @@ PYBIND11_MODULE(_C, m) {
     is_double ? run(0.0) : run(0.0f);
   });
 
-  m.def("check_outputs", [](bool is_double, Address x, Address y, Address again, Address expected, Address connectivity,
+  m.def("check_outputs", [](bool is_double, Address x, Address y, Address again, Address expected, Address matrix,
                             Address counts, std::int64_t samples, std::int64_t inputs, std::int64_t outputs,
-                            double epsilon, Address found, int threads) {
+                            std::int64_t columns, double epsilon, Address found, int threads) {
     py::gil_scoped_release release;
     const auto run = [&](auto zero) {
-      lmn::check_outputs_cpu(check_outputs<decltype(zero)>(x, y, again, expected, connectivity, counts, samples, inputs,
-                                                           outputs, epsilon, found), threads);
+      lmn::check_outputs_cpu(check_outputs<decltype(zero)>(x, y, again, expected, matrix, counts, samples, inputs,
+                                                           outputs, columns, epsilon, found), threads);
     };
     is_double ? run(0.0) : run(0.0f);
   });
@@ -486,12 +497,13 @@ PYBIND11_MODULE(_C, m) {
     is_double ? run(0.0) : run(0.0f);
   });
   m.def("check_outputs_cuda", [](bool is_double, Address x, Address y, Address again, Address expected,
-                                 Address connectivity, Address counts, std::int64_t samples, std::int64_t inputs,
-                                 std::int64_t outputs, double epsilon, Address found, Address stream) {
+                                 Address matrix, Address counts, std::int64_t samples, std::int64_t inputs,
+                                 std::int64_t outputs, std::int64_t columns, double epsilon, Address found,
+                                 Address stream) {
     const auto run = [&](auto zero) {
       raise("check_outputs",
-            lmn::check_outputs_cuda(check_outputs<decltype(zero)>(x, y, again, expected, connectivity, counts, samples,
-                                                                  inputs, outputs, epsilon, found),
+            lmn::check_outputs_cuda(check_outputs<decltype(zero)>(x, y, again, expected, matrix, counts, samples, inputs,
+                                                                  outputs, columns, epsilon, found),
                                     pointer<CUstream_st>(stream)));
     };
     is_double ? run(0.0) : run(0.0f);

@@ -119,16 +119,21 @@ struct JacobianDistance {
 
 /// Of a chain whose one nonlinearity is between two Linear layers, J_i = last diag(s_i) first: B with
 /// |J_i - J_j| = |B s_i - B s_j|, so B^T B = M = (last^T last) o (first first^T). CUDA alone.
-constexpr std::int64_t kIsometryUnits = 256;  // at most: one block makes B row after row
+constexpr std::int64_t kIsometryUnits = 256;  // at most: one block makes B, kIsometryRows rows at a time
+constexpr std::int64_t kIsometryRows = 4;
+inline std::int64_t isometry_stride(std::int64_t units) {  // of the rows of B's factor
+  return (units + kIsometryRows - 1) / kIsometryRows * kIsometryRows;
+}
+inline std::int64_t isometry_workspace(std::int64_t units) { return units * (isometry_stride(units) + units); }
 template <class T>
 struct JacobianIsometry {
   const T* first;                   // [units, inputs]
   const T* last;                    // [outputs, units]
   std::int64_t units, inputs, outputs;
   double* isometry;                 // [units, units], B's transpose
-  double* lost;                     // [1], a bound for the share of a squared distance that B's rounding takes; a NaN or Inf
-                                    // where M has no factor
-  double* workspace;                // [2 * units * units]
+  double* lost;                     // [2], a bound for the share of a squared distance that B's rounding takes, a NaN or Inf
+                                    // where M has no factor; and a 0
+  double* workspace;                // [isometry_workspace(units)], 16-byte aligned
 };
 
 /// Rows B s_i, where s_i are the slopes of activation(first x_i + bias). CUDA alone.
@@ -172,11 +177,21 @@ struct CheckOutputs {
   const T* y;                       // [samples, outputs], f's at x
   const T* again;                   // [samples, outputs] or null: the chain's that f is taken for
   const T* expected;                // [samples, outputs] or null: the model's that f was cut from
-  const T* connectivity;            // [samples, samples]
-  const std::int64_t* counts;       // [2], as path_connectivity leaves them
-  std::int64_t samples, inputs, outputs;
+  const T* matrix;                  // [samples, columns] or null: a connectivity, Jacobians
+  const std::int64_t* counts;       // [2] or null: as path_connectivity leaves them
+  std::int64_t samples, inputs, outputs, columns;
   double epsilon;                   // of the dtype that f's outputs come in
   std::int64_t* found;              // [kFindings], as lmnfast/ops/check_outputs.py says
+};
+
+/// x W^T + b, each sum in float64, of float32 or float64. What a chain's samples go through once on CUDA.
+template <class T>
+struct WideLinear {
+  const T* x;                       // [samples, inputs]
+  const T* weight;                  // [outputs, inputs]
+  const T* bias;                    // [outputs] or null
+  std::int64_t samples, inputs, outputs;
+  double* z;                        // [samples, outputs]
 };
 
 /// x W^T + b, each sum from the first input to the last: the same bits for any thread count and any batch, which a BLAS
@@ -230,6 +245,8 @@ const char* jacobian_cuda(const Jacobian<float>&, CUstream_st*);
 const char* jacobian_cuda(const Jacobian<double>&, CUstream_st*);
 const char* jacobian_distance_cuda(const JacobianDistance<float>&, CUstream_st*);
 const char* jacobian_distance_cuda(const JacobianDistance<double>&, CUstream_st*);
+const char* wide_linear_cuda(const WideLinear<float>&, CUstream_st*);
+const char* wide_linear_cuda(const WideLinear<double>&, CUstream_st*);
 const char* jacobian_isometry_cuda(const JacobianIsometry<float>&, CUstream_st*);
 const char* jacobian_isometry_cuda(const JacobianIsometry<double>&, CUstream_st*);
 const char* jacobian_features_cuda(const JacobianFeatures<float>&, CUstream_st*);

@@ -55,6 +55,13 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor with its values in memory one after the other, at an address that is a multiple of their size."""
+    if tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.resolve_neg().contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
 def path_nodes(nodes: Tensor, weights: Tensor) -> tuple[list[float], list[float], float, float]:
     """A rule as the kernels use it: interior nodes, their weights, and mean and variance of t over all nodes."""
     t, w = nodes.tolist(), weights.tolist()
@@ -74,14 +81,18 @@ def cuda_built() -> bool:
 
 @contextmanager
 def cuda_stream(device: torch.device) -> Iterator[int]:
-    """Makes the device current for a kernel, and gives the address of torch's current stream on it.
+    """Makes the device of a tensor current for a kernel, and gives the address of torch's current stream on it.
 
     Raises RuntimeError where the kernels cannot run there.
     """
     if problem := cuda_problem(device):
         raise RuntimeError(f"no CUDA kernel for {device}: {problem}")
+    # Public ways to the same address make a Stream, and take ten times as long; code that torch.compile makes calls this one.
+    if torch.cuda.current_device() == device.index:
+        yield torch._C._cuda_getCurrentRawStream(device.index)
+        return
     with torch.cuda.device(device):
-        yield torch.cuda.current_stream().cuda_stream
+        yield torch._C._cuda_getCurrentRawStream(device.index)
 
 
 @contextmanager
@@ -149,9 +160,17 @@ def run(call, result: Tensor, *more: Tensor) -> Tensor:
     return result
 
 
+# Multiply-adds up to which a product in float64 is one kernel of the package's on CUDA, which converts as it loads. Torch makes
+# four of it, three to convert, each of 6 to 10 us of the host's time on an H200; for larger ones its kernel is the faster.
+SMALL_LINEAR = 2**25
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of rows x (B, D) in float64. On the CPU the same bits for any thread count and any number of rows: the products
     of torch's BLAS are summed in parts that depend on both. Can be differentiated by x."""
+    alike = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    if alike and on_cuda(x) and not x.requires_grad and x.numel() * len(weight) <= SMALL_LINEAR:
+        return _wide_linear(plain(x), plain(weight), None if bias is None else plain(bias))
     x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -186,6 +205,22 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return linear(gradient, weight.mT, None), None, None
+
+
+def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    (samples, inputs), outputs = x.shape, len(weight)
+    z = x.new_empty(samples, outputs, dtype=torch.float64)
+    with stream_of(x) as stream:
+        _C.wide_linear_cuda(
+            x.dtype == torch.float64,
+            *map(address, (x, weight, bias)),
+            samples,
+            inputs,
+            outputs,
+            address(z),
+            stream,
+        )
+    return z
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from .evaluation import (
     bytes_of,
     check_budget,
     checked_samples,
+    first_outputs,
     has_kernel_of,
     has_kernels,
     keep_freed_pages,
@@ -331,10 +332,11 @@ def enqueue(
         calls = Calls(f, kept.put_back)
         if not checks.deferred:  # of not finite samples f may say anything
             checks.finite("x", x)
-        # f may work in place, and may return a buffer that its next call overwrites.
-        ends = outputs_of(calls, x.clone()).clone()
+        chain = (known or recognise(f)) if fuse and has_kernels(x) and kept.in_order else None
+        ends = first_outputs(calls, x, chain)
         allocated = 0  # bytes of f's results for all samples; of a chain nobody asks
-        chain = (known or recognise(f)) if fuse and has_kernels(x) else None
+        if fuse and has_kernels(x) and not kept.in_order:
+            chain = known or recognise(f)
         if chain is not None and not (has_kernel_of(chain, x) and not (chain.skips and method == "jacobian")):
             chain = None
         if stream is not None:
@@ -705,14 +707,16 @@ def _of_jacobians(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if chain is None:
         rows = other_features(f, x, ends, allocated, False, checks)
-        return _shares_of_norms(rows, x, ends.shape[1] * x[0].numel(), dtype)
+        return _with_norms(rows, x, ends.shape[1] * x[0].numel(), dtype)[0]
     if all(a.name == "identity" for a in chain.activations):
         return torch.ones(len(x), len(x), dtype=dtype, device=x.device)
-    return with_features(chain, x, False, lambda rows, width: _shares_of_norms(rows, x, width, dtype))
+    return with_features(chain, x, ends, False, lambda rows, width: _with_norms(rows, x, width, dtype))
 
 
-def _shares_of_norms(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The same of rows of features, in place of Jacobians."""
+def _with_norms(
+    rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same of rows of features, in place of Jacobians; and the rows' norms (N, 1)."""
     norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     def with_norms(begin: int, end: int) -> Tensor:
@@ -733,7 +737,7 @@ def _shares_of_norms(rows: Callable[[int, int], Tensor], x: Tensor, width: int, 
         own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
         L[begin:end, begin:] = some
         L[end:, begin:end] = some[:, end - begin :].mT
-    return L
+    return L, norms[:, None].to(dtype)
 
 
 def _like(x: Tensor, values: Tensor) -> Tensor:

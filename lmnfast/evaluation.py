@@ -4,6 +4,7 @@ Shared by the measures that rest on it, `connectivity` and `jacobian`.
 """
 
 import math
+import struct
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import _native
-from .network import CHAIN_DTYPES, Chain, check_function, same_output
+from .network import CHAIN_DTYPES, IDENTITY, Chain, check_function, same_output
 from .ops.check_outputs import check_outputs
 from .state import evaluating
 from .unresolved import in_double
@@ -91,7 +92,7 @@ def all_finite(values: Tensor) -> bool:
 
 
 class Findings:
-    """What is found in one pass behind a chain's kernel, to be read all together: the errors of `Checks`, and the counts."""
+    """What is found in one pass behind a chain's kernels, to be read all together: the errors of `Checks`, and the counts."""
 
     def __init__(
         self,
@@ -99,24 +100,29 @@ class Findings:
         ends: Tensor,
         again: Tensor | None,
         expected: Tensor | None,
-        L: Tensor,
-        counts: Tensor,
+        matrix: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
-        """Enqueues the pass over samples (N, *in), outputs (N, K), those of the chain and of the model, the connectivity and
-        its counts; in L's dtype, which theirs fits in."""
-        values = (None if t is None else t.to(L.dtype) for t in (x.flatten(1), ends, again, expected))
-        self._found = check_outputs(*values, L, counts, torch.finfo(ends.dtype).eps)
+        """Enqueues the pass over samples (N, *in), outputs (N, K), those of the chain and of the model, and a matrix (N, M); in
+        the matrix's dtype, which theirs fits in. counts: (2,) int64 or float64, to be read with what is found."""
+        if matrix is None:
+            dtype = torch.promote_types(torch.promote_types(x.dtype, ends.dtype), torch.float32)
+        else:
+            dtype = matrix.dtype
+        counts = counts.view(torch.int64) if counts is not None and counts.is_floating_point() else counts
+        values = (
+            t if t is None or t.dtype == dtype else t.to(dtype) for t in (x.flatten(1), ends, again, expected)
+        )
+        self._found = check_outputs(*values, matrix, counts, torch.finfo(ends.dtype).eps)
         self._samples = len(x)
         self._numbers: list[int] | None = None
 
     def read(self) -> list[int]:
         """The numbers, see `reference.check_outputs`; waits for the device, once."""
         if self._numbers is None:
-            found = self._found.cpu()
-            *before, _, _ = found[:7].tolist()
-            excess, magnitude = found[5:7].view(torch.float64).tolist()
-            differ = int(before[4] > 0 or excess > magnitude)
-            self._numbers = [*before[:4], differ, *found[7:].tolist()]
+            found = self._found.tolist()
+            differ = int(found[4] > 0 or _as_float(found[5]) > _as_float(found[6]))
+            self._numbers = [*found[:4], differ, *found[7:]]
         return self._numbers
 
     def check(self) -> None:
@@ -132,10 +138,15 @@ class Findings:
             raise _other_chain()
 
     def check_entries(self) -> None:
-        """Raises what is wrong with the matrix."""
+        """Raises what is wrong with a connectivity."""
         failing, reach = self.read()[6:8]
         if failing:
             raise _not_finite_entry(self._samples**2 - reach, self._samples)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of the matrix is."""
+        return self.read()[6] == 0
 
     @property
     def constants(self) -> int:
@@ -144,6 +155,15 @@ class Findings:
     @property
     def unresolved(self) -> int:
         return self.read()[9]
+
+    @property
+    def count(self) -> float:
+        """The first of the counts, where they are float64."""
+        return _as_float(self.read()[8])
+
+
+def _as_float(bits: int) -> float:
+    return float(struct.unpack("=d", struct.pack("=q", bits))[0])
 
 
 def _not_finite(name: str, failing: int, first: int) -> ValueError:
@@ -370,6 +390,17 @@ class Calls:
                 f"f: fails on another number of samples, {len(x)} for {self.shape[0]}: {type(error).__name__}: {first}; "
                 "expected a function of a batch of any size (a hidden state or a mask may have that of one batch)"
             ) from error
+
+
+def first_outputs(f: Calls, x: Tensor, chain: Chain | None) -> Tensor:
+    """`outputs_of` f on all samples; f may work in place, and may return a buffer that its next call overwrites.
+
+    chain: what f is, where it is made of torch's own modules in order: then only an activation on the input may write into
+    anything but a result of its own. Else None.
+    """
+    if chain is not None and chain.activations[0] == IDENTITY:
+        return outputs_of(f, x)
+    return outputs_of(f, x.clone()).clone()
 
 
 def outputs_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

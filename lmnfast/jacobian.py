@@ -14,9 +14,11 @@ from .evaluation import (
     AllocationCount,
     Calls,
     Checks,
+    Findings,
     all_finite,
     check_budget,
     checked_samples,
+    first_outputs,
     has_kernels,
     out_of_memory,
     outputs_of,
@@ -62,14 +64,17 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
     x = checked_samples(f, x)
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
-        later = Later(_native.on_cuda(x))
-        chain, y, allocated = _prepared(calls, x, later, kept.in_order)
+        chain, y, allocated = _prepared(calls, x, kept.in_order)
         if chain is not None:
             J = ops.jacobian(chain, x)
         else:
             J = Differentiated(calls, x, y, allocated, budget, Checks(False))(0, len(x))
-        later.finite(J, lambda: _check_finite(J))
-        later.settle()
+        if _native.on_cuda(x):
+            found = Findings(x, y, None, None, J.flatten(1))
+            found.check()
+            if found.finite:
+                return J
+        _check_finite(J)
     return J
 
 
@@ -105,18 +110,20 @@ def jacobian_distances(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
-        later = Later(_native.on_cuda(x))
-        chain, y, allocated = _prepared(calls, x, later, kept.in_order)
-        rows: Callable[[int, int], Tensor]
+        chain, y, allocated = _prepared(calls, x, kept.in_order)
         if chain is None:
             rows = other_features(calls, x, y, allocated, affine, Checks(False))
             return tiled(rows, len(x), y.shape[1] * (x[0].numel() + affine), squared, dtype)
-        if all(a.name == "identity" for a in chain.activations):
-            later.settle()
+        if all(a == IDENTITY for a in chain.activations):
+            if _native.on_cuda(x):
+                Findings(x, y, None, None).check()
             return torch.zeros(len(x), len(x), dtype=dtype, device=x.device)
-        return with_features(
-            chain, x, affine, lambda rows, width: tiled(rows, len(x), width, squared, dtype), later
-        )
+
+        def distances(rows: Callable[[int, int], Tensor], width: int) -> tuple[Tensor, Tensor]:
+            d = tiled(rows, len(x), width, squared, dtype)
+            return d, d  # a row that is not finite is no distance from any, itself included
+
+        return with_features(chain, x, y, affine, distances)
 
 
 @alone()
@@ -138,9 +145,7 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """
     x = checked_samples(f, x)
     with evaluating(f) as kept:
-        later = Later(_native.on_cuda(x))
-        chain, _, _ = _prepared(Calls(f, kept.put_back), x, later, kept.in_order, with_kernels=False)
-        later.settle()
+        chain, _, _ = _prepared(Calls(f, kept.put_back), x, kept.in_order, with_kernels=False)
         if chain is None:
             raise ValueError(
                 f"f: expected a chain of Linear layers and piecewise-linear activations; {why_no_chain(f)}"
@@ -155,79 +160,44 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
         return len(torch.cat(patterns, 1).unique(dim=0)) if patterns else 1
 
 
-class NoIsometry(Exception):
-    """The features of `DeviceFeatures` would lose digits of the distances."""
-
-
-class Later:
-    """What is expected of values: looked at at once; or deferred, so that a device is waited for once for all."""
-
-    def __init__(self, deferred: bool) -> None:
-        self.deferred = deferred
-        self.expected: list[tuple[Tensor, float, Callable[[], None]]] = []
-
-    def finite(self, values: Tensor, error: Callable[[], None]) -> None:
-        """error: raises where a value is NaN or Inf; called in any case, or deferred, only where one may be."""
-        if not self.deferred:
-            return error()
-        for extreme in torch.aminmax(values.detach()):  # both NaN where a value is
-            # A float64 beyond float32 becomes Inf; `error` looks at the values themselves.
-            self.at_most(extreme, torch.finfo(torch.float32).max, error)
-
-    def at_most(self, number: Tensor, limit: float, error: Callable[[], None]) -> None:
-        """number: a single one; error: raises; called where its magnitude is larger, or NaN."""
-        if self.deferred:
-            self.expected.append((number.float().reshape(()), limit, error))
-        elif not abs(float(number)) <= limit:
-            error()
-
-    def rows(self, make: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
-        """Rows of features of samples from begin to end, expected to be finite; to be looked at again they are made again."""
-
-        def made(begin: int, end: int) -> Tensor:
-            features = make(begin, end)
-            if self.deferred:
-                self.finite(features, lambda: _check_finite(make(begin, end), begin))
-            else:
-                _check_finite(features, begin)
-            return features
-
-        return made
-
-    def settle(self) -> None:
-        """Raises the first error; waits for the device, once."""
-        expected, self.expected = self.expected, []
-        numbers = torch.stack([number for number, _, _ in expected]).tolist() if expected else []
-        for number, (_, limit, error) in zip(numbers, expected):
-            if not abs(number) <= limit:
-                error()
-
-
 def _prepared(
-    calls: Calls, x: Tensor, later: Later, stateless: bool, with_kernels: bool = True
+    calls: Calls, x: Tensor, in_order: bool, with_kernels: bool = True
 ) -> tuple[Chain | None, Tensor, int]:
-    """The chain that f is, if so; f(x); and the bytes that f's results took. Both are checked, maybe `later`."""
-    checks = Checks(False)
-    later.finite(x, lambda: checks.finite("x", x))
-    allocated = AllocationCount()
+    """The chain that f is, if so; f(x); and the bytes that f's results took, of a chain in order 0.
+
+    Both are checked, but of a chain in order on CUDA, where `Findings` behind its kernels do it, and the device is waited for
+    once. in_order: whether f is made of torch's own modules, one after the other.
+    """
+    checks, on_cuda = Checks(False), with_kernels and _native.on_cuda(x)
+
+    def recognised() -> Chain | None:
+        chain = recognise(calls.f) if has_kernels(x) or not with_kernels else None
+        takes = chain is not None and (x.dim() == 2 or chain.flattens) and not (with_kernels and chain.skips)
+        return chain if takes else None
+
+    chain, allocated = recognised() if in_order else None, 0
+    if not on_cuda:
+        checks.finite("x", x)
     try:
-        with allocated:
-            y = outputs_of(calls, x.clone()).clone()  # f may work in place, and overwrite what it returns
+        if chain is not None:
+            y = first_outputs(calls, x, chain)
+        else:
+            with AllocationCount() as count:
+                y = first_outputs(calls, x, None)
+            allocated = count.bytes
     except Exception:
-        later.settle()  # of not finite samples f may say anything
+        checks.finite("x", x)  # of not finite samples f may say anything
         raise
-    later.finite(y, lambda: checks.finite("f(x)", y))
-    chain = recognise(calls.f) if has_kernels(x) or not with_kernels else None
-    if chain is not None and with_kernels and chain.skips:
-        chain = None
-    if chain is not None and x.dim() != 2 and not chain.flattens:
-        chain = None
-    if chain is None or not stateless:
-        later.settle()
-    # Of stateless modules in order nothing else can come out than what the chain gives.
-    if not (chain is None or stateless or checks.reproduces(chain, x, y)):
-        chain = None
-    return chain, y, allocated.bytes
+    if on_cuda and chain is not None:
+        return chain, y, 0
+    if on_cuda:
+        Findings(x, y, None, None).check()
+    else:
+        checks.finite("f(x)", y)
+    if not in_order:
+        chain = recognised()
+        chain = chain if chain is not None and checks.reproduces(chain, x, y) else None
+    return chain, y, allocated
 
 
 def _check_finite(J: Tensor, begin: int = 0) -> None:
@@ -272,18 +242,12 @@ class DeviceFeatures:
     @classmethod
     def of(cls, chain: Chain, x: Tensor, affine: bool) -> "DeviceFeatures | None":
         """None where there are no kernels for it, or Jacobians are no larger."""
-        if not _native.on_cuda(x):
-            return None
         if len(chain.weights) != 2 or not x.dtype == chain.weights[0].dtype in KERNEL_DTYPES:
             chain = merged(chain)
         bent = [a != IDENTITY for a in chain.activations]
         return (
             cls(chain, x, affine) if bent == [False, True, False] and has_isometry(*chain.weights) else None
         )
-
-    @staticmethod
-    def refuse() -> None:
-        raise NoIsometry
 
     def __call__(self, begin: int, end: int) -> Tensor:
         some = self.x[begin:end].flatten(1).to(self.chain.weights[0].dtype)
@@ -293,20 +257,9 @@ class DeviceFeatures:
 
 
 def chain_features(
-    chain: Chain, x: Tensor, affine: bool, later: Later | None = None, with_isometry: bool = True
+    chain: Chain, x: Tensor, affine: bool, with_isometry: bool = True
 ) -> tuple[Callable[[int, int], Tensor], int]:
-    """Rows of features, as far apart as the Jacobians of a chain, for samples from begin to end; and their number.
-
-    A deferred `later` raises NoIsometry, once it is settled, where they are none; not without with_isometry.
-    """
-    later = later or Later(False)
-    on_device = DeviceFeatures.of(chain, x, affine) if with_isometry else None
-    if on_device is not None:
-        try:
-            later.at_most(on_device.lost, ISOMETRY_ERROR, on_device.refuse)
-            return later.rows(on_device), on_device.width
-        except NoIsometry:
-            with_isometry = False
+    """Rows of features, as far apart as the Jacobians of a chain, for samples from begin to end; and their number."""
     chain = merged(chain)
     if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
         # W = Q R: a last Linear with more outputs than inputs keeps every distance as R.
@@ -331,26 +284,58 @@ def chain_features(
             features = _native.linear(_slope(chain.activations[0 if on_input else 1], z)[1], B, None)
         return torch.cat((features, _offsets(chain, some)), 1) if affine else features
 
-    return later.rows(rows), width
+    return rows, width
 
 
 def with_features(
     chain: Chain,
     x: Tensor,
+    y: Tensor,
     affine: bool,
-    make: Callable[[Callable[[int, int], Tensor], int], Tensor],
-    later: Later | None = None,
+    make: Callable[[Callable[[int, int], Tensor], int], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """What is made of the rows of `chain_features` and their number. CUDA is waited for once, with what `later` expects."""
-    later = later or Later(_native.on_cuda(x))
-    for with_isometry in (True, False):
-        try:
-            made = make(*chain_features(chain, x, affine, later, with_isometry))
-            later.settle()
+    """What is made of the rows of `chain_features` and their number. CUDA is waited for once, for samples x and outputs y, too.
+
+    make: also gives a matrix (N, M) in which something is not finite where one of the rows is not.
+    """
+    if not _native.on_cuda(x):
+        rows, width = chain_features(chain, x, affine)
+
+        def checked(begin: int, end: int) -> Tensor:
+            features = rows(begin, end)
+            _check_finite(features, begin)
+            return features
+
+        return make(checked, width)[0]
+    on_device = DeviceFeatures.of(chain, x, affine)
+    if on_device is not None:
+        made = _found_finite(make, on_device, on_device.width, x, y, on_device.lost)
+        if made is not None:
             return made
-        except NoIsometry:
-            pass
-    raise AssertionError("Jacobians are features of any chain")
+    made = _found_finite(make, *chain_features(chain, x, affine, on_device is None), x, y, None)
+    assert made is not None
+    return made
+
+
+def _found_finite(
+    make: Callable[[Callable[[int, int], Tensor], int], tuple[Tensor, Tensor]],
+    rows: Callable[[int, int], Tensor],
+    width: int,
+    x: Tensor,
+    y: Tensor,
+    lost: Tensor | None,
+) -> Tensor | None:
+    """What is made of the rows; None where too much is lost of their distances."""
+    made, telling = make(rows, width)
+    found = Findings(x, y, None, None, telling, lost)
+    found.check()
+    if lost is not None and not abs(found.count) <= ISOMETRY_ERROR:
+        return None
+    if not found.finite:  # of a square beyond what there is, too, so the rows say
+        tile = _tile_rows(len(x), width)
+        for begin in range(0, len(x), tile):
+            _check_finite(rows(begin, min(begin + tile, len(x))), begin)
+    return made
 
 
 def _isometry(chain: Chain) -> Tensor | None:
@@ -415,14 +400,21 @@ def _offsets(chain: Chain, x: Tensor) -> Tensor:
     return offsets
 
 
+def _tile_rows(samples: int, width: int) -> int:
+    """How many rows of features exist at a time, of as many numbers."""
+    if 8 * samples * width <= ALL_FEATURES:
+        return samples
+    return max(1, min(TILE_FEATURES // (8 * width), TILE_ROWS))
+
+
 def tiled(
     rows: Callable[[int, int], Tensor], samples: int, width: int, squared: bool, dtype: torch.dtype
 ) -> Tensor:
     """Distances of all rows of features, of which two tiles exist at a time."""
-    if 8 * samples * width <= ALL_FEATURES:
+    tile = _tile_rows(samples, width)
+    if tile == samples:
         features = rows(0, samples)
         return ops.jacobian_distance(features, features, squared, dtype)
-    tile = max(1, min(TILE_FEATURES // (8 * width), TILE_ROWS))
     result: Tensor | None = None
     for i in range(0, samples, tile):
         first = rows(i, min(i + tile, samples))

@@ -191,8 +191,8 @@ def check_outputs(
     y: Tensor,
     again: Tensor | None,
     expected: Tensor | None,
-    L: Tensor,
-    counts: Tensor,
+    matrix: Tensor | None,
+    counts: Tensor | None,
     epsilon: float,
 ) -> Tensor:
     """What a call has to know of its numbers before they count.
@@ -202,8 +202,8 @@ def check_outputs(
         y: (N, K), f's outputs there.
         again: (N, K), those of the chain that f is taken for, or None.
         expected: (N, K), those of the model that f was cut from, or None.
-        L: (N, N), the connectivity.
-        counts: (2,) int64.
+        matrix: (N, M), the connectivity or Jacobians, or None.
+        counts: (2,) int64, or None.
         epsilon: of the dtype that f's outputs come in.
 
     Returns:
@@ -212,7 +212,7 @@ def check_outputs(
         the largest ``|y - expected| / (32 epsilon) - |expected|``, 0 if that is below, and the largest ``|expected|``. The
         outputs are the same where the first is 0 and the second is at most the third. How many outputs k have an
         ``|again_k - y_k|`` above ``(max y_k - min y_k) / 1000 + 8 epsilon max |y_k| + 1e-30``. As for the rows, of the entries
-        of L. The counts.
+        of the matrix. The counts. Where something is None, zeros.
     """
 
     def failing(bad: Tensor) -> list[Tensor]:
@@ -235,7 +235,8 @@ def check_outputs(
         apart, high, low = (again - y).abs().amax(0).double(), wide.amax(0), wide.amin(0)
         same = apart <= 1e-3 * (high - low) + 8 * epsilon * torch.maximum(high.abs(), low.abs()) + 1e-30
         others = (~(same & apart.isfinite())).sum()
-    found += [unlike, *bits, others, *failing(~L.isfinite()), *counts]
+    entries = [0, 0] if matrix is None else failing(~matrix.isfinite())
+    found += [unlike, *bits, others, *entries, *([0, 0] if counts is None else counts)]
     return torch.tensor([int(number) for number in found], device=y.device)
 
 

@@ -1,5 +1,6 @@
 """From a connectivity matrix to its eigenvalues, its entropy, and the linear mapping number."""
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _native, ops
 from ._native import Progress
 from .connectivity import Enqueued, measured, warn_of_offsets
 from .evaluation import all_finite
@@ -74,7 +75,28 @@ def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
                 values, used = None, "cpu"
     if values is None:
         values = ops.symmetric_eigenvalues(L.cpu())
-    return values.gather(-1, values.abs().argsort(-1, descending=True)), used
+    return _by_magnitude(values), used
+
+
+def _by_magnitude(values: Tensor) -> Tensor:
+    return values.gather(-1, values.abs().argsort(-1, descending=True))
+
+
+def _spectrum(L: Tensor, negative: str) -> tuple[Tensor, str, Tensor]:
+    """Eigenvalues of a connectivity (..., N, N) whose checks have passed, in any order where solved by "cuda"; where they were
+    solved; their entropy in bits. A CUDA device is waited for once: the entropy is NaN where an eigenvalue is, or nothing is left.
+    """
+    if _native.on_cuda(L) and fits(L):
+        try:
+            values = ops.symmetric_eigenvalues(L.detach())
+        except RuntimeError:  # see `_solved`
+            pass
+        else:
+            bits = ops.spectral_entropy(values.clamp(min=0) if negative == "clip" else values)
+            if all(map(math.isfinite, bits.reshape(-1).tolist())):
+                return values, "cuda", bits
+    values, solver = _solved(L)
+    return values, solver, _complexity(values, negative)
 
 
 def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
@@ -201,8 +223,8 @@ def measurement(
     enqueued: Enqueued, *, points: int, rule: str, method: str = "path", negative: str = "absolute"
 ) -> Measurement:
     """Solves the eigenproblem of a connectivity (N, N) whose checks have passed."""
-    values, solver = _solved(enqueued.L)
-    bits = _complexity(values, negative)
+    values, solver, bits = _spectrum(enqueued.L, negative)
+    values = _by_magnitude(values) if solver == "cuda" else values
     below_zero = values.clamp(max=0).abs().sum() / values.abs().sum()
     # Three numbers in one copy: from a card each waits for it.
     lmn, complexity_bits, negative_share = torch.stack([torch.exp2(bits), bits, below_zero]).tolist()
@@ -302,7 +324,7 @@ def lmn(
     each = measured(f, x, stacked, method=method, points=points, rule=rule, budget=budget)
     warn_of_offsets(each)
     L = each[0].L if stacked is None else torch.stack([one.L for one in each])
-    return torch.exp2(_complexity(_solved(L)[0].to(L.device), negative))
+    return torch.exp2(_spectrum(L, negative)[2].to(L.device))
 
 
 def _complexity(values: Tensor, negative: str) -> Tensor:

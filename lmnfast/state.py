@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # what `signal` calls, without its enums, which take 20 us in each of these blocks
 import ctypes
 import os
 import random
@@ -103,8 +104,12 @@ def one_core_after_fork() -> Iterator[None]:
 def alone() -> Iterator[None]:
     """One thread of the process at a time is in here, as modes, hooks and attributes of a model are one for all threads;
     the same one again, too. In a forked process on one core."""
-    with _lock, one_core_after_fork():
-        yield
+    with _lock:
+        if not _forked:
+            yield
+            return
+        with one_core_after_fork():
+            yield
 
 
 @contextmanager
@@ -139,7 +144,11 @@ def _lapack_threads() -> Callable[[int], int] | None:
 
 def sharding_of(model: nn.Module) -> str | None:
     """By what a model's parameters are distributed over processes, of which none has the whole model; None: they are not."""
-    for part in model.modules():
+    return _sharding_of(model.modules())
+
+
+def _sharding_of(parts: Iterable[nn.Module]) -> str | None:
+    for part in parts:
         if type(part).__name__ == "FullyShardedDataParallel":
             return "FullyShardedDataParallel"
         for parameter in part._parameters.values():
@@ -155,7 +164,11 @@ def sharding_of(model: nn.Module) -> str | None:
 def refuse_sharded(model: nn.Module) -> None:
     """ValueError for a model that no process has whole: its forward pass is one of all processes together, and its modules
     swap their parameters in it."""
-    if (sharding := sharding_of(model)) is not None:
+    _refuse_sharded(model.modules())
+
+
+def _refuse_sharded(parts: Iterable[nn.Module]) -> None:
+    if (sharding := _sharding_of(parts)) is not None:
         raise ValueError(
             f"model: its parameters are sharded over processes ({sharding}); expected a model that this process has whole "
             "(one device, DDP); measure saved checkpoints instead"
@@ -185,14 +198,16 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
     roots = [module for module in modules if isinstance(module, nn.Module)]
     parts = list(dict.fromkeys(part for module in roots for part in module.modules()))
     with alone():
-        for module in roots:
-            refuse_sharded(module)
-        switched = [
-            (part, name, getattr(part, name))
-            for part in parts
-            for name, value in SWITCHES.items()
-            if (name == "training" or name in vars(part)) and getattr(part, name) != value
-        ]
+        _refuse_sharded(parts)
+        switched = []
+        for part in parts:
+            own = vars(part)
+            for name, value in SWITCHES.items():
+                if name in own:
+                    if own[name] != value:
+                        switched.append((part, name, own[name]))
+                elif name == "training" and part.training != value:  # a property, as of scripted modules
+                    switched.append((part, name, part.training))
         kept, stack = Kept(), ExitStack()
         try:
             with uninterrupted():
@@ -219,16 +234,19 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of the block: what changes the model, or torch, is done or put back as a whole."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if threading.current_thread() is not threading.main_thread():
         yield  # Python runs the handlers of signals on the main thread alone
         return
+    handler = _signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        yield
+        return
     came: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    _signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        _signal.signal(signal.SIGINT, handler)
         if came:
             handler(*came[0])
 
@@ -314,7 +332,7 @@ def _is_stateless(part: nn.Module) -> bool:
         and kind in FORWARDS
         and kind.forward is FORWARDS[kind]
         and kind.__call__ is _CALL
-        and not hasattr(part, "max_norm")  # rows may be renormalised by it
+        and "max_norm" not in vars(part)  # rows may be renormalised by it
         and not any(map(callable, vars(part).values()))
         and not hooked(part)
         and not hooked(part, backward=True)
@@ -372,17 +390,17 @@ class Kept:
 
     def _keep_parameter(self, part: nn.Module, name: str, parameter: nn.Parameter) -> None:
         if type(parameter) is nn.Parameter and not parameter.is_inference():
-            data = parameter.detach()
             if not self.stateless:
+                data = parameter.detach()
                 self._storages.append(
                     (parameter, data, data.data_ptr() if data.layout == torch.strided else 0)
                 )
-            if getattr(part, "max_norm", None) is not None:  # rows that it renormalises in place
-                self._tensors.append((parameter, parameter._version, data.clone()))
-            else:
-                self._unkept.append(
-                    (f"parameter {name!r} of a {type(part).__name__}", parameter, parameter._version)
-                )
+                if getattr(part, "max_norm", None) is not None:  # rows that it renormalises in place
+                    self._tensors.append((parameter, parameter._version, data.clone()))
+                    return
+            self._unkept.append(
+                (f"parameter {name!r} of a {type(part).__name__}", parameter, parameter._version)
+            )
 
     def _keep_tensor(self, tensor: Tensor, buffer: bool) -> None:
         if id(tensor) in self._seen or tensor.is_inference() or isinstance(tensor, nn.Parameter):

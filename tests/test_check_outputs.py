@@ -113,6 +113,18 @@ def test_the_verdicts_are_those_of_separate_checks(scale, device, dtype):
     assert not agrees and not reproduces  # the last error is as large as the outputs
 
 
+@pytest.mark.parametrize("columns", [1, 31, 300, 1025])
+def test_a_matrix_of_any_width_or_none(columns, device, dtype):
+    x, y, _, _, _, counts = numbers(37, 6, 4, dtype)
+    assert found_by_both([x, y, None, None, None, None], 1e-7, device)[7:] == [0] * 5
+    matrix = torch.ones(37, columns, dtype=dtype)
+    assert found_by_both([x, y, None, None, matrix, counts], 1e-7, device)[7:] == [0, 0, 0, 5, 2**40]
+    for place in (37 * columns - 1, 18 * columns + columns // 2, 0):
+        matrix.view(-1)[place] = NAN
+    found = found_by_both([x, y, None, None, matrix, None], 1e-7, device)
+    assert found[8:] == [3, 37 * columns, 0, 0]
+
+
 def test_many_outputs_and_many_samples(device):
     arguments = numbers(2100, 3, 2, torch.float32)
     arguments[4][2099, 2099] = NAN
@@ -156,7 +168,8 @@ def test_torch_compile_gives_the_same_numbers():
         ),
         (2, torch.ones(7, 4), ValueError, r"again: expected \(7, 3\), got shape \(7, 4\)"),
         (3, torch.ones(21), ValueError, r"expected: expected \(7, 3\), got shape \(21,\)"),
-        (4, torch.ones(7, 6), ValueError, r"L: expected \(7, 7\), got shape \(7, 6\)"),
+        (4, torch.ones(6, 7), ValueError, r"matrix: expected \(7, M\) with M > 0, got shape \(6, 7\)"),
+        (4, torch.ones(7, 0), ValueError, r"matrix: expected \(7, M\) with M > 0, got shape \(7, 0\)"),
         (5, torch.ones(2), TypeError, "counts: expected torch.int64 on cpu, got torch.float32 on cpu"),
         (5, torch.ones(3, dtype=torch.int64), ValueError, r"counts: expected \(2,\), got shape \(3,\)"),
         (6, 0.0, ValueError, "epsilon: expected a number between 0 and 1, got 0.0"),

@@ -1,5 +1,6 @@
 """What every op promises on CUDA besides its numbers: the caller's stream and device, no waiting, no memory of its own."""
 
+import statistics
 from collections.abc import Callable
 from importlib import import_module
 
@@ -140,12 +141,23 @@ def test_a_captured_graph_computes_again_from_changed_inputs(op):
         assert torch.equal(result, op(inputs(seed))())
 
 
+def outside_of_torch() -> int:
+    """Bytes of the card that are neither free nor this process's torch's. Those of other processes, whose tests run beside these,
+    are among them."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
 def test_all_memory_comes_from_torch(op):
     call = op(inputs())
-    call()
+    call()  # its kernels are loaded
     torch.cuda.synchronize()
-    before = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
-    for _ in range(20):
-        call()
-    torch.cuda.synchronize()
-    assert (torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()) == before
+    allocated, grown = torch.cuda.memory_allocated(), []
+    for _ in range(5):  # what other processes take or give back now and then is not in most of the rounds
+        before = outside_of_torch()
+        for _ in range(20):
+            call()
+        grown.append(outside_of_torch() - before)
+    assert statistics.median(grown) == 0, grown
+    assert torch.cuda.memory_allocated() == allocated

@@ -20,7 +20,6 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
-import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
@@ -29,7 +28,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from wandb.proto.wandb_internal_pb2 import Record
 
 import lmnfast
 from lmnfast import Probe
@@ -218,6 +216,8 @@ def test_curves_of_an_earlier_run_are_added_to_only_when_told_to(tmp_path):
 
 def wandb_records(folder):
     """The records of an offline run: LevelDB's log format after seven bytes of their own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     (path,) = glob.glob(f"{folder}/wandb/offline-run-*/*.wandb")
     data, at, whole = Path(path).read_bytes(), 7, b""
     while at + 7 <= len(data):
@@ -245,6 +245,7 @@ def finished(run, folder):
 
 @pytest.mark.parametrize("commit", [False, True])
 def test_late_rows_reach_wandb_and_drop_nothing_of_the_users(tmp_path, monkeypatch, commit):
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = wandb.init(project="p", dir=tmp_path, mode="offline")
     writer = WandbWriter(run, commit=commit)
@@ -271,6 +272,7 @@ def test_late_rows_reach_wandb_and_drop_nothing_of_the_users(tmp_path, monkeypat
 
 
 def test_wandb_gets_every_row_of_steps_that_begin_anew(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = wandb.init(project="p", dir=tmp_path, mode="offline")
     writer, rows = WandbWriter(run), [row(s, layer, lmn) for s, layer, lmn in

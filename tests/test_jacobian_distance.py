@@ -227,7 +227,8 @@ def test_features_are_as_far_apart_as_the_jacobians(shape, kernels, dtype):
     diagonal = M.diagonal().sqrt()
     assert ((B @ B.mT).cpu() - M).abs().div(diagonal * diagonal[:, None]).max() < 1e-13
     inverse_trace = torch.linalg.inv(M / diagonal / diagonal[:, None]).trace()
-    assert lost.shape == (1,) and abs(lost.cpu() / (shape[1] * 2.0**-52 * inverse_trace) - 1) < 1e-6
+    assert lost.shape == (2,) and lost[1] == 0
+    assert abs(lost[0].cpu() / (shape[1] * 2.0**-52 * inverse_trace) - 1) < 1e-6
     rows = isometric_features(on_device[3], on_device[0], on_device[2], activation("silu"), B)
     z = x @ first.mT + bias
     slopes = z.sigmoid() * (1 + z * (1 - z.sigmoid()))
@@ -235,6 +236,27 @@ def test_features_are_as_far_apart_as_the_jacobians(shape, kernels, dtype):
     truth = reference.jacobian_distance(J, J, False)
     d = reference.jacobian_distance(rows.cpu(), rows.cpu(), False)
     assert ((d - truth).abs() <= 1e-9 * truth.max()).all() and truth.max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 7), (31, 64, 65), (70, 3, 32)])
+def test_a_linear_layer_is_summed_in_float64_from_weights_of_any_kind(shape, kernels, dtype):
+    """Views, too, whose numbers lie apart, begin between boundaries, or are negative ones of a conjugate's."""
+    samples, inputs, outputs = shape
+    x, weight = (features(n, inputs, seed=n).to(dtype) for n in (samples, outputs))
+    bias = features(1, outputs, seed=5)[0].to(dtype)
+    negative = torch.complex(weight, weight).conj().imag
+    assert negative.is_neg()
+    truth = x.double() @ weight.double().mT
+    for w, sign in ((weight, 1), (weight.mT.contiguous().mT, 1), (negative, -1)):
+        for b in (None, bias):
+            z = _native.linear(*(None if v is None else v.to(kernels) for v in (x, w, b)))
+            assert z.dtype == F64 and z.shape == (samples, outputs)
+            expected = sign * truth + (0 if b is None else b.double())
+            assert (z.cpu() - expected).abs().max() < 1e-13 * inputs
+    leaf = x.double().to(kernels).requires_grad_()
+    with torch.enable_grad():
+        (slopes,) = torch.autograd.grad(_native.linear(leaf, weight.double().to(kernels), None).sum(), leaf)
+    assert (slopes.cpu() - weight.double().sum(0)).abs().max() < 1e-13 * outputs
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -258,19 +280,19 @@ def test_dead_units_are_left_out(kernels):
     last[:, [4, 11]] = 0
     B, lost = isometry(first.to(kernels), last.to(kernels))
     M = (last.mT @ last) * (first @ first.mT)
-    assert (B[[0, 4, 7, 11]] == 0).all() and lost.item() < 1e-10
+    assert (B[[0, 4, 7, 11]] == 0).all() and lost[0].item() < 1e-10
     assert ((B @ B.mT).cpu() - M).abs().max() < 1e-13 * M.max()
     none, lost = isometry(0 * first.to(kernels), last.to(kernels))
-    assert (none == 0).all() and lost.item() == 0
+    assert (none == 0).all() and lost[0].item() == 0
 
 
 def test_units_that_do_the_same_are_told(kernels):
     first, last, _ = weights(9, 12, 5)
     first[3], last[:, 3] = first[8], last[:, 8]
     _, lost = isometry(first.to(kernels), last.to(kernels))
-    assert not lost.item() <= 1e-6
+    assert not lost[0].item() <= 1e-6
     first[2, 2] = float("nan")
-    assert not isometry(first.to(kernels), last.to(kernels))[1].item() <= 1e-6
+    assert not isometry(first.to(kernels), last.to(kernels))[1][0].item() <= 1e-6
 
 
 def test_a_factor_that_does_not_fit_into_shared_memory(kernels, monkeypatch):

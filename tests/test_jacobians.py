@@ -396,8 +396,9 @@ def test_what_is_not_finite_is_named_on_every_device(measure, widths, device):
     bad = x.clone()
     bad[4, 1] = float("nan")
     f = network(*widths).to(device)
-    with pytest.raises(ValueError, match="x: NaN or Inf in sample 4, the first of 1"):
-        measure(f, bad)
+    for samples_, place in ((bad, 4), (bad[4:5], 0)):
+        with pytest.raises(ValueError, match=f"x: NaN or Inf in sample {place}, the first of 1"):
+            measure(f, samples_)
     with torch.no_grad():
         f[-1].weight.fill_(3e38)
     with pytest.raises(ValueError, match=r"f\(x\): NaN or Inf in sample \d"):
@@ -409,6 +410,20 @@ def test_what_is_not_finite_is_named_on_every_device(measure, widths, device):
         f[2].weight.fill_(1e20)
     with pytest.raises(ValueError, match=r"f: NaN or Inf in the Jacobian of sample \d, the first of"):
         lmnfast.jacobians(f, 1e-30 * x.abs())
+
+
+def test_modules_that_work_in_place_leave_the_samples_on_every_device(device):
+    layers = network(3, 30, 9)
+    for first, x in ((nn.ReLU(inplace=True), samples(6, 3)), (nn.Flatten(), samples(6, 3)[:, None])):
+        f = nn.Sequential(first, layers[0], nn.SiLU(inplace=True), layers[2], nn.Dropout(0.5, inplace=True))
+        x = x.to(device)
+        kept = x.clone()
+        J, y = lmnfast.jacobians(f.to(device), x), f.eval()(x.clone())
+        lmnfast.jacobian_distances(f, x)
+        lmnfast.connectivity(f, x)
+        assert torch.equal(x, kept) and torch.equal(f(x.clone()), y)
+        rows = [torch.autograd.functional.jacobian(lambda row: f(row.clone()[None])[0], row) for row in x]
+        assert (J - torch.stack(rows).flatten(2)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -29,12 +29,18 @@ LANES = 16  # of the widest vectors in float32
 
 
 def condition(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    """(N, N): mean over outputs of magnitude over spread along the path, what a rounding of the output costs r2."""
+    """(N, N): mean over outputs of magnitude over spread along the path, what a rounding of the output costs r2.
+
+    GELU is z (1 + erf(z / sqrt 2)) / 2, whose rounding is that of 1 + erf times z: far below zero there is nothing else of it, in
+    PyTorch, too, and another erf has another one. So the magnitude is z's there.
+    """
     t = UNIFORM[0][:, None]
-    y = chain(torch.lerp(x[:, None, None], x[None, :, None], t).flatten(0, 2)).unflatten(
-        0, (len(x), len(x), -1)
+    *_, z, y = (
+        value.unflatten(0, (len(x), len(x), -1))
+        for value in chain.values(torch.lerp(x[:, None, None], x[None, :, None], t).flatten(0, 2))
     )
-    return (y.abs().amax(2) / y.std(2).clamp_min(1e-300)).mean(-1)
+    size = torch.maximum(y.abs(), z.abs()) if chain.activations[-1].name == "gelu" else y.abs()
+    return (size.amax(2) / y.std(2).clamp_min(1e-300)).mean(-1)
 
 
 def measured(

@@ -348,6 +348,37 @@ def test_the_card_solves_its_own_matrices_and_is_named():
         assert m.lmn == pytest.approx(lmnfast.linear_mapping_number(L).item(), rel=1e-9)
 
 
+def test_the_emulated_kernel_gives_what_lapack_gives_and_what_it_gives_up_is_solved_again(
+    emulated, monkeypatch
+):
+    for n in (1, 7, 60):
+        L = symmetric(n, n)
+        expected = lmnfast.eigenvalues(L)
+        m = measurement(enqueued(L), points=21, rule="uniform")
+        assert m.solver == "cuda" and m.lmn == pytest.approx(
+            lmnfast.linear_mapping_number(L).item(), rel=1e-9
+        )
+        assert torch.allclose(m.eigenvalues.abs(), expected.abs(), rtol=0, atol=1e-11)
+        share = expected.clamp(max=0).abs().sum() / expected.abs().sum()
+        assert m.negative_share == pytest.approx(share.item(), abs=1e-9)
+    solve, calls = spectrum.ops.symmetric_eigenvalues, []
+
+    def gives_up_once(matrices):
+        calls.append(matrices)
+        return solve(matrices) * (torch.nan if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(spectrum.ops, "symmetric_eigenvalues", gives_up_once)
+    again = measurement(enqueued(L), points=21, rule="uniform")
+    assert len(calls) == 2 and again.solver == "cpu" and again.lmn == pytest.approx(m.lmn, rel=1e-9)
+
+
+def test_a_spectrum_of_which_nothing_is_left_is_refused_by_the_emulated_kernel_too(emulated):
+    L = -torch.eye(5)
+    assert measurement(enqueued(L), points=21, rule="uniform").lmn == pytest.approx(5)
+    with pytest.raises(ValueError, match="all 0 have no shares"):
+        measurement(enqueued(L), points=21, rule="uniform", negative="clip")
+
+
 def in_place_of_the_kernel(monkeypatch, kernel):
     """kernel(matrices) or None: none fits."""
     module = sys.modules["lmnfast.ops.symmetric_eigenvalues"]

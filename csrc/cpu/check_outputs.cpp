@@ -42,14 +42,14 @@ void check_outputs_on(const CheckOutputs<T>& op, int threads) {
       }
     }
   }
-#pragma omp parallel for num_threads(threads) if (worth_threads(samples * samples))
-  for (std::int64_t n = 0; n < samples; ++n) {
-    const T* row = op.connectivity + n * samples;
-    if (all_finite(row, samples)) continue;
-    for (std::int64_t i = 0; i < samples; ++i) {
+#pragma omp parallel for num_threads(threads) if (worth_threads(samples * op.columns))
+  for (std::int64_t n = 0; n < samples * (op.matrix != nullptr); ++n) {
+    const T* row = op.matrix + n * op.columns;
+    if (all_finite(row, op.columns)) continue;
+    for (std::int64_t i = 0; i < op.columns; ++i) {
       if (isfinite(row[i])) continue;
 #pragma omp critical
-      entries.add(n * samples + i, samples * samples);
+      entries.add(n * op.columns + i, samples * op.columns);
     }
   }
   std::int64_t others = 0;
@@ -67,7 +67,7 @@ void check_outputs_on(const CheckOutputs<T>& op, int threads) {
   }
   const double largest[] = {excess, magnitude};
   const std::int64_t found[] = {x.count, x.reach, y.count, y.reach, unlike, 0, 0, others, entries.count, entries.reach,
-                                op.counts[0], op.counts[1]};
+                                op.counts ? op.counts[0] : 0, op.counts ? op.counts[1] : 0};
   for (int n = 0; n < kFindings; ++n) op.found[n] = found[n];
   __builtin_memcpy(op.found + 5, largest, sizeof(largest));
 }

@@ -5,7 +5,8 @@ namespace {
 
 constexpr int kBlock = 1024;  // one block reads 32 outputs of all samples: 961 of them are 31 rows for each of its warps
 constexpr int kWarps = kBlock / kWarp;
-constexpr std::int64_t kMostBlocks = 4096;  // of those that read rows, each warp one after the other
+constexpr std::int64_t kPart = 1024;        // entries of the matrix that a warp reads
+constexpr std::int64_t kMostBlocks = 4096;  // of those that read rows and parts, each warp one after the other
 
 __device__ void largest(std::int64_t* to, std::int64_t value) {
   if (value > 0) atomicMax(reinterpret_cast<long long*>(to), static_cast<long long>(value));
@@ -21,25 +22,32 @@ __device__ void add_failing(std::int64_t* to, std::int64_t number, std::int64_t 
   largest(to + 1, reach);
 }
 
-/// Rows of x, y or the matrix, one to a warp, neighbouring lanes at neighbouring values.
+/// A part of the matrix to a warp, neighbouring lanes at neighbouring values: its rows may be long, and few.
+template <class T>
+__device__ void check_entries(const CheckOutputs<T>& op, std::int64_t part) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const std::int64_t size = op.samples * op.columns, begin = part * kPart + lane, end = at_most((part + 1) * kPart, size);
+  bool good = true;
+#pragma unroll 8
+  for (std::int64_t i = begin; i < end; i += kWarp) good = good & isfinite(op.matrix[i]);
+  if (__all_sync(kAllLanes, good)) return;
+  for (std::int64_t i = begin; i < end; i += kWarp) {  // rare: entry after entry
+    if (!isfinite(op.matrix[i])) add_failing(op.found + 8, 1, size - i);
+  }
+}
+
+/// A row of x or of y to a warp, in the same way.
 template <class T>
 __device__ void check_row(const CheckOutputs<T>& op, std::int64_t row) {
   const int lane = int(threadIdx.x) % kWarp;
-  const int what = int(row / op.samples);
-  const std::int64_t n = row % op.samples, width = what == 0 ? op.inputs : what == 1 ? op.outputs : op.samples;
-  const T* values = (what == 0 ? op.x : what == 1 ? op.y : op.connectivity) + n * width;
+  const bool is_y = row >= op.samples;
+  const std::int64_t n = is_y ? row - op.samples : row, width = is_y ? op.outputs : op.inputs;
+  const T* values = (is_y ? op.y : op.x) + n * width;
   bool good = true;
-  for (std::int64_t k = lane; k < width; k += kWarp) good = good && isfinite(values[k]);
-  if (!__all_sync(kAllLanes, good)) {
-    if (what < 2) {
-      if (lane == 0) add_failing(op.found + 2 * what, 1, op.samples - n);
-    } else {  // rare: entry after entry
-      for (std::int64_t k = lane; k < width; k += kWarp) {
-        if (!isfinite(values[k])) add_failing(op.found + 8, 1, op.samples * op.samples - n * width - k);
-      }
-    }
-  }
-  if (what != 1 || !op.expected) return;
+#pragma unroll 4
+  for (std::int64_t k = lane; k < width; k += kWarp) good = good & isfinite(values[k]);
+  if (!__all_sync(kAllLanes, good) && lane == 0) add_failing(op.found + (is_y ? 2 : 0), 1, op.samples - n);
+  if (!is_y || !op.expected) return;
   const double tolerance = kSameOutputUlps * op.epsilon;
   double excess = 0, magnitude = 0;
   int unlike = 0;
@@ -98,25 +106,32 @@ __device__ void check_columns(const CheckOutputs<T>& op, std::int64_t k) {
   }
 }
 
-// The first blocks take 32 outputs each, the warps of the others a row each; found is zero before.
+// The first blocks take 32 outputs each, the warps of the others a row of x, a row of y or a part of the matrix each; found is
+// zero before.
 template <class T>
-__global__ void __launch_bounds__(kBlock) check_outputs_kernel(CheckOutputs<T> op, std::int64_t column_blocks) {
+__global__ void __launch_bounds__(kBlock)
+    check_outputs_kernel(CheckOutputs<T> op, std::int64_t column_blocks, std::int64_t parts) {
   if (blockIdx.x < column_blocks) {
     check_columns(op, std::int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp);
     return;
   }
   const std::int64_t block = blockIdx.x - column_blocks;
-  if (block == 0 && threadIdx.x < 2) op.found[10 + threadIdx.x] = op.counts[threadIdx.x];
+  if (block == 0 && threadIdx.x < 2 && op.counts) op.found[10 + threadIdx.x] = op.counts[threadIdx.x];
   const std::int64_t step = (gridDim.x - column_blocks) * kWarps;
-  for (std::int64_t row = block * kWarps + threadIdx.x / kWarp; row < 3 * op.samples; row += step) check_row(op, row);
+  const std::int64_t rows = 2 * op.samples;
+  for (std::int64_t at = block * kWarps + threadIdx.x / kWarp; at < rows + parts; at += step) {
+    if (at < rows) check_row(op, at);
+    else check_entries(op, at - rows);
+  }
 }
 
 template <class T>
 const char* run(const CheckOutputs<T>& op, CUstream_st* stream) {
   if (cudaMemsetAsync(op.found, 0, kFindings * sizeof(std::int64_t), stream) != cudaSuccess) return message(cudaGetLastError());
   const std::int64_t columns = op.again ? blocks_of(op.outputs, kWarp) : 0;
-  const std::int64_t rows = at_most(blocks_of(3 * op.samples, kWarps), kMostBlocks);
-  return launch(check_outputs_kernel<T>, columns + rows, kBlock, 0, stream, op, columns);
+  const std::int64_t parts = op.matrix ? blocks_of(op.samples * op.columns, kPart) : 0;
+  const std::int64_t blocks = columns + at_most(blocks_of(2 * op.samples + parts, kWarps), kMostBlocks);
+  return launch(check_outputs_kernel<T>, blocks, kBlock, 0, stream, op, columns, parts);
 }
 
 }  // namespace

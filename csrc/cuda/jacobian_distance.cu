@@ -144,89 +144,135 @@ __global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsom
   gram[row * op.units + column] = first * last;
 }
 
-constexpr int kFactorThreads = 1024;
+constexpr int kFactorThreads = 1024, kRows = int(kIsometryRows);
 
 /// How one block lies over the units: `parts` threads share what is summed for one.
 struct FactorShape {
-  int padded, parts;
-  std::size_t vectors() const { return std::size_t(padded) * std::size_t(1 + parts) * sizeof(double); }
+  int padded, parts, stride;  // stride: of the factor's rows
+  std::size_t vectors() const { return std::size_t(padded) * std::size_t(1 + kRows * (parts + 1)) * sizeof(double); }
 };
 inline FactorShape factor_shape(std::int64_t units) {
   const int padded = int(blocks_of(units, kWarp) * kWarp);
-  return {padded, kFactorThreads / padded};
+  return {padded, kFactorThreads / padded, int(isometry_stride(units))};
 }
 
-// One block: R^T R = A, M with its diagonal scaled to ones, row after row, and with each row of R that of (R^T)^-1, which is
-// the same kind of sum. factor holds R above its diagonal, the inverse below, and the inverse's own diagonal. The sum of the
-// inverse's squares is A^-1's trace, at least one over the least eigenvalue: rounding changes M by about H epsilon and a
-// squared distance by as much of that. Neighbouring lanes read neighbouring units; about 350 cycles a row with 100 units.
+/// Neighbouring numbers of a row of the factor, loaded 16 bytes at a time.
+struct alignas(16) RowPair {
+  double first, second;
+};
+
+// One block: R^T R = A, M with its diagonal scaled to ones, kRows rows after one another, and with each row of R that of
+// (R^T)^-1, which is the same kind of sum. factor holds R above its diagonal, before that A; the inverse below, and the
+// inverse's own diagonal. The sum of the inverse's squares is A^-1's trace, at least one over the least eigenvalue: rounding
+// changes M by about H epsilon and a squared distance by as much of that. Neighbouring lanes read neighbouring units.
+//
+// What the rows before take of kRows rows is summed by all threads, each sum for `parts` of them; then a thread has a column to
+// itself, and all of them the square on the diagonal, which is not worth a barrier. Three barriers for kRows rows.
 __global__ void __launch_bounds__(kFactorThreads)
     factor_kernel(const double* gram, std::int64_t width, double* memory, FactorShape shape, bool in_shared,
                   double* isometry, double* lost) {
-  double* const norms = reinterpret_cast<double*>(dynamic_shared());  // [padded]
-  double* const partial = norms + shape.padded;                       // [parts][padded]
-  double* const factor = in_shared ? partial + shape.parts * shape.padded : memory;
-  const int units = int(width), h = int(threadIdx.x) % shape.padded, part = int(threadIdx.x) / shape.padded;
-  const bool works = h < units && part < shape.parts;
-  for (int n = int(threadIdx.x); n < units; n += kFactorThreads) norms[n] = ::sqrt(gram[std::int64_t(n) * units + n]);
+  const int padded = shape.padded, parts = shape.parts, stride = shape.stride;
+  double* const norms = reinterpret_cast<double*>(dynamic_shared());  // [padded], 0 beyond the units
+  double* const left = norms + padded;                                // [kRows][padded]: of A, less the rows before
+  double* const partial = left + kRows * padded;                      // [parts][kRows][padded]
+  double* const factor = in_shared ? partial + parts * kRows * padded : memory;  // [units][stride]
+  const int units = int(width), h = int(threadIdx.x) % padded, part = int(threadIdx.x) / padded;
+  const bool works = h < units && part < parts;
+  for (int n = int(threadIdx.x); n < padded; n += kFactorThreads) norms[n] = n < units ? ::sqrt(gram[n * units + n]) : 0.0;
   __syncthreads();
-  const double norm = h < units ? norms[h] : 0.0;
-  for (int r = 0; r < units; ++r) {
+  for (int at = int(threadIdx.x); at < units * stride; at += kFactorThreads) {
     // A unit whose norm is 0 changes no Jacobian: its row and column are zeros.
-    const double scale = norms[r] * norm;
-    const double entry = works && part == 0 && h > r && scale != 0 ? gram[std::int64_t(r) * units + h] / scale : 0.0;
+    const int row = at / stride, column = at % stride;
+    const double scale = column > row && column < units ? norms[row] * norms[column] : 0.0;
+    factor[at] = scale != 0 ? gram[row * units + column] / scale : 0.0;
+  }
+  __syncthreads();
+  for (int r = 0; r < units; r += kRows) {
     if (works) {
-      double sum = 0;
-      const int begin = h < r ? h : 0;
-      for (int t = begin + (part + shape.parts - begin % shape.parts) % shape.parts; t < r; t += shape.parts) {
-        sum = fma(factor[std::int64_t(t) * units + r], factor[std::int64_t(t) * units + h], sum);
+      double sums[kRows] = {};
+      const int begin = h < r ? h : 0;  // above, the inverse has zeros
+#pragma unroll 4
+      for (int t = begin + (part + parts - begin % parts) % parts; t < r; t += parts) {
+        const double own = factor[t * stride + h];
+        const RowPair* const others = reinterpret_cast<const RowPair*>(factor + t * stride + r);
+#pragma unroll
+        for (int i = 0; i < kRows; i += 2) {
+          const RowPair pair = others[i / 2];
+          sums[i] = fma(pair.first, own, sums[i]);
+          sums[i + 1] = fma(pair.second, own, sums[i + 1]);
+        }
       }
-      partial[part * shape.padded + h] = sum;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) partial[(part * kRows + i) * padded + h] = sums[i];
+    }
+    __syncthreads();
+    for (int i = part; works && i < kRows; i += parts) {
+      const int row = r + i;
+      double sum = 0;
+      for (int p = 0; p < parts; ++p) sum += partial[(p * kRows + i) * padded + h];
+      const double entry = row >= units || h < row ? 0.0 : h == row ? 1.0 : factor[row * stride + h];
+      left[i * padded + h] = entry - sum;
     }
     __syncthreads();
     if (works && part == 0) {
-      double sum = 0, own = 0;
-      for (int p = 0; p < shape.parts; ++p) {
-        sum += partial[p * shape.padded + h];
-        own += partial[p * shape.padded + r];
+      double square[kRows][kRows], roots[kRows], column[kRows];  // R's square on the diagonal, above it
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const bool dead = norms[r + i] == 0;
+        double own = r + i < units ? left[i * padded + r + i] : 1.0;
+#pragma unroll
+        for (int j = 0; j < i; ++j) own = fma(-square[j][i], square[j][i], own);
+        roots[i] = dead ? 0.0 : 1.0 / ::sqrt(own);  // a NaN where A has no factor, and then so has all that follows
+#pragma unroll
+        for (int k = i + 1; k < kRows; ++k) {
+          double entry = r + k < units ? left[i * padded + r + k] : 0.0;
+#pragma unroll
+          for (int j = 0; j < i; ++j) entry = fma(-square[j][i], square[j][k], entry);
+          square[i][k] = dead ? 0.0 : entry * roots[i];
+        }
       }
-      const double root = ::sqrt(1.0 - own);  // a NaN where A has no factor, and then so has all that follows
-      const double value = (h > r ? entry - sum : h == r ? 1.0 : -sum) / root;
-      factor[std::int64_t(r) * units + h] = norms[r] == 0 ? 0.0 : value;
+      const int place = h - r;  // of the column in the square, if it is there
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const bool inside = place >= 0 && place < kRows;
+        double entry = !inside ? left[i * padded + h] : place == i ? 1.0 : 0.0;
+#pragma unroll
+        for (int j = 0; j < i; ++j) entry = fma(-square[j][i], column[j], entry);
+        column[i] = entry * roots[i];
+        double value = column[i];
+#pragma unroll
+        for (int k = i + 1; k < kRows; ++k) value = place == k ? square[i][k] : value;
+        if (r + i < units) factor[(r + i) * stride + h] = norms[r + i] == 0 ? 0.0 : value;
+      }
     }
     __syncthreads();
   }
   double trace = 0;
-  for (int r = part; works && r < units; r += shape.parts) {
-    const double value = factor[std::int64_t(r) * units + h];
+  for (int r = part; works && r < units; r += parts) {
+    const double value = factor[r * stride + h];
     if (h <= r) trace = fma(value, value, trace);
     // B's transpose, so that the features are one product of rows: B = R diag(norms).
-    const double mirrored = factor[std::int64_t(h) * units + r];  // above the diagonal where r > h
-    isometry[std::int64_t(r) * units + h] = h > r              ? 0.0
-                                               : h < r            ? mirrored * norms[r]
-                                               : norms[r] == 0    ? 0.0
-                                                                  : norms[r] / value;
+    const double mirrored = factor[h * stride + r];  // above the diagonal where r > h
+    isometry[r * units + h] = h > r ? 0.0 : h < r ? mirrored * norms[r] : norms[r] == 0 ? 0.0 : norms[r] / value;
   }
-  if (works) partial[part * shape.padded + h] = trace;
+  trace = warp_sum(trace);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = trace;
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  double total = 0;
-  for (int p = 0; p < shape.parts; ++p) {
-    for (int n = 0; n < units; ++n) total += partial[p * shape.padded + n];
-  }
-  *lost = double(units) * 0x1p-52 * total;
+  if (threadIdx.x >= kWarp) return;
+  const double total = warp_sum(partial[threadIdx.x]);
+  if (threadIdx.x < 2) lost[threadIdx.x] = threadIdx.x == 0 ? double(units) * 0x1p-52 * total : 0.0;
 }
 
 template <class T>
 const char* jacobian_isometry_on(const JacobianIsometry<T>& op, CUstream_st* stream) {
   if (op.units < 1 || op.units > kIsometryUnits) return "a number of units that has no factor here";
-  double* const gram = op.workspace;
-  double* const factor = gram + op.units * op.units;
+  double* const factor = op.workspace;
+  double* const gram = factor + op.units * isometry_stride(op.units);
   const std::int64_t tiles = blocks_of(op.units, kGramSide);
   const char* error = launch(gram_kernel<T>, tiles * tiles, kGramSide * kGramSide, 0, stream, op, gram);
   if (error) return error;
   const FactorShape shape = factor_shape(op.units);
-  const std::size_t bytes = shape.vectors() + std::size_t(op.units * op.units) * sizeof(double);
+  const std::size_t bytes = shape.vectors() + std::size_t(op.units) * std::size_t(shape.stride) * sizeof(double);
   const bool in_shared = bytes <= std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   return launch(factor_kernel, 1, kFactorThreads, in_shared ? bytes : shape.vectors(), stream, gram, op.units, factor, shape,
                 in_shared, op.isometry, op.lost);
@@ -242,8 +288,17 @@ const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* str
   return multiply(product, true, stream);
 }
 
+// Here, where the layer's kernel is compiled for sums in double anyway.
+template <class T>
+const char* wide_linear_on(const WideLinear<T>& op, CUstream_st* stream) {
+  return forward<T, double>({op.x, op.weight, op.bias, op.z, nullptr, op.samples, op.inputs, op.outputs, 0,
+                             {ActivationKind::kIdentity, 0, 0}}, stream);
+}
+
 }  // namespace
 
+const char* wide_linear_cuda(const WideLinear<float>& op, CUstream_st* stream) { return wide_linear_on(op, stream); }
+const char* wide_linear_cuda(const WideLinear<double>& op, CUstream_st* stream) { return wide_linear_on(op, stream); }
 const char* jacobian_distance_cuda(const JacobianDistance<float>& op, CUstream_st* stream) {
   return jacobian_distance_on(op, stream);
 }

@@ -9,18 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._native import plain  # noqa: F401
 from ..network import ACTIVATIONS, check_layers
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
 # A sum of weights in float64 misses 1 by rounding alone; weights that came by way of float32 miss it by 1e-8.
 WEIGHT_SUM_ERROR = 1e-9
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The tensor with its values in memory one after the other, at an address that is a multiple of their size."""
-    if tensor.is_neg() or not tensor.is_contiguous():
-        tensor = tensor.resolve_neg().contiguous()
-    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def check_dense(name: str, tensor: Tensor) -> None:

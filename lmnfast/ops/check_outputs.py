@@ -12,8 +12,8 @@ def check_outputs(
     y: Tensor,
     again: Tensor | None,
     expected: Tensor | None,
-    L: Tensor,
-    counts: Tensor,
+    matrix: Tensor | None,
+    counts: Tensor | None,
     epsilon: float,
 ) -> Tensor:
     """:func:`lmnfast.reference.check_outputs`, to the last bit: samples, outputs and entries that are not finite, outputs that
@@ -26,19 +26,19 @@ def check_outputs(
         y: (N, K) of their dtype, f's outputs.
         again: (N, K), those of the chain that f is taken for, or None.
         expected: (N, K), those of the model that f was cut from, or None.
-        L: (N, N) of their dtype, the connectivity.
-        counts: (2,) int64.
+        matrix: (N, M) of their dtype, M > 0, the connectivity or Jacobians, or None.
+        counts: (2,) int64, or None.
         epsilon: of the dtype that f's outputs come in.
 
     Returns:
         (12,) int64, see there. Raises TypeError for a dtype or a device, ValueError for a shape or an epsilon.
     """
-    return torch.ops.lmnfast.check_outputs(x, y, again, expected, L, counts, epsilon)
+    return torch.ops.lmnfast.check_outputs(x, y, again, expected, matrix, counts, epsilon)
 
 
 torch.library.define(
     "lmnfast::check_outputs",
-    "(Tensor x, Tensor y, Tensor? again, Tensor? expected, Tensor L, Tensor counts, float epsilon) -> Tensor",
+    "(Tensor x, Tensor y, Tensor? again, Tensor? expected, Tensor? matrix, Tensor? counts, float epsilon) -> Tensor",
 )
 
 
@@ -48,20 +48,21 @@ def _check_outputs(
     y: Tensor,
     again: Tensor | None,
     expected: Tensor | None,
-    L: Tensor,
-    counts: Tensor,
+    matrix: Tensor | None,
+    counts: Tensor | None,
     epsilon: float,
 ) -> Tensor:
-    _check(x, y, again, expected, L, counts, epsilon)
+    _check(x, y, again, expected, matrix, counts, epsilon)
     # Kept until the call: an address does not keep its tensor.
-    tensors = [None if t is None else plain(t) for t in (x, y, again, expected, L, counts)]
-    found = counts.new_empty(_native._C.findings)
+    tensors = [None if t is None else plain(t) for t in (x, y, again, expected, matrix, counts)]
+    found = x.new_empty(_native._C.findings, dtype=torch.int64)
     arguments = (
         x.dtype == torch.float64,
         *map(_native.address, tensors),
         len(x),
         x.shape[1],
         y.shape[1],
+        0 if matrix is None else matrix.shape[1],
         epsilon,
         _native.address(found),
     )
@@ -74,9 +75,9 @@ def _check_outputs(
 
 
 @torch.library.register_fake("lmnfast::check_outputs")
-def _(x, y, again, expected, L, counts, epsilon):
-    _check(x, y, again, expected, L, counts, epsilon)
-    return counts.new_empty(_native._C.findings)
+def _(x, y, again, expected, matrix, counts, epsilon):
+    _check(x, y, again, expected, matrix, counts, epsilon)
+    return x.new_empty(_native._C.findings, dtype=torch.int64)
 
 
 def _check(
@@ -84,8 +85,8 @@ def _check(
     y: Tensor,
     again: Tensor | None,
     expected: Tensor | None,
-    L: Tensor,
-    counts: Tensor,
+    matrix: Tensor | None,
+    counts: Tensor | None,
     epsilon: float,
 ) -> None:
     check_tensor("x", x, KERNEL_DTYPES, x.device)
@@ -94,15 +95,19 @@ def _check(
     samples = len(x)
     if y.dim() != 2 or len(y) != samples or y.numel() == 0:
         raise ValueError(f"y: expected ({samples}, outputs) with outputs > 0, got shape {tuple(y.shape)}")
-    shapes = {"y": y.shape, "again": y.shape, "expected": y.shape, "L": (samples, samples)}
-    for (name, shape), tensor in zip(shapes.items(), (y, again, expected, L)):
+    for name, tensor in (("y", y), ("again", again), ("expected", expected)):
         if tensor is None:
             continue
         check_tensor(name, tensor, (x.dtype,), x.device)
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected {tuple(shape)}, got shape {tuple(tensor.shape)}")
-    check_tensor("counts", counts, (torch.int64,), x.device)
-    if counts.shape != (2,):
-        raise ValueError(f"counts: expected (2,), got shape {tuple(counts.shape)}")
+        if tensor.shape != y.shape:
+            raise ValueError(f"{name}: expected {tuple(y.shape)}, got shape {tuple(tensor.shape)}")
+    if matrix is not None:
+        check_tensor("matrix", matrix, (x.dtype,), x.device)
+        if matrix.dim() != 2 or len(matrix) != samples or matrix.numel() == 0:
+            raise ValueError(f"matrix: expected ({samples}, M) with M > 0, got shape {tuple(matrix.shape)}")
+    if counts is not None:
+        check_tensor("counts", counts, (torch.int64,), x.device)
+        if counts.shape != (2,):
+            raise ValueError(f"counts: expected (2,), got shape {tuple(counts.shape)}")
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon: expected a number between 0 and 1, got {epsilon}")

@@ -136,13 +136,13 @@ def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         last: (K, H) of the same dtype.
 
     Returns:
-        B^T (H, H) float64, and (1,) float64: a bound for the share of a squared distance that rounding of M and B takes; a
-        NaN or Inf where M is singular to rounding. B is of use only where the bound is small.
+        B^T (H, H) float64, and (2,) float64: a bound for the share of a squared distance that rounding of M and B takes, a NaN
+        or Inf where M is singular to rounding, and a 0. B is of use only where the bound is small.
     """
     first, last = plain(first), plain(last)
     units, inputs = first.shape
     result = first.new_empty(units, units, dtype=torch.float64)
-    lost, workspace = result.new_empty(1), result.new_empty(2, units, units)
+    lost, workspace = result.new_empty(2), result.new_empty(_native._C.isometry_workspace(units))
     with _native.stream_of(first) as stream:
         _native._C.jacobian_isometry_cuda(
             first.dtype == torch.float64,

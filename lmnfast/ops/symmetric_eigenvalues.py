@@ -48,7 +48,7 @@ def _workspace_bytes(matrices: Tensor) -> int:
     n = matrices.shape[-1]
     batch = matrices.shape[:-2].numel()
     if matrices.is_cuda and _native.cuda_problem(matrices.device) is None:
-        with torch.cuda.device(matrices.device):
+        with _native.cuda_stream(matrices.device):
             return _native._C.symmetric_eigenvalues_workspace(batch, n)
     if _native.emulates_cuda(matrices):
         return _native._C.symmetric_eigenvalues_workspace(batch, n)
