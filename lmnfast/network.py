@@ -721,7 +721,10 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 
 def _is_parametrised(module: nn.Module) -> bool:
     """As torch.nn.utils.parametrize says it, in a tenth of the time: an attribute that is missing costs a search."""
-    return isinstance(found := module._modules.get("parametrizations"), nn.ModuleDict) and len(found) > 0
+    parts = module._modules  # of a scripted module no dict
+    if "parametrizations" not in parts:
+        return False
+    return isinstance(parts["parametrizations"], nn.ModuleDict) and len(parts["parametrizations"]) > 0
 
 
 def _read_module(module: nn.Module, name: str = "") -> Step:
