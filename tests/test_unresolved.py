@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from chains import cast, random_chain, samples
+from chains import cast, random_chain, random_sums, samples
 from torch import nn
 
 import lmnfast
 from lmnfast import ops, reference
-from lmnfast.network import Activation, Chain
-from lmnfast.ops.path_connectivity import chain_connectivity
+from lmnfast.network import ACTIVATIONS, Activation, Chain
+from lmnfast.ops.path_connectivity import _hoisted, chain_connectivity
 from lmnfast.quadrature import path_nodes
 from lmnfast.unresolved import CLOSE, UNRESOLVED, Widened, are_close
 
@@ -298,6 +298,24 @@ def test_samples_are_close_by_their_largest_coordinate(distance, close):
     first = torch.tensor([[1.0, -2.0, 0.0]], dtype=torch.float64)
     second = first + torch.tensor([[0.0, 0.0, 2 * distance]])
     assert are_close(first, second).tolist() == [close]
+
+
+@pytest.mark.parametrize("where", ["between kinks", "at kinks"])
+def test_slopes_of_a_chain_are_those_of_autograd(where):
+    for seed, name in enumerate(ACTIVATIONS):
+        chain = (
+            random_sums(seed) if where == "between kinks" else random_chain([5, 7, 3], [name] * 3, bias=False)
+        )
+        x, step = samples(9, len(chain.weights[0].mT)), samples(9, len(chain.weights[0].mT), seed=2)
+        x = x if where == "between kinks" else torch.zeros_like(x)
+        parts = _hoisted(chain, torch.cat([x, x + step]))
+        points = parts.samples()
+        y, slope, _ = parts.values().along(points[:9], points[9:] - points[:9])
+        expected, expected_slope = torch.autograd.functional.jvp(chain, x, step)
+        if chain.activations[-1].name == "identity" and chain.biases[-1] is not None:
+            expected = expected - chain.biases[-1]
+        scale = 1e-14 * (1 + expected.abs().max() + expected_slope.abs().max())
+        assert (y - expected).abs().max() < scale and (slope - expected_slope).abs().max() < scale
 
 
 # f in float64 ----------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ def chain_connectivity(
 
     def resolved() -> None:
         width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
+        # On the CPU a layer's values stay in the cache (2 MB); on CUDA a call costs as much for 16 times as many.
+        values = 2**18 if x.device.type == "cpu" else 2**22
         resolve(
             parts.values(),
             parts.samples(),
@@ -76,7 +78,7 @@ def chain_connectivity(
             counts,
             nodes,
             weights,
-            points=2**18 // width,
+            points=values // width,
             midpoint=midpoint,
             inputs=x.flatten(1),
         )
@@ -122,26 +124,60 @@ class _Hoisted:
         # A sum's rounding is about an epsilon of the root of its terms' squares.
         epsilon = torch.finfo(torch.float64).eps
         rounds = self.activations[-1].name in ("identity", "relu", "leaky_relu", "sin")
+        if rounds and weights:
+            squares = weights[-1] ** 2, None if biases[-1] is None else biases[-1] ** 2
 
-        def at(points: Tensor) -> tuple[Tensor, Tensor | None]:
+        def through(points: Tensor, *steps: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
             z, *moved = points.split(widths, 1)
-            values, terms = [], z.abs()
+            parts = [step.split(widths, 1) for step in steps]
+            slopes, steps_moved = [part[0] for part in parts], [list(part[1:]) for part in parts]
+            values: list[tuple[Tensor, list[Tensor]]] = []
+            terms = z.abs()
             for n, activation in enumerate(self.activations):
                 if n:
                     if rounds and n == len(weights):
-                        bias = biases[n - 1]
-                        squares = _native.linear(z**2, weights[n - 1] ** 2, None if bias is None else bias**2)
-                        terms = squares.sqrt()
+                        terms = _native.linear(z**2, *squares).sqrt()
                     z = _native.linear(z, weights[n - 1], biases[n - 1])
+                    slopes = [_native.linear(s, weights[n - 1], None) for s in slopes]
                 for into in (2 * n, 2 * n + 1):
-                    z = _native.pointwise(activation, z) if into % 2 and activation != IDENTITY else z
-                    z = z if skips[into] == -1 else z + values[skips[into]]
-                    z = z if shifts[into] is None else z + moved.pop(0)
-                    values.append(z)
-            return z, 2 * epsilon * terms if rounds else None
+                    if into % 2 and activation != IDENTITY:
+                        before, z = z, _native.pointwise(activation, z)
+                        behind = _BEHIND[activation.name](activation)
+                        slopes = [_native.pointwise(behind, s, before, z) for s in slopes]
+                    if skips[into] != -1:
+                        earlier, slopes_there = values[skips[into]]
+                        z, slopes = z + earlier, [s + e for s, e in zip(slopes, slopes_there)]
+                    if shifts[into] is not None:
+                        z, slopes = z + moved.pop(0), [s + m.pop(0) for s, m in zip(slopes, steps_moved)]
+                    values.append((z, slopes))
+            return z, slopes, 2 * epsilon * terms if rounds else None
+
+        def at(points: Tensor) -> tuple[Tensor, Tensor | None]:
+            y, _, least = through(points)
+            return y, least
+
+        def along(points: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            y, (slope,), least = through(points, steps)
+            return y, slope, least
 
         # Where all units before are off, what is left of their sum is the rounding of the path's own points.
-        return Values(at, rounds_as_ends=rounds)
+        return Values(at, along, rounds_as_ends=rounds)
+
+
+_aten = torch.ops.aten
+# Of each activation: from slopes s before it, its arguments z and its values a to slopes behind it, PyTorch's also at a kink.
+_BEHIND: dict[str, Callable[[Activation], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "relu": lambda _: lambda s, z, a: _aten.threshold_backward(s, z, 0),
+    "leaky_relu": lambda of: lambda s, z, a: _aten.leaky_relu_backward(s, z, of.alpha, False),
+    "elu": lambda of: lambda s, z, a: _aten.elu_backward(s, of.alpha, 1, 1, False, z),
+    "silu": lambda _: lambda s, z, a: _aten.silu_backward(s, z),
+    "gelu": lambda _: lambda s, z, a: _aten.gelu_backward(s, z),
+    "gelu_tanh": lambda _: lambda s, z, a: _aten.gelu_backward(s, z, approximate="tanh"),
+    "tanh": lambda _: lambda s, z, a: _aten.tanh_backward(s, a),
+    "sigmoid": lambda _: lambda s, z, a: _aten.sigmoid_backward(s, a),
+    "softplus": lambda of: lambda s, z, a: _aten.softplus_backward(s, z, of.alpha, of.beta),
+    "sin": lambda _: lambda s, z, a: s * z.cos(),
+}
 
 
 def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
