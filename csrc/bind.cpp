@@ -95,6 +95,8 @@ struct ConnectivityCall {
   std::int64_t samples;
   bool halves_alone;
   std::optional<bool> midpoint;  // none: path_connectivity
+  Address exact, inputs;
+  std::int64_t exact_width, input_width;
 
   template <class T>
   lmn::PathConnectivity<T> path(Address connectivity, Address counts, Address workspace,
@@ -115,7 +117,11 @@ struct ConnectivityCall {
             pointer<T>(connectivity),
             pointer<std::int64_t>(counts),
             pointer<void>(workspace),
-            watch};
+            watch,
+            pointer<const double>(exact),
+            pointer<const float>(inputs),
+            exact_width,
+            input_width};
   }
   /// function(op) of the kind and dtype that this is.
   template <class Function>
@@ -262,14 +268,18 @@ ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Addres
                                        std::vector<std::int32_t> skips, std::vector<Address> shifts,
                                        std::vector<double> t, std::vector<double> node_weights, double mean_t,
                                        double variance_t, std::int64_t samples, bool halves_alone,
-                                       std::optional<bool> midpoint) {
+                                       std::optional<bool> midpoint, Address exact, Address inputs,
+                                       std::int64_t exact_width, std::int64_t input_width) {
   expect_chain(weights.size(), biases.size(), widths.size(), kinds.size());
   expect(skips.size() == shifts.size() && (skips.empty() || skips.size() == 2 * kinds.size()), "skips, shifts");
   for (std::size_t n = 0; n < skips.size(); ++n) expect(-1 <= skips[n] && skips[n] < int(n), "skips");
   expect(t.size() == node_weights.size(), "nodes");
+  std::int64_t moving = widths[0];  // columns of z and of the shifts
+  for (std::size_t n = 0; n < shifts.size(); ++n) moving += shifts[n] ? widths[n / 2] : 0;
+  expect(exact ? inputs && !is_double && exact_width == moving && input_width >= 0 : !inputs, "exact, inputs");
   return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), activations_of(kinds, parameters),
           std::move(skips), std::move(shifts), {std::move(t), std::move(node_weights), mean_t, variance_t}, samples,
-          halves_alone, midpoint};
+          halves_alone, midpoint, exact, inputs, exact_width, input_width};
 }
 
 template <class T>

@@ -56,6 +56,11 @@ struct PathConnectivity {
   std::int64_t* counts;             // [2], outputs counted as constant over the resolved pairs; unresolved pairs
   void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
   const Watch* watch;               // CPU; null: nobody
+  // CUDA, float: z and the shifts side by side before they were rounded, and what they were made from, where equal rows are one
+  // sample. Unresolved pairs are measured in float64 with these, as far as that is plain; null: none.
+  const double* exact;              // [samples, exact_width]
+  const float* inputs;              // [samples, input_width]
+  std::int64_t exact_width, input_width;
 };
 
 /// Linear connectivity of the polynomials that match each output's ends and end slopes along a path, and with the

@@ -167,44 +167,20 @@ SMALL_LINEAR = 2**25
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of rows x (B, D) in float64. On the CPU the same bits for any thread count and any number of rows: the products
-    of torch's BLAS are summed in parts that depend on both. Can be differentiated by x."""
+    of torch's BLAS are summed in parts that depend on both. No autograd there."""
     alike = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if alike and on_cuda(x) and not x.requires_grad and x.numel() * len(weight) <= SMALL_LINEAR:
+    if alike and on_cuda(x) and x.numel() * len(weight) <= SMALL_LINEAR:
         return _wide_linear(plain(x), plain(weight), None if bias is None else plain(bias))
     x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if x.requires_grad else _linear(x, weight, bias)
-
-
-# Torch gives each thread an equal share of a pointwise function's numbers: of GELU's from more than SERIAL numbers on, of the others'
-# from STRETCH on, at least STRETCH to a thread. Measured with torch 2.13: their bits follow the thread count from there on.
-SERIAL, STRETCH = 2**14, 2**15
-
-
-def pointwise(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """A pointwise function of torch's. On the CPU the same bits for any thread count: torch computes the last numbers of a thread's
-    share, fewer than its loop over vectors takes, by other code. Here all shares are whole vectors."""
-    if z.device.type != "cpu":
-        return function(z)
-    flat, block = z.reshape(-1), STRETCH * torch.get_num_threads()
-    whole = len(flat) - len(flat) % block
-    parts = [*flat[:whole].split(block)] if whole else []
-    parts += [F.pad(part, (0, -len(part) % 64)) for part in flat[whole:].split(SERIAL)]
-    values = [function(part) for part in parts]
-    return (values[0] if len(values) == 1 else torch.cat(values))[: z.numel()].reshape(z.shape)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return _linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return linear(gradient, weight.mT, None), None, None
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    (samples, inputs), outputs, count = x.shape, len(weight), cores_to_use()
+    z = x.new_empty(samples, outputs)
+    workspace = x.new_empty(_C.linear_workspace(samples, inputs, outputs, count), dtype=torch.uint8)
+    sizes = (samples, inputs, outputs, address(z), address(workspace))
+    _C.linear(address(x), address(weight), address(bias), *sizes, *attention(count)[:2], None)
+    return z
 
 
 def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -223,14 +199,26 @@ def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return z
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-    (samples, inputs), outputs, count = x.shape, len(weight), cores_to_use()
-    z = x.new_empty(samples, outputs)
-    workspace = x.new_empty(_C.linear_workspace(samples, inputs, outputs, count), dtype=torch.uint8)
-    sizes = (samples, inputs, outputs, address(z), address(workspace))
-    _C.linear(address(x), address(weight), address(bias), *sizes, *attention(count)[:2], None)
-    return z
+# Torch gives each thread an equal share of a pointwise function's numbers: of GELU's from more than SERIAL numbers on, of the others'
+# from STRETCH on, at least STRETCH to a thread. Measured with torch 2.13: their bits follow the thread count from there on.
+SERIAL, STRETCH = 2**14, 2**15
+
+
+def pointwise(function: Callable[..., Tensor], *z: Tensor) -> Tensor:
+    """A pointwise function of torch's, of tensors of one shape. On the CPU the same bits for any thread count: torch computes the last
+    numbers of a thread's share, fewer than its loop over vectors takes, by other code. Here all shares are whole vectors."""
+    if z[0].device.type != "cpu":
+        return function(*z)
+    count, block = z[0].numel(), STRETCH * torch.get_num_threads()
+    whole = count - count % block
+
+    def parts(values: Tensor) -> list[Tensor]:
+        flat = values.reshape(-1)
+        rest = [F.pad(part, (0, -len(part) % 64)) for part in flat[whole:].split(SERIAL)]
+        return [*flat[:whole].split(block), *rest] if whole else rest
+
+    values = [function(*part) for part in zip(*map(parts, z))]
+    return (values[0] if len(values) == 1 else torch.cat(values))[:count].reshape(z[0].shape)
 
 
 def attention(count: int) -> tuple[int, bool, Progress | None]:

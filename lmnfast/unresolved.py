@@ -38,6 +38,8 @@ class Values:
     at: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     """From points (B, *in) float64 to f there (B, K), and to the magnitude up to which an output is nothing but rounding
     (B, K), None where that is not known; both float64."""
+    along: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]] | None = None
+    """The same from points and steps (B, *in), with f's derivative along the steps (B, K) in between; None: by autograd."""
     rounds_as_ends: bool = False
     """Whether an output's rounding anywhere on a path may be that of its ends."""
 
@@ -70,7 +72,7 @@ def resolve(
         L: (N, N), UNRESOLVED where a pair is.
         counts: (2,) int64, outputs counted as constant over the resolved pairs, and the number of unresolved pairs; the
             second becomes 0.
-        nodes, weights: (nodes,) float64.
+        nodes, weights: (nodes,) float64, on the CPU.
         points: how many points f may be called on at a time.
         midpoint: None: r2 of f itself; else that of its Hermite polynomials, with or without the midpoint.
         inputs: (N, *), what x was made from: the same inputs are the same sample, whatever rounding made of them.
@@ -82,15 +84,16 @@ def resolve(
     if int(counts[1]) == 0:
         return
     epsilon, inputs = torch.finfo(L.dtype).eps, x if inputs is None else inputs
-    on_device = nodes.to(L.device), weights.to(L.device)
+    on_device = nodes.to(L.device)
     for first, second in _unresolved_pairs(L, max(1, points // len(nodes))):
         same = (inputs[first] == inputs[second]).flatten(1).all(1) | _agree(x[first], x[second])
-        L[first[same], second[same]] = L[second[same], first[same]] = 1.0
-        first, second = first[~same], second[~same]
-        if len(first) == 0:
+        L[first, second] = L[second, first] = 1.0
+        others = (~same).nonzero()[:, 0]  # on CUDA one wait
+        if len(others) == 0:
             continue
+        first, second = first[others], second[others]
         samples = x[first].double(), x[second].double()
-        y, least = _path(values, *samples, on_device[0], midpoint, L.dtype)
+        y, least = _path(values, *samples, on_device, midpoint, L.dtype)
         ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
         close = are_close(*samples)[:, None]
         rounding = ends * torch.where(close, _DOUBLE_EPSILON, epsilon)
@@ -99,7 +102,7 @@ def resolve(
             rounding = torch.where(close, torch.maximum(rounding, least), rounding)
         if noise is not None:
             rounding = torch.maximum(rounding, torch.maximum(noise[first], noise[second]))
-        r2, constant = r2_of_outputs(y, *on_device, rounding)
+        r2, constant = r2_of_outputs(y, nodes, weights, rounding)
         L[first, second] = L[second, first] = r2.mean(1).clamp(0, 1).to(L.dtype)  # rounding may exceed 1
         counts[0] += constant.sum()
     counts[1] = 0
@@ -114,12 +117,10 @@ def _agree(first: Tensor, second: Tensor) -> Tensor:
 
 def _unresolved_pairs(L: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs i < j that are unresolved, at most so many at a time."""
-    rows = max(1, 2**22 // len(L))  # a mask of 4 MB at a time
+    rows = max(1, 2**26 // len(L))  # a mask of 64 MB at a time, and on CUDA a wait for each
     for begin in range(0, len(L), rows):
-        first, second = (L[begin : begin + rows] == UNRESOLVED).nonzero(as_tuple=True)
+        first, second = (L[begin : begin + rows] == UNRESOLVED).triu_(begin + 1).nonzero(as_tuple=True)
         first = first + begin
-        above = first < second
-        first, second = first[above], second[above]
         for some in range(0, len(first), most):
             yield first[some : some + most], second[some : some + most]
 
@@ -173,24 +174,31 @@ def _path(
         if values.rounds_as_ends:  # between the ends, which are the samples themselves
             least[:, 1:-1] = torch.maximum(least[:, 1:-1], at_ends[:, None])
         return _without_rounding(y, least), at_ends
-    step, ends, slopes, leasts = second - first, [], [], []
+    step = second - first
+    leasts: list[Tensor | None] = []
+    if values.along is not None:
+        y, slope, least = values.along(torch.cat([first, second]), torch.cat([step, step]))
+        ends, slopes = list(y.chunk(2)), list(slope.chunk(2))
+        leasts = [None, None] if least is None else list(least.chunk(2))
+    else:
+        ends, slopes = [], []
 
-    def at(z: Tensor) -> Tensor:
-        y, least = values.at(z)
-        leasts.append(None if least is None else least.detach())
-        return y
+        def at(z: Tensor) -> Tensor:
+            y, least = values.at(z)
+            leasts.append(None if least is None else least.detach())
+            return y
 
-    for sample in (first, second):
-        # Twice backwards: torch's forward mode warns of its own use of torch.jit.
-        y, slope = torch.autograd.functional.jvp(at, sample, step)
-        ends.append(y)
-        slopes.append(slope)
+        for sample in (first, second):
+            # Twice backwards: torch's forward mode warns of its own use of torch.jit.
+            y, slope = torch.autograd.functional.jvp(at, sample, step)
+            ends.append(y)
+            slopes.append(slope)
     # At the ends a dead output is exactly dead, and slopes do not cancel as values do.
     half = _without_rounding(*values.at(_between(first, second, 0.5))) if midpoint else None
     if dtype != torch.float64:
         slopes = _without_dead(values, first, second, ends, slopes)
     at_ends = None if leasts[0] is None or leasts[1] is None else torch.maximum(leasts[0], leasts[1])
-    return hermite_path(*ends, *slopes, half, nodes), at_ends
+    return hermite_path(ends[0], ends[1], slopes[0], slopes[1], half, nodes), at_ends
 
 
 class InDouble(TorchFunctionMode):

@@ -607,6 +607,10 @@ def test_the_compiled_core_looks_at_lengths_too():
         2,
         False,
         None,
+        1,
+        1,
+        5,
+        0,
     ]
     _native._C.Connectivity(*right)
     for position, value in [
@@ -619,6 +623,10 @@ def test_the_compiled_core_looks_at_lengths_too():
         (6, [0.0] * 5),
         (7, [-1] * 6),
         (9, [0.5, 0.6]),
+        (0, True),
+        (17, 0),
+        (18, 4),
+        (19, -1),
     ]:
         wrong = list(right)
         wrong[position] = value

@@ -1,8 +1,9 @@
-// Float32: chains of one or two hidden layers by the kernel of chained.cuh where it takes them, all others by panels.cuh's.
-// Float64: chain64.cuh.
+// Float32: chains of one or two hidden layers by the kernel of chained.cuh where it takes them, all others by panels.cuh's; then
+// unresolved.cuh. Float64: chain64.cuh.
 #include "chain64.cuh"
 #include "chained.cuh"
 #include "panels.cuh"
+#include "unresolved.cuh"
 
 namespace lmn {
 namespace {
@@ -32,19 +33,25 @@ chained::Kernel find_chained(const PathConnectivity<float>& op) {
   return chained::if_it_fits(op, found);
 }
 
+/// Of the kernels of the paths; behind it is that of the unresolved pairs.
+std::size_t own_workspace(const PathConnectivity<float>& op) {
+  const chained::Kernel kernel = find_chained(op);
+  return kernel.run ? chained::workspace(op, kernel) : panels::workspace_by_panels(op, Stencil<float>{});
+}
+
 }  // namespace
 
 std::size_t path_connectivity_cuda_workspace(const PathConnectivity<float>& op) {
-  const chained::Kernel kernel = find_chained(op);
-  return kernel.run ? chained::workspace(op, kernel) : panels::workspace_by_panels(op, Stencil<float>{});
+  return own_workspace(op) + unresolved::workspace(op, 0);
 }
 std::size_t path_connectivity_cuda_workspace(const PathConnectivity<double>& op) {
   return float64::workspace64<0>(op, Stencil<double>{});
 }
 const char* path_connectivity_cuda(const PathConnectivity<float>& op, CUstream_st* stream) {
   const chained::Kernel kernel = find_chained(op);
-  return kernel.run ? chained::enqueue(op, kernel, Stencil<float>{}, stream)
-                    : panels::enqueue_by_panels<false>(op, Stencil<float>{}, stream);
+  const char* error = kernel.run ? chained::enqueue(op, kernel, Stencil<float>{}, stream)
+                                 : panels::enqueue_by_panels<false>(op, Stencil<float>{}, stream);
+  return error ? error : unresolved::enqueue(op, 0, static_cast<char*>(op.workspace) + own_workspace(op), stream);
 }
 const char* path_connectivity_cuda(const PathConnectivity<double>& op, CUstream_st* stream) {
   return float64::connectivity64<0>(op, Stencil<double>{}, stream);

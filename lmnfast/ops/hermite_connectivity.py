@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..network import Chain
-from .path_connectivity import chain_connectivity, check_fake, run
+from .path_connectivity import chain_connectivity, check_exact, check_fake, run
 
 
 def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool) -> Tensor:
@@ -33,7 +33,8 @@ def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor
 torch.library.define(
     "lmnfast::hermite_connectivity",
     "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, int[] skips, "
-    "Tensor?[] shifts, Tensor nodes, Tensor node_weights, bool midpoint) -> (Tensor, Tensor)",
+    "Tensor?[] shifts, Tensor nodes, Tensor node_weights, bool midpoint, Tensor? exact=None, Tensor? inputs=None) -> "
+    "(Tensor, Tensor)",
 )
 
 
@@ -49,11 +50,28 @@ def _hermite_connectivity(
     nodes: Tensor,
     node_weights: Tensor,
     midpoint: bool,
+    exact: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return run(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, midpoint)
+    chain = z, weights, biases, activations, parameters, skips, shifts
+    return run(*chain, nodes, node_weights, midpoint, exact, inputs)
 
 
 @torch.library.register_fake("lmnfast::hermite_connectivity")
-def _(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, midpoint):
+def _(
+    z,
+    weights,
+    biases,
+    activations,
+    parameters,
+    skips,
+    shifts,
+    nodes,
+    node_weights,
+    midpoint,
+    exact=None,
+    inputs=None,
+):
     check_fake(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights)
+    check_exact(z, shifts, exact, inputs)
     return z.new_empty(z.shape[0], z.shape[0]), z.new_empty(2, dtype=torch.int64)

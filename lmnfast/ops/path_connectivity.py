@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native
 from ..network import ACTIVATIONS, IDENTITY, Activation, Chain
 from ..unresolved import Values, resolve
-from ._checks import check_chain, check_rule, check_sums, plain
+from ._checks import check_chain, check_rule, check_sums, check_tensor, plain
 
 
 def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class ChainConnectivity(NamedTuple):
     """A connectivity matrix as the kernels leave it."""
 
     L: Tensor
-    """(N, N), UNRESOLVED in place of an entry that the dtype cannot resolve."""
+    """(N, N), UNRESOLVED in place of an entry that the dtype cannot resolve. On CUDA the kernels measure most of float32's."""
     counts: Tensor
     """(2,) int64 on L's device: outputs counted as constant over the resolved pairs; unresolved pairs."""
     resolve: Callable[[], None]
@@ -63,13 +63,20 @@ def chain_connectivity(
         nodes,
         weights,
     )
+    at_once = {}
+    if _native.on_cuda(x) and x.dtype != torch.float64:
+        at_once = {"exact": parts.samples(), "inputs": x.flatten(1).float()}
     if midpoint is None:
-        L, counts = torch.ops.lmnfast.path_connectivity(*arguments)
+        L, counts = torch.ops.lmnfast.path_connectivity(*arguments, **at_once)
     else:
-        L, counts = torch.ops.lmnfast.hermite_connectivity(*arguments, midpoint)
+        L, counts = torch.ops.lmnfast.hermite_connectivity(*arguments, midpoint, **at_once)
 
     def resolved() -> None:
+        if int(counts[1]) == 0:  # else what f is made of would be widened for nothing
+            return
         width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
+        # On the CPU a layer's values stay in the cache (2 MB); on CUDA a call costs as much for 16 times as many.
+        values = 2**18 if x.device.type == "cpu" else 2**22
         resolve(
             parts.values(),
             parts.samples(),
@@ -77,7 +84,7 @@ def chain_connectivity(
             counts,
             nodes,
             weights,
-            points=2**18 // width,
+            points=values // width,
             midpoint=midpoint,
             inputs=x.flatten(1),
         )
@@ -109,7 +116,8 @@ class _Hoisted:
 
     def samples(self) -> Tensor:
         """z and the shifts side by side, (N, total width): what moves on a straight line along a path."""
-        return torch.cat([self.z, *(s for s in self.shifts if s is not None)], 1)
+        shifts = [s for s in self.shifts if s is not None]
+        return torch.cat([self.z, *shifts], 1) if shifts else self.z
 
     def values(self) -> Values:
         """The outputs at rows of `samples`, in float64."""
@@ -123,26 +131,60 @@ class _Hoisted:
         # A sum's rounding is about an epsilon of the root of its terms' squares.
         epsilon = torch.finfo(torch.float64).eps
         rounds = self.activations[-1].name in ("identity", "relu", "leaky_relu", "sin")
+        if rounds and weights:
+            squares = weights[-1] ** 2, None if biases[-1] is None else biases[-1] ** 2
 
-        def at(points: Tensor) -> tuple[Tensor, Tensor | None]:
+        def through(points: Tensor, *steps: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
             z, *moved = points.split(widths, 1)
-            values, terms = [], z.abs()
+            parts = [step.split(widths, 1) for step in steps]
+            slopes, steps_moved = [part[0] for part in parts], [list(part[1:]) for part in parts]
+            values: list[tuple[Tensor, list[Tensor]]] = []
+            terms = z.abs()
             for n, activation in enumerate(self.activations):
                 if n:
                     if rounds and n == len(weights):
-                        bias = biases[n - 1]
-                        squares = _native.linear(z**2, weights[n - 1] ** 2, None if bias is None else bias**2)
-                        terms = squares.sqrt()
+                        terms = _native.linear(z**2, *squares).sqrt()
                     z = _native.linear(z, weights[n - 1], biases[n - 1])
+                    slopes = [_native.linear(s, weights[n - 1], None) for s in slopes]
                 for into in (2 * n, 2 * n + 1):
-                    z = _native.pointwise(activation, z) if into % 2 and activation != IDENTITY else z
-                    z = z if skips[into] == -1 else z + values[skips[into]]
-                    z = z if shifts[into] is None else z + moved.pop(0)
-                    values.append(z)
-            return z, 2 * epsilon * terms if rounds else None
+                    if into % 2 and activation != IDENTITY:
+                        before, z = z, _native.pointwise(activation, z)
+                        behind = _BEHIND[activation.name](activation)
+                        slopes = [_native.pointwise(behind, s, before, z) for s in slopes]
+                    if skips[into] != -1:
+                        earlier, slopes_there = values[skips[into]]
+                        z, slopes = z + earlier, [s + e for s, e in zip(slopes, slopes_there)]
+                    if shifts[into] is not None:
+                        z, slopes = z + moved.pop(0), [s + m.pop(0) for s, m in zip(slopes, steps_moved)]
+                    values.append((z, slopes))
+            return z, slopes, 2 * epsilon * terms if rounds else None
+
+        def at(points: Tensor) -> tuple[Tensor, Tensor | None]:
+            y, _, least = through(points)
+            return y, least
+
+        def along(points: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            y, (slope,), least = through(points, steps)
+            return y, slope, least
 
         # Where all units before are off, what is left of their sum is the rounding of the path's own points.
-        return Values(at, rounds_as_ends=rounds)
+        return Values(at, along, rounds_as_ends=rounds)
+
+
+_aten = torch.ops.aten
+# Of each activation: from slopes s before it, arguments z and values a to slopes behind it, PyTorch's also at a kink.
+_BEHIND: dict[str, Callable[[Activation], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "relu": lambda _: lambda s, z, a: _aten.threshold_backward(s, z, 0),
+    "leaky_relu": lambda of: lambda s, z, a: _aten.leaky_relu_backward(s, z, of.alpha, False),
+    "elu": lambda of: lambda s, z, a: _aten.elu_backward(s, of.alpha, 1, 1, False, z),
+    "silu": lambda _: lambda s, z, a: _aten.silu_backward(s, z),
+    "gelu": lambda _: lambda s, z, a: _aten.gelu_backward(s, z),
+    "gelu_tanh": lambda _: lambda s, z, a: _aten.gelu_backward(s, z, approximate="tanh"),
+    "tanh": lambda _: lambda s, z, a: _aten.tanh_backward(s, a),
+    "sigmoid": lambda _: lambda s, z, a: _aten.sigmoid_backward(s, a),
+    "softplus": lambda of: lambda s, z, a: _aten.softplus_backward(s, z, of.alpha, of.beta),
+    "sin": lambda _: lambda s, z, a: s * z.cos(),
+}
 
 
 def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
@@ -190,7 +232,7 @@ def activation_arguments(activations: Sequence[Activation]) -> tuple[list[int], 
 torch.library.define(
     "lmnfast::path_connectivity",
     "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, int[] skips, "
-    "Tensor?[] shifts, Tensor nodes, Tensor node_weights) -> (Tensor, Tensor)",
+    "Tensor?[] shifts, Tensor nodes, Tensor node_weights, Tensor? exact=None, Tensor? inputs=None) -> (Tensor, Tensor)",
 )
 
 
@@ -205,13 +247,19 @@ def _path_connectivity(
     shifts: Sequence[Tensor | None],
     nodes: Tensor,
     node_weights: Tensor,
+    exact: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return run(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, None)
+    chain = z, weights, biases, activations, parameters, skips, shifts
+    return run(*chain, nodes, node_weights, None, exact, inputs)
 
 
 @torch.library.register_fake("lmnfast::path_connectivity")
-def _(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights):
+def _(
+    z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, exact=None, inputs=None
+):
     check_fake(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights)
+    check_exact(z, shifts, exact, inputs)
     return z.new_empty(z.shape[0], z.shape[0]), z.new_empty(2, dtype=torch.int64)
 
 
@@ -220,6 +268,24 @@ def check_fake(z, weights, biases, activations, parameters, skips, shifts, nodes
     widths = check_chain("z", z, weights, biases, activations, parameters, fake=True)
     check_sums(z, widths, activations, skips, shifts)
     check_rule(nodes, node_weights, "node_weights", fake=True)
+
+
+def check_exact(
+    z: Tensor, shifts: Sequence[Tensor | None], exact: Tensor | None, inputs: Tensor | None
+) -> None:
+    """Raises what does not fit in the samples before rounding, (N, widths of z and the shifts) float64, and in what they
+    were made from, (N, *) float32. Both or neither, with float32 samples."""
+    if exact is None and inputs is None:
+        return
+    if exact is None or inputs is None or z.dtype != torch.float32:
+        raise ValueError("exact, inputs: expected both or neither, and these with samples of torch.float32")
+    check_tensor("exact", exact, (torch.float64,), z.device)
+    check_tensor("inputs", inputs, (torch.float32,), z.device)
+    width = z.shape[1] + sum(s.shape[1] for s in shifts if s is not None)
+    if exact.shape != (z.shape[0], width):
+        raise ValueError(f"exact: expected ({z.shape[0]}, {width}), got shape {tuple(exact.shape)}")
+    if inputs.dim() != 2 or inputs.shape[0] != z.shape[0]:
+        raise ValueError(f"inputs: expected ({z.shape[0]}, *), got shape {tuple(inputs.shape)}")
 
 
 def run(
@@ -233,14 +299,22 @@ def run(
     nodes: Tensor,
     node_weights: Tensor,
     midpoint: bool | None,
+    exact: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """path_connectivity, or with a midpoint that is not None hermite_connectivity: L and counts, see ChainConnectivity."""
+    """path_connectivity, or with a midpoint that is not None hermite_connectivity: L and counts, see ChainConnectivity.
+
+    exact, inputs: z and the shifts side by side in float64, and what they were made from in float32. With these the CUDA
+    kernels measure most unresolved pairs; the CPU's do not read them.
+    """
     widths = check_chain("z", z, weights, biases, activations, parameters)
     check_sums(z, widths, activations, skips, shifts)
     check_rule(nodes, node_weights, "node_weights")
     shifts = [None if s is None else plain(s) for s in shifts]
     z, weights = plain(z), [plain(w) for w in weights]
     biases = [None if b is None else plain(b) for b in biases]
+    check_exact(z, shifts, exact, inputs)
+    exact, inputs = None if exact is None else plain(exact), None if inputs is None else plain(inputs)
     call = _native._C.Connectivity(
         z.dtype == torch.float64,
         _native.address(z),
@@ -255,6 +329,10 @@ def run(
         len(z),
         torch.get_float32_matmul_precision() != "highest",
         midpoint,
+        _native.address(exact),
+        _native.address(inputs),
+        0 if exact is None else exact.shape[1],
+        0 if inputs is None else inputs.shape[1],
     )
     counts = z.new_empty(2, dtype=torch.int64)
     return _native.run(call, _native.empty(z, len(z), len(z)), counts), counts

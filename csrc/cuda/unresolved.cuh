@@ -1,0 +1,431 @@
+// Pairs that the float32 kernels leave as kUnresolved, measured in float64 right behind them: lmnfast/unresolved.py's resolve
+// without its waits for the device. There are a few hundred of half a million, so the kernel is plain.
+//
+// One kernel lists the pairs. Of another each block takes as many listed pairs as have their points in 32 columns, a lane each,
+// and carries all of the network's values there from layer to layer: the points are the path's nodes, or for the polynomials
+// both ends, with slopes, and the path's middle. What is not measured here stays kUnresolved for Python, and is what
+// counts[1] says: pairs with a NaN or Inf, pairs beyond the list, networks that are too deep or too wide, rules of many nodes.
+#pragma once
+#include "chain.cuh"
+
+namespace lmn {
+namespace {
+namespace unresolved {
+
+constexpr int kMostLayers = 48, kMostNodes = 64;      // that fit a kernel's parameters
+constexpr std::int64_t kMostPairs = 1 << 18;          // of the list, which takes 2 MB
+constexpr std::int64_t kMostPanelBytes = 64 << 20;    // of panels outside shared memory, of all blocks
+constexpr std::int64_t kFewestBlocks = 16;            // for so few in so much memory a pair is a product for torch
+constexpr int kTaskUnits = 4;                         // of a layer, for which a lane reads a value once
+constexpr int kEndPoints = 3;                         // of a polynomial's path: both ends and the middle
+constexpr double kAgreeingUlps = 16;                  // samples that differ by no more agree, as in unresolved.py
+
+struct Unit {
+  const float *weights, *biases;  // [width, width before], [width] or null
+  double alpha, beta;
+  int width, kind;
+  int shift[2];                   // the first column of `exact` that is added to the value before and behind the activation
+  std::int16_t added[2], kept[2]; // slots, as in Layer; none: -1
+};
+
+struct Unresolved {
+  Unit layers[kMostLayers + 1];
+  double t[kMostNodes], w[kMostNodes];  // all nodes and their weights
+  double mean_t, variance_t;
+  const double* exact;            // [samples, exact_width]
+  const float* inputs;            // [samples, input_width]
+  float* connectivity;
+  std::int64_t* counts;
+  int2* pairs;                    // [capacity]
+  unsigned long long* found;      // may exceed the capacity
+  double* panels;                 // a block's after another's; null: in shared memory
+  std::int64_t samples, exact_width, input_width;
+  std::int64_t panel, block_panels;  // doubles
+  int capacity, last, nodes, midpoint;
+  int points, pairs_at_once, columns;
+  bool has_least;                 // whether outputs behind the last activation have a least magnitude, see _Hoisted.values
+};
+static_assert(sizeof(Unresolved) <= 4096, "a kernel's parameters");
+
+/// A warp per row of the matrix, from its diagonal on.
+__global__ void __launch_bounds__(kThreads) list_kernel(const __grid_constant__ Unresolved p) {
+  if (p.counts[1] == 0) return;
+  const std::int64_t warps = std::int64_t(gridDim.x) * kWarps;
+  for (std::int64_t i = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; i < p.samples; i += warps) {
+    for (std::int64_t j = i + 1 + threadIdx.x % kWarp; j < p.samples; j += kWarp) {
+      if (p.connectivity[i * p.samples + j] != float(kUnresolved)) continue;
+      const unsigned long long place = atomicAdd(p.found, 1ull);
+      if (place < static_cast<unsigned long long>(p.capacity)) p.pairs[place] = make_int2(int(i), int(j));
+    }
+  }
+}
+
+/// A point between two numbers, as unresolved.py's _between.
+__device__ inline double between(double first, double second, double t) {
+  const double step = second - first;
+  return t < 0.5 ? first + t * step : second - (1 - t) * step;
+}
+__device__ inline bool is_finite(double v) { return v - v == 0; }
+
+enum Nearness { kFar, kClose, kSame, kLeft };  // kLeft: Python does it
+
+/// A warp: how near two samples are.
+__device__ inline int nearness(const Unresolved& p, std::int64_t i, std::int64_t j) {
+  const int lane = int(threadIdx.x) % kWarp;
+  bool equal = true, agree = true, finite = true;
+  double distance = 0, largest = 0;
+  for (std::int64_t d = lane; d < p.input_width; d += kWarp) {
+    equal &= p.inputs[i * p.input_width + d] == p.inputs[j * p.input_width + d];
+  }
+  for (std::int64_t d = lane; d < p.exact_width; d += kWarp) {
+    const double first = p.exact[i * p.exact_width + d], second = p.exact[j * p.exact_width + d];
+    const double apart = ::fabs(second - first), size = larger(::fabs(first), ::fabs(second));
+    agree &= apart <= kAgreeingUlps * Epsilon<double>::value * size;
+    finite &= is_finite(first) && is_finite(second) && is_finite(apart);
+    distance = larger(distance, apart), largest = larger(largest, size);
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    distance = larger(distance, __shfl_xor_sync(kAllLanes, distance, offset));
+    largest = larger(largest, __shfl_xor_sync(kAllLanes, largest, offset));
+  }
+  equal = __all_sync(kAllLanes, equal), agree = __all_sync(kAllLanes, agree), finite = __all_sync(kAllLanes, finite);
+  if (!finite) return kLeft;
+  return equal || agree ? kSame : distance <= kCloseSamples * largest ? kClose : kFar;
+}
+
+/// One block's pairs and panels. Panels of a block: two of layers in turn, one of least magnitudes, those of the slots; each
+/// [units][columns and one more, so that lanes over units meet no bank twice], and for the polynomials slopes behind.
+template <bool kPolynomial>
+struct Block {
+  const Unresolved& p;
+  double* panels;
+  const int *first, *second;  // shared, [pairs_at_once]
+  int here;                   // pairs
+
+  __device__ double* turn(int l) const { return panels + l % 2 * p.panel; }
+  __device__ double* least() const { return panels + 2 * p.panel; }
+  __device__ double* slot(int n) const { return panels + (3 + n) * p.panel; }
+  __device__ std::int64_t place(int unit, int column) const { return std::int64_t(unit) * (p.columns + 1) + column; }
+  __device__ std::int64_t slopes() const { return p.panel / 2; }
+  __device__ double t_of(int point) const { return kPolynomial ? (point == 2 ? 0.5 : double(point)) : p.t[point]; }
+
+  /// A column of `exact` at a point, and its slope.
+  __device__ void moving(int column, std::int64_t d, double& z, double& slope) const {
+    const int pair = column / p.points;
+    const double from = p.exact[first[pair] * p.exact_width + d], to = p.exact[second[pair] * p.exact_width + d];
+    z = between(from, to, t_of(column % p.points));
+    slope = to - from;
+  }
+
+  __device__ void add(const Unit& layer, int half, int unit, int column, double& z, double& slope) const {
+    const std::int64_t at = place(unit, column);
+    if (layer.added[half] >= 0) {
+      const double* const from = slot(layer.added[half]);
+      z += from[at];
+      if constexpr (kPolynomial) slope += from[slopes() + at];
+    }
+    if (layer.shift[half] >= 0) {
+      double shift, its_slope;
+      moving(column, layer.shift[half] + unit, shift, its_slope);
+      z += shift, slope += its_slope;
+    }
+    if (layer.kept[half] >= 0) {
+      double* const to = slot(layer.kept[half]);
+      to[at] = z;
+      if constexpr (kPolynomial) to[slopes() + at] = slope;
+    }
+  }
+
+  /// From a unit's sum to what the next layer takes.
+  __device__ void settle(int l, int unit, int column, double z, double slope) const {
+    const Unit& layer = p.layers[l];
+    add(layer, 0, unit, column, z, slope);
+    with_kind(ActivationKind(layer.kind), [&](auto kind) {
+      if constexpr (kPolynomial) slope *= derivative<kind.value, double>(z, layer.alpha, layer.beta);
+      z = activate<kind.value, double>(z, layer.alpha, layer.beta);
+    });
+    add(layer, 1, unit, column, z, slope);
+    double* const to = turn(l);
+    to[place(unit, column)] = z;
+    if constexpr (kPolynomial) to[slopes() + place(unit, column)] = slope;
+  }
+
+  /// The samples' points as layer 0.
+  __device__ void begin() const {
+    const int used = here * p.points;
+    for (std::int64_t n = threadIdx.x; n < std::int64_t(p.layers[0].width) * used; n += kThreads) {
+      const int unit = int(n / used), column = int(n % used);
+      double z, slope;
+      moving(column, unit, z, slope);
+      if (p.last == 0) least()[place(unit, column)] = 2 * Epsilon<double>::value * ::fabs(z);
+      settle(0, unit, column, z, slope);
+    }
+  }
+
+  /// A warp takes a few units at a time, and a lane a column: weights are the same for all lanes.
+  __device__ void advance(int l) const {
+    const Unit& layer = p.layers[l];
+    const int depth = p.layers[l - 1].width, used = here * p.points, lane = int(threadIdx.x) % kWarp;
+    const int groups = p.columns / kWarp, tasks = int(blocks_of(layer.width, kTaskUnits)) * groups;
+    const double* const from = turn(l - 1);
+    for (int task = int(threadIdx.x) / kWarp; task < tasks; task += kWarps) {
+      const int column = task % groups * kWarp + lane, begin = task / groups * kTaskUnits;
+      if (column >= used) continue;
+      const double* const values = from + column;
+      const float* rows[kTaskUnits];
+#pragma unroll
+      for (int u = 0; u < kTaskUnits; ++u) {
+        rows[u] = layer.weights + at_most(begin + u, layer.width - 1) * std::int64_t(depth);
+      }
+      double sums[kTaskUnits] = {}, its_slopes[kTaskUnits] = {};
+#pragma unroll 4
+      for (int d = 0; d < depth; ++d) {
+        const std::int64_t at = place(d, 0);
+        const double value = values[at];
+        [[maybe_unused]] double slope = 0;
+        if constexpr (kPolynomial) slope = values[slopes() + at];
+#pragma unroll
+        for (int u = 0; u < kTaskUnits; ++u) {
+          const double w = double(rows[u][d]);
+          sums[u] = fma(w, value, sums[u]);
+          if constexpr (kPolynomial) its_slopes[u] = fma(w, slope, its_slopes[u]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kTaskUnits; ++u) {
+        const int unit = begin + u;
+        if (unit >= layer.width) break;
+        settle(l, unit, column, sums[u] + (layer.biases ? double(layer.biases[unit]) : 0.0), its_slopes[u]);
+      }
+      if (l < p.last || !p.has_least) continue;
+      // Of a sum's rounding: the root of its terms' squares.
+      for (int u = 0; u < kTaskUnits && begin + u < layer.width; ++u) {
+        double squares = 0;
+        for (int d = 0; d < depth; ++d) {
+          const double w = double(rows[u][d]), value = values[place(d, 0)];
+          squares = fma(w * w, value * value, squares);
+        }
+        const double bias = layer.biases ? double(layer.biases[begin + u]) : 0.0;
+        least()[place(begin + u, column)] = 2 * Epsilon<double>::value * ::sqrt(fma(bias, bias, squares));
+      }
+    }
+  }
+
+  __device__ double output(int pair, int point, int k) const { return turn(p.last)[place(k, pair * p.points + point)]; }
+  __device__ double output_slope(int pair, int point, int k) const {
+    return turn(p.last)[slopes() + place(k, pair * p.points + point)];
+  }
+  __device__ double least_of(int pair, int point, int k) const {
+    return p.has_least ? least()[place(k, pair * p.points + point)] : -1.0;  // below any magnitude
+  }
+
+  /// A warp: the entry of a pair.
+  __device__ void finish(int pair, int near) const {
+    const int lane = int(threadIdx.x) % kWarp, outputs = p.layers[p.last].width;
+    const std::int64_t i = first[pair], j = second[pair];
+    double sum = 0;
+    int constants = 0;
+    bool finite = near != kLeft;
+    if (near == kFar || near == kClose) {
+      double size = 1;
+      if constexpr (kPolynomial) {
+        for (int k = lane; k < outputs; k += kWarp) {
+          size = larger(size, larger(::fabs(output(pair, 0, k)), ::fabs(output(pair, 1, k))));
+        }
+#pragma unroll
+        for (int offset = kWarp / 2; offset > 0; offset /= 2) size = larger(size, __shfl_xor_sync(kAllLanes, size, offset));
+      }
+      for (int k = lane; k < outputs; k += kWarp) {
+        const int end = kPolynomial ? 1 : p.nodes - 1;
+        const double y_first = output(pair, 0, k), y_second = output(pair, end, k);
+        const double at_ends = larger(least_of(pair, 0, k), least_of(pair, end, k));
+        double rounding = larger(::fabs(y_first), ::fabs(y_second));
+        rounding *= near == kClose ? Epsilon<double>::value : double(Epsilon<float>::value);
+        if (near == kClose) rounding = larger(rounding, at_ends);
+        finite &= is_finite(at_ends);
+        const auto share = [&](const auto& value) {  // at a node
+          const double origin = value(0);
+          double mean = 0, scale = 0, covariance = 0, variance = 0;
+          for (int m = 0; m < p.nodes; ++m) mean = fma(p.w[m], value(m) - origin, mean);
+          for (int m = 0; m < p.nodes; ++m) {
+            const double centred = value(m) - origin - mean;
+            finite &= is_finite(centred);
+            scale = larger(scale, ::fabs(centred));
+          }
+          const double divisor = scale > 0 ? scale : 1.0;
+          for (int m = 0; m < p.nodes; ++m) {
+            const double centred = (value(m) - origin - mean) / divisor;
+            const double weighted = p.w[m] * centred;
+            covariance = fma(weighted, p.t[m] - p.mean_t, covariance);
+            variance = fma(weighted, centred, variance);
+          }
+          const bool constant = scale * ::sqrt(variance) <= kConstantUlps * rounding;
+          sum += constant ? 1.0 : covariance * covariance / (p.variance_t * variance);
+          constants += constant;
+        };
+        if constexpr (kPolynomial) {
+          const double middle = output(pair, 2, k);
+          double start = output_slope(pair, 0, k), stop = output_slope(pair, 1, k);
+          finite &= is_finite(start) && is_finite(stop) && is_finite(middle);
+          // As _without_dead: an exact zero whose slopes are nothing but rounding.
+          const double slight = Epsilon<double>::value * size;
+          const bool zero = y_first == 0 && y_second == 0 && middle == 0;
+          if (zero && ::fabs(start) <= slight && ::fabs(stop) <= slight) start = stop = 0;
+          const double chord = y_second - y_first;
+          start -= chord, stop -= chord;
+          const double own = least_of(pair, 2, k), half = ::fabs(middle) <= own ? 0.0 : middle;
+          finite &= is_finite(own);
+          const double bump = p.midpoint ? half - between(y_first, y_second, 0.5) - (start - stop) / 8 : 0.0;
+          share([&](int m) {
+            const double t = p.t[m], rest = 1 - t;
+            const double e = start * t * rest * rest - stop * t * t * rest + 16 * t * t * rest * rest * bump;
+            return y_first + t * chord + e;
+          });
+        } else {
+          share([&](int m) {
+            const double y = output(pair, m, k), own = least_of(pair, m, k);
+            finite &= is_finite(own);
+            return ::fabs(y) <= (m == 0 || m == end ? own : larger(own, at_ends)) ? 0.0 : y;
+          });
+        }
+      }
+    }
+    sum = warp_sum(sum), constants = warp_sum(constants);
+    if (!__all_sync(kAllLanes, finite) || !is_finite(sum) || lane > 0) return;
+    const double mean = near == kSame ? 1.0 : sum / outputs;
+    const float entry = float(mean > 1 ? 1.0 : mean);  // rounding may exceed 1
+    p.connectivity[i * p.samples + j] = p.connectivity[j * p.samples + i] = entry;
+    if (constants > 0) count(p.counts, constants);
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.counts + 1), ~0ull);  // one less
+  }
+};
+
+// A block per few pairs, until all are done; sums in one order, whatever the blocks.
+template <bool kPolynomial>
+__global__ void __launch_bounds__(kThreads) measure_kernel(const __grid_constant__ Unresolved p) {
+  __shared__ int first[kWarp], second[kWarp], near[kWarp];
+  const int warp = int(threadIdx.x) / kWarp;
+  const int count = int(at_most(std::int64_t(*p.found), p.capacity));
+  double* const panels =
+      p.panels ? p.panels + blockIdx.x * p.block_panels : reinterpret_cast<double*>(dynamic_shared());
+  for (int begin = int(blockIdx.x) * p.pairs_at_once; begin < count; begin += int(gridDim.x) * p.pairs_at_once) {
+    const int here = int(at_most(p.pairs_at_once, count - begin));
+    __syncthreads();  // all have done with the pairs before
+    bool any = false;
+    for (int pair = warp; pair < here; pair += kWarps) {
+      const int2 listed = p.pairs[begin + pair];
+      const int how = nearness(p, listed.x, listed.y);
+      any |= how == kFar || how == kClose;
+      if (threadIdx.x % kWarp == 0) first[pair] = listed.x, second[pair] = listed.y, near[pair] = how;
+    }
+    const Block<kPolynomial> block{p, panels, first, second, here};
+    if (__syncthreads_or(any)) {
+      block.begin();
+      __syncthreads();
+      for (int l = 1; l <= p.last; ++l) {
+        block.advance(l);
+        __syncthreads();
+      }
+    }
+    for (int pair = warp; pair < here; pair += kWarps) block.finish(pair, near[pair]);
+  }
+}
+
+// ---- the plan ----
+
+/// Everything but the pointers into the workspace; a capacity of 0: left to Python.
+struct Plan {
+  Unresolved unresolved{};
+  std::int64_t blocks = 0;
+  std::size_t shared = 0;
+};
+
+inline bool rounds(ActivationKind kind) {
+  return kind == ActivationKind::kIdentity || kind == ActivationKind::kRelu || kind == ActivationKind::kLeakyRelu ||
+         kind == ActivationKind::kSin;
+}
+
+inline Plan make_plan(const PathConnectivity<float>& op, int stencil, Arena& arena) {
+  Plan plan;
+  Unresolved& p = plan.unresolved;
+  const std::int64_t pairs = op.samples * (op.samples - 1) / 2;
+  if (!op.exact || pairs == 0 || op.layers > kMostLayers || op.nodes.interior + 2 > kMostNodes || op.samples > 0x7fffffff) {
+    return plan;
+  }
+  std::int64_t widest = 0, shifts = op.widths[0];
+  const Slots slots = assign_slots(op);
+  for (int l = 0; l <= op.layers; ++l) {
+    Unit& layer = p.layers[l];
+    if (op.widths[l] > widest) widest = op.widths[l];
+    layer.weights = l > 0 ? op.weights[l - 1] : nullptr;
+    layer.biases = l > 0 ? op.biases[l - 1] : nullptr;
+    layer.alpha = op.activations[l].alpha, layer.beta = op.activations[l].beta;
+    layer.width = int(op.widths[l]), layer.kind = int(op.activations[l].kind);
+    for (int half = 0; half < 2; ++half) {
+      const int value = 2 * l + half, source = op.skips ? op.skips[value] : -1;
+      const bool shifted = op.skips && op.shifts[value];
+      layer.added[half] = std::int16_t(source < 0 ? -1 : slots.of[std::size_t(source)]);
+      layer.kept[half] = std::int16_t(op.skips ? slots.of[std::size_t(value)] : -1);
+      layer.shift[half] = shifted ? int(shifts) : -1;
+      if (shifted) shifts += op.widths[l];
+    }
+  }
+  p.last = op.layers;
+  p.nodes = op.nodes.interior + 2;
+  double inside = 0, moment = 0;
+  for (int m = 0; m < op.nodes.interior; ++m) {
+    p.t[m + 1] = op.nodes.t[m], p.w[m + 1] = op.nodes.weights[m];
+    inside += op.nodes.weights[m], moment += op.nodes.weights[m] * op.nodes.t[m];
+  }
+  p.t[0] = 0, p.t[p.nodes - 1] = 1;
+  p.w[p.nodes - 1] = op.nodes.mean_t - moment > 0 ? op.nodes.mean_t - moment : 0;
+  p.w[0] = 1 - inside - p.w[p.nodes - 1] > 0 ? 1 - inside - p.w[p.nodes - 1] : 0;
+  p.mean_t = op.nodes.mean_t, p.variance_t = op.nodes.variance_t;
+  p.midpoint = stencil == 3;
+  p.points = stencil > 0 ? kEndPoints : p.nodes;
+  p.pairs_at_once = p.points < kWarp ? kWarp / p.points : 1;
+  p.columns = int(blocks_of(p.points * p.pairs_at_once, kWarp)) * kWarp;
+  p.has_least = rounds(op.activations[op.layers].kind);
+  p.exact = op.exact, p.inputs = op.inputs;
+  p.exact_width = op.exact_width, p.input_width = op.input_width;
+  p.connectivity = op.connectivity, p.counts = op.counts, p.samples = op.samples;
+  p.panel = widest * (p.columns + 1) * (stencil > 0 ? 2 : 1);
+  p.block_panels = p.panel * (3 + slots.count);
+  const std::int64_t bytes = p.block_panels * std::int64_t(sizeof(double));
+  const bool in_shared = bytes + 1024 <= std::int64_t(shared_limit());
+  plan.blocks = at_most(2 * device_attribute(cudaDevAttrMultiProcessorCount), blocks_of(pairs, p.pairs_at_once));
+  if (!in_shared) {
+    if (at_most(kFewestBlocks, plan.blocks) * bytes > kMostPanelBytes) return plan;
+    plan.blocks = at_most(plan.blocks, kMostPanelBytes / bytes);
+    p.panels = arena.take<double>(plan.blocks * p.block_panels);
+  }
+  plan.shared = in_shared ? std::size_t(bytes) : 0;
+  p.capacity = int(at_most(pairs, kMostPairs));
+  p.pairs = arena.take<int2>(p.capacity);
+  p.found = arena.take<unsigned long long>(1);
+  return plan;
+}
+
+inline std::size_t workspace(const PathConnectivity<float>& op, int stencil) {
+  Arena arena{nullptr};
+  make_plan(op, stencil, arena);
+  return arena.used;
+}
+
+/// stencil: 0 for paths, 2 or 3 as Stencil's size. workspace: 256-byte aligned.
+inline const char* enqueue(const PathConnectivity<float>& op, int stencil, void* workspace, CUstream_st* stream) {
+  Arena arena{static_cast<char*>(workspace)};
+  const Plan plan = make_plan(op, stencil, arena);
+  if (plan.unresolved.capacity == 0) return nullptr;
+  const char* error = message(cudaMemsetAsync(plan.unresolved.found, 0, sizeof(*plan.unresolved.found), stream));
+  if (error) return error;
+  const std::int64_t rows = at_most(blocks_of(op.samples, kWarps), 8 * device_attribute(cudaDevAttrMultiProcessorCount));
+  if ((error = launch(list_kernel, rows, kThreads, 0, stream, plan.unresolved))) return error;
+  return launch(stencil > 0 ? measure_kernel<true> : measure_kernel<false>, plan.blocks, kThreads, plan.shared, stream,
+                plan.unresolved);
+}
+
+}  // namespace unresolved
+}  // namespace
+}  // namespace lmn
