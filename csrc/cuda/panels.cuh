@@ -383,6 +383,24 @@ __device__ inline void any_residuals(const Panels& p, Sums<kTiles>& sums, int se
 
 // ---- outputs ----
 
+/// 1 - r2 of an output as share_of_output has it, in fewer instructions; false where that may find the output constant or
+/// unresolved, and `share` may be anything. factor: of the moments; low: what rounding the ends' difference lost.
+__device__ inline bool ordinary_share(const Moments<float>& m, float factor, float first, float second, float low,
+                                      float rounding_first, float rounding_second, float least, float variance_t,
+                                      float& share) {
+  constexpr float kConstant = float(kConstantUlps) * Epsilon<float>::value;
+  constexpr float kResolved = float(kResolvedUlps32) * Epsilon<float>::value;
+  const float covariance = fma(m.te, factor, ((second - first) + low) * variance_t);
+  const float residual = fma(variance_t, fma(-m.e, m.e, m.ee), -(m.te * m.te)) * (factor * factor);
+  const float total = fma(covariance, covariance, residual);
+  const float largest = ::fmaxf(absolute(first), absolute(second)), least_here = ::fminf(absolute(first), absolute(second));
+  const float rounding_squared = fma(rounding_first, rounding_first, rounding_second * rounding_second);
+  const float squares = fma(largest * (kConstant * kConstant), largest, rounding_squared * (kResolved * kResolved));
+  share = ::fmaxf(residual, 0.0f) * reciprocal(total);
+  // One sum in place of the larger of three bounds. No comparison holds for a NaN.
+  return total > fma(squares, variance_t, float(kLeastTotal32)) && total < float(kLargestTotal32) && least_here >= least;
+}
+
 /// Adds a lane's four outputs of a step. moments: in the units of the products, or of the residuals times their scales.
 __device__ inline void add_four(PairSums& sums, const Problem<float>& problem, bool in_products, int step,
                                 const Moments<float> (&moments)[4]) {
@@ -417,14 +435,39 @@ __device__ inline void add_four(PairSums& sums, const Problem<float>& problem, b
       scale[c] = problem.scale[output];
     }
   }
+  // What brings a moment to units of the chord.
+  const float* const unit = layer.half.units + step * 2 * kStepUnits + 4 * (lane % 4);
+  float factor[4] = {1, 1, 1, 1};
+  if (in_products) {
+    take4(factor, unit + kStepUnits);
+  } else if (layer.half.records) {
+    take4(factor, unit);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) factor[c] = reciprocal(factor[c]);  // a power of two
+  }
+  float nonlinear = 0;
+  bool ordinary = true;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    if (k + c >= problem.outputs) break;
-    const Moments<float>& m = moments[c];
-    const float* const unit = layer.half.units + step * 2 * kStepUnits + 4 * (lane % 4) + c;
-    const float f = in_products ? unit[kStepUnits] * scale[c] : layer.half.records ? scale[c] / unit[0] : scale[c];
-    add_output(sums, y, y_low, rounding, 4, 0, 1, c, Moments<float>{m.e * f, m.te * f, m.ee * f * f}, scale[c],
-               vanishing * scale[c], problem.nodes.variance_t);
+    factor[c] *= scale[c];
+    float share = 0;
+    const bool plain = ordinary_share(moments[c], factor[c], y[c], y[4 + c], y_low[4 + c] - y_low[c], rounding[c],
+                                      rounding[4 + c], vanishing * scale[c], problem.nodes.variance_t, share);
+    if (k + c < problem.outputs) ordinary = ordinary && plain, nonlinear += share;
+  }
+  if (ordinary) {
+    sums.nonlinear += double(nonlinear);
+    return;
+  }
+  Moments<float> next[4] = {moments[0], moments[1], moments[2], moments[3]};
+#pragma unroll 1
+  for (int c = 0; c < 4 && k + c < problem.outputs; ++c) {
+    const float f = factor[0], unit_scale = problem.scale[k + c];
+    const Moments<float> m{next[0].e * f, next[0].te * f, next[0].ee * f * f};
+    add_output(sums, problem.y, problem.y_low, problem.rounding, problem.outputs, i, j, k + c, m, unit_scale,
+               vanishing * unit_scale, problem.nodes.variance_t);
+#pragma unroll
+    for (int n = 0; n < 3; ++n) next[n] = next[n + 1], factor[n] = factor[n + 1];
   }
 }
 
