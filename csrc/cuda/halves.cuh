@@ -152,7 +152,7 @@ inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect&
   HalfPlan plan;
   plan.dialect = dialect;
   plan.problem = make_problem(op, arena);
-  plan.nodes = arena.take<float>(3 * std::int64_t(op.nodes.interior));
+  plan.nodes = arena.take<float>(3 * (std::int64_t(op.nodes.interior) + 1));  // a kernel may want them to be even
   plan.zero_count = sizeof(RangeFlags) / sizeof(float);
   for (int l = 0; l <= op.layers; ++l) plan.zero_count += half_steps(op, dialect, l).units();
   plan.zeros = arena.take<float>(plan.zero_count);
