@@ -273,19 +273,34 @@ __device__ inline void take_units(UnitsOfLane& units, const Ends& ends, int firs
   take2(units.scale, ends.scales + first), take2(units.unscale, ends.scales + (kStepUnits + first));
 }
 
+/// ReLU makes an output of what rounding leaves of 0: of a z of at most this much, where deviations were added to the chord.
+__device__ inline float rounding_of_zero(float first, float second) {
+  return larger(absolute(first), absolute(second)) * (kRoundedUlps * Epsilon<float>::value);
+}
+/// An activation's residual at z, times the unit's scale. sum: of the products; chord: of the activation, scaled.
+template <ActivationKind kKind>
+__device__ inline float curve_residual(float z, float rounded, float alpha, float beta, float sum, float scale, float chord) {
+  if (kKind == ActivationKind::kRelu && absolute(z) <= rounded) z = 0;
+  // Some activations are finite at what no half could hold.
+  return fma(sum, 0.0f, fma(activate<kKind, float>(z, alpha, beta), scale, -chord));
+}
+
 // SiLU's exponents are cut off here, so that a product of two terms 1 + exp(-z) is no overflow. It is then wrong by |z| 2^-62,
 // which kTinyUnit keeps below a float's rounding.
 constexpr float kPairedExponent = 62;
 
-/// The residuals of SiLU at all tiles of a chunk as fragments, by the fast exponential, and one reciprocal for two nodes. Where
-/// samples agree in a unit and nothing deviates, what these leave is not a residual: it is 0.
-template <int kTiles, bool kSplit>
-__device__ inline void silu_residuals(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
-  constexpr float kToBinary = -1.4426950408889634f;
+/// The residuals of an activation of little code at all tiles of a chunk as fragments. SiLU by the fast exponential, and one
+/// reciprocal for two nodes: where samples agree in a unit and nothing deviates, what these leave is not a residual: it is 0.
+template <ActivationKind kKind, int kTiles, bool kSplit>
+__device__ inline void short_residuals(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
+  constexpr bool kSilu = kKind == ActivationKind::kSilu;
+  constexpr float kToBinary = kSilu ? -1.4426950408889634f : 1.0f;
   const HalfLayer& half = layer_here(p)->half;
+  const float alpha = layer_here(p)->alpha, beta = layer_here(p)->beta;
   const int steps = half.steps.all();
   const Work& work = work_of_warp();
   const int here = work.here, first_tile = work.first_tile + set_tile;
+  const bool deviates = work.layer > 0;
   Ends ends = ends_of(half, first_step);
   const int step_floats = int(half.step_floats(1));
   float2 t[kTiles];
@@ -298,7 +313,7 @@ __device__ inline void silu_residuals(const Panels& p, Sums<kTiles>& sums, int s
     if (n > 0 && x == 0) ends.first += step_floats, ends.second += step_floats, ends.scales += 2 * kStepUnits;
     UnitsOfLane units;
     take_units(units, ends, 2 * x);
-    float z[2], dz[2], da[2], inverse[2];
+    float z[2], dz[2], da[2], inverse[2], rounded[2];
     bool agree = false;
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
@@ -306,8 +321,9 @@ __device__ inline void silu_residuals(const Panels& p, Sums<kTiles>& sums, int s
       z[u] = units.z[u] * kToBinary, dz[u] = units.z_second[u] * kToBinary - z[u], da[u] = units.a_second[u] - units.a[u];
       units.unscale[u] *= kToBinary, inverse[u] = reciprocal(units.scale[u]) * kToBinary;
       agree = agree || (dz[u] == 0 && z[u] != 0);
+      rounded[u] = deviates ? rounding_of_zero(units.z[u], units.z_second[u]) : -1.0f;
     }
-    agree = __any_sync(kAllLanes, agree);
+    if constexpr (kSilu) agree = __any_sync(kAllLanes, agree);
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       if (set_tile + m >= here) break;
@@ -315,15 +331,26 @@ __device__ inline void silu_residuals(const Panels& p, Sums<kTiles>& sums, int s
       float e[2][2];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        const float point = fma(sum[u], units.unscale[u], fma(t[m].x, dz[u], z[u]));
-        const float next = fma(sum[2 + u], units.unscale[u], fma(t[m].y, dz[u], z[u]));
-        const float power = exp2_fast(::fminf(point, kPairedExponent)), next_power = exp2_fast(::fminf(next, kPairedExponent));
-        const float term = fma(next_power, inverse[u], inverse[u]);
-        const float both = reciprocal(fma(power, term, term));
-        e[0][u] = fma(fma(point, next_power, point), both, -fma(t[m].x, da[u], units.a[u]));
-        e[1][u] = fma(fma(next, power, next), both, -fma(t[m].y, da[u], units.a[u]));
+        if constexpr (kSilu) {
+          const float point = fma(sum[u], units.unscale[u], fma(t[m].x, dz[u], z[u]));
+          const float next = fma(sum[2 + u], units.unscale[u], fma(t[m].y, dz[u], z[u]));
+          const float power = exp2_fast(::fminf(point, kPairedExponent));
+          const float next_power = exp2_fast(::fminf(next, kPairedExponent));
+          const float term = fma(next_power, inverse[u], inverse[u]);
+          const float both = reciprocal(fma(power, term, term));
+          e[0][u] = fma(fma(point, next_power, point), both, -fma(t[m].x, da[u], units.a[u]));
+          e[1][u] = fma(fma(next, power, next), both, -fma(t[m].y, da[u], units.a[u]));
+        } else {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const float here_t = r == 0 ? t[m].x : t[m].y;
+            const float value = fma(sum[2 * r + u], units.unscale[u], fma(here_t, dz[u], z[u]));
+            e[r][u] = curve_residual<kKind>(value, rounded[u], alpha, beta, sum[2 * r + u], units.scale[u],
+                                            fma(here_t, da[u], units.a[u]));
+          }
+        }
       }
-      if (agree) {
+      if (kSilu && agree) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           if (dz[c % 2] == 0 && sum[c] == 0) e[c / 2][c % 2] = 0;
@@ -418,9 +445,7 @@ __device__ inline void curve_residuals(const Panels& p, Sums<kTiles>& sums, int 
     float rounded[2], dz[2], da[2];
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-      // Of ReLU, which makes an output of what rounding leaves of 0.
-      const float largest = larger(absolute(units.z[u]), absolute(units.z_second[u]));
-      rounded[u] = work_of_warp().layer > 0 ? largest * (kRoundedUlps * Epsilon<float>::value) : -1.0f;
+      rounded[u] = work_of_warp().layer > 0 ? rounding_of_zero(units.z[u], units.z_second[u]) : -1.0f;
       dz[u] = units.z_second[u] - units.z[u], da[u] = units.a_second[u] - units.a[u];
     }
 #pragma unroll 1
@@ -432,11 +457,8 @@ __device__ inline void curve_residuals(const Panels& p, Sums<kTiles>& sums, int 
       for (int c = 0; c < 4; ++c) {
         const int u = c % 2;
         const float sum = sums[0][0][c], t = c < 2 ? both.x : both.y;
-        float z = fma(sum, units.unscale[u], fma(t, dz[u], units.z[u]));
-        if (kKind == ActivationKind::kRelu && absolute(z) <= rounded[u]) z = 0;
-        const float a = activate<kKind, float>(z, alpha, beta);
-        // Some activations are finite at what no half could hold.
-        e[c / 2][u] = fma(sum, 0.0f, fma(a, units.scale[u], -fma(t, da[u], units.a[u])));
+        const float z = fma(sum, units.unscale[u], fma(t, dz[u], units.z[u]));
+        e[c / 2][u] = curve_residual<kKind>(z, rounded[u], alpha, beta, sum, units.scale[u], fma(t, da[u], units.a[u]));
       }
       pack<kSplit>(done, e);
 #pragma unroll
@@ -495,12 +517,11 @@ __device__ inline void any_residuals(const Panels& p, Sums<kTiles>& sums, int se
   }
 }
 
-/// Activations whose residuals curve_residuals takes: of the others the code is large, or there are none.
+/// Activations whose residuals curve_residuals takes. Of others the code is large, or there are none, or see short_residuals.
 template <ActivationKind kKind>
-constexpr bool kIsCurve = kKind == ActivationKind::kRelu || kKind == ActivationKind::kLeakyRelu ||
-                          kKind == ActivationKind::kElu || kKind == ActivationKind::kGelu ||
-                          kKind == ActivationKind::kGeluTanh || kKind == ActivationKind::kTanh ||
-                          kKind == ActivationKind::kSigmoid;
+constexpr bool kIsCurve = kKind == ActivationKind::kLeakyRelu || kKind == ActivationKind::kElu ||
+                          kKind == ActivationKind::kGelu || kKind == ActivationKind::kGeluTanh ||
+                          kKind == ActivationKind::kTanh || kKind == ActivationKind::kSigmoid;
 
 /// Residuals of the layer that the warp is at, as fragments in place of its sums.
 template <int kTiles, bool kSplit, bool kPolynomial>
@@ -509,7 +530,10 @@ __device__ inline void residuals_of(const Panels& p, Sums<kTiles>& sums, int set
     const ActivationKind kind = layer_here(p)->kind;
     // The fast exponential's relative error grows with |z|: what is left of a unit that is all but off needs the other one.
     if (kind == ActivationKind::kSilu && !afresh(&p.problem.range->careful)[0]) {
-      return silu_residuals<kTiles, kSplit>(p, sums, set_tile, first_step);
+      return short_residuals<ActivationKind::kSilu, kTiles, kSplit>(p, sums, set_tile, first_step);
+    }
+    if (kind == ActivationKind::kRelu) {
+      return short_residuals<ActivationKind::kRelu, kTiles, kSplit>(p, sums, set_tile, first_step);
     }
     bool is_done = false;
     with_kind(kind, [&](auto constant) {
