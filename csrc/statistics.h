@@ -97,25 +97,6 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V lea
   return {constant > zero ? zero : share, constant, constant > zero ? zero : one - resolved};
 }
 
-/// The same for an output that is clearly neither constant nor unresolved, nearly all are: its 1 - r2; negative for another one, a
-/// NaN too, of which share_of_output knows. A third of the instructions. least: 0. reciprocal: of a number that is no denormal.
-template <class T, class Reciprocal>
-LMN_FN T ordinary_share(T chord, const Moments<T>& m, T magnitude, T rounding_squared, T variance_t, T epsilon,
-                        const Reciprocal& reciprocal) {
-  const T covariance = chord * variance_t + m.te;
-  const T residual = variance_t * (m.ee - m.e * m.e) - m.te * m.te;
-  const T nonlinear = residual > 0 ? residual : T(0);
-  const T total = covariance * covariance + nonlinear;
-  const T tolerance = magnitude * (static_cast<T>(kConstantUlps) * epsilon);
-  constexpr T kResolved = static_cast<T>(sizeof(T) == 4 ? kResolvedUlps32 : kResolvedUlps64);
-  constexpr T kLeast = static_cast<T>(sizeof(T) == 4 ? kLeastTotal32 : kLeastTotal64);
-  constexpr T kLargest = static_cast<T>(sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64);
-  const T resolved = rounding_squared * (kResolved * epsilon * (kResolved * epsilon) * variance_t);
-  const T constant = tolerance * tolerance * variance_t;
-  const bool ordinary = total > resolved && total > constant && total > kLeast && total < kLargest && m.ee == m.ee;
-  return ordinary ? nonlinear * reciprocal(total) : T(-1);
-}
-
 /// Whether an output may only seem to be constant. Activations bend over about 1; where the rounding in what the output is computed
 /// from comes near that, an activation may hide this rounding, and what the rounding covers. rounding: scaled as the output is.
 template <class V, class T>

@@ -444,7 +444,7 @@ struct ChainedWarp {
     }
   }
 
-  /// Sums over a lane's outputs of one path; moments_of(output of the lane, factor of the products).
+  /// Sums over a lane's outputs of one path; moments_of(output of the lane), in units of the products.
   template <class MomentsOf>
   __device__ inline PairSums add_outputs(int i, int j, const MomentsOf& moments_of) const {
     [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 : 2;  // moments in shared memory may be counted through
@@ -457,13 +457,14 @@ struct ChainedWarp {
       const float4 first = __ldg(at_i + 4 * n), second = __ldg(at_j + 4 * n);
       const float chord = (second.x - first.x) + (second.y - first.y);
       const float magnitude = ::fmaxf(absolute(first.x), absolute(second.x));
-      const Moments<float> m = moments_of(n, p.factor[4 * n + q]);
-      const float ordinary = ordinary_share<float>(chord, m, magnitude, first.z + second.z, p.variance_t,
-                                                   Epsilon<float>::value, [](float v) { return reciprocal(v); });
-      if (ordinary >= 0) {
-        nonlinear += ordinary;
+      const Moments<float> m = moments_of(n);
+      const float factor = p.factor[4 * n + q];
+      float share;
+      if (ordinary_share(m, factor, chord, magnitude, first.z + second.z, p.variance_t, share)) {
+        nonlinear += share;
       } else {
-        const float2 odd = share_of_odd(chord, m, first, second, p.variance_t);
+        const Moments<float> scaled{m.e * factor, m.te * factor, m.ee * factor * factor};
+        const float2 odd = share_of_odd(chord, scaled, first, second, p.variance_t);
         nonlinear += odd.x;
         constants += odd.y > 0 ? 1 : 0;
       }
@@ -518,23 +519,22 @@ struct ChainedWarp {
           }
         }
       }
-      sums[0] = add_outputs(i, smaller(j, p.samples - 1), [&](int n, float factor) {
+      sums[0] = add_outputs(i, smaller(j, p.samples - 1), [&](int n) {
         const float* const from = reinterpret_cast<const float*>(moments + n / 4 * kWarp) + n % 4;
         constexpr int kNext = 4 * 2 * kWarp;
-        const float weight = p.weight * factor;
-        return Moments<float>{from[0] * weight, from[kNext] * factor, from[2 * kNext] * weight * factor};
+        return Moments<float>{from[0] * p.weight, from[kNext], from[2 * kNext] * p.weight};
       });
     } else {
       float y[kTiles][4][4];
       outputs_at_nodes(y);
 #pragma unroll
       for (int path = 0; path < kPaths; ++path) {
-        sums[path] = add_outputs(i, smaller(j + kGroup * path, p.samples - 1), [&](int n, float factor) {
+        sums[path] = add_outputs(i, smaller(j + kGroup * path, p.samples - 1), [&](int n) {
           float values[kStencil];
 #pragma unroll
           for (int v = 0; v < kStencil; ++v) {
             const int r = v < 2 ? 2 * path + v : 2;
-            values[v] = y[r / 2][n / 2][2 * (r % 2) + n % 2] * factor;
+            values[v] = y[r / 2][n / 2][2 * (r % 2) + n % 2];
           }
           return stencil_moments<kStencil>(p.stencil, values);
         });

@@ -157,7 +157,7 @@ inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect&
   plan.dialect = dialect;
   plan.problem = make_problem(op, arena);
   if (dialect.ends) plan.problem.ends = arena.take<float4>(op.samples * kEndOutputs);
-  plan.nodes = arena.take<float>(3 * std::int64_t(op.nodes.interior));
+  plan.nodes = arena.take<float>(3 * (std::int64_t(op.nodes.interior) + 1));  // a kernel may want them to be even
   plan.zero_count = sizeof(RangeFlags) / sizeof(float);
   for (int l = 0; l <= op.layers; ++l) plan.zero_count += half_steps(op, dialect, l).units();
   plan.zeros = arena.take<float>(plan.zero_count);

@@ -78,10 +78,8 @@ __device__ inline void advance(T Work::*number, std::int64_t by) {
 }
 __device__ inline int lane_here() { return afresh(int(threadIdx.x)) % kWarp; }
 
-/// The node of a row; those beyond the last one weigh nothing.
-__device__ inline float node_t(const DeviceNodes<float>& nodes, int node) {
-  return node < nodes.interior ? nodes.t[node] : 0.5f;
-}
+/// What an array of the nodes has of a path's tile; the nodes are an even number.
+__device__ inline float2 at_tile(const float* array, int tile) { return reinterpret_cast<const float2*>(array)[tile]; }
 
 __device__ inline void take4(float (&to)[4], const float* from) {
   const float4 v = *reinterpret_cast<const float4*>(from);
@@ -92,6 +90,15 @@ __device__ inline void take4(float (&to)[4], const float* from) {
 
 /// Sums of a warp's chunk: of step g and tile m of its set at [g * kTiles + m], of two tiles of 8 units.
 template <int kTiles> using Sums = float[kTiles * kChunkSteps][2][4];
+
+template <int kTiles>
+__device__ inline void clear(Sums<kTiles>& sums) {
+#pragma unroll
+  for (int n = 0; n < kTiles * kChunkSteps; ++n) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sums[n][0][c] = sums[n][1][c] = 0;
+  }
+}
 
 template <bool kSplit>
 struct Fragment {
@@ -122,71 +129,82 @@ __device__ inline uint4* block_memory(const Panels& p) {
 
 __device__ inline const Layer<float>* layer_here(const Panels& p) { return afresh(p.problem.layers + work_of_warp().layer); }
 
-/// The products of the layer's weights with the panel before it.
+/// Weights, that no kernel writes while this one runs.
+__device__ inline uint4 take_weights(const uint4* from) {
+#if defined(LMN_EMULATED)
+  return *from;
+#else
+  return __ldg(from);
+#endif
+}
+
+/// The products of the layer's weights with the panel before it. Weights are asked for kAhead steps before their turn. As
+/// many sets of registers and one take turns, so that none is moved; with two parts there are too few for so long a loop.
 template <int kTiles, bool kSplit, int kAhead, bool kShared>
 __device__ inline void multiply_chunk_in(Sums<kTiles>& sums, const Panels& p, int set_tile, int first_step) {
-  constexpr int kParts = kSplit ? 2 : 1;
-#pragma unroll
-  for (int n = 0; n < kTiles * kChunkSteps; ++n) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) sums[n][0][c] = sums[n][1][c] = 0;
-  }
+  constexpr int kParts = kSplit ? 2 : 1, kSets = kAhead + 1, kTurns = kSplit ? 1 : kSets;
   const Layer<float>* const layer = layer_here(p);
   const int steps = layer[-1].half.steps.all(), all_steps = layer->half.steps.all();
   const int lane = lane_here(), here = work_of_warp().here;
-  const uint4* const weights = reinterpret_cast<const uint4*>(layer->half.weights);
-  int row[kChunkSteps];  // a step beyond the last one is the last one again
-#pragma unroll
-  for (int g = 0; g < kChunkSteps; ++g) {
-    row[g] = (first_step + g < all_steps ? first_step + g : all_steps - 1) * steps * kWarp + lane;
-  }
+  const uint4* from = reinterpret_cast<const uint4*>(layer->half.weights) + (first_step * steps * kWarp + lane);
+  static_assert(kChunkSteps == 2);
+  const int row = first_step + 1 < all_steps ? steps * kWarp : 0;  // a step beyond the last one is the last one again
   const int low = all_steps * steps * kWarp;
-  const uint4* const residuals = block_memory<kShared>(p);
   const int part = p.pass_tiles * steps * kWarp;
-  int at[kTiles];
+  const uint4* at[kTiles];
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
     const int tile = set_tile + m < here ? set_tile + m : here - 1;
-    at[m] = panel_begin(p, work_of_warp().layer - 1) + tile * steps * kWarp + lane;
+    at[m] = block_memory<kShared>(p) + (panel_begin(p, work_of_warp().layer - 1) + tile * steps * kWarp + lane);
   }
-  uint4 w[kAhead + 1][kChunkSteps][kParts];
+  uint4 w[kSets][kChunkSteps][kParts] = {};  // not to be alive before, for all that the compiler sees
   const auto ask = [&](uint4 (&to)[kChunkSteps][kParts], int step) {
-    step = step < steps ? step : steps - 1;
 #pragma unroll
     for (int g = 0; g < kChunkSteps; ++g) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) to[g][part] = weights[row[g] + part * low + step * kWarp];
+      for (int part = 0; part < kParts; ++part) to[g][part] = take_weights(from + g * row + part * low + step * kWarp);
     }
   };
 #pragma unroll
-  for (int n = 0; n < kAhead; ++n) ask(w[n], n);
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    ask(w[kAhead], step + kAhead);
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      Fragment<kSplit> a;
-      const uint4 high = residuals[at[m] + step * kWarp];
-      a.high[0] = high.x, a.high[1] = high.y, a.high[2] = high.z, a.high[3] = high.w;
-      if constexpr (kSplit) {
-        const uint4 rest = residuals[at[m] + step * kWarp + part];
-        a.low[0] = rest.x, a.low[1] = rest.y, a.low[2] = rest.z, a.low[3] = rest.w;
-      }
-#pragma unroll
-      for (int g = 0; g < kChunkSteps; ++g) {
-        float(&to)[2][4] = sums[g * kTiles + m];
-        multiply_fragment<kSplit>(to[0], to[1], a, w[0][g][0], w[0][g][kParts - 1]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
-#pragma unroll
-      for (int g = 0; g < kChunkSteps; ++g) {
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) w[n][g][part] = w[n + 1][g][part];
-      }
-    }
+  for (int turn = 0; turn < kAhead; ++turn) {
+    if (turn < steps) ask(w[turn], turn);
   }
+  clear<kTiles>(sums);
+  int left = steps;
+#pragma unroll 1
+  do {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (turn >= left) break;
+      if (turn + kAhead < left) ask(w[(turn + kAhead) % kSets], turn + kAhead);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        Fragment<kSplit> a;
+        const uint4 high = at[m][turn * kWarp];
+        a.high[0] = high.x, a.high[1] = high.y, a.high[2] = high.z, a.high[3] = high.w;
+        if constexpr (kSplit) {
+          const uint4 rest = at[m][turn * kWarp + part];
+          a.low[0] = rest.x, a.low[1] = rest.y, a.low[2] = rest.z, a.low[3] = rest.w;
+        }
+#pragma unroll
+        for (int g = 0; g < kChunkSteps; ++g) {
+          float(&to)[2][4] = sums[g * kTiles + m];
+          multiply_fragment<kSplit>(to[0], to[1], a, w[turn][g][0], w[turn][g][kParts - 1]);
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) at[m] += kTurns * kWarp;
+    from += kTurns * kWarp;
+    if constexpr (kTurns < kSets) {
+#pragma unroll
+      for (int n = 0; n < kAhead * kChunkSteps * kParts; ++n) {
+        w[n / (kChunkSteps * kParts)][n / kParts % kChunkSteps][n % kParts] =
+            w[n / (kChunkSteps * kParts) + 1][n / kParts % kChunkSteps][n % kParts];
+      }
+    }
+    left -= kTurns;
+  } while (left > 0);
 }
 
 template <int kTiles, bool kSplit, int kAhead, bool kAlwaysShared>
@@ -200,28 +218,35 @@ __device__ inline void multiply_chunk(Sums<kTiles>& sums, const Panels& p, int s
 
 // ---- residuals ----
 
-/// Residuals of a lane's four units, at the two nodes of a tile, times the units' scales.
-using Residuals = float[2][4];
-
+/// Residuals of two neighbouring units at a tile's two nodes as two registers of its fragment, whose bits take the place of the
+/// units' sums, those of the lower halves behind them. e: [node][unit].
 template <bool kSplit>
-__device__ inline Fragment<kSplit> to_fragment(const Residuals& e) {
+__device__ inline void pack(float (&sums)[4], const float (&e)[2][2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if constexpr (kSplit) {
+      const float high[2] = {upper_half(e[r][0]), upper_half(e[r][1])};
+      sums[r] = __uint_as_float(to_halves(high[0], high[1]));
+      sums[2 + r] = __uint_as_float(to_halves(e[r][0] - high[0], e[r][1] - high[1]));
+    } else {
+      sums[r] = __uint_as_float(to_halves(e[r][0], e[r][1]));
+    }
+  }
+}
+template <bool kSplit>
+__device__ inline Fragment<kSplit> fragment_of(const float (&tile)[2][4]) {
   Fragment<kSplit> fragment;
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    float pair[2] = {e[n % 2][n / 2 * 2], e[n % 2][n / 2 * 2 + 1]};
-    if constexpr (kSplit) {
-      const float high[2] = {upper_half(pair[0]), upper_half(pair[1])};
-      fragment.low[n] = to_halves(pair[0] - high[0], pair[1] - high[1]);
-      pair[0] = high[0], pair[1] = high[1];
-    }
-    fragment.high[n] = to_halves(pair[0], pair[1]);
+    fragment.high[n] = __float_as_uint(tile[n / 2][n % 2]);
+    if constexpr (kSplit) fragment.low[n] = __float_as_uint(tile[n / 2][2 + n % 2]);
   }
   return fragment;
 }
 
-/// Where a lane's values of one step of a layer are at the two samples, array after array.
+/// Where a lane's values of one step of a layer are at the two samples, array after array, and the units' scales.
 struct Ends {
-  const float *first, *second;
+  const float *first, *second, *scales;
 };
 constexpr int kArrayFloats = kWarp * 4;
 __device__ inline Ends ends_of(const HalfLayer& half, int step) {
@@ -229,49 +254,109 @@ __device__ inline Ends ends_of(const HalfLayer& half, int step) {
   const int lane = lane_here();
   const std::int64_t at = half.step_floats(step);
   return {half.records + work.i / kGroup * half.group_floats() + at + (work.i % kGroup * 4 + lane % 4) * 4,
-          half.records + work.group * half.group_floats() + at + lane * 4};
+          half.records + work.group * half.group_floats() + at + lane * 4,
+          half.units + (step * 2 * kStepUnits + 4 * (lane % 4))};
+}
+__device__ inline void take2(float (&to)[2], const float* from) {
+  const float2 v = *reinterpret_cast<const float2*>(from);
+  to[0] = v.x, to[1] = v.y;
 }
 
-/// The residuals of SiLU at all tiles of a chunk, by the fast exponential and reciprocal. Where samples agree in a unit and
-/// nothing deviates, what these leave is not a residual: it is 0.
-template <int kTiles, class Emit>
-__device__ inline void silu_residuals(const Panels& p, const Sums<kTiles>& sums, int set_tile, int first_step,
-                                      const Emit& emit) {
-  constexpr float kToBinary = -1.4426950408889634f;
+/// Two neighbouring units of a lane: what they have at both samples, and their scales.
+struct UnitsOfLane {
+  float z[2], a[2], z_second[2], a_second[2], scale[2], unscale[2];
+};
+__device__ inline void take_units(UnitsOfLane& units, const Ends& ends, int first) {
+  take2(units.z, ends.first + (kZ * kArrayFloats + first)), take2(units.a, ends.first + (kA * kArrayFloats + first));
+  take2(units.z_second, ends.second + (kZ * kArrayFloats + first));
+  take2(units.a_second, ends.second + (kA * kArrayFloats + first));
+  take2(units.scale, ends.scales + first), take2(units.unscale, ends.scales + (kStepUnits + first));
+}
+
+/// ReLU makes an output of what rounding leaves of 0: of a z of at most this much, where deviations were added to the chord.
+__device__ inline float rounding_of_zero(float first, float second) {
+  return larger(absolute(first), absolute(second)) * (kRoundedUlps * Epsilon<float>::value);
+}
+/// An activation's residual at z, times the unit's scale. sum: of the products; chord: of the activation, scaled.
+template <ActivationKind kKind>
+__device__ inline float curve_residual(float z, float rounded, float alpha, float beta, float sum, float scale, float chord) {
+  if (kKind == ActivationKind::kRelu && absolute(z) <= rounded) z = 0;
+  // Some activations are finite at what no half could hold.
+  return fma(sum, 0.0f, fma(activate<kKind, float>(z, alpha, beta), scale, -chord));
+}
+
+// SiLU's exponents are cut off here, so that a product of two terms 1 + exp(-z) is no overflow. It is then wrong by |z| 2^-62,
+// which kTinyUnit keeps below a float's rounding.
+constexpr float kPairedExponent = 62;
+
+/// The residuals of an activation of little code at all tiles of a chunk as fragments. SiLU by the fast exponential, and one
+/// reciprocal for two nodes: where samples agree in a unit and nothing deviates, what these leave is not a residual: it is 0.
+template <ActivationKind kKind, int kTiles, bool kSplit>
+__device__ inline void short_residuals(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
+  constexpr bool kSilu = kKind == ActivationKind::kSilu;
+  constexpr float kToBinary = kSilu ? -1.4426950408889634f : 1.0f;
   const HalfLayer& half = layer_here(p)->half;
-  const int steps = half.steps.all(), q = lane_here() % 4;
+  const float alpha = layer_here(p)->alpha, beta = layer_here(p)->beta;
+  const int steps = half.steps.all();
   const Work& work = work_of_warp();
-  const int here = work.here, first_node = 2 * (work.first_tile + set_tile);
+  const int here = work.here, first_tile = work.first_tile + set_tile;
+  const bool deviates = work.layer > 0;
+  Ends ends = ends_of(half, first_step);
+  const int step_floats = int(half.step_floats(1));
+  float2 t[kTiles];
 #pragma unroll
-  for (int g = 0; g < kChunkSteps; ++g) {
-    const int step = first_step + g;
-    if (step >= steps) break;
-    const Ends ends = ends_of(half, step);
-    float z[4], a[4], dz[4], da[4], inverse[4], unscale[4];
-    take4(z, ends.first + kZ * kArrayFloats), take4(a, ends.first + kA * kArrayFloats);
-    take4(dz, ends.second + kZ * kArrayFloats), take4(da, ends.second + kA * kArrayFloats);
-    take4(inverse, half.units + step * 2 * kStepUnits + 4 * q);
-    take4(unscale, half.units + step * 2 * kStepUnits + kStepUnits + 4 * q);
+  for (int m = 0; m < kTiles; ++m) t[m] = at_tile(p.problem.nodes.t, set_tile + m < here ? first_tile + m : first_tile);
 #pragma unroll
-    for (int u = 0; u < 4; ++u) dz[u] -= z[u], da[u] -= a[u], inverse[u] = reciprocal(inverse[u]);
+  for (int n = 0; n < 2 * kChunkSteps; ++n) {  // two units at a time: registers
+    const int g = n / 2, x = n % 2;
+    if (first_step + g >= steps) break;
+    if (n > 0 && x == 0) ends.first += step_floats, ends.second += step_floats, ends.scales += 2 * kStepUnits;
+    UnitsOfLane units;
+    take_units(units, ends, 2 * x);
+    float z[2], dz[2], da[2], inverse[2], rounded[2];
+    bool agree = false;
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      // z in units of -log2(e), so that 2^z is exp(-z); the scale goes into the reciprocal for nothing.
+      z[u] = units.z[u] * kToBinary, dz[u] = units.z_second[u] * kToBinary - z[u], da[u] = units.a_second[u] - units.a[u];
+      units.unscale[u] *= kToBinary, inverse[u] = reciprocal(units.scale[u]) * kToBinary;
+      agree = agree || (dz[u] == 0 && z[u] != 0);
+      rounded[u] = deviates ? rounding_of_zero(units.z[u], units.z_second[u]) : -1.0f;
+    }
+    if constexpr (kSilu) agree = __any_sync(kAllLanes, agree);
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       if (set_tile + m >= here) break;
-      Residuals e;
+      float(&sum)[4] = sums[g * kTiles + m][x];  // [node][unit]
+      float e[2][2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float t = node_t(p.problem.nodes, first_node + 2 * m + r);
+      for (int u = 0; u < 2; ++u) {
+        if constexpr (kSilu) {
+          const float point = fma(sum[u], units.unscale[u], fma(t[m].x, dz[u], z[u]));
+          const float next = fma(sum[2 + u], units.unscale[u], fma(t[m].y, dz[u], z[u]));
+          const float power = exp2_fast(::fminf(point, kPairedExponent));
+          const float next_power = exp2_fast(::fminf(next, kPairedExponent));
+          const float term = fma(next_power, inverse[u], inverse[u]);
+          const float both = reciprocal(fma(power, term, term));
+          e[0][u] = fma(fma(point, next_power, point), both, -fma(t[m].x, da[u], units.a[u]));
+          e[1][u] = fma(fma(next, power, next), both, -fma(t[m].y, da[u], units.a[u]));
+        } else {
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
-          const float sum = sums[g * kTiles + m][u / 2][2 * r + u % 2];
-          const float point = fma(sum, unscale[u], fma(t, dz[u], z[u]));
-          // scale / (1 + exp(-z)), the scale being a power of two
-          const float logistic = reciprocal(fma(exp2_fast(point * kToBinary), inverse[u], inverse[u]));
-          const float residual = fma(point, logistic, -fma(t, da[u], a[u]));
-          e[r][u] = dz[u] == 0 && sum == 0 ? 0.0f : residual;
+          for (int r = 0; r < 2; ++r) {
+            const float here_t = r == 0 ? t[m].x : t[m].y;
+            const float value = fma(sum[2 * r + u], units.unscale[u], fma(here_t, dz[u], z[u]));
+            e[r][u] = curve_residual<kKind>(value, rounded[u], alpha, beta, sum[2 * r + u], units.scale[u],
+                                            fma(here_t, da[u], units.a[u]));
+          }
         }
       }
-      emit(set_tile + m, m, step, e);
+      if (kSilu && agree) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (dz[c % 2] == 0 && sum[c] == 0) e[c / 2][c % 2] = 0;
+        }
+      }
+      pack<kSplit>(sum, e);
     }
   }
 }
@@ -314,9 +399,11 @@ __device__ inline void slow_residuals(const Panels& p, int tile, int step, int u
       e[0] = fma(ends.first[kSlope * kArrayFloats + u], z_chord + deviation[0], -a_chord);
       e[1] = fma(ends.second[kSlope * kArrayFloats + u], z_chord + deviation[1], -a_chord);
     } else {
-      const DeviceNodes<float>& nodes = p.problem.nodes;
-      const int node = kPolynomial ? nodes.interior : 2 * (work_of_warp().first_tile + tile);  // a polynomial's is the midpoint
-      const float t[2] = {node_t(nodes, node), node_t(nodes, node + 1)};
+      float t[2] = {0.5f, 0.5f};  // a polynomial's is the midpoint
+      if constexpr (!kPolynomial) {
+        const float2 both = at_tile(p.problem.nodes.t, work_of_warp().first_tile + tile);
+        t[0] = both.x, t[1] = both.y;
+      }
       with_kind(layer.kind, [&](auto kind) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -342,16 +429,66 @@ __device__ inline void slow_residuals(const Panels& p, int tile, int step, int u
   first = e[0], second = e[1];
 }
 
+/// Residuals of a layer with one activation, without earlier values, at all tiles of a chunk as fragments. Two units at two
+/// nodes after the others, and the registers move on: unrolled, the code of all activations would be large.
+template <ActivationKind kKind, int kTiles, bool kSplit>
+__device__ inline void curve_residuals(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
+  static_assert(kChunkSteps == 2);
+  const Layer<float>& layer = *layer_here(p);
+  const float alpha = layer.alpha, beta = layer.beta;
+  const int steps = layer.half.steps.all();
+#pragma unroll 1
+  for (int n = 0; n < 2 * kChunkSteps; ++n) {
+    const int step = first_step + n / 2 < steps ? first_step + n / 2 : steps - 1;
+    UnitsOfLane units;
+    take_units(units, ends_of(layer.half, step), n % 2 * 2);
+    float rounded[2], dz[2], da[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      rounded[u] = work_of_warp().layer > 0 ? rounding_of_zero(units.z[u], units.z_second[u]) : -1.0f;
+      dz[u] = units.z_second[u] - units.z[u], da[u] = units.a_second[u] - units.a[u];
+    }
+#pragma unroll 1
+    for (int m = 0; m < kTiles; ++m) {
+      const int tile = set_tile + m < work_of_warp().here ? set_tile + m : set_tile;
+      const float2 both = at_tile(p.problem.nodes.t, work_of_warp().first_tile + tile);
+      float done[4], e[2][2];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int u = c % 2;
+        const float sum = sums[0][0][c], t = c < 2 ? both.x : both.y;
+        const float z = fma(sum, units.unscale[u], fma(t, dz[u], units.z[u]));
+        e[c / 2][u] = curve_residual<kKind>(z, rounded[u], alpha, beta, sum, units.scale[u], fma(t, da[u], units.a[u]));
+      }
+      pack<kSplit>(done, e);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int next = 0; next + 1 < kTiles; ++next) sums[next][0][c] = sums[next + 1][0][c];
+        if (kSplit || c < 2) sums[kTiles - 1][0][c] = done[c];
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const float done = sums[m][0][c];
+        sums[m][0][c] = sums[m][1][c], sums[m][1][c] = sums[kTiles + m][0][c];
+        sums[kTiles + m][0][c] = sums[kTiles + m][1][c], sums[kTiles + m][1][c] = done;
+      }
+    }
+  }
+}
+
 /// Residuals of any layer at all tiles of a chunk, in place of its sums: one unit at two nodes after the other, and the
-/// registers move on, because the code of all activations for every one of them would be large.
-template <int kTiles, bool kPolynomial, class Emit>
-__device__ inline void any_residuals(const Panels& p, Sums<kTiles>& sums, int set_tile,
-                                     int first_step, const Emit& emit) {
+/// registers move on.
+template <int kTiles, bool kPolynomial>
+__device__ inline void any_residuals(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
   constexpr int kCount = kTiles * kChunkSteps;
 #pragma unroll 1
   for (int n = 0; n < kCount; ++n) {
-    const int m = n % kTiles, step = first_step + n / kTiles, tile = set_tile + m;
-    Residuals e;
+    const int step = first_step + n / kTiles, tile = set_tile + n % kTiles;
+    float e[2][4];  // [node][unit]
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
@@ -366,7 +503,6 @@ __device__ inline void any_residuals(const Panels& p, Sums<kTiles>& sums, int se
         for (int next = 0; next < 3; ++next) e[0][next] = e[0][next + 1], e[1][next] = e[1][next + 1];
         e[0][3] = first, e[1][3] = second;
       }
-      emit(tile, m, step, e);
     }
 #pragma unroll
     for (int next = 0; next + 1 < kCount; ++next) {
@@ -377,6 +513,46 @@ __device__ inline void any_residuals(const Panels& p, Sums<kTiles>& sums, int se
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int u = 0; u < 4; ++u) sums[kCount - 1][u / 2][2 * r + u % 2] = e[r][u];
+    }
+  }
+}
+
+/// Activations whose residuals curve_residuals takes. Of others the code is large, or there are none, or see short_residuals.
+template <ActivationKind kKind>
+constexpr bool kIsCurve = kKind == ActivationKind::kLeakyRelu || kKind == ActivationKind::kElu ||
+                          kKind == ActivationKind::kGelu || kKind == ActivationKind::kGeluTanh ||
+                          kKind == ActivationKind::kTanh || kKind == ActivationKind::kSigmoid;
+
+/// Residuals of the layer that the warp is at, as fragments in place of its sums.
+template <int kTiles, bool kSplit, bool kPolynomial>
+__device__ inline void residuals_of(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
+  if (!kPolynomial && !p.kept) {
+    const ActivationKind kind = layer_here(p)->kind;
+    // The fast exponential's relative error grows with |z|: what is left of a unit that is all but off needs the other one.
+    if (kind == ActivationKind::kSilu && !afresh(&p.problem.range->careful)[0]) {
+      return short_residuals<ActivationKind::kSilu, kTiles, kSplit>(p, sums, set_tile, first_step);
+    }
+    if (kind == ActivationKind::kRelu) {
+      return short_residuals<ActivationKind::kRelu, kTiles, kSplit>(p, sums, set_tile, first_step);
+    }
+    bool is_done = false;
+    with_kind(kind, [&](auto constant) {
+      constexpr ActivationKind kKind = constant.value;
+      if constexpr (kIsCurve<kKind>) {
+        curve_residuals<kKind, kTiles, kSplit>(p, sums, set_tile, first_step);
+        is_done = true;
+      }
+    });
+    if (is_done) return;
+  }
+  any_residuals<kTiles, kPolynomial>(p, sums, set_tile, first_step);
+#pragma unroll
+  for (int n = 0; n < kTiles * kChunkSteps; ++n) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      const float(&of)[4] = sums[n][x];
+      const float e[2][2] = {{of[0], of[1]}, {of[2], of[3]}};
+      pack<kSplit>(sums[n][x], e);
     }
   }
 }
@@ -417,14 +593,42 @@ __device__ inline void add_four(PairSums& sums, const Problem<float>& problem, b
       scale[c] = problem.scale[output];
     }
   }
+  // What brings a moment to units of the chord.
+  const float* const unit = layer.half.units + step * 2 * kStepUnits + 4 * (lane % 4);
+  float factor[4] = {1, 1, 1, 1};
+  if (in_products) {
+    take4(factor, unit + kStepUnits);
+  } else if (layer.half.records) {
+    take4(factor, unit);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) factor[c] = reciprocal(factor[c]);  // a power of two
+  }
+  float nonlinear = 0;
+  bool ordinary = true;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    if (k + c >= problem.outputs) break;
-    const Moments<float>& m = moments[c];
-    const float* const unit = layer.half.units + step * 2 * kStepUnits + 4 * (lane % 4) + c;
-    const float f = in_products ? unit[kStepUnits] * scale[c] : layer.half.records ? scale[c] / unit[0] : scale[c];
-    add_output(sums, y, y_low, rounding, 4, 0, 1, c, Moments<float>{m.e * f, m.te * f, m.ee * f * f}, scale[c],
-               vanishing * scale[c], problem.nodes.variance_t);
+    factor[c] *= scale[c];
+    float share = 0;
+    const float first = absolute(y[c]), second = absolute(y[4 + c]);
+    const bool plain = ordinary_share(moments[c], factor[c], (y[4 + c] - y[c]) + (y_low[4 + c] - y_low[c]),
+                                      ::fmaxf(first, second), fma(rounding[c], rounding[c], rounding[4 + c] * rounding[4 + c]),
+                                      problem.nodes.variance_t, share) &&
+                       ::fminf(first, second) >= vanishing * scale[c];
+    if (k + c < problem.outputs) ordinary = ordinary && plain, nonlinear += share;
+  }
+  if (ordinary) {
+    sums.nonlinear += double(nonlinear);
+    return;
+  }
+  Moments<float> next[4] = {moments[0], moments[1], moments[2], moments[3]};
+#pragma unroll 1
+  for (int c = 0; c < 4 && k + c < problem.outputs; ++c) {
+    const float f = factor[0], unit_scale = problem.scale[k + c];
+    const Moments<float> m{next[0].e * f, next[0].te * f, next[0].ee * f * f};
+    add_output(sums, problem.y, problem.y_low, problem.rounding, problem.outputs, i, j, k + c, m, unit_scale,
+               vanishing * unit_scale, problem.nodes.variance_t);
+#pragma unroll
+    for (int n = 0; n < 3; ++n) next[n] = next[n + 1], factor[n] = factor[n + 1];
   }
 }
 
@@ -460,14 +664,6 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
   const Problem<float>& problem = p.problem;
   const auto warp_here = [] { return afresh(int(threadIdx.x)) / kWarp; };
   const int warps = int(blockDim.x) / kWarp;
-  const auto residuals_of = [&](Sums<kTiles>& sums, int set_tile, int first_step, const auto& emit) {
-    // The fast exponential's relative error grows with |z|: what is left of a unit that is all but off needs the other one.
-    if (kPolynomial || p.kept || layer_here(p)->kind != ActivationKind::kSilu || afresh(&problem.range->careful)[0]) {
-      any_residuals<kTiles, kPolynomial>(p, sums, set_tile, first_step, emit);
-    } else {
-      silu_residuals<kTiles>(p, sums, set_tile, first_step, emit);
-    }
-  };
   const auto add_total = [&](PairSums sums, bool is_first) {
     const int lane = lane_here();
     PairSums& total = totals[warp_here()][lane / 4];
@@ -494,24 +690,30 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
       const int left = p.tiles - work_of_warp().first_tile;
       work_of_warp().here = left < p.pass_tiles ? left : p.pass_tiles;
       for (work_of_warp().layer = 0; work_of_warp().layer < p.hidden - kStraight; advance(&Work::layer, 1)) {
-        const auto emit = [&](int tile, int, int step, const Residuals& e) {
-          const Fragment<kSplit> fragment = to_fragment<kSplit>(e);
-          const int steps = layer_here(p)->half.steps.all();
-          uint4* const memory = kAlwaysShared || !p.panels ? block_memory<true>(p) : block_memory<false>(p);
-          uint4* const to = memory + panel_begin(p, work_of_warp().layer) + (tile * steps + step) * kWarp + lane_here();
-          to[0] = make_uint4(fragment.high[0], fragment.high[1], fragment.high[2], fragment.high[3]);
-          if constexpr (kSplit) {
-            to[p.pass_tiles * steps * kWarp] =
-                make_uint4(fragment.low[0], fragment.low[1], fragment.low[2], fragment.low[3]);
-          }
-        };
         for (work_of_warp().task = warp_here(); work_of_warp().task < sets_here() * layer_chunks();
              advance(&Work::task, warps)) {
-          Sums<kTiles> sums = {};
+          Sums<kTiles> sums;
           if (work_of_warp().layer > 0) {
             multiply_chunk<kTiles, kSplit, kAhead, kAlwaysShared>(sums, p, set_of_task(), step_of_task());
+          } else {
+            clear<kTiles>(sums);
           }
-          residuals_of(sums, set_of_task(), step_of_task(), emit);
+          residuals_of<kTiles, kSplit, kPolynomial>(p, sums, set_of_task(), step_of_task());
+          const int set_tile = set_of_task(), first_step = step_of_task(), steps = layer_here(p)->half.steps.all();
+          const int here = work_of_warp().here, part = p.pass_tiles * steps * kWarp;
+          uint4* const memory = kAlwaysShared || !p.panels ? block_memory<true>(p) : block_memory<false>(p);
+          uint4* to = memory + (panel_begin(p, work_of_warp().layer) + (set_tile * steps + first_step) * kWarp + lane_here());
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m, to += steps * kWarp) {
+            if (set_tile + m >= here) break;
+#pragma unroll
+            for (int g = 0; g < kChunkSteps; ++g) {
+              if (first_step + g >= steps) break;
+              const Fragment<kSplit> e = fragment_of<kSplit>(sums[g * kTiles + m]);
+              to[g * kWarp] = make_uint4(e.high[0], e.high[1], e.high[2], e.high[3]);
+              if constexpr (kSplit) to[g * kWarp + part] = make_uint4(e.low[0], e.low[1], e.low[2], e.low[3]);
+            }
+          }
         }
         __syncthreads();  // the panel is there
       }
@@ -522,35 +724,57 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
         const auto partial = [&] { return reinterpret_cast<float4*>(block_memory<true>(p) + p.partial_sums) + lane_here(); };
         if (p.hidden == 1) __syncthreads();  // the first warp has read the sums before
         for (int at = 0; at < own_sums; at += kWarp) partial()[warp_here() * own_sums + at] = make_float4(0, 0, 0, 0);
-        const auto emit = [&](int, int m, int step, const Residuals& e) {
+        // The outputs' products with a chunk of residuals.
+        const auto emit = [&](const Sums<kTiles>& residuals, int first_step) {
           __syncwarp();
-          const Fragment<kSplit> fragment = to_fragment<kSplit>(e);
+          Fragment<kSplit> fragments[kTiles * kChunkSteps];
+#pragma unroll
+          for (int n = 0; n < kTiles * kChunkSteps; ++n) fragments[n] = fragment_of<kSplit>(residuals[n]);
           const Layer<float>* const layer = afresh(problem.layers + problem.last);
-          const int steps = layer[-1].half.steps.all();
-          const uint4* weights = reinterpret_cast<const uint4*>(layer->half.weights) + step * kWarp + lane_here();
-          float4* to = partial() + (warp_here() * kTiles + m) * p.output_steps * 2 * kWarp;
+          const int steps = layer[-1].half.steps.all(), low = p.output_steps * steps * kWarp;
+          const int count = steps - first_step < kChunkSteps ? steps - first_step : kChunkSteps;  // of steps
+          const uint4* weights = reinterpret_cast<const uint4*>(layer->half.weights) + (first_step * kWarp + lane_here());
+          float4* to = partial() + warp_here() * own_sums;
 #pragma unroll 1
           for (int out = 0; out < p.output_steps; ++out, weights += steps * kWarp, to += 2 * kWarp) {
-            const uint4 w = weights[0];
-            uint4 w_low = w;
-            if constexpr (kSplit) w_low = weights[std::int64_t(p.output_steps) * steps * kWarp];
-            float y[2][4];
+            uint4 w[kChunkSteps], w_low[kChunkSteps];
 #pragma unroll
-            for (int x = 0; x < 2; ++x) take4(y[x], reinterpret_cast<float*>(to + x * kWarp));
-            multiply_fragment<kSplit>(y[0], y[1], fragment, w, w_low);
+            for (int g = 0; g < kChunkSteps; ++g) {
+              w[g] = w_low[g] = take_weights(weights + (g < count ? g * kWarp : 0));
+              if constexpr (kSplit) w_low[g] = take_weights(weights + (g < count ? g * kWarp + low : low));
+            }
+            float y[kTiles][2][4];
 #pragma unroll
-            for (int x = 0; x < 2; ++x) to[x * kWarp] = make_float4(y[x][0], y[x][1], y[x][2], y[x][3]);
+            for (int n = 0; n < 2 * kTiles; ++n) {
+              take4(y[n / 2][n % 2], reinterpret_cast<const float*>(to + (n / 2 * p.output_steps * 2 + n % 2) * kWarp));
+            }
+#pragma unroll
+            for (int g = 0; g < kChunkSteps; ++g) {
+              if (g > 0 && g >= count) break;
+#pragma unroll
+              for (int m = 0; m < kTiles; ++m) {
+                multiply_fragment<kSplit>(y[m][0], y[m][1], fragments[g * kTiles + m], w[g], w_low[g]);
+              }
+            }
+#pragma unroll
+            for (int n = 0; n < 2 * kTiles; ++n) {
+              const float(&v)[4] = y[n / 2][n % 2];
+              to[(n / 2 * p.output_steps * 2 + n % 2) * kWarp] = make_float4(v[0], v[1], v[2], v[3]);
+            }
           }
         };
         // A warp stays with a set of tiles.
         const auto sharing = [&] { return warps / sets_here(); };
         work_of_warp().task = warp_here() < sharing() * sets_here() ? warp_here() : layer_chunks() * sets_here();
         for (; work_of_warp().task < layer_chunks() * sets_here(); advance(&Work::task, sharing() * sets_here())) {
-          Sums<kTiles> sums = {};
+          Sums<kTiles> sums;
           if (work_of_warp().layer > 0) {
             multiply_chunk<kTiles, kSplit, kAhead, kAlwaysShared>(sums, p, set_of_task(), step_of_task());
+          } else {
+            clear<kTiles>(sums);
           }
-          residuals_of(sums, set_of_task(), step_of_task(), emit);
+          residuals_of<kTiles, kSplit, kPolynomial>(p, sums, set_of_task(), step_of_task());
+          emit(sums, step_of_task());
         }
         __syncthreads();
         const int tile_items = p.output_steps * 2;
@@ -573,6 +797,8 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
           if (work_of_warp().first_tile > 0) load_moments(moments, waiting);
           for (int tile = 0; tile < work_of_warp().here; ++tile) {
             const int set = tile / kTiles;
+            const float2 w = at_tile(problem.nodes.w, work_of_warp().first_tile + tile);
+            const float2 w_t = at_tile(problem.nodes.w_t, work_of_warp().first_tile + tile);
             const float4* const from =
                 partial() + set * own_sums + ((tile - set * kTiles) * p.output_steps + out) * 2 * kWarp;
 #pragma unroll
@@ -581,9 +807,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
               take4(e, reinterpret_cast<const float*>(from + x * kWarp));
 #pragma unroll
               for (int c = 0; c < 4; ++c) {
-                const int node = 2 * (work_of_warp().first_tile + tile) + c / 2;
-                if (node >= problem.nodes.interior) continue;
-                add_moments(moments[2 * x + c % 2], e[c], problem.nodes.w[node], problem.nodes.w_t[node]);
+                add_moments(moments[2 * x + c % 2], e[c], c < 2 ? w.x : w.y, c < 2 ? w_t.x : w_t.y);
               }
             }
           }
@@ -608,12 +832,15 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
           Moments<float> moments[kLaneOutputs] = {};
           if (work_of_warp().first_tile > 0) load_moments(moments, waiting());
           for (int set_tile = 0; set_tile < work_of_warp().here; set_tile += kTiles) {
-            Sums<kTiles> sums = {};
-            if (problem.last > 0) multiply_chunk<kTiles, kSplit, kOutputsAhead, kAlwaysShared>(sums, p, set_tile, first_step());
+            Sums<kTiles> sums;
+            if (problem.last > 0) {
+              multiply_chunk<kTiles, kSplit, kOutputsAhead, kAlwaysShared>(sums, p, set_tile, first_step());
+            } else {
+              clear<kTiles>(sums);
+            }
             if (!work_of_warp().in_products) {
               store_moments(moments, waiting());  // registers for this are not there
-              any_residuals<kTiles, kPolynomial>(p, sums, set_tile, first_step(),
-                                                 [](int, int, int, const Residuals&) {});
+              any_residuals<kTiles, kPolynomial>(p, sums, set_tile, first_step());
               load_moments(moments, waiting());
             }
             if constexpr (kPolynomial) {
@@ -629,15 +856,14 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
               const int first_tile = work_of_warp().first_tile, here = work_of_warp().here;
 #pragma unroll
               for (int m = 0; m < kTiles; ++m) {
+                if (set_tile + m >= here) break;
+                const float2 w = at_tile(problem.nodes.w, first_tile + set_tile + m);
+                const float2 w_t = at_tile(problem.nodes.w_t, first_tile + set_tile + m);
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                  const int node = 2 * (first_tile + set_tile + m) + r;
-                  if (set_tile + m >= here || node >= problem.nodes.interior) continue;
-                  const float w = problem.nodes.w[node], w_t = problem.nodes.w_t[node];
-#pragma unroll
-                  for (int output = 0; output < kLaneOutputs; ++output) {
-                    add_moments(moments[output], sums[output / 4 * kTiles + m][output / 2 % 2][2 * r + output % 2], w, w_t);
-                  }
+                for (int output = 0; output < kLaneOutputs; ++output) {
+                  const float(&e)[4] = sums[output / 4 * kTiles + m][output / 2 % 2];
+                  add_moments(moments[output], e[output % 2], w.x, w_t.x);
+                  add_moments(moments[output], e[2 + output % 2], w.y, w_t.y);
                 }
               }
             }
@@ -776,7 +1002,13 @@ const char* enqueue_by_panels(const PathConnectivity<float>& op, const Stencil<f
     const std::int64_t before = half_steps(op, half.dialect, l - 1).all();
     if (before * half_steps(op, half.dialect, l).all() * kWarp > 0x3fffffff) return "a layer too wide for the kernel";
   }
-  const char* error = store_nodes(op.nodes, half.nodes, half.problem.nodes, stream);
+  // Nodes go in pairs: an odd one out has the same node beside it, without weight.
+  std::vector<double> t(op.nodes.t, op.nodes.t + op.nodes.interior);
+  std::vector<double> weights(op.nodes.weights, op.nodes.weights + op.nodes.interior);
+  if (op.nodes.interior % 2 == 1) t.push_back(t.back()), weights.push_back(0);
+  PathNodes nodes = op.nodes;
+  nodes.t = t.data(), nodes.weights = weights.data(), nodes.interior = std::int32_t(t.size());
+  const char* error = store_nodes(nodes, half.nodes, half.problem.nodes, stream);
   if (!error) error = enqueue_half_samples(op, half, arena, stream, [](int, const Layer<float>&) {});
   if (error) return error;
   plan.panels.problem = half.problem;
