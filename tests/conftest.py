@@ -2,7 +2,9 @@ import os
 import platform
 import signal
 import threading
+import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -39,6 +41,23 @@ def emulated():
         pytest.skip("built without LMNFAST_CUDA=emulated")
     yield torch.device("cpu")
     _native._C.use_isa(before)
+
+
+@pytest.fixture
+def waits_are_errors():
+    """A context in which a wait for a CUDA device raises."""
+
+    @contextmanager
+    def context():
+        with warnings.catch_warnings():  # torch says that it does not notice all of them
+            warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])

@@ -705,17 +705,14 @@ class TestCuda:
                 assert L.device == device and L.dtype == dtype
                 assert (L.cpu() - truth).abs().max() < (5e-5 if dtype == torch.float32 else 1e-11)
 
-    def test_is_enqueued_without_waiting_for_the_device(self, wrap, activation):
+    def test_is_enqueued_without_waiting_for_the_device(self, waits_are_errors, wrap, activation):
         if not _native.cuda_built():
             pytest.skip("built without CUDA kernels")
         net, x = mlp(6, 20, 4, activation=activation).cuda(), inputs(20, 6).cuda()
         f, stream = wrap(net), torch.cuda.Stream()
         lmnfast.connectivity(f, x)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_are_errors():
             enqueued = [MODULE.enqueue(f, x, stream=s) for s in (None, stream)]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         for each in enqueued:
             each.check()

@@ -574,7 +574,7 @@ def test_training_may_go_on_at_once_and_does_not_change_the_value(network, own_s
 
 @CUDA
 @pytest.mark.parametrize("network", [chain, Residual])
-def test_the_calling_thread_does_not_wait_for_the_device(network):
+def test_the_calling_thread_does_not_wait_for_the_device(network, waits_are_errors):
     if not _native.cuda_built():
         pytest.skip("built without CUDA kernels")
     model, layer, x = on_cuda(network)
@@ -583,11 +583,10 @@ def test_the_calling_thread_does_not_wait_for_the_device(network):
         assert len(probe.history) == 1
         free = threading.Event()
         probe._solver.submit(free.wait, 60)  # it does wait, and the mode is for all threads
-        torch.cuda.set_sync_debug_mode("error")
         try:
-            probe(1, loss=torch.ones((), device=x.device))
+            with waits_are_errors():
+                probe(1, loss=torch.ones((), device=x.device))
         finally:
-            torch.cuda.set_sync_debug_mode("default")
             free.set()
     assert [row["lmn"] for row in probe.history] == pytest.approx([probe.history[0]["lmn"]] * 2, rel=1e-6)
 

@@ -171,9 +171,28 @@ struct Shape {
   static constexpr int kArrays = kStencil > 0 ? 3 : 2, kParts = kSplit ? 2 : 1;
   static constexpr int kPaths = kStencil == 2 ? kTiles : 1;  // of a lane
   // As many as their registers leave room for, without one that is spilled.
-  static constexpr int kMostWarps = kDepth == 1 ? (kStencil > 0 ? 20 : 16) : kSplit || kBlocks > 13 || kStencil > 0 ? 8 : 12;
+#ifndef LMN_AHEAD_PATH
+#define LMN_AHEAD_PATH 0
+#endif
+#ifndef LMN_UNROLL
+#define LMN_UNROLL 1
+#endif
+#ifndef LMN_SUMS
+#define LMN_SUMS 3
+#endif
+#ifndef LMN_LATE
+#define LMN_LATE 2
+#endif
+#ifndef LMN_LOW
+#define LMN_LOW 1
+#endif
+#ifndef LMN_AHEAD_HERMITE
+#define LMN_AHEAD_HERMITE 0
+#endif
+  static constexpr bool kAhead = kDepth == 1 && (kStencil > 0 ? LMN_AHEAD_HERMITE : LMN_AHEAD_PATH);
+  static constexpr int kMostWarps = kDepth == 1 ? (kStencil > 0 ? (kAhead ? 16 : 20) : (kAhead ? 12 : 16)) : kSplit || kBlocks > 13 || kStencil > 0 ? 8 : 12;
   // Shared memory of a warp, in float4 of a lane: moments, and the lower halves of a first hidden layer's residuals.
-  static constexpr int kMoments = kStencil > 0 ? 0 : 6, kLow = kSplit && kDepth == 2 && kStencil == 0 ? kSteps * kTiles : 0;
+  static constexpr int kMoments = kStencil > 0 ? 0 : 6, kLow = LMN_LOW && kSplit && kDepth == 2 && kStencil == 0 ? kSteps * kTiles : 0;
   static constexpr std::size_t kWarpBytes = (kMoments + kLow) * kWarp * sizeof(float4);
 };
 
@@ -219,59 +238,81 @@ struct ChainedWarp {
     at.units += 2 * kStepUnits;
   }
 
+  /// A lane's records of one step.
+  template <int kUnits>
+  struct Values {
+    float own[kArrays][kUnits], other[kPaths][kArrays][kUnits], scale[kUnits];
+  };
+  template <int kUnits>
+  __device__ static inline void fetch_record(float (&values)[kArrays][kUnits], const float* from) {
+#pragma unroll
+    for (int array = 0; array < kArrays; ++array) fetch(values[array], from + array * kWarp * kUnits);
+  }
+  template <int kUnits>
+  __device__ static inline void fetch_all(Values<kUnits>& values, const Records<kUnits>& at) {
+    fetch_record(values.own, at.own);
+#pragma unroll
+    for (int path = 0; path < kPaths; ++path) fetch_record(values.other[path], at.other[path]);
+    fetch(values.scale, at.units);
+  }
+
   /// Residuals of one step of a layer as fragments; deviation(unit, node) in units of the products.
   template <int kUnits, bool kFirst, class Deviation>
   __device__ inline void make_fragments(const Records<kUnits>& at, const Deviation& deviation,
                                         std::uint32_t (&high)[kTiles][kUnits],
                                         std::uint32_t (&low)[kTiles][kUnits]) const {
-    constexpr int kArray = kWarp * kUnits;
-    float t[kPass] = {};
-    if constexpr (kStencil == 0) read(t, p.t + node);
-    float scale[kUnits], unscale[kUnits] = {};
+    float own[kArrays][kUnits], scale[kUnits], unscale[kUnits] = {};
     fetch(scale, at.units);
     if constexpr (!kFirst) fetch(unscale, at.units + 4 * kUnits);
+    fetch_record(own, at.own);
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
       if (kDepth == 2 && path > 0) __syncwarp();  // as after a step, see outputs_at_nodes
-      float own[kArrays][kUnits], other[kArrays][kUnits];
+      float other[kArrays][kUnits];
+      fetch_record(other, at.other[path]);
+      make_path<kUnits, kFirst>(path, own, other, scale, unscale, deviation, high, low);
+    }
+  }
+
+  /// The same of one path.
+  template <int kUnits, bool kFirst, class Deviation>
+  __device__ inline void make_path(int path, const float (&own)[kArrays][kUnits], const float (&other)[kArrays][kUnits],
+                                   const float (&scale)[kUnits], const float (&unscale)[kUnits], const Deviation& deviation,
+                                   std::uint32_t (&high)[kTiles][kUnits], std::uint32_t (&low)[kTiles][kUnits]) const {
+    float t[kPass] = {};
+    if constexpr (kStencil == 0) read(t, p.t + node);
 #pragma unroll
-      for (int array = 0; array < kArrays; ++array) fetch(own[array], at.own + array * kArray);
+    for (int x = 0; x < kUnits; x += 2) {
+      float e[2][kPass];
 #pragma unroll
-      for (int array = 0; array < kArrays; ++array) fetch(other[array], at.other[path] + array * kArray);
+      for (int b = 0; b < 2; ++b) {
+        const int n = x + b;
+        if constexpr (kStencil == 0) {
+          float d[kPass];
 #pragma unroll
-      for (int x = 0; x < kUnits; x += 2) {
-        float e[2][kPass];
+          for (int r = 0; r < kPass; ++r) d[r] = deviation(n, r);
+          at_nodes<kFirst>(t, own[kZ][n], own[kA][n], other[kZ][n], other[kA][n], d, unscale[n], scale[n], e[b]);
+        } else {
+          const float dz = other[kZ][n] - own[kZ][n], da = other[kA][n] - own[kA][n];
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int n = x + b;
-          if constexpr (kStencil == 0) {
-            float d[kPass];
-#pragma unroll
-            for (int r = 0; r < kPass; ++r) d[r] = deviation(n, r);
-            at_nodes<kFirst>(t, own[kZ][n], own[kA][n], other[kZ][n], other[kA][n], d, unscale[n], scale[n], e[b]);
-          } else {
-            const float dz = other[kZ][n] - own[kZ][n], da = other[kA][n] - own[kA][n];
-#pragma unroll
-            for (int end = 0; end < 2; ++end) {
-              const int r = 2 * path + end;
-              const float z = kFirst ? dz : fma(deviation(n, r), unscale[n], dz);
-              e[b][r] = fma(end == 0 ? own[kSlope][n] : other[kSlope][n], z, -da);
-            }
-            if constexpr (kStencil == 3) {
-              const float z = fma(0.5f, dz, own[kZ][n]), chord = fma(0.5f, da, own[kA][n]);
-              const float middle = kFirst ? z : fma(deviation(n, 2), unscale[n], z);
-              with_kind(p.kind, [&](auto kind) {
-                e[b][2] = fma(activate<kind.value, float>(middle, p.alpha, p.beta), scale[n], -chord);
-              });
-              e[b][3] = 0;
-            }
+          for (int end = 0; end < 2; ++end) {
+            const float z = kFirst ? dz : fma(deviation(n, 2 * path + end), unscale[n], dz);
+            e[b][2 * path + end] = fma(end == 0 ? own[kSlope][n] : other[kSlope][n], z, -da);
+          }
+          if constexpr (kStencil == 3) {
+            const float z = fma(0.5f, dz, own[kZ][n]), chord = fma(0.5f, da, own[kA][n]);
+            const float middle = kFirst ? z : fma(deviation(n, 2), unscale[n], z);
+            with_kind(p.kind, [&](auto kind) {
+              e[b][2] = fma(activate<kind.value, float>(middle, p.alpha, p.beta), scale[n], -chord);
+            });
+            e[b][3] = 0;
           }
         }
-        // Two paths have a tile each, one path has both.
+      }
+      // Two paths have a tile each, one path has both.
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          if (kPaths == 1 || tile == path) to_fragment<kSplit>(e, tile, x, high, low);
-        }
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (kPaths == 1 || tile == path) to_fragment<kSplit>(e, tile, x, high, low);
       }
     }
   }
@@ -346,7 +387,7 @@ struct ChainedWarp {
   template <int kUnits>
   __device__ inline void second_step(int step, const Fragments& high, const Fragments& low, float (&y)[kTiles][4][4]) const {
     // Of each term by itself: one sum of all would be three times as long a chain of products that wait for each other.
-    constexpr int kSums = S::kLow > 0 ? 3 : 1;
+    constexpr int kSums = S::kLow > 0 ? LMN_SUMS : 1;
     float sums[kSums][kTiles][kUnits / 2][4] = {};
     constexpr int kPart = S::kSteps * S::kSteps * kWarp;
     const uint4* const w = weights + step * S::kSteps * kWarp;
@@ -414,12 +455,31 @@ struct ChainedWarp {
       const Steps steps = p.layers[0].steps;
       clear(y);
       Records<4> at = records_at<4>(0, 0);
-#pragma unroll 1
-      for (int s = 0; s < steps.full; ++s) {
-        std::uint32_t high[kTiles][4], low[kTiles][4];
-        make_fragments<4, true>(at, none, high, low);
-        add_to_outputs<4>(s, steps.all(), high, low, y);
-        advance(at);
+      if constexpr (S::kAhead) {  // a step's records are asked for while the one before is worked on
+        const float unscale[4] = {};
+        Values<4> next{};
+        if (steps.full > 0) fetch_all(next, at);
+#pragma unroll 2
+        for (int s = 0; s < steps.full; ++s) {
+          const Values<4> values = next;
+          advance(at);
+          if (s + 1 < steps.full) fetch_all(next, at);
+          std::uint32_t high[kTiles][4], low[kTiles][4];
+#pragma unroll
+          for (int path = 0; path < kPaths; ++path) {
+            make_path<4, true>(path, values.own, values.other[path], values.scale, unscale, none, high, low);
+          }
+          add_to_outputs<4>(s, steps.all(), high, low, y);
+        }
+      } else {
+        [[maybe_unused]] constexpr int kAtOnce = LMN_UNROLL;
+#pragma unroll kAtOnce
+        for (int s = 0; s < steps.full; ++s) {
+          std::uint32_t high[kTiles][4], low[kTiles][4];
+          make_fragments<4, true>(at, none, high, low);
+          add_to_outputs<4>(s, steps.all(), high, low, y);
+          advance(at);
+        }
       }
       if (steps.tail) {
         std::uint32_t high[kTiles][2], low[kTiles][2];
@@ -447,7 +507,7 @@ struct ChainedWarp {
   /// Sums over a lane's outputs of one path; moments_of(output of the lane), in units of the products.
   template <class MomentsOf>
   __device__ inline PairSums add_outputs(int i, int j, const MomentsOf& moments_of) const {
-    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 : 2;  // moments in shared memory may be counted through
+    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 : kDepth == 2 ? LMN_LATE : 2;  // moments in shared memory may be counted through
     const float4 *const at_i = p.ends + i * kChainedOutputs + q, *const at_j = p.ends + j * kChainedOutputs + q;
     float nonlinear = 0;  // of eight outputs at most
     int constants = 0;
