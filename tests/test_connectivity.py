@@ -710,6 +710,8 @@ class TestCuda:
             pytest.skip("built without CUDA kernels")
         net, x = mlp(6, 20, 4, activation=activation).cuda(), inputs(20, 6).cuda()
         f, stream = wrap(net), torch.cuda.Stream()
+        if MODULE.recognise(f) is None:
+            pytest.skip("unresolved pairs of other functions are measured at once, with the parameters of now")
         lmnfast.connectivity(f, x)
         with waits_are_errors():
             enqueued = [MODULE.enqueue(f, x, stream=s) for s in (None, stream)]
@@ -751,7 +753,8 @@ def test_a_wrong_chain_on_cuda_falls_back_to_the_generic_route(monkeypatch):
     wrong = Chain((torch.zeros(4, 6, device="cuda"),), (None,), (lmnfast.network.IDENTITY,) * 2)
     truth = lmnfast.connectivity(net, x)
     monkeypatch.setattr(MODULE, "recognise", lambda f: wrong)
-    assert (lmnfast.connectivity(net, x) - truth).abs().max() < 1e-5
+    # Not the module itself: of torch's own modules in order the chain is not compared with f.
+    assert (lmnfast.connectivity(lambda points: net(points), x) - truth).abs().max() < 1e-5
 
 
 # ---- arguments ----

