@@ -65,10 +65,12 @@ def judge(
         rival and precision != "highest"
     ):  # TF32 on the outputs themselves: an entry of a short path may be anything
         assert error.mean() < 1e-2
+    elif precision != "highest":  # a path whose chord is short against its way may lose more
+        assert (error > 1e-3).float().mean() < 1e-3 and benchmark.extra_info["LMN error"] < 1e-4
     else:
         # One output alone: nothing averages a chord that is short against the way. Float32 PyTorch loses 9e-5 there.
         exact = 2e-5 if widths[-1] > 1 else 5e-5
-        assert error.max() < (1e-3 if lobatto or precision != "highest" else exact)
+        assert error.max() < (1e-3 if lobatto else exact)
 
 
 def pairs_of(x: torch.Tensor) -> torch.Tensor:

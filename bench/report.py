@@ -224,7 +224,7 @@ def document(results: dict) -> str:
     lines += [
         "## Not measured",
         "",
-        "- No GPU: the CUDA kernels have not run on a card, and no speed on one is claimed. `bench/gpu.sh` measures it.",
+        "- No GPU: for the CUDA kernels see bench/results; `bench/gpu.sh` measures them.",
         "- Other processors, and more threads than those above.",
         *([] if "jax" in facts else ["- JAX: it was not installed."]),
         "",

@@ -711,7 +711,9 @@ class TestCuda:
         net, x = mlp(6, 20, 4, activation=activation).cuda(), inputs(20, 6).cuda()
         f, stream = wrap(net), torch.cuda.Stream()
         if MODULE.recognise(f) is None:
-            pytest.skip("unresolved pairs of other functions are measured at once, with the parameters of now")
+            pytest.skip(
+                "unresolved pairs of other functions are measured at once, with the parameters of now"
+            )
         lmnfast.connectivity(f, x)
         with waits_are_errors():
             enqueued = [MODULE.enqueue(f, x, stream=s) for s in (None, stream)]

@@ -1,10 +1,10 @@
 // Pairs that the float32 kernels leave as kUnresolved, measured in float64 right behind them: lmnfast/unresolved.py's resolve
 // without its waits for the device. There are a few hundred of half a million, so the kernel is plain.
 //
-// One kernel lists the pairs. Of another each block takes as many listed pairs as have their points in 32 columns, a lane each,
+// A block takes as many pairs at a time as have their points in 32 columns, a lane each,
 // and carries all of the network's values there from layer to layer: the points are the path's nodes, or for the polynomials
 // both ends, with slopes, and the path's middle. What is not measured here stays kUnresolved for Python, and is what
-// counts[1] says: pairs with a NaN or Inf, pairs beyond the list, networks that are too deep or too wide, rules of many nodes.
+// counts[1] says: pairs with a NaN or Inf, networks that are too deep or too wide, rules of many nodes.
 #pragma once
 #include "chain.cuh"
 
@@ -13,7 +13,6 @@ namespace {
 namespace unresolved {
 
 constexpr int kMostLayers = 48, kMostNodes = 64;      // that fit a kernel's parameters
-constexpr std::int64_t kMostPairs = 1 << 18;          // of the list, which takes 2 MB
 constexpr std::int64_t kMostPanelBytes = 64 << 20;    // of panels outside shared memory, of all blocks
 constexpr std::int64_t kFewestBlocks = 16;            // for so few in so much memory a pair is a product for torch
 constexpr int kTaskUnits = 4;                         // of a layer, for which a lane reads a value once
@@ -36,29 +35,14 @@ struct Unresolved {
   const float* inputs;            // [samples, input_width]
   float* connectivity;
   std::int64_t* counts;
-  int2* pairs;                    // [capacity]
-  unsigned long long* found;      // may exceed the capacity
   double* panels;                 // a block's after another's; null: in shared memory
   std::int64_t samples, exact_width, input_width;
   std::int64_t panel, block_panels;  // doubles
-  int capacity, last, nodes, midpoint;
+  int last, nodes, midpoint;
   int points, pairs_at_once, columns;
   bool has_least;                 // whether outputs behind the last activation have a least magnitude, see _Hoisted.values
 };
 static_assert(sizeof(Unresolved) <= 4096, "a kernel's parameters");
-
-/// A warp per row of the matrix, from its diagonal on.
-__global__ void __launch_bounds__(kThreads) list_kernel(const __grid_constant__ Unresolved p) {
-  if (p.counts[1] == 0) return;
-  const std::int64_t warps = std::int64_t(gridDim.x) * kWarps;
-  for (std::int64_t i = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; i < p.samples; i += warps) {
-    for (std::int64_t j = i + 1 + threadIdx.x % kWarp; j < p.samples; j += kWarp) {
-      if (p.connectivity[i * p.samples + j] != float(kUnresolved)) continue;
-      const unsigned long long place = atomicAdd(p.found, 1ull);
-      if (place < static_cast<unsigned long long>(p.capacity)) p.pairs[place] = make_int2(int(i), int(j));
-    }
-  }
-}
 
 /// A point between two numbers, as unresolved.py's _between.
 __device__ inline double between(double first, double second, double t) {
@@ -301,23 +285,25 @@ struct Block {
   }
 };
 
-// A block per few pairs, until all are done; sums in one order, whatever the blocks.
+/// A block takes every so many-th row of the matrix from its diagonal on, and measures what it finds there, a few pairs at a time;
+/// sums in one order, whatever the blocks.
 template <bool kPolynomial>
-__global__ void __launch_bounds__(kThreads) measure_kernel(const __grid_constant__ Unresolved p) {
+__global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_constant__ Unresolved p) {
   __shared__ int first[kWarp], second[kWarp], near[kWarp];
+  __shared__ int2 waiting[kWarp + kThreads];
+  __shared__ int found;
+  if (threadIdx.x == 0) found = 0;
+  if (!__syncthreads_or(p.counts[1] != 0)) return;  // other blocks count down meanwhile, so that threads may read differently
   const int warp = int(threadIdx.x) / kWarp;
-  const int count = int(at_most(std::int64_t(*p.found), p.capacity));
   double* const panels =
       p.panels ? p.panels + blockIdx.x * p.block_panels : reinterpret_cast<double*>(dynamic_shared());
-  for (int begin = int(blockIdx.x) * p.pairs_at_once; begin < count; begin += int(gridDim.x) * p.pairs_at_once) {
-    const int here = int(at_most(p.pairs_at_once, count - begin));
-    __syncthreads();  // all have done with the pairs before
+  const auto measure = [&](int begin, int here) {
     bool any = false;
     for (int pair = warp; pair < here; pair += kWarps) {
-      const int2 listed = p.pairs[begin + pair];
-      const int how = nearness(p, listed.x, listed.y);
+      const int2 taken = waiting[begin + pair];
+      const int how = nearness(p, taken.x, taken.y);
       any |= how == kFar || how == kClose;
-      if (threadIdx.x % kWarp == 0) first[pair] = listed.x, second[pair] = listed.y, near[pair] = how;
+      if (threadIdx.x % kWarp == 0) first[pair] = taken.x, second[pair] = taken.y, near[pair] = how;
     }
     const Block<kPolynomial> block{p, panels, first, second, here};
     if (__syncthreads_or(any)) {
@@ -329,12 +315,30 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(const __grid_constant
       }
     }
     for (int pair = warp; pair < here; pair += kWarps) block.finish(pair, near[pair]);
+    __syncthreads();  // all have done with these pairs
+  };
+  int left = 0;
+  const int samples = int(p.samples);
+  for (int i = int(blockIdx.x); i < samples; i += int(gridDim.x)) {
+    for (int begin = i + 1; begin < samples; begin += kThreads) {
+      const int j = begin + int(threadIdx.x);
+      const bool mine = j < samples && p.connectivity[std::int64_t(i) * samples + j] == float(kUnresolved);
+      if (!__syncthreads_or(mine)) continue;
+      if (mine) waiting[atomicAdd(&found, 1)] = make_int2(i, j);
+      __syncthreads();
+      for (left = found; left >= p.pairs_at_once; left -= p.pairs_at_once) {
+        measure(left - p.pairs_at_once, p.pairs_at_once);
+      }
+      __syncthreads();  // all have read `found`
+      if (threadIdx.x == 0) found = left;
+    }
   }
+  if (left > 0) measure(0, left);
 }
 
 // ---- the plan ----
 
-/// Everything but the pointers into the workspace; a capacity of 0: left to Python.
+/// Everything but the pointer into the workspace; no blocks: left to Python.
 struct Plan {
   Unresolved unresolved{};
   std::int64_t blocks = 0;
@@ -349,10 +353,8 @@ inline bool rounds(ActivationKind kind) {
 inline Plan make_plan(const PathConnectivity<float>& op, int stencil, Arena& arena) {
   Plan plan;
   Unresolved& p = plan.unresolved;
-  const std::int64_t pairs = op.samples * (op.samples - 1) / 2;
-  if (!op.exact || pairs == 0 || op.layers > kMostLayers || op.nodes.interior + 2 > kMostNodes || op.samples > 0x7fffffff) {
-    return plan;
-  }
+  const bool too_many = op.samples > 0x7fffffff - 2 * kThreads;
+  if (!op.exact || op.samples < 2 || too_many || op.layers > kMostLayers || op.nodes.interior + 2 > kMostNodes) return plan;
   std::int64_t widest = 0, shifts = op.widths[0];
   const Slots slots = assign_slots(op);
   for (int l = 0; l <= op.layers; ++l) {
@@ -393,17 +395,16 @@ inline Plan make_plan(const PathConnectivity<float>& op, int stencil, Arena& are
   p.panel = widest * (p.columns + 1) * (stencil > 0 ? 2 : 1);
   p.block_panels = p.panel * (3 + slots.count);
   const std::int64_t bytes = p.block_panels * std::int64_t(sizeof(double));
-  const bool in_shared = bytes + 1024 <= std::int64_t(shared_limit());
-  plan.blocks = at_most(2 * device_attribute(cudaDevAttrMultiProcessorCount), blocks_of(pairs, p.pairs_at_once));
+  constexpr std::int64_t kOwnShared = 4096;  // more than the kernel's own
+  const bool in_shared = bytes + kOwnShared <= std::int64_t(shared_limit());
+  std::int64_t blocks = at_most(2 * device_attribute(cudaDevAttrMultiProcessorCount), op.samples - 1);
   if (!in_shared) {
-    if (at_most(kFewestBlocks, plan.blocks) * bytes > kMostPanelBytes) return plan;
-    plan.blocks = at_most(plan.blocks, kMostPanelBytes / bytes);
-    p.panels = arena.take<double>(plan.blocks * p.block_panels);
+    if (at_most(kFewestBlocks, blocks) * bytes > kMostPanelBytes) return plan;
+    blocks = at_most(blocks, kMostPanelBytes / bytes);
+    p.panels = arena.take<double>(blocks * p.block_panels);
   }
   plan.shared = in_shared ? std::size_t(bytes) : 0;
-  p.capacity = int(at_most(pairs, kMostPairs));
-  p.pairs = arena.take<int2>(p.capacity);
-  p.found = arena.take<unsigned long long>(1);
+  plan.blocks = blocks;
   return plan;
 }
 
@@ -417,11 +418,6 @@ inline std::size_t workspace(const PathConnectivity<float>& op, int stencil) {
 inline const char* enqueue(const PathConnectivity<float>& op, int stencil, void* workspace, CUstream_st* stream) {
   Arena arena{static_cast<char*>(workspace)};
   const Plan plan = make_plan(op, stencil, arena);
-  if (plan.unresolved.capacity == 0) return nullptr;
-  const char* error = message(cudaMemsetAsync(plan.unresolved.found, 0, sizeof(*plan.unresolved.found), stream));
-  if (error) return error;
-  const std::int64_t rows = at_most(blocks_of(op.samples, kWarps), 8 * device_attribute(cudaDevAttrMultiProcessorCount));
-  if ((error = launch(list_kernel, rows, kThreads, 0, stream, plan.unresolved))) return error;
   return launch(stencil > 0 ? measure_kernel<true> : measure_kernel<false>, plan.blocks, kThreads, plan.shared, stream,
                 plan.unresolved);
 }
