@@ -101,18 +101,22 @@ struct PairSums {
 };
 
 /// 1 - r2 of an output as share_of_output has it, in a fourth of the instructions; false where that may find the output constant
-/// or unresolved, and `share` may be anything. factor: of the moments; magnitude: the larger |y| of the two ends.
-__device__ inline bool ordinary_share(const Moments<float>& m, float factor, float chord, float magnitude,
-                                      float rounding_squared, float variance_t, float& share) {
+/// or unresolved, and `share` may be anything. te: of the moments; bend: variance_t var(e) - te^2; factor: of te, squared of bend;
+/// magnitude: the larger |y| of the two ends.
+__device__ inline bool ordinary_share(float te, float bend, float factor, float chord, float magnitude, float rounding_squared,
+                                      float variance_t, float& share) {
   constexpr float kConstant = float(kConstantUlps) * Epsilon<float>::value;
   constexpr float kResolved = float(kResolvedUlps32) * Epsilon<float>::value;
-  const float covariance = fma(m.te, factor, chord * variance_t);
-  const float residual = fma(variance_t, fma(-m.e, m.e, m.ee), -(m.te * m.te)) * (factor * factor);
+  const float covariance = fma(te, factor, chord * variance_t), residual = bend * (factor * factor);
   const float total = fma(covariance, covariance, residual);
   const float squares = fma(magnitude * (kConstant * kConstant), magnitude, rounding_squared * (kResolved * kResolved));
   share = ::fmaxf(residual, 0.0f) * reciprocal(total);
   // One sum in place of the larger of three bounds. No comparison holds for a NaN.
   return total > fma(squares, variance_t, float(kLeastTotal32)) && total < float(kLargestTotal32);
+}
+
+__device__ inline float bend_of(const Moments<float>& m, float variance_t) {
+  return fma(variance_t, fma(-m.e, m.e, m.ee), -(m.te * m.te));
 }
 
 /// Adds output k between samples i and j. scale: of the output; least: below it an output has underflowed, or is about to.

@@ -40,6 +40,7 @@ struct Chained {
   float spacing, weight;
   float variance_t;
   Stencil<float> stencil;
+  float bend[3][3];                // of the stencil: variance_t var(e) - te^2 is the sum of bend[v][u] value_v value_u, u <= v
   int samples, units, outputs;
   const float4* ends;              // see write_end
   const float* scale;              // of the outputs
@@ -407,29 +408,45 @@ struct ChainedWarp {
     }
   }
 
-  /// Sums over a lane's outputs of one path; moments_of(output of the lane), in units of the products.
-  template <class MomentsOf>
-  __device__ inline PairSums add_outputs(int i, int j, const MomentsOf& moments_of) const {
-    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 : 2;  // moments in shared memory may be counted through
+  /// Sums over a lane's outputs of one path. In units of the products, of an output of the lane: moments_of(n); and
+  /// te_and_bend(n, te, bend), what ordinary_share wants of them.
+  template <class TeAndBend, class MomentsOf>
+  __device__ inline PairSums add_outputs(int i, int j, const TeAndBend& te_and_bend, const MomentsOf& moments_of) const {
+    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 4 : 1;  // moments in shared memory may be counted through
     const float4 *const at_i = p.ends + i * kChainedOutputs + q, *const at_j = p.ends + j * kChainedOutputs + q;
     float nonlinear = 0;  // of eight outputs at most
     int constants = 0;
 #pragma unroll kAtOnce
-    for (int n = 0; n < 8; ++n) {
-      if (kStepUnits * (n / 4) + 4 * q + n % 4 >= p.outputs) continue;
-      const float4 first = __ldg(at_i + 4 * n), second = __ldg(at_j + 4 * n);
-      const float chord = (second.x - first.x) + (second.y - first.y);
-      const float magnitude = ::fmaxf(absolute(first.x), absolute(second.x));
-      const Moments<float> m = moments_of(n);
-      const float factor = p.factor[4 * n + q];
-      float share;
-      if (ordinary_share(m, factor, chord, magnitude, first.z + second.z, p.variance_t, share)) {
-        nonlinear += share;
-      } else {
+    for (int two = 0; two < 8; two += 2) {  // side by side, so that they do not wait for the ends one after the other
+      if (two == 4 && !more_outputs) break;
+      float4 first[2], second[2];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) first[b] = __ldg(at_i + 4 * (two + b)), second[b] = __ldg(at_j + 4 * (two + b));
+      float chord[2];
+      bool odd[2];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const int n = two + b;
+        const bool is_output = kStepUnits * (n / 4) + 4 * q + n % 4 < p.outputs;  // else its ends may be anything
+        chord[b] = (second[b].x - first[b].x) + (second[b].y - first[b].y);
+        float te, bend, share;
+        te_and_bend(n, te, bend);
+        const bool ordinary =
+            ordinary_share(te, bend, p.factor[4 * n + q], chord[b], ::fmaxf(absolute(first[b].x), absolute(second[b].x)),
+                           first[b].z + second[b].z, p.variance_t, share);
+        nonlinear += is_output && ordinary ? share : 0.0f;
+        odd[b] = is_output && !ordinary;
+      }
+      if (!odd[0] && !odd[1]) continue;
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        if (!odd[b]) continue;
+        const Moments<float> m = moments_of(two + b);
+        const float factor = p.factor[4 * (two + b) + q];
         const Moments<float> scaled{m.e * factor, m.te * factor, m.ee * factor * factor};
-        const float2 odd = share_of_odd(chord, scaled, first, second, p.variance_t);
-        nonlinear += odd.x;
-        constants += odd.y > 0 ? 1 : 0;
+        const float2 share = share_of_odd(chord[b], scaled, first[b], second[b], p.variance_t);
+        nonlinear += share.x;
+        constants += share.y > 0 ? 1 : 0;
       }
     }
     return {double(nonlinear), constants};
@@ -482,25 +499,43 @@ struct ChainedWarp {
           }
         }
       }
-      sums[0] = add_outputs(i, smaller(j, p.samples - 1), [&](int n) {
+      const auto moments_of = [&](int n) {
         const float* const from = reinterpret_cast<const float*>(moments + n / 4 * kWarp) + n % 4;
         constexpr int kNext = 4 * 2 * kWarp;
         return Moments<float>{from[0] * p.weight, from[kNext], from[2 * kNext] * p.weight};
-      });
+      };
+      const auto te_and_bend = [&](int n, float& te, float& bend) {
+        const Moments<float> m = moments_of(n);
+        te = m.te, bend = bend_of(m, p.variance_t);
+      };
+      sums[0] = add_outputs(i, smaller(j, p.samples - 1), te_and_bend, moments_of);
     } else {
       float y[kTiles][4][4];
       outputs_at_nodes(y);
 #pragma unroll
       for (int path = 0; path < kPaths; ++path) {
-        sums[path] = add_outputs(i, smaller(j + kGroup * path, p.samples - 1), [&](int n) {
+        const auto value = [&](int n, int v) {
+          const int r = v < 2 ? 2 * path + v : 2;
+          return y[r / 2][n / 2][2 * (r % 2) + n % 2];
+        };
+        const auto moments_of = [&](int n) {
           float values[kStencil];
 #pragma unroll
-          for (int v = 0; v < kStencil; ++v) {
-            const int r = v < 2 ? 2 * path + v : 2;
-            values[v] = y[r / 2][n / 2][2 * (r % 2) + n % 2];
-          }
+          for (int v = 0; v < kStencil; ++v) values[v] = value(n, v);
           return stencil_moments<kStencil>(p.stencil, values);
-        });
+        };
+        const auto te_and_bend = [&](int n, float& te, float& bend) {
+          te = bend = 0;
+#pragma unroll
+          for (int v = 0; v < kStencil; ++v) {
+            float sum = p.bend[v][v] * value(n, v);
+#pragma unroll
+            for (int u = 0; u < v; ++u) sum = fma(p.bend[v][u], value(n, u), sum);
+            te = fma(p.stencil.te[v], value(n, v), te);
+            bend = fma(sum, value(n, v), bend);
+          }
+        };
+        sums[path] = add_outputs(i, smaller(j + kGroup * path, p.samples - 1), te_and_bend, moments_of);
       }
     }
     return true;
@@ -586,8 +621,10 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMost
   if constexpr (Curve::kSilu && kStencil == 0) {
     careful = !(__uint_as_float(unsigned(p.range->largest_z)) < kPairedLimit) || p.range->careful != 0;
   }
+  // A block's units side by side, so that nearly all of them have the same second samples, which then stay in its cache.
   const int warps = int(blockDim.x) / kWarp;
-  for (int n = int(blockIdx.x) * warps + int(threadIdx.x) / kWarp; n < p.units; n += int(gridDim.x) * warps) {
+  const int end = int(std::int64_t(blockIdx.x + 1) * p.units / gridDim.x);
+  for (int n = int(std::int64_t(blockIdx.x) * p.units / gridDim.x) + int(threadIdx.x) / kWarp; n < end; n += warps) {
     __syncwarp();  // the lanes that have stored an entry are back
     int i, block;
     find_unit(n, S::kPaths * kGroup, i, block);
@@ -698,6 +735,13 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   }
   chained.variance_t = float(op.nodes.variance_t);
   chained.stencil = stencil;
+  const Stencil<double> exact = make_stencil<double>(op.nodes, stencil.size == 3);
+  for (int v = 0; v < 3; ++v) {
+    for (int u = 0; u <= v; ++u) {
+      const double bend = op.nodes.variance_t * (exact.ee[v][u] - exact.e[v] * exact.e[u]) - exact.te[v] * exact.te[u];
+      chained.bend[v][u] = float(u < v ? 2 * bend : bend);
+    }
+  }
   chained.samples = int(problem.samples);
   chained.units = int(count_units(problem.samples, kernel.paths * kGroup));
   chained.outputs = int(problem.outputs);
