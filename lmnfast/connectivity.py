@@ -300,7 +300,8 @@ def enqueue(
     stream: torch.cuda.Stream | None = None,
     progress: Progress | None = None,
 ) -> Enqueued:
-    """:func:`connectivity` without waiting for a CUDA device.
+    """:func:`connectivity` without waiting for a CUDA device, where f is a chain; of other functions it waits for the number of
+    unresolved pairs, which are measured with the parameters of now.
 
     What a check has to read from the device is left to :meth:`Enqueued.check`. Elsewhere every check is made
     at once, before the work that follows it.

@@ -69,7 +69,7 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
             J = ops.jacobian(chain, x)
         else:
             J = Differentiated(calls, x, y, allocated, budget, Checks(False))(0, len(x))
-        if _native.on_cuda(x):
+        if chain is not None and _native.on_cuda(x):  # of others x and f(x) have been looked at
             found = Findings(x, y, None, None, J.flatten(1))
             found.check()
             if found.finite:

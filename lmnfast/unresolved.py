@@ -117,7 +117,8 @@ def _agree(first: Tensor, second: Tensor) -> Tensor:
 
 def _unresolved_pairs(L: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs i < j that are unresolved, at most so many at a time."""
-    rows = max(1, 2**26 // len(L))  # a mask of 64 MB at a time, and on CUDA a wait for each
+    # Each block of rows is a wait on CUDA. Where all pairs are unresolved, their places take 24 bytes each.
+    rows = max(1, 2**24 // len(L))
     for begin in range(0, len(L), rows):
         first, second = (L[begin : begin + rows] == UNRESOLVED).triu_(begin + 1).nonzero(as_tuple=True)
         first = first + begin

@@ -153,10 +153,11 @@ def test_all_memory_comes_from_torch(op):
     call()  # its kernels are loaded
     torch.cuda.synchronize()
     allocated, grown = torch.cuda.memory_allocated(), []
-    while 0 not in grown and len(grown) < 50:  # where the call took memory, no round would be without
+    # The card gives memory in pieces of 2 MB: a call that took 35 KB would leave no round without one. Other processes disturb some.
+    while grown.count(0) < 3 and len(grown) < 50:
         before = outside_of_torch()
-        for _ in range(20):
+        for _ in range(60):
             call()
         grown.append(outside_of_torch() - before)
-    assert 0 in grown, grown
+    assert grown.count(0) == 3, grown
     assert torch.cuda.memory_allocated() == allocated

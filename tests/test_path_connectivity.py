@@ -246,7 +246,7 @@ def assert_integers_agree(
     on_cuda = device.type == "cuda" or _native._C.isa() == EMULATED
     _native._C.use_isa("baseline")  # the fixture puts back what was before
     difference = (ours - measured(chain, x, torch.device("cpu"), dtype, (nodes, weights))).abs().max()
-    # In float32 a card divides by a reciprocal that is right to about an ulp.
+    # In float32 a card, and the emulator, divide by a reciprocal that is right to about an ulp.
     assert difference <= (torch.finfo(dtype).eps if on_cuda and (several or dtype == torch.float32) else 0)
 
 

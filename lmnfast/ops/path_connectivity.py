@@ -21,9 +21,9 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
     Pairs that this cannot resolve are measured in float64 afterwards, see `lmnfast.unresolved`.
     On CUDA float32 products follow ``torch.get_float32_matmul_precision()``. "highest": residuals from the chord and weights
     are each split into two halves, which keeps 22 of float32's 24 bits. "high" and "medium": each is one half, of 11 bits, as
-    in TF32, which moves r2 by at most about 2^-11 of the last hidden units' residuals over the output's spread: 2e-4 where tens of
-    outputs level it, a few 1e-3 where there are few. A power of two for each unit brings them into a half's range; where that
-    fails, the pair is one of those measured in float64.
+    in TF32, which moves r2 by at most about 2^-11 of the last hidden units' residuals over the output's spread: most entries by less
+    than 1e-4, a path whose chord is short against its way by some 1e-3 where tens of outputs level it, and by 0.02 with one output.
+    A power of two for each unit brings them into a half's range; where that fails, the pair is one of those measured in float64.
 
     Args:
         chain: weights on the samples' device, of their dtype.
