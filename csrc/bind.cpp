@@ -273,7 +273,7 @@ ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Addres
   expect_chain(weights.size(), biases.size(), widths.size(), kinds.size());
   expect(skips.size() == shifts.size() && (skips.empty() || skips.size() == 2 * kinds.size()), "skips, shifts");
   for (std::size_t n = 0; n < skips.size(); ++n) expect(-1 <= skips[n] && skips[n] < int(n), "skips");
-  expect(t.size() == node_weights.size(), "nodes");
+  expect(t.size() == node_weights.size() && !t.empty(), "nodes");
   std::int64_t moving = widths[0];  // columns of z and of the shifts
   for (std::size_t n = 0; n < shifts.size(); ++n) moving += shifts[n] ? widths[n / 2] : 0;
   expect(exact ? inputs && !is_double && exact_width == moving && input_width >= 0 : !inputs, "exact, inputs");

@@ -31,7 +31,7 @@ struct Chained {
   HalfLayer layers[3];             // hidden, and the last are the outputs
   ActivationKind kind;             // of the hidden layers, where the kernel is for any
   float alpha, beta;
-  // What only fills up the last pass is the last node once more, with weight 0.
+  // What only fills up the last pass has weight 0: the last node once more, of uniform nodes the path's end.
   alignas(16) float t[kMostNodes];
   alignas(16) float w[kMostNodes];    // weights over `weight`
   alignas(16) float w_t[kMostNodes];  // weights times t - mean t
@@ -41,7 +41,7 @@ struct Chained {
   float variance_t;
   Stencil<float> stencil;
   float bend[3][3];                // of the stencil: variance_t var(e) - te^2 is the sum of bend[v][u] value_v value_u, u <= v
-  int samples, units, outputs;
+  int samples, units, outputs;     // units: of work; in the block's copy where its own end
   const float4* ends;              // see write_end
   const float* scale;              // of the outputs
   float factor[kChainedOutputs];   // in the block's copy: from sums of products to scaled outputs, in the order of `ends`
@@ -412,21 +412,23 @@ struct ChainedWarp {
   /// te_and_bend(n, te, bend), what ordinary_share wants of them.
   template <class TeAndBend, class MomentsOf>
   __device__ inline PairSums add_outputs(int i, int j, const TeAndBend& te_and_bend, const MomentsOf& moments_of) const {
-    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 4 : 1;  // moments in shared memory may be counted through
+    // Outputs side by side, so that they do not wait for their ends one after the other.
+    constexpr int kSide = 2;
+    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 / kSide : 1;  // moments in shared memory may be counted through
     const float4 *const at_i = p.ends + i * kChainedOutputs + q, *const at_j = p.ends + j * kChainedOutputs + q;
     float nonlinear = 0;  // of eight outputs at most
     int constants = 0;
 #pragma unroll kAtOnce
-    for (int two = 0; two < 8; two += 2) {  // side by side, so that they do not wait for the ends one after the other
-      if (two == 4 && !more_outputs) break;
-      float4 first[2], second[2];
+    for (int begin = 0; begin < 8; begin += kSide) {
+      if (begin == 4 && !more_outputs) break;
+      float4 first[kSide], second[kSide];
 #pragma unroll
-      for (int b = 0; b < 2; ++b) first[b] = __ldg(at_i + 4 * (two + b)), second[b] = __ldg(at_j + 4 * (two + b));
-      float chord[2];
-      bool odd[2];
+      for (int b = 0; b < kSide; ++b) first[b] = __ldg(at_i + 4 * (begin + b)), second[b] = __ldg(at_j + 4 * (begin + b));
+      float chord[kSide];
+      bool odd[kSide], any_odd = false;
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const int n = two + b;
+      for (int b = 0; b < kSide; ++b) {
+        const int n = begin + b;
         const bool is_output = kStepUnits * (n / 4) + 4 * q + n % 4 < p.outputs;  // else its ends may be anything
         chord[b] = (second[b].x - first[b].x) + (second[b].y - first[b].y);
         float te, bend, share;
@@ -436,13 +438,14 @@ struct ChainedWarp {
                            first[b].z + second[b].z, p.variance_t, share);
         nonlinear += is_output && ordinary ? share : 0.0f;
         odd[b] = is_output && !ordinary;
+        any_odd |= odd[b];
       }
-      if (!odd[0] && !odd[1]) continue;
+      if (!any_odd) continue;
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
+      for (int b = 0; b < kSide; ++b) {
         if (!odd[b]) continue;
-        const Moments<float> m = moments_of(two + b);
-        const float factor = p.factor[4 * (two + b) + q];
+        const Moments<float> m = moments_of(begin + b);
+        const float factor = p.factor[4 * (begin + b) + q];
         const Moments<float> scaled{m.e * factor, m.te * factor, m.ee * factor * factor};
         const float2 share = share_of_odd(chord[b], scaled, first[b], second[b], p.variance_t);
         nonlinear += share.x;
@@ -611,6 +614,8 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMost
     }
   }
   __syncthreads();
+  // A block's units side by side, so that nearly all of them have the same second samples, which then stay in its cache.
+  if (threadIdx.x == 0) shared_parameters().units = int(std::int64_t(blockIdx.x + 1) * p.units / gridDim.x);
   if (threadIdx.x < kChainedOutputs) {
     const int n = int(threadIdx.x) / 4, k = kStepUnits * (n / 4) + 4 * (int(threadIdx.x) % 4) + n % 4;
     const float* const units = p.layers[S::kDepth].units + n / 4 * 2 * kStepUnits + kStepUnits;
@@ -621,10 +626,9 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMost
   if constexpr (Curve::kSilu && kStencil == 0) {
     careful = !(__uint_as_float(unsigned(p.range->largest_z)) < kPairedLimit) || p.range->careful != 0;
   }
-  // A block's units side by side, so that nearly all of them have the same second samples, which then stay in its cache.
   const int warps = int(blockDim.x) / kWarp;
-  const int end = int(std::int64_t(blockIdx.x + 1) * p.units / gridDim.x);
-  for (int n = int(std::int64_t(blockIdx.x) * p.units / gridDim.x) + int(threadIdx.x) / kWarp; n < end; n += warps) {
+  const int begin = int(std::int64_t(blockIdx.x) * p.units / gridDim.x);
+  for (int n = begin + int(threadIdx.x) / kWarp; n < shared_parameters().units; n += warps) {
     __syncwarp();  // the lanes that have stored an entry are back
     int i, block;
     find_unit(n, S::kPaths * kGroup, i, block);
@@ -721,14 +725,17 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   const Problem<float>& problem = plan.problem;
   const double spacing = spacing_of(op.nodes);
   chained.spacing = float(spacing);
-  chained.uniform = spacing > 0;
+  // Exponentials at equally spaced nodes are had by multiplication, also those of what fills up a pass: it may not lie beyond the
+  // path's end, where they might be anything.
+  chained.uniform = spacing > 0 && (op.nodes.interior % kPass == 0 || op.nodes.interior % kPass == kPass - 1);
   for (int m = 0; m < op.nodes.interior; ++m) chained.uniform &= op.nodes.weights[m] == op.nodes.weights[0];
   chained.weight = chained.uniform ? float(op.nodes.weights[0]) : 1.0f;
   chained.nodes = int(blocks_of(op.nodes.interior, kPass)) * kPass;
   chained.interior = op.nodes.interior;
   for (int m = 0; m < chained.nodes; ++m) {
     const bool inside = m < op.nodes.interior;
-    const double t = op.nodes.t[inside ? m : op.nodes.interior - 1], weight = inside ? op.nodes.weights[m] : 0.0;
+    const double last = chained.uniform ? 1.0 : op.nodes.t[op.nodes.interior - 1];
+    const double t = inside ? op.nodes.t[m] : last, weight = inside ? op.nodes.weights[m] : 0.0;
     chained.t[m] = float(t);
     chained.w[m] = chained.uniform ? float(inside) : float(weight);
     chained.w_t[m] = float(weight * (t - op.nodes.mean_t));

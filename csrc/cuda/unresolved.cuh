@@ -1,10 +1,10 @@
 // Pairs that the float32 kernels leave as kUnresolved, measured in float64 right behind them: lmnfast/unresolved.py's resolve
 // without its waits for the device. There are a few hundred of half a million, so the kernel is plain.
 //
-// A block takes as many pairs at a time as have their points in 32 columns, a lane each,
-// and carries all of the network's values there from layer to layer: the points are the path's nodes, or for the polynomials
-// both ends, with slopes, and the path's middle. What is not measured here stays kUnresolved for Python, and is what
-// counts[1] says: pairs with a NaN or Inf, networks that are too deep or too wide, rules of many nodes.
+// A block takes as many pairs at a time as have their points in 32 columns, a lane each, or one pair of more points, and carries
+// all of the network's values there from layer to layer: the points are the path's nodes, or for the polynomials both ends, with
+// slopes, and the path's middle. What is not measured here stays kUnresolved for Python, and is what counts[1] says: pairs with a
+// NaN or Inf, pairs beyond a block's share, networks that are too deep or too wide, rules of many nodes.
 #pragma once
 #include "chain.cuh"
 
@@ -13,6 +13,7 @@ namespace {
 namespace unresolved {
 
 constexpr int kMostLayers = 48, kMostNodes = 64;      // that fit a kernel's parameters
+constexpr int kMostPairs = 1 << 14;                   // of a block: a launch cannot be interrupted
 constexpr std::int64_t kMostPanelBytes = 64 << 20;    // of panels outside shared memory, of all blocks
 constexpr std::int64_t kFewestBlocks = 16;            // for so few in so much memory a pair is a product for torch
 constexpr int kTaskUnits = 4;                         // of a layer, for which a lane reads a value once
@@ -317,10 +318,10 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
     for (int pair = warp; pair < here; pair += kWarps) block.finish(pair, near[pair]);
     __syncthreads();  // all have done with these pairs
   };
-  int left = 0;
+  int left = 0, measured = 0;
   const int samples = int(p.samples);
-  for (int i = int(blockIdx.x); i < samples; i += int(gridDim.x)) {
-    for (int begin = i + 1; begin < samples; begin += kThreads) {
+  for (int i = int(blockIdx.x); i < samples && measured < kMostPairs; i += int(gridDim.x)) {
+    for (int begin = i + 1; begin < samples && measured < kMostPairs; begin += kThreads) {
       const int j = begin + int(threadIdx.x);
       const bool mine = j < samples && p.connectivity[std::int64_t(i) * samples + j] == float(kUnresolved);
       if (!__syncthreads_or(mine)) continue;
@@ -328,6 +329,7 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
       __syncthreads();
       for (left = found; left >= p.pairs_at_once; left -= p.pairs_at_once) {
         measure(left - p.pairs_at_once, p.pairs_at_once);
+        measured += p.pairs_at_once;
       }
       __syncthreads();  // all have read `found`
       if (threadIdx.x == 0) found = left;
@@ -381,8 +383,9 @@ inline Plan make_plan(const PathConnectivity<float>& op, int stencil, Arena& are
     inside += op.nodes.weights[m], moment += op.nodes.weights[m] * op.nodes.t[m];
   }
   p.t[0] = 0, p.t[p.nodes - 1] = 1;
-  p.w[p.nodes - 1] = op.nodes.mean_t - moment > 0 ? op.nodes.mean_t - moment : 0;
-  p.w[0] = 1 - inside - p.w[p.nodes - 1] > 0 ? 1 - inside - p.w[p.nodes - 1] : 0;
+  const auto without_rounding = [](double weight) { return weight > 4 * Epsilon<double>::value ? weight : 0.0; };
+  p.w[p.nodes - 1] = without_rounding(op.nodes.mean_t - moment);
+  p.w[0] = without_rounding(1 - inside - p.w[p.nodes - 1]);
   p.mean_t = op.nodes.mean_t, p.variance_t = op.nodes.variance_t;
   p.midpoint = stencil == 3;
   p.points = stencil > 0 ? kEndPoints : p.nodes;
