@@ -18,6 +18,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "cuda_runtime.h"
 
 __thread uint3 threadIdx, blockIdx;
@@ -95,7 +99,12 @@ class Machine {
  public:
   explicit Machine(int most_threads = kMaxThreads, bool guarded = true) : most_threads_(most_threads), guarded_(guarded) {}
   ~Machine() {
-    if (stacks_) munmap(stacks_, stack_bytes_);
+    if (!stacks_) return;
+#if defined(__SANITIZE_ADDRESS__)
+    // The checker's marks of these stacks' frames would be taken for those of whoever gets the memory next.
+    __asan_unpoison_memory_region(stacks_, stack_bytes_);
+#endif
+    munmap(stacks_, stack_bytes_);
   }
 
   void begin(int block, int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
