@@ -160,8 +160,8 @@ def run(call, result: Tensor, *more: Tensor) -> Tensor:
     return result
 
 
-# Multiply-adds up to which a product in float64 is one kernel of the package's on CUDA, which converts as it loads. Torch makes
-# four of it, three to convert, each of 6 to 10 us of the host's time on an H200; for larger ones its kernel is the faster.
+# Multiply-adds up to which a product in float64 is one kernel of the package's on CUDA, which converts as it loads. Torch launches
+# four kernels for it, three of them to convert. For larger products torch's kernel should be the faster one (an estimate).
 SMALL_LINEAR = 2**25
 
 

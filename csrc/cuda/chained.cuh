@@ -567,10 +567,10 @@ __device__ inline bool chained_unit(int i, int block) {
   for (int path = 0; path < S::kPaths; ++path) {
     warp.second[path] = unsigned(smaller(block * S::kPaths + path, last_group)) * floats;
   }
-  // Two of a step's fragments are one uint4.
   warp.more_outputs = p.outputs > kStepUnits;
   warp.spacing = p.spacing;
   warp.weights = memory + warp.lane;
+  // Two of a step's fragments are one uint4.
   for (int l = 0; l < S::kDepth; ++l) memory += S::kParts * p.layers[l + 1].part_fragments(p.layers[l].steps) / 2;
   warp.moments = const_cast<float4*>(reinterpret_cast<const float4*>(memory)) + warp.lane;
   warp.moments += threadIdx.x / kWarp * (S::kMoments * kWarp);
@@ -725,8 +725,8 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   const Problem<float>& problem = plan.problem;
   const double spacing = spacing_of(op.nodes);
   chained.spacing = float(spacing);
-  // Exponentials at equally spaced nodes are had by multiplication, also those of what fills up a pass: it may not lie beyond the
-  // path's end, where they might be anything.
+  // Exponentials at equally spaced nodes come from multiplication, also for the node that fills up a pass. That node may not lie
+  // beyond the path's end: no sample bounds the exponential there.
   chained.uniform = spacing > 0 && (op.nodes.interior % kPass == 0 || op.nodes.interior % kPass == kPass - 1);
   for (int m = 0; m < op.nodes.interior; ++m) chained.uniform &= op.nodes.weights[m] == op.nodes.weights[0];
   chained.weight = chained.uniform ? float(op.nodes.weights[0]) : 1.0f;

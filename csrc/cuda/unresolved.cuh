@@ -1,5 +1,5 @@
 // Pairs that the float32 kernels leave as kUnresolved, measured in float64 right behind them: lmnfast/unresolved.py's resolve
-// without its waits for the device. There are a few hundred of half a million, so the kernel is plain.
+// without its waits for the device. Of half a million pairs usually none to some hundred are, so the kernel is plain.
 //
 // A block takes as many pairs at a time as have their points in 32 columns, a lane each, or one pair of more points, and carries
 // all of the network's values there from layer to layer: the points are the path's nodes, or for the polynomials both ends, with

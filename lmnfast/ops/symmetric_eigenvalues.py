@@ -39,7 +39,8 @@ def symmetric_eigenvalues(matrices: Tensor) -> Tensor:
 def fits(matrices: Tensor) -> bool:
     """Whether matrices (..., N, N) are solved by the CUDA kernel of the device they are on, in several waves if need be.
 
-    Its blocks hold a matrix between them, and have to be there all at once: an H200 or A100 takes N up to 2304.
+    Its blocks hold a matrix between them, and have to be there all at once: an H200 takes N up to 2304; by arithmetic an A100
+    does, too.
     """
     return _workspace_bytes(matrices) > 0
 
