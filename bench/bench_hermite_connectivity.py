@@ -13,7 +13,7 @@ from conftest import product_s
 from torch import Tensor
 
 from lmnfast import ops
-from lmnfast.network import recognise
+from lmnfast._recognise import recognise
 from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import lmnfast
 from lmnfast import ops, reference
-from lmnfast.network import Activation, Chain
+from lmnfast._chain import Activation, Chain
 
 TAIL = (100, 100, 31)
 SHAPES = [(768, TAIL), (961, TAIL), (4096, TAIL), (961, (100, 100, 100, 31)), (257, (31, 100, 100, 97))]

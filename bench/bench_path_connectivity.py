@@ -15,7 +15,7 @@ from torch import nn
 
 import lmnfast
 from lmnfast import ops, reference
-from lmnfast.network import recognise
+from lmnfast._recognise import recognise
 from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import lmnfast
 from lmnfast import ops
-from lmnfast.network import recognise
+from lmnfast._recognise import recognise
 from lmnfast.quadrature import path_nodes
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

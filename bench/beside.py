@@ -20,7 +20,7 @@ from bench_path_connectivity import UNIFORM, eager_best, samples, tail
 
 import lmnfast
 from lmnfast import ops, reference
-from lmnfast.network import recognise
+from lmnfast._recognise import recognise
 
 N = 961
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import lmnfast
-from lmnfast.network import recognise
+from lmnfast._recognise import recognise
 from lmnfast.quadrature import path_nodes
 
 LAUNCHES = (

@@ -14,7 +14,7 @@ import torch
 from results import machine, table
 
 from lmnfast import ops
-from lmnfast.network import Activation, Chain
+from lmnfast._chain import Activation, Chain
 from lmnfast.quadrature import path_nodes
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

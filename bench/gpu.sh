@@ -61,7 +61,7 @@ tests() {
 small='
 import sys, torch
 from lmnfast import ops
-from lmnfast.network import recognise
+from lmnfast._recognise import recognise
 from lmnfast.quadrature import path_nodes
 device = sys.argv[1]
 def same(name, on_device, on_cpu, bound):

@@ -13,7 +13,7 @@ import torch
 from bench_path_connectivity import UNIFORM, samples, tail
 
 import lmnfast
-from lmnfast.network import recognise
+from lmnfast._recognise import recognise
 from lmnfast.ops.path_connectivity import chain_connectivity
 
 ROUNDS = {50: 500, 768: 15}

@@ -22,7 +22,7 @@ from bench_path_connectivity import eager_best, samples, tail
 
 import lmnfast
 from lmnfast import ops
-from lmnfast.network import recognise
+from lmnfast._recognise import recognise
 from lmnfast.quadrature import path_nodes
 
 ROUNDS, SWEEP_SECONDS = 9, 15.0  # whichever is reached first, but at least 3 rounds

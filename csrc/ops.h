@@ -9,7 +9,7 @@ struct CUstream_st;  // opaque: no CUDA header needed
 
 namespace lmn {
 
-/// Matches lmnfast.network.ACTIVATIONS.
+/// Matches ACTIVATIONS in lmnfast/_chain.py.
 enum class ActivationKind : std::int32_t {
   kIdentity, kRelu, kLeakyRelu, kElu, kSilu, kGelu, kGeluTanh, kTanh, kSigmoid, kSoftplus, kSin, kCount
 };

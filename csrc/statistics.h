@@ -37,7 +37,7 @@ constexpr double kCloseSamples = 0x1p-10;
 // and at least this share of their largest value over the samples: an output may be small because terms cancel.
 constexpr double kLeastRounding = 0x1p-6;
 // Outputs of the same operations in another order differ by at most this many epsilons of their magnitude and of the
-// largest: as in lmnfast.network.same_output.
+// largest: as in same_output in lmnfast/_samples.py.
 constexpr double kSameOutputUlps = 32;
 /// Whether an output (its range over the samples, and how far another function's values are apart from it there) is that
 /// function's, too: as in lmnfast.evaluation.Checks.same.

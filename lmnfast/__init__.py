@@ -2,9 +2,10 @@
 
 from importlib.metadata import version as _version
 
+from ._explain import explain
+from ._layers import match_layers
 from .connectivity import connectivity
-from .cutting import cut, match_layers
-from .explain import explain
+from .cutting import cut
 from .jacobian import jacobian_distances, jacobians, linear_regions
 from .probe import Probe
 from .spectrum import (

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .state import cores_to_use
+from ._threads import cores_to_use
 
 try:
     from . import _C

@@ -35,12 +35,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._layers import match_layers
+from ._nested import contents, entries_of, few, mapped, tensors_in
+from ._tracing import Forward, Output
 from .connectivity import METHODS, measured, warn_of_offsets
-from .cutting import cut, match_layers
+from .cutting import cut
 from .files import claimed, write_file
 from .grokking.train import progress_bar
-from .nested import contents, entries_of, few, mapped, tensors_in
-from .network import Forward, Output
 from .processes import cores, prepare_worker
 from .quadrature import path_nodes
 from .spectrum import SETTINGS, SHARES, check_negative, measurement

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from . import _native
+from ._affine import affine_start
+from ._chain import Chain
 from ._native import Progress
-from .cutting import affine_start
+from ._recognise import recognise
+from ._stacked import Stacked, loaded, networks_in
+from ._threads import alone, one_core_after_fork
+from ._undisturbed import evaluating
 from .evaluation import (
     Calls,
     Checks,
@@ -36,11 +41,9 @@ from .evaluation import (
     widened,
 )
 from .jacobian import Differentiated, other_features, tiled, with_features
-from .network import Chain, Stacked, loaded, networks_in, recognise
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .quadrature import path_nodes
 from .reference import CONSTANT_ULPS
-from .state import alone, evaluating, one_core_after_fork
 from .unresolved import CLOSE, LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED, Widened, are_close, resolve
 
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import _native
-from .network import CHAIN_DTYPES, IDENTITY, Chain, check_function, same_output
+from ._chain import CHAIN_DTYPES, IDENTITY, Chain
+from ._samples import check_function, same_output
+from ._undisturbed import evaluating
 from .ops.check_outputs import check_outputs
-from .state import evaluating
 from .unresolved import in_double
 
 DEFAULT_BUDGET = 256 * 2**20
@@ -367,7 +368,7 @@ def bytes_of(
 class Calls:
     """f as it is measured: every call is like the first one, and on any number of samples.
 
-    begin_anew: of `state.evaluating`, which puts back what f keeps between calls. shape: of its outputs on all samples, once
+    begin_anew: of `_undisturbed.evaluating`, which puts back what f keeps between calls. shape: of its outputs on all samples, once
         they are known.
     """
 

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from . import _native, ops
+from ._chain import IDENTITY, Activation, Chain
+from ._recognise import recognise, why_no_chain
+from ._threads import alone, lapack_on_one_core
+from ._undisturbed import evaluating
 from .evaluation import (
     CPU_TILE,
     DEFAULT_BUDGET,
@@ -24,10 +28,8 @@ from .evaluation import (
     outputs_of,
     widened,
 )
-from .network import IDENTITY, Activation, Chain, recognise, why_no_chain
 from .ops._checks import KERNEL_DTYPES
 from .ops.jacobian_distance import has_isometry, isometric_features, isometry
-from .state import alone, evaluating, lapack_on_one_core
 
 PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
 # Bytes of features held at a time; the kernel packs the second samples' once more. All at once, or two tiles of them.

@@ -15,12 +15,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ._chain import Chain
+from ._layers import match_layers
+from ._python_state import python_state
+from ._recognise import recognise
+from ._run_to import run_to
+from ._threads import alone
+from ._tracing import Forward, Output
 from .connectivity import Enqueued, enqueue, on_stream
-from .cutting import cut, match_layers, python_state, run_to
-from .network import Chain, Forward, Output, recognise
+from .cutting import cut
 from .quadrature import path_nodes
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
-from .state import alone
 
 # Bounds the memory of waiting connectivity matrices when solving falls behind measuring: 64 MB at N = 1000.
 MOST_PENDING = 16
@@ -46,11 +51,11 @@ class Probe:
         probe.history       # [{"step": 0, "layer": "hidden.1", "lmn": 22.9, ..., "loss": 3.4}, ...]
 
     Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The tail is kept, and cut anew
-    when anything in the model but its parameters' values has changed (see `network.python_state`), or when its
+    when anything in the model but its parameters' values has changed (see `_python_state.python_state`), or when its
     outputs on the samples are no longer the model's. The connectivity is computed on the calling thread, the eigenproblem on one background
     thread and one core, or from that thread on the CUDA device that the matrix is on, of which only numbers are copied.
     Training with a probe is bit-identical to training without, unless a forward pass in eval mode has an
-    effect on what `state.evaluating` does not restore: containers outside the model that hooks fill, files, objects of other
+    effect on what `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files, objects of other
     classes. A copy of a probe (copy.deepcopy, pickle) has its rows and no writers. A probe works in the process it was made in.
 
     On CUDA the connectivity is computed on a stream of the probe's own while the current one goes on: the

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from . import _native, ops
 from ._native import Progress
+from ._stacked import Stacked
+from ._threads import one_core_after_fork
 from .connectivity import Enqueued, measured, warn_of_offsets
 from .evaluation import all_finite
-from .network import Stacked
 from .ops.symmetric_eigenvalues import fits
-from .state import one_core_after_fork
 
 SOLVERS = ("auto", "cpu", "cuda")
 NEGATIVE = ("absolute", "clip")

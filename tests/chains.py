@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from lmnfast.network import ACTIVATIONS, Activation, Chain
+from lmnfast._chain import ACTIVATIONS, Activation, Chain
 from lmnfast.quadrature import path_nodes
 
 PARAMETERS = {"leaky_relu": (0.1, 0.0), "elu": (0.7, 0.0), "softplus": (1.5, 20.0)}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lmnfast import _native, state
+from lmnfast import _native, _threads
 
 LEVELS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
 EMULATED = "emulated-cuda"  # the CUDA kernels on the CPU, in a build with LMNFAST_CUDA=emulated
@@ -77,7 +77,7 @@ def precision():
 def threads(monkeypatch):
     """Sets torch's thread count, which the kernels follow however few cores there are; the one before comes back."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(state, "cores", lambda: 64)
+    monkeypatch.setattr(_threads, "cores", lambda: 64)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

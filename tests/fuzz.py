@@ -64,7 +64,7 @@ MOST = 2_000_000  # numbers of an array of the truth
 
 @dataclass
 class Case:
-    """A chain as lmnfast.network.Chain describes it, and how it is measured. All numbers are float64, exact in `dtype`."""
+    """A chain as lmnfast._chain.Chain describes it, and how it is measured. All numbers are float64, exact in `dtype`."""
 
     seed: int
     dtype: str

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lmnfast import _native
-from lmnfast.network import ACTIVATIONS
+from lmnfast._chain import ACTIVATIONS
 from lmnfast.quadrature import path_nodes
 
 REFUSALS = (ValueError, TypeError, RuntimeError)

@@ -13,7 +13,7 @@ from torch import nn
 
 import lmnfast
 from lmnfast import reference
-from lmnfast.network import recognise
+from lmnfast._recognise import recognise
 from lmnfast.quadrature import path_nodes
 
 module = sys.modules["lmnfast.connectivity"]  # the name in lmnfast is the function

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lmnfast
-from lmnfast import _native, processes, reference, state
+from lmnfast import _native, _threads, processes, reference
+from lmnfast._chain import IDENTITY, Chain
 from lmnfast.grokking.model import make_model
 from lmnfast.grokking.tasks import make_task
-from lmnfast.network import Chain
 from lmnfast.quadrature import path_nodes
 
 UNIFORM = path_nodes("uniform", 21)
@@ -217,7 +217,7 @@ def test_a_chain_that_does_not_give_the_networks_outputs_is_not_used(monkeypatch
         pass
 
     net, x = Own(*mlp(6, 20, 4)), inputs(12, 6)
-    wrong = Chain((torch.zeros(4, 6),), (None,), (lmnfast.network.IDENTITY,) * 2)
+    wrong = Chain((torch.zeros(4, 6),), (None,), (IDENTITY,) * 2)
     truth = lmnfast.connectivity(net, x)
     monkeypatch.setattr(MODULE, "recognise", lambda f: wrong)
     assert (lmnfast.connectivity(net, x) - truth).abs().max() < 1e-5
@@ -752,7 +752,7 @@ def test_errors_on_cuda_are_those_on_the_cpu(name):
 @CUDA
 def test_a_wrong_chain_on_cuda_falls_back_to_the_generic_route(monkeypatch):
     net, x = mlp(6, 20, 4).cuda(), inputs(12, 6).cuda()
-    wrong = Chain((torch.zeros(4, 6, device="cuda"),), (None,), (lmnfast.network.IDENTITY,) * 2)
+    wrong = Chain((torch.zeros(4, 6, device="cuda"),), (None,), (IDENTITY,) * 2)
     truth = lmnfast.connectivity(net, x)
     monkeypatch.setattr(MODULE, "recognise", lambda f: wrong)
     # Not the module itself: of torch's own modules in order the chain is not compared with f.
@@ -995,4 +995,4 @@ def test_one_number_in_float64_for_any_thread_count(activation, threads):
 
 def test_no_more_threads_than_cores_to_run_on(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert state.cores_to_use() == min(64, processes.cores())
+    assert _threads.cores_to_use() == min(64, processes.cores())

@@ -10,7 +10,7 @@ from conftest import has_cuda
 from torch import Tensor
 
 from lmnfast import ops
-from lmnfast.network import Chain
+from lmnfast._chain import Chain
 from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 

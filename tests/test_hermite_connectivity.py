@@ -16,7 +16,7 @@ from chains import (
 )
 
 from lmnfast import ops, reference
-from lmnfast.network import ACTIVATIONS, Chain
+from lmnfast._chain import ACTIVATIONS, Chain
 from lmnfast.quadrature import path_nodes
 
 UNIFORM = path_nodes("uniform", 21)

@@ -5,7 +5,7 @@ import torch
 from chains import LAYERS_THAT_DO_NOT_FIT, assert_refused, cast, random_chain, samples
 
 from lmnfast import ops, reference
-from lmnfast.network import ACTIVATIONS, Activation, Chain
+from lmnfast._chain import ACTIVATIONS, Activation, Chain
 
 
 def measured(chain, x, device, dtype):

@@ -5,7 +5,7 @@ import torch
 from chains import activation, assert_refused
 
 from lmnfast import _native, ops, reference
-from lmnfast.network import ACTIVATIONS
+from lmnfast._chain import ACTIVATIONS
 from lmnfast.ops.jacobian_distance import has_isometry, isometric_features, isometry
 
 F64 = torch.float64

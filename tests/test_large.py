@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmnfast import _native, ops, reference
-from lmnfast.network import Activation, Chain
+from lmnfast._chain import Activation, Chain
 from lmnfast.quadrature import path_nodes
 
 BEYOND = 2**31

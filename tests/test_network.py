@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn.utils import prune
 
+from lmnfast._chain import ACTIVATIONS, Activation, Chain
+from lmnfast._recognise import recognise
+from lmnfast._undisturbed import evaluating
 from lmnfast.connectivity import connectivity, enqueue
 from lmnfast.cutting import cut
-from lmnfast.network import ACTIVATIONS, Activation, Chain, recognise
-from lmnfast.state import evaluating
 
 
 class Steps(nn.Module):

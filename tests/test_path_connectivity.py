@@ -20,7 +20,7 @@ from chains import (
 from conftest import EMULATED
 
 from lmnfast import _native, ops, reference
-from lmnfast.network import ACTIVATIONS, Activation, Chain
+from lmnfast._chain import ACTIVATIONS, Activation, Chain
 from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 

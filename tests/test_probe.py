@@ -13,9 +13,10 @@ from torch import nn
 
 import lmnfast.probe
 from lmnfast import _native
+from lmnfast._python_state import python_state
+from lmnfast._recognise import recognise
 from lmnfast.connectivity import Enqueued, connectivity, enqueue
-from lmnfast.cutting import cut, python_state
-from lmnfast.network import recognise
+from lmnfast.cutting import cut
 from lmnfast.probe import COLUMNS, MOST_PENDING, Probe
 from lmnfast.spectrum import measurement
 

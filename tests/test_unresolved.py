@@ -11,7 +11,7 @@ from torch import nn
 
 import lmnfast
 from lmnfast import _native, ops, reference
-from lmnfast.network import ACTIVATIONS, Activation, Chain
+from lmnfast._chain import ACTIVATIONS, Activation, Chain
 from lmnfast.ops.path_connectivity import _hoisted, chain_connectivity
 from lmnfast.quadrature import path_nodes
 from lmnfast.unresolved import CLOSE, UNRESOLVED, Widened, are_close, resolve

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .._nested import mapped, tensors_in
 from ..connectivity import METHODS, connectivity
 from ..cutting import cut
 from ..files import claimed, write_file
-from ..nested import mapped, tensors_in
 from ..probe import Probe
 from ..quadrature import RULES, path_nodes
 from ..spectrum import SETTINGS, SHARES, check_negative, linear_mapping_number

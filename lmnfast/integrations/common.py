@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nested import mapped, tensors_in
+from .._nested import mapped, tensors_in
+from .._undisturbed import sharding_of
 from ..probe import Probe, Writer
-from ..state import sharding_of
 
 NOT_IDENTITY = ("model", "inputs", "every", "budget", "writers")  # what changes no number of a row
 

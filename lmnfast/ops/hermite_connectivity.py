@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..network import Chain
+from .._chain import Chain
 from .path_connectivity import chain_connectivity, check_exact, check_fake, run
 
 

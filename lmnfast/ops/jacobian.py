@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..network import Chain
+from .._chain import Chain
 from ._checks import check_chain, plain
 from .path_connectivity import activation_arguments
 

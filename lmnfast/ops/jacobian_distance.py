@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..network import Activation
+from .._chain import Activation
 from ._checks import KERNEL_DTYPES, check_tensor, plain
 from .path_connectivity import activation_arguments
 

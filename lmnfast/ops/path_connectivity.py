@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..network import ACTIVATIONS, IDENTITY, Activation, Chain
+from .._chain import ACTIVATIONS, IDENTITY, Activation, Chain
 from ..unresolved import Values, resolve
 from ._checks import check_chain, check_rule, check_sums, check_tensor, plain
 

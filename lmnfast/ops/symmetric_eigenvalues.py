@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..state import lapack_on_one_core
+from .._threads import lapack_on_one_core
 from ._checks import KERNEL_DTYPES, check_dense, plain
 
 # Up to this N, LAPACK solves on one core, so that the values have the same bits for any thread count. On two cores of

@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cutting import affine_start, cut, match_layers, why_not_traced
+from ._affine import affine_start
+from ._chain import Chain
+from ._layers import match_layers
+from ._recognise import NotAChain, chain_or_reason
+from ._tracing import Forward, Output
+from ._undisturbed import evaluating
+from .cutting import cut, why_not_traced
 from .evaluation import (
     Checks,
     bytes_of,
@@ -17,15 +23,7 @@ from .evaluation import (
     tile_bytes,
     tile_pairs,
 )
-from .network import (
-    Chain,
-    Forward,
-    NotAChain,
-    Output,
-    chain_or_reason,
-)
 from .quadrature import path_nodes
-from .state import evaluating
 
 
 def explain(

@@ -1,38 +1,35 @@
-"""What measuring leaves as it was: what a forward pass may change, and the threads and processes it may happen in."""
+"""What measuring leaves as it was: everything that a forward pass may change."""
 
 from __future__ import annotations
 
-import _signal  # what `signal` calls, without its enums, which take 20 us in each of these blocks
-import ctypes
 import os
 import random
-import signal
 import sys
-import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from operator import is_
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .processes import cores
+from ._threads import alone, uninterrupted
 
 # What is looked into, beside modules, for containers and tensors that a forward pass may change.
 CONTAINERS = (dict, list, set, deque)
 LEVELS = 3  # a module's attributes, the containers among them, and containers in those
 PLAIN = {type(None), bool, int, float, str}
 NOTHING: dict[Any, Any] = {}
+
 # Entries up to which a container is looked into: the larger ones (vocabularies, replay buffers) hold plain values.
 LARGE = 1000
+
 # Bytes up to which a tensor that is no buffer is copied, to be put back: a data set in an attribute is not.
 LARGE_TENSOR = 2**24
+
 # Attributes that have another value while a module is measured, and that value. A hook would make a module compiled in
 # place compile again. DistributedDataParallel would wait in its forward pass for processes that do not measure.
 SWITCHES = {
@@ -57,6 +54,7 @@ FORWARDS = {
 }
 _CALL = nn.Module.__call__ if _is_torchs(nn.Module.__call__) else None
 _FUNCTIONS = dict(vars(F))
+
 # Where torch has the modules that change nothing in a forward pass in eval mode. The state of a network of such modules alone is
 # not kept: for three of them `evaluating` takes 0.17 ms in place of 0.32.
 STATELESS = tuple(
@@ -65,81 +63,6 @@ STATELESS = tuple(
 
 # Modules whose generated forward only calls torch's functions and its own parts, and that forward; see `keeps_nothing`.
 _generated: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-
-_lock = threading.RLock()
-_forked = False
-
-
-def _after_fork() -> None:
-    global _lock, _forked
-    _lock, _forked = threading.RLock(), True  # whichever thread held the lock is not in the child
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def cores_to_use() -> int:
-    """As many as torch uses, but no more than this thread may run on, where they would wait for one another; 1 in a forked
-    process. The threads of an OpenMP runtime are not copied by a fork, and the child that goes on with more than one thread
-    waits for them for ever."""
-    return 1 if _forked else min(torch.get_num_threads(), cores())
-
-
-@contextmanager
-def one_core_after_fork() -> Iterator[None]:
-    """In a forked process torch's operations run on one core, for as long as the context lasts; see `cores_to_use`."""
-    threads = torch.get_num_threads()
-    if not _forked or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """One thread of the process at a time is in here, as modes, hooks and attributes of a model are one for all threads;
-    the same one again, too. In a forked process on one core."""
-    with _lock:
-        if not _forked:
-            yield
-            return
-        with one_core_after_fork():
-            yield
-
-
-@contextmanager
-def lapack_on_one_core() -> Iterator[None]:
-    """Torch's LAPACK uses one thread when this thread calls it, so that its results have the same bits for any thread count.
-
-    Other threads go on as they are. Of no effect where torch's LAPACK is neither MKL nor OpenBLAS.
-    """
-    set_threads = _lapack_threads()
-    if set_threads is None:
-        yield
-        return
-    before = set_threads(1)
-    try:
-        yield
-    finally:
-        set_threads(before)
-
-
-@cache
-def _lapack_threads() -> Callable[[int], int] | None:
-    """Sets how many threads LAPACK uses for the calling thread, and returns how many it did; 0: as many as the process."""
-    try:
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), os.RTLD_NOLOAD)
-    except (AttributeError, OSError):  # on another system
-        return None
-    for name in ("MKL_Set_Num_Threads_Local", "openblas_set_num_threads_local"):
-        if (function := getattr(torch_cpu, name, None)) is not None:
-            return cast(Callable[[int], int], function)
-    return None
 
 
 def sharding_of(model: nn.Module) -> str | None:
@@ -229,26 +152,6 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
             with uninterrupted():
                 stack.close()
         kept.check()
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: what changes the model, or torch, is done or put back as a whole."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python runs the handlers of signals on the main thread alone
-        return
-    handler = _signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        yield
-        return
-    came: list[tuple[int, Any]] = []
-    _signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-    try:
-        yield
-    finally:
-        _signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
 
 
 def _set_all(values: Iterable[tuple[nn.Module, str, Any]]) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import lmnfast
-from lmnfast import state
-from lmnfast.network import Tracer
-from lmnfast.state import evaluating, sharding_of
+from lmnfast import _threads, _undisturbed
+from lmnfast._tracing import Tracer
+from lmnfast._undisturbed import evaluating, sharding_of
 
 
 def samples(n: int, *shape: int) -> Tensor:
@@ -548,7 +548,7 @@ def interruptible():
 
 def test_an_interrupt_waits_for_the_end_of_a_block(interruptible):
     done = []
-    with pytest.raises(KeyboardInterrupt), state.uninterrupted():
+    with pytest.raises(KeyboardInterrupt), _threads.uninterrupted():
         interrupt()
         done.append(True)
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -561,13 +561,13 @@ def test_an_interrupt_while_the_state_is_kept_or_put_back_loses_none_of_it(
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     grads, random_state = torch.is_grad_enabled(), torch.get_rng_state()
-    original = getattr(state.Kept, method)
+    original = getattr(_undisturbed.Kept, method)
 
     def interrupted(self, *args, **kwargs):
         interrupt()
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(state.Kept, method, interrupted)
+    monkeypatch.setattr(_undisturbed.Kept, method, interrupted)
     with pytest.raises(KeyboardInterrupt):
         lmnfast.lmn(model, torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
     assert all(part.training for part in model.modules()) and torch.is_grad_enabled() is grads
@@ -595,11 +595,11 @@ def test_an_interrupt_while_a_model_is_traced_leaves_torch_as_it_was(interruptib
 
 def test_a_forward_or_a_call_that_is_not_torchs_is_no_network_that_keeps_no_state(monkeypatch):
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(8, 4)
-    with state.evaluating(model) as kept:
+    with _undisturbed.evaluating(model) as kept:
         assert kept.stateless and kept.in_order
     original = nn.ReLU.__call__
     monkeypatch.setattr(nn.ReLU, "__call__", lambda self, z: original(self, z) + z**2)
-    with state.evaluating(model) as kept:
+    with _undisturbed.evaluating(model) as kept:
         assert not kept.stateless
     expected = lmnfast.connectivity(lambda z: model(z), x)
     assert (lmnfast.connectivity(model, x) - expected).abs().max() < 1e-5

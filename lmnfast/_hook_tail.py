@@ -1,0 +1,198 @@
+"""The network behind a layer where torch.fx cannot trace the model: the model with the layer's output replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._inputs import named_inputs
+from ._layers import called_model, find_layer
+from ._nested import at_path, mapped, replaced, tensors_in
+from ._run_to import run_on_copies, run_to_path
+from ._samples import same_output
+from ._tracing import Call, Forward, Output
+from ._undisturbed import evaluating
+
+
+def reproduces_output(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
+    """Whether tail(samples) is the model's output."""
+    with evaluating(tail):
+        return bool(same_output(tail(samples), output))
+
+
+class HookTail(nn.Module):
+    """The model with one layer's output replaced. Everything before the layer is computed in vain, on the
+    first input repeated.
+
+    repeated: for each tensor of the inputs whether it has a row per sample, of which the first is taken; others are
+        the same for every sample. in_place: writes into the layer's output, so that what shares memory with it changes too.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        layer: nn.Module,
+        number: int,
+        path: list,
+        inputs: Any,
+        repeated: Sequence[bool],
+        in_place: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = call.model
+        self.call = (call,)  # in tuples, as they are registered under the model already
+        self.layer = (layer,)
+        self.number = number
+        self.path = path
+        self.repeated = repeated
+        self.in_place = in_place
+        rows = iter(repeated)
+        self.first = mapped(inputs, lambda i: (i[:1] if next(rows) else i).detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, ...) in place of the layer's output -> the model's output."""
+        rows, calls = iter(self.repeated), 0
+
+        def repeated(tensor: Tensor) -> Tensor:
+            return (tensor.expand(len(x), *tensor.shape[1:]) if next(rows) else tensor).clone()
+
+        def replace(module: nn.Module, args: Any, output: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls != self.number + 1:
+                return None
+            if not self.in_place:
+                return replaced(output, self.path, x.clone())
+            own = at_path(output, self.path)
+            if own.shape != x.shape or own.dtype != x.dtype:
+                raise ValueError(
+                    f"x: expected {tuple(own.shape)} of {own.dtype}, as an earlier result shares the layer's memory, got "
+                    f"{tuple(x.shape)} of {x.dtype}"
+                )
+            own.copy_(x)
+            return None
+
+        handle = nn.Module.register_forward_hook(self.layer[0], replace)  # a scripted one's own only raises
+        try:
+            return self.call[0](mapped(self.first, repeated))
+        finally:
+            handle.remove()
+
+
+def hook_tail(
+    call: Call, layer: nn.Module, number: int | None, path: list, inputs: Any, samples: Tensor, output: Tensor
+) -> tuple[HookTail | None, list[int]]:
+    """The tail by a forward hook; or None, and the numbers of the inputs that matter by another way than the layer.
+
+    Where the first row of the inputs in place of all does not give the model's output, there may be memory that the
+    layer's output shares with an earlier result, or an input that has by chance as many rows as there are samples and
+    is the same for all: a mask of tokens by tokens.
+    """
+    tensors = list(tensors_in(inputs))
+    per_sample = [bool(i.ndim and len(i) == len(samples)) for i in tensors]
+
+    def tail(repeated: Sequence[bool], in_place: bool = False) -> HookTail:
+        return HookTail(call, layer, number or 0, path, inputs, repeated, in_place)
+
+    def fits(candidate: HookTail) -> bool:
+        try:
+            return reproduces_output(candidate, samples, output)
+        except Exception:  # of the model, on inputs that it never gets
+            return False
+
+    plain, failure = tail(per_sample), None
+    try:
+        if reproduces_output(plain, samples, output):
+            return plain, []
+    except Exception as error:
+        if sum(per_sample) < 2:
+            raise
+        failure = error
+    if failure is None and _is_fresh(call, layer, number or 0, path, inputs):
+        aliasing = tail(per_sample, True)
+        if fits(aliasing):
+            return aliasing, []
+    ways = [
+        i for i, own in enumerate(per_sample) if own and not fits(tail([j == i for j in range(len(tensors))]))
+    ]
+    shared = tail([own and i not in ways for i, own in enumerate(per_sample)])
+    if ways and _takes_any_rows(shared, samples, output):
+        return shared, []
+    if failure is not None and not ways:
+        raise failure
+    return None, ways
+
+
+def _is_fresh(call: Call, layer: nn.Module, number: int, path: list, inputs: Any) -> bool:
+    """Whether every forward pass has new memory for the layer's output: to write there changes nothing that lasts."""
+    results: list[Any] = []
+    handle = nn.Module.register_forward_hook(layer, lambda module, args, result: results.append(result))
+    try:
+        run_on_copies(call, inputs)
+        calls = len(results)
+        run_on_copies(call, inputs)
+    finally:
+        handle.remove()
+    storages = [at_path(results[n + number], path).untyped_storage() for n in (0, calls)]
+    return storages[0].data_ptr() != storages[1].data_ptr()
+
+
+def _takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
+    """Whether the tail gives each sample its output also in a larger batch, and at another place of it."""
+    try:
+        with evaluating(tail):
+            again = tail(torch.cat([samples.flip(0), samples])).clone()
+        expected = torch.cat([output.flip(0), output])
+        return again.shape == expected.shape and bool(
+            (again - expected).abs().max() <= 1e-3 * expected.abs().max()
+        )
+    except Exception:  # of the model: it does not take them
+        return False
+
+
+def other_ways(
+    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, ways: list[int]
+) -> str:
+    """That the output depends on the inputs by other ways than through the layer, and what to do."""
+    named = named_inputs(model, inputs, forward)
+    rows = len(next(tensors_in(inputs)))
+    varying = [i for i, (_, t) in enumerate(named) if t.ndim and len(t) == rows and bool((t != t[:1]).any())]
+    said = f"layer: the model's output depends on the inputs also by another way than through {layer!r}"
+    expected = "expected a layer that all of it passes through"
+    if len(varying) > 1:
+        names = " and ".join(named[i][0] for i in ways or varying)
+        return (
+            f"{said}: by {names}, not the same for all samples; {expected}, or one value of it for all samples (of a padding "
+            "mask: samples of equal length, or one mask, repeated)"
+        )
+    said += f" (a skip connection around it, say); {expected}"
+    around = _measurable_around(model, layer, inputs, forward, output)
+    if around is None:
+        return said
+    said += f", as {around!r} is"
+    above, _, last = around.rpartition(".")
+    if not above or not last.isdecimal():
+        return said
+    blocks = len(list(find_layer(model, above)[0].children()))
+    patterns = " and ".join(repr(f"{above}.{'?' * n}") for n in range(1, len(str(blocks - 1)) + 1))
+    return f"{said} (all such blocks, without their parts: {patterns})"
+
+
+def _measurable_around(
+    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
+) -> str | None:
+    """The innermost part of the model around a layer that can be cut at, if there is one."""
+    name = layer.partition("@")[0]
+    while name := name.rpartition(".")[0]:
+        try:
+            samples, result, path = run_to_path(model, name, inputs, forward, output)
+            part, number = find_layer(model, name)
+            call = Call(called_model(model, forward), inputs, forward, output)
+            if hook_tail(call, part, number, path, inputs, samples, result)[0] is not None:
+                return name
+        except Exception:  # it is not called itself, say
+            continue
+    return None

@@ -1,0 +1,123 @@
+"""What a model is called with, and what is wrong with it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._nested import entries_of, tensors_in
+from ._samples import check_made
+from ._tracing import Forward
+
+
+def check_rows(what: str, value: Tensor, rows: int, inputs: Any, forward: Forward, model: nn.Module) -> None:
+    """Raises ValueError where a tensor has not one row per sample, the first dimension, with what may help."""
+    if value.shape[:1] == (rows,):
+        return
+    shape, of_model = tuple(value.shape), what.startswith("model")
+    hint = ""
+    if rows in shape:
+        hint = ", along the first dimension: set batch_first=True in its recurrent or attention layers"
+        hint += f", or output=lambda y: y.transpose(0, {shape.index(rows)})" if of_model else ""
+    elif of_model and shape and shape[0] % rows == 0:
+        hint = f", as by output=lambda y: y.unflatten(0, (-1, {shape[0] // rows}))"
+    else:
+        (first, _), *others = named_inputs(model, inputs, forward)
+        if shape and any(other.shape[:1] == shape[:1] for _, other in others):
+            hint = f"; {first} comes first and has {rows}: name first one that has a row per sample"
+    raise ValueError(f"{what} has shape {shape} for {rows} inputs; expected one row per input{hint}")
+
+
+def rows_of(inputs: Any, forward: Forward) -> int:
+    """How many samples the inputs are."""
+    tensors = list(tensors_in(inputs))
+    plain = isinstance(inputs, (Tensor, Mapping)) or (
+        isinstance(inputs, (tuple, list)) and not any(entries_of(i) for i in inputs)
+    )
+    if not tensors or (forward is None and not plain):
+        got = type(inputs).__name__
+        if isinstance(inputs, (tuple, list)):
+            got = ", ".join(type(i).__name__ for i in inputs) or "nothing"
+        gather = ""
+        if not isinstance(inputs, (tuple, list, Mapping)) and hasattr(inputs, "__iter__"):
+            gather = "; gather the samples first, for instance torch.cat([x for x, labels in loader])"
+        raise TypeError(f"inputs: expected a tensor, or a tuple or a dict of tensors, got {got}{gather}")
+    if tensors[0].ndim == 0 or len(tensors[0]) == 0:
+        raise ValueError(f"inputs: expected at least one sample, got shape {tuple(tensors[0].shape)}")
+    return len(tensors[0])
+
+
+def check_devices(model: nn.Module) -> None:
+    """Raises where a model has no values, or has them in several places."""
+    check_made(model, "model")
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(parameter.device, name)
+    if any(device.type == "meta" for device in devices):
+        name = next(name for device, name in devices.items() if device.type == "meta")
+        raise ValueError(
+            f"model: its parameter {name!r} is on meta, where tensors have no values; load its weights"
+        )
+    if len(devices) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ValueError(f"model: its parameters are on several devices ({where}); expected one")
+
+
+def check_fit(model: nn.Module, inputs: Any, forward: Forward, error: Exception) -> None:
+    """Raises where model and inputs cannot be run together and that is why they were not, which torch says at length."""
+    if forward is not None:
+        return
+    device = next((parameter.device for parameter in model.parameters()), None)
+    for tensor in tensors_in(inputs):
+        if isinstance(error, RuntimeError) and device not in (None, tensor.device):
+            raise ValueError(
+                f"inputs: on {tensor.device}, but the model is on {device}; move one of them"
+            ) from error
+    if isinstance(inputs, Tensor) or not isinstance(error, TypeError):
+        return
+    try:
+        fits = inspect.signature(model.forward).bind
+    except (TypeError, ValueError):  # a scripted one has none
+        return
+    try:
+        fits(**inputs) if isinstance(inputs, Mapping) else fits(*inputs)
+    except TypeError as misfit:
+        raise TypeError(
+            f"inputs: do not fit the arguments of the model's forward ({misfit}); expected those alone, without labels; "
+            "forward= runs a model that is called otherwise"
+        ) from error
+
+
+def named_inputs(model: nn.Module, inputs: Any, forward: Forward) -> list[tuple[str, Tensor]]:
+    """The tensors that the inputs are made of, in their order, each as a reader knows it."""
+    names: dict[Any, str] = {}
+    if forward is None and isinstance(inputs, (tuple, list)):
+        with suppress(TypeError, ValueError):  # a scripted module has no signature
+            names = dict(enumerate(inspect.signature(model.forward).bind(*inputs).arguments))
+
+    def walk(value: Any, said: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield said, value
+        for key, entry in entries_of(value):
+            yield from walk(entry, f"{said}[{key!r}]")
+
+    if isinstance(inputs, Tensor):
+        return [("the input", inputs)]
+    return [
+        named
+        for key, entry in entries_of(inputs)
+        for named in walk(entry, f"the input {names.get(key, key)!r}")
+    ]
+
+
+def check_floating(what: str, value: Any, hint: str = "") -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        if isinstance(value, Tensor) and value.is_quantized:
+            hint = "; quantised values cannot be interpolated: cut behind the DeQuantStub"
+        raise TypeError(f"{what} is {got}; expected a floating-point tensor{hint}")

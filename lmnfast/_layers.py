@@ -1,0 +1,95 @@
+"""The layers of a model by name and by pattern."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+
+from torch import nn
+
+from ._tracing import Forward, wrapped_as
+from ._undisturbed import hooked
+
+MOST_NAMES = 20  # of layers in an error message
+
+
+def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of the model's layers that match, in the model's order for each pattern: "blocks.?" is each of ten blocks.
+
+    patterns: names as in `cut`, or shell patterns (fnmatch) of whole names, in which * also stands for dots: "blocks.*"
+        also matches the parts of each block.
+    Raises ValueError for a pattern that nothing matches, with the names that come close.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    short, full = layers_of(model)
+    found: dict[str, None] = {}
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"layer: expected a name, got {type(pattern).__name__}")
+        if not any(c in pattern for c in "*?["):
+            find_layer(model, pattern)
+            found[pattern] = None
+            continue
+        for names in (short, full):
+            matching = [
+                n for n in names if fnmatch.fnmatchcase(n, pattern) and "parametrizations" not in n.split(".")
+            ]
+            if matching:
+                break
+        else:
+            raise ValueError(f"layer: nothing matches {pattern!r}; {names_near(pattern, list(short))}")
+        found.update(dict.fromkeys(matching))
+    return tuple(found)
+
+
+def names_near(wanted: str, names: list[str]) -> str:
+    """Names that come close, or the first ones; for a reader."""
+    if not names:
+        return "the model has no layers"
+    close = difflib.get_close_matches(wanted, names, 5, 0.5)
+    if len(names) <= MOST_NAMES:
+        return f"it has {', '.join(dict.fromkeys(close + names))}"
+    close = close or names[:MOST_NAMES]
+    return f"it has {', '.join(close)} and {len(names) - len(close)} more"
+
+
+def called_model(model: nn.Module, forward: Forward) -> nn.Module:
+    """The module to call in place of a wrapper, which would compile again at each hook, or talk to other processes.
+
+    Where the user calls it, only what torch.compile wrapped, which has the wrapper's attributes; and none with hooks.
+    """
+    while (name := wrapped_as(model)) and not hooked(model) and (forward is None or name == "_orig_mod"):
+        model = getattr(model, name)
+    return model
+
+
+def layers_of(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The model's parts by their names without what wrappers put in (0 for module.0), and by those with it."""
+    full = dict(model.named_modules(remove_duplicate=False))
+    names: dict[str, str] = {}
+    short: dict[str, nn.Module] = {}
+    for name, part in full.items():
+        above, _, last = name.rpartition(".")
+        if name and wrapped_as(full[above]) == last:
+            names[name] = names[above]
+        else:
+            names[name] = f"{names[above]}.{last}".removeprefix(".") if name else ""
+        short.setdefault(names[name], part)  # of a wrapper and its part the wrapper: it is what is called
+    del short[""], full[""]
+    return short, full
+
+
+def find_layer(model: nn.Module, layer: str) -> tuple[nn.Module, int | None]:
+    """The module of that name, and which of its calls is meant; None for its only one."""
+    if not isinstance(layer, str):
+        raise TypeError(f"layer: expected a name, got {type(layer).__name__}")
+    short, full = layers_of(model)
+    layers = {**short, **full}
+    if layer in layers:
+        return layers[layer], None
+    name, _, call = layer.rpartition("@")
+    if name in layers and call.isdecimal():
+        return layers[name], int(call)
+    raise ValueError(f"layer: {layer!r} is not in the model; {names_near(layer, list(short))}")

@@ -1,0 +1,63 @@
+"""What a cut makes constants of, to be compared with the model of later."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._undisturbed import torchs_own
+
+# Entries of an attribute up to which it is compared from one measurement to the next: a few hundred microseconds.
+LARGE = 1000
+PLAIN = {type(None), bool, int, float, complex, str, bytes}
+
+
+def python_state(model: nn.Module, inputs: Any) -> list:
+    """What a cut makes constants of, to be compared by ==: which modules, forwards, hooks and tensors a model has, of
+    what dtypes, its attributes, which inputs they are, and what was changed in torch itself. Left out are training flags,
+    which a tail does not read, and values of parameters, which it follows. Other tensors, where the forward is the
+    user's, count with how often they were changed: what is computed of them alone is a constant to torch.fx.
+
+    Attributes are followed two levels deep; below, an object counts by its identity alone.
+    """
+    state = [_frozen(inputs, 1, False), torchs_own()]
+    for part in model.modules():
+        traced = not type(part).__module__.startswith("torch.nn")  # fx.Tracer's own rule
+        attributes = [(name, _frozen(v, 2, traced)) for name, v in vars(part).items() if name != "training"]
+        state.append((_Same(part), _Same(getattr(type(part), "forward", None)), attributes))
+    return state
+
+
+class _Same:
+    """Equal to the very same object; holding it keeps its id from being used again."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _frozen(value: Any, levels: int, versions: bool) -> Any:
+    if type(value) in PLAIN:
+        return type(value), value
+    if isinstance(value, Tensor):
+        versions = versions and not isinstance(value, nn.Parameter)
+        version = (float("nan") if value.is_inference() else value._version) if versions else 0
+        return _Same(value), value.dtype, value.device, value.shape, version
+    if isinstance(value, (list, tuple, set, frozenset)):
+        entries = list(value)
+    elif isinstance(value, dict):
+        entries = [entry for pair in value.items() for entry in pair]
+    else:
+        attributes = getattr(value, "__dict__", None)
+        if not isinstance(attributes, dict) or isinstance(value, (nn.Module, ModuleType)):
+            return _Same(value)
+        entries = [entry for pair in attributes.items() for entry in pair]
+    if levels == 0:
+        return _Same(value)
+    if len(entries) > LARGE:
+        return float("nan")  # equal to nothing: comparing would cost more than tracing anew
+    return _Same(value), [_frozen(entry, levels - 1, versions) for entry in entries]

@@ -1,0 +1,323 @@
+"""Recognises a network that is a chain of Linear layers and activations. The user's model stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ._chain import CHAIN_DTYPES, IDENTITY, Activation, Chain
+from ._tracing import Call, Tracer, uncompiled
+from ._undisturbed import evaluating, hooked
+from ._vocabulary import (
+    ADDITIONS,
+    FLATTEN,
+    FUNCTIONS,
+    MODULES,
+    TENSOR_METHODS,
+    Linear,
+    Step,
+    class_of,
+    is_known,
+    is_parametrised,
+    is_plain,
+)
+
+
+class NotAChain(Exception):
+    """Why a module is no chain of Linear maps and activations, in a few words."""
+
+
+def recognise(f: Any) -> Chain | None:
+    """The chain of Linear maps and activations that an nn.Module is in eval mode, or None.
+
+    None for anything else, for what cannot be told for sure, and where hooks are involved. No sample is seen
+    here, and branches on the input's type or shape are not: compare chain(x) with f(x) on samples before use.
+    Weights that are computed (parametrisations, a frozen batch norm folded into its neighbour) are as they are now.
+    """
+    try:
+        return chain_or_reason(f)
+    except NotAChain:
+        return None
+
+
+def why_no_chain(f: Any) -> str:
+    """The reason of :func:`chain_or_reason`, or that what it found has other outputs."""
+    try:
+        chain_or_reason(f)
+    except NotAChain as reason:
+        return str(reason)
+    return "the chain that it looks like has other outputs"
+
+
+def chain_or_reason(f: Any) -> Chain:
+    """:func:`recognise`; raises NotAChain with the reason where there is none."""
+    if not isinstance(f, nn.Module):
+        raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
+    f = uncompiled(f)
+    if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and not hooked(f):
+        f = f.module
+    parts = _in_order(f)
+    if parts is not None and not any(map(is_parametrised, parts)):
+        return _chain_of([_read_module(part) for part in parts])  # runs no code of the model
+    with evaluating(f):
+        try:
+            if isinstance(f, fx.GraphModule) and is_plain(f):
+                return _chain_of(_read_graph(f.graph, f))
+            if parts is not None:
+                return _chain_of([_read_module(part) for part in parts])
+            root = Call(f)
+            return _chain_of(_read_graph(Tracer().trace(root), root))
+        except NotAChain:
+            raise
+        except (
+            Exception
+        ) as error:  # the user's forward ran on proxies: any error means that it cannot be read
+            raise NotAChain(f"torch.fx cannot trace its forward ({type(error).__name__}: {error})") from error
+
+
+def _in_order(f: nn.Module) -> list[nn.Module] | None:
+    """The parts of nested nn.Sequential, where there is nothing else: what tracing them would find, at once."""
+    if type(f) is not nn.Sequential:
+        return [f] if is_known(f) else None
+    if not is_plain(f):
+        return None
+    parts: list[nn.Module] = []
+    for part in f:
+        inner = _in_order(part)
+        if inner is None:
+            return None
+        parts += inner
+    return parts
+
+
+def _read_graph(graph: fx.Graph, root: nn.Module) -> list[Step]:
+    """The steps of a graph in which each node works on the result of the one before, and on nothing else but, to be
+    added, an earlier one."""
+    results: dict[fx.Node, int] = {}  # how many steps lead to each, as long as no other overwrites it
+    steps: list[Step] = []
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        if node.op == "placeholder" and not results:
+            results[node] = 0
+            continue
+        if node.op == "output":
+            if _steps_to(node.args[0], results) != len(steps):
+                raise NotAChain("its output is not the last result alone")
+            return steps
+        if node.op != "call_module" and node.target in ADDITIONS:
+            step = _read_sum(node, root, results, len(steps))
+        else:
+            before = _steps_to(_input(node), results)
+            step = None if before is None else _read_step(node, root)
+            if step == IDENTITY or (step == FLATTEN and any(isinstance(s, tuple) for s in steps[:before])):
+                results[node] = before
+                continue
+            if before != len(steps):
+                raise NotAChain(f"{_said(node, root)} does not work on the result before it alone")
+        if _in_place(node, root):
+            overwritten = {results.get(operand) for operand in node.all_input_nodes}
+            results = {n: number for n, number in results.items() if number not in overwritten}
+        steps.append(step)
+        results[node] = len(steps)
+    raise NotAChain("it has no output")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Adds the result of the first `source` steps."""
+
+    source: int
+
+
+def _steps_to(value: Any, results: dict[fx.Node, int]) -> int | None:
+    return results.get(value) if isinstance(value, fx.Node) else None
+
+
+def _read_sum(node: fx.Node, root: nn.Module, results: dict[fx.Node, int], last: int) -> Skip:
+    operands = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
+    known = [_steps_to(operand, results) for operand in operands]
+    if len(known) != 2 or None in known or node.kwargs.keys() - {"input", "other"}:
+        raise NotAChain(f"{_said(node, root)} has other operands than two results of the chain")
+    if max(known) != last or min(known) == last:
+        raise NotAChain(f"{_said(node, root)} does not add an earlier result to the last one")
+    return Skip(min(known))
+
+
+def _in_place(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a call may overwrite what it works on."""
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if node.op == "call_method" else node.target.__name__
+    return name.endswith("_") or name == "iadd" or any(a is True for a in (*node.args, *node.kwargs.values()))
+
+
+def _said(node: fx.Node, root: nn.Module) -> str:
+    """A node, for a reader."""
+    if node.op == "call_module":
+        name = str(node.target).removeprefix("model.")
+        return f"{type(root.get_submodule(str(node.target))).__name__} {name!r}"
+    return f"{getattr(node.target, '__name__', node.target)}()"
+
+
+def _chain_of(steps: list[Step]) -> Chain:
+    """Steps in a row as a chain."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    activations = [IDENTITY]
+    flattens = False
+    scale: Affine | None = None  # waits for the Linear after it
+    skips: dict[int, int] = {}
+    sources = {step.source for step in steps if isinstance(step, Skip)}
+    values: list[int | None] = [0]  # of the chain, after each number of steps; None: not one, or no more
+    for number, step in enumerate(steps):
+        value = 2 * len(weights) + (activations[-1] != IDENTITY)  # the last
+        if isinstance(step, Affine):
+            if weights and value % 2 == 0 and scale is None and value not in skips and number not in sources:
+                weights[-1], biases[-1] = step.after(weights[-1], biases[-1])
+                values = [None if earlier == value else earlier for earlier in values]
+            elif scale is None:
+                scale = step
+            else:
+                raise NotAChain("two batch norms in a row")
+        elif isinstance(step, tuple):
+            weight, bias = step if scale is None else scale.before(*step)
+            weights.append(weight)
+            biases.append(bias)
+            activations.append(IDENTITY)
+            scale = None
+        elif isinstance(step, Skip):
+            source = values[step.source]
+            if source is None or source == value or scale is not None or value in skips:
+                raise NotAChain("a sum of more, or of other values, than a chain has")
+            skips[value] = source
+            values = [None if earlier == value else earlier for earlier in values]
+        elif step == FLATTEN:
+            flattens = flattens or not weights
+            if not weights:  # samples of another shape
+                values = [None] * len(values)
+        elif step != IDENTITY:
+            if scale is not None:
+                raise NotAChain(f"{step.name} after a batch norm that no Linear precedes")
+            if activations[-1] != IDENTITY:
+                raise NotAChain(f"{activations[-1].name} and {step.name} in a row")
+            activations[-1] = step
+        values.append(None if scale is not None else 2 * len(weights) + (activations[-1] != IDENTITY))
+    if scale is not None:
+        raise NotAChain("a batch norm that neither follows a Linear nor precedes one")
+    return _checked_chain(weights, biases, activations, flattens, skips)
+
+
+def _input(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def _read_module(module: nn.Module, name: str = "") -> Step:
+    kind = class_of(module)
+    said = f"{kind.__name__} {name!r}" if name else kind.__name__
+    if not is_plain(module):
+        raise NotAChain(f"{said} has hooks, or a forward of its own")
+    if kind is nn.Linear:
+        return module.weight, module.bias
+    if kind is nn.BatchNorm1d:
+        if module.running_mean is None:
+            raise NotAChain(f"{said} keeps no running statistics")
+        return _frozen_batch_norm(module)
+    step = MODULES[type(module)](module) if type(module) in MODULES else None
+    if step is None:
+        raise NotAChain(f"{said} is neither a Linear nor a pointwise activation that the kernels know")
+    return step
+
+
+def _read_step(node: fx.Node, root: nn.Module) -> Step:
+    if node.op == "call_module":
+        return _read_module(root.get_submodule(node.target), str(node.target).removeprefix("model."))
+    if node.op == "call_function" and node.target is F.linear:
+
+        def attributes(input, weight, bias=None):
+            return _attribute(weight, root), None if bias is None else _attribute(bias, root)
+
+        return attributes(*node.args, **node.kwargs)
+    table = FUNCTIONS if node.op == "call_function" else TENSOR_METHODS
+    step = table[node.target](*node.args, **node.kwargs) if node.target in table else None
+    if step is None:
+        raise NotAChain(
+            f"{_said(node, root)} is neither a Linear nor a pointwise activation that the kernels know"
+        )
+    return step
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """x -> scale x + shift, unit by unit, in float64."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def after(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """The Linear whose outputs this works on, and this, as one."""
+        shift = self.shift if bias is None else self.shift + self.scale * bias.detach()
+        return (self.scale[:, None] * weight.detach()).to(weight.dtype), shift.to(weight.dtype)
+
+    def before(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """This, and the Linear that works on its outputs, as one."""
+        shift = weight.detach().double() @ self.shift
+        shift = shift if bias is None else shift + bias.detach()
+        return (weight.detach() * self.scale).to(weight.dtype), shift.to(weight.dtype)
+
+
+def _frozen_batch_norm(module: nn.BatchNorm1d) -> Affine:
+    scale = (module.running_var.double() + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight.detach()
+    shift = -module.running_mean * scale
+    return Affine(scale, shift if module.bias is None else shift + module.bias.detach())
+
+
+def _attribute(node: fx.Node, root: nn.Module) -> Tensor:
+    if node.op != "get_attr":
+        raise NotAChain("a Linear whose weight is computed in the forward")
+    value = root
+    for name in node.target.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _checked_chain(
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    activations: list[Activation],
+    flattens: bool,
+    skips: dict[int, int],
+) -> Chain:
+    """The chain, if all of it is plain dense matrices of one dtype and device that fit together."""
+    tensors = weights + [b for b in biases if b is not None]
+    if not weights:
+        raise NotAChain("it has no Linear")
+    if any(type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided for t in tensors):
+        raise NotAChain("a weight that is no plain dense tensor")
+    kinds = {(t.dtype, t.device) for t in tensors}
+    if len(kinds) != 1 or tensors[0].dtype not in CHAIN_DTYPES:
+        said = sorted(f"{dtype} on {device}" for dtype, device in kinds)
+        raise NotAChain(f"weights are {' and '.join(said)}")
+    shapes = [w.shape for w in weights]
+    if (
+        any(len(shape) != 2 for shape in shapes)
+        or any(b is not None and b.shape != shape[:1] for shape, b in zip(shapes, biases))
+        or any(shape[0] != after[1] for shape, after in zip(shapes, shapes[1:]))
+    ):
+        raise NotAChain("shapes of weights that do not fit together")
+    widths = [shapes[0][1], *(shape[0] for shape in shapes)]
+    if any(widths[into // 2] != widths[source // 2] for into, source in skips.items()):
+        raise NotAChain("a sum of results of different widths")
+    return Chain(
+        tuple(w.detach() for w in weights),
+        tuple(b if b is None else b.detach() for b in biases),
+        tuple(activations),
+        flattens,
+        tuple(skips.items()),
+    )

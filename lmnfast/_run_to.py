@@ -1,0 +1,135 @@
+"""A layer's output and the model's, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from ._inputs import check_devices, check_fit, check_floating, check_rows, rows_of
+from ._layers import called_model, find_layer
+from ._nested import at_path, mapped, path_to_tensor, tensors_in
+from ._threads import alone
+from ._tracing import Call, Forward, Output
+from ._undisturbed import evaluating, refuse_sharded
+
+
+@alone()
+def run_to(
+    model: nn.Module, layer: str, inputs: Any, forward: Forward = None, output: Output = None
+) -> tuple[Tensor, Tensor]:
+    """The layer's output and the model's for `inputs`, all checked as `cut` does; never waits for a device."""
+    return run_to_path(model, layer, inputs, forward, output)[:2]
+
+
+def run_to_path(
+    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
+) -> tuple[Tensor, Tensor, list]:
+    """As run_to, and where in the layer's output its tensor is."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    refuse_sharded(model)
+    rows = rows_of(inputs, forward)
+    part, call = find_layer(model, layer)
+    run = Call(called_model(model, forward), inputs, forward, output)
+    check_devices(run.model)
+    seen: list[Any] = []
+    calls = 0
+
+    def record(module: nn.Module, args: Any, result: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if call is None or calls == call + 1:
+            path = path_to_tensor(result)
+            tensor = None if path is None else at_path(result, path)
+            # What follows may work in place.
+            seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
+
+    try:
+        result = run_on_copies(run, inputs, part, record)
+    except Exception as error:
+        check_fit(run.model, inputs, forward, error)
+        raise
+    if calls == 0 or (call is None and calls > 1):
+        if calls:
+            why = f"; which call? name one, from {layer + '@0'!r} to {layer + f'@{calls - 1}'!r}"
+        else:
+            why = _why_never_called(model, layer, part, run, inputs)
+        raise ValueError(f"layer: {layer!r} was called {calls} times in one forward pass; expected once{why}")
+    if call is not None and calls <= call:
+        raise ValueError(
+            f"layer: {layer!r} is its call {call}, from 0 on, but there are {calls} in a forward pass"
+        )
+    samples, path = seen[0]
+    if isinstance(samples, Tensor) and torch._C._functorch.is_batchedtensor(samples):
+        raise ValueError(
+            f"layer: {layer!r} is called under torch.vmap, one sample at a time; expected a layer that is called on the "
+            "whole batch; torch.vmap around a part of the model is measured by cutting before it or behind it"
+        )
+    check_floating(f"layer: the output of {layer!r}", samples)
+    check_floating(
+        "model: its output", result, "; output= selects the tensor in it" if output is None else ""
+    )
+    check_rows(f"layer: the output of {layer!r}", samples, rows, inputs, forward, model)
+    check_rows("model: its output", result, rows, inputs, forward, model)
+    return samples, result, path
+
+
+def run_on_copies(run: Call, inputs: Any, part: nn.Module | None = None, hook: Callable | None = None) -> Any:
+    """The output on copies of the inputs; the hook is called behind the part."""
+    with evaluating(run):  # which the hook would have keep the state of torch's own modules
+        # A scripted module's own method only raises.
+        handle = None if part is None else nn.Module.register_forward_hook(part, hook)
+        try:
+            result = run(mapped(inputs, lambda tensor: tensor.detach().clone()))
+            # It may be a tensor of the model's, which is put back, or overwritten by the next call.
+            return result.clone() if isinstance(result, Tensor) else result
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+class _Uses(TorchFunctionMode):
+    """Whether any of some tensors is an argument of a torch function."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.tensors = {id(tensor) for tensor in tensors}
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= any(id(tensor) in self.tensors for tensor in tensors_in((args, kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _why_never_called(model: nn.Module, layer: str, part: nn.Module, run: Call, inputs: Any) -> str:
+    """Why a forward pass shows no call of a layer, and what to do."""
+    layer = layer.partition("@")[0]
+    names = [layer.rsplit(".", n)[0] for n in range(1, layer.count(".") + 1)]
+    above = [model, *(find_layer(model, name)[0] for name in names)]
+    if any(isinstance(whole, torch.jit.ScriptModule) for whole in above):
+        return (
+            "; it lies in a scripted or traced module, which calls its parts without their hooks: cut the model that "
+            "torch.jit made it from"
+        )
+    if any(isinstance(whole, fx.GraphModule) for whole in above):
+        return (
+            "; it lies in a graph that calls single operations, as a program of torch.export: "
+            "torch.export.unflatten(program) has the layers again"
+        )
+    if type(part).forward is nn.Module.forward:
+        parts = ", ".join(repr(f"{layer}.{name}") for name, _ in list(part.named_children())[:2])
+        return f"; it is a container that has no forward: name its parts{f', as {parts}' if parts else ''}"
+    with _Uses(part.parameters()) as uses:
+        run_on_copies(run, inputs)
+    if uses.found:
+        around = layer.rpartition(".")[0]
+        place = f"{around!r}, which is around it," if around else "a layer before it"
+        return (
+            "; its weights are used without a call (nn.MultiheadAttention so uses those of out_proj, and a call of "
+            f"layer.forward runs no hook): cut at {place} or at a layer behind it"
+        )
+    return "; these inputs do not reach it, or its forward is called in place of the layer"

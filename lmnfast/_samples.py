@@ -1,0 +1,82 @@
+"""What a function must be to be measured, and whether two outputs are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def same_output(again: Any, output: Tensor) -> bool | Tensor:
+    """Whether two outputs are equal up to the rounding of the same operations in another order (the shapes are
+    the same, so mostly to the bit); a 0-dim bool on their device where that takes their values."""
+    if (
+        not isinstance(again, Tensor)
+        or again.device != output.device
+        or again.shape != output.shape
+        or again.dtype != output.dtype
+    ):
+        return False
+    if output.numel() == 0:
+        return True
+    tolerance = 32 * torch.finfo(output.dtype).eps
+    finite = output.isfinite()
+    magnitude = torch.where(finite, output.abs(), 0)
+    close = (again - output).abs() <= tolerance * magnitude + tolerance * magnitude.amax()
+    equal = (again == output) | (again.isnan() & output.isnan())
+    return torch.where(finite, close, equal).all()
+
+
+def check_made(model: nn.Module, what: str) -> None:
+    """Raises ValueError where lazy modules have no parameters yet, which a measure must not make."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _check_values(name, tensor, what)
+
+
+def _check_values(name: str, tensor: Tensor, what: str) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"{what}: {name!r} is lazy and has no values yet; run a batch through the model first"
+        )
+
+
+def check_function(f: nn.Module, samples: int) -> dict[str, Tensor]:
+    """Raises ValueError for a module of which can be told without a call that it is no function of single samples, or that
+    has no values yet. Returns its parameters by name, from one walk over its parts."""
+    parameters: dict[str, Tensor] = {}
+    for name, part in f.named_modules():
+        for own in (part._parameters, part._buffers):
+            for key, tensor in own.items():
+                if tensor is not None:
+                    path = f"{name}.{key}" if name else key
+                    _check_values(path, tensor, "f")
+                    if own is part._parameters:
+                        parameters[path] = tensor
+        said = f"its part {name.removeprefix('model.')!r}" if name else "it"
+        if ".quantized.dynamic." in type(part).__module__:
+            raise ValueError(
+                f"f: {said} is quantised dynamically: no scale is part of its state, each call takes it from all rows of "
+                "the batch, so a sample's outputs depend on the other samples; expected the float network, or static quantisation"
+            )
+        if _exported_for(part) == samples:
+            raise ValueError(
+                f"f: {said} was exported by torch.export for batches of {samples} samples alone, and is to be called on other "
+                "numbers of them; export it with a dynamic first dimension: "
+                'torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("samples")},))'
+            )
+    return parameters
+
+
+def _exported_for(part: nn.Module) -> int | None:
+    """The first dimension of the only inputs that a program of torch.export takes; None where others are taken, too."""
+    hooks = part._forward_pre_hooks
+    checks = [getattr(hook, "__name__", "") for hook in hooks.values()] if hooks else []
+    is_program = "_check_input_constraints_pre_hook" in checks or type(part).__name__ == "UnflattenedModule"
+    if not is_program:
+        return None
+    for node in getattr(part, "graph", fx.Graph()).nodes:
+        shape = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
+        if len(shape):
+            return shape[0] if isinstance(shape[0], int) else None
+    return None

@@ -1,0 +1,148 @@
+"""The modules, functions and methods of torch that a chain may be made of, and how each one is read."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._chain import IDENTITY, Activation
+from ._undisturbed import FORWARDS, hooked
+
+FLATTEN = "flatten"
+Linear = tuple[Tensor, Tensor | None]  # weight and bias
+Step = Any  # of a chain: Linear, Affine, Activation, Skip or FLATTEN
+
+
+def _named(name: str):
+    return lambda input, inplace=False: Activation(name)
+
+
+def _leaky_relu(input, negative_slope=0.01, inplace=False):
+    return Activation("leaky_relu", float(negative_slope))
+
+
+def _elu(input, alpha=1.0, inplace=False):
+    return Activation("elu", float(alpha))
+
+
+def _gelu(input, approximate="none"):
+    return {"none": Activation("gelu"), "tanh": Activation("gelu_tanh")}.get(approximate)
+
+
+def _softplus(input, beta=1, threshold=20):
+    return Activation("softplus", float(beta), float(threshold))
+
+
+def _dropout(training_default: bool):
+    def read(input, p=0.5, training=training_default, inplace=False):
+        return IDENTITY if training is False or p == 0 else None
+
+    return read
+
+
+def _flatten(start_default: int):
+    def read(input, start_dim=start_default, end_dim=-1):
+        return FLATTEN if (start_dim, end_dim) == (1, -1) else None
+
+    return read
+
+
+def _unchanged(input):
+    return IDENTITY
+
+
+# Each reads the arguments of a call, by the called function's own signature, into an activation (identity for
+# what leaves a sample as it is) or FLATTEN, or None for what has no place in a chain.
+FUNCTIONS = {
+    F.relu: _named("relu"),
+    F.relu_: _named("relu"),
+    torch.relu: _named("relu"),
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: _leaky_relu,
+    F.elu: _elu,
+    F.elu_: _elu,
+    F.silu: _named("silu"),
+    F.gelu: _gelu,
+    torch.tanh: _named("tanh"),
+    torch.tanh_: _named("tanh"),
+    torch.sigmoid: _named("sigmoid"),
+    torch.sigmoid_: _named("sigmoid"),
+    F.softplus: _softplus,
+    torch.sin: _named("sin"),
+    torch.sin_: _named("sin"),
+    F.dropout: _dropout(True),
+    F.dropout1d: _dropout(True),
+    F.dropout2d: _dropout(True),
+    F.dropout3d: _dropout(True),
+    F.alpha_dropout: _dropout(False),
+    F.feature_alpha_dropout: _dropout(False),
+    torch.flatten: _flatten(0),
+}
+TENSOR_METHODS = {
+    **{name + suffix: _named(name) for name in ("relu", "tanh", "sigmoid", "sin") for suffix in ("", "_")},
+    "flatten": _flatten(0),
+    "contiguous": _unchanged,
+    "clone": _unchanged,
+}
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+MODULES = {
+    nn.ReLU: lambda m: Activation("relu"),
+    nn.LeakyReLU: lambda m: _leaky_relu(None, m.negative_slope),
+    nn.ELU: lambda m: _elu(None, m.alpha),
+    nn.SiLU: lambda m: Activation("silu"),
+    nn.GELU: lambda m: _gelu(None, m.approximate),
+    nn.Tanh: lambda m: Activation("tanh"),
+    nn.Sigmoid: lambda m: Activation("sigmoid"),
+    nn.Softplus: lambda m: _softplus(None, m.beta, m.threshold),
+    nn.Flatten: lambda m: _flatten(1)(None, m.start_dim, m.end_dim),
+    **{
+        kind: _unchanged
+        for kind in (
+            nn.Identity,
+            nn.Dropout,
+            nn.Dropout1d,
+            nn.Dropout2d,
+            nn.Dropout3d,
+            nn.AlphaDropout,
+            nn.FeatureAlphaDropout,
+        )
+    },
+}
+
+# As they were at import, as `FORWARDS`.
+FUNCTIONALS = {
+    f.__name__: f
+    for f in (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
+    if getattr(F, f.__name__, None) is f
+}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module means just its class's forward, and for a class of torch's own, torch's."""
+    if hooked(module) or "forward" in vars(module):
+        return False
+    kind = class_of(module)
+    if kind not in FORWARDS:
+        return True
+    return kind.forward is FORWARDS[kind] and FUNCTIONALS.items() <= vars(F).items()
+
+
+def is_known(module: nn.Module) -> bool:
+    return type(module) in MODULES or class_of(module) in (nn.Linear, nn.BatchNorm1d)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class; of a parametrised one that before."""
+    return type(module).__bases__[0] if is_parametrised(module) else type(module)
+
+
+def is_parametrised(module: nn.Module) -> bool:
+    """As torch.nn.utils.parametrize says it, in a tenth of the time: an attribute that is missing costs a search."""
+    parts = module._modules  # of a scripted module no dict
+    if "parametrizations" not in parts:
+        return False
+    return isinstance(parts["parametrizations"], nn.ModuleDict) and len(parts["parametrizations"]) > 0
