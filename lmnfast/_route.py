@@ -1,0 +1,92 @@
+"""Which route a measurement of a function takes: the only place that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, fx
+
+from . import _native
+from ._affine import affine_start
+from ._chain import Chain
+from ._recognise import NotAChain, chain_or_reason
+
+# Methods that look at Jacobians. The kernels differentiate no residual sums, and a Jacobian depends on the coordinates of the
+# samples, so no affine map may be taken out of the function.
+DIFFERENTIATING = ("jacobian", "jacobians")
+OTHER_OUTPUTS = "the chain of Linear and activations that they look like has other outputs"
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """How a function is measured, and why.
+
+    "fused": the function is a chain, and a kernel takes all of it. "hoisted": the function begins with affine maps, which
+    commute with a path. They are applied to the samples alone, and the rest of the function is called on tiles of path points.
+    "generic": the whole function is called on tiles of path points, or of samples.
+    """
+
+    kind: Literal["fused", "hoisted", "generic"]
+    reason: str = ""
+    """Why the route is not "fused", in words that follow "as"."""
+    chain: Chain | None = None
+    """What a fused kernel measures."""
+    parts: tuple[fx.GraphModule, fx.GraphModule] | None = None
+    """Of a hoisted function: the affine maps, and the rest."""
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether this build has kernels for the device that the samples are on."""
+    return x.device.type == "cpu" or (x.is_cuda and _native.cuda_built())
+
+
+def find_route(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor | None,
+    method: str,
+    *,
+    fuse: bool = True,
+    known: Chain | None = None,
+) -> Route:
+    """The route for f on samples x, without a call of f.
+
+    Args:
+        f: what is measured.
+        x: (N, *in), the samples. None: unknown; the route then counts for vectors on a device with kernels.
+        method: as in :func:`lmnfast.connectivity`, or "jacobians".
+        fuse: False leaves out "fused" and "hoisted".
+        known: the chain that f is, where the caller knows it.
+    """
+    if not fuse:
+        return Route("generic", "it is to be called as it is")
+    try:
+        chain = known or chain_or_reason(f)
+    except NotAChain as reason:
+        return _unfused(f, method, str(reason))
+    reason = _why_no_kernel(chain, x, method)
+    return Route("fused", chain=chain) if reason is None else _unfused(f, method, reason)
+
+
+def refuted(route: Route, f: Callable[[Tensor], Tensor], method: str) -> Route:
+    """The route for f where the chain, or the affine maps, that the route rests on have turned out to have other outputs."""
+    if route.kind == "fused":
+        return _unfused(f, method, OTHER_OUTPUTS)
+    return replace(route, kind="generic", parts=None)
+
+
+def _unfused(f: Callable[[Tensor], Tensor], method: str, reason: str) -> Route:
+    parts = None if method in DIFFERENTIATING else affine_start(f)
+    return Route("generic", reason) if parts is None else Route("hoisted", reason, parts=parts)
+
+
+def _why_no_kernel(chain: Chain, x: Tensor | None, method: str) -> str | None:
+    """Why no kernel measures a chain; None where one does."""
+    if x is not None and not has_kernels(x):
+        return f"there is no kernel for {x.device}"
+    if x is not None and x.dim() != 2 and not chain.flattens:
+        return f"samples of shape {tuple(x.shape[1:])} are no vectors, and nothing flattens them"
+    if chain.skips and method in DIFFERENTIATING:
+        return "the kernels differentiate no residual sums"
+    return None
