@@ -2,9 +2,9 @@
 
 from importlib.metadata import version as _version
 
+from ._connectivity import connectivity
 from ._explain import explain
 from ._layers import match_layers
-from .connectivity import connectivity
 from .cutting import cut
 from .jacobian import jacobian_distances, jacobians, linear_regions
 from .probe import Probe

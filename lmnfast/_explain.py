@@ -1,34 +1,98 @@
-"""Which route a measurement takes, and why."""
+"""Says which route a measurement takes, and why."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._affine import affine_start
 from ._chain import Chain
+from ._checks import Checks
 from ._layers import match_layers
-from ._recognise import NotAChain, chain_or_reason
+from ._outputs import rows_again, rows_between
+from ._route import Route, find_route, refuted, why_no_kernel
+from ._samples import checked_samples
+from ._settings import DEFAULT
+from ._tiles import bytes_of, tile_bytes, tile_pairs
 from ._tracing import Forward, Output
 from ._undisturbed import evaluating
 from .cutting import cut, why_not_traced
-from .evaluation import (
-    Checks,
-    bytes_of,
-    checked_samples,
-    has_kernel_of,
-    has_kernels,
-    rows_again,
-    rows_between,
-    tile_bytes,
-    tile_pairs,
-)
-from .quadrature import path_nodes
+
+
+@dataclass(frozen=True)
+class LayerRoute:
+    """How a measurement from one layer on is made."""
+
+    layer: str
+    route: str
+    """"fused", "hoisted" or "generic", see docs/methods.md."""
+    reason: str
+    """Why the route is not "fused"; for "fused" what the chain is."""
+    hooked: bool = False
+    """Whether a forward hook replaces the layer's output, as torch.fx cannot trace the model."""
+    samples: tuple[int, ...] | None = None
+    """Shape of the samples, (N, *in); None without inputs."""
+    dtype: str | None = None
+    device: str | None = None
+    tile_paths: int | None = None
+    """Paths of 21 points in one tile; None for "fused"."""
+    tile_points: int | None = None
+    """Points in one call of the layers behind this one."""
+    tile_bytes: int | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.layer}:"]
+        if self.samples is not None:
+            lines.append(
+                f"{self.samples[0]} samples of shape {self.samples[1:]}, {self.dtype} on {self.device}"
+            )
+        lines.append(self._said())
+        if self.tile_bytes is not None:
+            lines.append(
+                f"tiles of {self.tile_paths} paths of 21 points, {self.tile_points} points a call, "
+                f"in {self.tile_bytes / 2**20:.0f} MiB"
+            )
+        return "\n  ".join(lines)
+
+    def _said(self) -> str:
+        if self.route == "fused":
+            return f"fused kernel: {self.reason}"
+        if self.hooked:
+            return f"generic: a forward hook replaces the layer's output, as {self.reason}"
+        hoisted = "; the affine maps they begin with run on the samples alone" * (self.route == "hoisted")
+        return f"generic: the layers after it are called on tiles of path points, as {self.reason}{hoisted}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The routes from one or more layers; ``str`` gives what :func:`explain` prints."""
+
+    layers: tuple[LayerRoute, ...]
+
+    def __iter__(self) -> Iterator[LayerRoute]:
+        return iter(self.layers)
+
+    def __getitem__(self, layer: str) -> LayerRoute:
+        """Raises KeyError for a layer that was not explained."""
+        return {each.layer: each for each in self.layers}[layer]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.layers))
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """For each layer the fields of its `LayerRoute`, plain values that json takes."""
+        return {
+            each.layer: {**asdict(each), "samples": each.samples and list(each.samples)}
+            for each in self.layers
+        }
 
 
 def explain(
     model: nn.Module, layer: str, inputs: Any = None, *, forward: Forward = None, output: Output = None
-) -> None:
+) -> Explanation:
     """Prints which route a measurement from a layer on takes, and why.
 
     Args:
@@ -36,70 +100,73 @@ def explain(
             Without inputs nothing is run: what only samples show (a branch on their shape, a layer called twice) is left
             open, and the model is taken to have one argument.
 
+    Returns:
+        What was printed, as an object: ``explain(model, "0")["0"].route`` is "fused", "hoisted" or "generic".
+
     Raises:
         As :func:`lmnfast.cut`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3))
+        >>> routes = lmnfast.explain(model, "0")
+        0:
+          fused kernel: 16 silu -> 3
+        >>> routes["0"].route
+        'fused'
     """
-    for name in match_layers(model, layer):
-        print(f"{name}:")
-        for line in _route(model, name, inputs, forward, output):
-            print(f"  {line}")
+    explained = Explanation(
+        tuple(_explained(model, name, inputs, forward, output) for name in match_layers(model, layer))
+    )
+    print(explained)
+    return explained
 
 
-def _route(model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output) -> list[str]:
-    tail, reason = why_not_traced(model, layer, inputs, forward, output)
+def _explained(model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output) -> LayerRoute:
+    traced, reason = why_not_traced(model, layer, inputs, forward, output)
     if inputs is None:
-        if tail is None:
-            return [f"generic: a forward hook replaces the layer's output, as {reason}"]
-        return [_of_tail(tail, None)]
-    measured, samples = cut(model, layer, inputs, forward=forward, output=output)
-    lines = [
-        f"{len(samples)} samples of shape {tuple(samples.shape[1:])}, {samples.dtype} on {samples.device}"
-    ]
-    if isinstance(measured, torch.fx.GraphModule):
-        lines.append(_of_tail(measured, samples))
-    else:
+        if traced is None:
+            return LayerRoute(layer, "generic", reason, hooked=True)
+        return _of_route(layer, find_route(traced, None, DEFAULT.method))
+    tail, samples = cut(model, layer, inputs, forward=forward, output=output)
+    about: dict[str, Any] = {
+        "samples": tuple(samples.shape),
+        "dtype": str(samples.dtype),
+        "device": str(samples.device),
+    }
+    if not isinstance(tail, torch.fx.GraphModule):
         reason = reason or "what torch.fx traced has other outputs on the samples"
-        lines.append(f"generic: a forward hook replaces the layer's output, as {reason}")
-    if lines[-1].startswith("generic"):
-        lines.append(_tiles(measured, samples))
-    return lines
+        return LayerRoute(layer, "generic", reason, hooked=True, **about, **_tiles(tail, samples))
+    route = find_route(tail, samples, DEFAULT.method)
+    if route.chain is not None:
+        with evaluating(tail):
+            if not Checks(False).reproduces(route.chain, samples, tail(samples).flatten(1)):
+                route = refuted(route, tail, DEFAULT.method)
+    if route.chain is None:
+        about |= _tiles(tail, samples)
+    return _of_route(layer, route, **about)
 
 
-def _tiles(tail: nn.Module, samples: Tensor) -> str:
-    """How many points a tile has by default."""
-    x, interior = checked_samples(tail, samples), len(path_nodes("uniform", 21)[0]) - 2
+def _of_route(layer: str, route: Route, **about: Any) -> LayerRoute:
+    if route.chain is None:
+        return LayerRoute(layer, route.kind, route.reason, **about)
+    drawn = _drawn(route.chain)
+    if why_no_kernel(route.chain, None, "jacobians") is not None:
+        drawn += "; Jacobians by automatic differentiation, as of any network with sums"
+    return LayerRoute(layer, route.kind, drawn, **about)
+
+
+def _tiles(tail: nn.Module, samples: Tensor) -> dict[str, int]:
+    """How much a tile has by default."""
+    x, interior = checked_samples(tail, samples), DEFAULT.points - 2
     with evaluating(tail):
         _, allocated = bytes_of(tail, x, rows_again(len(x))[-1])
     tile = tile_bytes(None, x.device)
     pairs = min(tile_pairs(tile, len(x), allocated, interior), max(1, len(x) * (len(x) - 1) // 2))
-    return (
-        f"tiles of {pairs} paths of 21 points, {pairs * interior + len(rows_between(len(x)))} points a call, "
-        f"in {tile / 2**20:.0f} MiB"
-    )
+    points = pairs * interior + len(rows_between(len(x)))
+    return {"tile_paths": pairs, "tile_points": points, "tile_bytes": tile}
 
 
-def _of_tail(tail: nn.Module, samples: Tensor | None) -> str:
-    generic = "generic: the layers after it are called on tiles of path points, as"
-    try:
-        chain = chain_or_reason(tail)
-    except NotAChain as reason:
-        hoisted = (
-            "" if affine_start(tail) is None else "; the affine maps they begin with run on the samples alone"
-        )
-        return f"{generic} {reason}{hoisted}"
-    if samples is not None:
-        if not has_kernels(samples):
-            return f"{generic} there is no kernel for {samples.device}"
-        if not has_kernel_of(chain, samples):
-            return f"{generic} samples of shape {tuple(samples.shape[1:])} are no vectors, and nothing flattens them"
-        with evaluating(tail):
-            if not Checks(False).reproduces(chain, samples, tail(samples).flatten(1)):
-                return f"{generic} the chain of Linear and activations that they look like has other outputs"
-    jacobians = "; Jacobians by automatic differentiation, as of any network with sums" if chain.skips else ""
-    return f"fused kernel: {_said(chain)}{jacobians}"
-
-
-def _said(chain: Chain) -> str:
+def _drawn(chain: Chain) -> str:
     """Widths, the activations between, and + for what an earlier result is added to: 100 -> 31 silu -> 100 +."""
     parts = [str(chain.weights[0].shape[1])]
     into = dict(chain.skips)

@@ -65,7 +65,7 @@ def find_route(
         chain = known or chain_or_reason(f)
     except NotAChain as reason:
         return _unfused(f, method, str(reason))
-    reason = _why_no_kernel(chain, x, method)
+    reason = why_no_kernel(chain, x, method)
     return Route("fused", chain=chain) if reason is None else _unfused(f, method, reason)
 
 
@@ -81,7 +81,7 @@ def _unfused(f: Callable[[Tensor], Tensor], method: str, reason: str) -> Route:
     return Route("generic", reason) if parts is None else Route("hoisted", reason, parts=parts)
 
 
-def _why_no_kernel(chain: Chain, x: Tensor | None, method: str) -> str | None:
+def why_no_kernel(chain: Chain, x: Tensor | None, method: str) -> str | None:
     """Why no kernel measures a chain; None where one does."""
     if x is not None and not has_kernels(x):
         return f"there is no kernel for {x.device}"

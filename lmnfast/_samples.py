@@ -1,11 +1,62 @@
-"""What a function must be to be measured, and whether two outputs are the same."""
+"""What a function and its samples must be to be measured."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from ._chain import CHAIN_DTYPES
+from ._undisturbed import evaluating
+
+
+def _runs(f: nn.Module, x: Tensor) -> bool:
+    """Whether a module takes samples in the dtype of some of its parameters, and itself casts to that of others."""
+    with evaluating(f):
+        try:
+            f(x.clone())  # f may work in place
+        except RuntimeError:  # dtypes that do not fit
+            return False
+    return True
+
+
+def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The samples as they are measured, detached, and under autocast float32; raises what is wrong with them."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor of samples, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x: expected floating-point samples, got {x.dtype}; integers (tokens) cannot be interpolated: "
+            "cut the network at a layer with lmnfast.cut"
+        )
+    if x.layout != torch.strided or x.is_nested or x.dtype not in CHAIN_DTYPES:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(
+            f"x: expected a dense tensor of float64, float32, float16 or bfloat16, got a {kind} one of {x.dtype}"
+        )
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"x: expected samples (N, *in) with N > 0, got shape {tuple(x.shape)}")
+    if x.is_meta:
+        raise ValueError("x: on meta, where tensors have no values; expected samples on a real device")
+    parameters = check_function(f, len(x)) if isinstance(f, nn.Module) else {}
+    x = x.detach()
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()  # an output of a layer in low precision; paths between such need not be in it
+    for name, p in parameters.items():
+        if p.device != x.device:
+            raise ValueError(
+                f"x: on {x.device}, but f's parameter {name!r} is on {p.device}; move one of them"
+            )
+    dtypes = {p.dtype: name for name, p in reversed(parameters.items()) if p.is_floating_point()}
+    others = [dtype for dtype in dtypes if dtype != x.dtype]
+    if others and not autocast and (len(others) == len(dtypes) or not _runs(f, x)):
+        raise TypeError(
+            f"x: is {x.dtype}, but f's parameter {dtypes[others[-1]]!r} is {others[-1]}; convert one of them"
+        )
+    return x
 
 
 def same_output(again: Any, output: Tensor) -> bool | Tensor:

@@ -47,3 +47,6 @@ def check_budget(budget: int | None) -> None:
     """Raises ValueError for what is no number of bytes."""
     if budget is not None and budget <= 0:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
+
+
+DEFAULT = Settings()  # the paper's

@@ -35,10 +35,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._connectivity import measured, warn_of_offsets
 from ._layers import match_layers
 from ._nested import contents, entries_of, few, mapped, tensors_in
+from ._settings import METHODS, Settings
 from ._tracing import Forward, Output
-from .connectivity import METHODS, measured, warn_of_offsets
 from .cutting import cut
 from .files import claimed, write_file
 from .grokking.train import progress_bar
@@ -677,10 +678,10 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
     for layer in work.layers:
         try:
             tail, samples = cut(model, layer, inputs, forward=call, output=work.output)
-            settings = {"method": work.method, "points": work.points, "rule": work.rule}
-            (enqueued,) = measured(tail, samples, **settings)
+            settings = Settings(work.method, work.points, work.rule)
+            (enqueued,) = measured(tail, samples, settings)
             warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")
-            m = measurement(enqueued, negative=work.negative, **settings)
+            m = measurement(enqueued, settings, work.negative)
         except Exception as error:  # the model is the user's
             raise ValueError(f"checkpoint: {path}, layer {layer!r}: {_said(error)}") from error
         row |= {f"{name}_{layer}": float(f"{getattr(m, name):.7g}") for name in ("lmn", *SHARES)}

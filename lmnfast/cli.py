@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from . import __version__, _native
+from ._settings import METHODS
 from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_checkpoints
-from .connectivity import METHODS
 from .grokking.figures import draw, draw_methods, named
 from .grokking.model import ACTIVATIONS, INITS, LAYERS
 from .grokking.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, Study, run_study

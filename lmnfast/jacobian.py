@@ -9,25 +9,15 @@ from torch import Tensor
 
 from . import _native, ops
 from ._chain import IDENTITY, Activation, Chain
+from ._checks import Checks, Findings, all_finite
+from ._outputs import Calls, first_outputs, out_of_memory, outputs_of, widened
 from ._recognise import recognise, why_no_chain
+from ._route import find_route
+from ._samples import checked_samples
+from ._settings import check_budget
 from ._threads import alone, lapack_on_one_core
+from ._tiles import CPU_TILE, DEFAULT_BUDGET, AllocationCount
 from ._undisturbed import evaluating
-from .evaluation import (
-    CPU_TILE,
-    DEFAULT_BUDGET,
-    AllocationCount,
-    Calls,
-    Checks,
-    Findings,
-    all_finite,
-    check_budget,
-    checked_samples,
-    first_outputs,
-    has_kernels,
-    out_of_memory,
-    outputs_of,
-    widened,
-)
 from .ops._checks import KERNEL_DTYPES
 from .ops.jacobian_distance import has_isometry, isometric_features, isometry
 
@@ -173,9 +163,10 @@ def _prepared(
     checks, on_cuda = Checks(False), with_kernels and _native.on_cuda(x)
 
     def recognised() -> Chain | None:
-        chain = recognise(calls.f) if has_kernels(x) or not with_kernels else None
-        takes = chain is not None and (x.dim() == 2 or chain.flattens) and not (with_kernels and chain.skips)
-        return chain if takes else None
+        if with_kernels:
+            return find_route(calls.f, x, "jacobians").chain
+        chain = recognise(calls.f)
+        return chain if chain is not None and (x.dim() == 2 or chain.flattens) else None
 
     chain, allocated = recognised() if in_order else None, 0
     if not on_cuda:
@@ -542,3 +533,43 @@ class Differentiated:
                 for total in y.sum(0)
             ]
         return torch.stack(rows, 1), y
+
+
+def of_jacobians(
+    f: Calls, chain: Chain | None, x: Tensor, ends: Tensor, allocated: int, checks: Checks
+) -> Tensor:
+    """1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2), from the distances of jacobian_distances."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if chain is None:
+        rows = other_features(f, x, ends, allocated, False, checks)
+        return _with_norms(rows, x, ends.shape[1] * x[0].numel(), dtype)[0]
+    if all(a.name == "identity" for a in chain.activations):
+        return torch.ones(len(x), len(x), dtype=dtype, device=x.device)
+    return with_features(chain, x, ends, False, lambda rows, width: _with_norms(rows, x, width, dtype))
+
+
+def _with_norms(
+    rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same of rows of features, in place of Jacobians; and the rows' norms (N, 1)."""
+    norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+    def with_norms(begin: int, end: int) -> Tensor:
+        features = rows(begin, end)
+        norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
+        return features
+
+    L = tiled(with_norms, len(x), width, False, dtype)
+    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
+    for begin in range(0, len(x), 256):
+        end = min(begin + 256, len(x))
+        least, largest = (of(norms[begin:end, None], norms[begin:]) for of in (torch.minimum, torch.maximum))
+        # Not torch's hypot, which has other last bits where it is not vectorised.
+        both = largest * (1 + (least / torch.where(largest > 0, largest, 1.0)).square()).sqrt()
+        share = L[begin:end, begin:] / torch.where(both > 0, both, 1.0)
+        some = 1 - share.square()
+        own = some[:, : end - begin]
+        own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
+        L[begin:end, begin:] = some
+        L[end:, begin:end] = some[:, end - begin :].mT
+    return L, norms[:, None].to(dtype)

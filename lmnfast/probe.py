@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ._chain import Chain
+from ._enqueue import Enqueued, enqueue, on_stream
 from ._layers import match_layers
 from ._python_state import python_state
 from ._recognise import recognise
 from ._run_to import run_to
+from ._settings import Settings
 from ._threads import alone
 from ._tracing import Forward, Output
-from .connectivity import Enqueued, enqueue, on_stream
 from .cutting import cut
-from .quadrature import path_nodes
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
 
 # Bounds the memory of waiting connectivity matrices when solving falls behind measuring: 64 MB at N = 1000.
@@ -94,15 +94,14 @@ class Probe:
         patterns = (layers,) if isinstance(layers, str) else tuple(layers)
         if not patterns or len(set(patterns)) != len(patterns):
             raise ValueError(f"layers: expected one name or several different ones, got {layers!r}")
-        path_nodes(rule, points)
+        settings = Settings(method, points, rule, budget)
         check_negative(negative)
         self.layers = match_layers(model, patterns)
         self.model = model
         self.inputs = inputs
         self.every = every
         self.seconds = 0.0  # wall time the calling thread has spent in here, waiting included
-        self._settings: dict[str, Any] = {"method": method, "points": points, "rule": rule}
-        self._budget = budget
+        self._settings = settings
         self._negative = negative
         self._problems: dict[str, str] = {}  # by layer, of offsets, until they are warned of
         self._warned: set[str] = set()
@@ -208,11 +207,10 @@ class Probe:
         enqueued = enqueue(
             tail.module,
             samples,
-            budget=self._budget,
+            self._settings,
             expected=output,
             known=tail.chain(),
             stream=stream,
-            **self._settings,
         )
         if stream is None:
             return enqueued, None
@@ -237,7 +235,7 @@ class Probe:
                     done.synchronize()
                 enqueued.check()
                 numbers = {k: v.read() if isinstance(v, _Later) else v for k, v in extra.items()}
-                m = measurement(enqueued, negative=self._negative, **self._settings)
+                m = measurement(enqueued, self._settings, self._negative)
                 if layer not in self._warned and (problem := enqueued.offset_problem()):
                     self._problems[layer] = problem
         except Exception as error:

@@ -1,7 +1,6 @@
 """From a connectivity matrix to its eigenvalues, its entropy, and the linear mapping number."""
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,11 +10,13 @@ import torch
 from torch import Tensor
 
 from . import _native, ops
+from ._checks import all_finite
+from ._connectivity import measured, warn_of_offsets
+from ._enqueue import Enqueued
 from ._native import Progress
+from ._settings import Settings
 from ._stacked import Stacked
 from ._threads import one_core_after_fork
-from .connectivity import Enqueued, measured, warn_of_offsets
-from .evaluation import all_finite
 from .ops.symmetric_eigenvalues import fits
 
 SOLVERS = ("auto", "cpu", "cuda")
@@ -219,9 +220,7 @@ def _same(value: Any, other: Any) -> bool:
     return value == other
 
 
-def measurement(
-    enqueued: Enqueued, *, points: int, rule: str, method: str = "path", negative: str = "absolute"
-) -> Measurement:
+def measurement(enqueued: Enqueued, settings: Settings, negative: str = "absolute") -> Measurement:
     """Solves the eigenproblem of a connectivity (N, N) whose checks have passed."""
     values, solver, bits = _spectrum(enqueued.L, negative)
     values = _by_magnitude(values) if solver == "cuda" else values
@@ -235,9 +234,9 @@ def measurement(
         connectivity=enqueued.L,
         samples=len(enqueued.L),
         outputs=enqueued.outputs,
-        points=operator.index(points),
-        rule=rule,
-        method=method,
+        points=settings.points,
+        rule=settings.rule,
+        method=settings.method,
         precision=enqueued.precision,
         solver=solver,
         negative=negative,
@@ -281,9 +280,10 @@ def measure(
         Source: arXiv 2310.05918, Eq. 1-3.
     """
     check_negative(negative)
-    each = measured(f, x, method=method, points=points, rule=rule, budget=budget, progress=progress)
+    settings = Settings(method, points, rule, budget)
+    each = measured(f, x, settings, progress=progress)
     warn_of_offsets(each)
-    return measurement(each[0], points=points, rule=rule, method=method, negative=negative)
+    return measurement(each[0], settings, negative)
 
 
 def lmn(
@@ -321,7 +321,7 @@ def lmn(
         Source: arXiv 2310.05918, Eq. 1-3.
     """
     check_negative(negative)
-    each = measured(f, x, stacked, method=method, points=points, rule=rule, budget=budget)
+    each = measured(f, x, Settings(method, points, rule, budget), stacked)
     warn_of_offsets(each)
     L = each[0].L if stacked is None else torch.stack([one.L for one in each])
     return torch.exp2(_spectrum(L, negative)[2].to(L.device))

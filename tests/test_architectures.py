@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmnfast
-from lmnfast import reference
+from lmnfast import _enqueue, _generic, reference
+from lmnfast._affine import affine_start
+from lmnfast._enqueue import enqueue
 from lmnfast._recognise import recognise
 from lmnfast.quadrature import path_nodes
 
-module = sys.modules["lmnfast.connectivity"]  # the name in lmnfast is the function
 UNIFORM = path_nodes("uniform", 21)
 
 
@@ -228,7 +228,7 @@ def test_fused_and_generic_routes_agree(name, layer):
     inputs = draw()
     tail, samples = lmnfast.cut(trained_a_little(make(), inputs), layer, inputs)
     fused = lmnfast.connectivity(tail, samples)
-    generic = module.enqueue(tail, samples, fuse=False).L
+    generic = enqueue(tail, samples, fuse=False).L
     assert (fused - generic).abs().max() < 2e-5
 
 
@@ -250,8 +250,8 @@ def test_measuring_leaves_no_trace(name, fails, monkeypatch):
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     random, threads = torch.get_rng_state(), torch.get_num_threads()
     if fails:
-        monkeypatch.setattr(module, "widened", lambda y: 1 / 0)
-        monkeypatch.setattr(module, "chain_connectivity", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(_generic, "widened", lambda y: 1 / 0)
+        monkeypatch.setattr(_enqueue, "chain_connectivity", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             lmnfast.lmn(*lmnfast.cut(model, layer, inputs))
     else:
@@ -921,7 +921,7 @@ def test_affine_maps_at_the_start_run_on_the_samples_alone(monkeypatch):
     with torch.no_grad():
         truth = reference.path_connectivity(tail.double().eval(), samples.double(), *UNIFORM)
     tail.float()
-    hoisted = module.affine_start(tail)
+    hoisted = affine_start(tail)
     assert hoisted[0](samples).shape == (9, 6)
     rows = []
     model.affine[1].register_forward_hook(lambda module, args, output: rows.append(len(output)))
@@ -929,8 +929,8 @@ def test_affine_maps_at_the_start_run_on_the_samples_alone(monkeypatch):
     assert max(rows) > 9, "a hook of the user's sees every point, as it may do anything"
     model.affine[1]._forward_hooks.clear()
     calls = []
-    outputs_of = module.outputs_of
-    monkeypatch.setattr(module, "outputs_of", lambda f, x: calls.append(x.shape[1:]) or outputs_of(f, x))
+    outputs_of = _enqueue.outputs_of
+    monkeypatch.setattr(_enqueue, "outputs_of", lambda f, x: calls.append(x.shape[1:]) or outputs_of(f, x))
     L = lmnfast.connectivity(tail, samples)
     assert calls[-1] == (6,) and (L - truth).abs().max() < 2e-5
     assert torch.equal(lmnfast.connectivity(tail, samples, method="hermite").diagonal(), torch.ones(9))
@@ -946,11 +946,11 @@ def test_an_affine_end_at_the_last_position_has_lmn_1():
             return self.head(self.first(x)[:, -1])
 
     tail, samples = lmnfast.cut(Last(), "first", 30 * torch.randn(20, 5, 6))
-    first, rest = module.affine_start(tail)
+    first, rest = affine_start(tail)
     assert first(samples).shape == (20, 3) and torch.equal(rest(first(samples)), tail(samples))
     assert float(lmnfast.lmn(tail, samples)) == pytest.approx(1, abs=1e-9)
     moved = lmnfast.cut(nn.Sequential(nn.Identity(), RowsMoved()), "0", vectors())[0]
-    assert module.affine_start(moved) is None  # an index of rows is none of values
+    assert affine_start(moved) is None  # an index of rows is none of values
 
 
 class RowsMoved(nn.Linear):
@@ -964,16 +964,16 @@ class RowsMoved(nn.Linear):
 def test_what_is_used_again_later_is_not_taken_off_the_start():
     x = vectors()
     tail, _ = lmnfast.cut(ResidualMLP(), "stem", x)
-    assert module.affine_start(tail) is None  # the block and the sum both take the samples
+    assert affine_start(tail) is None  # the block and the sum both take the samples
     tail, _ = lmnfast.cut(nn.Sequential(nn.Identity(), ResidualMLP()), "0", x)
-    first, _ = module.affine_start(tail)
+    first, _ = affine_start(tail)
     assert first(x).shape == (14, 10)
     for other in (nn.Linear(3, 2), torch.tanh, lmnfast.cut(normed(), "0", x)[0]):
-        assert module.affine_start(other) is None
+        assert affine_start(other) is None
     batch = nn.Sequential(
         nn.Identity(), nn.BatchNorm1d(6, track_running_stats=False), nn.PReLU(), nn.Linear(6, 2)
     )
-    assert module.affine_start(lmnfast.cut(batch, "0", x)[0]) is None
+    assert affine_start(lmnfast.cut(batch, "0", x)[0]) is None
 
 
 # Several networks at once ---------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import torch
 from chains import assert_refused
 
 from lmnfast import ops, reference
+from lmnfast._checks import Checks, Findings, NotTheChain
 from lmnfast._samples import same_output
-from lmnfast.evaluation import Checks, Findings, NotTheChain
 
 NAN, INF = float("nan"), float("inf")
 

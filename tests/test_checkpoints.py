@@ -17,8 +17,8 @@ from torch import nn
 
 import lmnfast
 from lmnfast import checkpoints, cli
+from lmnfast._connectivity import measured
 from lmnfast.checkpoints import find_checkpoints, load_inputs, measure_checkpoints, read_state
-from lmnfast.connectivity import measured
 from lmnfast.spectrum import SETTINGS
 
 DOCS = Path(__file__).parent.parent / "docs/checkpoints.md"

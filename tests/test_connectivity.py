@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lmnfast
-from lmnfast import _native, _threads, processes, reference
+from lmnfast import _checks, _connectivity, _enqueue, _native, _route, _threads, _tiles, processes, reference
 from lmnfast._chain import IDENTITY, Chain
+from lmnfast._enqueue import Enqueued, enqueue
+from lmnfast._recognise import recognise
+from lmnfast._settings import METHODS, Settings
 from lmnfast.grokking.model import make_model
 from lmnfast.grokking.tasks import make_task
 from lmnfast.quadrature import path_nodes
 
 UNIFORM = path_nodes("uniform", 21)
-MODULE = sys.modules["lmnfast.connectivity"]  # the package's attribute of that name is the function
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -93,7 +95,7 @@ def test_a_chain_is_called_on_the_samples_alone_and_any_other_network_on_the_pat
     forwarded = counted(chain)
     generic = lmnfast.connectivity(forwarded, x)
     assert sum(forwarded.batches) == 30 + 14 + 30 + 435 * 19 + 3 * (len(forwarded.batches) - 4)
-    monkeypatch.setattr(MODULE, "_generic", lambda *_: pytest.fail("the chain went the generic route"))
+    monkeypatch.setattr(_enqueue, "generic_paths", lambda *_: pytest.fail("the chain went the generic route"))
     assert (lmnfast.connectivity(chain, x) - generic).abs().max() < 1e-5
 
 
@@ -149,23 +151,23 @@ class OneReal(nn.Module):
 @pytest.mark.parametrize("wrap", [lambda net: net, OneReal], ids=["torch's own", "the user's"])
 def test_checks_behind_a_kernel_are_one_pass_and_read_once(wrap, method, monkeypatch, dtype):
     passes, reads = [], []
-    read = MODULE.Findings.read
+    read = _checks.Findings.read
 
     def counted(self):
         reads.append(self._numbers is None)
         return read(self)
 
-    original = sys.modules["lmnfast.evaluation"].check_outputs
-    monkeypatch.setattr(MODULE.Findings, "read", counted)
+    original = _checks.check_outputs
+    monkeypatch.setattr(_checks.Findings, "read", counted)
     monkeypatch.setattr(
-        sys.modules["lmnfast.evaluation"],
+        _checks,
         "check_outputs",
         lambda *args: passes.append(args) or original(*args),
     )
     net, x = mlp(6, 20, 4).to(dtype), inputs(20, 6, dtype=dtype)
     truth = lmnfast.connectivity(wrap(net), x, method=method)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        enqueued = MODULE.enqueue(wrap(net), x, method=method, deferred=True)
+        enqueued = enqueue(wrap(net), x, Settings(method), deferred=True)
     assert len(passes) == 1 and not reads
     assert (passes[0][2] is None) == isinstance(wrap(net), nn.Sequential)
     names = [event.name for event in profile.events()]
@@ -179,23 +181,23 @@ def test_checks_behind_a_kernel_are_one_pass_and_read_once(wrap, method, monkeyp
 
 def test_a_call_with_cuda_kernels_is_checked_behind_them(emulated):
     net, x = OneReal(mlp(6, 20, 4)), inputs(20, 6)
-    enqueued = MODULE.enqueue(net, x, expected=net(x).detach(), deferred=True)
+    enqueued = enqueue(net, x, expected=net(x).detach(), deferred=True)
     enqueued.check()
     with torch.no_grad():
         truth = reference.path_connectivity(copy.deepcopy(net).double(), x.double(), *UNIFORM)
     assert (enqueued.L - truth).abs().max() < 5e-5
     with pytest.raises(RuntimeError, match="not those of the model"):
-        MODULE.enqueue(net, x, expected=2 * net(x).detach(), deferred=True).check()
+        enqueue(net, x, expected=2 * net(x).detach(), deferred=True).check()
     x[3, 2] = NAN
     with pytest.raises(ValueError, match="x: NaN or Inf in sample 3, the first of 1"):
-        MODULE.enqueue(net, x, deferred=True).check()
+        enqueue(net, x, deferred=True).check()
 
 
 def test_pairs_that_a_kernel_leaves_are_measured_behind_the_checks():
     net = mlp(6, 20, 4)
     x = inputs(12, 6)
     x[3] = x[5] * (1 + 1e-6)
-    immediate, enqueued = MODULE.enqueue(net, x), MODULE.enqueue(net, x, deferred=True)
+    immediate, enqueued = enqueue(net, x), enqueue(net, x, deferred=True)
     assert enqueued.findings.unresolved > 0
     enqueued.check()
     assert torch.equal(enqueued.L, immediate.L) and enqueued.constants == immediate.constants
@@ -205,8 +207,8 @@ def test_an_offset_is_looked_at_where_outputs_are_constant(monkeypatch):
     net, x = mlp(6, 20, 4), inputs(30, 6)
     with torch.no_grad():  # one unit that is the same large number for all samples
         net[0].weight[3], net[0].bias[3], net[2].weight[:, 3] = 0, 1e5, 1
-    monkeypatch.setattr(MODULE.Enqueued, "constants", property(lambda _: 100))
-    immediate, enqueued = MODULE.enqueue(net, x), MODULE.enqueue(net, x, deferred=True)
+    monkeypatch.setattr(Enqueued, "constants", property(lambda _: 100))
+    immediate, enqueued = enqueue(net, x), enqueue(net, x, deferred=True)
     enqueued.check()
     assert enqueued.offset_problem() == immediate.offset_problem()
     assert "some outputs are" in str(immediate.offset_problem())
@@ -219,11 +221,11 @@ def test_a_chain_that_does_not_give_the_networks_outputs_is_not_used(monkeypatch
     net, x = Own(*mlp(6, 20, 4)), inputs(12, 6)
     wrong = Chain((torch.zeros(4, 6),), (None,), (IDENTITY,) * 2)
     truth = lmnfast.connectivity(net, x)
-    monkeypatch.setattr(MODULE, "recognise", lambda f: wrong)
+    monkeypatch.setattr(_route, "chain_or_reason", lambda f: wrong)
     assert (lmnfast.connectivity(net, x) - truth).abs().max() < 1e-5
-    with pytest.raises(MODULE.NotTheChain, match="that chain has other outputs"):
-        MODULE.enqueue(net, x, deferred=True).check()
-    monkeypatch.setattr(MODULE, "enqueue", functools.partial(MODULE.enqueue, deferred=True))
+    with pytest.raises(_checks.NotTheChain, match="that chain has other outputs"):
+        enqueue(net, x, deferred=True).check()
+    monkeypatch.setattr(_connectivity, "enqueue", functools.partial(enqueue, deferred=True))
     assert (lmnfast.connectivity(net, x) - truth).abs().max() < 1e-5
 
 
@@ -279,25 +281,24 @@ def test_every_method_agrees_with_its_definition(widths, method, wrap, dtype):
 
 
 def test_the_default_budget_follows_the_free_memory_of_a_card(monkeypatch):
-    evaluation, card = sys.modules["lmnfast.evaluation"], torch.device("cuda", 1)
+    card = torch.device("cuda", 1)
     free, reserved, allocated = {}, {}, {}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[device])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[device])
     for gib, in_torch, of_these, expected in ((8, 0, 0, 2), (1, 8, 1, 2), (70, 0, 0, 4), (0, 2, 2, 0)):
         free[card], reserved[card], allocated[card] = (n * 2**30 for n in (gib, in_torch, of_these))
-        assert evaluation.tile_bytes(None, card) == max(1, expected * 2**30)
-        assert evaluation.tile_bytes(2**33, card) == 2**33
+        assert _tiles.tile_bytes(None, card) == max(1, expected * 2**30)
+        assert _tiles.tile_bytes(2**33, card) == 2**33
     cpu = torch.device("cpu")
-    assert evaluation.tile_bytes(None, cpu) == evaluation.tile_bytes(2**33, cpu) == 24 * 2**20
-    assert evaluation.tile_bytes(1000, cpu) == 1000
+    assert _tiles.tile_bytes(None, cpu) == _tiles.tile_bytes(2**33, cpu) == 24 * 2**20
+    assert _tiles.tile_bytes(1000, cpu) == 1000
 
 
 @pytest.mark.parametrize("tile", [0, 10**3, 10**5, 10**7])
 def test_tiles_are_whole_paths_within_the_budget(tile):
-    tile_pairs = sys.modules["lmnfast.evaluation"].tile_pairs
     for samples, allocated, interior in ((12, 12 * 80, 19), (200, 10**6, 7), (2, 64, 1)):
-        pairs, a_sample = tile_pairs(tile, samples, allocated, interior), allocated / samples
+        pairs, a_sample = _tiles.tile_pairs(tile, samples, allocated, interior), allocated / samples
         again = min(3, samples)
         assert pairs == 1 or (pairs * interior + again) * a_sample <= tile
         assert ((pairs + 1) * interior + again) * a_sample > tile - a_sample
@@ -398,7 +399,7 @@ class TestLimitsOfEveryMethod:
 
     def test_checks_left_for_later_change_nothing(self, method, wrap):
         net, x = mlp(6, 20, 4), inputs(20, 6)
-        enqueued = MODULE.enqueue(wrap(net), x, method=method, deferred=True)
+        enqueued = enqueue(wrap(net), x, Settings(method), deferred=True)
         enqueued.check()
         assert torch.equal(enqueued.L, lmnfast.connectivity(wrap(net), x, method=method))
 
@@ -610,7 +611,7 @@ def test_a_check_left_for_later_raises_what_an_immediate_one_does(name):
     f, x = WRONG[name][0], torch.tensor(WRONG[name][1])
     with pytest.raises(ValueError) as immediate:
         lmnfast.connectivity(f, x)
-    enqueued = MODULE.enqueue(f, x, deferred=True)
+    enqueued = enqueue(f, x, deferred=True)
     with pytest.raises(ValueError) as deferred:
         enqueued.check()
     assert str(deferred.value) == str(immediate.value)
@@ -619,7 +620,7 @@ def test_a_check_left_for_later_raises_what_an_immediate_one_does(name):
 @pytest.mark.parametrize("wrap", [lambda net: net, counted], ids=["fused", "generic"])
 def test_the_result_is_the_same_when_checks_are_left_for_later(wrap):
     net, x = mlp(6, 20, 4), inputs(20, 6)
-    enqueued = MODULE.enqueue(wrap(net), x, expected=net(x).detach(), deferred=True)
+    enqueued = enqueue(wrap(net), x, expected=net(x).detach(), deferred=True)
     enqueued.check()
     assert torch.equal(enqueued.L, lmnfast.connectivity(wrap(net), x))
 
@@ -629,18 +630,18 @@ def test_networks_of_a_stack_are_all_enqueued_before_one_is_checked(monkeypatch)
     stacked, order = torch.func.stack_module_state(models), []
     truth = torch.stack([lmnfast.connectivity(model, x[0]) for model in models])
 
-    def enqueue(*args, **settings):
+    def counted(*args, **settings):
         order.append("enqueue")
         settings.pop("progress")
-        return original(*args, deferred=True, **settings)
+        return enqueue(*args, deferred=True, **settings)
 
     def check(self):
         order.append("check")
         checks(self)
 
-    original, checks = MODULE.enqueue, MODULE.Enqueued.check
-    monkeypatch.setattr(MODULE, "enqueue", enqueue)
-    monkeypatch.setattr(MODULE.Enqueued, "check", check)
+    checks = Enqueued.check
+    monkeypatch.setattr(_connectivity, "enqueue", counted)
+    monkeypatch.setattr(Enqueued, "check", check)
     assert torch.equal(lmnfast.connectivity(models[0], x, stacked=stacked), truth)
     assert order == 3 * ["enqueue"] + 3 * ["check"]
 
@@ -654,9 +655,9 @@ def test_one_network_of_a_stack_that_is_no_chain_is_measured_anew(monkeypatch):
     def check(self):
         checked.append(self)
         if len(checked) == 2:
-            raise MODULE.NotTheChain("f: looks like a chain")
+            raise _checks.NotTheChain("f: looks like a chain")
 
-    monkeypatch.setattr(MODULE.Enqueued, "check", check)
+    monkeypatch.setattr(Enqueued, "check", check)
     L = lmnfast.connectivity(models[0], x, stacked=stacked)
     assert len(checked) == 4 and (L - truth).abs().max() < 1e-5
     assert torch.equal(L[::2], truth[::2]) and not torch.equal(L[1], truth[1])
@@ -665,19 +666,19 @@ def test_one_network_of_a_stack_that_is_no_chain_is_measured_anew(monkeypatch):
 def test_outputs_other_than_expected_are_an_error():
     net, x = mlp(6, 20, 4), inputs(20, 6)
     y = net(x).detach()
-    MODULE.enqueue(net, x, expected=y * (1 + 1e-7))
+    enqueue(net, x, expected=y * (1 + 1e-7))
     for other in (y + 1e-3 * y.abs().max(), y[:, :3], y.double(), torch.full_like(y, NAN)):
         with pytest.raises(RuntimeError, match="f: its outputs on the samples are not those of the model"):
-            MODULE.enqueue(net, x, expected=other)
+            enqueue(net, x, expected=other)
         with pytest.raises(RuntimeError, match="f: its outputs on the samples are not those of the model"):
-            MODULE.enqueue(net, x, expected=other, deferred=True).check()
+            enqueue(net, x, expected=other, deferred=True).check()
 
 
 def test_the_precision_is_that_of_the_time_of_the_work():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        enqueued = MODULE.enqueue(mlp(6, 20, 4), inputs(5, 6), fuse=False)  # whose products are torch's
+        enqueued = enqueue(mlp(6, 20, 4), inputs(5, 6), fuse=False)  # whose products are torch's
         torch.set_float32_matmul_precision("medium")
         assert enqueued.precision == "high"
     finally:
@@ -710,13 +711,13 @@ class TestCuda:
             pytest.skip("built without CUDA kernels")
         net, x = mlp(6, 20, 4, activation=activation).cuda(), inputs(20, 6).cuda()
         f, stream = wrap(net), torch.cuda.Stream()
-        if MODULE.recognise(f) is None:
+        if recognise(f) is None:
             pytest.skip(
                 "unresolved pairs of other functions are measured at once, with the parameters of now"
             )
         lmnfast.connectivity(f, x)
         with waits_are_errors():
-            enqueued = [MODULE.enqueue(f, x, stream=s) for s in (None, stream)]
+            enqueued = [enqueue(f, x, stream=s) for s in (None, stream)]
         torch.cuda.synchronize()
         for each in enqueued:
             each.check()
@@ -729,7 +730,7 @@ class TestCuda:
             torch.cuda._sleep(
                 200_000_000
             )  # a tenth of a second: nothing below can be done before what follows
-        enqueued = MODULE.enqueue(wrap(net), x, stream=stream)
+        enqueued = enqueue(wrap(net), x, stream=stream)
         with torch.no_grad():
             for p in net.parameters():
                 p.mul_(3)
@@ -754,7 +755,7 @@ def test_a_wrong_chain_on_cuda_falls_back_to_the_generic_route(monkeypatch):
     net, x = mlp(6, 20, 4).cuda(), inputs(12, 6).cuda()
     wrong = Chain((torch.zeros(4, 6, device="cuda"),), (None,), (IDENTITY,) * 2)
     truth = lmnfast.connectivity(net, x)
-    monkeypatch.setattr(MODULE, "recognise", lambda f: wrong)
+    monkeypatch.setattr(_route, "chain_or_reason", lambda f: wrong)
     # Not the module itself: of torch's own modules in order the chain is not compared with f.
     assert (lmnfast.connectivity(lambda points: net(points), x) - truth).abs().max() < 1e-5
 
@@ -889,7 +890,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - L.numel() * 
     assert int(done.stdout) / 1024 < allowance_mb
 
 
-@pytest.mark.parametrize("method", MODULE.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fused", [True, False])
 def test_progress_rises_to_one_and_changes_nothing(method, fused):
     torch.manual_seed(0)
@@ -967,7 +968,7 @@ def test_one_number_for_any_thread_count(widths, activation, threads):
     x, results = torch.randn(40, 60).repeat(8, 1)[:300] + 1e-7 * torch.randn(300, 60), []
     for count in (1, 2, 3):
         threads(count)
-        results.append([lmnfast.connectivity(model, x, method=method) for method in MODULE.METHODS])
+        results.append([lmnfast.connectivity(model, x, method=method) for method in METHODS])
         results[-1] += [lmnfast.jacobian_distances(model, x, affine=affine) for affine in (False, True)]
         results[-1] += [lmnfast.lmn(model, x), lmnfast.lmn(model, x, method="hermite")]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import lmnfast
 from lmnfast import reference
-from lmnfast.evaluation import AllocationCount, rows_again
+from lmnfast._outputs import rows_again
+from lmnfast._tiles import AllocationCount
 from lmnfast.quadrature import path_nodes
 
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")

@@ -13,9 +13,11 @@ from torch import fx, nn
 from torch.nn.utils import prune
 
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
+from lmnfast._connectivity import connectivity
+from lmnfast._enqueue import enqueue
 from lmnfast._recognise import recognise
+from lmnfast._settings import Settings
 from lmnfast._undisturbed import evaluating
-from lmnfast.connectivity import connectivity, enqueue
 from lmnfast.cutting import cut
 
 
@@ -503,7 +505,7 @@ def test_residual_blocks_are_recognised_and_measured_as_the_network(block):
     torch.testing.assert_close(chain(x), model(x).detach())
     for method in ("path", "hermite", "hermite-midpoint"):
         L = connectivity(model, x, method=method)
-        assert (L - enqueue(model, x, method=method, fuse=False).L).abs().max() < 1e-9 and L.min() < 0.99
+        assert (L - enqueue(model, x, Settings(method), fuse=False).L).abs().max() < 1e-9 and L.min() < 0.99
 
 
 def test_a_batch_norm_is_not_taken_into_what_is_added_later():
@@ -784,7 +786,7 @@ def test_what_shares_memory_with_a_layers_output_passes_through_it(layer, alias)
         torch.testing.assert_close(tail(points), expected)
     assert torch.equal(points, before)
     for method in ("path", "hermite"):
-        truth = enqueue(lambda z: model.function(model, *[z.clone()] * 2), samples, method=method).L
+        truth = enqueue(lambda z: model.function(model, *[z.clone()] * 2), samples, Settings(method)).L
         assert (connectivity(tail, samples, method=method) - truth).abs().max() < 1e-5
     with pytest.raises(ValueError, match="also by another way than through 'layer'"):
         cut(Aliasing(ALIASES[alias], nn.Tanh()), "layer", x)

@@ -1,7 +1,6 @@
 """Measuring a network while it trains."""
 
 import functools
-import sys
 import threading
 import types
 import warnings
@@ -12,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmnfast.probe
-from lmnfast import _native
+from lmnfast import _native, _route
+from lmnfast._connectivity import connectivity
+from lmnfast._enqueue import Enqueued, enqueue
 from lmnfast._python_state import python_state
 from lmnfast._recognise import recognise
-from lmnfast.connectivity import Enqueued, connectivity, enqueue
 from lmnfast.cutting import cut
 from lmnfast.probe import COLUMNS, MOST_PENDING, Probe
 from lmnfast.spectrum import measurement
@@ -426,7 +426,7 @@ def test_a_chain_that_is_kept_is_measured_as_it_is(change, network, deferred, x,
 
 def test_a_chain_is_recognised_once(x, monkeypatch):
     calls = []
-    monkeypatch.setattr(sys.modules["lmnfast.connectivity"], "recognise", lambda f: calls.append(f))
+    monkeypatch.setattr(_route, "chain_or_reason", lambda f: calls.append(f))
     with Probe(Plain(), x, "first", every=1) as probe:
         for _ in range(3):
             probe()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..connectivity import connectivity
+from .._connectivity import connectivity
 from ..cutting import cut
 from ..spectrum import eigenvalues, linear_mapping_number
 from .claims import COLUMN, PAPER_ENDS, generalising, second_rise

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .._connectivity import connectivity
 from .._nested import mapped, tensors_in
-from ..connectivity import METHODS, connectivity
+from .._settings import METHODS
 from ..cutting import cut
 from ..files import claimed, write_file
 from ..probe import Probe

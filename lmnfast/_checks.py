@@ -1,0 +1,270 @@
+"""What may be wrong with samples, outputs and matrices, found at once or read from the device later."""
+
+import math
+import struct
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._chain import Chain
+from ._outputs import on_device, outputs_of
+from ._samples import same_output
+from .ops.check_outputs import check_outputs
+from .unresolved import in_double
+
+
+class NotTheChain(RuntimeError):
+    """What f was taken for, a chain or one that f begins with, does not give f's outputs."""
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether there is no NaN or Inf among them; waits for their device."""
+    if values.numel() == 0:
+        return True
+    low, high = torch.aminmax(values.detach())  # both NaN where a value is; 20 times faster than isfinite()
+    return math.isfinite(low) and math.isfinite(high)
+
+
+class Findings:
+    """What is found in one pass behind a chain's kernels, to be read all together: the errors of `Checks`, and the counts."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        ends: Tensor,
+        again: Tensor | None,
+        expected: Tensor | None,
+        matrix: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
+        """Enqueues the pass over samples (N, *in), outputs (N, K), those of the chain and of the model, and a matrix (N, M); in
+        the matrix's dtype, which theirs fits in. counts: (2,) int64 or float64, to be read with what is found."""
+        if matrix is None:
+            dtype = torch.promote_types(torch.promote_types(x.dtype, ends.dtype), torch.float32)
+        else:
+            dtype = matrix.dtype
+        counts = counts.view(torch.int64) if counts is not None and counts.is_floating_point() else counts
+        values = (
+            t if t is None or t.dtype == dtype else t.to(dtype) for t in (x.flatten(1), ends, again, expected)
+        )
+        self._found = check_outputs(*values, matrix, counts, torch.finfo(ends.dtype).eps)
+        self._samples = len(x)
+        self._numbers: list[int] | None = None
+
+    def read(self) -> list[int]:
+        """The numbers, see `reference.check_outputs`; waits for the device, once."""
+        if self._numbers is None:
+            found = self._found.tolist()
+            differ = int(found[4] > 0 or _as_float(found[5]) > _as_float(found[6]))
+            self._numbers = [*found[:4], differ, *found[7:]]
+        return self._numbers
+
+    def check(self) -> None:
+        """Raises what is wrong with samples and outputs; waits for the device."""
+        in_x, x_reach, in_y, y_reach, differ, others, *_ = self.read()
+        if in_x:
+            raise _not_finite("x", in_x, self._samples - x_reach)
+        if in_y:
+            raise _not_finite("f(x)", in_y, self._samples - y_reach)
+        if differ:
+            raise _other_model()
+        if others:
+            raise _other_chain()
+
+    def check_entries(self) -> None:
+        """Raises what is wrong with a connectivity."""
+        failing, reach = self.read()[6:8]
+        if failing:
+            raise _not_finite_entry(self._samples**2 - reach, self._samples)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of the matrix is."""
+        return self.read()[6] == 0
+
+    @property
+    def constants(self) -> int:
+        return self.read()[8]
+
+    @property
+    def unresolved(self) -> int:
+        return self.read()[9]
+
+    @property
+    def count(self) -> float:
+        """The first of the counts, where they are float64."""
+        return _as_float(self.read()[8])
+
+
+def _as_float(bits: int) -> float:
+    return float(struct.unpack("=d", struct.pack("=q", bits))[0])
+
+
+def _not_finite(name: str, failing: int, first: int) -> ValueError:
+    return ValueError(f"{name}: NaN or Inf in sample {first}, the first of {failing}")
+
+
+def _not_finite_entry(first: int, samples: int) -> ValueError:
+    i, j = divmod(first, samples)
+    return ValueError(f"f: NaN or Inf in an output on the path from sample {i} to sample {j}")
+
+
+def _other_model() -> RuntimeError:
+    return RuntimeError(
+        "f: its outputs on the samples are not those of the model that it was cut from; the model's "
+        "forward has changed since, in a way that only its outputs show"
+    )
+
+
+def _other_chain() -> NotTheChain:
+    return NotTheChain(
+        "f: looks like a chain of Linear and activations, or begins with affine maps, but that chain has other outputs"
+    )
+
+
+class Checks:
+    """Raises at once, or collects what fails on the device, to be read there all together."""
+
+    def __init__(self, deferred: bool) -> None:
+        self.deferred = deferred
+        self.verdicts: list[Tensor] = []
+        self.errors: list[Callable[[int, int], Exception]] = []
+
+    def finite(self, name: str, values: Tensor) -> None:
+        if not self.deferred and all_finite(values):
+            return
+        self._expect(
+            values.isfinite().flatten(1).all(1),
+            lambda failing, first: _not_finite(name, failing, first),
+        )
+
+    def agree(self, ends: Tensor, expected: Tensor) -> None:
+        self._expect(
+            same_output(ends, expected),
+            lambda *_: _other_model(),
+        )
+
+    def reproduces(self, chain: Chain, x: Tensor, ends: Tensor) -> bool:
+        """Whether the recognised chain is f on the samples: a wrong number is worse than a slow one."""
+        return self.same(chain(x), ends)
+
+    def same(self, y: Tensor, ends: Tensor) -> bool:
+        """Whether these are f's outputs on the samples, to 1e-3 of each output's spread over them and to rounding: an
+        offset of the outputs is no measure of how they vary. On the device, where they are not, NotTheChain is raised later.
+        """
+        if y.shape != ends.shape:
+            return False
+        if not self.deferred and torch.equal(y, ends):  # of a chain they mostly are
+            return True
+        # max and min, which are faster than amax and amin along rows
+        high, low = ends.max(0).values, ends.min(0).values
+        rounding = 8 * torch.finfo(ends.dtype).eps * torch.maximum(high.abs(), low.abs())
+        same = ((y - ends).abs_().max(0).values <= 1e-3 * (high - low) + rounding + 1e-30).all()
+        if not self.deferred:
+            return bool(same)
+        self._expect(
+            same,
+            lambda *_: _other_chain(),
+        )
+        return True
+
+    def repeats(
+        self,
+        f: Callable[[Tensor], Tensor],
+        x: Tensor,
+        ends: Tensor,
+        again: Tensor,
+        rows: list[int],
+        called: str,
+    ) -> None:
+        """Whether f(x) is `ends` for these rows of x in another call, too: `again` are its outputs there.
+
+        They may differ by rounding, which other batches have in another way. Where they differ by more, how much rounding can
+        do is measured: f is called again on x, where a function gives the same, and on x moved by some of its last bits.
+        """
+        index = torch.tensor(rows, device="cpu")
+        difference = (again - ends[on_device(index, ends.device)]).abs().amax(1)
+        # Of all samples and outputs, as single ones may happen to be small.
+        magnitude = ends.abs().amax()
+        epsilon = _epsilon(x, ends)
+        if self.deferred:
+            loose = max(1e-4 if torch.get_float32_matmul_precision() == "highest" else 1e-3, 8 * epsilon)
+            good = difference <= loose * magnitude + 1e-30
+        else:
+            tight = 8 * epsilon * magnitude + 1e-30
+            good = difference <= tight
+            if (
+                not good.all()
+                and ((first := outputs_of(f, x.clone())) - outputs_of(f, x.clone())).abs().amax() <= tight
+            ):
+                signs = torch.arange(x.numel(), device=x.device).sin().sign().to(x.dtype).reshape(x.shape)
+                moved = x + 8 * epsilon * x.abs().amax() * signs
+                rounding = (outputs_of(f, moved) - first).abs().amax()
+                # Rounding may move a value to the next one of a quantised layer: beyond 1 % it is no excuse.
+                good = difference <= torch.clamp(16 * rounding, 1e-4 * magnitude, 1e-2 * magnitude)
+                most, within = difference.max(), bool((difference <= 16 * rounding).all())
+                if not good.all() and _rounds(f, x, ends, rows, most, within):
+                    good = difference <= 1e-2 * magnitude
+                    if not good.all():
+                        raise ValueError(
+                            f"f: rounding decides its outputs: called on {called}, it gives others by {most / magnitude:.1%} of "
+                            f"their largest; expected samples and weights of a size that {ends.dtype} resolves"
+                        )
+        self._expect(
+            good,
+            lambda _, first: ValueError(
+                f"f: gives other outputs for sample {rows[first]} when called on {called}; it is random (dropout left on, "
+                "sampling, noise), keeps a state between calls (a hidden state, a cache, observers of quantisation), or rows "
+                "of a batch depend on each other (batch norm or quantisation by the batch's statistics, a sequence along the "
+                "first axis where batch_first=True is forgotten)"
+            ),
+        )
+
+    def entries(self, L: Tensor) -> None:
+        if self.deferred or not all_finite(L):
+            self._expect(L.isfinite().flatten(), lambda _, first: _not_finite_entry(first, len(L)))
+
+    def pending(self) -> Tensor | None:
+        return torch.stack(self.verdicts) if self.deferred else None
+
+    def _expect(self, good: Tensor | bool, error: Callable[[int, int], Exception]) -> None:
+        if isinstance(good, bool):
+            if not good:
+                raise error(1, 0)
+        elif not self.deferred:
+            if not good.all():
+                raise error(int((~good).sum()), int((~good).flatten().nonzero()[0]))
+        else:
+            bad = (~good).flatten()
+            self.verdicts.append(torch.stack((bad.sum(), bad.byte().argmax())))
+            self.errors.append(error)
+
+
+def _epsilon(x: Tensor, y: Tensor) -> float:
+    """Of the coarsest type that f is known to compute in."""
+    kinds = [x.dtype, y.dtype]
+    if torch.is_autocast_enabled(x.device.type):
+        kinds.append(torch.get_autocast_dtype(x.device.type))
+    return max(torch.finfo(kind).eps for kind in kinds)
+
+
+def _rounds(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    ends: Tensor,
+    rows: list[int],
+    difference: Tensor,
+    otherwise: bool,
+) -> bool:
+    """Whether it is by rounding that f(x), which is `ends`, differs by so much for these rows in another call: f's rounding
+    errors are as large, and in float64 the rows do not differ. `otherwise` where f cannot be evaluated there."""
+    if x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
+        return otherwise
+    try:
+        y = in_double(f, x)
+        alone = in_double(f, torch.stack([x[row] for row in rows]))
+    except Exception:  # the user's code, on a dtype that it was not written for
+        return otherwise
+    is_function = (alone - y[rows]).abs().max() <= 1e-5 * difference  # an epsilon is 2e-9 of float32's
+    return bool(is_function and difference <= 16 * (y - ends).abs().max())

@@ -1,0 +1,174 @@
+"""The linear connectivity matrix of a network on a set of samples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import NotTheChain
+from ._enqueue import Enqueued, enqueue
+from ._native import Progress
+from ._settings import Settings
+from ._stacked import Stacked, loaded, networks_in
+from ._threads import alone, one_core_after_fork
+
+
+def connectivity(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    method: str = "path",
+    points: int = 21,
+    rule: str = "uniform",
+    budget: int | None = None,
+    stacked: Stacked | None = None,
+    progress: bool | Progress = False,
+) -> Tensor:
+    """Linear connectivity matrix: how straight is f's output along the line between every two samples.
+
+    ``L[i, j] = mean_k cov(y_k, t)^2 / (var(t) var(y_k))`` over the nodes t of the path ``x_i + t (x_j - x_i)``.
+    An output that is constant to rounding counts 1. Chains of Linear and pointwise activations, also with residual
+    blocks, run in one fused kernel; any other f is called on tiles of path points. An ``nn.Module`` is measured in eval
+    mode and left as it was. The result carries no graph, whatever requires grad.
+
+    The other methods stand in for it where f is dear, and are always to be named with the number; see docs/methods.md
+    for how well each follows:
+    "hermite" takes the cubic that has f's outputs and its slopes ``J_i (x_j - x_i)``, ``J_j (x_j - x_i)`` at both
+    ends of the path, so f is differentiated at the samples and never evaluated between them. "hermite-midpoint" takes
+    the quartic that also has f's outputs half way. "jacobian" compares the linear maps at the ends alone:
+    ``L[i, j] = 1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2)``, Frobenius, from -1 to 1; 1 where both are zero.
+
+    Args:
+        f: maps a batch (B, *in) to (B, *out), one row independent of the others; outputs are flattened.
+        x: (N, *in), floating point, the samples.
+        method: "path", "hermite", "hermite-midpoint" or "jacobian".
+        points: nodes on a path, ends included; of no effect on "jacobian".
+        rule: "uniform" (the definition, with 21 points) or "lobatto" (approximates the 21-point sums with fewer).
+        budget: bytes a tile of path points, or of Jacobians, and f's intermediate results may take together. None: 256 MiB on
+            the CPU; on CUDA a quarter of the card's free memory, what torch's allocator holds for later included, and 4 GiB
+            at most. On the CPU a tile of path points has 24 MiB at most, as caches are faster. A tile is whole pairs, one at
+            least. Where a device has no memory left all the same, tiles are halved until it has.
+        stacked: parameters and buffers of B networks like the module f, as torch.func.stack_module_state returns them;
+            x is then (B, N, *in), each network's own samples.
+        progress: True shows a bar (needs tqdm); a function is told the share that is done, from 0 to 1, about ten times a
+            second, or after a tile of paths. It runs in this thread, and what it raises ends the measurement. A fused
+            kernel on CUDA and method "jacobian" tell the end alone.
+
+    Returns:
+        (N, N), symmetric, ones on the diagonal; float64 for float64 samples, else float32. (B, N, N) with `stacked`.
+
+    Raises:
+        TypeError: x is not a floating-point tensor, f does not return one, or their dtypes do not fit.
+        ValueError: no samples, unknown method or rule, points or budget out of range, x and f on different
+            devices, or a NaN or Inf in samples, outputs or Jacobians (names the first sample); on CUDA, f may be
+            called on samples that are not finite before it is raised; an f that is no chain and gives a sample other
+            outputs when called on fewer; for the other methods, an f that cannot be differentiated.
+        ImportError: progress is True and tqdm is missing.
+        KeyboardInterrupt: Ctrl-C, also while a kernel is at work.
+        Source: arXiv 2310.05918, Eq. 1-2.
+    """
+    each = measured(f, x, Settings(method, points, rule, budget), stacked, progress)
+    warn_of_offsets(each)
+    with one_core_after_fork():
+        return each[0].L if stacked is None else torch.stack([one.L for one in each])
+
+
+@alone()
+def measured(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    settings: Settings,
+    stacked: Stacked | None = None,
+    progress: bool | Progress = False,
+) -> list[Enqueued]:
+    """Checked connectivities with what is known of them: one, or one for each of the stacked networks.
+
+    Arguments and errors as :func:`connectivity`.
+    """
+    with _reported(progress) as report:
+        if stacked is not None:
+            return _measured_stack(f, x, settings, stacked, report)
+        enqueued = enqueue(f, x, settings, progress=report)
+        try:
+            enqueued.check()
+        except NotTheChain:
+            enqueued = enqueue(f, x, settings, fuse=False, progress=report)
+            enqueued.check()
+        if report is not None:
+            report(1.0)
+        return [enqueued]
+
+
+def _measured_stack(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    settings: Settings,
+    stacked: Stacked,
+    report: Progress | None,
+) -> list[Enqueued]:
+    """As `measured`. A device gets the work of all networks before anybody waits for that of one."""
+    networks = _stacked_networks(f, x, stacked)
+
+    def one(number: int, fuse: bool = True) -> Enqueued:
+        with loaded(f, stacked, number):
+            return enqueue(f, x[number], settings, progress=_share_of(report, number, networks), fuse=fuse)
+
+    results = []
+    for number in range(networks):
+        results.append(one(number))
+        if report is not None:
+            report((number + 1) / networks)
+    for number, enqueued in enumerate(results):
+        try:
+            enqueued.check()
+        except NotTheChain:
+            results[number] = one(number, fuse=False)
+            results[number].check()
+    return results
+
+
+def warn_of_offsets(each: Sequence[Enqueued], name: str = "f", stacklevel: int = 3) -> None:
+    """Warns once where an offset hides the outputs of some of these connectivities.
+
+    The stacklevel is that of the caller's caller.
+    """
+    if problems := [problem for enqueued in each if (problem := enqueued.offset_problem())]:
+        warnings.warn(f"{name}: {problems[0]}", stacklevel=stacklevel)
+
+
+@contextmanager
+def _reported(progress: bool | Progress) -> Iterator[Progress | None]:
+    """What is told the share that is done; None where nobody asked."""
+    if callable(progress) or progress is False:
+        yield progress or None
+        return
+    if progress is not True:
+        raise TypeError(f"progress: expected a bool or a function of the share done, got {progress!r}")
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress: True shows a bar of tqdm, which is missing; pip install tqdm") from error
+    with tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed}<{remaining}") as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+def _share_of(report: Progress | None, number: int, count: int) -> Progress | None:
+    """Tells `report` the share of all, where one of them after the other is measured."""
+    return None if report is None else lambda done: report((number + done) / count)
+
+
+def _stacked_networks(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> int:
+    """How many networks there are, with samples for each."""
+    if not isinstance(f, nn.Module):
+        raise TypeError(f"f: expected an nn.Module to load stacked parameters into, got {type(f).__name__}")
+    networks = networks_in(stacked)
+    if not isinstance(x, Tensor) or x.dim() < 3 or len(x) != networks:
+        raise ValueError(
+            f"x: expected samples ({networks}, N, *in), a set for each of the stacked networks, got shape "
+            f"{tuple(getattr(x, 'shape', ()))}; x.expand({networks}, *x.shape) gives all of them the same"
+        )
+    return networks

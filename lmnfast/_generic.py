@@ -1,0 +1,116 @@
+"""Paths of a function that is no chain: the function is called on tiles of their points."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._checks import Checks
+from ._native import Progress
+from ._outputs import Calls, on_device, out_of_memory, outputs_of, rows_between, widened
+from ._tiles import keep_freed_pages, tile_pairs
+from .ops.path_connectivity import ChainConnectivity
+from .unresolved import UNRESOLVED, Widened, are_close, resolve
+
+
+def outputs_between(f: Calls, points: Tensor, x: Tensor, ends: Tensor, checks: Checks) -> Tensor:
+    """f's outputs (B, K) at points (B + B', *in), of which the last B' are left to samples that have to come out as before:
+    f may depend on how many rows there are, or on the calls before."""
+    rows = rows_between(len(x))
+    samples = points[len(points) - len(rows) :]
+    for place, row in zip(samples, rows):
+        place.copy_(x[row])
+    y = outputs_of(f, points)
+    checks.repeats(f, x, ends, y[-len(rows) :], rows, f"a batch of {len(points)}, after other batches")
+    return y[: -len(rows)]
+
+
+def generic_paths(
+    f: Calls,
+    x: Tensor,
+    ends: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    tile: int,
+    allocated: int,
+    checks: Checks,
+    progress: Progress | None,
+) -> ChainConnectivity:
+    """Calls f on tiles of points of paths; the paths' ends are f's outputs on the samples. f took ``allocated`` bytes for all
+    of these."""
+    original, ends = ends, widened(ends)
+    L = torch.ones(len(x), len(x), dtype=ends.dtype, device=x.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=x.device)
+    t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
+    if x.device.type == "cpu":
+        keep_freed_pages()
+    widened_f = Widened(f, x, original)
+    samples = len(rows_between(len(x)))
+    most = tile_pairs(tile, len(x), allocated, len(t))
+    finished = 0
+    for first, second in _pairs(len(x), most, x.device):
+        pairs = len(first)
+        # A path between close samples has few points in their own dtype.
+        apart = ~_indistinct(x[first], x[second])
+        if not apart.all():
+            i, j = first[~apart], second[~apart]
+            near = (x[i] != x[j]).flatten(1).any(1)  # the others are equal, and their entry is 1
+            L[i[near], j[near]] = L[j[near], i[near]] = UNRESOLVED
+            counts[1] += near.sum()
+            first, second = first[apart], second[apart]
+        r2 = x.new_empty(len(first), dtype=ends.dtype)
+        done = 0
+        while done < len(first):
+            pair = slice(done, done + most)
+            try:
+                pairs = len(first[pair])
+                points = x.new_empty(pairs * len(t) + samples, *x.shape[1:])
+                on_paths = points[: pairs * len(t)].unflatten(0, (pairs, len(t)))
+                torch.lerp(x[first[pair], None], x[second[pair], None], t, out=on_paths)
+                y = widened(outputs_between(f, points, x, original, checks)).reshape(
+                    -1, len(t), ends.shape[1]
+                )
+                r2[pair], found = torch.ops.lmnfast.path_r2(
+                    y, ends, first[pair], second[pair], nodes, weights, widened_f.rounding
+                )
+                counts += found
+            except RuntimeError as error:
+                if most == 1 or not out_of_memory(error):
+                    raise
+                most = -(-most // 2)  # for good; what has been measured stays
+                continue
+            done += most
+        L[first, second] = r2
+        L[second, first] = r2
+        if progress is not None:
+            finished += pairs
+            progress(2 * finished / (len(x) * (len(x) - 1)))
+
+    def resolved() -> None:
+        if int(counts[1]):
+            points = max(1, tile * len(x) // allocated // 4)  # float64 takes more memory
+            values, noise = widened_f.values(), widened_f.noise()
+            resolve(values, x, L, counts, nodes, weights, points=points, noise=noise)
+
+    return ChainConnectivity(L, counts, resolved)
+
+
+def _indistinct(first: Tensor, second: Tensor) -> Tensor:
+    """Which pairs of samples are close, see `are_close`; in float64 only those that are equal."""
+    if first.dtype == torch.float64:
+        return (first == second).flatten(1).all(1)
+    return are_close(first, second)
+
+
+def _like(x: Tensor, values: Tensor) -> Tensor:
+    """values in x's dtype on x's device."""
+    return on_device(values.to(x.dtype), x.device)
+
+
+def _pairs(samples: int, tile: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs i < j, row by row, in tiles; never all their indices at once."""
+    row_starts = torch.arange(samples, device=device).neg().add(samples - 1).cumsum(0)
+    for start in range(0, samples * (samples - 1) // 2, tile):
+        pair = torch.arange(start, min(start + tile, samples * (samples - 1) // 2), device=device)
+        first = torch.searchsorted(row_starts, pair, right=True)
+        yield first, pair - row_starts[first] + samples

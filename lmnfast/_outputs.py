@@ -1,0 +1,98 @@
+"""Calling the user's network on samples: what it returns, and on which samples it is called again."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._chain import IDENTITY, Chain
+
+
+class Calls:
+    """f as it is measured: every call is like the first one, and on any number of samples.
+
+    begin_anew: of `_undisturbed.evaluating`, which puts back what f keeps between calls. shape: of its outputs on all samples, once
+        they are known.
+    """
+
+    def __init__(
+        self, f: Callable[[Tensor], Tensor], begin_anew: Callable[[], None], shape: torch.Size | None = None
+    ) -> None:
+        self.f, self.begin_anew, self.shape = f, begin_anew, shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.begin_anew()
+        if self.shape is None or len(x) == self.shape[0] or torch.is_grad_enabled():
+            return self.f(x)  # whoever differentiates it explains what fails
+        try:
+            return self.f(x)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            first = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"f: fails on another number of samples, {len(x)} for {self.shape[0]}: {type(error).__name__}: {first}; "
+                "expected a function of a batch of any size (a hidden state or a mask may have that of one batch)"
+            ) from error
+
+
+def first_outputs(f: Calls, x: Tensor, chain: Chain | None) -> Tensor:
+    """`outputs_of` f on all samples; f may work in place, and may return a buffer that its next call overwrites.
+
+    chain: what f is, where it is made of torch's own modules in order: then only an activation on the input may write into
+    anything but a result of its own. Else None.
+    """
+    if chain is not None and chain.activations[0] == IDENTITY:
+        return outputs_of(f, x)
+    return outputs_of(f, x.clone()).clone()
+
+
+def outputs_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f's outputs (B, K) on a batch; raises what is wrong with them."""
+    y = f(x)
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        raise TypeError(f"f: expected a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+    known = f.shape if isinstance(f, Calls) else None
+    if y.dim() == 0 or len(y) != len(x) or y.numel() == 0 or (known is not None and y.shape[1:] != known[1:]):
+        expected, hint = ("*out",), ""
+        if known is not None:
+            expected = known[1:]
+            hint = f", though it gives {tuple(known)} for {known[0]}; does the shape follow the number of samples?"
+        shape = ", ".join(map(str, (len(x), *expected)))
+        raise ValueError(
+            f"f: expected outputs ({shape}) for {len(x)} samples, got shape {tuple(y.shape)}{hint}; samples are rows along "
+            "the first dimension (batch_first=True)"
+        )
+    if isinstance(f, Calls) and known is None:
+        f.shape = y.shape
+    return y.reshape(len(x), -1)
+
+
+def rows_again(samples: int) -> tuple[list[int], list[int]]:
+    """Samples to call f on once more: the last quarter and the first, each in reversed order.
+
+    Rows that depend on those before or behind them, or on all of them, then have other outputs; so have those that depend on
+    an extreme sample, which one of the quarters is without. Both calls have the same shape, so the second one goes on with a
+    state that the first one has left.
+    """
+    quarter = max(1 if samples < 4 else 2, samples // 4)
+    return list(range(samples - 1, samples - 1 - quarter, -1)), list(range(quarter - 1, -1, -1))
+
+
+def rows_between(samples: int) -> list[int]:
+    """Samples that are among the points of every batch: the first, the middle and the last one, in reversed order."""
+    return sorted({0, samples // 2, samples - 1}, reverse=True)
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for a GPU: a copy from memory that is not page-locked would."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def widened(y: Tensor) -> Tensor:
+    return y if y.dtype == torch.float64 else y.float()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
