@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,7 @@ class Activation:
             return F.softplus(z, self.alpha, self.beta)
         if self.name == "gelu_tanh":
             return F.gelu(z, approximate="tanh")
-        plain = {
+        plain: dict[str, Callable[[Tensor], Tensor]] = {
             "relu": F.relu,
             "silu": F.silu,
             "gelu": F.gelu,
@@ -129,7 +129,8 @@ class Chain:
         width = self.weights[0].shape[1]
         if x.ndim < 2 or math.prod(x.shape[1:]) != width:
             raise ValueError(f"x: expected samples of {width} elements, got shape {tuple(x.shape)}")
-        skips, values = dict(self.skips), []
+        skips = dict(self.skips)
+        values: list[Tensor] = []
         z = x.reshape(len(x), width)
         for n, activation in enumerate(self.activations):
             z = F.linear(z, self.weights[n - 1], self.biases[n - 1]) if n else z

@@ -45,10 +45,13 @@ class Findings:
         else:
             dtype = matrix.dtype
         counts = counts.view(torch.int64) if counts is not None and counts.is_floating_point() else counts
-        values = (
-            t if t is None or t.dtype == dtype else t.to(dtype) for t in (x.flatten(1), ends, again, expected)
-        )
-        self._found = check_outputs(*values, matrix, counts, torch.finfo(ends.dtype).eps)
+
+        def cast(values: Tensor | None) -> Tensor | None:
+            return values if values is None or values.dtype == dtype else values.to(dtype)
+
+        samples, outputs = x.flatten(1).to(dtype), ends.to(dtype)
+        epsilon = torch.finfo(ends.dtype).eps
+        self._found = check_outputs(samples, outputs, cast(again), cast(expected), matrix, counts, epsilon)
         self._samples = len(x)
         self._numbers: list[int] | None = None
 

@@ -69,7 +69,17 @@ def connectivity(
             outputs when called on fewer; for the other methods, an f that cannot be differentiated.
         ImportError: progress is True and tqdm is missing.
         KeyboardInterrupt: Ctrl-C, also while a kernel is at work.
-        Source: arXiv 2310.05918, Eq. 1-2.
+
+    Source:
+        arXiv 2310.05918, Eq. 1-2. "hermite" and "hermite-midpoint": docs/methods.md.
+
+    Example:
+        >>> f = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> L = lmnfast.connectivity(f, torch.randn(50, 8))
+        >>> L.shape, bool((L == L.T).all()), bool((L.diagonal() == 1).all())
+        (torch.Size([50, 50]), True, True)
+        >>> bool((lmnfast.connectivity(nn.Linear(8, 3), torch.randn(50, 8)) > 0.9999).all())  # a linear map
+        True
     """
     each = measured(f, x, Settings(method, points, rule, budget), stacked, progress)
     warn_of_offsets(each)
@@ -111,7 +121,7 @@ def _measured_stack(
     report: Progress | None,
 ) -> list[Enqueued]:
     """As `measured`. A device gets the work of all networks before anybody waits for that of one."""
-    networks = _stacked_networks(f, x, stacked)
+    f, networks = _stacked_networks(f, x, stacked)
 
     def one(number: int, fuse: bool = True) -> Enqueued:
         with loaded(f, stacked, number):
@@ -161,8 +171,8 @@ def _share_of(report: Progress | None, number: int, count: int) -> Progress | No
     return None if report is None else lambda done: report((number + done) / count)
 
 
-def _stacked_networks(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> int:
-    """How many networks there are, with samples for each."""
+def _stacked_networks(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> tuple[nn.Module, int]:
+    """f, and how many networks there are, with samples for each."""
     if not isinstance(f, nn.Module):
         raise TypeError(f"f: expected an nn.Module to load stacked parameters into, got {type(f).__name__}")
     networks = networks_in(stacked)
@@ -171,4 +181,4 @@ def _stacked_networks(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked
             f"x: expected samples ({networks}, N, *in), a set for each of the stacked networks, got shape "
             f"{tuple(getattr(x, 'shape', ()))}; x.expand({networks}, *x.shape) gives all of them the same"
         )
-    return networks
+    return f, networks

@@ -107,7 +107,7 @@ def explain(
         As :func:`lmnfast.cut`.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3))
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
         >>> routes = lmnfast.explain(model, "0")
         0:
           fused kernel: 16 silu -> 3
@@ -135,7 +135,8 @@ def _explained(model: nn.Module, layer: str, inputs: Any, forward: Forward, outp
     }
     if not isinstance(tail, torch.fx.GraphModule):
         reason = reason or "what torch.fx traced has other outputs on the samples"
-        return LayerRoute(layer, "generic", reason, hooked=True, **about, **_tiles(tail, samples))
+        about |= _tiles(tail, samples)
+        return LayerRoute(layer, "generic", reason, hooked=True, **about)
     route = find_route(tail, samples, DEFAULT.method)
     if route.chain is not None:
         with evaluating(tail):

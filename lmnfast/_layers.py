@@ -15,11 +15,24 @@ MOST_NAMES = 20  # of layers in an error message
 
 
 def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of the model's layers that match, in the model's order for each pattern: "blocks.?" is each of ten blocks.
+    """Names of the model's layers that match, in the model's order for each pattern.
 
-    patterns: names as in `cut`, or shell patterns (fnmatch) of whole names, in which * also stands for dots: "blocks.*"
-        also matches the parts of each block.
-    Raises ValueError for a pattern that nothing matches, with the names that come close.
+    Args:
+        model: any module.
+        patterns: names as in `cut`, or shell patterns (fnmatch) of whole names, in which * also stands for dots: "blocks.?" is
+            each of ten blocks, "blocks.*" also matches the parts of each block.
+
+    Returns:
+        Each name once.
+
+    Raises:
+        TypeError: the model is no module, or a pattern no string.
+        ValueError: nothing matches a pattern; the message has the names that come close.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> lmnfast.match_layers(model, ["2", "[01]"])
+        ('2', '0', '1')
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -1,6 +1,7 @@
 """Calling the user's network on samples: what it returns, and on which samples it is called again."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,9 +55,9 @@ def outputs_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise TypeError(f"f: expected a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
     known = f.shape if isinstance(f, Calls) else None
     if y.dim() == 0 or len(y) != len(x) or y.numel() == 0 or (known is not None and y.shape[1:] != known[1:]):
-        expected, hint = ("*out",), ""
+        expected: tuple[Any, ...] = ("*out",) if known is None else known[1:]
+        hint = ""
         if known is not None:
-            expected = known[1:]
             hint = f", though it gives {tuple(known)} for {known[0]}; does the shape follow the number of samples?"
         shape = ", ".join(map(str, (len(x), *expected)))
         raise ValueError(

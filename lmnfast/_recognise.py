@@ -110,10 +110,12 @@ def _read_graph(graph: fx.Graph, root: nn.Module) -> list[Step]:
                 raise NotAChain("its output is not the last result alone")
             return steps
         if node.op != "call_module" and node.target in ADDITIONS:
-            step = _read_sum(node, root, results, len(steps))
+            step: Step = _read_sum(node, root, results, len(steps))
         else:
             before = _steps_to(_input(node), results)
-            step = None if before is None else _read_step(node, root)
+            if before is None:
+                raise NotAChain(f"{_said(node, root)} does not work on the result before it alone")
+            step = _read_step(node, root)
             if step == IDENTITY or (step == FLATTEN and any(isinstance(s, tuple) for s in steps[:before])):
                 results[node] = before
                 continue
@@ -140,8 +142,8 @@ def _steps_to(value: Any, results: dict[fx.Node, int]) -> int | None:
 
 def _read_sum(node: fx.Node, root: nn.Module, results: dict[fx.Node, int], last: int) -> Skip:
     operands = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
-    known = [_steps_to(operand, results) for operand in operands]
-    if len(known) != 2 or None in known or node.kwargs.keys() - {"input", "other"}:
+    known = [steps for operand in operands if (steps := _steps_to(operand, results)) is not None]
+    if len(known) != 2 or len(operands) != 2 or node.kwargs.keys() - {"input", "other"}:
         raise NotAChain(f"{_said(node, root)} has other operands than two results of the chain")
     if max(known) != last or min(known) == last:
         raise NotAChain(f"{_said(node, root)} does not add an earlier result to the last one")
@@ -152,7 +154,7 @@ def _in_place(node: fx.Node, root: nn.Module) -> bool:
     """Whether a call may overwrite what it works on."""
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    name = node.target if node.op == "call_method" else node.target.__name__
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "_")
     return name.endswith("_") or name == "iadd" or any(a is True for a in (*node.args, *node.kwargs.values()))
 
 
@@ -166,50 +168,93 @@ def _said(node: fx.Node, root: nn.Module) -> str:
 
 def _chain_of(steps: list[Step]) -> Chain:
     """Steps in a row as a chain."""
-    weights: list[Tensor] = []
-    biases: list[Tensor | None] = []
-    activations = [IDENTITY]
-    flattens = False
-    scale: Affine | None = None  # waits for the Linear after it
-    skips: dict[int, int] = {}
-    sources = {step.source for step in steps if isinstance(step, Skip)}
-    values: list[int | None] = [0]  # of the chain, after each number of steps; None: not one, or no more
-    for number, step in enumerate(steps):
-        value = 2 * len(weights) + (activations[-1] != IDENTITY)  # the last
+    building = _Building({step.source for step in steps if isinstance(step, Skip)})
+    for step in steps:
+        building.add(step)
+    return building.chain()
+
+
+class _Building:
+    """A chain as far as its steps have been read.
+
+    sources: numbers of steps whose results are added later.
+    """
+
+    def __init__(self, sources: set[int]) -> None:
+        self.sources = sources
+        self.weights: list[Tensor] = []
+        self.biases: list[Tensor | None] = []
+        self.activations = [IDENTITY]
+        self.flattens = False
+        self.scale: Affine | None = None  # waits for the Linear after it
+        self.skips: dict[int, int] = {}
+        self.values: list[int | None] = [0]
+        """The chain's value after each number of steps. None: the result is no value of the chain, or no longer one."""
+
+    @property
+    def last(self) -> int:
+        """The number of the last value."""
+        return 2 * len(self.weights) + (self.activations[-1] != IDENTITY)
+
+    def add(self, step: Step) -> None:
         if isinstance(step, Affine):
-            if weights and value % 2 == 0 and scale is None and value not in skips and number not in sources:
-                weights[-1], biases[-1] = step.after(weights[-1], biases[-1])
-                values = [None if earlier == value else earlier for earlier in values]
-            elif scale is None:
-                scale = step
-            else:
-                raise NotAChain("two batch norms in a row")
+            self._add_affine(step)
         elif isinstance(step, tuple):
-            weight, bias = step if scale is None else scale.before(*step)
-            weights.append(weight)
-            biases.append(bias)
-            activations.append(IDENTITY)
-            scale = None
+            self._add_linear(*step)
         elif isinstance(step, Skip):
-            source = values[step.source]
-            if source is None or source == value or scale is not None or value in skips:
-                raise NotAChain("a sum of more, or of other values, than a chain has")
-            skips[value] = source
-            values = [None if earlier == value else earlier for earlier in values]
+            self._add_skip(step)
         elif step == FLATTEN:
-            flattens = flattens or not weights
-            if not weights:  # samples of another shape
-                values = [None] * len(values)
+            self._add_flatten()
         elif step != IDENTITY:
-            if scale is not None:
-                raise NotAChain(f"{step.name} after a batch norm that no Linear precedes")
-            if activations[-1] != IDENTITY:
-                raise NotAChain(f"{activations[-1].name} and {step.name} in a row")
-            activations[-1] = step
-        values.append(None if scale is not None else 2 * len(weights) + (activations[-1] != IDENTITY))
-    if scale is not None:
-        raise NotAChain("a batch norm that neither follows a Linear nor precedes one")
-    return _checked_chain(weights, biases, activations, flattens, skips)
+            self._add_activation(step)
+        self.values.append(None if self.scale is not None else self.last)
+
+    def _add_affine(self, step: Affine) -> None:
+        number = len(self.values) - 1  # of steps before this one
+        follows_linear = self.weights and self.last % 2 == 0 and self.scale is None
+        if follows_linear and self.last not in self.skips and number not in self.sources:
+            self.weights[-1], self.biases[-1] = step.after(self.weights[-1], self.biases[-1])
+            self._overwrite_last()
+        elif self.scale is None:
+            self.scale = step
+        else:
+            raise NotAChain("two batch norms in a row")
+
+    def _add_linear(self, weight: Tensor, bias: Tensor | None) -> None:
+        if self.scale is not None:
+            weight, bias = self.scale.before(weight, bias)
+        self.weights.append(weight)
+        self.biases.append(bias)
+        self.activations.append(IDENTITY)
+        self.scale = None
+
+    def _add_skip(self, step: Skip) -> None:
+        source = self.values[step.source]
+        if source is None or source == self.last or self.scale is not None or self.last in self.skips:
+            raise NotAChain("a sum of more, or of other values, than a chain has")
+        self.skips[self.last] = source
+        self._overwrite_last()
+
+    def _add_flatten(self) -> None:
+        if not self.weights:  # samples of another shape
+            self.flattens = True
+            self.values = [None] * len(self.values)
+
+    def _add_activation(self, step: Activation) -> None:
+        if self.scale is not None:
+            raise NotAChain(f"{step.name} after a batch norm that no Linear precedes")
+        if self.activations[-1] != IDENTITY:
+            raise NotAChain(f"{self.activations[-1].name} and {step.name} in a row")
+        self.activations[-1] = step
+
+    def _overwrite_last(self) -> None:
+        """What the last value was before is no value any more."""
+        self.values = [None if earlier == self.last else earlier for earlier in self.values]
+
+    def chain(self) -> Chain:
+        if self.scale is not None:
+            raise NotAChain("a batch norm that neither follows a Linear nor precedes one")
+        return _checked_chain(self.weights, self.biases, self.activations, self.flattens, self.skips)
 
 
 def _input(node: fx.Node) -> Any:
@@ -235,7 +280,7 @@ def _read_module(module: nn.Module, name: str = "") -> Step:
 
 def _read_step(node: fx.Node, root: nn.Module) -> Step:
     if node.op == "call_module":
-        return _read_module(root.get_submodule(node.target), str(node.target).removeprefix("model."))
+        return _read_module(root.get_submodule(str(node.target)), str(node.target).removeprefix("model."))
     if node.op == "call_function" and node.target is F.linear:
 
         def attributes(input, weight, bias=None):
@@ -270,7 +315,8 @@ class Affine:
         return (weight.detach() * self.scale).to(weight.dtype), shift.to(weight.dtype)
 
 
-def _frozen_batch_norm(module: nn.BatchNorm1d) -> Affine:
+def _frozen_batch_norm(module: Any) -> Affine:
+    """A BatchNorm1d in eval mode, parametrised or not."""
     scale = (module.running_var.double() + module.eps).rsqrt()
     if module.weight is not None:
         scale = scale * module.weight.detach()
@@ -281,8 +327,8 @@ def _frozen_batch_norm(module: nn.BatchNorm1d) -> Affine:
 def _attribute(node: fx.Node, root: nn.Module) -> Tensor:
     if node.op != "get_attr":
         raise NotAChain("a Linear whose weight is computed in the forward")
-    value = root
-    for name in node.target.split("."):
+    value: Any = root
+    for name in str(node.target).split("."):
         value = getattr(value, name)
     return value
 

@@ -63,8 +63,8 @@ def find_route(
         return Route("generic", "it is to be called as it is")
     try:
         chain = known or chain_or_reason(f)
-    except NotAChain as reason:
-        return _unfused(f, method, str(reason))
+    except NotAChain as error:
+        return _unfused(f, method, str(error))
     reason = why_no_kernel(chain, x, method)
     return Route("fused", chain=chain) if reason is None else _unfused(f, method, reason)
 

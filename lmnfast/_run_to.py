@@ -78,7 +78,9 @@ def run_to_path(
     return samples, result, path
 
 
-def run_on_copies(run: Call, inputs: Any, part: nn.Module | None = None, hook: Callable | None = None) -> Any:
+def run_on_copies(
+    run: Call, inputs: Any, part: nn.Module | None = None, hook: Callable[..., Any] = lambda *_: None
+) -> Any:
     """The output on copies of the inputs; the hook is called behind the part."""
     with evaluating(run):  # which the hook would have keep the state of torch's own modules
         # A scripted module's own method only raises.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ._chain import CHAIN_DTYPES
 from ._undisturbed import evaluating
 
 
-def _runs(f: nn.Module, x: Tensor) -> bool:
+def _runs(f: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """Whether a module takes samples in the dtype of some of its parameters, and itself casts to that of others."""
     with evaluating(f):
         try:
@@ -127,7 +127,7 @@ def _exported_for(part: nn.Module) -> int | None:
     if not is_program:
         return None
     for node in getattr(part, "graph", fx.Graph()).nodes:
-        shape = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
+        shape: Sequence[Any] = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
         if len(shape):
             return shape[0] if isinstance(shape[0], int) else None
     return None

@@ -47,5 +47,5 @@ def loaded(f: nn.Module, stacked: Stacked, number: int) -> Iterator[None]:
                         got = "nothing of that name" if value is None else f"shape {tuple(value.shape)}"
                         expected = ", ".join(("networks", *map(str, tensor.shape)))
                         raise ValueError(f"stacked: {names[id(tensor)]!r}: expected ({expected}), got {got}")
-                    own[key] = value[number].detach()
+                    own[key] = value[number].detach()  # type: ignore[assignment]  # for the time being no Parameter
         yield

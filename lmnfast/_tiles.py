@@ -64,7 +64,7 @@ class AllocationCount(TorchFunctionMode):
     def __init__(self, live: bool = False) -> None:
         super().__init__()
         self.bytes = 1
-        self._live: int | None = 0 if live else None
+        self._follows, self._live = live, 0
         self._tensors: set[int] = set()
         self._storages: dict[int, int] = {}  # by address, how many tensors there are in it
 
@@ -72,7 +72,7 @@ class AllocationCount(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(value, Tensor):
-                if self._live is None:
+                if not self._follows:
                     self.bytes += value.numel() * value.element_size()
                 elif id(value) not in self._tensors:  # else it was worked on in place
                     self._follow(value)

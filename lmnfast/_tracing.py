@@ -65,8 +65,9 @@ def _selected(result: Any, output: Output) -> Any:
     if callable(output):
         return output(result)
     try:
-        named = isinstance(output, str) and not isinstance(result, Mapping)
-        return getattr(result, output) if named else result[output]
+        if isinstance(output, str) and not isinstance(result, Mapping):
+            return getattr(result, output)
+        return result[output]
     except (KeyError, IndexError, AttributeError, TypeError):
         raise ValueError(f"output: no {output!r} in what the model returns, {contents(result)}") from None
 
@@ -101,7 +102,7 @@ class Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         if hasattr(fx._symbolic_trace, "_is_fx_tracing_flag"):  # which trace() has set, and sets back
-            fx._symbolic_trace._is_fx_tracing_flag = self.here
+            fx._symbolic_trace._is_fx_tracing_flag = self.here  # type: ignore[assignment]  # it acts as a bool
         return super().create_args_for_root(root_fn, is_module, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -167,7 +168,7 @@ def _pure(node: fx.Node) -> bool:
     """Whether a call does nothing but return a result, by PyTorch's way of naming what works in place."""
     if node.op not in ("call_function", "call_method"):
         return False
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "_")
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "_")
     in_place = (
         name.endswith("_") or name.startswith(("i", "setitem")) or node.kwargs.keys() & {"inplace", "out"}
     )

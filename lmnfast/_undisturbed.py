@@ -167,6 +167,7 @@ def _stand_still(part: nn.Module, inner: bool, stack: ExitStack) -> None:
     """Turns off what makes a call depend on earlier ones, or hooks fail, until the stack is closed."""
     if isinstance(part._buffers, dict) and "observer_enabled" in part._buffers:  # torch.ao's FakeQuantizeBase
         enabled = part._buffers["observer_enabled"]
+        assert enabled is not None
         part._buffers["observer_enabled"] = torch.zeros_like(enabled)
         stack.callback(part._buffers.__setitem__, "observer_enabled", enabled)
     if inner and "_orig_mod" in part._modules:  # torch.compile's
@@ -386,9 +387,9 @@ def _put_back(now: Any, before: Any) -> None:
             set.clear(now)
             set.update(now, before)
     elif not _same(now, before):
-        base = deque if isinstance(now, deque) else list
-        base.clear(now)
-        base.extend(now, before)
+        sequence: Any = deque if isinstance(now, deque) else list
+        sequence.clear(now)
+        sequence.extend(now, before)
 
 
 def _same(now: Any, before: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def _unchanged(input):
 
 # Each reads the arguments of a call, by the called function's own signature, into an activation (identity for
 # what leaves a sample as it is) or FLATTEN, or None for what has no place in a chain.
-FUNCTIONS = {
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.relu: _named("relu"),
     F.relu_: _named("relu"),
     torch.relu: _named("relu"),
@@ -82,14 +83,14 @@ FUNCTIONS = {
     F.feature_alpha_dropout: _dropout(False),
     torch.flatten: _flatten(0),
 }
-TENSOR_METHODS = {
+TENSOR_METHODS: dict[Any, Callable[..., Any]] = {
     **{name + suffix: _named(name) for name in ("relu", "tanh", "sigmoid", "sin") for suffix in ("", "_")},
     "flatten": _flatten(0),
     "contiguous": _unchanged,
     "clone": _unchanged,
 }
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-MODULES = {
+MODULES: dict[type[nn.Module], Callable[[Any], Any]] = {
     nn.ReLU: lambda m: Activation("relu"),
     nn.LeakyReLU: lambda m: _leaky_relu(None, m.negative_slope),
     nn.ELU: lambda m: _elu(None, m.alpha),
@@ -99,18 +100,13 @@ MODULES = {
     nn.Sigmoid: lambda m: Activation("sigmoid"),
     nn.Softplus: lambda m: _softplus(None, m.beta, m.threshold),
     nn.Flatten: lambda m: _flatten(1)(None, m.start_dim, m.end_dim),
-    **{
-        kind: _unchanged
-        for kind in (
-            nn.Identity,
-            nn.Dropout,
-            nn.Dropout1d,
-            nn.Dropout2d,
-            nn.Dropout3d,
-            nn.AlphaDropout,
-            nn.FeatureAlphaDropout,
-        )
-    },
+    nn.Identity: _unchanged,
+    nn.Dropout: _unchanged,
+    nn.Dropout1d: _unchanged,
+    nn.Dropout2d: _unchanged,
+    nn.Dropout3d: _unchanged,
+    nn.AlphaDropout: _unchanged,
+    nn.FeatureAlphaDropout: _unchanged,
 }
 
 # As they were at import, as `FORWARDS`.

@@ -28,30 +28,43 @@ def cut(
     output: Output = None,
     stacked: Stacked | None = None,
 ) -> tuple[nn.Module, Tensor]:
-    """The sub-network from a layer's output on, and that output for `inputs`: tail(samples) == model(inputs).
+    """The network behind a layer, and the layer's output: ``tail(samples) == model(inputs)``.
 
-    model: measured in eval mode, left as it was. The tail shares its parameters, so it follows its training;
-        Python values and branches in its forward are as at the moment of the cut.
-    layer: a name in model.named_modules(), called once per forward pass; "name@k" is its k-th call, from 0 on. What
-        torch.compile, DataParallel and checkpoint_wrapper put into names may be left out ("0" for "module.0").
-        Where it returns a tuple, dict or dataclass (LSTM, transformer blocks), the first floating-point tensor there.
-    inputs: (N, ...), any dtype; or a tuple or a dict of tensors passed as arguments. Those that have not N
-        rows as the first has are taken to be the same for every sample; so are those with N rows where only that gives
-        the model's output (a mask of tokens by tokens).
-    forward: called as forward(model, inputs) in place of model(inputs), for models that take something else;
-        inputs then are whatever it takes, tensors somewhere in tuples, lists and dicts.
-    output: what of the model's output counts, where that is no tensor or not all of it matters: a key or an
-        attribute, an index, or a function of it.
-    stacked: parameters and buffers of B networks like the model, as torch.func.stack_module_state returns them:
-        samples are then theirs, (B, N, ...), and the tail is to be measured with the same `stacked`.
-    Returns (tail, samples): a module, and the layer's output (N, ...), detached. Where torch.fx cannot
-    isolate what follows the layer, the tail is the model with that output replaced by a forward hook.
+    Args:
+        model: is measured in eval mode and left as it was. The tail shares the model's parameters, so the tail follows the
+            model's training. Python values and branches in the model's forward are as at the moment of the cut.
+        layer: a name in model.named_modules(), called once per forward pass; "name@k" is its k-th call, from 0 on. What
+            torch.compile, DataParallel and checkpoint_wrapper put into names may be left out ("0" for "module.0"). Where the
+            layer returns a tuple, dict or dataclass (LSTM, transformer blocks), its first floating-point tensor is taken.
+        inputs: (N, ...), any dtype; or a tuple or a dict of tensors passed as arguments. Tensors that have not N rows, as the
+            first one has, are taken to be the same for every sample; so are those with N rows where only that gives
+            the model's output (a mask of tokens by tokens).
+        forward: is called as forward(model, inputs) in place of model(inputs), for models that take something else; inputs then
+            are whatever it takes, tensors somewhere in tuples, lists and dicts.
+        output: what of the model's output counts, where the output is no tensor or not all of it matters: a key or an
+            attribute, an index, or a function of the output.
+        stacked: parameters and buffers of B networks like the model, as torch.func.stack_module_state returns them. The samples
+            are then (B, N, ...), and the tail is to be measured with the same `stacked`.
 
-    Raises ValueError for a layer that does not exist, is not called exactly once, does not give one row per
-    input, or around which the output depends on the inputs by another way, for a model whose output has not one row per
-    input, that is on several devices or on meta, or has lazy parameters still without values;
-    TypeError where model, inputs, the layer's output or the model's are no (floating)
-    tensors, or inputs do not fit the model's forward.
+    Returns:
+        (tail, samples): a module, and the layer's output (N, ...), detached. Where torch.fx cannot isolate what follows the
+        layer, the tail is the model with the layer's output replaced by a forward hook.
+
+    Raises:
+        ValueError: the layer does not exist, is not called exactly once, or does not give one row per input; the output depends
+            on the inputs also by another way than through the layer; the model's output has not one row per input; the
+            model is on several devices or on meta, or has lazy parameters without values.
+        TypeError: model, inputs, the layer's output or the model's are no (floating-point) tensors, or inputs do not fit
+            the model's forward.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> x = torch.randn(20, 8)
+        >>> tail, samples = lmnfast.cut(model, "0", x)
+        >>> samples.shape
+        torch.Size([20, 16])
+        >>> torch.allclose(tail(samples), model(x))
+        True
     """
     if stacked is not None:
         samples = []
@@ -62,15 +75,15 @@ def cut(
         setattr(tail, WHOLE, (model,))  # whose names `stacked` has, where modules share a tensor
         return tail, torch.stack(samples)
     seen, result, path = run_to_path(model, layer, inputs, forward, output)
-    part, number = find_layer(model, layer)
+    part, call_number = find_layer(model, layer)
     call = Call(called_model(model, forward), inputs, forward, output)
     try:
-        tail: nn.Module = _traced_tail(call, part, number, path)
-        if reproduces_output(tail, seen, result):
-            return tail, seen
+        traced = _traced_tail(call, part, call_number, path)
+        if reproduces_output(traced, seen, result):
+            return traced, seen
     except Exception:  # not traced, or along a branch that the samples do not take
         pass
-    replacing, ways = hook_tail(call, part, number, path, inputs, seen, result)
+    replacing, ways = hook_tail(call, part, call_number, path, inputs, seen, result)
     if replacing is None:
         raise ValueError(other_ways(model, layer, inputs, forward, output, ways))
     return replacing, seen

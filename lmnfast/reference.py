@@ -221,7 +221,8 @@ def check_outputs(
 
     found = [*failing(~x.isfinite().all(1)), *failing(~y.isfinite().all(1))]
     wide = y.double()
-    unlike, excess, magnitude = 0, 0.0, 0.0
+    zero = torch.zeros((), dtype=torch.float64)
+    unlike, excess, magnitude = zero, zero, zero
     if expected is not None:
         other = expected.double()
         over = (wide - other).abs() / (32 * epsilon) - other.abs()
@@ -230,7 +231,7 @@ def check_outputs(
         excess = torch.where(finite & over.isfinite(), over, 0.0).amax().clamp(min=0)
         magnitude = torch.where(finite, other.abs(), 0.0).amax()
     bits = torch.tensor([float(excess), float(magnitude)], dtype=torch.float64).view(torch.int64)
-    others = 0
+    others = zero
     if again is not None:
         apart, high, low = (again - y).abs().amax(0).double(), wide.amax(0), wide.amin(0)
         same = apart <= 1e-3 * (high - low) + 8 * epsilon * torch.maximum(high.abs(), low.abs()) + 1e-30

@@ -45,6 +45,10 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
         TypeError: L is not a floating-point tensor.
         ValueError: L is not square, is empty, not finite, not symmetric to 1e-4 of its largest entry, or all 0; unknown
             solver, or "cuda" for a matrix elsewhere.
+
+    Example:
+        >>> lmnfast.eigenvalues(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+        tensor([1.5000, 0.5000], dtype=torch.float64)
     """
     _check_matrix(L)
     return _solved(L, solver)[0].to(L.device)
@@ -105,9 +109,6 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
 
     ``S_NL = -sum p log2 p`` with ``p = |w| / sum |w|`` over the eigenvalues w; 0 log 0 = 0. In float64 throughout.
 
-        >>> lmnfast.nonlinear_complexity(torch.eye(8))
-        tensor(3., dtype=torch.float64)
-
     Args:
         L: (..., N, N), floating point, symmetric; no unit, as r2 has none.
         negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
@@ -118,7 +119,13 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
     Raises:
         TypeError, ValueError: as :func:`eigenvalues`; ValueError also for another `negative`, and where nothing is left
             to take the entropy of: all eigenvalues are 0, or with "clip" none is above 0.
-        Source: arXiv 2310.05918, Eq. 3.
+
+    Source:
+        arXiv 2310.05918, Eq. 3.
+
+    Example:
+        >>> lmnfast.nonlinear_complexity(torch.eye(8))
+        tensor(3., dtype=torch.float64)
     """
     check_negative(negative)
     return _complexity(eigenvalues(L), negative)
@@ -126,9 +133,6 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
 
 def linear_mapping_number(L: Tensor, *, negative: str = "absolute") -> Tensor:
     """Linear mapping number ``2 ** S_NL`` of a connectivity matrix: 1 for one linear map, N for N unrelated ones.
-
-        >>> lmnfast.linear_mapping_number(torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)))
-        tensor(2.0000, dtype=torch.float64)
 
     Args:
         L: (..., N, N), floating point, symmetric; no unit, as r2 has none.
@@ -138,7 +142,14 @@ def linear_mapping_number(L: Tensor, *, negative: str = "absolute") -> Tensor:
         (...) float64 on L's device, from 1 to N.
 
     Raises:
-        TypeError, ValueError: as :func:`nonlinear_complexity`. Source: arXiv 2310.05918, Eq. 3.
+        TypeError, ValueError: as :func:`nonlinear_complexity`.
+
+    Source:
+        arXiv 2310.05918, Eq. 3.
+
+    Example:
+        >>> lmnfast.linear_mapping_number(torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)))
+        tensor(2.0000, dtype=torch.float64)
     """
     return torch.exp2(nonlinear_complexity(L, negative=negative))
 
@@ -148,12 +159,14 @@ class Measurement:
     """A linear mapping number with all that it depends on; :func:`measure` returns it.
 
     ``float(m)`` is ``m.lmn``. Two are equal where all their values are, those of the tensors too. To keep one, save its
-    dict, which holds plain values and tensors, so torch.load reads it as it is called here:
-
-        torch.save(m.to_dict(), "measurement.pt")
-        m = lmnfast.Measurement(**torch.load("measurement.pt"))
-
+    dict, which holds plain values and tensors, so that torch.load reads it without running code.
     The value of some of the samples is no estimate of that of all: LMN grows with their number.
+
+    Example:
+        >>> m = lmnfast.measure(nn.Sequential(nn.Linear(8, 16), nn.SiLU()), torch.randn(30, 8))
+        >>> torch.save(m.to_dict(), "measurement.pt")
+        >>> lmnfast.Measurement(**torch.load("measurement.pt")) == m
+        True
     """
 
     lmn: float
@@ -258,10 +271,6 @@ def measure(
 ) -> Measurement:
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
 
-        m = lmnfast.measure(model, x)
-        print(m)                          # Measurement(lmn=24.4766, complexity_bits=4.61334, samples=200, ...)
-        m.eigenvalues, m.connectivity     # (200,) and (200, 200)
-
     Args:
         f: maps a batch (B, *in) to (B, *out), one row independent of the others; outputs are flattened to K.
         x: (N, *in), floating point, the samples, of f's dtype and on its device.
@@ -277,7 +286,16 @@ def measure(
 
     Warns:
         UserWarning: outputs vary so little beside their size that rounding hides it in 0.2 % of the paths or more.
-        Source: arXiv 2310.05918, Eq. 1-3.
+
+    Source:
+        arXiv 2310.05918, Eq. 1-3.
+
+    Example:
+        >>> m = lmnfast.measure(nn.Sequential(nn.Linear(8, 16), nn.SiLU()), torch.randn(30, 8))
+        >>> m.samples, m.outputs, m.eigenvalues.shape, m.connectivity.shape
+        (30, 16, torch.Size([30]), torch.Size([30, 30]))
+        >>> 1 < m.lmn < 30
+        True
     """
     check_negative(negative)
     settings = Settings(method, points, rule, budget)
@@ -299,9 +317,6 @@ def lmn(
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
-        >>> lmnfast.lmn(nn.Linear(64, 10), torch.randn(500, 64))     # one linear map
-        tensor(1., dtype=torch.float64)
-
     Args:
         f: maps a batch (B, *in) to (B, *out), one row independent of the others; outputs are flattened to K.
         x: (N, *in), floating point, the samples, of f's dtype and on its device; (B, N, *in) with `stacked`.
@@ -318,7 +333,13 @@ def lmn(
 
     Warns:
         UserWarning: outputs vary so little beside their size that rounding hides it in 0.2 % of the paths or more.
-        Source: arXiv 2310.05918, Eq. 1-3.
+
+    Source:
+        arXiv 2310.05918, Eq. 1-3.
+
+    Example:
+        >>> round(float(lmnfast.lmn(nn.Linear(64, 10), torch.randn(500, 64))), 6)  # one linear map
+        1.0
     """
     check_negative(negative)
     each = measured(f, x, Settings(method, points, rule, budget), stacked)
