@@ -12,17 +12,30 @@ PAPER_POINTS = 21  # arXiv 2310.05918 walks t = 0, 0.05, ..., 1
 
 
 def path_nodes(rule: str, points: int) -> tuple[Tensor, Tensor]:
-    """Nodes t in [0, 1], both ends among them, and weights that sum to 1; (points,) float64 each, on the CPU.
+    """Nodes on a path and their weights.
 
-    points: any integer type; 3 at least, as two points always lie on a line, so that every network would have LMN 1.
+    Args:
+        rule: "uniform": equal weights on equidistant points; 21 of them are the paper's, and the definition. "lobatto": the
+            Gauss-Lobatto rule of the discrete uniform measure on the paper's 21 points, so M nodes give the 21-point sums
+            exactly for polynomials up to degree 2 M - 3, and approximate them for anything else.
+        points: any integer type; 3 at least, as two points always lie on a line, so that every network would have LMN 1.
 
-    ``uniform``: equal weights on equidistant points; 21 of them are the paper's, and the definition.
-    ``lobatto``: the Gauss-Lobatto rule of the discrete uniform measure on the paper's 21 points, so M nodes
-    give the 21-point sums exactly for polynomials up to degree 2 M - 3; an approximation for anything else.
+    Returns:
+        Nodes t in [0, 1], both ends among them, and weights that sum to 1; (points,) float64 each, on the CPU.
 
     Raises:
         TypeError: points is not an integer.
-        ValueError: unknown rule, points < 3, or more than 21 points for ``lobatto``.
+        ValueError: unknown rule, points < 3, or more than 21 points for "lobatto".
+
+    Source:
+        The 21 points: arXiv 2310.05918, section 2. The discrete rule: docs/mathematics.md.
+
+    Example:
+        >>> nodes, weights = lmnfast.quadrature.path_nodes("lobatto", 3)
+        >>> nodes
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+        >>> round(float(weights.sum()), 12)
+        1.0
     """
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")

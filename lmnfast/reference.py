@@ -25,7 +25,10 @@ def r2_along_path(y: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
         weights: (nodes,) float64, sum 1.
 
     Returns:
-        (...) of y's dtype. Source: arXiv 2310.05918, Eq. 1.
+        (...) of y's dtype.
+
+    Source:
+        arXiv 2310.05918, Eq. 1.
     """
     return r2_of_outputs(y, nodes, weights)[0].mean(-1)
 
@@ -70,6 +73,12 @@ def path_r2(
 
     Returns:
         (pairs,) of interior's dtype.
+
+    Example:
+        >>> nodes, weights = lmnfast.quadrature.path_nodes("uniform", 3)
+        >>> ends, i, j = torch.tensor([[0.0], [2.0]]), torch.tensor([0]), torch.tensor([1])
+        >>> lmnfast.reference.path_r2(torch.tensor([[[1.0]]]), ends, i, j, nodes, weights)  # 0, 1, 2: a line
+        tensor([1.])
     """
     y = torch.cat([ends[first][:, None], interior, ends[second][:, None]], 1)
     return r2_along_path(y, nodes, weights)
@@ -84,7 +93,16 @@ def path_connectivity(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, w
         nodes, weights: (nodes,) float64, as above.
 
     Returns:
-        (N, N) of f's dtype, symmetric, ones on the diagonal. Source: arXiv 2310.05918, Eq. 1-2.
+        (N, N) of f's dtype, symmetric, ones on the diagonal.
+
+    Source:
+        arXiv 2310.05918, Eq. 1-2.
+
+    Example:
+        >>> rule = lmnfast.quadrature.path_nodes("uniform", 21)
+        >>> L = lmnfast.reference.path_connectivity(torch.square, torch.tensor([[-1.0], [0.0], [1.0]]), *rule)
+        >>> [round(abs(float(v)), 3) for v in L[0]]  # a parabola from -1 to 0 is nearly straight, from -1 to 1 level on the whole
+        [1.0, 0.932, 0.0]
     """
     result = torch.ones(len(x), len(x), dtype=f(x[:1]).dtype, device=x.device)
     t = nodes.to(x).reshape(-1, *[1] * (x.dim() - 1))
@@ -112,6 +130,13 @@ def hermite_connectivity(
 
     Returns:
         (N, N) of f's dtype, symmetric, ones on the diagonal.
+
+    Example:
+        >>> rule = lmnfast.quadrature.path_nodes("uniform", 21)
+        >>> x = torch.randn(5, 3)
+        >>> L = lmnfast.reference.hermite_connectivity(torch.square, x, *rule, False)
+        >>> torch.allclose(L, lmnfast.reference.path_connectivity(torch.square, x, *rule), atol=1e-5)
+        True
     """
     y = f(x).flatten(1)
     J = jacobian(f, x)
@@ -161,6 +186,11 @@ def jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Returns:
         (N, K, D) of f's dtype.
+
+    Example:
+        >>> lmnfast.reference.jacobian(torch.square, torch.tensor([[1.0, 2.0]]))
+        tensor([[[2., 0.],
+                 [0., 4.]]])
     """
     J = torch.func.vmap(torch.func.jacrev(lambda sample: f(sample[None]).flatten()))(x)
     return J.reshape(len(x), J.shape[1], -1)
@@ -176,13 +206,28 @@ def jacobian_distance(first: Tensor, second: Tensor, squared: bool) -> Tensor:
 
     Returns:
         (M, N) of their dtype.
+
+    Example:
+        >>> lmnfast.reference.jacobian_distance(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), squared=False)
+        tensor([[5.]])
     """
     square = torch.stack([(second - row).square().sum(-1) for row in first])
     return square if squared else square.sqrt()
 
 
 def symmetric_eigenvalues(matrices: Tensor) -> Tensor:
-    """Eigenvalues of symmetric matrices (..., N, N), of their lower triangles: (..., N) float64, rising."""
+    """Eigenvalues of symmetric matrices.
+
+    Args:
+        matrices: (..., N, N), of which the lower triangles are read.
+
+    Returns:
+        (..., N) float64, rising.
+
+    Example:
+        >>> lmnfast.reference.symmetric_eigenvalues(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+        tensor([0.5000, 1.5000], dtype=torch.float64)
+    """
     return torch.linalg.eigvalsh(matrices.double())
 
 
@@ -213,6 +258,12 @@ def check_outputs(
         outputs are the same where the first is 0 and the second is at most the third. How many outputs k have an
         ``|again_k - y_k|`` above ``(max y_k - min y_k) / 1000 + 8 epsilon max |y_k| + 1e-30``. As for the rows, of the entries
         of the matrix. The counts. Where something is None, zeros.
+
+    Example:
+        >>> x, y = torch.zeros(4, 2), torch.tensor([[1.0], [2.0], [float("nan")], [3.0]])
+        >>> found = lmnfast.reference.check_outputs(x, y, None, None, None, None, 1e-7)
+        >>> found[:4].tolist()  # of x nothing; of y one row, which is followed by one more
+        [0, 0, 1, 2]
     """
 
     def failing(bad: Tensor) -> list[Tensor]:
@@ -248,7 +299,14 @@ def spectral_entropy(eigenvalues: Tensor) -> Tensor:
         eigenvalues: (..., N), any order and sign.
 
     Returns:
-        (...) float64. Source: arXiv 2310.05918, Eq. 3.
+        (...) float64.
+
+    Source:
+        arXiv 2310.05918, Eq. 3.
+
+    Example:
+        >>> lmnfast.reference.spectral_entropy(torch.ones(8))
+        tensor(3., dtype=torch.float64)
     """
     p = eigenvalues.double().abs()
     p = p / p.amax(-1, keepdim=True)  # a sum of the largest numbers would not be finite

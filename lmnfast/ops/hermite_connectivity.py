@@ -10,11 +10,10 @@ from .path_connectivity import chain_connectivity, check_exact, check_fake, run
 
 
 def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool) -> Tensor:
-    """``reference.hermite_connectivity(chain, x, nodes, weights, midpoint)``, fused; devices, precision and errors as
-    ``path_connectivity``.
+    """``reference.hermite_connectivity(chain, x, nodes, weights, midpoint)``, fused.
 
-    Slopes are carried from layer to layer as their difference from the chord's, at both ends of every path; nothing
-    but the midpoint is evaluated along it, and no Jacobian is formed.
+    Devices and precision are those of ``path_connectivity``. Slopes are carried from layer to layer as their difference from the
+    chord's, at both ends of every path. Nothing but the midpoint is evaluated along the path, and no Jacobian is formed.
 
     Args:
         chain: weights on the samples' device, of their dtype.
@@ -24,6 +23,18 @@ def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor
 
     Returns:
         (N, N) float64 for float64 samples, else float32.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``path_connectivity``.
+
+    Source:
+        docs/mathematics.md.
+
+    Example:
+        >>> chain = lmnfast.ops.recognise(nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)))
+        >>> rule = lmnfast.quadrature.path_nodes("uniform", 21)
+        >>> lmnfast.ops.hermite_connectivity(chain, torch.randn(50, 8), *rule, midpoint=False).shape
+        torch.Size([50, 50])
     """
     measured = chain_connectivity(chain, x, nodes, weights, midpoint)
     measured.resolve()

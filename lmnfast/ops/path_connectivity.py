@@ -14,16 +14,17 @@ from ._checks import check_chain, check_rule, check_sums, check_tensor, plain
 
 
 def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
-    """``reference.path_connectivity(chain, x, nodes, weights)``, fused; on the CPU, or on CUDA in a build with it.
+    """``reference.path_connectivity(chain, x, nodes, weights)``, fused; on the CPU, or on CUDA in a build with CUDA.
 
-    A first Linear commutes with the path and is applied to the samples alone, in float64. float32 in, statistics and result:
-    float32, sums over outputs compensated or in float64; float64: float64; half types are widened to float32 first.
-    Pairs that this cannot resolve are measured in float64 afterwards, see `lmnfast.unresolved`.
-    On CUDA float32 products follow ``torch.get_float32_matmul_precision()``. "highest": residuals from the chord and weights
-    are each split into two halves, which keeps 22 of float32's 24 bits. "high" and "medium": each is one half, of 11 bits, as
-    in TF32, which moves r2 by at most about 2^-11 of the last hidden units' residuals over the output's spread: most entries by less
-    than 1e-4, a path whose chord is short against its way by some 1e-3 where tens of outputs level it, and by 0.02 with one output.
-    A power of two for each unit brings them into a half's range; where that fails, the pair is one of those measured in float64.
+    A first Linear commutes with the path and is applied to the samples alone, in float64. float32 samples give statistics and
+    a result in float32, with sums over outputs compensated or in float64; float64 samples give float64; half types are widened
+    to float32 first. Pairs that float32 cannot resolve are measured in float64 afterwards, see docs/mathematics.md.
+    On CUDA float32 products follow ``torch.get_float32_matmul_precision()``. At "highest" residuals from the chord and weights
+    are each split into two halves, which keeps 22 of float32's 24 bits. At "high" and "medium" each is one half, of 11 bits, as
+    in TF32. That moves r2 by at most about 2^-11 of the last hidden units' residuals over the output's spread: most entries move
+    by less than 1e-4; a path whose chord is short against its way moves by some 1e-3 where tens of outputs level the error, and
+    by 0.02 with one output. A power of two for each unit brings values into a half's range; where that fails, the pair is
+    measured in float64.
 
     Args:
         chain: weights on the samples' device, of their dtype.
@@ -31,8 +32,21 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
         nodes, weights: (nodes,) float64, as :func:`lmnfast.quadrature.path_nodes` returns them.
 
     Returns:
-        (N, N). Raises as ``torch.ops.lmnfast.path_connectivity``: TypeError for a dtype, ValueError for a shape,
-        RuntimeError where the CUDA kernels cannot run on the device.
+        (N, N) float64 for float64 samples, else float32.
+
+    Raises:
+        TypeError: a dtype that the kernels do not take, or dtypes that differ.
+        ValueError: shapes that do not fit together.
+        RuntimeError: the CUDA kernels cannot run on the device.
+
+    Source:
+        arXiv 2310.05918, Eq. 1-2; the residual from the chord: docs/mathematics.md.
+
+    Example:
+        >>> chain = lmnfast.ops.recognise(nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)))
+        >>> rule = lmnfast.quadrature.path_nodes("uniform", 21)
+        >>> lmnfast.ops.path_connectivity(chain, torch.randn(50, 8), *rule).shape
+        torch.Size([50, 50])
     """
     measured = chain_connectivity(chain, x, nodes, weights)
     measured.resolve()

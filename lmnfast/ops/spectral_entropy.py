@@ -19,6 +19,13 @@ def spectral_entropy(eigenvalues: Tensor) -> Tensor:
     Raises:
         TypeError: neither float32 nor float64.
         ValueError: no eigenvalues; on the CPU, a row of zeros alone. CUDA gives NaN for it.
+
+    Source:
+        arXiv 2310.05918, Eq. 3.
+
+    Example:
+        >>> lmnfast.ops.spectral_entropy(torch.ones(8))
+        tensor(3., dtype=torch.float64)
     """
     return torch.ops.lmnfast.spectral_entropy(eigenvalues)
 

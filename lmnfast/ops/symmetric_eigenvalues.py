@@ -32,6 +32,10 @@ def symmetric_eigenvalues(matrices: Tensor) -> Tensor:
         TypeError: neither float32 nor float64.
         ValueError: not square, or empty.
         torch.linalg.LinAlgError: LAPACK or cuSOLVER does not converge; cuSOLVER does not for some matrices near rank one.
+
+    Example:
+        >>> lmnfast.ops.symmetric_eigenvalues(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+        tensor([0.5000, 1.5000], dtype=torch.float64)
     """
     return torch.ops.lmnfast.symmetric_eigenvalues(matrices)
 
