@@ -22,9 +22,11 @@ from results import machine
 from torch import nn
 
 import lmnfast
-from lmnfast.grokking import train as trainer
+from lmnfast.grokking import run as on_disk
+from lmnfast.grokking.config import Config, start
 from lmnfast.grokking.figures import ACCURACY, L2, LMN
 from lmnfast.grokking.tasks import TASKS
+from lmnfast.grokking.train import train
 
 DOCS = Path(__file__).parent.parent / "docs"
 COLUMNS = ("run", "task", "seed", "activation", "step", "layer", "method", "value", "seconds")
@@ -41,7 +43,7 @@ RELU = {"activation": "relu", "steps": 5000, "every": 250, "points": 4, "rule": 
 def trained_with_relu(directory: Path) -> list[Path]:
     runs = [directory / f"{task}-relu" for task in TASKS]
     for task, run in zip(TASKS, runs, strict=True):
-        trainer.train(trainer.Config(task, **RELU), run, progress=True)
+        train(Config(task, **RELU), run, progress=True)
     return runs
 
 
@@ -69,35 +71,35 @@ def study(runs: list[Path], values: Path, every: int) -> None:
     # One seed of each task is enough to tell the rules apart, and exact work for one more layer can wait.
     for layer in ("hidden_1", "embedding"):
         for run in runs:
-            if trainer.read_config(run).seed == 0:
+            if on_disk.read_config(run).seed == 0:
                 measure(run, values, every, (layer,), lambda layer: LOBATTO)
 
 
 def is_relu(run: Path) -> bool:
-    return trainer.read_config(run).activation == "relu"
+    return on_disk.read_config(run).activation == "relu"
 
 
 def measure(
     run: Path, values: Path, every: int, layers: Iterable[str], methods: Callable[[str], Iterable[str]]
 ) -> None:
     known = {tuple(row[c] for c in ("run", "step", "layer", "method")) for row in read(values)}
-    config = trainer.read_config(run)
-    task, model = trainer.start(config)
+    config = on_disk.read_config(run)
+    task, model = start(config)
     activation = "ReLU" if is_relu(run) else "SiLU"
     for checkpoint in sorted(run.glob("checkpoints/step_*.pt")):
         step, rows = int(checkpoint.stem[5:]), []
         if step % every:
             continue
-        trainer.load_checkpoint(model, run, step)
+        on_disk.load_checkpoint(model, run, step)
         for layer in layers:
             missing = [m for m in methods(layer) if (run.name, str(step), layer, m) not in known]
             if not missing:
                 continue
             tail, samples = lmnfast.cut(model, layer, task.train_inputs)
             for method in missing:
-                start = time.perf_counter()
+                begin = time.perf_counter()
                 result = measured(method)(tail, samples)
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - begin
                 value = result if isinstance(result, int) else float(lmnfast.linear_mapping_number(result))
                 rows.append(
                     (run.name, config.task, config.seed, activation, step, layer, method, value, seconds)
@@ -181,7 +183,7 @@ def table(
                     task,
                     f"`{layer}`",
                     f"`{method}`",
-                    spread([trainer.pearson(pair.T.tolist()) for pair in pairs], 4),
+                    spread([on_disk.pearson(pair.T.tolist()) for pair in pairs], 4),
                     spread([bias_at_peak(pair) for pair in pairs], digits),
                     spread([100 * (pair[1] / pair[0] - 1).abs().max().item() for pair in pairs], digits),
                     f"{values.milliseconds(task, activation, layer, method):.0f}",

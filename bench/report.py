@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from lmnfast import _native
-from lmnfast.files import write_file
+from lmnfast.runs.files import write_file
 
 from .results import machine, table
 

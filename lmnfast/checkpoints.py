@@ -5,13 +5,10 @@ which files they were; lmn.png, once drawn. Every file is written under another 
 after each checkpoint: so what is stopped, by kill -9 too, goes on with the checkpoints that have no row yet.
 """
 
-import csv
 import hashlib
 import importlib
 import io
 import json
-import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -19,8 +16,6 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -37,12 +32,15 @@ from torch import Tensor, nn
 
 from .connectivity import METHODS, measured, warn_of_offsets
 from .cutting import cut, match_layers
-from .files import claimed, write_file
-from .grokking.train import progress_bar
 from .nested import contents, entries_of, few, mapped, tensors_in
 from .network import Forward, Output
-from .processes import cores, prepare_worker
+from .processes import cores
 from .quadrature import path_nodes
+from .runs.device import settled_device
+from .runs.files import claimed, write_file, write_json
+from .runs.pool import Pool
+from .runs.progress import progress_bar
+from .runs.tables import LacksColumns, check_continues, read_table, write_table
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
 from .steps import steps_of
 
@@ -59,8 +57,6 @@ IMPOSTORS = {
     b"<?xml": "an XML text; download the file itself",
 }
 SAMPLED = 16, 4096  # places in a file, and bytes at each, by which it is recognised
-INTEGERS = ("samples", "outputs", "points")
-WORDS = ("checkpoint", *(name for name in SETTINGS if name not in INTEGERS))  # the other columns hold numbers
 STYLES = ("-", "--", ":", "-.")  # so that of equal curves both are seen
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -140,8 +136,8 @@ def measure_checkpoints(
     with nullcontext() if out is None else claimed(Path(out)):
         stored = None if out is None or force else _read_settings(Path(out))
         work = _Work(
-            factory, forward, output, key, names, method, points, rule, negative, _settled(device, stored),
-            torch.get_float32_matmul_precision(),
+            factory, forward, output, key, names, method, points, rule, negative,
+            settled_device(device, stored["device"] if stored else None), torch.get_float32_matmul_precision(),
         )  # fmt: skip
         settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
         table = _Table(None if out is None else Path(out), settings, stored, paths)
@@ -709,29 +705,16 @@ def _in_processes(work: _Work, inputs: Any, paths: Sequence[str], count: int) ->
     threads = max(1, min(torch.get_num_threads(), cores() // count))
     content = io.BytesIO()  # as bytes: torch would move the tensors of the caller to shared memory
     torch.save(mapped(inputs, lambda tensor: tensor.detach().cpu()), content)
-    pool = ProcessPoolExecutor(
-        count, multiprocessing.get_context("spawn"), _begin, (work, content.getvalue(), threads)
-    )
-    try:
-        futures = [pool.submit(_measure_here, path) for path in paths]
-        failed = None
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            if future.exception() is None:
-                yield future.result()
+    failed: BaseException | None = None
+    with Pool(count, _begin, (work, content.getvalue(), threads)) as pool:
+        for outcome in pool.outcomes(_measure_here, [(path,) for path in paths]):
+            if outcome.error is None:
+                yield outcome.result
             elif failed is None:
-                failed = future.exception()
-                for other in futures:
-                    other.cancel()
-        if failed is not None:
-            raise failed
-    except BrokenProcessPool:
-        raise OSError(
-            "jobs: a process died, perhaps for want of memory, where fewer may do; what was measured is kept"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+                failed = outcome.error
+                pool.leave_waiting()
+    if failed is not None:
+        raise failed
 
 
 _given: tuple[_Work, bytes]  # a spawned process's own
@@ -740,7 +723,6 @@ _given: tuple[_Work, bytes]  # a spawned process's own
 def _begin(work: _Work, content: bytes, threads: int) -> None:
     global _given
     _given = work, content
-    prepare_worker()
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(work.precision)
 
@@ -773,16 +755,6 @@ def _placed(model: nn.Module, inputs: Any, device: str) -> tuple[nn.Module, Any]
     return model.to(device), mapped(inputs, place)
 
 
-def _settled(device: str, stored: dict[str, Any] | None) -> str:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
-    if device == "auto":
-        device = stored["device"] if stored else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda is not available")
-    return device
-
-
 def _fingerprint(inputs: Any) -> str:
     """Equal for equal inputs, and short."""
     structure = mapped(inputs, lambda tensor: (str(tensor.dtype), tuple(tensor.shape)))
@@ -813,7 +785,15 @@ class _Table:
         files, now = {}, {os.path.abspath(path): _version(path) for path in paths}
         if out is not None and stored is not None:
             files = stored.pop("files")
-            _check_continues(settings, stored, out)
+            there = set(stored["checkpoints"])
+            check_continues(
+                out,
+                "a table with other settings",
+                stored,
+                settings,
+                otherwise=", or --force to begin anew",
+                may_change=lambda name, old, new: name == "checkpoints" and there <= set(new),
+            )
             changed = {path for path, version in now.items() if files.get(path) != version}
             written = _read_rows(out / "lmn.csv", settings)
             self.rows = [row for row in written if os.path.abspath(row["checkpoint"]) not in changed]
@@ -823,8 +803,7 @@ class _Table:
         self.steps = dict(zip(names, steps, strict=True))
         self._write()  # before lmn.json says that the rows are of the files as they are now
         if out is not None:
-            content = settings | {"files": files | now}
-            write_file(out / "lmn.json", json.dumps(content, indent=2).encode() + b"\n")
+            write_json(out / "lmn.json", settings | {"files": files | now})
 
     def has(self, path: str) -> bool:
         return os.path.abspath(path) in {os.path.abspath(row["checkpoint"]) for row in self.rows}
@@ -843,15 +822,8 @@ class _Table:
         if not self.rows:
             (self.out / "lmn.csv").unlink(missing_ok=True)
             return
-        text = io.StringIO()
         columns = _columns([n.removeprefix("lmn_") for n in self.rows[0] if n.startswith("lmn_")])
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(columns)
-        table.writerows(
-            [row[c] if c == "step" or not isinstance(row[c], float) else f"{row[c]:.7g}" for c in columns]
-            for row in self.rows
-        )
-        write_file(self.out / "lmn.csv", text.getvalue().encode())
+        write_table(self.out / "lmn.csv", columns, self.rows)
 
 
 def _columns(layers: Sequence[str]) -> list[str]:
@@ -861,31 +833,14 @@ def _columns(layers: Sequence[str]) -> list[str]:
 
 def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of lmn.csv. Raises ValueError, by the file's name, where it is not as `_Table` leaves it."""
-    columns = _columns(settings["layers"])
-
-    def typed(name: str, text: str) -> int | str | float:
-        if name in WORDS:
-            return text
-        if name in INTEGERS or (name == "step" and text.isdecimal()):
-            return int(text)
-        if not math.isfinite(number := float(text)):
-            raise ValueError(f"expected a number, got {text}")
-        return number
-
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # as spreadsheets write it
-        if not text.endswith("\n"):
-            raise ValueError("its last line is cut")
-        header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-        if header != columns:
-            raise ValueError(f"expected columns {few(columns)}, got {few(header)}")
-        if cut := [number for number, line in enumerate(lines, 2) if len(line) != len(columns)]:
-            raise ValueError(f"expected {len(columns)} entries in line {cut[0]}")
-        rows = [{name: typed(name, text) for name, text in zip(columns, line)} for line in lines]
+        rows = read_table(path, _columns(settings["layers"]), encoding="utf-8-sig")
         fixed = {name: settings[name] for name in ("points", "rule", "method", "negative")}
         if any(row | fixed != row for row in rows) or len({row["checkpoint"] for row in rows}) < len(rows):
             raise ValueError("a row is not of this table")
-    except (ValueError, csv.Error) as error:
+    except LacksColumns as error:
+        raise ValueError(f"out: cannot read {path}: it {error}; --force begins anew") from None
+    except ValueError as error:
         raise ValueError(f"out: cannot read {path}: {_said(error)}; --force begins anew") from None
     return rows
 
@@ -921,24 +876,6 @@ def _version(path: str) -> list[int | str]:
             file.seek(max(0, status.st_size - length) * place // (places - 1))
             digest.update(file.read(length))
     return [status.st_size, status.st_mtime_ns, digest.hexdigest()[:16]]
-
-
-def _check_continues(settings: dict[str, Any], stored: dict[str, Any], out: Path) -> None:
-    more = set(stored["checkpoints"]) <= set(settings["checkpoints"])
-    differences = [
-        f"{name} is {_brief(stored.get(name))} there, {_brief(value)} here"
-        for name, value in settings.items()
-        if stored.get(name) != value and not (name == "checkpoints" and more)
-    ]
-    if differences:
-        raise ValueError(
-            f"out: {out} holds a table with other settings: {'; '.join(differences)}; "
-            "choose another --out, or --force to begin anew"
-        )
-
-
-def _brief(value: Any) -> str:
-    return few(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def draw_checkpoints(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:

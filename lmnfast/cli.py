@@ -13,13 +13,17 @@ import torch
 from . import __version__, _native
 from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_checkpoints
 from .connectivity import METHODS
+from .grokking.config import Config
 from .grokking.figures import draw, draw_methods, named
+from .grokking.measure import measure
 from .grokking.model import ACTIVATIONS, INITS, LAYERS
+from .grokking.run import Run
 from .grokking.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, Study, run_study
 from .grokking.tasks import TASKS, training_samples
-from .grokking.train import Config, Run, measure, train
+from .grokking.train import train
 from .processes import cores
 from .quadrature import RULES
+from .runs.device import DEVICES, refuse_unusable
 from .spectrum import NEGATIVE
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
@@ -126,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--negative", choices=NEGATIVE, help=f"what negative eigenvalues count ({defaults['negative']})"
         )
-        added.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (auto)")
+        added.add_argument("--device", choices=DEVICES, help="where to compute (auto)")
 
     other = again.add_argument_group("checkpoints of another model (docs/checkpoints.md)")
     other.add_argument(
@@ -175,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _grok(options: argparse.Namespace) -> None:
     _need_extra()
-    _need_device(options)
+    refuse_unusable(getattr(options, "device", "auto"))
     given = _given(options)
     out, force = given.pop("out", None), given.pop("force", False)
     config = Config(**given)
@@ -186,7 +190,7 @@ def _grok(options: argparse.Namespace) -> None:
 
 def _paper(options: argparse.Namespace) -> None:
     _need_extra("paper", ("markdown", "matplotlib", "pandas", "scipy", "sklearn", "tqdm"))
-    _need_device(options)
+    refuse_unusable(getattr(options, "device", "auto"))
     from .grokking.report import write_report
 
     study = QUICK if options.quick else Study()
@@ -207,7 +211,7 @@ def _paper(options: argparse.Namespace) -> None:
 
 def _measure(options: argparse.Namespace) -> None:
     _need_extra()
-    _need_device(options)
+    refuse_unusable(getattr(options, "device", "auto"))
     given = _given(options)
     if "run" in given and "model" in given:
         raise ValueError("measure: expected a RUN or --model, got both")
@@ -356,15 +360,6 @@ def _need_extra(extra: str = "grok", modules: Iterable[str] = ("matplotlib", "tq
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise ValueError(f"this command needs {' and '.join(missing)}: pip install 'lmnfast[{extra}]'")
-
-
-def _need_device(options: argparse.Namespace) -> None:
-    wanted = getattr(options, "device", "auto")
-    reason = _native.no_cuda_device() if wanted == "cuda" else None
-    if wanted != "cpu" and torch.cuda.is_available() and _native.cuda_built():
-        reason = _native.cuda_problem()  # a card that the kernels were not built for
-    if reason:
-        raise ValueError(f"device: cuda is not available: {reason}; --device=cpu computes on the CPU")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ import torch
 
 import lmnfast
 from lmnfast import cli
-from lmnfast.files import claimed
 from lmnfast.grokking import claims, study
 from lmnfast.grokking.claims import Statistic, interval, judged, levelling, peak, r_squared, second_rise
+from lmnfast.grokking.config import Config, start
 from lmnfast.grokking.report import write_report
+from lmnfast.grokking.run import Run, load_checkpoint
 from lmnfast.grokking.study import Seed, Study, read_study, run_path, run_study
-from lmnfast.grokking.train import Config, Run, load_checkpoint, start
+from lmnfast.runs.files import claimed
 
 TINY = Study(steps=20, every=10, milestones=(0, 20), few=(20,), init_steps=10, relu_steps=10, relu_every=10)
 
@@ -253,7 +254,7 @@ def test_a_full_disk_is_one_error_and_the_study_goes_on_afterwards(tmp_path, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(study, "write_file", full)
+    monkeypatch.setattr(study, "write_json", full)
     with pytest.raises(OSError, match="No space left on device"):
         run_study(tmp_path / "paper", ("s4",), 1, 1, TINY)
     monkeypatch.undo()

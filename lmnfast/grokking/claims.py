@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..spectrum import lmn
+from .config import start
 from .figures import paper_curves
+from .run import Run, pearson
 from .study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, LAYER, Seed
 from .tasks import TASKS, task_sizes
-from .train import Run, pearson, start
 
 COLUMN = f"lmn_{LAYER}"
 PAPER_ENDS = 15_000  # the last step of the paper's Figure 2 is 14 500

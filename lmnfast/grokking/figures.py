@@ -7,9 +7,10 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from ..files import write_file
+from ..runs.files import write_file
+from .config import Config
+from .run import Run, read_run
 from .tasks import task_sizes
-from .train import Config, Run, read_run
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 LMN, L2, ACCURACY = "#D55E00", "#009E73", "#0072B2"

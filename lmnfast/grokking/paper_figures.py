@@ -13,9 +13,10 @@ from ..connectivity import connectivity
 from ..cutting import cut
 from ..spectrum import eigenvalues, linear_mapping_number
 from .claims import COLUMN, PAPER_ENDS, generalising, second_rise
+from .config import start
 from .figures import ACCURACY, L2, LMN, paper_curves, save
+from .run import Run, load_checkpoint
 from .study import LAYER, RULES, STAND_INS, Seed
-from .train import Run, load_checkpoint, start
 
 SMALL = {"dpi": 110, "colours": 256}  # a third of the file of all colours; a colour bar needs all
 STYLE = {"font.size": 11, "legend.frameon": False, "lines.linewidth": 1.8}

@@ -13,7 +13,7 @@ import pandas
 import torch
 
 from .. import __version__, _native
-from ..files import write_file
+from ..runs.files import write_file
 from ..spectrum import SETTINGS, SHARES
 from . import paper_figures as figures
 from .claims import (
@@ -31,6 +31,7 @@ from .claims import (
     too_few,
 )
 from .figures import draw_layer
+from .run import METRICS, pearson
 from .study import (
     FEWEST_FOR_INTERVAL,
     FEWEST_FOR_VERDICT,
@@ -43,7 +44,6 @@ from .study import (
     Study,
     read_study,
 )
-from .train import METRICS, pearson
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
 STYLE = """

@@ -5,39 +5,29 @@ leaves them, and the shorter ones that two of the questions need; answers/, a ta
 where it stopped. `report` makes tables, figures and verdicts of it.
 """
 
-import csv
-import io
 import json
-import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..cutting import cut
-from ..files import claimed, write_file
 from ..jacobian import linear_regions
-from ..processes import prepare_worker
+from ..runs.device import torch_threads
+from ..runs.files import claimed, write_json
+from ..runs.pool import Pool
+from ..runs.progress import progress_bar
+from ..runs.tables import check_continues, read_table, write_table
 from ..spectrum import SETTINGS, SHARES, Measurement, measure
+from .config import Config, start
+from .run import Run, load_checkpoint, read_config, read_run
 from .tasks import TASKS
-from .train import (
-    Config,
-    Run,
-    load_checkpoint,
-    progress_bar,
-    read_config,
-    read_run,
-    start,
-    torch_threads,
-    train,
-)
+from .train import train
 
 LAYER = "hidden_1"  # where the paper measures
 # The other two differ from one of these three by a Linear, which LMN does not see.
@@ -46,11 +36,7 @@ STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
 RULES = (("lobatto", 7), ("lobatto", 9), ("uniform", 5), ("uniform", 11), ("uniform", 51), ("uniform", 101))
 SIZES = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # and all pairs
 COLUMNS = ("question", "variant", "step", "layer", "value", *SETTINGS, *SHARES)
-INTEGERS, FLOATS = (
-    ("step", "samples", "outputs", "points"),
-    ("value", *SHARES),
-)  # the other columns hold words
-DEATHS = 3  # of worker processes, after which it is no accident
+OPTIONAL = tuple(name for name in COLUMNS if name not in ("step", "samples", "value"))
 # The range of 5 seeds holds the median in 94 % of draws, that of 6 in 97 %: fewer have no 95 % interval.
 FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT = 6, 4
 
@@ -109,7 +95,7 @@ def run_study(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     with claimed(out):
         _check_continues(out, study)
-        write_file(out / "study.json", json.dumps(asdict(study), indent=2).encode() + b"\n")
+        write_json(out / "study.json", asdict(study))
         work = [(out, study, task, seed) for seed in range(seeds) for task in sorted(tasks, key=_cost)]
         with progress_bar(_total(study) * len(work), 0, progress) as bar:
             _run(work, min(jobs, len(work)), bar)
@@ -132,13 +118,7 @@ def _check_continues(out: Path, study: Study) -> None:
         }
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"out: cannot read {file}: {error}") from None
-    new = asdict(study)
-    if different := [name for name in new if stored.get(name) != new[name]]:
-        name = different[0]
-        raise ValueError(
-            f"out: {out} holds another study: {name} is {stored.get(name)} there, {new[name]} here; "
-            "choose another --out"
-        )
+    check_continues(out, "another study", stored, asdict(study), most=1)
 
 
 # Processes -------------------------------------------------------------------------------------------------
@@ -147,55 +127,30 @@ def _check_continues(out: Path, study: Study) -> None:
 Job = tuple[Path, Study, str, int]  # where, what, task, seed
 
 
-def _run(work: list[Job], processes: int, bar) -> None:
+def _run(work: list[Job], processes: int, bar: Any) -> None:
+    """Does all jobs. A ValueError is of one run alone: all of them are raised together, once the others are done."""
     failures: list[Exception] = []
+
+    def show() -> None:
+        if bar:
+            _show(bar, work)
+
     if processes == 1:
         for job in work:
             try:
                 do(*job)
             except ValueError as error:
                 failures.append(error)
-            if bar:
-                _show(bar, work)
+            show()
     else:
-        for death in range(DEATHS + 1):
-            try:
-                _in_processes(work, processes, bar, failures)
-                break
-            except BrokenProcessPool:
-                if death == DEATHS:
-                    raise OSError(
-                        "jobs: processes died again and again, perhaps for want of memory, where fewer may do; "
-                        "the same command goes on with what is there"
-                    ) from None
-                failures.clear()
-                print("\nlmnfast: a process died; going on with what it left", file=sys.stderr)
+        with Pool(processes) as pool:
+            for outcome in pool.outcomes(do, work, show):
+                if isinstance(outcome.error, ValueError):
+                    failures.append(outcome.error)
+                elif outcome.error is not None:
+                    raise outcome.error
     if failures:
         raise ValueError("; ".join(dict.fromkeys(map(str, failures))))
-
-
-def _in_processes(work: list[Job], processes: int, bar, failures: list[Exception]) -> None:
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_worker)
-    try:
-        waiting: set[Future] = {pool.submit(do, *job) for job in work}
-        while waiting:
-            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-            for future in done:
-                error = future.exception()
-                if isinstance(error, ValueError):
-                    failures.append(error)  # of this run alone
-                elif error is not None:
-                    raise error
-            if bar:
-                _show(bar, work)
-    except BaseException:
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.terminate()  # a run goes on where it was
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _total(study: Study) -> int:
@@ -209,7 +164,7 @@ def _total(study: Study) -> int:
     return runs + len(study.milestones)
 
 
-def _show(bar, work: list[Job]) -> None:
+def _show(bar: Any, work: list[Job]) -> None:
     """Sets the bar to what lies on disk, whoever wrote it."""
     done, at_work = 0, []
     for out, study, task, seed in work:
@@ -277,12 +232,12 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
         if step in study.few:
             rows += _at_few(step, tails)
         rows.append(_row("seconds", "", step, "", 0, time.perf_counter() - begin))
-        _write_answers(answers, rows)
+        write_table(answers, COLUMNS, rows)
     if not any(row["question"] == "regions" for row in rows):
         for step, tails in _tails(relu, range(0, study.relu_steps + 1, study.relu_every)):
             f, x = tails(LAYER)[:2]
             rows.append(_row("regions", "relu", step, LAYER, len(x), linear_regions(f, x)))
-        _write_answers(answers, rows)
+        write_table(answers, COLUMNS, rows)
 
 
 # By layer: the tail, its training and its test samples.
@@ -401,30 +356,8 @@ def read_answers(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        text = path.read_bytes().decode()
-        columns, *lines = csv.reader(io.StringIO(text))
-        if not text.endswith("\n") or columns != list(COLUMNS):
-            raise ValueError
-        return [
-            {name: _typed(name, value) for name, value in zip(COLUMNS, line, strict=True)} for line in lines
-        ]
-    except (ValueError, csv.Error):
+        return read_table(path, COLUMNS, optional=OPTIONAL)
+    except ValueError:
         raise ValueError(
             f"out: cannot read {path}; delete it to make it anew (it is damaged, or of another version of lmnfast)"
         ) from None
-
-
-def _typed(name: str, text: str) -> int | float | str:
-    if text == "" and name not in ("step", "samples", "value"):
-        return text
-    return int(text) if name in INTEGERS else float(text) if name in FLOATS else text
-
-
-def _write_answers(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows(
-        [f"{row[c]:.7g}" if isinstance(row[c], float) else row[c] for c in COLUMNS] for row in rows
-    )
-    write_file(path, text.getvalue().encode())

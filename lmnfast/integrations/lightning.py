@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..files import write_file
+from ..runs.files import write_file
 from .common import Recorder, refuse_sharded, required
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import write_file
+from ..runs.files import write_file
+from ..runs.tables import csv_line
 from .common import key, required
 
 
@@ -57,14 +57,14 @@ class CSVWriter:
         if self._columns is None:
             self._begin()
         if self._there:
-            (line,) = csv.reader(io.StringIO(_line(row.get(name, "") for name in self._columns).decode()))
+            (line,) = csv.reader(io.StringIO(csv_line(row.get(name, "") for name in self._columns).decode()))
             if set(row) <= set(self._columns) and self._there[tuple(line)] > 0:
                 self._there[tuple(line)] -= 1
                 return
         if new := [name for name in row if name not in self._columns]:
             self._add_columns(new)
         with open(self.path, "ab", buffering=0) as file:
-            file.write(_line(row.get(name, "") for name in self._columns))
+            file.write(csv_line(row.get(name, "") for name in self._columns))
 
     def _read(self) -> tuple[list[str], list[list[str]], int | None]:
         """The columns, the rows, and how many bytes are whole lines, where there is more than that."""
@@ -93,18 +93,12 @@ class CSVWriter:
         rows = self._read()[1]
         self._columns += new
         lines = [self._columns, *(row + [""] * len(new) for row in rows)]
-        write_file(self.path, b"".join(map(_line, lines)))
+        write_file(self.path, b"".join(map(csv_line, lines)))
         self._there = Counter({(*line, *[""] * len(new)): count for line, count in self._there.items()})
 
     def close(self) -> None:
         """No row waits, and no file is open between rows; a row that comes after this is one of a new run."""
         self._columns, self._resume = None, self._always
-
-
-def _line(values: Iterable[Any]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue().encode()
 
 
 class TensorBoardWriter:
