@@ -20,7 +20,7 @@ from torch import nn
 from ..connectivity import METHODS
 from ..quadrature import RULES
 from ..runs.files import Unreadable, read_tensors, unreadable
-from ..runs.tables import LacksColumns, read_table, write_table
+from ..runs.tables import LacksColumns, joined, read_table, write_table
 from ..spectrum import SETTINGS, SHARES
 from .config import Config
 from .model import LAYERS
@@ -203,9 +203,7 @@ def by_step(history: Iterable[dict], suffix: str = "") -> list[dict]:
     for row in history:
         one = steps.setdefault(row["step"], dict(row))
         one |= {f"{name}_{row['layer']}{suffix}": row[name] for name in ("lmn", *SHARES)}
-        one |= {
-            name: "+".join(sorted({*one[name].split("+"), row[name]})) for name in ("precision", "solver")
-        }
+        one |= {name: joined(one[name], row[name]) for name in ("precision", "solver")}
     return list(steps.values())
 
 

@@ -22,6 +22,11 @@ WORDS = (
 )
 
 
+def joined(values: str, value: str) -> str:
+    """Words of rows that become one row, each once: "cpu", "cpu+cuda"."""
+    return "+".join(sorted({*values.split("+"), value}))
+
+
 class LacksColumns(ValueError):
     """The table lacks columns. The message is to stand behind the name of the file."""
 
