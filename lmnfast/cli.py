@@ -18,9 +18,9 @@ from .grokking.figures import draw, draw_methods, named
 from .grokking.measure import measure
 from .grokking.model import ACTIVATIONS, INITS, LAYERS
 from .grokking.run import Run
-from .grokking.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, Study, run_study
 from .grokking.tasks import TASKS, training_samples
 from .grokking.train import train
+from .paper.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, Study, run_study
 from .processes import cores
 from .quadrature import RULES
 from .runs.device import DEVICES, refuse_unusable
@@ -191,7 +191,7 @@ def _grok(options: argparse.Namespace) -> None:
 def _paper(options: argparse.Namespace) -> None:
     _need_extra("paper", ("markdown", "matplotlib", "pandas", "scipy", "sklearn", "tqdm"))
     refuse_unusable(getattr(options, "device", "auto"))
-    from .grokking.report import write_report
+    from .paper.report import write_report
 
     study = QUICK if options.quick else Study()
     tasks = tuple(TASKS) if "all" in options.tasks else tuple(dict.fromkeys(options.tasks))

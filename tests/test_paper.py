@@ -16,12 +16,12 @@ import torch
 
 import lmnfast
 from lmnfast import cli
-from lmnfast.grokking import claims, study
-from lmnfast.grokking.claims import Statistic, interval, judged, levelling, peak, r_squared, second_rise
 from lmnfast.grokking.config import Config, start
-from lmnfast.grokking.report import write_report
 from lmnfast.grokking.run import Run, load_checkpoint
-from lmnfast.grokking.study import Seed, Study, read_study, run_path, run_study
+from lmnfast.paper import claims, study
+from lmnfast.paper.claims import Statistic, interval, judged, levelling, peak, r_squared, second_rise
+from lmnfast.paper.report import write_report
+from lmnfast.paper.study import Seed, Study, read_study, run_path, run_study
 from lmnfast.runs.files import claimed
 
 TINY = Study(steps=20, every=10, milestones=(0, 20), few=(20,), init_steps=10, relu_steps=10, relu_every=10)
@@ -345,6 +345,6 @@ def test_another_study_or_anything_else_in_the_directory_is_refused(finished, tm
 
 def test_more_jobs_than_cores_are_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "run_study", lambda *_, **__: None)
-    monkeypatch.setattr("lmnfast.grokking.report.write_report", lambda *_: [])
+    monkeypatch.setattr("lmnfast.paper.report.write_report", lambda *_: [])
     assert cli.main(["paper", "--jobs", "9999", "--out", str(tmp_path)]) == 0
     assert "jobs: 9999 processes on" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The device and the number of threads that a command computes with."""
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,6 +43,15 @@ def refuse_unusable(device: str) -> None:
         reason = _native.cuda_problem()  # a card that the kernels were not built for
     if reason:
         raise ValueError(f"device: cuda is not available: {reason}; --device=cpu computes on the CPU")
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 @contextmanager

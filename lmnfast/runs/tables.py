@@ -15,9 +15,9 @@ from ..nested import few
 from ..spectrum import SETTINGS, SHARES
 from .files import write_file
 
-INTEGERS = ("samples", "outputs", "points")
+INTEGERS = ("samples", "outputs", "points", "seed")
 WORDS = (
-    *("checkpoint", "question", "variant", "layer"),
+    *("run", "task", "activation", "layer", "checkpoint", "question", "variant"),
     *(name for name in SETTINGS if name not in INTEGERS),
 )
 

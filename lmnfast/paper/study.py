@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cutting import cut
+from ..grokking.config import Config, start
+from ..grokking.run import Run, load_checkpoint, read_config, read_run
+from ..grokking.tasks import TASKS
+from ..grokking.train import train
 from ..jacobian import linear_regions
 from ..runs.device import torch_threads
 from ..runs.files import claimed, write_json
@@ -24,10 +28,6 @@ from ..runs.pool import Pool
 from ..runs.progress import progress_bar
 from ..runs.tables import check_continues, read_table, write_table
 from ..spectrum import SETTINGS, SHARES, Measurement, measure
-from .config import Config, start
-from .run import Run, load_checkpoint, read_config, read_run
-from .tasks import TASKS
-from .train import train
 
 LAYER = "hidden_1"  # where the paper measures
 # The other two differ from one of these three by a Linear, which LMN does not see.

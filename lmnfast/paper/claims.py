@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..grokking.config import start
+from ..grokking.figures import paper_curves
+from ..grokking.run import Run, pearson
+from ..grokking.tasks import TASKS, task_sizes
 from ..spectrum import lmn
-from .config import start
-from .figures import paper_curves
-from .run import Run, pearson
 from .study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, LAYER, Seed
-from .tasks import TASKS, task_sizes
 
 COLUMN = f"lmn_{LAYER}"
 PAPER_ENDS = 15_000  # the last step of the paper's Figure 2 is 14 500
@@ -232,90 +232,85 @@ def linear_network_lmn(run: Run) -> float:
 # Over the seeds --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """A claim of the paper for some tasks: a number for each seed, and between which two it holds."""
+
+    name: str
+    meaning: str
+    paper: str | Callable[[str], str]  # what the paper has; a function of the task
+    of: Callable[[Seed], float]
+    holds: tuple[float, float]
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+    def of_task(self, task: str, seeds: Sequence[Seed]) -> Statistic:
+        paper = self.paper if isinstance(self.paper, str) else self.paper(task)
+        values = tuple(self.of(seed) for seed in seeds)
+        return Statistic(self.name, task, self.meaning, paper, values, judged(values, self.holds))
+
+
+def _of_rise(value: Callable[[Rise], float]) -> Callable[[Seed], float]:
+    """A number of a seed's second rise; NaN where it has none."""
+    return lambda seed: math.nan if (rise := second_rise(seed.run)) is None else value(rise)
+
+
+CLAIMS = (
+    _Claim(
+        "A linear network has LMN 1", "LMN - 1", "0",
+        lambda seed: linear_network_lmn(seed.run) - 1, (-1e-6, 1e-6),
+    ),
+    _Claim(
+        "The network is near linear at initialisation", "mean entry of L at step 0; holds from 0.9", "near 1",
+        lambda seed: seed.answer("entries", "mean").get(0, math.nan), (0.9, 1),
+    ),
+    _Claim(
+        "LMN falls while the network generalises", "LMN when generalised / its peak; holds below 1",
+        lambda task: f"{_papers_fall(task):.2f}",
+        lambda seed: fall(seed.run), (0, 1),
+    ),
+    _Claim(
+        "Test loss is linear in LMN while generalising", "R² of a linear fit; holds from 0.9", "near 1",
+        lambda seed: r_squared(seed.run), (0.9, 1),
+    ),
+    _Claim(
+        "More so than in the L2 norm", "R² with LMN - R² with L2 norm; holds above 0", "above 0",
+        lambda seed: r_squared(seed.run) - r_squared(seed.run, "l2_norm"), (1e-9, 1),
+    ),
+    _Claim(
+        "The same, from the peak of LMN on", "R² with LMN - R² with L2 norm; holds above 0", "above 0",
+        lambda seed: r_squared(seed.run, since_peak=True) - r_squared(seed.run, "l2_norm", since_peak=True),
+        (1e-9, 1),
+    ),
+    _Claim(
+        "LMN levels off once generalised", "slope after / slope before, to step 15 000; holds within 0.2", "near 0",
+        lambda seed: levelling(seed.run), (-0.2, 0.2), tuple(task for task in TASKS if task != "xor"),
+    ),
+    _Claim(
+        "XOR: LMN rises a second time", f"top / valley before it; holds from {RISE}", "1.36",
+        _of_rise(lambda rise: rise.top / rise.valley), (RISE, math.inf), ("xor",),
+    ),
+    _Claim(
+        "XOR: the valley is 15 = 5 x 3", "LMN at the valley; holds within 10 %", "14.9",
+        _of_rise(lambda rise: rise.valley), (13.5, 16.5), ("xor",),
+    ),
+    _Claim(
+        "XOR: the top is 20 = 5 x 4", "LMN at the top; holds within 10 %", "20.2",
+        _of_rise(lambda rise: rise.top), (18, 22), ("xor",),
+    ),
+    _Claim(
+        "The embedding's LMN says less", "R² with hidden_1's LMN - R² with embedding's; holds above 0", "above 0",
+        lambda seed: layers_r_squared(seed, LAYER) - layers_r_squared(seed, "embedding"), (1e-9, 1),
+    ),
+    _Claim(
+        "The second hidden layer's LMN says nothing", "largest LMN - 1 over all steps", "0",
+        lambda seed: max(seed.lmn("hidden_2").values(), default=math.nan) - 1, (-1e-6, 1e-6),
+    ),
+)  # fmt: skip
+
+
 def claims(seeds: dict[str, list[Seed]]) -> list[Statistic]:
     """The paper's claims, in its order, with a verdict each."""
-    found: list[Statistic] = []
-
-    def claim(
-        name: str,
-        task: str,
-        meaning: str,
-        paper: str,
-        of: Callable[[Seed], float],
-        holds: tuple[float, float],
-    ) -> None:
-        values = tuple(of(seed) for seed in seeds[task])
-        found.append(Statistic(name, task, meaning, paper, values, judged(values, holds)))
-
-    for task in seeds:
-        claim(
-            "A linear network has LMN 1", task, "LMN - 1", "0",
-            lambda seed: linear_network_lmn(seed.run) - 1, (-1e-6, 1e-6),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "The network is near linear at initialisation", task, "mean entry of L at step 0; holds from 0.9",
-            "near 1", lambda seed: seed.answer("entries", "mean").get(0, math.nan), (0.9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "LMN falls while the network generalises", task, "LMN when generalised / its peak; holds below 1",
-            f"{_papers_fall(task):.2f}",
-            lambda seed: fall(seed.run), (0, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "Test loss is linear in LMN while generalising", task, "R² of a linear fit; holds from 0.9",
-            "near 1", lambda seed: r_squared(seed.run), (0.9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "More so than in the L2 norm", task, "R² with LMN - R² with L2 norm; holds above 0", "above 0",
-            lambda seed: r_squared(seed.run) - r_squared(seed.run, "l2_norm"), (1e-9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "The same, from the peak of LMN on", task, "R² with LMN - R² with L2 norm; holds above 0", "above 0",
-            lambda seed: r_squared(seed.run, since_peak=True) - r_squared(seed.run, "l2_norm", since_peak=True),
-            (1e-9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        if task != "xor":
-            claim(
-                "LMN levels off once generalised", task,
-                "slope after / slope before, to step 15 000; holds within 0.2", "near 0",
-                lambda seed: levelling(seed.run), (-0.2, 0.2),
-            )  # fmt: skip
-    if "xor" in seeds:
-        rises = {id(seed): second_rise(seed.run) for seed in seeds["xor"]}
-
-        def of_rise(value: Callable[[Rise], float]) -> Callable[[Seed], float]:
-            return lambda seed: math.nan if (rise := rises[id(seed)]) is None else value(rise)
-
-        claim(
-            "XOR: LMN rises a second time", "xor", f"top / valley before it; holds from {RISE}", "1.36",
-            of_rise(lambda rise: rise.top / rise.valley), (RISE, math.inf),
-        )  # fmt: skip
-        claim(
-            "XOR: the valley is 15 = 5 x 3", "xor", "LMN at the valley; holds within 10 %", "14.9",
-            of_rise(lambda rise: rise.valley), (13.5, 16.5),
-        )  # fmt: skip
-        claim(
-            "XOR: the top is 20 = 5 x 4", "xor", "LMN at the top; holds within 10 %", "20.2",
-            of_rise(lambda rise: rise.top), (18, 22),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "The embedding's LMN says less", task, "R² with hidden_1's LMN - R² with embedding's; holds above 0",
-            "above 0", lambda seed: layers_r_squared(seed, LAYER) - layers_r_squared(seed, "embedding"), (1e-9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "The second hidden layer's LMN says nothing", task, "largest LMN - 1 over all steps", "0",
-            lambda seed: max(seed.lmn("hidden_2").values(), default=math.nan) - 1,
-            (-1e-6, 1e-6),
-        )  # fmt: skip
-    return found
+    return [claim.of_task(task, seeds[task]) for claim in CLAIMS for task in seeds if task in claim.tasks]
 
 
 NUMBERS: dict[str, Callable[[Run], float]] = {

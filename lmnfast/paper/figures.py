@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..connectivity import connectivity
 from ..cutting import cut
+from ..grokking.config import start
+from ..grokking.figures import ACCURACY, L2, LMN, paper_curves, save
+from ..grokking.run import Run, load_checkpoint
 from ..spectrum import eigenvalues, linear_mapping_number
 from .claims import COLUMN, PAPER_ENDS, generalising, second_rise
-from .config import start
-from .figures import ACCURACY, L2, LMN, paper_curves, save
-from .run import Run, load_checkpoint
 from .study import LAYER, RULES, STAND_INS, Seed
 
 SMALL = {"dpi": 110, "colours": 256}  # a third of the file of all colours; a colour bar needs all
