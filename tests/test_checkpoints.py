@@ -141,7 +141,7 @@ def by_hand(model, state, layer, x, **settings):
 def command(*more, model="nets:make", checkpoint="step_*.pt", inputs="x.npy", layers=LAYERS):
     given = [f"--layer={layer}" for layer in layers]
     return [
-        "measure", f"--model={model}", f"--checkpoint={checkpoint}", f"--inputs={inputs}", *given, *more
+        "checkpoints", f"--model={model}", f"--checkpoint={checkpoint}", f"--inputs={inputs}", *given, *more
     ]  # fmt: skip
 
 
@@ -199,6 +199,17 @@ def test_the_command_prints_and_leaves_a_table_and_a_figure(trained, capsys):
 
     x = torch.from_numpy(np.load("x.npy")).float()[:9]
     assert float(rows[0]["lmn_1"]) == by_hand(nets.make(), trained[2], "1", x)
+
+
+def test_the_old_spelling_works_and_names_the_new(trained, capsys):
+    old = ["measure", *command()[1:]]
+    for arguments in (command(), old, [word.replace("--model", "--mod") for word in old]):
+        assert cli.main(arguments) == 0
+        said = capsys.readouterr()
+        notes = [line for line in said.err.splitlines() if line.startswith("lmnfast: ")]
+        note = "lmnfast: measure --model has a name of its own now: lmnfast checkpoints --model ..."
+        assert notes == ([] if arguments[0] == "checkpoints" else [note])
+        assert said.out.splitlines()[-2:] == ["written: lmn/lmn.csv", "written: lmn/lmn.png"]
 
 
 def test_several_processes_give_the_same_table_and_keep_what_they_have_when_one_fails(trained, capsys):
@@ -1008,7 +1019,10 @@ def test_wrong_inputs_layers_and_settings_are_one_line(trained, capsys):
         (command("--forward=nets:none"), "forward: no 'none' in 'nets'"),
         (command("--forward=nets"), "forward: expected package.module:function, got 'nets'"),
         (command("--points=1"), "points: "),
-        (command("--method=path,hermite"), "method: expected one with --model, got path,hermite"),
+        (
+            command("--method=path,hermite"),
+            "method: expected one of path, hermite, hermite-midpoint, jacobian, got 'path,hermite'",
+        ),
         (command("--jobs=0"), "jobs: expected at least 1, got 0"),
     ):
         assert failure(capsys, arguments).startswith(said)
