@@ -1,8 +1,8 @@
 """The table of a model's checkpoints, which goes on where it was stopped.
 
-It is a directory: lmn.csv, one row for every checkpoint measured; lmn.json, the settings, and which files the checkpoints
-were; lmn.png, the figure. Every file is written under another name and then renamed, lmn.csv after each checkpoint. Work that
-was stopped, by kill -9 too, goes on with the checkpoints that have no row yet.
+It is a directory: lmn.csv, one row for every checkpoint measured; lmn.json, the settings, and which files the
+checkpoints were; lmn.png, the figure. Every file is written under another name and then renamed, lmn.csv after each
+checkpoint. Work that was stopped, by kill -9 too, goes on with the checkpoints that have no row yet.
 """
 
 import hashlib

@@ -42,7 +42,7 @@ class Config:
     device: str = "auto"
     """"auto" is the device the run was started on; for a new run "cuda" if there is one, else "cpu"."""
     threads: int | None = None
-    """None is the number the run was started with; for a new run torch's. Another number changes the last bits of sums."""
+    """None is the number the run was started with; for a new run torch's. It decides on the last bits of sums."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.2
 

@@ -58,8 +58,8 @@ def measure(
         -clip where negative eigenvalues count 0.
 
     Raises:
-        ValueError: not a run, a damaged one, no checkpoint, a table that has more steps, or as `Config`; another process
-            is at work in the run.
+        ValueError: not a run, a damaged one, no checkpoint, a table that has more steps, or as `Config`; another
+            process is at work in the run.
     """
     path = Path(run)
     if every < 1:
@@ -118,7 +118,7 @@ def _steps_in(table: Path) -> set[int]:
 
 
 def say_how_long(path: Path, model: nn.Module, inputs: Tensor, configs: Sequence[Config], count: int) -> None:
-    """Prints how long a measurement by each of the configs takes, and `count` of them, where one takes longer than LONG."""
+    """Prints how long a measurement by the configs takes, and `count` of them, where that is longer than LONG."""
     if len(inputs) <= TRIAL:
         return
     seconds = sum(expected_seconds(model, inputs, config) for config in configs)
@@ -133,8 +133,8 @@ def say_how_long(path: Path, model: nn.Module, inputs: Tensor, configs: Sequence
 def expected_seconds(model: nn.Module, inputs: Tensor, config: Config) -> float:
     """How long a measurement of the inputs takes on this machine, by a trial with TRIAL / 2 of them.
 
-    The time of the connectivity grows with the square of their number, that of the eigenproblem with the cube. The probe
-    solves the eigenproblem on one core, and so does the trial.
+    The time of the connectivity grows with the square of their number, that of the eigenproblem with the cube. The
+    probe solves the eigenproblem on one core, and so does the trial.
     """
     settings: dict[str, Any] = {"method": config.method, "points": config.points, "rule": config.rule}
     total = 0.0

@@ -1,9 +1,10 @@
 """A run on disk.
 
-A run is a directory: config.json; metrics.csv, one row for every measured step, where the row of step s is the network
-after s updates; checkpoints/, the weights at those steps; state.pt, what the training goes on from; figures/. Every file
-is written under another name and then renamed, and state.pt only once all rows up to it are in metrics.csv. So
-a run killed at any moment continues, and ends in the same metrics.csv, byte for byte, as one never killed.
+A run is a directory: config.json; metrics.csv, one row for every measured step, where the row of step s is the
+network after s updates; checkpoints/, the weights at those steps; state.pt, what the training goes on from; figures/.
+Every file is written under another name and then renamed, and state.pt only once all rows up to it are in
+metrics.csv. So a run killed at any moment continues, and ends in the same metrics.csv, byte for byte, as one never
+killed.
 """
 
 import json

@@ -66,8 +66,16 @@ NO_TOLERANCE = {("xor", "LMN at step 4000")}  # where the second rise begins
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number for every seed, NaN where a run has none, infinite for what has not happened; with the paper's and what is
-    made of it."""
+    """A number for every seed, beside the paper's, and what follows from it.
+
+    Attributes:
+        name: of the claim or the number.
+        task: one of TASKS.
+        meaning: what is computed, and where the claim holds.
+        paper: the paper's number.
+        values: one for each seed; NaN where a run has none, infinite for a step that does not come.
+        verdict: of `judged`, or how far the median is from the paper's.
+    """
 
     name: str
     task: str
@@ -78,6 +86,7 @@ class Statistic:
 
     @property
     def known(self) -> list[float]:
+        """The values of the seeds that have one."""
         return [value for value in self.values if not math.isnan(value)]
 
     @property
@@ -90,7 +99,11 @@ class Statistic:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bootstrap interval of the median, CONFIDENCE, by percentiles; NaN for too few values. Needs scipy."""
+    """The bootstrap interval of the median with CONFIDENCE, by percentiles. Needs scipy.
+
+    Args:
+        values: fewer than FEWEST_FOR_INTERVAL give NaN.
+    """
     if len(values) < FEWEST_FOR_INTERVAL:
         return math.nan, math.nan
     from scipy.stats import bootstrap
@@ -111,9 +124,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def judged(values: Sequence[float], holds: tuple[float, float]) -> str:
-    """ "holds" where the interval lies between the two numbers, "fails" where it lies outside, else "undecided".
+    """The verdict of a claim: "holds", "fails", "undecided", "not reached", or the number of seeds where they are too
+    few.
 
-    Of too few seeds for an interval it is their range that counts; of too few for a verdict their number is returned.
+    Args:
+        values: for each seed.
+        holds: the two numbers between which the claim holds. It holds where the whole interval lies between them, and
+            fails where the whole interval lies outside. Too few seeds for an interval are judged by their range.
     """
     reached = [value for value in values if not math.isnan(value)]
     if not reached:
@@ -129,7 +146,7 @@ def judged(values: Sequence[float], holds: tuple[float, float]) -> str:
 
 
 def too_few(seeds: int) -> str:
-    """What stands in place of a verdict; nothing where there are enough."""
+    """The text in place of a verdict, "3 seeds"; empty where there are enough."""
     return "" if seeds >= FEWEST_FOR_VERDICT else "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
@@ -137,11 +154,12 @@ def too_few(seeds: int) -> str:
 
 
 def at(run: Run, step: int, column: str = COLUMN) -> float:
+    """The number at a step; NaN where it was not measured."""
     return next((row[column] for row in run.rows if row["step"] == step), math.nan)
 
 
 def generalising(run: Run) -> list[dict]:
-    """The rows from memorisation until generalisation; where that does not come, to PAPER_ENDS, or none of a shorter run."""
+    """The rows from memorisation until generalisation; without it until PAPER_ENDS, or none of a shorter run."""
     ends = run.generalised
     if ends is None:
         ends = PAPER_ENDS if run.rows[-1]["step"] >= PAPER_ENDS else -1
@@ -171,14 +189,14 @@ def _papers_fall(task: str) -> float:
 
 
 def r_squared(run: Run, column: str = COLUMN, since_peak: bool = False) -> float:
-    """Of a linear fit of the test loss while generalising: the square of Pearson's r."""
+    """R² of a linear fit of the test loss while generalising: the square of Pearson's r."""
     first = peak(run)["step"] if since_peak else 0
     rows = [row for row in generalising(run) if row["step"] >= first]
     return pearson([(row["test_loss"], row[column]) for row in rows]) ** 2
 
 
 def levelling(run: Run) -> float:
-    """Slope of LMN over steps after generalisation, up to PAPER_ENDS, over the slope from the peak to generalisation."""
+    """Slope of LMN after generalisation, up to PAPER_ENDS, over its slope from the peak to generalisation."""
     if run.generalised is None:
         return math.nan
     top = peak(run)["step"]
@@ -215,7 +233,7 @@ def second_rise(run: Run) -> Rise | None:
 
 
 def layers_r_squared(seed: Seed, layer: str) -> float:
-    """As r_squared, at the milestones, where all layers are measured."""
+    """As `r_squared`, of the milestones, where all layers are measured."""
     values = seed.lmn(layer)
     rows = [row for row in generalising(seed.run) if row["step"] in values]
     return pearson([(row["test_loss"], values[row["step"]]) for row in rows]) ** 2

@@ -1,9 +1,10 @@
 """The paper's figures (arXiv 2310.05918) from a study: Figures 1, 3 and 4, Figure 2 over seeds, XOR's second rise, and
-what the report's questions are answered by. All need matplotlib; draw_connectivity scikit-learn too."""
+those that answer the report's questions. All need matplotlib; draw_connectivity needs scikit-learn too."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
         return save(figure, path, **SMALL)
 
 
-def _band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, colour: str) -> None:
+def _band(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, colour: str) -> None:
     """Median, the middle half, and the range."""
     low, first, middle, third, high = np.quantile(np.asarray(curves), (0, 0.25, 0.5, 0.75, 1), axis=0)
     axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -142,7 +143,7 @@ def _band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: st
     axes.plot(x, middle, color=colour, label=label)
 
 
-def _band_of(axes, tables: Sequence[dict[int, float]], label: str, colour: str) -> None:
+def _band_of(axes: Any, tables: Sequence[dict[int, float]], label: str, colour: str) -> None:
     """Of a table for each seed, all with the same keys."""
     x = sorted(tables[0])
     _band(axes, x, [[table[key] for key in x] for table in tables], label, colour)
@@ -156,7 +157,7 @@ def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
         "hidden_2": ("hidden_2", L2),
     }
 
-    def panel(axes, members: list[Seed]) -> None:
+    def panel(axes: Any, members: list[Seed]) -> None:
         for label, (layer, colour) in layers.items():
             _band_of(axes, [seed.lmn(layer) for seed in members], label, colour)
         axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
@@ -235,7 +236,7 @@ def draw_second_rise(seeds: Sequence[Seed], path: Path) -> Path:
 
 
 def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
-    """What the report's questions are answered by, for one task: six panels, medians over seeds."""
+    """The answers to the report's questions for one task: six panels, medians over seeds."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -282,7 +283,7 @@ def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
 
 
 def _over_steps(
-    axes,
+    axes: Any,
     seeds: Sequence[Seed],
     question: str,
     variants: Iterable[str],
@@ -304,7 +305,7 @@ def relative_errors(seed: Seed, question: str, variant: str) -> dict[int, float]
 def draw_regions(seeds: dict[str, list[Seed]], path: Path) -> Path:
     """ReLU networks: LMN, and the number of linear regions that the samples lie in, over training."""
 
-    def panel(axes, members: list[Seed]) -> None:
+    def panel(axes: Any, members: list[Seed]) -> None:
         steps = [row["step"] for row in members[0].relu.rows]
         _band(axes, steps, [[row[COLUMN] for row in seed.relu.rows] for seed in members], "LMN", LMN)
         _band_of(axes, [seed.answer("regions") for seed in members], "linear regions", ACCURACY)

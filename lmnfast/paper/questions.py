@@ -13,6 +13,7 @@ from .text import number, table
 
 
 def questions(out: Path, members: dict[str, list[Seed]], study: Study) -> list[str]:
+    """Draws the figures of the questions into OUT/figures; returns the lines of the section."""
     folder = out / "figures"
     lines = ["## Questions", ""]
     for task, seeds in members.items():

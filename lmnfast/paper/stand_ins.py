@@ -208,7 +208,7 @@ def _table(
 
 
 def draw(values: Values, path: Path) -> None:
-    """Error of LMN, median over checkpoints and its largest, against the matrix's cost."""
+    """Draws the error of LMN, its median over checkpoints and its largest, against the time of the matrix."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -266,7 +266,11 @@ def _counts(values: Values) -> Iterable[str]:
 
 
 def write(values: Values, page: Path) -> None:
-    """Puts the tables in the page, between its marks."""
+    """Puts the tables in the page, between its marks.
+
+    Raises:
+        ValueError: the page lacks a mark.
+    """
     text = page.read_text()
     facts = f"processor {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     if torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""The paper's experiment over many seeds (arXiv 2310.05918), and what else is asked of it: the runs and the numbers.
+"""The paper's experiment over many seeds (arXiv 2310.05918), and the numbers that answer further questions.
 
-A study is a directory: study.json, what determines it; runs/, a run for every task and seed, trained as `train`
-leaves them, and the shorter ones that two of the questions need; answers/, a table for every run. Each is resumed
-where it stopped. `report` makes tables, figures and verdicts of it.
+A study is a directory: study.json, what determines it; runs/, a run for every task and seed, as `train` leaves it,
+and the shorter runs that two of the questions need; answers/, a table for every run. Each goes on where it stopped.
+`report` makes tables, figures and verdicts of it.
 """
 
 import json
@@ -43,14 +43,14 @@ FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT = 6, 4
 
 @dataclass(frozen=True)
 class Study:
-    """What determines a study, beside its tasks and seeds; the defaults are the paper's."""
+    """What determines a study beside its tasks and seeds; the defaults are the paper's."""
 
     steps: int = 20_000
     every: int = 100
     milestones: tuple[int, ...] = (0, 200, 400, 700, 1000, 1500, *range(2000, 20_001, 1000))
     """Steps at which the other layers, other samples and stand-ins are measured."""
     few: tuple[int, ...] = (0, 400, 4000, 20_000)
-    """Steps for what is dear: other nodes, other numbers of samples."""
+    """Steps for what takes long: other nodes, other numbers of samples."""
     init_steps: int = 1000
     relu_steps: int = 5000
     relu_every: int = 250
@@ -77,14 +77,16 @@ def run_study(
 
     Args:
         out: its directory; made if it does not exist. Other tasks and more seeds are added to what is there.
-        tasks: some of TASKS. seeds: 0 to seeds - 1.
-        jobs: processes; 1: this one, with the GPU if there is one.
+        tasks: some of TASKS.
+        seeds: how many, from 0 on.
+        jobs: number of processes; 1: this one, with the GPU if there is one.
+        study: what determines the runs.
         progress: show a bar (needs tqdm).
 
     Raises:
-        ValueError: an argument; another process is at work in `out`; `out` holds another study, or something else;
+        ValueError: a wrong argument; another process is at work in `out`; `out` holds another study, or something else;
             damaged runs (names them all, once the others are done).
-        OSError: `out` cannot be written; workers died again and again.
+        OSError: `out` cannot be written; processes died again and again.
     """
     if not tasks or (unknown := [task for task in tasks if task not in TASKS]):
         raise ValueError(
@@ -102,7 +104,7 @@ def run_study(
 
 
 def _cost(task: str) -> int:
-    """Dear ones first, so that the processes end together."""
+    """The tasks that take long come first, so that the processes end together."""
     return ("xor", "modular-addition", "s4").index(task)
 
 
@@ -154,7 +156,7 @@ def _run(work: list[Job], processes: int, bar: Any) -> None:
 
 
 def _total(study: Study) -> int:
-    """What a bar counts for a task and seed: measured steps of its runs, and milestones."""
+    """What the bar counts for a task and seed: measured steps of its runs, and milestones."""
     runs = (
         study.steps // study.every
         + study.init_steps // study.every
@@ -165,7 +167,7 @@ def _total(study: Study) -> int:
 
 
 def _show(bar: Any, work: list[Job]) -> None:
-    """Sets the bar to what lies on disk, whoever wrote it."""
+    """Sets the bar to what is on disk, whichever process wrote it."""
     done, at_work = 0, []
     for out, study, task, seed in work:
         paths = [path / "metrics.csv" for path in _runs(out, task, seed)]
@@ -211,7 +213,11 @@ def _answers_file(out: Path, task: str, seed: int) -> Path:
 
 @torch_threads(1)
 def do(out: Path, study: Study, task: str, seed: int) -> None:
-    """Everything of one task and seed that is not there yet; ValueError for damaged files, by their names."""
+    """Does everything of one task and seed that is not there yet.
+
+    Raises:
+        ValueError: files are damaged; names them.
+    """
     changes = (
         {},
         {"init": "lecun-first", "steps": study.init_steps},
@@ -259,7 +265,16 @@ def _tails(run: Path, steps: Iterable[int]) -> Iterator[tuple[int, Tails]]:
 def _row(
     question: str, variant: str, step: int, layer: str, m: Measurement | int, value: float | None = None
 ) -> dict:
-    """m: what the value is of, or the number of samples alone. value: None is m's LMN."""
+    """A row of answers.
+
+    Args:
+        question: one of the report's.
+        variant: of the question.
+        step: of the run.
+        layer: the one measured from.
+        m: the measurement that the value is of, or its number of samples alone.
+        value: None is the measurement's LMN.
+    """
     known = (
         {name: getattr(m, name) for name in (*SETTINGS, *SHARES)}
         if isinstance(m, Measurement)
@@ -307,7 +322,7 @@ def _at_few(step: int, tails: Tails) -> list[dict]:
 
 @dataclass(frozen=True)
 class Seed:
-    """What a study has of a task and a seed: its run, the short one with another initialisation, its answers."""
+    """What a study has of a task and a seed: its run, those with another initialisation and ReLU, its answers."""
 
     run: Run
     lecun: Run
@@ -315,7 +330,7 @@ class Seed:
     answers: list[dict]
 
     def answer(self, question: str, variant: str | None = None, layer: str | None = None) -> dict[int, float]:
-        """By step."""
+        """The values of a question by step."""
         return {
             row["step"]: row["value"]
             for row in self.answers
@@ -338,7 +353,11 @@ class Seed:
 
 
 def read_study(out: Path, tasks: Iterable[str], seeds: int) -> dict[str, list[Seed]]:
-    """What a study has, by task; ValueError for what is missing or damaged."""
+    """What a study has, by task.
+
+    Raises:
+        ValueError: a run or a table is missing or damaged.
+    """
     return {
         task: [
             Seed(*map(read_run, _runs(out, task, seed)), read_answers(_answers_file(out, task, seed)))
@@ -352,7 +371,11 @@ def read_study(out: Path, tasks: Iterable[str], seeds: int) -> dict[str, list[Se
 
 
 def read_answers(path: Path) -> list[dict]:
-    """The rows of a table of answers, none where there is none; ValueError for a damaged one."""
+    """The rows of a table of answers; none where there is no table.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     if not path.exists():
         return []
     try:

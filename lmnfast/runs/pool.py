@@ -1,8 +1,9 @@
 """Worker processes, with one rule of failure.
 
-A job that fails ends no other: its error is its `Outcome`. The caller then goes on, or leaves the jobs that have not begun.
-An error of the caller ends all processes at once: whatever a job writes is whole at any moment, and the same work goes on
-with it. A process that dies is replaced, and the jobs without an outcome begin again, at most DEATHS times.
+A job that fails ends no other: its error is its `Outcome`. The caller then goes on, or leaves the jobs that have not
+begun. An error of the caller ends all processes at once: whatever a job writes is whole at any moment, and the same
+work goes on with it. A process that dies is replaced, and the jobs without an outcome begin again, at most DEATHS
+times.
 """
 
 import multiprocessing

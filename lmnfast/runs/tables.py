@@ -1,7 +1,8 @@
 """CSV tables whose columns are known, and the settings that they were made with.
 
-The name of a column says what it holds: INTEGERS, WORDS, else floats. Floats are written with seven digits, what float32
-holds: they are the same again when read and written. A step is written in full; it may be an integer or a fraction.
+The name of a column says what it holds: INTEGERS, WORDS, else floats. Floats are written with seven digits, what
+float32 holds: they are the same again when read and written. A step is written in full; it may be an integer or a
+fraction.
 """
 
 import csv
