@@ -130,12 +130,12 @@ class Probe:
         with self._timed(), alone():
             tails = [_Tail(cut(model, layer, inputs, **self._call)[0]) for layer in self.layers]
             state = python_state(model, inputs)
-            self._tails = {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
+            self._tails |= {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
 
     def _start(self) -> None:
         """Makes what belongs to this process."""
         self._process = os.getpid()
-        self._solver = ThreadPoolExecutor(
+        self._solver: ThreadPoolExecutor | None = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="lmnfast-probe", initializer=on_one_core
         )
         self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
@@ -465,7 +465,7 @@ class _Tail:
         # Weights that are computed (parametrisations, a frozen batch norm) do not follow: the chain is recognised anew.
         follows = all(p is not None and p.shape == v.shape for p, v in zip(sources, values, strict=True))
         self._chain = chain if follows else None
-        self._pairs = list(zip(sources, values, strict=True))
+        self._pairs = [(p, value) for p, value in zip(sources, values, strict=True) if p is not None]
 
     def chain(self) -> Chain | None:
         """The chain, where its weights still are the parameters' values; None: it has to be recognised anew."""

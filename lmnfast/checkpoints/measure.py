@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -164,7 +164,7 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
     for layer in work.layers:
         try:
             tail, samples = cut(model, layer, inputs, forward=call, output=work.output)
-            settings = {"method": work.method, "points": work.points, "rule": work.rule}
+            settings: dict[str, Any] = {"method": work.method, "points": work.points, "rule": work.rule}
             (enqueued,) = measured(tail, samples, **settings)
             warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")
             m = measurement(enqueued, negative=work.negative, **settings)
@@ -180,13 +180,15 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
 
 def _in_this_process(
     work: _Work, model: nn.Module, call: Forward, inputs: Any, paths: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     model, inputs = _placed(model, inputs, work.device)
     for path in paths:
         yield _measured(work, model, call, inputs, path)
 
 
-def _in_processes(work: _Work, inputs: Any, paths: Sequence[str], count: int) -> Iterator[dict[str, Any]]:
+def _in_processes(
+    work: _Work, inputs: Any, paths: Sequence[str], count: int
+) -> Generator[dict[str, Any], None, None]:
     """The rows as they come. Where a checkpoint fails, those begun are finished and the others are left."""
     try:
         pickle.dumps(work)

@@ -33,18 +33,17 @@ class Gradients:
     """
 
     def __init__(self, model: nn.Sequential, inputs: Tensor, labels: Tensor) -> None:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+        gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
         self.embedding, w_1, self.b_1, self.w_2, self.b_2, self.w_3, b_3 = (
             p.detach() for p in model.parameters()
         )
         self.first, self.second = w_1[:, :EMBEDDING], w_1[:, EMBEDDING:]
         self.b_3 = b_3[:, None]
-        self.d_embedding, d_w_1, self.d_b_1, self.d_w_2, self.d_b_2, self.d_w_3, self.d_b_3 = (
-            p.grad for p in model.parameters()
-        )
+        self.d_embedding, d_w_1, self.d_b_1, self.d_w_2, self.d_b_2, self.d_w_3, self.d_b_3 = gradients
         self.d_first, self.d_second = d_w_1[:, :EMBEDDING], d_w_1[:, EMBEDDING:]
-        kind = type(model.hidden_1)
+        kind = type(model.get_submodule("hidden_1"))
         self.activation, self.activation_backward = FORWARD[kind], BACKWARD[kind]
 
         tokens, samples = len(self.embedding), len(inputs)

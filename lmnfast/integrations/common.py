@@ -198,5 +198,5 @@ def _digest(inputs: Any) -> str:
     for tensor in tensors_in(inputs):
         found.update(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode())
         if tensor.layout == torch.strided:
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]

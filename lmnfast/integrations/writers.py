@@ -56,7 +56,7 @@ class CSVWriter:
         """row: as in `Probe.history`."""
         # Begun at the first row: other processes of the same training may open the file, and only one writes.
         if self._columns is None:
-            self._begin()
+            self._columns = self._begin()
         if self._there:
             (line,) = csv.reader(io.StringIO(csv_line(row.get(name, "") for name in self._columns).decode()))
             if set(row) <= set(self._columns) and self._there[tuple(line)] > 0:
@@ -79,7 +79,8 @@ class CSVWriter:
             raise ValueError(f"path: expected a CSV file with columns step and layer, got {self.path}")
         return columns, rows, len(whole) if len(whole) < len(text) else None
 
-    def _begin(self) -> None:
+    def _begin(self) -> list[str]:
+        """The columns that are there."""
         columns, rows, whole = self._read()
         if (rows or whole is not None) and not self._resume:
             raise ValueError(
@@ -87,7 +88,8 @@ class CSVWriter:
             )
         if whole is not None:
             os.truncate(self.path, whole)
-        self._columns, self._there = columns, Counter(map(tuple, rows))
+        self._there = Counter(map(tuple, rows))
+        return columns
 
     def _add_columns(self, new: list[str]) -> None:
         assert self._columns is not None
@@ -122,10 +124,10 @@ class TensorBoardWriter:
 
     def __init__(self, to: str | os.PathLike[str] | Any, *, resume: bool = False) -> None:
         own = isinstance(to, (str, os.PathLike))
-        self._module = required("torch.utils.tensorboard", "tensorboard") if own else None
+        self._module: Any = required("torch.utils.tensorboard", "tensorboard") if own else None
         self._folder = Path(to) if own else None
         self._always = self._resume = resume
-        self._writer = None if own else to
+        self._writer: Any = None if own else to
 
     def resume(self) -> None:
         """Go on with the curves that are there."""
@@ -135,6 +137,7 @@ class TensorBoardWriter:
         """row: as in `Probe.history`."""
         # Opened at the first row: other processes of the same training may make a writer, and only one writes.
         if self._writer is None:
+            assert self._folder is not None
             if not self._resume and any(self._folder.glob(f"events.out.tfevents.*{self.SUFFIX}")):
                 raise ValueError(
                     f"to: expected a folder without LMN curves, got {self._folder} with those of an earlier run; "
