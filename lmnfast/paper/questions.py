@@ -11,171 +11,199 @@ from .claims import COLUMN, PAPER, PAPER_ENDS, at, peak
 from .study import LAYER, RULES, SIZES, STAND_INS, Seed, Study
 from .text import number, table
 
+Members = dict[str, list[Seed]]  # by task
 
-def questions(out: Path, members: dict[str, list[Seed]], study: Study) -> list[str]:
+
+def questions(out: Path, members: Members, study: Study) -> list[str]:
     """Draws the figures of the questions into OUT/figures; returns the lines of the section."""
     folder = out / "figures"
     lines = ["## Questions", ""]
     for task, seeds in members.items():
         path = figures.draw_questions(seeds, folder / f"questions-{task}.png")
-        lines += [f"![Questions, {task}]({path.relative_to(out).as_posix()})", "", f"*{task}: medians, the middle half and "
-                  "the range of the seeds.*", ""]  # fmt: skip
-    moments = [step for step in study.few if any(at(seeds[0].run, step) > 0 for seeds in members.values())]
-    lines += [
-        "### Which initialisation matches the paper's step 0?",
-        "",
-        "`lecun-first` scales the first Linear's weights to standard deviation 1/8; all else is PyTorch's default. "
-        f"Peak: within {study.init_steps} steps.",
-        "",
-        *_per_task(
-            members,
-            ("LMN at step 0, paper", "default", "lecun-first", "peak, paper", "default", "lecun-first"),
-            lambda task, seeds: [
-                number(PAPER[task]["LMN at step 0"]),
-                _median(at(seed.run, 0) for seed in seeds),
-                _median(at(seed.lecun, 0) for seed in seeds),
-                number(PAPER[task]["LMN, peak"]),
-                _median(peak(seed.run)[COLUMN] for seed in seeds),
-                _median(max(row[COLUMN] for row in seed.lecun.rows) for seed in seeds),
-            ],
-        ),
-        "",
-        "### 21 points against others",
-        "",
-        f"Largest error of LMN against 21 uniform points over all seeds, at steps {', '.join(map(str, moments))}, in per cent. "
-        "A rule with other uniform points converges to another number, that of the continuous line; the Lobatto rules are "
-        "made for the 21.",
-        "",
-        *_per_task(
-            members,
-            [f"{rule} {points}" for rule, points in RULES],
-            lambda task, seeds: [_largest_error(seeds, "nodes", f"{rule} {points}") for rule, points in RULES],
-        ),
-        "",
-        "### How does LMN grow with the number of samples?",
-        "",
-        f"Random sub-samples of all pairs, {SIZES[0]} to all of them; exponent of a power law LMN ~ N^k fitted to the medians, "
-        "and LMN of the smallest and of all.",
-        "",
-        *_per_task(
-            members,
-            [f"step {step}" for step in moments],
-            lambda task, seeds: [_growth(seeds, step) for step in moments],
-        ),
-        "",
-        "### Training samples, test samples, or both?",
-        "",
-        "Medians. The test samples are a fifth of all pairs, so they are compared with as many training samples; "
-        "r: correlation of both over all milestones.",
-        "",
-        *_per_task(
-            members,
-            ("step", "train", "both", "test", "train, as many as test", "r, test with as many of train"),
-            lambda task, seeds: [
-                _median(_peak_step(seed) for seed in seeds),
-                *[_median(_at_peak(seed, seed.answer("samples", name)) for seed in seeds)
-                  for name in ("train", "both", "test", "train, as many as test")],
-                _median(_together(seed, "samples", "test", seed.answer("samples", "train, as many as test"))
-                        for seed in seeds),
-            ],
-        ),
-        "",
-        "### Absolute value, or negative eigenvalues clipped?",
-        "",
-        "Share of the eigenvalues' mass that is negative, at step 0 and at its largest; LMN at the peak either way; r: over all "
-        "milestones.",
-        "",
-        *_per_task(
-            members,
-            ("negative share at 0", "at most", "LMN, absolute", "clipped", "r"),
-            lambda task, seeds: [
-                _median(seed.answer("negative", "share")[0] for seed in seeds),
-                _median(max(seed.answer("negative", "share").values()) for seed in seeds),
-                _median(_at_peak(seed, seed.lmn(LAYER)) for seed in seeds),
-                _median(_at_peak(seed, seed.answer("negative", "clipped")) for seed in seeds),
-                _median(_together(seed, "negative", "clipped") for seed in seeds),
-            ],
-        ),
-        "",
-        "### Stand-ins",
-        "",
-        "Against the exact LMN, over all milestones: r, and the error at the peak (medians).",
-        "",
-        *_per_task(
-            members,
-            [f"{name}: {what}" for name in STAND_INS for what in ("r", "error at the peak")],
-            lambda task, seeds: [
-                text
-                for name in STAND_INS
-                for text in (
-                    _median(_together(seed, "stand-ins", name) for seed in seeds),
-                    _percent(_at_peak(seed, seed.answer("stand-ins", name))
-                             / _at_peak(seed, seed.lmn(LAYER)) - 1 for seed in seeds),
-                )
-            ],
-        ),
-        "",
-        "### ReLU networks: LMN against linear regions",
-        "",
-        f"The same network with ReLU, {study.relu_steps} steps. Regions: distinct activation patterns at the training samples.",
-        "",
-    ]  # fmt: skip
-    path = figures.draw_regions(members, folder / "relu-regions.png")
-    lines += [
-        f"![ReLU networks]({path.relative_to(out).as_posix()})",
-        "",
-        *_per_task(
-            members,
-            ("N", "regions at 0", "fewest", "at the end", "LMN at 0", "peak", "at the end", "r"),
-            lambda task, seeds: [
-                str(seeds[0].relu.rows[0]["samples"]),
-                _median(seed.answer("regions")[0] for seed in seeds),
-                _median(min(seed.answer("regions").values()) for seed in seeds),
-                _median(seed.answer("regions")[study.relu_steps] for seed in seeds),
-                _median(at(seed.relu, 0) for seed in seeds),
-                _median(max(row[COLUMN] for row in seed.relu.rows) for seed in seeds),
-                _median(at(seed.relu, study.relu_steps) for seed in seeds),
-                _median(
-                    pearson([(row[COLUMN], seed.answer("regions")[row["step"]]) for row in seed.relu.rows])
-                    for seed in seeds
-                ),
-            ],
-        ),
-        "",
-    ]
-    if any(seed.run.rows[-1]["step"] > PAPER_ENDS for seeds in members.values() for seed in seeds):
         lines += [
-            "### What comes after the paper's end?",
+            f"![Questions, {task}]({path.relative_to(out).as_posix()})",
             "",
-            f"The paper does not go past step {PAPER_ENDS}. Lowest LMN and largest L2 norm after it, and where they are.",
-            "",
-            *_per_task(
-                members,
-                ("LMN, lowest", "at step", "L2 norm, largest", "at step"),
-                lambda task, seeds: [
-                    _median(_late(seed, min, COLUMN)[COLUMN] for seed in seeds),
-                    _median(_late(seed, min, COLUMN)["step"] for seed in seeds),
-                    _median(_late(seed, max, "l2_norm")["l2_norm"] for seed in seeds),
-                    _median(_late(seed, max, "l2_norm")["step"] for seed in seeds),
-                ],
-            ),
+            f"*{task}: medians, the middle half and the range of the seeds.*",
             "",
         ]
+    moments = [step for step in study.few if any(at(seeds[0].run, step) > 0 for seeds in members.values())]
+    lines += _initialisation(members, study)
+    lines += _nodes(members, moments)
+    lines += _number_of_samples(members, moments)
+    lines += _which_samples(members)
+    lines += _negative_eigenvalues(members)
+    lines += _stand_ins(members)
+    path = figures.draw_regions(members, folder / "relu-regions.png")
+    lines += _regions(members, study, path.relative_to(out).as_posix())
+    if any(seed.run.rows[-1]["step"] > PAPER_ENDS for seeds in members.values() for seed in seeds):
+        lines += _after_the_papers_end(members)
     return lines
+
+
+def _question(
+    title: str,
+    text: str,
+    members: Members,
+    head: Sequence[str],
+    row: Callable[[list[Seed]], Sequence[str]],
+    figure: str | None = None,
+) -> list[str]:
+    """The lines of a question: its text, and a row for each task."""
+    shown = [f"![{title.partition(':')[0]}]({figure})", ""] if figure else []
+    rows = [(task, *row(seeds)) for task, seeds in members.items()]
+    return [f"### {title}", "", text, "", *shown, *table(("task", *head), rows), ""]
+
+
+def _initialisation(members: Members, study: Study) -> list[str]:
+    def row(seeds: list[Seed]) -> list[str]:
+        paper = PAPER[seeds[0].run.config.task]
+        return [
+            number(paper["LMN at step 0"]),
+            _median(at(seed.run, 0) for seed in seeds),
+            _median(at(seed.lecun, 0) for seed in seeds),
+            number(paper["LMN, peak"]),
+            _median(peak(seed.run)[COLUMN] for seed in seeds),
+            _median(max(row[COLUMN] for row in seed.lecun.rows) for seed in seeds),
+        ]
+
+    text = (
+        "`lecun-first` scales the first Linear's weights to standard deviation 1/8; all else is PyTorch's default. "
+        f"Peak: within {study.init_steps} steps."
+    )
+    head = ("LMN at step 0, paper", "default", "lecun-first", "peak, paper", "default", "lecun-first")
+    return _question("Which initialisation matches the paper's step 0?", text, members, head, row)
+
+
+def _nodes(members: Members, moments: Sequence[int]) -> list[str]:
+    text = (
+        f"Largest error of LMN against 21 uniform points over all seeds, at steps {', '.join(map(str, moments))}, "
+        "in per cent. A rule with other uniform points converges to another number, that of the continuous line; the "
+        "Lobatto rules are made for the 21."
+    )
+    rules = [f"{rule} {points}" for rule, points in RULES]
+    return _question(
+        "21 points against others",
+        text,
+        members,
+        rules,
+        lambda seeds: [_largest_error(seeds, "nodes", rule) for rule in rules],
+    )
+
+
+def _number_of_samples(members: Members, moments: Sequence[int]) -> list[str]:
+    text = (
+        f"Random sub-samples of all pairs, {SIZES[0]} to all of them; exponent of a power law LMN ~ N^k fitted to the "
+        "medians, and LMN of the smallest and of all."
+    )
+    return _question(
+        "How does LMN grow with the number of samples?",
+        text,
+        members,
+        [f"step {step}" for step in moments],
+        lambda seeds: [_growth(seeds, step) for step in moments],
+    )
+
+
+def _which_samples(members: Members) -> list[str]:
+    names = ("train", "both", "test", "train, as many as test")
+
+    def row(seeds: list[Seed]) -> list[str]:
+        return [
+            _median(_peak_step(seed) for seed in seeds),
+            *[_median(_at_peak(seed, seed.answer("samples", name)) for seed in seeds) for name in names],
+            _median(
+                _together(seed, "samples", "test", seed.answer("samples", "train, as many as test"))
+                for seed in seeds
+            ),
+        ]
+
+    text = (
+        "Medians. The test samples are a fifth of all pairs, so they are compared with as many training samples; "
+        "r: correlation of both over all milestones."
+    )
+    head = ("step", *names, "r, test with as many of train")
+    return _question("Training samples, test samples, or both?", text, members, head, row)
+
+
+def _negative_eigenvalues(members: Members) -> list[str]:
+    def row(seeds: list[Seed]) -> list[str]:
+        return [
+            _median(seed.answer("negative", "share")[0] for seed in seeds),
+            _median(max(seed.answer("negative", "share").values()) for seed in seeds),
+            _median(_at_peak(seed, seed.lmn(LAYER)) for seed in seeds),
+            _median(_at_peak(seed, seed.answer("negative", "clipped")) for seed in seeds),
+            _median(_together(seed, "negative", "clipped") for seed in seeds),
+        ]
+
+    text = (
+        "Share of the eigenvalues' mass that is negative, at step 0 and at its largest; LMN at the peak either way; r: "
+        "over all milestones."
+    )
+    head = ("negative share at 0", "at most", "LMN, absolute", "clipped", "r")
+    return _question("Absolute value, or negative eigenvalues clipped?", text, members, head, row)
+
+
+def _stand_ins(members: Members) -> list[str]:
+    def row(seeds: list[Seed]) -> list[str]:
+        cells = []
+        for name in STAND_INS:
+            cells.append(_median(_together(seed, "stand-ins", name) for seed in seeds))
+            errors = [
+                _at_peak(seed, seed.answer("stand-ins", name)) / _at_peak(seed, seed.lmn(LAYER)) - 1
+                for seed in seeds
+            ]
+            cells.append(_percent(errors))
+        return cells
+
+    text = "Against the exact LMN, over all milestones: r, and the error at the peak (medians)."
+    head = [f"{name}: {what}" for name in STAND_INS for what in ("r", "error at the peak")]
+    return _question("Stand-ins", text, members, head, row)
+
+
+def _regions(members: Members, study: Study, figure: str) -> list[str]:
+    def row(seeds: list[Seed]) -> list[str]:
+        return [
+            str(seeds[0].relu.rows[0]["samples"]),
+            _median(seed.answer("regions")[0] for seed in seeds),
+            _median(min(seed.answer("regions").values()) for seed in seeds),
+            _median(seed.answer("regions")[study.relu_steps] for seed in seeds),
+            _median(at(seed.relu, 0) for seed in seeds),
+            _median(max(row[COLUMN] for row in seed.relu.rows) for seed in seeds),
+            _median(at(seed.relu, study.relu_steps) for seed in seeds),
+            _median(
+                pearson([(row[COLUMN], seed.answer("regions")[row["step"]]) for row in seed.relu.rows])
+                for seed in seeds
+            ),
+        ]
+
+    text = (
+        f"The same network with ReLU, {study.relu_steps} steps. Regions: distinct activation patterns at the training "
+        "samples."
+    )
+    head = ("N", "regions at 0", "fewest", "at the end", "LMN at 0", "peak", "at the end", "r")
+    return _question("ReLU networks: LMN against linear regions", text, members, head, row, figure)
+
+
+def _after_the_papers_end(members: Members) -> list[str]:
+    def row(seeds: list[Seed]) -> list[str]:
+        return [
+            _median(_late(seed, min, COLUMN)[COLUMN] for seed in seeds),
+            _median(_late(seed, min, COLUMN)["step"] for seed in seeds),
+            _median(_late(seed, max, "l2_norm")["l2_norm"] for seed in seeds),
+            _median(_late(seed, max, "l2_norm")["step"] for seed in seeds),
+        ]
+
+    text = f"The paper does not go past step {PAPER_ENDS}. Lowest LMN and largest L2 norm after it, and where they are."
+    head = ("LMN, lowest", "at step", "L2 norm, largest", "at step")
+    return _question("What comes after the paper's end?", text, members, head, row)
 
 
 def _late(seed: Seed, extreme: Callable, column: str) -> dict:
     return extreme((row for row in seed.run.rows if row["step"] > PAPER_ENDS), key=lambda row: row[column])
 
 
-def _per_task(
-    members: dict[str, list[Seed]], head: Sequence[str], row: Callable[[str, list[Seed]], Sequence[str]]
-) -> list[str]:
-    return table(("task", *head), [(task, *row(task, seeds)) for task, seeds in members.items()])
-
-
 def _median(values: Iterable[float]) -> str:
-    """With the range in brackets, where there is more than one."""
+    """The median, with the range in brackets where the values differ."""
     known = sorted(value for value in values if np.isfinite(value))
     if not known:
         return "-"
