@@ -1,6 +1,5 @@
 """The curves of a table of checkpoints."""
 
-import io
 import os
 from collections.abc import Sequence
 from itertools import cycle
@@ -9,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..runs.files import write_file
+from ..runs.figures import COLOURS, save
 from .steps import steps_of
 
 STYLES = ("-", "--", ":", "-.")  # so that of equal curves both are seen
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def draw_checkpoints(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
@@ -57,8 +54,4 @@ def draw_checkpoints(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> 
             figure.legend(loc="outside right upper", fontsize=9, ncols=-(-len(layers) // 25))
         else:
             figure.legend(loc="outside upper center", ncols=columns)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=200)
-    path = Path(out) / "lmn.png"
-    write_file(path, image.getvalue())
-    return path
+        return save(figure, Path(out) / "lmn.png")

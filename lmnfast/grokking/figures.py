@@ -1,27 +1,25 @@
 """A run's row of the paper's Figure 2 (arXiv 2310.05918), with the paper's curves beside ours."""
 
 import csv
-import io
 import math
 import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..runs.files import write_file
+from ..runs.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
 from .config import Config
 from .run import Run, read_run
 from .tasks import task_sizes
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-LMN, L2, ACCURACY = "#D55E00", "#009E73", "#0072B2"
+LMN, L2, ACCURACY = VERMILION, GREEN, BLUE
 METHOD_LINES = {
     "path": (LMN, "-"),
     "hermite": (ACCURACY, "--"),
-    "hermite-midpoint": ("#000000", ":"),
+    "hermite-midpoint": (BLACK, ":"),
     "jacobian": (L2, "-."),
 }
-PHASES = {"memorising": ("#555555", "^"), "generalising": ("#E69F00", "o"), "finalising": ("#CC79A7", "s")}
+PHASES = {"memorising": ("#555555", "^"), "generalising": (ORANGE, "o"), "finalising": (PURPLE, "s")}
 
 
 def paper_curves(task: str) -> dict[str, list[float]]:
@@ -106,30 +104,6 @@ def draw_layer(run: Run, layer: str, path: Path, dpi: int = 200, colours: int | 
         _draw_curves(left, run, layer)
         _draw_losses(right, run, layer)
         return save(figure, path, dpi, colours)
-
-
-def save(figure: Any, path: Path, dpi: int = 200, colours: int | None = None) -> Path:
-    """Writes a matplotlib figure as .png, whole or not at all.
-
-    Args:
-        figure: of matplotlib.
-        path: the file.
-        dpi: dots per inch.
-        colours: the size of a palette; with 256 colours the file has a third of the bytes. None: all colours.
-
-    Returns:
-        The path.
-    """
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=dpi)
-    if colours is not None:
-        from PIL import Image  # what matplotlib writes images with
-
-        picture = Image.open(image).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-        image = io.BytesIO()
-        picture.save(image, format="png", optimize=True)
-    write_file(path, image.getvalue())
-    return path
 
 
 def named(config: Config, samples: bool = True) -> str:

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from ..connectivity import connectivity
 from ..cutting import cut
 from ..grokking.config import start
-from ..grokking.figures import ACCURACY, L2, LMN, paper_curves, save
+from ..grokking.figures import ACCURACY, L2, LMN, paper_curves
 from ..grokking.run import Run, load_checkpoint
+from ..runs.figures import BLACK, ORANGE, PURPLE, SKY, save
 from ..spectrum import eigenvalues, linear_mapping_number
 from .claims import COLUMN, PAPER_ENDS, generalising, second_rise
 from .study import LAYER, RULES, STAND_INS, Seed
 
 SMALL = {"dpi": 110, "colours": 256}  # a third of the file of all colours; a colour bar needs all
 STYLE = {"font.size": 11, "legend.frameon": False, "lines.linewidth": 1.8}
-MORE = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MORE = (PURPLE, ORANGE, SKY, BLACK)
 CLUSTERS = 10  # the paper's
 
 
@@ -119,7 +120,7 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
                 paper["step"], paper[column], ".", color=colour, markersize=6, alpha=0.7, mec="k", mew=0.3
             )
         left.plot([], [], ".k", label="dots: the paper's")
-        left.plot([], [], color="#56B4E9", linewidth=1, label="test accuracy (right)")
+        left.plot([], [], color=SKY, linewidth=1, label="test accuracy (right)")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
         left.set(xlabel="Training step", ylabel="LMN, L2 norm", ylim=(0, None), xlim=(0, steps[-1] or 1))
         left.set_title(f"{task}: median, middle half and range of {len(runs)} seeds", fontsize=11)

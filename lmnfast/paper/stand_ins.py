@@ -29,6 +29,7 @@ from ..grokking.tasks import TASKS
 from ..grokking.train import train
 from ..jacobian import linear_regions
 from ..runs.device import processor
+from ..runs.figures import BLACK
 from ..runs.tables import read_table, write_table
 from ..spectrum import linear_mapping_number
 from .study import STAND_INS
@@ -39,7 +40,7 @@ LAYERS = ("embedding", "hidden_1_pre", "hidden_1", "hidden_2_pre")
 # A Linear between two layers does not change the paths between the samples: the same number from either.
 SAME_PATHS = {"hidden_1_pre": "embedding", "hidden_2_pre": "hidden_1"}
 LOBATTO = tuple(f"lobatto {points}" for points in range(4, 10))
-MARKS = {"hermite": ("s", ACCURACY), "hermite-midpoint": ("D", "#000000"), "jacobian": ("^", L2)}
+MARKS = {"hermite": ("s", ACCURACY), "hermite-midpoint": ("D", BLACK), "jacobian": ("^", L2)}
 RELU: dict[str, Any] = {
     "activation": "relu",
     "steps": 5000,

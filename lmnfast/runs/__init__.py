@@ -1,1 +1,1 @@
-"""What every command that leaves a directory needs: whole files, tables, worker processes, a progress bar, a device."""
+"""What the commands share: whole files, tables, worker processes, a progress bar, the device, figures as files."""
