@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from lmnfast.grokking.config import Config, start
 from lmnfast.grokking.gradients import Gradients
-from lmnfast.grokking.train import Config, start
 
 
 @pytest.fixture(params=[1, 2])

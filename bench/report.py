@@ -30,7 +30,8 @@ from pathlib import Path
 import numpy as np
 
 from lmnfast import _native
-from lmnfast.files import write_file
+from lmnfast.runs.figures import BLACK, BLUE, GREEN, PURPLE, VERMILION
+from lmnfast.runs.files import write_file
 
 from .results import machine, table
 
@@ -65,13 +66,12 @@ PARTS = {  # of bench/bench_PART.py: what the document says of it
 SCALING = "scaling"
 SECONDS = 400  # that a part may take
 KINDS = ("ours", "eager", "torch.compile", "jax.jit")  # what the best bars' names begin with
-# Okabe and Ito's colours, which the colour-blind can tell apart.
 MARKS = {
-    "ours": ("o", "#D55E00"),
-    "eager": ("s", "#0072B2"),
-    "torch.compile": ("^", "#009E73"),
-    "jax.jit": ("D", "#CC79A7"),
-    "floor": ("|", "#000000"),
+    "ours": ("o", VERMILION),
+    "eager": ("s", BLUE),
+    "torch.compile": ("^", GREEN),
+    "jax.jit": ("D", PURPLE),
+    "floor": ("|", BLACK),
 }
 
 

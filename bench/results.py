@@ -4,7 +4,6 @@ python bench/results.py DIRECTORY COMMAND PART.json...   merges pytest-benchmark
 """
 
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
+from lmnfast.runs.device import processor
 
 COLUMNS = {  # of extra_info
     "over its floor": lambda stats, info: stats["median"] / info["floor_s"] if info.get("floor_s") else None,
@@ -54,7 +55,7 @@ def table(records: list[dict], commands: bool = False) -> list[str]:
 def machine() -> dict[str, str]:
     """What the numbers depend on; the card only where there is one."""
     facts = {
-        "processor": f"{_cpu()}, {torch.get_num_threads()} threads",
+        "processor": f"{processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "commit": _output("git", "describe", "--always", "--dirty", "--exclude=*") or "unknown",
     }
@@ -68,14 +69,6 @@ def machine() -> dict[str, str]:
             **facts,
         }
     return facts
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _output(*command: str) -> str:

@@ -1,4 +1,4 @@
-"""Locks, the number of threads, and Ctrl-C while a model is measured."""
+"""The cores, threads and locks of a measurement, and Ctrl-C while a model is measured."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from typing import Any, cast
 
 import torch
 
-from .processes import cores
-
 _lock = threading.RLock()
 _forked = False
 
@@ -28,6 +26,28 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def on_one_core() -> None:
+    """Runs first in a thread beside a training, which then computes on one core.
+
+    With its own OpenMP pool there would be more threads than cores, and the runtime would put the training's threads to
+    sleep between operations: measured on 2 cores, a training step of 1.5 ms takes 3.6 ms, for as long as the process
+    lives.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # That also changes the number for new threads. A new thread sets it back.
+    restore = threading.Thread(target=torch.set_num_threads, args=(count,))
+    restore.start()
+    restore.join()
 
 
 def cores_to_use() -> int:

@@ -1,34 +1,45 @@
-"""The command line: ``lmnfast grok``, ``lmnfast measure``, ``lmnfast paper``, ``lmnfast info``."""
+"""The command line: ``lmnfast grok``, ``measure``, ``checkpoints``, ``paper``, ``info``."""
 
 import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import __version__, _native
 from ._settings import METHODS
+from ._threads import cores
 from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_checkpoints
+from .grokking.config import Config
 from .grokking.figures import draw, draw_methods, named
+from .grokking.measure import measure
 from .grokking.model import ACTIVATIONS, INITS, LAYERS
-from .grokking.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, Study, run_study
+from .grokking.run import Run
 from .grokking.tasks import TASKS, training_samples
-from .grokking.train import Config, Run, measure, train
-from .processes import cores
+from .grokking.train import train
+from .paper.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, Study, run_study
 from .quadrature import RULES
+from .runs.device import DEVICES, refuse_unusable
 from .spectrum import NEGATIVE
 
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
-OF_A_MODEL = ("checkpoint", "inputs", "output", "forward", "key", "jobs", "out")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0; 2 for bad input, named in one line; 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    """Runs one command.
+
+    Args:
+        arguments: those of the command line; None: of this process.
+
+    Returns:
+        The exit code: 0; 2 for bad input, named in one line; 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(_in_new_spelling(sys.argv[1:] if arguments is None else arguments))
     try:
         options.command(options)
     except KeyboardInterrupt:
@@ -38,6 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lmnfast: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _in_new_spelling(arguments: list[str]) -> list[str]:
+    """``measure --model`` as ``checkpoints --model``, with a note."""
+    names = {argument.partition("=")[0] for argument in arguments}
+    if arguments[:1] != ["measure"] or not names & {"--model", "--mode", "--mod", "--mo"}:
+        return arguments
+    print(
+        "lmnfast: measure --model has a name of its own now: lmnfast checkpoints --model ...", file=sys.stderr
+    )
+    return ["checkpoints", *arguments[1:]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,19 +72,43 @@ def _parser() -> argparse.ArgumentParser:
     def command(
         name: str, run: Callable, description: str, after_interrupt: str = ""
     ) -> argparse.ArgumentParser:
-        # What is not given stays out of the options, so that every default is written once: in Config.
+        # An option that is not given stays out of the options, so that every default is written once: in Config.
         added = commands.add_parser(
             name, help=description, description=description, argument_default=argparse.SUPPRESS
         )
         added.set_defaults(command=run, after_interrupt=after_interrupt)
         return added
 
-    grok = command(
-        "grok",
-        _grok,
-        "Train the paper's network on a task, measure its LMN, draw its Figure 2.",
-        "; the same command continues the run",
+    _add_grok(
+        command(
+            "grok",
+            _grok,
+            "Train the paper's network on a task, measure its LMN, draw its Figure 2.",
+            "; the same command continues the run",
+        )
     )
+    _add_measure(command("measure", _measure, "Measure a run's checkpoints again; writes RUN/measure-*.csv."))
+    _add_checkpoints(
+        command(
+            "checkpoints",
+            _checkpoints,
+            "Measure checkpoints of any model, into a table and a figure (docs/checkpoints.md).",
+            "; the same command goes on",
+        )
+    )
+    _add_paper(
+        command(
+            "paper",
+            _paper,
+            "Reproduce the paper: every task and seed, figures, claims with intervals, and a report.",
+            "; the same command goes on",
+        )
+    )
+    command("info", _info, "Show the versions, the instruction set in use, and CUDA.")
+    return parser
+
+
+def _add_grok(grok: argparse.ArgumentParser) -> None:
     grok.add_argument("task", choices=TASKS)
     grok.add_argument("--p", type=int, help="modulus of modular-addition (31)")
     grok.add_argument("--bits", type=int, help="length of the numbers of xor (5)")
@@ -78,78 +124,58 @@ def _parser() -> argparse.ArgumentParser:
     grok.add_argument(
         "--force", action="store_true", help="delete the run that is there (nothing else), start anew"
     )
+    names = f"some of {', '.join(LAYERS)} ({' '.join(Config.layers)})"
+    grok.add_argument("--layers", nargs="+", metavar="LAYER", help=names)
+    _add_samples(grok, "of the training samples are measured, a fixed random choice (all)")
+    grok.add_argument("--method", choices=METHODS, help=f"of the connectivity ({Config.method})")
+    _add_settings(grok, vars(Config))
 
-    again = command(
-        "measure",
-        _measure,
-        "Measure a run's checkpoints again; writes RUN/measure-*.csv. With --model, those of any model.",
-    )
-    again.add_argument("run", metavar="RUN", nargs="?", help="a directory that grok left")
-    again.add_argument("--every", type=int, help="of a RUN, only checkpoints at multiples of this step (1)")
 
+def _add_measure(again: argparse.ArgumentParser) -> None:
+    again.add_argument("run", metavar="RUN", help="a directory that grok left")
+    again.add_argument("--every", type=int, help="only checkpoints at multiples of this step (1)")
     again.add_argument(
-        "--force",
-        action="store_true",
-        help="begin the table that is there anew; of a RUN, also one with more steps",
+        "--force", action="store_true", help="replace the table that is there, also one with more steps"
     )
+    _add_layers(again, f"some of {', '.join(LAYERS)} (the run's)")
+    _add_samples(again, "of the training samples are measured, a fixed random choice (the run's)")
+    again.add_argument(
+        "--method",
+        type=_methods,
+        metavar="METHOD[,METHOD...]",
+        help=f"of the connectivity, among {', '.join(METHODS)} (the run's); several go into one figure",
+    )
+    _add_settings(again, dict.fromkeys(vars(Config), "the run's"))
 
-    others = {name: f"the run's; {value} with --model" for name, value in vars(Config).items()}
-    for added, defaults in ((grok, vars(Config)), (again, others)):
-        names = f"some of {', '.join(LAYERS)}"
-        if added is grok:
-            names += f" ({' '.join(Config.layers)})"
-            added.add_argument("--layers", nargs="+", metavar="LAYER", help=names)
-        else:
-            names += " (the run's); with --model names of its layers, or patterns, as 'blocks.?'"
-            added.add_argument("--layers", "--layer", nargs="+", action="extend", metavar="LAYER", help=names)
-        added.add_argument(
-            "--points", type=int, help=f"nodes on a path, ends included ({defaults['points']})"
-        )
-        added.add_argument("--rule", choices=RULES, help=f"where on the path they lie ({defaults['rule']})")
-        added.add_argument(
-            "--samples",
-            type=int,
-            help="how many of the training samples are measured, a fixed random choice "
-            + ("(all)" if added is grok else "(the run's); with --model the first of the inputs (all)")
-            + "; the LMN of fewer samples is no estimate of the LMN of all",
-        )
-        if added is grok:
-            added.add_argument("--method", choices=METHODS, help=f"of the connectivity ({Config.method})")
-        else:
-            added.add_argument(
-                "--method",
-                type=_methods,
-                metavar="METHOD[,METHOD...]",
-                help=f"of the connectivity, among {', '.join(METHODS)} ({defaults['method']}); of a RUN "
-                "also several, which go into one figure",
-            )
-        added.add_argument(
-            "--negative", choices=NEGATIVE, help=f"what negative eigenvalues count ({defaults['negative']})"
-        )
-        added.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (auto)")
 
-    other = again.add_argument_group("checkpoints of another model (docs/checkpoints.md)")
+def _add_checkpoints(other: argparse.ArgumentParser) -> None:
     other.add_argument(
-        "--model", metavar="MODULE:FACTORY", help="called without arguments, returns the model"
+        "--model", required=True, metavar="MODULE:FACTORY", help="called without arguments, returns the model"
     )
     other.add_argument(
-        "--checkpoint", nargs="+", action="extend", metavar="FILE", help="files or patterns, as 'ckpts/*'"
+        "--checkpoint",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="files or patterns, as 'ckpts/*'",
     )
-    other.add_argument("--inputs", metavar="FILE", help=".npy, .npz, .pt or .safetensors")
+    other.add_argument("--inputs", required=True, metavar="FILE", help=".npy, .npz, .pt or .safetensors")
+    _add_layers(other, "names of the model's layers, or patterns, as 'blocks.?'", required=True)
     other.add_argument(
         "--output", metavar="KEY", help="which of the model's outputs counts: key, attribute or index"
     )
     other.add_argument("--forward", metavar="MODULE:FUNCTION", help="called as function(model, inputs)")
     other.add_argument("--key", help="where in a checkpoint the state dict is, as state.ema")
+    _add_samples(other, "of the inputs are measured, the first (all)")
+    other.add_argument("--method", help=f"of the connectivity, one of {', '.join(METHODS)} ({Config.method})")
+    _add_settings(other, vars(Config))
     other.add_argument("--jobs", type=int, help="processes (1)")
     other.add_argument("--out", metavar="DIR", help="where lmn.csv and lmn.png go (lmn)")
+    other.add_argument("--force", action="store_true", help="begin the table that is there anew")
 
-    paper = command(
-        "paper",
-        _paper,
-        "Reproduce the paper: every task and seed, figures, claims with intervals, and a report.",
-        "; the same command goes on",
-    )
+
+def _add_paper(paper: argparse.ArgumentParser) -> None:
     paper.add_argument(
         "--seeds",
         type=int,
@@ -169,8 +195,36 @@ def _parser() -> argparse.ArgumentParser:
         help="1000 steps: a look at everything in minutes, no reproduction",
     )
 
-    command("info", _info, "Show the versions, the instruction set in use, and CUDA.")
-    return parser
+
+def _add_layers(parser: argparse.ArgumentParser, text: str, required: bool = False) -> None:
+    parser.add_argument(
+        "--layers", "--layer", nargs="+", action="extend", required=required, metavar="LAYER", help=text
+    )
+
+
+def _add_samples(parser: argparse.ArgumentParser, of: str) -> None:
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help=f"how many {of}; the LMN of fewer samples is no estimate of the LMN of all",
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    """The options of every measurement."""
+    parser.add_argument("--points", type=int, help=f"nodes on a path, ends included ({defaults['points']})")
+    parser.add_argument("--rule", choices=RULES, help=f"where on the path they lie ({defaults['rule']})")
+    parser.add_argument(
+        "--negative", choices=NEGATIVE, help=f"what negative eigenvalues count ({defaults['negative']})"
+    )
+    parser.add_argument("--device", choices=DEVICES, help="where to compute (auto)")
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    methods = tuple(text.split(","))
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
+    return methods
 
 
 def _grok(options: argparse.Namespace) -> None:
@@ -187,14 +241,13 @@ def _grok(options: argparse.Namespace) -> None:
 def _paper(options: argparse.Namespace) -> None:
     _need_extra("paper", ("markdown", "matplotlib", "pandas", "scipy", "sklearn", "tqdm"))
     _need_device(options)
-    from .grokking.report import write_report
+    from .paper.report import write_report
 
     study = QUICK if options.quick else Study()
     tasks = tuple(TASKS) if "all" in options.tasks else tuple(dict.fromkeys(options.tasks))
     seeds = getattr(options, "seeds", 2 if options.quick else 8)
     jobs = getattr(options, "jobs", 1 if torch.cuda.is_available() else cores())
-    if jobs > cores():
-        print(f"jobs: {jobs} processes on {cores()} cores", file=sys.stderr)
+    _say_jobs(jobs)
     out = Path(options.out)
     run_study(out, tasks, seeds, jobs, study, progress=True)
     given = {"seeds": seeds, "tasks": " ".join(options.tasks), "out": options.out}
@@ -208,21 +261,35 @@ def _paper(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
+    path, rows = measure(**_given(options), progress=True)
+    _print_rows(rows, [path, draw_methods(path, rows)] if "+" in rows[0]["method"] else [path])
+
+
+def _checkpoints(options: argparse.Namespace) -> None:
+    _need_extra()
+    _need_device(options)
     given = _given(options)
-    if "run" in given and "model" in given:
-        raise ValueError("measure: expected a RUN or --model, got both")
-    if "run" in given:
-        _refuse(given, OF_A_MODEL, "--model")
-        path, rows = measure(**given, progress=True)
-        written = [path, draw_methods(path, rows)] if "+" in rows[0]["method"] else [path]
-    elif "model" in given:
-        options.after_interrupt = "; the same command goes on"
-        _refuse(given, ("every",), "a RUN")
-        rows, written = _measure_model(given)
-    else:
-        raise ValueError(
-            "measure: expected a RUN, or --model with --checkpoint, --inputs and --layer, got neither"
-        )
+    inputs, samples = load_inputs(given.pop("inputs")), given.pop("samples", None)
+    if samples is not None:
+        inputs = first_samples(inputs, samples)
+    output = given.pop("output", None)
+    out = Path(given.pop("out", "lmn"))
+    _say_jobs(given.get("jobs", 1))
+    rows = measure_checkpoints(
+        given.pop("model"),
+        given.pop("checkpoint"),
+        inputs,
+        given.pop("layers"),
+        output=int(output) if output is not None and re.fullmatch(r"-?[0-9]+", output) else output,
+        out=out,
+        progress=True,
+        **given,
+    )
+    _print_rows(rows, [out / "lmn.csv", draw_checkpoints(out, rows)])
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], written: Sequence[Path]) -> None:
+    """The LMN of each row, and the files that have more."""
     columns = [name for name in rows[0] if name == "step" or name.startswith("lmn_")]
     widths = [max(16, len(name)) for name in columns]
     print(*(f"{name:>{width}}" for name, width in zip(columns, widths)))
@@ -233,46 +300,9 @@ def _measure(options: argparse.Namespace) -> None:
         print(f"written: {path}")
 
 
-def _measure_model(given: dict) -> tuple[list[dict], list[Path]]:
-    """The rows, and what was written."""
-    for name, option in (("checkpoint", "--checkpoint"), ("inputs", "--inputs"), ("layers", "--layer")):
-        if name not in given:
-            raise ValueError(f"{name}: expected {option} with --model, got none")
-    methods = given.pop("method", ("path",))
-    if len(methods) > 1:
-        raise ValueError(f"method: expected one with --model, got {','.join(methods)}")
-    inputs, samples = load_inputs(given.pop("inputs")), given.pop("samples", None)
-    if samples is not None:
-        inputs = first_samples(inputs, samples)
-    output = given.pop("output", None)
-    out = Path(given.pop("out", "lmn"))
-    if (jobs := given.get("jobs", 1)) > cores():
+def _say_jobs(jobs: int) -> None:
+    if jobs > cores():
         print(f"jobs: {jobs} processes on {cores()} cores", file=sys.stderr)
-    rows = measure_checkpoints(
-        given.pop("model"),
-        given.pop("checkpoint"),
-        inputs,
-        given.pop("layers"),
-        output=int(output) if output is not None and re.fullmatch(r"-?[0-9]+", output) else output,
-        method=methods[0],
-        out=out,
-        progress=True,
-        **given,
-    )
-    return rows, [out / "lmn.csv", draw_checkpoints(out, rows)]
-
-
-def _refuse(given: dict, names: Iterable[str], without: str) -> None:
-    for name in names:
-        if name in given:
-            raise ValueError(f"{name}: expected only with {without}")
-
-
-def _methods(text: str) -> tuple[str, ...]:
-    methods = tuple(text.split(","))
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
-    return methods
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -359,12 +389,7 @@ def _need_extra(extra: str = "grok", modules: Iterable[str] = ("matplotlib", "tq
 
 
 def _need_device(options: argparse.Namespace) -> None:
-    wanted = getattr(options, "device", "auto")
-    reason = _native.no_cuda_device() if wanted == "cuda" else None
-    if wanted != "cpu" and torch.cuda.is_available() and _native.cuda_built():
-        reason = _native.cuda_problem()  # a card that the kernels were not built for
-    if reason:
-        raise ValueError(f"device: cuda is not available: {reason}; --device=cpu computes on the CPU")
+    refuse_unusable(getattr(options, "device", "auto"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import warnings
 from collections import deque
@@ -22,7 +21,7 @@ from ._python_state import python_state
 from ._recognise import recognise
 from ._run_to import run_to
 from ._settings import Settings
-from ._threads import alone
+from ._threads import alone, on_one_core
 from ._tracing import Forward, Output
 from .cutting import cut
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
@@ -50,27 +49,45 @@ class Probe:
             ...
         probe.history       # [{"step": 0, "layer": "hidden.1", "lmn": 22.9, ..., "loss": 3.4}, ...]
 
-    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The tail is kept, and cut anew
-    when anything in the model but its parameters' values has changed (see `_python_state.python_state`), or when its
-    outputs on the samples are no longer the model's. The connectivity is computed on the calling thread, the eigenproblem on one background
-    thread and one core, or from that thread on the CUDA device that the matrix is on, of which only numbers are copied.
-    Training with a probe is bit-identical to training without, unless a forward pass in eval mode has an
-    effect on what `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files, objects of other
-    classes. A copy of a probe (copy.deepcopy, pickle) has its rows and no writers. A probe works in the process it was made in.
+    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The tail is kept. It
+    is cut anew when anything in the model but its parameters' values has changed (see `python_state`), or when its
+    outputs on the samples are no longer the model's. The connectivity is computed on the calling thread, the
+    eigenproblem on one background thread and one core, or from that thread on the CUDA device that has the matrix; only
+    numbers are copied from there.
 
-    On CUDA the connectivity is computed on a stream of the probe's own while the current one goes on: the
+    Training with a probe is bit-identical to training without, unless a forward pass in eval mode has an
+    effect on what `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files, objects of
+    other classes. A copy of a probe (copy.deepcopy, pickle) has its rows and no writers. A probe works in the process
+    that made it.
+
+    On CUDA the connectivity is computed on a stream of the probe's own while the current one goes on. The
     weights of a fused chain are copied first; for any other network the current stream waits until its
     connectivity is done. The calling thread does not wait for the device, unless it cuts, measures a network that is no
-    chain, or has too many rows pending. So what is found wrong with the values there (NaN or Inf; outputs that are not the model's, by a
-    change that only they show) is raised by `history`.
+    chain, or has too many rows pending. So `history` raises what is found wrong with the values there: NaN or Inf, or
+    outputs that are not the model's, by a change that only they show.
 
-    model, inputs, forward, output: as in `cut`. layers: names or patterns as in `match_layers`, one or several; `layers`
-        then has the names. every: measures when step % every == 0.
-    method, points, rule, budget: as in `connectivity`. negative: as in `lmn`.
-    writers: take finished rows, in order, on the thread that calls the probe: at its next calls, and when it is closed.
-    Raises, beside what `cut` raises: ValueError for no layers, a layer named twice, every < 1, an unknown rule or
-        negative, or points out of range; TypeError for points that are no integer.
-    Warns, as `lmn` does, once a layer, with its name: at the first call, or reading of rows, after the row is there.
+    It warns as `lmn` does, once for each layer, with its name: at the first call, or reading of rows, after the row is
+    there.
+
+    Args:
+        model: as in `cut`.
+        inputs: as in `cut`.
+        layers: names or patterns as in `match_layers`, one or several; the attribute `layers` has the names.
+        every: measures when step % every == 0.
+        method: as in `connectivity`.
+        points: as in `connectivity`.
+        rule: as in `connectivity`.
+        budget: as in `connectivity`.
+        forward: as in `cut`.
+        output: as in `cut`.
+        negative: as in `lmn`.
+        writers: take finished rows, in order, on the thread that calls the probe: at its next calls, and when it is
+            closed.
+
+    Raises:
+        ValueError: as `cut`; no layers, a layer named twice, every < 1, an unknown rule or negative, points out of
+            range.
+        TypeError: as `cut`; points that are no integer.
     """
 
     def __init__(
@@ -107,7 +124,7 @@ class Probe:
         self._warned: set[str] = set()
         self._call: dict[str, Any] = {"forward": forward, "output": output}
         self._writers = tuple(writers)
-        self._next_step = 0
+        self.next_step = 0  # what a call without a step measures as
         self._before: list[dict[str, Any]] = []  # rows of a run that this one goes on with
         self._rows: dict[int, list[Future]] = {}
         self._unread: deque[Future] = deque()  # not yet given away by new_rows
@@ -116,20 +133,19 @@ class Probe:
         with self._timed(), alone():
             tails = [_Tail(cut(model, layer, inputs, **self._call)[0]) for layer in self.layers]
             state = python_state(model, inputs)
-            self._tails = {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
+            self._tails |= {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
 
     def _start(self) -> None:
-        """What belongs to this process."""
+        """Makes what belongs to this process."""
         self._process = os.getpid()
-        self._solver = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="lmnfast-probe", initializer=_work_on_one_core
+        self._solver: ThreadPoolExecutor | None = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="lmnfast-probe", initializer=on_one_core
         )
         self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
         self._tails: dict[str, tuple[_Tail, list]] = {}  # by layer, with the state they were cut in
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, deep or by pickle: a probe of the copied model that goes on with the rows, waited for, and writes to no
-        writer."""
+        """A copy, deep or by pickle, is a probe of the copied model. It goes on with the rows, and has no writers."""
         own = ("_solver", "_streams", "_tails", "_process", "_rows", "_unread", "_waiting")
         kept = {name: value for name, value in vars(self).items() if name not in own}
         return {**kept, "_before": self.history, "_writers": (), "open": self._solver is not None}
@@ -150,21 +166,60 @@ class Probe:
             )
 
     def __call__(self, step: int | None = None, **extra: float) -> bool:
-        """Call once per training step; returns whether it measured.
+        """Call once per training step; measures when step % every == 0.
 
-        step: None counts on from the last call, from 0 at first. extra: numbers for this step's rows.
-        Raises as `cut` and `connectivity` do, on CUDA but for what depends on values there, and then leaves no
-        row for this step; ValueError for an extra named like a column; RuntimeError when the probe is closed, or was made
-        before this process was forked.
+        Args:
+            step: None counts on from the last call, from 0 at first.
+            extra: numbers for the rows of this step.
+
+        Returns:
+            Whether it measured.
+
+        Raises:
+            Exception: as `cut` and `connectivity` do, on CUDA but for what depends on values there. The step then
+                has no row.
+            ValueError: an extra is named like a column.
+            RuntimeError: the probe is closed, or was made before this process was forked; a row failed, and there are
+                writers to miss it.
         """
         self._check_process()
         if step is None:
-            step = self._next_step
-        self._next_step = step + 1
+            step = self.next_step
+        due = step % self.every == 0
+        self.next_step = step + 1
         self._warn()
-        if step % self.every:
-            self._write(wait=False)
-            return False
+        if due:
+            self._measure_all(step, extra)
+        self.flush()
+        return due
+
+    def reach(self, step: int) -> bool:
+        """A call for a count of steps that may jump or stand still, as that of a trainer with several optimisers.
+
+        Measures at the first step seen of every `every`. Writers get nothing before the next `flush`.
+
+        Args:
+            step: how many steps there were.
+
+        Returns:
+            Whether it measured.
+
+        Raises:
+            RuntimeError: the measurement failed; the message has the step and the layers.
+        """
+        due = step // self.every > (self.next_step - 1) // self.every
+        self.next_step = step + 1
+        if due:
+            try:
+                self._check_process()
+                self._warn()
+                self._measure_all(step, {})
+            except Exception as error:
+                raise RuntimeError(f"LMN at step {step}, layers {', '.join(self.layers)}: {error}") from error
+        return due
+
+    def _measure_all(self, step: int, extra: dict[str, Any]) -> None:
+        """Measures all layers; their rows are there once the solver's thread has solved them."""
         if clash := set(extra) & set(COLUMNS):
             raise ValueError(f"extra: expected names not the probe's own, got {', '.join(sorted(clash))}")
         if self._solver is None:
@@ -180,18 +235,16 @@ class Probe:
                 self._unread.append(row)
             while self.pending > MOST_PENDING:
                 self._waiting[0].exception()
-        self._write(wait=False)
-        return True
 
     def _enqueue(self, layer: str, state: list[Any], step: int) -> tuple[Enqueued, torch.cuda.Event | None]:
-        """The connectivity, and on CUDA when it is done."""
+        """The connectivity, and on CUDA the event that it is done."""
         kept = self._tails.get(layer)
         try:
             if kept is not None and kept[1] == state:
                 samples, output = run_to(self.model, layer, self.inputs, **self._call)
                 try:
                     return self._measure(kept[0], samples, output)
-                except Exception:  # of a fresh cut it counts; this one may be of a model that is no more
+                except Exception:  # this tail may be outdated; an error of a fresh one counts
                     pass
             tail, samples = cut(self.model, layer, self.inputs, **self._call)
             self._tails[layer] = _Tail(tail), state
@@ -239,7 +292,7 @@ class Probe:
                 if layer not in self._warned and (problem := enqueued.offset_problem()):
                     self._problems[layer] = problem
         except Exception as error:
-            self._tails.pop(layer, None)  # if it was outdated, the next row need not fail too
+            self._tails.pop(layer, None)  # if the tail was outdated, the next row need not fail too
             del L, enqueued  # the traceback keeps this frame, which must not keep the matrix
             raise RuntimeError(
                 f"probe: solving layer {layer!r} at step {step} failed: {error}"
@@ -248,7 +301,7 @@ class Probe:
         return {"step": step, "layer": layer, **measured, **numbers}
 
     def _warn(self) -> None:
-        """On the thread of the training, whose filters for warnings may make errors of them."""
+        """Warns on the thread of the training, whose filters may turn warnings into errors."""
         for layer, problem in list(self._problems.items()):
             del self._problems[layer]
             if layer not in self._warned:
@@ -268,10 +321,13 @@ class Probe:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One row per step and layer, in order: step, layer, lmn, complexity_bits, what else a `Measurement` has
-        but its tensors, and the step's extra.
+        """One row per step and layer, in order.
 
-        Waits for pending rows; raises RuntimeError when one failed.
+        A row has step, layer, lmn, complexity_bits, everything else of a `Measurement` but its tensors, and the step's
+        extra. Waits for pending rows.
+
+        Raises:
+            RuntimeError: a row failed.
         """
         self._check_process()
         with self._timed():
@@ -283,10 +339,15 @@ class Probe:
         return rows
 
     def new_rows(self, wait: bool = False) -> list[dict[str, Any]]:
-        """Rows that were finished since the last call, in order; those still pending too, where asked to wait.
+        """Rows that were finished since the last call, in order.
 
-        Where there are writers, they get the rows, and this none. A row that failed is raised, as `history` raises it, once:
-        by the call after the one that returns the rows before it.
+        Where there are writers, they get the rows, and this has none.
+
+        Args:
+            wait: also those still pending.
+
+        Raises:
+            RuntimeError: a row failed. It is raised once, by the call after the one that returns the rows before it.
         """
         self._check_process()
         rows: list[dict[str, Any]] = []
@@ -297,24 +358,35 @@ class Probe:
                 rows.append(dict(self._unread.popleft().result()))
         return rows
 
-    def _write(self, wait: bool) -> None:
+    def flush(self, wait: bool = False) -> None:
+        """Gives the writers the rows that were finished since the last time, in order.
+
+        Args:
+            wait: also those still pending.
+
+        Raises:
+            RuntimeError: a row failed; the writers have those before it.
+        """
         while self._writers and (rows := self.new_rows(wait)):
             for row in rows:
                 for writer in self._writers:
                     writer.write(row)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the training needs for the probe to go on: its rows, waited for, and the next step.
+        """What a checkpoint of the training needs for the probe to go on: its rows and the next step, as plain values.
 
-        Writers get the rows first, as those that are loaded go to none.
+        Waits for pending rows. Writers get the rows first, as those that are loaded go to none.
         """
-        self._write(wait=True)
-        return {"next_step": self._next_step, "rows": self.history}
+        self.flush(wait=True)
+        return {"next_step": self.next_step, "rows": self.history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`; rows of this probe's own are dropped, and those loaded go to no writer.
+        """Goes on from a `state_dict`. The rows of this probe are dropped; those loaded go to no writer.
 
-        Writers that have a resume() are told by it to go on with what the run before has left.
+        Writers that have a resume() are called with it: they go on with the rows of the run before.
+
+        Args:
+            state: of `state_dict`.
         """
         self._check_process()
         for writer in self._writers:
@@ -323,7 +395,7 @@ class Probe:
         with self._timed():
             for row in self._waiting:
                 row.exception()
-        self._next_step = state["next_step"]
+        self.next_step = state["next_step"]
         self._before = [dict(row) for row in state["rows"]]
         self._rows.clear()
         self._unread.clear()
@@ -336,14 +408,16 @@ class Probe:
         return len(self._waiting)
 
     def ready(self, step: int) -> bool:
-        """Whether the rows of a step are all there, or failed; False for a step that was not measured."""
+        """Whether the rows of a step are all there or failed. False for a step that was not measured."""
         return step in self._rows and all(row.done() for row in self._rows[step])
 
     def close(self) -> None:
-        """Waits for pending rows, gives them to the writers and closes those, and ends the thread; the history stays.
+        """Waits for pending rows, gives them to the writers, closes those, and ends the thread. The history stays.
 
-        Raises RuntimeError for the first row that failed, where there are writers to miss it. In a process that was forked
-        after the probe was made it does nothing: thread, rows and writers are the parent's.
+        Does nothing in a process that was forked after the probe was made: thread, rows and writers are the parent's.
+
+        Raises:
+            RuntimeError: a row failed, and there are writers to miss it. The writers have the others.
         """
         if self._solver is not None and self._process == os.getpid():
             with self._timed():
@@ -353,7 +427,7 @@ class Probe:
             try:
                 while self._writers and self._unread:
                     try:
-                        self._write(wait=True)
+                        self.flush(wait=True)
                     except RuntimeError as error:  # of a row; those after it are to be written
                         failure = failure or error
             finally:
@@ -379,7 +453,7 @@ class Probe:
 
 
 class _Tail:
-    """A tail, and the chain that it is, as long as `python_state` stays the same."""
+    """A tail, and the chain that it is, for as long as `python_state` stays the same."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -390,13 +464,13 @@ class _Tail:
         parameters = {p.data_ptr(): p for p in module.parameters()}
         values = [value for value in (*chain.weights, *chain.biases) if value is not None]
         sources = [parameters.get(value.data_ptr()) for value in values]
-        # Weights that are computed (parametrisations, a frozen batch norm) are as they were, and to be computed anew.
+        # Weights that are computed (parametrisations, a frozen batch norm) do not follow: the chain is recognised anew.
         follows = all(p is not None and p.shape == v.shape for p, v in zip(sources, values, strict=True))
         self._chain = chain if follows else None
-        self._pairs = list(zip(sources, values, strict=True))
+        self._pairs = [(p, value) for p, value in zip(sources, values, strict=True) if p is not None]
 
     def chain(self) -> Chain | None:
-        """The chain, where its weights still are the parameters' values; None: to be recognised anew."""
+        """The chain, where its weights still are the parameters' values; None: it has to be recognised anew."""
         if self._chain is None or any(
             p.data_ptr() != value.data_ptr() or p.shape != value.shape or p.stride() != value.stride()
             for p, value in self._pairs
@@ -406,7 +480,7 @@ class _Tail:
 
 
 class _Later:
-    """A number on a CUDA device as it is now, which whoever asks for it waits for, and not this thread."""
+    """A number on a CUDA device as it is now. Only `read` waits for it."""
 
     def __init__(self, value: Tensor, stream: torch.cuda.Stream) -> None:
         self._value = value.detach().clone()  # training may overwrite it: a CUDA graph does, at every replay
@@ -418,15 +492,3 @@ class _Later:
         self._ready.synchronize()
         with torch.cuda.stream(self._stream):
             return self._value.item()
-
-
-def _work_on_one_core() -> None:
-    """Runs first in the solver's thread. Had that OpenMP threads of its own, there would be more of them than
-    cores, and the runtime then lets the training's sleep between operations: measured on 2 cores, 3.6 ms for a
-    training step of 1.5 ms, for as long as the process lives."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # torch also takes it for threads to come; whoever sets the old number last, sets it for them.
-    restore = threading.Thread(target=torch.set_num_threads, args=(count,))
-    restore.start()
-    restore.join()

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 import lmnfast
-from lmnfast import checkpoints, cli
+from lmnfast import cli
 from lmnfast._connectivity import measured
-from lmnfast.checkpoints import find_checkpoints, load_inputs, measure_checkpoints, read_state
+from lmnfast.checkpoints import find_checkpoints, first_samples, load_inputs, measure_checkpoints, read_state
+from lmnfast.checkpoints import measure as measuring
+from lmnfast.checkpoints.weights import imported, load_state
 from lmnfast.spectrum import SETTINGS
 
 DOCS = Path(__file__).parent.parent / "docs/checkpoints.md"
@@ -139,7 +141,7 @@ def by_hand(model, state, layer, x, **settings):
 def command(*more, model="nets:make", checkpoint="step_*.pt", inputs="x.npy", layers=LAYERS):
     given = [f"--layer={layer}" for layer in layers]
     return [
-        "measure", f"--model={model}", f"--checkpoint={checkpoint}", f"--inputs={inputs}", *given, *more
+        "checkpoints", f"--model={model}", f"--checkpoint={checkpoint}", f"--inputs={inputs}", *given, *more
     ]  # fmt: skip
 
 
@@ -199,6 +201,17 @@ def test_the_command_prints_and_leaves_a_table_and_a_figure(trained, capsys):
     assert float(rows[0]["lmn_1"]) == by_hand(nets.make(), trained[2], "1", x)
 
 
+def test_the_old_spelling_works_and_names_the_new(trained, capsys):
+    old = ["measure", *command()[1:]]
+    for arguments in (command(), old, [word.replace("--model", "--mod") for word in old]):
+        assert cli.main(arguments) == 0
+        said = capsys.readouterr()
+        notes = [line for line in said.err.splitlines() if line.startswith("lmnfast: ")]
+        note = "lmnfast: measure --model has a name of its own now: lmnfast checkpoints --model ..."
+        assert notes == ([] if arguments[0] == "checkpoints" else [note])
+        assert said.out.splitlines()[-2:] == ["written: lmn/lmn.csv", "written: lmn/lmn.png"]
+
+
 def test_several_processes_give_the_same_table_and_keep_what_they_have_when_one_fails(trained, capsys):
     assert cli.main(command("--out=one", "--forward=nets:twice")) == 0
     Path("step_50.pt").write_bytes(Path("step_2.pt").read_bytes()[:200])
@@ -234,7 +247,7 @@ def test_tokens_named_arguments_and_one_of_several_outputs(trained):
     for file in ("named.npz", "ordered.npz"):
         (row,) = measure_checkpoints(nets.Tokens, "tokens.pt", file, "first", output="logits")
         assert row["lmn_first"] == expected and row["step"] == 0
-    shapes = [tuple(t.shape) for t in checkpoints.first_samples((tokens, scale, torch.ones(3)), 5)]
+    shapes = [tuple(t.shape) for t in first_samples((tokens, scale, torch.ones(3)), 5)]
     assert shapes == [(5, 2), (5, 8), (3,)]
 
 
@@ -302,7 +315,7 @@ def test_steps_are_printed_whole_and_as_fractions(trained, capsys):
 
 
 def test_names_that_do_not_tell_the_steps_are_an_error_before_any_work(trained, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_measured", None)
+    monkeypatch.setattr(measuring, "_measured", None)
     os.rename("step_100.pt", "last.pt")
     assert failure(capsys, command(checkpoint="*.pt")).startswith(
         "steps: 'last.pt' has no number that could be "
@@ -328,7 +341,7 @@ def test_nested_and_prefixed_state_dicts_are_found(wrap, trained):
 
 def loaded(model, state):
     """Whether the model gets the values, all others than its own, that its own state dict's order gives it."""
-    checkpoints._load_state(model, state, "a.pt")
+    load_state(model, state, "a.pt")
     return all(
         torch.equal(mine, value)
         for mine, value in zip(model.state_dict().values(), state.values(), strict=True)
@@ -431,11 +444,11 @@ def test_the_versions_in_a_state_dict_are_kept(wrap, place):
     state = wrap(versioned()).state_dict()
     for content, key in ((state, None), ({"state_dict": state}, None), ({"a": {"b": state}}, "a.b")):
         torch.save(content, "step_1.pt")
-        checkpoints._load_state(versioned(), read_state("step_1.pt", key), "step_1.pt")
+        load_state(versioned(), read_state("step_1.pt", key), "step_1.pt")
     torch.save(nn.ModuleDict({"net": wrap(versioned()), "head": stack()}).state_dict(), "step_1.pt")
-    checkpoints._load_state(versioned(), read_state("step_1.pt", "net"), "step_1.pt")
+    load_state(versioned(), read_state("step_1.pt", "net"), "step_1.pt")
     with pytest.raises(ValueError, match="^checkpoint: step_1.pt does not fit the model: AssertionError$"):
-        checkpoints._load_state(versioned(), dict(state), "step_1.pt")
+        load_state(versioned(), dict(state), "step_1.pt")
 
 
 def test_dtypes_that_do_not_fit_are_refused_and_named(place):
@@ -456,7 +469,7 @@ def test_dtypes_that_do_not_fit_are_refused_and_named(place):
     ):
         torch.save(plain | {name: value}, "a.pt")
         with pytest.raises(ValueError) as error:
-            checkpoints._load_state(model(), read_state("a.pt"), "a.pt")
+            load_state(model(), read_state("a.pt"), "a.pt")
         assert str(error.value).startswith(f"checkpoint: a.pt does not fit the model: {name} is {said}")
     for name, value in (
         ("0.weight", weight.double()),
@@ -465,7 +478,7 @@ def test_dtypes_that_do_not_fit_are_refused_and_named(place):
         ("1.num_batches_tracked", torch.tensor(7.0)),
     ):
         fitting = model()
-        checkpoints._load_state(fitting, plain | {name: value}, "a.pt")
+        load_state(fitting, plain | {name: value}, "a.pt")
         assert torch.equal(fitting.state_dict()[name], value.to(plain[name].dtype))
 
 
@@ -474,7 +487,7 @@ def test_a_part_of_a_weight_does_not_stand_for_the_whole(place):
     model = nn.Linear(3, 4, bias=False)
     model.register_buffer("part", model.weight.detach()[:2])
     with pytest.raises(ValueError, match="does not fit the model: it lacks weight"):
-        checkpoints._load_state(model, {"part": torch.ones(2, 3)}, "a.pt")
+        load_state(model, {"part": torch.ones(2, 3)}, "a.pt")
 
 
 def test_a_key_names_the_state_dict(trained):
@@ -498,7 +511,7 @@ def test_safetensors_are_read_tied_weights_too(trained):
     model = nets.Tied()
     files.save_model(model, "tied.safetensors")
     assert len(read_state("tied.safetensors")) == 1
-    checkpoints._load_state(nets.Tied(), read_state("tied.safetensors"), "tied.safetensors")
+    load_state(nets.Tied(), read_state("tied.safetensors"), "tied.safetensors")
 
 
 def test_without_the_safetensors_package_the_error_says_what_to_install(trained, monkeypatch, capsys):
@@ -633,7 +646,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4096\n
 def test_what_is_no_checkpoint_is_refused_before_any_is_measured(
     content, said, suffix, trained, capsys, monkeypatch
 ):
-    monkeypatch.setattr(checkpoints, "_measured", None)
+    monkeypatch.setattr(measuring, "_measured", None)
     file = Path(f"step_500{suffix}")
     file.write_bytes(content)
     said = f"checkpoint: {said.replace('FILE', str(file))}"
@@ -737,7 +750,7 @@ def test_more_checkpoints_are_added_and_changed_ones_measured_anew(trained):
 
 def test_finished_is_finished(trained, capsys, monkeypatch):
     assert cli.main(command()) == 0
-    monkeypatch.setattr(checkpoints, "_measured", None)
+    monkeypatch.setattr(measuring, "_measured", None)
     said = capsys.readouterr().out
     content = Path("lmn/lmn.csv").read_bytes()
     assert cli.main(command()) == 0
@@ -764,7 +777,7 @@ def test_an_offset_that_hides_outputs_is_warned_of_with_the_layer(trained, monke
         counted = enqueued.measured._replace(counts=torch.tensor([99, 0]))  # of 66 pairs, 3 outputs
         return [replace(enqueued, measured=counted, offset=torch.tensor(1e4))]
 
-    monkeypatch.setattr(checkpoints, "measured", hidden)
+    monkeypatch.setattr(measuring, "measured", hidden)
     with pytest.warns(
         UserWarning, match="checkpoint: step_2.pt, layer '[13]': 50.0% of the outputs' paths"
     ) as said:
@@ -860,7 +873,7 @@ def test_a_table_that_an_editor_marked_as_utf_8_is_read(trained, monkeypatch):
     whole = measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS, out="lmn")
     for path in (Path("lmn/lmn.csv"), Path("lmn/lmn.json")):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    monkeypatch.setattr(checkpoints, "_measured", None)
+    monkeypatch.setattr(measuring, "_measured", None)
     assert measure_checkpoints("nets:make", "step_*.pt", "x.npy", LAYERS, out="lmn") == whole
 
 
@@ -886,7 +899,7 @@ def test_ctrl_c_says_how_to_go_on(trained, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "_measured", interrupted)
+    monkeypatch.setattr(measuring, "_measured", interrupted)
     assert cli.main(command()) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
 
@@ -928,9 +941,9 @@ def test_a_folder_of_checkpoints_lends_no_code_to_what_is_installed(trained):
         Path(f"{name}.py").write_text(IMPOSTOR)
     sys.modules.pop("nets")
     before = sys.path[:]
-    checkpoints.imported("torch.nn:Identity", "model", "factory")
+    imported("torch.nn:Identity", "model", "factory")
     assert sys.path == before
-    checkpoints.imported("nets:make", "model", "factory")
+    imported("nets:make", "model", "factory")
     assert sys.path == [*before, here]
 
 
@@ -1006,7 +1019,10 @@ def test_wrong_inputs_layers_and_settings_are_one_line(trained, capsys):
         (command("--forward=nets:none"), "forward: no 'none' in 'nets'"),
         (command("--forward=nets"), "forward: expected package.module:function, got 'nets'"),
         (command("--points=1"), "points: "),
-        (command("--method=path,hermite"), "method: expected one with --model, got path,hermite"),
+        (
+            command("--method=path,hermite"),
+            "method: expected one of path, hermite, hermite-midpoint, jacobian, got 'path,hermite'",
+        ),
         (command("--jobs=0"), "jobs: expected at least 1, got 0"),
     ):
         assert failure(capsys, arguments).startswith(said)
@@ -1014,7 +1030,7 @@ def test_wrong_inputs_layers_and_settings_are_one_line(trained, capsys):
 
 def test_more_processes_than_cores_are_said_and_used(trained, monkeypatch, capsys):
     monkeypatch.setattr(cli, "cores", lambda: 1)
-    monkeypatch.setattr(checkpoints, "_in_processes", lambda *_: iter([]))
+    monkeypatch.setattr(measuring, "_in_processes", lambda *_: (row for row in ()))
     assert cli.main(command()) == 0
     assert "jobs: " not in capsys.readouterr().err
     assert cli.main(command("--jobs=2")) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmnfast import _native, cli
-from lmnfast.processes import cores
+from lmnfast._threads import cores
 
 TINY = ["grok", "modular-addition", "--p=5", "--steps=10", "--every=5", "--threads=1", "--device=cpu"]
 
@@ -188,7 +188,14 @@ def test_info_says_why_there_are_no_cuda_kernels(monkeypatch, capsys):
     assert facts(capsys.readouterr().out)["CUDA kernels"] == "none: this build of lmnfast has none"
 
 
-@pytest.mark.parametrize("command", [["grok", "s4"], ["measure", "run"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["grok", "s4"],
+        ["measure", "run"],
+        ["checkpoints", "--model=a:b", "--checkpoint=a", "--inputs=x.npy", "--layer=1"],
+    ],
+)
 def test_without_the_extra_the_other_commands_say_what_to_install(command, monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     assert failure(capsys, *command) == "this command needs matplotlib and tqdm: pip install 'lmnfast[grok]'"
@@ -207,19 +214,20 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "points: expected at least 3" in failure(capsys, "measure", tmp_path / "run", "--points=2")
 
 
-def test_measure_takes_a_run_or_a_model(tmp_path, capsys):
-    assert failure(capsys, "measure", "run", "--model=a:b") == "measure: expected a RUN or --model, got both"
-    neither = "measure: expected a RUN, or --model with --checkpoint, --inputs and --layer, got neither"
-    assert failure(capsys, "measure") == failure(capsys, "measure", "--points=9") == neither
-    assert failure(capsys, "measure", "run", "--jobs=2") == "jobs: expected only with --model"
-    assert "run is not a run" in failure(capsys, "measure", tmp_path / "run", "--samples=5", "--force")
-    assert failure(capsys, "measure", "--model=a:b", "--every=2") == "every: expected only with a RUN"
-    for given, missing in (
-        ([], "checkpoint: expected --checkpoint"),
-        (["--checkpoint=a.pt"], "inputs: expected --inputs"),
-        (["--checkpoint=a.pt", "--inputs=x.npy"], "layers: expected --layer"),
+def test_measure_and_checkpoints_say_what_they_need(tmp_path, capsys):
+    for arguments, said in (
+        (["measure"], "the following arguments are required: RUN"),
+        (["measure", "run", "--jobs=2"], "unrecognized arguments: --jobs=2"),
+        (["checkpoints", "--model=a:b"], "arguments are required: --checkpoint, --inputs, --layers/--layer"),
+        (
+            ["checkpoints", "run", "--model=a:b", "--checkpoint=a", "--inputs=x.npy", "--layer=1"],
+            "unrecognized arguments: run",
+        ),
     ):
-        assert failure(capsys, "measure", "--model=a:b", *given) == f"{missing} with --model, got none"
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(arguments)
+        assert said in capsys.readouterr().err
+    assert "run is not a run" in failure(capsys, "measure", tmp_path / "run", "--samples=5", "--force")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lmnfast
-from lmnfast import _checks, _connectivity, _enqueue, _native, _route, _threads, _tiles, processes, reference
+from lmnfast import _checks, _connectivity, _enqueue, _native, _route, _threads, _tiles, reference
 from lmnfast._chain import IDENTITY, Chain
 from lmnfast._enqueue import Enqueued, enqueue
 from lmnfast._recognise import recognise
@@ -996,4 +996,4 @@ def test_one_number_in_float64_for_any_thread_count(activation, threads):
 
 def test_no_more_threads_than_cores_to_run_on(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert _threads.cores_to_use() == min(64, processes.cores())
+    assert _threads.cores_to_use() == min(64, _threads.cores())

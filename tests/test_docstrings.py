@@ -17,7 +17,10 @@ PUBLIC = {
     **{f"ops.{name}": getattr(ops, name) for name in ops.__all__},
     **{f"reference.{name}": getattr(reference, name) for name in ops.__all__},
     "quadrature.path_nodes": quadrature.path_nodes,
-    **{f"writers.{name}": getattr(writers, name) for name in ("CSVWriter", "TensorBoardWriter", "WandbWriter")},
+    **{
+        f"writers.{name}": getattr(writers, name)
+        for name in ("CSVWriter", "TensorBoardWriter", "WandbWriter")
+    },
 }
 METHODS = {
     f"{name}.{method}": value

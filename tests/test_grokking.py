@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +16,20 @@ from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 
 import lmnfast
-from lmnfast.files import claimed, write_file
 from lmnfast.grokking import figures
+from lmnfast.grokking import measure as measuring
 from lmnfast.grokking import train as training
+from lmnfast.grokking.config import Config, start
 from lmnfast.grokking.figures import draw, draw_methods, paper_curves
 from lmnfast.grokking.gradients import Gradients
+from lmnfast.grokking.measure import measure
 from lmnfast.grokking.model import ACTIVATIONS, LAYERS, make_model
+from lmnfast.grokking.run import METRICS, Run, load_checkpoint, read_run, write_rows
 from lmnfast.grokking.tasks import answers, make_task
-from lmnfast.grokking.train import Config, Run, measure, read_run, train
+from lmnfast.grokking.train import train
+from lmnfast.runs import files as run_files
+from lmnfast.runs import tables
+from lmnfast.runs.files import claimed, read_tensors, save_tensors, write_file
 
 GONE = 2**22 + 1  # no process has this number: Linux counts to 2 ** 22
 TINY = Config("modular-addition", p=5, steps=20, every=5, threads=1, device="cpu")
@@ -240,7 +246,7 @@ def test_a_run_may_clip_negative_eigenvalues_and_says_so(finished, tmp_path):
         )
     for row, known in zip(run.rows, finished.rows, strict=True):
         assert row["lmn_hidden_1"] < known["lmn_hidden_1"]
-        assert all(row[name] == known[name] for name in (*training.METRICS, "negative_share_hidden_1"))
+        assert all(row[name] == known[name] for name in (*METRICS, "negative_share_hidden_1"))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(finished, tmp_path):
@@ -274,7 +280,7 @@ def test_a_measurement_that_is_settled_late_leaves_the_same_files(finished, sett
     for name in (*names, Path("metrics.csv")):
         if name.name != "state.pt":  # which has seconds
             assert (tmp_path / "late" / name).read_bytes() == (finished.path / name).read_bytes()
-    states = [training.read_tensors(p / "state.pt") for p in (finished.path, tmp_path / "late")]
+    states = [read_tensors(p / "state.pt") for p in (finished.path, tmp_path / "late")]
     assert states[0]["step"] == states[1]["step"] == TINY.steps
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name])
@@ -298,7 +304,7 @@ def test_a_run_killed_before_or_within_any_write_ends_as_one_never_stopped(finis
     class Killed(BaseException):
         pass
 
-    write_file, writes, fatal = training.write_file, 0, 0
+    writes, fatal = 0, 0
 
     def fatal_write(path, content):
         nonlocal writes
@@ -314,7 +320,8 @@ def test_a_run_killed_before_or_within_any_write_ends_as_one_never_stopped(finis
         fatal += 1
         writes, path = 0, tmp_path / f"killed-{fatal}"
         with monkeypatch.context() as patched:
-            patched.setattr(training, "write_file", fatal_write)
+            for place in (run_files, tables):
+                patched.setattr(place, "write_file", fatal_write)
             try:
                 train(TINY, path)
                 survived = True
@@ -495,24 +502,24 @@ def test_a_damaged_table_of_metrics_is_named_and_not_gone_on_with(damage, finish
 
 def test_any_changed_byte_of_a_file_of_tensors_is_noticed(tmp_path):
     path, content = tmp_path / "tensors.pt", {"step": 5, "weights": torch.arange(40.0)}
-    training.save_tensors(path, content)
-    for read in (training.read_tensors(path), torch.load(path, weights_only=True)):
+    save_tensors(path, content)
+    for read in (read_tensors(path), torch.load(path, weights_only=True)):
         assert read["step"] == 5 and torch.equal(read["weights"], content["weights"])
     whole = path.read_bytes()
     for position in {*range(0, len(whole), 5), *range(len(whole) - 200, len(whole))}:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
         with pytest.raises(ValueError, match=r"cannot read .*tensors.pt, .*checksum"):
-            training.read_tensors(path)
+            read_tensors(path)
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="checksum"):
-        training.read_tensors(path)
+        read_tensors(path)
     torch.save(content, path)  # without a checksum of the whole file
-    assert torch.equal(training.read_tensors(path)["weights"], content["weights"])
+    assert torch.equal(read_tensors(path)["weights"], content["weights"])
     whole = path.read_bytes()
     position = whole.index(content["weights"].numpy().tobytes()) + 70
     path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
     with pytest.raises(ValueError, match="the checksum of .*data/0 is wrong"):
-        training.read_tensors(path)
+        read_tensors(path)
 
 
 def changed(file, position=0.5):
@@ -544,8 +551,8 @@ def test_a_changed_byte_of_a_checkpoint_or_a_state_stops_what_would_use_it(finis
 def test_a_state_that_no_run_writes_is_named(change, finished, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(finished.path, path)
-    state = training.read_tensors(path / "state.pt")
-    training.save_tensors(path / "state.pt", {**state, **change})
+    state = read_tensors(path / "state.pt")
+    save_tensors(path / "state.pt", {**state, **change})
     with pytest.raises(ValueError, match=r"^out: cannot read .*state\.pt, .*; --force starts the run anew"):
         train(replace(TINY, steps=25), path)
 
@@ -770,12 +777,12 @@ def test_a_run_at_work_is_not_measured_and_a_file_that_is_no_checkpoint_is_named
 def test_fewer_samples_are_the_same_of_every_step_and_named_wherever_their_number_is(finished, tmp_path):
     run = train(replace(TINY, samples=8), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["samples"] == 8
-    task, model = training.start(TINY)
+    task, model = start(TINY)
     for row, known in zip(run.rows, finished.rows, strict=True):
-        training.load_checkpoint(model, finished.path, row["step"])
+        load_checkpoint(model, finished.path, row["step"])
         expected = lmnfast.lmn(*lmnfast.cut(model, "hidden_1", task.train_inputs[:8])).item()
         assert row["lmn_hidden_1"] == pytest.approx(expected, rel=1e-6) and row["samples"] == 8
-        assert all(row[name] == known[name] for name in training.METRICS)
+        assert all(row[name] == known[name] for name in METRICS)
     path, rows = measure(finished.path, samples=8)
     assert path.name == "measure-hidden_1-path-uniform21-8samples.csv"
     assert [row["lmn_hidden_1"] for row in rows] == pytest.approx([row["lmn_hidden_1"] for row in run.rows])
@@ -797,20 +804,20 @@ def test_a_long_measurement_is_announced_by_trials_of_few_samples(finished, monk
         now[0] += 1e-4 * len(L) ** 3
         return torch.ones(())
 
-    monkeypatch.setattr(training, "TRIAL", 8)
-    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(training, "connectivity", connectivity)
-    monkeypatch.setattr(training, "linear_mapping_number", linear_mapping_number)
+    monkeypatch.setattr(measuring, "TRIAL", 8)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measuring, "connectivity", connectivity)
+    monkeypatch.setattr(measuring, "linear_mapping_number", linear_mapping_number)
     config = replace(TINY, p=31, layers=("hidden_1", "embedding"))
-    task, model = training.start(config)
+    task, model = start(config)
     seconds = 2 * (1e-3 * 768**2 + 1e-4 * 768**3)
-    assert training.expected_seconds(model, task.train_inputs, config) == pytest.approx(seconds)
+    assert measuring.expected_seconds(model, task.train_inputs, config) == pytest.approx(seconds)
     assert max(sizes) <= 16 and now[0] < 3
-    training._say_how_long(Path("run"), model, task.train_inputs, (config,), 5)
+    measuring.say_how_long(Path("run"), model, task.train_inputs, (config,), 5)
     assert capsys.readouterr().out == (
         "run: a measurement of 768 samples will take about 25 h, 5 of them about 127 h; --samples takes fewer samples\n"
     )
-    training._say_how_long(Path("run"), model, task.train_inputs[:20], (config,), 5)
+    measuring.say_how_long(Path("run"), model, task.train_inputs[:20], (config,), 5)
     assert capsys.readouterr().out == ""  # no 10 s
 
 
@@ -839,7 +846,7 @@ def test_a_run_by_another_method_trains_the_same_network(finished, tmp_path):
     run = train(replace(TINY, method="hermite"), tmp_path)
     for row, known in zip(run.rows, finished.rows, strict=True):
         assert row["method"] == "hermite" and row["lmn_hidden_1"] != known["lmn_hidden_1"]
-        assert all(row[name] == known[name] for name in training.METRICS)
+        assert all(row[name] == known[name] for name in METRICS)
 
 
 # Figures
@@ -850,7 +857,7 @@ def test_a_run_by_another_method_trains_the_same_network(finished, tmp_path):
 )
 def test_draw_writes_a_picture_for_each_layer(config, tmp_path):
     layers = {f"lmn_{layer}": 2.0 for layer in config.layers}
-    metrics = dict.fromkeys(training.METRICS, 1.0)
+    metrics = dict.fromkeys(METRICS, 1.0)
     shares = {f"{kind}_{layer}": 0.1 for kind in lmnfast.spectrum.SHARES for layer in config.layers}
     setting = dict.fromkeys(lmnfast.spectrum.SETTINGS, "uniform") | {
         "outputs": 5,
@@ -862,10 +869,10 @@ def test_draw_writes_a_picture_for_each_layer(config, tmp_path):
         {"step": step} | metrics | layers | setting | shares
         for step in range(0, config.steps + 1, config.every)
     ]
-    training._write_csv(tmp_path / "metrics.csv", rows, training.METRICS)
+    write_rows(tmp_path / "metrics.csv", rows, METRICS)
     seconds = {"training": 0.0, "measuring": 0.0}
-    training.save_tensors(tmp_path / "state.pt", {"step": config.steps, "seconds": seconds})
-    (tmp_path / "config.json").write_text(json.dumps(training.asdict(config)))
+    save_tensors(tmp_path / "state.pt", {"step": config.steps, "seconds": seconds})
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     drawn = draw(tmp_path)
     assert [path.name for path in drawn] == [f"figure2-{layer}.png" for layer in config.layers]
     for path in drawn:

@@ -1,5 +1,6 @@
 """Every op is found under its name in every folder; this walks the list and fails when one is not."""
 
+import ast
 import inspect
 import os
 import re
@@ -48,6 +49,62 @@ def test_no_kernel_file_is_without_an_op():
 
 def test_the_reference_does_not_know_the_compiled_core():
     assert "_native" not in inspect.getsource(reference) and "_C" not in inspect.getsource(reference)
+
+
+# Each part of the package, and the parts that it may import; "" is the library.
+PARTS = {
+    "": {"ops"},
+    "ops": {""},
+    "runs": {""},
+    "integrations": {"", "runs"},
+    "checkpoints": {"", "runs"},
+    "grokking": {"", "runs"},
+    "paper": {"", "ops", "runs", "grokking"},
+    "cli": {"", "checkpoints", "grokking", "paper", "runs"},
+}
+
+
+def part_of(module: str) -> str:
+    """Of lmnfast.runs.files "runs", of lmnfast.probe ""."""
+    name = module.split(".")[1] if "." in module else ""
+    return name if name in PARTS else ""
+
+
+def imports_of(file: Path) -> set[str]:
+    """The modules of the package that a file of it imports."""
+    package = ["lmnfast", *file.relative_to(ROOT / "lmnfast").parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            base = [name for name in base if name]
+            found |= {
+                ".".join([*base, alias.name]) if node.module is None else ".".join(base)
+                for alias in node.names
+            }
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("lmnfast")}
+    return found
+
+
+def test_the_library_knows_nothing_of_the_application():
+    wrong = []
+    for file in (ROOT / "lmnfast").rglob("*.py"):
+        here = part_of(".".join(["lmnfast", *file.relative_to(ROOT / "lmnfast").with_suffix("").parts]))
+        wrong += [
+            f"{file.relative_to(ROOT)} imports {module}"
+            for module in imports_of(file)
+            if part_of(module) not in PARTS[here] | {here}
+        ]
+    assert not wrong, wrong
+
+
+def test_every_package_is_installed():
+    text = (ROOT / "pyproject.toml").read_text()
+    packages = {
+        ".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "lmnfast").rglob("__init__.py")
+    }
+    assert {f'"{package}",' in text for package in packages} == {True} and len(packages) == 7
 
 
 @pytest.mark.parametrize("name", lmnfast.__all__)

@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ import torch
 
 import lmnfast
 from lmnfast import cli
-from lmnfast.files import claimed
-from lmnfast.grokking import claims, study
-from lmnfast.grokking.claims import Statistic, interval, judged, levelling, peak, r_squared, second_rise
-from lmnfast.grokking.report import write_report
-from lmnfast.grokking.study import Seed, Study, read_study, run_path, run_study
-from lmnfast.grokking.train import Config, Run, load_checkpoint, start
+from lmnfast.grokking.config import Config, start
+from lmnfast.grokking.run import Run, load_checkpoint
+from lmnfast.grokking.train import train
+from lmnfast.paper import claims, stand_ins, study
+from lmnfast.paper.claims import Statistic, interval, judged, levelling, peak, r_squared, second_rise
+from lmnfast.paper.report import write_report
+from lmnfast.paper.study import Seed, Study, read_study, run_path, run_study
+from lmnfast.runs.files import claimed
 
 TINY = Study(steps=20, every=10, milestones=(0, 20), few=(20,), init_steps=10, relu_steps=10, relu_every=10)
 
@@ -253,7 +256,7 @@ def test_a_full_disk_is_one_error_and_the_study_goes_on_afterwards(tmp_path, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(study, "write_file", full)
+    monkeypatch.setattr(study, "write_json", full)
     with pytest.raises(OSError, match="No space left on device"):
         run_study(tmp_path / "paper", ("s4",), 1, 1, TINY)
     monkeypatch.undo()
@@ -308,6 +311,41 @@ def test_a_damaged_table_of_answers_is_named(text, tmp_path):
         study.read_answers(tmp_path / "a.csv")
 
 
+# Stand-ins
+
+
+PAGE = "".join(
+    f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in ("SiLU", "ReLU", "Lobatto", "facts")
+)
+
+
+def test_the_page_of_the_stand_ins_has_their_values_and_nothing_is_measured_again(
+    tmp_path, monkeypatch, capsys
+):
+    config = Config("modular-addition", p=5, steps=20, every=5, threads=1, device="cpu")
+    runs = [train(replace(config, activation=name), tmp_path / name).path for name in ("silu", "relu")]
+    page, values = tmp_path / "page.md", tmp_path / "values.csv"
+    page.write_text(PAGE)
+    arguments = [*map(str, runs), "--every=5", f"--page={page}", f"--values={values}"]
+    stand_ins.main(arguments)
+    table, text = values.read_bytes(), page.read_text()
+    task, model = start(config)
+    load_checkpoint(model, runs[0], 10)
+    f, x = lmnfast.cut(model, "hidden_1", task.train_inputs)
+    for row in csv.DictReader(table.decode().splitlines()):
+        if (row["run"], row["step"], row["layer"]) == ("silu", "10", "hidden_1"):
+            how = {"method": row["method"]}
+            if row["method"].startswith("lobatto"):
+                how = {"rule": "lobatto", "points": int(row["method"][-1])}
+            assert float(row["value"]) == pytest.approx(lmnfast.lmn(f, x, **how).item(), rel=1e-6)
+    assert "old" not in text and "| `hermite-midpoint` |" in text and "| `linear_regions` |" in text
+    assert "SiLU: 1 runs, 5 checkpoints of each; ReLU: 1 runs, 5 checkpoints of each" in text
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(stand_ins, "_function", lambda method: pytest.fail("measured again"))
+    stand_ins.main(arguments)
+    assert values.read_bytes() == table and page.read_text() == text
+
+
 # The command line
 
 
@@ -344,6 +382,6 @@ def test_another_study_or_anything_else_in_the_directory_is_refused(finished, tm
 
 def test_more_jobs_than_cores_are_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "run_study", lambda *_, **__: None)
-    monkeypatch.setattr("lmnfast.grokking.report.write_report", lambda *_: [])
+    monkeypatch.setattr("lmnfast.paper.report.write_report", lambda *_: [])
     assert cli.main(["paper", "--jobs", "9999", "--out", str(tmp_path)]) == 0
     assert "jobs: 9999 processes on" in capsys.readouterr().err

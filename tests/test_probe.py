@@ -728,7 +728,7 @@ def test_a_row_that_fails_keeps_no_other_from_the_writers(model, x, monkeypatch)
     probe = Probe(model, x, ["first", "second"], every=1, writers=[writer])
     with pytest.raises(RuntimeError, match="solving layer 'second' at step 0 failed: by chance"):
         with probe:
-            monkeypatch.setattr(probe, "_write", lambda wait: wait and Probe._write(probe, wait))
+            monkeypatch.setattr(probe, "flush", lambda wait=False: wait and Probe.flush(probe, wait))
             probe(0)
             probe(1)
     assert [row[:2] for row in writer.rows] == [(0, "first"), (1, "first"), (1, "second")]
@@ -748,6 +748,20 @@ def test_a_probe_goes_on_from_a_state(model, x):
     rows = again.history
     assert [row["step"] for row in rows] == [0, 2, 4, 6] and rows[0]["loss"] == 0.5
     assert seen_in(again.new_rows(wait=True)) == seen_in(rows[-1:])
+
+
+def test_a_count_that_jumps_or_stands_still_skips_no_measurement_and_takes_none_twice(model, x):
+    writer = Recorder()
+    probe = Probe(model, x, "first", every=4, writers=[writer])
+    assert [step for step in (0, 0, 3, 6, 6, 7, 9, 17) if probe.reach(step)] == [0, 6, 9, 17]
+    assert writer.rows == []  # before they are asked for
+    probe.flush(wait=True)
+    assert [row[0] for row in writer.rows] == [0, 6, 9, 17]
+    with torch.no_grad():
+        model.second.weight[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="^LMN at step 20, layers first: .*NaN or Inf"):
+        probe.reach(20)
+    assert not probe.reach(20) and not probe.reach(23)
 
 
 def test_writers_have_what_a_state_has(model, x):

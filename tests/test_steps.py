@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmnfast.steps import steps_of
+from lmnfast.checkpoints.steps import steps_of
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,31 @@
 """A run's row of the paper's Figure 2 (arXiv 2310.05918), with the paper's curves beside ours."""
 
 import csv
-import io
 import math
 import os
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from ..files import write_file
+from ..runs.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
+from .config import Config
+from .run import Run, read_run
 from .tasks import task_sizes
-from .train import Config, Run, read_run
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-LMN, L2, ACCURACY = "#D55E00", "#009E73", "#0072B2"
+LMN, L2, ACCURACY = VERMILION, GREEN, BLUE
 METHOD_LINES = {
     "path": (LMN, "-"),
     "hermite": (ACCURACY, "--"),
-    "hermite-midpoint": ("#000000", ":"),
+    "hermite-midpoint": (BLACK, ":"),
     "jacobian": (L2, "-."),
 }
-PHASES = {"memorising": ("#555555", "^"), "generalising": ("#E69F00", "o"), "finalising": ("#CC79A7", "s")}
+PHASES = {"memorising": ("#555555", "^"), "generalising": (ORANGE, "o"), "finalising": (PURPLE, "s")}
 
 
 def paper_curves(task: str) -> dict[str, list[float]]:
     """The paper's curves for a task: step, lmn of hidden_1, l2_norm; NaN where another line covers the curve.
 
-    Source: arXiv 2310.05918, Figure 2, read off by pixel; error about 0.15 in LMN, 0.1 in L2 norm.
+    Source: arXiv 2310.05918, Figure 2, read off by pixel. The error is about 0.15 in LMN, 0.1 in L2 norm.
     """
     lines = files(__package__).joinpath("figure2_curves.csv").read_text().splitlines()
     rows = [
@@ -37,10 +37,16 @@ def paper_curves(task: str) -> dict[str, list[float]]:
 
 
 def draw(run: str | os.PathLike) -> list[Path]:
-    """Draws RUN/figures/figure2-LAYER.png for each measured layer and returns their paths. Needs matplotlib.
+    """Draws RUN/figures/figure2-LAYER.png for each measured layer. Needs matplotlib.
 
     Left: LMN, L2 norm and accuracies over the steps, beside the paper's where the task has the paper's size.
     Right: test loss against LMN and against L2 norm, coloured by phase.
+
+    Args:
+        run: the run's directory.
+
+    Returns:
+        The paths of the figures.
 
     Raises:
         ValueError: not a run.
@@ -52,8 +58,15 @@ def draw(run: str | os.PathLike) -> list[Path]:
 
 
 def draw_methods(table: Path, rows: list[dict]) -> Path:
-    """Draws what `measure` left with several methods, a panel for each layer; returns
-    RUN/figures/methods-LAYERS-METHODS-RULEPOINTS.png. Needs matplotlib."""
+    """Draws a table of `measure` with several methods, a panel for each layer. Needs matplotlib.
+
+    Args:
+        table: the path of the table.
+        rows: its rows.
+
+    Returns:
+        RUN/figures/methods-LAYERS-METHODS-RULEPOINTS.png.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -81,7 +94,7 @@ def draw_methods(table: Path, rows: list[dict]) -> Path:
 
 
 def draw_layer(run: Run, layer: str, path: Path, dpi: int = 200, colours: int | None = None) -> Path:
-    """What `draw` draws of one layer."""
+    """Draws the figure of one layer, as `draw` does, into a file; returns its path."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -93,29 +106,20 @@ def draw_layer(run: Run, layer: str, path: Path, dpi: int = 200, colours: int | 
         return save(figure, path, dpi, colours)
 
 
-def save(figure, path: Path, dpi: int = 200, colours: int | None = None) -> Path:
-    """Writes a matplotlib figure as .png, whole or not at all; returns the path. With a palette of 256 colours the file is a third."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=dpi)
-    if colours is not None:
-        from PIL import Image  # what matplotlib writes images with
-
-        picture = Image.open(image).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-        image = io.BytesIO()
-        picture.save(image, format="png", optimize=True)
-    write_file(path, image.getvalue())
-    return path
-
-
 def named(config: Config, samples: bool = True) -> str:
-    """What another method than the path gives is no LMN without its name, nor that of some samples without their number."""
+    """The label of a run's numbers: "LMN", with the method in brackets where it is a stand-in, "LMN (jacobian)".
+
+    Args:
+        config: of the run.
+        samples: also the number of samples where not all are measured.
+    """
     of = [config.method] * (config.method != "path")
     if samples and config.samples is not None:
         of.append(f"{config.samples} samples")
     return f"LMN ({', '.join(of)})" if of else "LMN"
 
 
-def _draw_curves(figure, run: Run, layer: str) -> None:
+def _draw_curves(figure: Any, run: Run, layer: str) -> None:
     config, rows = run.config, run.rows
     axes = figure.subplots()
     accuracy = axes.twinx()
@@ -142,7 +146,7 @@ def _draw_curves(figure, run: Run, layer: str) -> None:
     figure.legend(handles=lines, loc="outside upper center", ncols=3)
 
 
-def _draw_losses(figure, run: Run, layer: str) -> None:
+def _draw_losses(figure: Any, run: Run, layer: str) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     columns = {f"lmn_{layer}": f"{named(run.config)} of {layer}", "l2_norm": "L2 norm"}
     for axes, (column, label) in zip(panels, columns.items(), strict=True):

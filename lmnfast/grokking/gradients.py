@@ -7,7 +7,7 @@ from torch.nn.functional import one_hot
 from .model import EMBEDDING, HIDDEN
 
 aten = torch.ops.aten
-# Of each activation: out = a(z), and out = gradient times a'(z); out may be the gradient, or z.
+# Of each activation: out = a(z), and out = gradient times a'(z). out may share its memory with gradient or z.
 FORWARD = {
     nn.SiLU: lambda z, out: aten.silu.out(z, out=out),
     nn.ReLU: lambda z, out: torch.clamp_min(z, 0, out=out),
@@ -22,28 +22,28 @@ class Gradients:
     """Calling it sets the ``grad`` of every parameter to that of the mean cross-entropy over all samples.
 
     The same derivative as autograd's, to rounding. The first Linear works on tokens, not on pairs of them: a sample's
-    pre-activation is a row for its first token and a row for its second, added up. All memory is taken here and used
-    again at each call. On one core, of 768 samples, six tenths of the time are products at PyTorch's rate for their size;
-    several seeds stacked would not be faster: a batched product takes 176 us a seed, one alone 177.
+    pre-activation is a row for its first token and a row for its second, added up. All memory is allocated once and
+    used again at each call. On one core, of 768 samples, six tenths of the time are products at PyTorch's rate for
+    their size; several seeds stacked would not be faster: a batched product takes 176 us a seed, one alone 177.
 
     Args:
         model: as make_model returns it, any floating dtype and device; it keeps its parameters' tensors.
-        inputs: (samples, 2) int64, no pair twice. labels: (samples,) int64.
+        inputs: (samples, 2) int64, no pair twice.
+        labels: (samples,) int64.
     """
 
     def __init__(self, model: nn.Sequential, inputs: Tensor, labels: Tensor) -> None:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+        gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
         self.embedding, w_1, self.b_1, self.w_2, self.b_2, self.w_3, b_3 = (
             p.detach() for p in model.parameters()
         )
         self.first, self.second = w_1[:, :EMBEDDING], w_1[:, EMBEDDING:]
         self.b_3 = b_3[:, None]
-        self.d_embedding, d_w_1, self.d_b_1, self.d_w_2, self.d_b_2, self.d_w_3, self.d_b_3 = (
-            p.grad for p in model.parameters()
-        )
+        self.d_embedding, d_w_1, self.d_b_1, self.d_w_2, self.d_b_2, self.d_w_3, self.d_b_3 = gradients
         self.d_first, self.d_second = d_w_1[:, :EMBEDDING], d_w_1[:, EMBEDDING:]
-        kind = type(model.hidden_1)
+        kind = type(model.get_submodule("hidden_1"))
         self.activation, self.activation_backward = FORWARD[kind], BACKWARD[kind]
 
         tokens, samples = len(self.embedding), len(inputs)

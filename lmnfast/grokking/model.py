@@ -53,5 +53,5 @@ def make_model(
     if init == "lecun-first":
         with torch.no_grad():
             # The default is uniform in +-1/sqrt(fan in): standard deviation 1/sqrt(3 fan in).
-            model.hidden_1_pre.weight.mul_(math.sqrt(3))
+            model.get_parameter("hidden_1_pre.weight").mul_(math.sqrt(3))
     return model

@@ -23,7 +23,7 @@ class Task:
 
 
 def task_sizes(name: str, **sizes: int | None) -> dict[str, int]:
-    """What sizes the task, {"p": 31} say: the given number, the paper's where it is None or missing.
+    """The number that sizes the task, {"p": 31} say: the given one; the paper's where it is None or missing.
 
     Raises:
         ValueError: unknown task, a size the task does not have, or one too small or too large.
@@ -47,22 +47,27 @@ def task_sizes(name: str, **sizes: int | None) -> dict[str, int]:
 
 def training_samples(name: str, **sizes: int | None) -> int:
     """How many of the pairs are trained on, four fifths: 768 of 961, 460 of 576, 819 of 1024, as in the paper."""
-    sizes = task_sizes(name, **sizes)
-    tokens = 24 if name == "s4" else sizes["p"] if name == "modular-addition" else 2 ** sizes["bits"]
-    return tokens**2 * 4 // 5
+    return len(_tokens(name, task_sizes(name, **sizes))) ** 2 * 4 // 5
+
+
+def _tokens(name: str, sizes: dict[str, int]) -> range:
+    return range(24 if name == "s4" else sizes["p"] if name == "modular-addition" else 2 ** sizes["bits"])
 
 
 def answers(name: str, **sizes: int | None) -> Tensor:
-    """The answer to each pair of tokens (a, b), (vocabulary, vocabulary) int64; errors as :func:`task_sizes`.
+    """The answer to each pair of tokens (a, b), (vocabulary, vocabulary) int64.
 
     modular-addition: (a + b) mod p. s4: a after b, for the 24 permutations of four things, in lexicographic
     order. xor: a ^ b, for numbers of ``bits`` bits.
+
+    Raises:
+        ValueError: as `task_sizes`.
     """
-    sizes = task_sizes(name, **sizes)
+    known = task_sizes(name, **sizes)
     if name == "s4":
         elements = list(permutations(range(4)))
         return torch.tensor([[elements.index(tuple(a[i] for i in b)) for b in elements] for a in elements])
-    tokens = torch.arange(sizes["p"] if name == "modular-addition" else 2 ** sizes["bits"])
+    tokens = torch.tensor(_tokens(name, known))
     a, b = tokens[:, None], tokens
     return (a + b) % len(tokens) if name == "modular-addition" else a ^ b
 
@@ -76,7 +81,7 @@ def make_task(name: str, generator: torch.Generator, **sizes: int | None) -> Tas
         sizes: p (modular-addition, 31 by default) or bits (xor, 5 by default).
 
     Raises:
-        ValueError: as :func:`task_sizes`.
+        ValueError: as `task_sizes`.
     """
     labels = answers(name, **sizes)
     tokens = torch.arange(len(labels))

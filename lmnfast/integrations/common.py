@@ -5,24 +5,31 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._layers import match_layers
 from .._nested import mapped, tensors_in
 from .._undisturbed import sharding_of
 from ..probe import Probe, Writer
 
-NOT_IDENTITY = ("model", "inputs", "every", "budget", "writers")  # what changes no number of a row
+NOT_IDENTITY = ("model", "inputs", "every", "budget", "writers")  # they change no number of a row
 
 
 def required(names: str | tuple[str, ...], extra: str) -> ModuleType:
-    """The first of these modules that is installed; ImportError saying how to get it where none is.
+    """The first of these modules that is installed.
 
-    A module that is there and fails to import raises its own error.
+    Args:
+        names: one or several.
+        extra: of lmnfast, that installs it.
+
+    Raises:
+        ImportError: none is installed; says how to get it. A module that is there and fails to import raises its own
+            error.
     """
     names = (names,) if isinstance(names, str) else names
     for name in names:
@@ -39,16 +46,19 @@ def required(names: str | tuple[str, ...], extra: str) -> ModuleType:
 def key(layer: str, before: int = 0) -> str:
     """The name a layer's LMN is logged under.
 
-    before: how many others that log to the same place measure the layer as well.
+    Args:
+        layer: its name.
+        before: how many others that log to the same place measure the layer as well.
     """
     return f"lmn-{before + 1}/{layer}" if before else f"lmn/{layer}"
 
 
 def refuse_sharded(model: nn.Module, strategy: str | None = None) -> None:
-    """ValueError where no process has the whole model: each layer's weights are then gathered by collectives,
-    which one process alone cannot run.
+    """Raises ValueError where no process has the whole model: one process alone cannot gather the weights of a layer.
 
-    strategy: what the trainer calls it, where it is known to shard before the model shows it.
+    Args:
+        model: of the training.
+        strategy: the trainer's name for how it shards, where that is known before the model shows it.
     """
     if (strategy := strategy or sharding_of(model)) is not None:
         raise ValueError(
@@ -57,18 +67,28 @@ def refuse_sharded(model: nn.Module, strategy: str | None = None) -> None:
         )
 
 
-class Recorder:
-    """A probe that a trainer's callback drives, over stops and resumes, by the trainer's count of optimizer
-    steps.
+def new_state() -> dict[str, Any]:
+    """The `state_of` a callback that has seen no step."""
+    return {"step": None, "rows": []}
 
-    Measures at the first step seen of every `every`: a step itself where the count goes up by one, the next
-    one seen where several optimizers move it on by more.
+
+class Plan:
+    """What a callback measures: the arguments of a `Probe` before there is a model, checked.
+
+    Args:
+        inputs: as in `Probe`.
+        layers: as in `Probe`.
+        every: as in `Probe`, in optimizer steps.
+        settings: the other arguments of `Probe`.
+
+    Raises:
+        TypeError: `Probe` has no such argument.
+        ValueError: every < 1.
     """
 
     def __init__(
         self, inputs: Any, layers: str | Sequence[str], every: int, settings: dict[str, Any]
     ) -> None:
-        # An unknown name fails here, and not when the training starts.
         bound = inspect.signature(Probe).bind(None, inputs, layers, every=every, **settings)
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
@@ -76,86 +96,90 @@ class Recorder:
         given = {name: value for name, value in bound.arguments.items() if name not in NOT_IDENTITY}
         given["layers"] = [layers] if isinstance(layers, str) else list(layers)
         self.identity = {name: _plain(value) for name, value in given.items()} | {"inputs": _digest(inputs)}
-        """What tells this one's rows from those of others: what is measured, and how; plain values."""
-        self.inputs = inputs
-        self.layers = layers
-        self.every = every
+        """What tells the rows of this plan from those of others: what is measured, and how; plain values."""
+        self._inputs = inputs
+        self._layers = layers
+        self._every = every
         self._settings = dict(settings)
         self._writers: tuple[Writer, ...] = tuple(self._settings.pop("writers", ()))
-        self._probe: Probe | None = None
-        self._before: list[dict[str, Any]] = []  # rows of the run that this one resumes
-        self._step: int | None = None  # the last one seen
 
-    def start(self, model: nn.Module, prepare: Callable[[Tensor], Tensor], step: int) -> None:
-        """Builds the probe, and measures if the step is one to be measured and was not, before the stop.
+    def probe(
+        self,
+        model: nn.Module,
+        prepare: Callable[[Tensor], Tensor],
+        step: int,
+        state: dict[str, Any],
+        log: Callable[[int, dict[str, float]], None],
+    ) -> Probe:
+        """The probe of a training that begins, or goes on, after this many steps.
 
-        A step before the last one seen begins a new run. prepare: brings a tensor of the inputs to the model's device
-        and dtype.
+        Args:
+            model: of the training.
+            prepare: brings a tensor of the inputs to the model's device and dtype.
+            step: how many optimizer steps there were.
+            state: of `state_of` or `new_state`. One with a later step is of another training, and dropped.
+            log: gets the LMN by layer of each step, in order.
         """
-        if self._step is None or self._step > step:
-            self.load_state_dict({"step": step - 1, "rows": []})
-        if step > 0:  # a training that goes on
-            for writer in self._writers:
-                if hasattr(writer, "resume"):
-                    writer.resume()
-        self._before = self.history
-        self._probe = Probe(model, mapped(self.inputs, prepare), self.layers, every=1, **self._settings)
-        self.measure(step)
+        last, rows = state["step"], state["rows"]
+        if last is None or last > step:
+            last, rows = step - 1, []
+        logged = _StepWriter(len(match_layers(model, self._layers)), log)
+        probe = Probe(
+            model,
+            mapped(self._inputs, prepare),
+            self._layers,
+            every=self._every,
+            writers=(*self._writers, logged),
+            **self._settings,
+        )
+        if step > 0 or rows:
+            probe.load_state_dict({"next_step": last + 1, "rows": rows})
+        return probe
 
-    def names(self, recorders: Iterable[Recorder]) -> dict[str, str]:
-        """What each layer's LMN is logged under, by layer, where these recorders, in this order, log to one place."""
-        layers = self._probe.layers if self._probe else []
-        before: list[str] = []
-        for recorder in recorders:
-            if recorder is self:
-                break
-            before += recorder._probe.layers if recorder._probe else []
-        return {layer: key(layer, before.count(layer)) for layer in layers}
 
-    def measure(self, step: int) -> None:
-        """Call once per optimizer step; more calls do nothing. Raises RuntimeError where `Probe` raises."""
-        due = step // self.every > self._step // self.every
-        self._step = step
-        if due:
-            try:
-                self._probe(step)
-            except Exception as error:
-                layers = ", ".join(self._probe.layers)
-                raise RuntimeError(f"LMN at step {step}, layers {layers}: {error}") from error
+def state_of(probe: Probe) -> dict[str, Any]:
+    """What a training that is resumed needs to know: the last step seen, and the rows; plain values."""
+    state = probe.state_dict()
+    return {"step": state["next_step"] - 1, "rows": state["rows"]}
 
-    def new_steps(self, wait: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
-        """What to log, in order: steps whose rows have become ready since the last call, with each layer's LMN.
 
-        wait: for those still pending, too. Raises as `Probe.new_rows`, after the rows before.
-        """
-        while self._probe is not None and (rows := self._probe.new_rows(wait)):
-            steps: dict[int, dict[str, float]] = {}
-            for row in rows:
-                for writer in self._writers:
-                    writer.write(row)
-                steps.setdefault(row["step"], {})[row["layer"]] = row["lmn"]
-            yield from steps.items()
+class _StepWriter:
+    """A writer that logs the layers of a step together."""
+
+    def __init__(self, layers: int, log: Callable[[int, dict[str, float]], None]) -> None:
+        self._layers = layers
+        self._log = log
+        self._step = -1
+        self._values: dict[str, float] = {}
+
+    def write(self, row: dict[str, Any]) -> None:
+        if row["step"] != self._step:
+            self.close()
+        self._step = row["step"]
+        self._values[row["layer"]] = row["lmn"]
+        if len(self._values) == self._layers:
+            self.close()
 
     def close(self) -> None:
-        if self._probe is None:
-            return
-        try:
-            self._probe.close()
-        finally:
-            for writer in self._writers:
-                writer.close()
+        """Logs what has come of a step, where not all of it has: another layer's row failed."""
+        if self._values:
+            values, self._values = self._values, {}
+            self._log(self._step, values)
 
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """As `Probe.history`, from before the last stop on."""
-        return [dict(row) for row in self._before] + (self._probe.history if self._probe else [])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint or JSON; waits for pending rows."""
-        return {"step": self._step, "rows": self.history}
+def names(probe: Probe, probes: Iterable[Probe | None]) -> dict[str, str]:
+    """What each layer's LMN is logged under, by layer.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step, self._before, self._probe = state["step"], state["rows"], None
+    Args:
+        probe: of one callback.
+        probes: of all callbacks that log to the same place, in their order; None for one that does not measure.
+    """
+    before: list[str] = []
+    for other in probes:
+        if other is probe:
+            break
+        before += other.layers if other is not None else []
+    return {layer: key(layer, before.count(layer)) for layer in probe.layers}
 
 
 def _plain(value: Any) -> Any:
@@ -174,5 +198,5 @@ def _digest(inputs: Any) -> str:
     for tensor in tensors_in(inputs):
         found.update(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode())
         if tensor.layout == torch.strided:
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]

@@ -9,13 +9,15 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..files import write_file
-from .common import Recorder, refuse_sharded, required
+from ..probe import Probe
+from ..runs.files import write_file
+from .common import Plan, names, new_state, refuse_sharded, required, state_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -47,46 +49,53 @@ class LMNCallback(Callback):
     layers and settings (a function counts by its name). Those after the first that measures a layer log
     lmn-2/<layer>, lmn-3/<layer> and so on, in the trainer's order.
 
-    Only rank 0 measures, the module itself and not what DDP made of it, without any collective; the others
+    Only rank 0 measures. It measures the module itself, not its DDP wrapper, without any collective; the others
     wait for it at the next one. Where a strategy spawns or forks its processes, rank 0 hands the history back at the
     end of the fit.
 
-    inputs: samples for the module's forward, on any device; floating-point ones are brought to the dtype that the
-    trainer's precision gives its batches. layers: as in `Probe`, names from the LightningModule on.
-    every: in optimizer steps. settings: the others of `Probe` (method, points, rule, negative, budget, forward, output,
-    writers).
-    Raises ValueError at the start of a fit whose strategy shards parameters (FSDP, DeepSpeed).
+    Args:
+        inputs: samples for the module's forward, on any device; floating-point ones are brought to the dtype that the
+            trainer's precision gives its batches.
+        layers: as in `Probe`, names from the LightningModule on.
+        every: in optimizer steps.
+        settings: the others of `Probe` (method, points, rule, negative, budget, forward, output, writers).
+
+    Raises:
+        ValueError: every < 1; at the start of a fit, where the strategy shards parameters (FSDP, DeepSpeed).
     """
 
     def __init__(self, inputs: Any, layers: str | Sequence[str], every: int = 100, **settings: Any) -> None:
         super().__init__()
-        self._recorder = Recorder(inputs, layers, every, settings)
+        self._plan = Plan(inputs, layers, every, settings)
+        self._probe: Probe | None = None
+        self._state = new_state()  # until there is a probe
         self._expect_return()
 
     def _expect_return(self) -> None:
-        """A file in which a process that the strategy makes, and ends, leaves the rows for this one."""
+        """The file in which a process of the strategy leaves its rows for this one, before it ends."""
         self._made_in = os.getpid()
         self._returned = Path(tempfile.gettempdir()) / f"lmnfast-{uuid.uuid4().hex}.json"
         weakref.finalize(self, _remove, self._returned, self._made_in)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if (
-            self._made_in == os.getpid()
-        ):  # a copy, whose rows are its own, and not one for a process of the strategy
+        if self._made_in == os.getpid():  # a copy with rows of its own; not one for a process of the strategy
             self._expect_return()
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """As `Probe.history`; on rank 0, elsewhere what a checkpoint brought."""
+        """As `Probe.history` on rank 0; elsewhere the rows that a checkpoint brought."""
+        self._take_returned()
+        return self._probe.history if self._probe else [dict(row) for row in self._state["rows"]]
+
+    def _take_returned(self) -> None:
         if os.getpid() == self._made_in and self._returned.exists():
-            self._recorder.load_state_dict(json.loads(self._returned.read_text()))
+            self.load_state_dict(json.loads(self._returned.read_text()))
             self._returned.unlink()
-        return self._recorder.history
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(**self._recorder.identity)
+        return self._generate_state_key(**self._plan.identity)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
@@ -99,49 +108,50 @@ class LMNCallback(Callback):
             def prepare(tensor: Tensor) -> Tensor:
                 return trainer.precision_plugin.convert_input(tensor.to(pl_module.device))
 
-            self._recorder.start(pl_module, prepare, trainer.global_step)
+            step = trainer.global_step
+            if self._probe is not None:  # of a fit before this one
+                self._state = state_of(self._probe) if self._probe.next_step <= step + 1 else new_state()
+            self._probe = self._plan.probe(pl_module, prepare, step, self._state, partial(self._log, trainer))
+            self._probe.reach(step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.is_global_zero:
-            self._recorder.measure(trainer.global_step)
-            self._log(trainer)
+        if self._probe is not None and trainer.is_global_zero:
+            self._probe.reach(trainer.global_step)
+            self._probe.flush()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._log(trainer, wait=True)  # a fit that resumes from it does not log these rows again
+        if self._probe is not None:  # a fit that resumes from the checkpoint does not log these rows again
+            self._probe.flush(wait=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
-            self._log(trainer, wait=True)
-            self._recorder.close()
+            if self._probe is not None:
+                self._probe.close()
         finally:
             self._hand_back(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         with suppress(Exception):  # the exception under way is the one to see
-            self._log(trainer, wait=True)
-        with suppress(Exception):
-            self._recorder.close()
-        with suppress(Exception):
-            self._hand_back(trainer)
+            self.on_train_end(trainer, pl_module)
 
     def _hand_back(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and os.getpid() != self._made_in:
-            write_file(self._returned, json.dumps(self._recorder.state_dict()).encode())
+            write_file(self._returned, json.dumps(self.state_dict()).encode())
 
     def state_dict(self) -> dict[str, Any]:
-        _ = self.history  # takes in what a process of the strategy's has left
-        return self._recorder.state_dict()
+        self._take_returned()
+        return state_of(self._probe) if self._probe else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._recorder.load_state_dict(state_dict)
+        self._state, self._probe = state_dict, None
 
-    def _log(self, trainer: Trainer, wait: bool = False) -> None:
-        for step, values in self._recorder.new_steps(wait):
-            beside = [c._recorder for c in trainer.callbacks if isinstance(c, LMNCallback)]
-            names = self._recorder.names(beside)
-            for logger in trainer.loggers:
-                logger.log_metrics({names[layer]: lmn for layer, lmn in values.items()}, step=step)
+    def _log(self, trainer: Trainer, step: int, values: dict[str, float]) -> None:
+        assert self._probe is not None
+        beside = [c._probe for c in trainer.callbacks if isinstance(c, LMNCallback)]
+        known = names(self._probe, beside)
+        for logger in trainer.loggers:
+            logger.log_metrics({known[layer]: lmn for layer, lmn in values.items()}, step=step)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..files import write_file
-from .common import Recorder, refuse_sharded, required
+from ..probe import Probe
+from ..runs.files import write_file
+from .common import Plan, names, refuse_sharded, required, state_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -44,11 +45,16 @@ class LMNCallback(TrainerCallback):
     (a function counts by its name). Those attached after the first that measures a layer log lmn-2/<layer>,
     lmn-3/<layer> and so on.
 
-    inputs: samples, on any device: a dict is called as model(**inputs), a tensor as model(inputs); no labels
-    needed.
-    layers: as in `Probe`. every: in optimizer steps. output: what of the model's output counts.
-    settings: the others of `Probe` (method, points, rule, negative, budget, forward, writers).
-    Raises ValueError at the start of a training that shards parameters (FSDP, DeepSpeed).
+    Args:
+        inputs: samples, on any device: a dict is called as model(**inputs), a tensor as model(inputs); no labels
+            needed.
+        layers: as in `Probe`.
+        every: in optimizer steps.
+        output: which of the model's outputs counts.
+        settings: the others of `Probe` (method, points, rule, negative, budget, forward, writers).
+
+    Raises:
+        ValueError: every < 1; at the start of a training that shards parameters (FSDP, DeepSpeed).
     """
 
     def __init__(
@@ -60,13 +66,23 @@ class LMNCallback(TrainerCallback):
         output: Any = "logits",
         **settings: Any,
     ) -> None:
-        self._recorder = Recorder(inputs, layers, every, {"output": output, **settings})
+        self._plan = Plan(inputs, layers, every, {"output": output, **settings})
+        self._probe: Probe | None = None
         self._trainer: Trainer | None = None
+        # Of the event in which rows are logged.
+        self._now: tuple[TrainingArguments, TrainerState, TrainerControl]
 
     def attach(self, trainer: Trainer) -> LMNCallback:
-        """Adds itself to the trainer, between what says when to save and what reports; returns itself.
+        """Adds itself to the trainer, behind the callback that says when to save and before those that report.
 
-        Raises ValueError where the trainer has another one that lmn_history.json could not tell from it.
+        Args:
+            trainer: its callbacks are changed.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: the trainer has another one that lmn_history.json could not tell from it.
         """
         for other in trainer.callback_handler.callbacks:
             if isinstance(other, LMNCallback) and other._key == self._key:
@@ -84,7 +100,7 @@ class LMNCallback(TrainerCallback):
     @property
     def history(self) -> list[dict[str, Any]]:
         """As `Probe.history`; empty where the process is not the first."""
-        return self._recorder.history
+        return self._probe.history if self._probe else []
 
     def on_train_begin(
         self,
@@ -109,59 +125,69 @@ class LMNCallback(TrainerCallback):
         if step == 0:
             kept = None
         rows = [row for row in kept["rows"] if row["step"] <= step] if kept else []
-        self._recorder.load_state_dict({"step": min(kept["step"], step) if kept else step - 1, "rows": rows})
-        self._recorder.start(model, lambda tensor: tensor.to(args.device), step)
+        last = min(kept["step"], step) if kept else step - 1
+        self._probe = self._plan.probe(
+            model, lambda tensor: tensor.to(args.device), step, {"step": last, "rows": rows}, self._log
+        )
+        self._probe.reach(step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            self._recorder.measure(state.global_step)
-            self._report(args, state, control, wait=control.should_save or control.should_training_stop)
+        if self._probe is not None and state.is_world_process_zero:
+            self._probe.reach(state.global_step)
+            self._flush(args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            self._report(args, state, control, wait=control.should_save or control.should_training_stop)
+        self._flush(args, state, control)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:  # a save that on_step_end could not know of: of the best model, say
-            self._report(args, state, control, wait=True)
+        self._flush(args, state, control, saving=True)  # of the best model, say, which no step's end tells
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            self._report(args, state, control, wait=True)
-            self._recorder.close()
+        self._flush(args, state, control, saving=True)
+        if self._probe is not None:
+            self._probe.close()
 
-    def _report(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, wait: bool
+    def _flush(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, saving: bool = False
     ) -> None:
-        for step, by_layer in self._recorder.new_steps(wait):
-            callbacks = self._trainer.callback_handler.callbacks if self._trainer else [self]
-            names = self._recorder.names(c._recorder for c in callbacks if isinstance(c, LMNCallback))
-            values = {names[layer]: lmn for layer, lmn in by_layer.items()}
-            state.log_history.append({**values, "step": step})
-            if self._trainer is not None:
-                then = copy.copy(state)
-                then.global_step = step
-                # A copy of control, as on_log takes back a log of the trainer's own that is due.
-                self._trainer.callback_handler.on_log(args, then, copy.copy(control), values)
-        if wait:
-            kept = {**_read(args), self._key: self._recorder.state_dict()}
+        """Logs the rows that are there. Before a checkpoint is saved, all of them; they are then kept beside it."""
+        if self._probe is None or not state.is_world_process_zero:
+            return
+        saving = saving or control.should_save or control.should_training_stop
+        self._now = args, state, control
+        self._probe.flush(saving)
+        if saving:
+            kept = {**_read(args), self._key: state_of(self._probe)}
             write_file(Path(args.output_dir) / HISTORY, json.dumps(kept).encode())
+
+    def _log(self, step: int, by_layer: dict[str, float]) -> None:
+        assert self._probe is not None
+        args, state, control = self._now
+        callbacks = self._trainer.callback_handler.callbacks if self._trainer else [self]
+        known = names(self._probe, (c._probe for c in callbacks if isinstance(c, LMNCallback)))
+        values = {known[layer]: lmn for layer, lmn in by_layer.items()}
+        state.log_history.append({**values, "step": step})
+        if self._trainer is not None:
+            then = copy.copy(state)
+            then.global_step = step
+            # A copy of control, as on_log takes back a log of the trainer's own that is due.
+            self._trainer.callback_handler.on_log(args, then, copy.copy(control), values)
 
     @property
     def _key(self) -> str:
-        return json.dumps(self._recorder.identity)
+        return json.dumps(self._plan.identity)
 
 
 def _read(args: TrainingArguments) -> dict[str, dict[str, Any]]:
-    """The state of each callback that lmn_history.json has, by what it measures."""
+    """The states of the callbacks in lmn_history.json, by what they measure."""
     file = Path(args.output_dir) / HISTORY
     if not file.exists():
         return {}

@@ -4,8 +4,8 @@
         ...
 
 A writer has write(row) and close(); a probe calls both. Where it logs values, the key is lmn/<layer>.
-What an earlier run has left is never mixed with the rows of a new one: a writer goes on with it only when told to,
-by resume=True, or by a call of its resume(), which a probe and the callbacks make when they load a state.
+The rows of an earlier run are never mixed with those of a new one: a writer goes on with them only when told to, by
+resume=True, or by a call of its resume(), which a probe makes when it loads a state.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import write_file
+from ..runs.files import write_file
+from ..runs.tables import csv_line
 from .common import key, required
 
 
@@ -28,23 +28,24 @@ class CSVWriter:
     Columns are the row's own, in its order; a row with a new one has the file written anew, with that column
     empty before. Every row is written, those of steps that begin anew, too.
 
-    A file that holds rows of an earlier run is gone on with only where `resume` says so. An unfinished last line, left by
-    a run that was killed, is then cut off, and a row that is in the file already, equal in every column, is not written
-    twice. A step measured again with another result has both rows, the later one last.
+    The writer appends to the rows of an earlier run only where `resume` says so. It then cuts off an unfinished last
+    line, left by a run that was killed, and does not write a row that is in the file already, equal in every column. A
+    step measured again with another result has both rows, the later one last.
 
-    path: the file; folders on the way are made at the first row.
-    resume: go on with the rows that are there.
-    Raises ValueError for a file that has not the columns step and layer; at the first row for one that has rows
-    already, without `resume`.
+    Args:
+        path: the file; folders on the way are made at the first row.
+        resume: go on with the rows that are there.
+
+    Raises:
+        ValueError: the file lacks the columns step and layer; at the first row: it has rows already, without `resume`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume: bool = False) -> None:
         self.path = Path(path)
         self._always = self._resume = resume
         self._columns: list[str] | None = None  # None: not begun
-        self._there: Counter[tuple[str, ...]] = (
-            Counter()
-        )  # lines of the run before that are not met again yet
+        # Lines of the run before that have not come again yet.
+        self._there: Counter[tuple[str, ...]] = Counter()
         self._read()
 
     def resume(self) -> None:
@@ -55,19 +56,19 @@ class CSVWriter:
         """row: as in `Probe.history`."""
         # Begun at the first row: other processes of the same training may open the file, and only one writes.
         if self._columns is None:
-            self._begin()
+            self._columns = self._begin()
         if self._there:
-            (line,) = csv.reader(io.StringIO(_line(row.get(name, "") for name in self._columns).decode()))
+            (line,) = csv.reader(io.StringIO(csv_line(row.get(name, "") for name in self._columns).decode()))
             if set(row) <= set(self._columns) and self._there[tuple(line)] > 0:
                 self._there[tuple(line)] -= 1
                 return
         if new := [name for name in row if name not in self._columns]:
             self._add_columns(new)
         with open(self.path, "ab", buffering=0) as file:
-            file.write(_line(row.get(name, "") for name in self._columns))
+            file.write(csv_line(row.get(name, "") for name in self._columns))
 
     def _read(self) -> tuple[list[str], list[list[str]], int | None]:
-        """The columns, the rows, and how many bytes are whole lines, where there is more than that."""
+        """The columns, the rows, and the number of bytes in whole lines where the last line is cut; else None."""
         text = self.path.read_bytes() if self.path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         try:
@@ -78,7 +79,8 @@ class CSVWriter:
             raise ValueError(f"path: expected a CSV file with columns step and layer, got {self.path}")
         return columns, rows, len(whole) if len(whole) < len(text) else None
 
-    def _begin(self) -> None:
+    def _begin(self) -> list[str]:
+        """The columns that are there."""
         columns, rows, whole = self._read()
         if (rows or whole is not None) and not self._resume:
             raise ValueError(
@@ -86,25 +88,20 @@ class CSVWriter:
             )
         if whole is not None:
             os.truncate(self.path, whole)
-        self._columns, self._there = columns, Counter(map(tuple, rows))
+        self._there = Counter(map(tuple, rows))
+        return columns
 
     def _add_columns(self, new: list[str]) -> None:
         assert self._columns is not None
         rows = self._read()[1]
         self._columns += new
         lines = [self._columns, *(row + [""] * len(new) for row in rows)]
-        write_file(self.path, b"".join(map(_line, lines)))
+        write_file(self.path, b"".join(map(csv_line, lines)))
         self._there = Counter({(*line, *[""] * len(new)): count for line, count in self._there.items()})
 
     def close(self) -> None:
-        """No row waits, and no file is open between rows; a row that comes after this is one of a new run."""
+        """Ends the run: a row that comes after this is one of a new run. No file is open between rows."""
         self._columns, self._resume = None, self._always
-
-
-def _line(values: Iterable[Any]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue().encode()
 
 
 class TensorBoardWriter:
@@ -113,20 +110,24 @@ class TensorBoardWriter:
     A folder that holds what this writer wrote in an earlier run is added to only where `resume` says so: TensorBoard
     would draw both runs as one curve.
 
-    to: a folder, or a SummaryWriter of yours, which `close` leaves open, and which is added to whatever its folder holds.
-    resume: go on with the curves in the folder.
-    Raises ImportError without tensorboard; at the first row ValueError for a folder with curves of an earlier run,
-    without `resume`.
+    Args:
+        to: a folder; or a SummaryWriter of yours, which `close` leaves open, and to which rows are added whatever its
+            folder holds.
+        resume: go on with the curves in the folder.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+        ValueError: at the first row: the folder has curves of an earlier run, without `resume`.
     """
 
     SUFFIX = ".lmn"  # ends the names of its files
 
     def __init__(self, to: str | os.PathLike[str] | Any, *, resume: bool = False) -> None:
         own = isinstance(to, (str, os.PathLike))
-        self._module = required("torch.utils.tensorboard", "tensorboard") if own else None
+        self._module: Any = required("torch.utils.tensorboard", "tensorboard") if own else None
         self._folder = Path(to) if own else None
         self._always = self._resume = resume
-        self._writer = None if own else to
+        self._writer: Any = None if own else to
 
     def resume(self) -> None:
         """Go on with the curves that are there."""
@@ -136,6 +137,7 @@ class TensorBoardWriter:
         """row: as in `Probe.history`."""
         # Opened at the first row: other processes of the same training may make a writer, and only one writes.
         if self._writer is None:
+            assert self._folder is not None
             if not self._resume and any(self._folder.glob(f"events.out.tfevents.*{self.SUFFIX}")):
                 raise ValueError(
                     f"to: expected a folder without LMN curves, got {self._folder} with those of an earlier run; "
@@ -157,14 +159,17 @@ class WandbWriter:
 
     An LMN is there some time after its step, when the run has logged later ones, and W&B drops what is logged
     to an earlier step than the last. So these values are drawn over lmn_step (define_metric), and join
-    whatever W&B step is current when they come. They never move that on, as else a step= of yours could be
-    the one dropped: those of one lmn_step to a W&B step, and where nothing else is logged in between they
-    wait for it, or for `close`. An earlier run of W&B is gone on with only by wandb.init(resume=...).
+    whatever W&B step is current when they come. They never start a new W&B step: W&B would drop a step= of yours
+    that is not later. A W&B step takes the values of one lmn_step; the others wait until something else is logged, or
+    for `close`. An earlier run of W&B goes on only by wandb.init(resume=...).
 
-    run: what wandb.init() returned, online or offline; `close` leaves it open, and is to come before its finish.
-    commit: W&B's word: whether values move the W&B step on and so never wait. For runs that log nothing else
-        with an explicit step=.
-    Raises ImportError without wandb.
+    Args:
+        run: what wandb.init() returned, online or offline; `close` leaves it open, and is to come before its finish.
+        commit: W&B's word: whether values move the W&B step on and so never wait. For runs that log nothing else
+            with an explicit step=.
+
+    Raises:
+        ImportError: wandb is not installed.
     """
 
     def __init__(self, run: Any, *, commit: bool = False) -> None:
@@ -172,9 +177,8 @@ class WandbWriter:
         self._run = run
         self._commit = commit
         self._waiting: list[tuple[int, dict[str, float]]] = []  # values by their step, as they came
-        self._joined: tuple[int, int, set[str]] | None = (
-            None  # the last W&B step that values joined, theirs, their keys
-        )
+        # The last W&B step that values joined, their own step, their keys.
+        self._joined: tuple[int, int, set[str]] | None = None
         run.define_metric("lmn_step", hidden=True)
         run.define_metric("lmn/*", step_metric="lmn_step")
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..grokking.config import start
+from ..grokking.figures import paper_curves
+from ..grokking.run import Run, pearson
+from ..grokking.tasks import TASKS, task_sizes
 from ..spectrum import lmn
-from .figures import paper_curves
 from .study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, LAYER, Seed
-from .tasks import TASKS, task_sizes
-from .train import Run, pearson, start
 
 COLUMN = f"lmn_{LAYER}"
 PAPER_ENDS = 15_000  # the last step of the paper's Figure 2 is 14 500
@@ -65,8 +66,16 @@ NO_TOLERANCE = {("xor", "LMN at step 4000")}  # where the second rise begins
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number for every seed, NaN where a run has none, infinite for what has not happened; with the paper's and what is
-    made of it."""
+    """A number for every seed, beside the paper's, and what follows from it.
+
+    Attributes:
+        name: of the claim or the number.
+        task: one of TASKS.
+        meaning: what is computed, and where the claim holds.
+        paper: the paper's number.
+        values: one for each seed; NaN where a run has none, infinite for a step that does not come.
+        verdict: of `judged`, or how far the median is from the paper's.
+    """
 
     name: str
     task: str
@@ -77,6 +86,7 @@ class Statistic:
 
     @property
     def known(self) -> list[float]:
+        """The values of the seeds that have one."""
         return [value for value in self.values if not math.isnan(value)]
 
     @property
@@ -89,7 +99,11 @@ class Statistic:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bootstrap interval of the median, CONFIDENCE, by percentiles; NaN for too few values. Needs scipy."""
+    """The bootstrap interval of the median with CONFIDENCE, by percentiles. Needs scipy.
+
+    Args:
+        values: fewer than FEWEST_FOR_INTERVAL give NaN.
+    """
     if len(values) < FEWEST_FOR_INTERVAL:
         return math.nan, math.nan
     from scipy.stats import bootstrap
@@ -110,9 +124,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def judged(values: Sequence[float], holds: tuple[float, float]) -> str:
-    """ "holds" where the interval lies between the two numbers, "fails" where it lies outside, else "undecided".
+    """The verdict of a claim: "holds", "fails", "undecided", "not reached", or the number of seeds where they are too
+    few.
 
-    Of too few seeds for an interval it is their range that counts; of too few for a verdict their number is returned.
+    Args:
+        values: for each seed.
+        holds: the two numbers between which the claim holds. It holds where the whole interval lies between them, and
+            fails where the whole interval lies outside. Too few seeds for an interval are judged by their range.
     """
     reached = [value for value in values if not math.isnan(value)]
     if not reached:
@@ -128,7 +146,7 @@ def judged(values: Sequence[float], holds: tuple[float, float]) -> str:
 
 
 def too_few(seeds: int) -> str:
-    """What stands in place of a verdict; nothing where there are enough."""
+    """The text in place of a verdict, "3 seeds"; empty where there are enough."""
     return "" if seeds >= FEWEST_FOR_VERDICT else "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
@@ -136,11 +154,12 @@ def too_few(seeds: int) -> str:
 
 
 def at(run: Run, step: int, column: str = COLUMN) -> float:
+    """The number at a step; NaN where it was not measured."""
     return next((row[column] for row in run.rows if row["step"] == step), math.nan)
 
 
 def generalising(run: Run) -> list[dict]:
-    """The rows from memorisation until generalisation; where that does not come, to PAPER_ENDS, or none of a shorter run."""
+    """The rows from memorisation until generalisation; without it until PAPER_ENDS, or none of a shorter run."""
     ends = run.generalised
     if ends is None:
         ends = PAPER_ENDS if run.rows[-1]["step"] >= PAPER_ENDS else -1
@@ -170,14 +189,14 @@ def _papers_fall(task: str) -> float:
 
 
 def r_squared(run: Run, column: str = COLUMN, since_peak: bool = False) -> float:
-    """Of a linear fit of the test loss while generalising: the square of Pearson's r."""
+    """R² of a linear fit of the test loss while generalising: the square of Pearson's r."""
     first = peak(run)["step"] if since_peak else 0
     rows = [row for row in generalising(run) if row["step"] >= first]
     return pearson([(row["test_loss"], row[column]) for row in rows]) ** 2
 
 
 def levelling(run: Run) -> float:
-    """Slope of LMN over steps after generalisation, up to PAPER_ENDS, over the slope from the peak to generalisation."""
+    """Slope of LMN after generalisation, up to PAPER_ENDS, over its slope from the peak to generalisation."""
     if run.generalised is None:
         return math.nan
     top = peak(run)["step"]
@@ -214,7 +233,7 @@ def second_rise(run: Run) -> Rise | None:
 
 
 def layers_r_squared(seed: Seed, layer: str) -> float:
-    """As r_squared, at the milestones, where all layers are measured."""
+    """As `r_squared`, of the milestones, where all layers are measured."""
     values = seed.lmn(layer)
     rows = [row for row in generalising(seed.run) if row["step"] in values]
     return pearson([(row["test_loss"], values[row["step"]]) for row in rows]) ** 2
@@ -231,90 +250,85 @@ def linear_network_lmn(run: Run) -> float:
 # Over the seeds --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """A claim of the paper for some tasks: a number for each seed, and between which two it holds."""
+
+    name: str
+    meaning: str
+    paper: str | Callable[[str], str]  # what the paper has; a function of the task
+    of: Callable[[Seed], float]
+    holds: tuple[float, float]
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+    def of_task(self, task: str, seeds: Sequence[Seed]) -> Statistic:
+        paper = self.paper if isinstance(self.paper, str) else self.paper(task)
+        values = tuple(self.of(seed) for seed in seeds)
+        return Statistic(self.name, task, self.meaning, paper, values, judged(values, self.holds))
+
+
+def _of_rise(value: Callable[[Rise], float]) -> Callable[[Seed], float]:
+    """A number of a seed's second rise; NaN where it has none."""
+    return lambda seed: math.nan if (rise := second_rise(seed.run)) is None else value(rise)
+
+
+CLAIMS = (
+    _Claim(
+        "A linear network has LMN 1", "LMN - 1", "0",
+        lambda seed: linear_network_lmn(seed.run) - 1, (-1e-6, 1e-6),
+    ),
+    _Claim(
+        "The network is near linear at initialisation", "mean entry of L at step 0; holds from 0.9", "near 1",
+        lambda seed: seed.answer("entries", "mean").get(0, math.nan), (0.9, 1),
+    ),
+    _Claim(
+        "LMN falls while the network generalises", "LMN when generalised / its peak; holds below 1",
+        lambda task: f"{_papers_fall(task):.2f}",
+        lambda seed: fall(seed.run), (0, 1),
+    ),
+    _Claim(
+        "Test loss is linear in LMN while generalising", "R² of a linear fit; holds from 0.9", "near 1",
+        lambda seed: r_squared(seed.run), (0.9, 1),
+    ),
+    _Claim(
+        "More so than in the L2 norm", "R² with LMN - R² with L2 norm; holds above 0", "above 0",
+        lambda seed: r_squared(seed.run) - r_squared(seed.run, "l2_norm"), (1e-9, 1),
+    ),
+    _Claim(
+        "The same, from the peak of LMN on", "R² with LMN - R² with L2 norm; holds above 0", "above 0",
+        lambda seed: r_squared(seed.run, since_peak=True) - r_squared(seed.run, "l2_norm", since_peak=True),
+        (1e-9, 1),
+    ),
+    _Claim(
+        "LMN levels off once generalised", "slope after / slope before, to step 15 000; holds within 0.2", "near 0",
+        lambda seed: levelling(seed.run), (-0.2, 0.2), tuple(task for task in TASKS if task != "xor"),
+    ),
+    _Claim(
+        "XOR: LMN rises a second time", f"top / valley before it; holds from {RISE}", "1.36",
+        _of_rise(lambda rise: rise.top / rise.valley), (RISE, math.inf), ("xor",),
+    ),
+    _Claim(
+        "XOR: the valley is 15 = 5 x 3", "LMN at the valley; holds within 10 %", "14.9",
+        _of_rise(lambda rise: rise.valley), (13.5, 16.5), ("xor",),
+    ),
+    _Claim(
+        "XOR: the top is 20 = 5 x 4", "LMN at the top; holds within 10 %", "20.2",
+        _of_rise(lambda rise: rise.top), (18, 22), ("xor",),
+    ),
+    _Claim(
+        "The embedding's LMN says less", "R² with hidden_1's LMN - R² with embedding's; holds above 0", "above 0",
+        lambda seed: layers_r_squared(seed, LAYER) - layers_r_squared(seed, "embedding"), (1e-9, 1),
+    ),
+    _Claim(
+        "The second hidden layer's LMN says nothing", "largest LMN - 1 over all steps", "0",
+        lambda seed: max(seed.lmn("hidden_2").values(), default=math.nan) - 1, (-1e-6, 1e-6),
+    ),
+)  # fmt: skip
+
+
 def claims(seeds: dict[str, list[Seed]]) -> list[Statistic]:
     """The paper's claims, in its order, with a verdict each."""
-    found: list[Statistic] = []
-
-    def claim(
-        name: str,
-        task: str,
-        meaning: str,
-        paper: str,
-        of: Callable[[Seed], float],
-        holds: tuple[float, float],
-    ) -> None:
-        values = tuple(of(seed) for seed in seeds[task])
-        found.append(Statistic(name, task, meaning, paper, values, judged(values, holds)))
-
-    for task in seeds:
-        claim(
-            "A linear network has LMN 1", task, "LMN - 1", "0",
-            lambda seed: linear_network_lmn(seed.run) - 1, (-1e-6, 1e-6),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "The network is near linear at initialisation", task, "mean entry of L at step 0; holds from 0.9",
-            "near 1", lambda seed: seed.answer("entries", "mean").get(0, math.nan), (0.9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "LMN falls while the network generalises", task, "LMN when generalised / its peak; holds below 1",
-            f"{_papers_fall(task):.2f}",
-            lambda seed: fall(seed.run), (0, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "Test loss is linear in LMN while generalising", task, "R² of a linear fit; holds from 0.9",
-            "near 1", lambda seed: r_squared(seed.run), (0.9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "More so than in the L2 norm", task, "R² with LMN - R² with L2 norm; holds above 0", "above 0",
-            lambda seed: r_squared(seed.run) - r_squared(seed.run, "l2_norm"), (1e-9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "The same, from the peak of LMN on", task, "R² with LMN - R² with L2 norm; holds above 0", "above 0",
-            lambda seed: r_squared(seed.run, since_peak=True) - r_squared(seed.run, "l2_norm", since_peak=True),
-            (1e-9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        if task != "xor":
-            claim(
-                "LMN levels off once generalised", task,
-                "slope after / slope before, to step 15 000; holds within 0.2", "near 0",
-                lambda seed: levelling(seed.run), (-0.2, 0.2),
-            )  # fmt: skip
-    if "xor" in seeds:
-        rises = {id(seed): second_rise(seed.run) for seed in seeds["xor"]}
-
-        def of_rise(value: Callable[[Rise], float]) -> Callable[[Seed], float]:
-            return lambda seed: math.nan if (rise := rises[id(seed)]) is None else value(rise)
-
-        claim(
-            "XOR: LMN rises a second time", "xor", f"top / valley before it; holds from {RISE}", "1.36",
-            of_rise(lambda rise: rise.top / rise.valley), (RISE, math.inf),
-        )  # fmt: skip
-        claim(
-            "XOR: the valley is 15 = 5 x 3", "xor", "LMN at the valley; holds within 10 %", "14.9",
-            of_rise(lambda rise: rise.valley), (13.5, 16.5),
-        )  # fmt: skip
-        claim(
-            "XOR: the top is 20 = 5 x 4", "xor", "LMN at the top; holds within 10 %", "20.2",
-            of_rise(lambda rise: rise.top), (18, 22),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "The embedding's LMN says less", task, "R² with hidden_1's LMN - R² with embedding's; holds above 0",
-            "above 0", lambda seed: layers_r_squared(seed, LAYER) - layers_r_squared(seed, "embedding"), (1e-9, 1),
-        )  # fmt: skip
-    for task in seeds:
-        claim(
-            "The second hidden layer's LMN says nothing", task, "largest LMN - 1 over all steps", "0",
-            lambda seed: max(seed.lmn("hidden_2").values(), default=math.nan) - 1,
-            (-1e-6, 1e-6),
-        )  # fmt: skip
-    return found
+    return [claim.of_task(task, seeds[task]) for claim in CLAIMS for task in seeds if task in claim.tasks]
 
 
 NUMBERS: dict[str, Callable[[Run], float]] = {

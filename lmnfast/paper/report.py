@@ -4,7 +4,7 @@ import base64
 import html
 import platform
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,37 +13,33 @@ import pandas
 import torch
 
 from .. import __version__, _native
-from ..files import write_file
+from ..grokking.figures import draw_layer
+from ..grokking.run import METRICS
+from ..runs.files import write_file
 from ..spectrum import SETTINGS, SHARES
-from . import paper_figures as figures
+from . import figures
 from .claims import (
     COLUMN,
     CONFIDENCE,
-    PAPER,
     PAPER_ENDS,
     RISE,
     Statistic,
-    at,
     claims,
     numbers,
-    peak,
     second_rise,
     too_few,
 )
-from .figures import draw_layer
+from .questions import questions
 from .study import (
     FEWEST_FOR_INTERVAL,
     FEWEST_FOR_VERDICT,
     LAYER,
     OTHER_LAYERS,
-    RULES,
-    SIZES,
-    STAND_INS,
     Seed,
     Study,
     read_study,
 )
-from .train import METRICS, pearson
+from .text import number, table
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
 STYLE = """
@@ -123,7 +119,7 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         *_summary(found, measured),
         "## The claims",
         "",
-        *_table(
+        *table(
             ("claim", "task", "statistic", "paper", ours, "seeds", "verdict"),
             [(c.name, c.task, c.meaning, c.paper, _ours(c), _counted(c), f"**{c.verdict}**") for c in found],
         ),
@@ -132,13 +128,13 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         "",
         "The paper's are read off its figures (about ±0.15 in LMN, ±0.1 in L2 norm).",
         "",
-        *_table(
+        *table(
             ("number", "task", "paper", ours, "all seeds", "difference", "asked"),
             [(c.name, c.task, c.paper, _ours(c), _all(c), _difference(c), c.verdict) for c in measured],
         ),
         "",
         *_figures(out, members),
-        *_questions(out, members, study),
+        *questions(out, members, study),
         *_how(members, study, command),
     ]
     return "\n".join(lines) + "\n"
@@ -192,8 +188,8 @@ def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
         "with too few seeds" if claim.verdict == too_few(len(claim.known)) else claim.verdict
         for claim in found
     ]
-    asked = [number for number in measured if number.verdict.startswith(("within", "outside"))]
-    off = [number for number in asked if number.verdict.startswith("outside")]
+    asked = [each for each in measured if each.verdict.startswith(("within", "outside"))]
+    off = [each for each in asked if each.verdict.startswith("outside")]
     lines = [
         "## In short",
         "",
@@ -207,33 +203,19 @@ def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
     if asked:
         lines.append(f"- Of {len(asked)} numbers with a bound, {len(asked) - len(off)} lie within it.")
     lines += [
-        f"- Outside: {number.name} of {number.task}, {_number(number.median)} for the paper's {number.paper}, "
-        f"{_difference(number)}."
-        for number in off
+        f"- Outside: {each.name} of {each.task}, {number(each.median)} for the paper's {each.paper}, "
+        f"{_difference(each)}."
+        for each in off
     ]
     return [*lines, ""]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def _number(value: float) -> str:
-    if not np.isfinite(value):
-        return "-" if np.isnan(value) else "never"
-    if value != 0 and abs(value) < 1e-3:
-        return f"{value:.1e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def _ours(statistic: Statistic) -> str:
     low, high = statistic.interval
     if np.isnan(low) and len(statistic.known) > 1:
         low, high = min(statistic.known), max(statistic.known)
-        return (
-            f"{_number(statistic.median)} ({len(statistic.known)} seeds: {_number(low)} to {_number(high)})"
-        )
-    return _number(statistic.median) + ("" if np.isnan(low) else f" ({_number(low)} to {_number(high)})")
+        return f"{number(statistic.median)} ({len(statistic.known)} seeds: {number(low)} to {number(high)})"
+    return number(statistic.median) + ("" if np.isnan(low) else f" ({number(low)} to {number(high)})")
 
 
 def _counted(statistic: Statistic) -> str:
@@ -241,7 +223,7 @@ def _counted(statistic: Statistic) -> str:
 
 
 def _all(statistic: Statistic) -> str:
-    return ", ".join(map(_number, statistic.values))
+    return ", ".join(map(number, statistic.values))
 
 
 def _difference(statistic: Statistic) -> str:
@@ -306,224 +288,16 @@ def _rises(seeds: Sequence[Seed]) -> list[str]:
     return [
         f"{len(risen)} of {len(seeds)} seeds rise by a tenth or more.",
         "",
-        *_table(
+        *table(
             ("seed", "generalised", "valley at step", "LMN there", "top at step", "LMN there", "ratio"),
             [
-                (seed.run.config.seed, seed.run.generalised, rise.valley_step, _number(rise.valley), rise.top_step,
-                 _number(rise.top), f"{rise.top / rise.valley:.2f}")
+                (seed.run.config.seed, seed.run.generalised, rise.valley_step, number(rise.valley), rise.top_step,
+                 number(rise.top), f"{rise.top / rise.valley:.2f}")
                 for seed, rise in rises
                 if rise is not None
             ],
         ),
     ]  # fmt: skip
-
-
-def _questions(out: Path, members: dict[str, list[Seed]], study: Study) -> list[str]:
-    folder = out / "figures"
-    lines = ["## Questions", ""]
-    for task, seeds in members.items():
-        path = figures.draw_questions(seeds, folder / f"questions-{task}.png")
-        lines += [f"![Questions, {task}]({path.relative_to(out).as_posix()})", "", f"*{task}: medians, the middle half and "
-                  "the range of the seeds.*", ""]  # fmt: skip
-    moments = [step for step in study.few if any(at(seeds[0].run, step) > 0 for seeds in members.values())]
-    lines += [
-        "### Which initialisation matches the paper's step 0?",
-        "",
-        "`lecun-first` scales the first Linear's weights to standard deviation 1/8; all else is PyTorch's default. "
-        f"Peak: within {study.init_steps} steps.",
-        "",
-        *_per_task(
-            members,
-            ("LMN at step 0, paper", "default", "lecun-first", "peak, paper", "default", "lecun-first"),
-            lambda task, seeds: [
-                _number(PAPER[task]["LMN at step 0"]),
-                _median(at(seed.run, 0) for seed in seeds),
-                _median(at(seed.lecun, 0) for seed in seeds),
-                _number(PAPER[task]["LMN, peak"]),
-                _median(peak(seed.run)[COLUMN] for seed in seeds),
-                _median(max(row[COLUMN] for row in seed.lecun.rows) for seed in seeds),
-            ],
-        ),
-        "",
-        "### 21 points against others",
-        "",
-        f"Largest error of LMN against 21 uniform points over all seeds, at steps {', '.join(map(str, moments))}, in per cent. "
-        "A rule with other uniform points converges to another number, that of the continuous line; the Lobatto rules are "
-        "made for the 21.",
-        "",
-        *_per_task(
-            members,
-            [f"{rule} {points}" for rule, points in RULES],
-            lambda task, seeds: [_largest_error(seeds, "nodes", f"{rule} {points}") for rule, points in RULES],
-        ),
-        "",
-        "### How does LMN grow with the number of samples?",
-        "",
-        f"Random sub-samples of all pairs, {SIZES[0]} to all of them; exponent of a power law LMN ~ N^k fitted to the medians, "
-        "and LMN of the smallest and of all.",
-        "",
-        *_per_task(
-            members,
-            [f"step {step}" for step in moments],
-            lambda task, seeds: [_growth(seeds, step) for step in moments],
-        ),
-        "",
-        "### Training samples, test samples, or both?",
-        "",
-        "Medians. The test samples are a fifth of all pairs, so they are compared with as many training samples; "
-        "r: correlation of both over all milestones.",
-        "",
-        *_per_task(
-            members,
-            ("step", "train", "both", "test", "train, as many as test", "r, test with as many of train"),
-            lambda task, seeds: [
-                _median(_peak_step(seed) for seed in seeds),
-                *[_median(_at_peak(seed, seed.answer("samples", name)) for seed in seeds)
-                  for name in ("train", "both", "test", "train, as many as test")],
-                _median(_together(seed, "samples", "test", seed.answer("samples", "train, as many as test"))
-                        for seed in seeds),
-            ],
-        ),
-        "",
-        "### Absolute value, or negative eigenvalues clipped?",
-        "",
-        "Share of the eigenvalues' mass that is negative, at step 0 and at its largest; LMN at the peak either way; r: over all "
-        "milestones.",
-        "",
-        *_per_task(
-            members,
-            ("negative share at 0", "at most", "LMN, absolute", "clipped", "r"),
-            lambda task, seeds: [
-                _median(seed.answer("negative", "share")[0] for seed in seeds),
-                _median(max(seed.answer("negative", "share").values()) for seed in seeds),
-                _median(_at_peak(seed, seed.lmn(LAYER)) for seed in seeds),
-                _median(_at_peak(seed, seed.answer("negative", "clipped")) for seed in seeds),
-                _median(_together(seed, "negative", "clipped") for seed in seeds),
-            ],
-        ),
-        "",
-        "### Stand-ins",
-        "",
-        "Against the exact LMN, over all milestones: r, and the error at the peak (medians).",
-        "",
-        *_per_task(
-            members,
-            [f"{name}: {what}" for name in STAND_INS for what in ("r", "error at the peak")],
-            lambda task, seeds: [
-                text
-                for name in STAND_INS
-                for text in (
-                    _median(_together(seed, "stand-ins", name) for seed in seeds),
-                    _percent(_at_peak(seed, seed.answer("stand-ins", name))
-                             / _at_peak(seed, seed.lmn(LAYER)) - 1 for seed in seeds),
-                )
-            ],
-        ),
-        "",
-        "### ReLU networks: LMN against linear regions",
-        "",
-        f"The same network with ReLU, {study.relu_steps} steps. Regions: distinct activation patterns at the training samples.",
-        "",
-    ]  # fmt: skip
-    path = figures.draw_regions(members, folder / "relu-regions.png")
-    lines += [
-        f"![ReLU networks]({path.relative_to(out).as_posix()})",
-        "",
-        *_per_task(
-            members,
-            ("N", "regions at 0", "fewest", "at the end", "LMN at 0", "peak", "at the end", "r"),
-            lambda task, seeds: [
-                str(seeds[0].relu.rows[0]["samples"]),
-                _median(seed.answer("regions")[0] for seed in seeds),
-                _median(min(seed.answer("regions").values()) for seed in seeds),
-                _median(seed.answer("regions")[study.relu_steps] for seed in seeds),
-                _median(at(seed.relu, 0) for seed in seeds),
-                _median(max(row[COLUMN] for row in seed.relu.rows) for seed in seeds),
-                _median(at(seed.relu, study.relu_steps) for seed in seeds),
-                _median(
-                    pearson([(row[COLUMN], seed.answer("regions")[row["step"]]) for row in seed.relu.rows])
-                    for seed in seeds
-                ),
-            ],
-        ),
-        "",
-    ]
-    if any(seed.run.rows[-1]["step"] > PAPER_ENDS for seeds in members.values() for seed in seeds):
-        lines += [
-            "### What comes after the paper's end?",
-            "",
-            f"The paper does not go past step {PAPER_ENDS}. Lowest LMN and largest L2 norm after it, and where they are.",
-            "",
-            *_per_task(
-                members,
-                ("LMN, lowest", "at step", "L2 norm, largest", "at step"),
-                lambda task, seeds: [
-                    _median(_late(seed, min, COLUMN)[COLUMN] for seed in seeds),
-                    _median(_late(seed, min, COLUMN)["step"] for seed in seeds),
-                    _median(_late(seed, max, "l2_norm")["l2_norm"] for seed in seeds),
-                    _median(_late(seed, max, "l2_norm")["step"] for seed in seeds),
-                ],
-            ),
-            "",
-        ]
-    return lines
-
-
-def _late(seed: Seed, extreme: Callable, column: str) -> dict:
-    return extreme((row for row in seed.run.rows if row["step"] > PAPER_ENDS), key=lambda row: row[column])
-
-
-def _per_task(
-    members: dict[str, list[Seed]], head: Sequence[str], row: Callable[[str, list[Seed]], Sequence[str]]
-) -> list[str]:
-    return _table(("task", *head), [(task, *row(task, seeds)) for task, seeds in members.items()])
-
-
-def _median(values: Iterable[float]) -> str:
-    """With the range in brackets, where there is more than one."""
-    known = sorted(value for value in values if np.isfinite(value))
-    if not known:
-        return "-"
-    text = _number(float(np.median(known)))
-    return (
-        text
-        if len(known) == 1 or known[0] == known[-1]
-        else f"{text} ({_number(known[0])} to {_number(known[-1])})"
-    )
-
-
-def _percent(values: Iterable[float]) -> str:
-    known = [value for value in values if np.isfinite(value)]
-    return f"{np.median(known):+.1%}" if known else "-"
-
-
-def _peak_step(seed: Seed) -> int:
-    table = seed.lmn(LAYER)
-    return max(table, key=lambda step: table[step])
-
-
-def _at_peak(seed: Seed, table: dict[int, float]) -> float:
-    return table[_peak_step(seed)]
-
-
-def _together(seed: Seed, question: str, variant: str, other: dict[int, float] | None = None) -> float:
-    other = other or seed.lmn(LAYER)
-    return pearson([(value, other[step]) for step, value in seed.answer(question, variant).items()])
-
-
-def _largest_error(seeds: Sequence[Seed], question: str, variant: str) -> str:
-    errors = [abs(e) for seed in seeds for e in figures.relative_errors(seed, question, variant).values()]
-    return f"{100 * max(errors):.2g}" if errors else "-"
-
-
-def _growth(seeds: Sequence[Seed], step: int) -> str:
-    tables = [seed.lmn_of_sizes(step) for seed in seeds]
-    if not tables[0]:
-        return "-"
-    sizes = sorted(tables[0])
-    medians = [np.median([table[size] for table in tables]) for size in sizes]
-    exponent = np.polyfit(np.log(sizes), np.log(medians), 1)[0]
-    return f"k = {exponent:.2f}; {_number(medians[0])} ... {_number(medians[-1])}"
 
 
 def _how(members: dict[str, list[Seed]], study: Study, command: str) -> list[str]:

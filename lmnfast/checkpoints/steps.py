@@ -26,22 +26,28 @@ NUMBER = re.compile(
 
 @dataclass(frozen=True)
 class _Number:
-    """A number in a name; value: None where its notation can be read in more ways than one."""
+    """A number in a name."""
 
     text: str
-    value: int | float | None
-    label: str | None
+    value: int | float | None  # None: its notation can be read in more ways than one
+    label: str | None  # one of LABELS
     before: str  # letters right before it
     unit: str  # letters right behind it
 
 
 def steps_of(checkpoints: Sequence[str]) -> list[int | float] | None:
-    """The step in each name, in the order given; None where no name has a number.
+    """The step in each name.
 
     It is the number after "step", "iter" or "update" (or right before such a word), else that after "epoch", else
-    that after "checkpoint", else the one by which the names differ. 5e3, 1k, 2M, 1,000 and 0.25 are read as what
-    they stand for. A single file has a step where such a word says so, or where its only number stands alone;
-    where its name has no number, the name of its folder counts.
+    that after "checkpoint", else the one by which the names differ. 5e3, 1k, 2M, 1,000 and 0.25 are read as the
+    numbers that they stand for. A single file has a step where such a word says so, or where its only number stands
+    alone; where its name has no number, the name of its folder counts.
+
+    Args:
+        checkpoints: names of files, of one training.
+
+    Returns:
+        The steps in the order given; None where no name has a number.
 
     Raises:
         ValueError: some names have such a number and others have none, two have the same one, several numbers
@@ -59,9 +65,7 @@ def steps_of(checkpoints: Sequence[str]) -> list[int | float] | None:
         step = numbers
     if step is None and len({len(numbers) for numbers in found}) == 1:
         columns = [list(column) for column in zip(*found, strict=True) if _differ(column)]
-        if (
-            "epoch" in labelled
-        ):  # of the numbers within an epoch one without a word is the step, a seed is not
+        if "epoch" in labelled:  # within an epoch a number without a word is the step; a seed has a word
             columns = [column for column in columns if not any(number.before for number in column)]
         orders = {tuple(sorted(range(len(found)), key=lambda k: column[k].value)) for column in columns}
         step = columns[0] if len(orders) == 1 else None
@@ -88,7 +92,7 @@ def steps_of(checkpoints: Sequence[str]) -> list[int | float] | None:
 
 
 def _labelled(found: Sequence[Sequence[_Number]], label: str) -> list[_Number]:
-    """The last number in each name that has the label; [] where a name has none."""
+    """The last number with the label in each name; [] where a name has none."""
     last = [[number for number in numbers if number.label == label][-1:] for numbers in found]
     return [number for numbers in last for number in numbers] if all(last) else []
 

@@ -1,43 +1,33 @@
-"""The paper's experiment over many seeds (arXiv 2310.05918), and what else is asked of it: the runs and the numbers.
+"""The paper's experiment over many seeds (arXiv 2310.05918), and the numbers that answer further questions.
 
-A study is a directory: study.json, what determines it; runs/, a run for every task and seed, trained as `train`
-leaves them, and the shorter ones that two of the questions need; answers/, a table for every run. Each is resumed
-where it stopped. `report` makes tables, figures and verdicts of it.
+A study is a directory: study.json, what determines it; runs/, a run for every task and seed, as `train` leaves it,
+and the shorter runs that two of the questions need; answers/, a table for every run. Each goes on where it stopped.
+`report` makes tables, figures and verdicts of it.
 """
 
-import csv
-import io
 import json
-import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..cutting import cut
-from ..files import claimed, write_file
+from ..grokking.config import Config, start
+from ..grokking.run import Run, load_checkpoint, read_config, read_run
+from ..grokking.tasks import TASKS
+from ..grokking.train import train
 from ..jacobian import linear_regions
-from ..processes import prepare_worker
+from ..runs.device import torch_threads
+from ..runs.files import claimed, write_json
+from ..runs.pool import Pool
+from ..runs.progress import progress_bar
+from ..runs.tables import check_continues, read_table, write_table
 from ..spectrum import SETTINGS, SHARES, Measurement, measure
-from .tasks import TASKS
-from .train import (
-    Config,
-    Run,
-    load_checkpoint,
-    progress_bar,
-    read_config,
-    read_run,
-    start,
-    torch_threads,
-    train,
-)
 
 LAYER = "hidden_1"  # where the paper measures
 # The other two differ from one of these three by a Linear, which LMN does not see.
@@ -46,25 +36,21 @@ STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
 RULES = (("lobatto", 7), ("lobatto", 9), ("uniform", 5), ("uniform", 11), ("uniform", 51), ("uniform", 101))
 SIZES = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # and all pairs
 COLUMNS = ("question", "variant", "step", "layer", "value", *SETTINGS, *SHARES)
-INTEGERS, FLOATS = (
-    ("step", "samples", "outputs", "points"),
-    ("value", *SHARES),
-)  # the other columns hold words
-DEATHS = 3  # of worker processes, after which it is no accident
+OPTIONAL = tuple(name for name in COLUMNS if name not in ("step", "samples", "value"))
 # The range of 5 seeds holds the median in 94 % of draws, that of 6 in 97 %: fewer have no 95 % interval.
 FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT = 6, 4
 
 
 @dataclass(frozen=True)
 class Study:
-    """What determines a study, beside its tasks and seeds; the defaults are the paper's."""
+    """What determines a study beside its tasks and seeds; the defaults are the paper's."""
 
     steps: int = 20_000
     every: int = 100
     milestones: tuple[int, ...] = (0, 200, 400, 700, 1000, 1500, *range(2000, 20_001, 1000))
     """Steps at which the other layers, other samples and stand-ins are measured."""
     few: tuple[int, ...] = (0, 400, 4000, 20_000)
-    """Steps for what is dear: other nodes, other numbers of samples."""
+    """Steps for what takes long: other nodes, other numbers of samples."""
     init_steps: int = 1000
     relu_steps: int = 5000
     relu_every: int = 250
@@ -91,14 +77,16 @@ def run_study(
 
     Args:
         out: its directory; made if it does not exist. Other tasks and more seeds are added to what is there.
-        tasks: some of TASKS. seeds: 0 to seeds - 1.
-        jobs: processes; 1: this one, with the GPU if there is one.
+        tasks: some of TASKS.
+        seeds: how many, from 0 on.
+        jobs: number of processes; 1: this one, with the GPU if there is one.
+        study: what determines the runs.
         progress: show a bar (needs tqdm).
 
     Raises:
-        ValueError: an argument; another process is at work in `out`; `out` holds another study, or something else;
+        ValueError: a wrong argument; another process is at work in `out`; `out` holds another study, or something else;
             damaged runs (names them all, once the others are done).
-        OSError: `out` cannot be written; workers died again and again.
+        OSError: `out` cannot be written; processes died again and again.
     """
     if not tasks or (unknown := [task for task in tasks if task not in TASKS]):
         raise ValueError(
@@ -109,14 +97,14 @@ def run_study(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     with claimed(out):
         _check_continues(out, study)
-        write_file(out / "study.json", json.dumps(asdict(study), indent=2).encode() + b"\n")
+        write_json(out / "study.json", asdict(study))
         work = [(out, study, task, seed) for seed in range(seeds) for task in sorted(tasks, key=_cost)]
         with progress_bar(_total(study) * len(work), 0, progress) as bar:
             _run(work, min(jobs, len(work)), bar)
 
 
 def _cost(task: str) -> int:
-    """Dear ones first, so that the processes end together."""
+    """The tasks that take long come first, so that the processes end together."""
     return ("xor", "modular-addition", "s4").index(task)
 
 
@@ -132,13 +120,7 @@ def _check_continues(out: Path, study: Study) -> None:
         }
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"out: cannot read {file}: {error}") from None
-    new = asdict(study)
-    if different := [name for name in new if stored.get(name) != new[name]]:
-        name = different[0]
-        raise ValueError(
-            f"out: {out} holds another study: {name} is {stored.get(name)} there, {new[name]} here; "
-            "choose another --out"
-        )
+    check_continues(out, "another study", stored, asdict(study), most=1)
 
 
 # Processes -------------------------------------------------------------------------------------------------
@@ -147,59 +129,34 @@ def _check_continues(out: Path, study: Study) -> None:
 Job = tuple[Path, Study, str, int]  # where, what, task, seed
 
 
-def _run(work: list[Job], processes: int, bar) -> None:
+def _run(work: list[Job], processes: int, bar: Any) -> None:
+    """Does all jobs. A ValueError is of one run alone: all of them are raised together, once the others are done."""
     failures: list[Exception] = []
+
+    def show() -> None:
+        if bar:
+            _show(bar, work)
+
     if processes == 1:
         for job in work:
             try:
                 do(*job)
             except ValueError as error:
                 failures.append(error)
-            if bar:
-                _show(bar, work)
+            show()
     else:
-        for death in range(DEATHS + 1):
-            try:
-                _in_processes(work, processes, bar, failures)
-                break
-            except BrokenProcessPool:
-                if death == DEATHS:
-                    raise OSError(
-                        "jobs: processes died again and again, perhaps for want of memory, where fewer may do; "
-                        "the same command goes on with what is there"
-                    ) from None
-                failures.clear()
-                print("\nlmnfast: a process died; going on with what it left", file=sys.stderr)
+        with Pool(processes) as pool:
+            for outcome in pool.outcomes(do, work, show):
+                if isinstance(outcome.error, ValueError):
+                    failures.append(outcome.error)
+                elif outcome.error is not None:
+                    raise outcome.error
     if failures:
         raise ValueError("; ".join(dict.fromkeys(map(str, failures))))
 
 
-def _in_processes(work: list[Job], processes: int, bar, failures: list[Exception]) -> None:
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_worker)
-    try:
-        waiting: set[Future] = {pool.submit(do, *job) for job in work}
-        while waiting:
-            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-            for future in done:
-                error = future.exception()
-                if isinstance(error, ValueError):
-                    failures.append(error)  # of this run alone
-                elif error is not None:
-                    raise error
-            if bar:
-                _show(bar, work)
-    except BaseException:
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.terminate()  # a run goes on where it was
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _total(study: Study) -> int:
-    """What a bar counts for a task and seed: measured steps of its runs, and milestones."""
+    """What the bar counts for a task and seed: measured steps of its runs, and milestones."""
     runs = (
         study.steps // study.every
         + study.init_steps // study.every
@@ -209,8 +166,8 @@ def _total(study: Study) -> int:
     return runs + len(study.milestones)
 
 
-def _show(bar, work: list[Job]) -> None:
-    """Sets the bar to what lies on disk, whoever wrote it."""
+def _show(bar: Any, work: list[Job]) -> None:
+    """Sets the bar to what is on disk, whichever process wrote it."""
     done, at_work = 0, []
     for out, study, task, seed in work:
         paths = [path / "metrics.csv" for path in _runs(out, task, seed)]
@@ -256,7 +213,11 @@ def _answers_file(out: Path, task: str, seed: int) -> Path:
 
 @torch_threads(1)
 def do(out: Path, study: Study, task: str, seed: int) -> None:
-    """Everything of one task and seed that is not there yet; ValueError for damaged files, by their names."""
+    """Does everything of one task and seed that is not there yet.
+
+    Raises:
+        ValueError: files are damaged; names them.
+    """
     changes = (
         {},
         {"init": "lecun-first", "steps": study.init_steps},
@@ -277,12 +238,12 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
         if step in study.few:
             rows += _at_few(step, tails)
         rows.append(_row("seconds", "", step, "", 0, time.perf_counter() - begin))
-        _write_answers(answers, rows)
+        write_table(answers, COLUMNS, rows)
     if not any(row["question"] == "regions" for row in rows):
         for step, tails in _tails(relu, range(0, study.relu_steps + 1, study.relu_every)):
             f, x = tails(LAYER)[:2]
             rows.append(_row("regions", "relu", step, LAYER, len(x), linear_regions(f, x)))
-        _write_answers(answers, rows)
+        write_table(answers, COLUMNS, rows)
 
 
 # By layer: the tail, its training and its test samples.
@@ -304,7 +265,16 @@ def _tails(run: Path, steps: Iterable[int]) -> Iterator[tuple[int, Tails]]:
 def _row(
     question: str, variant: str, step: int, layer: str, m: Measurement | int, value: float | None = None
 ) -> dict:
-    """m: what the value is of, or the number of samples alone. value: None is m's LMN."""
+    """A row of answers.
+
+    Args:
+        question: one of the report's.
+        variant: of the question.
+        step: of the run.
+        layer: the one measured from.
+        m: the measurement that the value is of, or its number of samples alone.
+        value: None is the measurement's LMN.
+    """
     known = (
         {name: getattr(m, name) for name in (*SETTINGS, *SHARES)}
         if isinstance(m, Measurement)
@@ -352,7 +322,7 @@ def _at_few(step: int, tails: Tails) -> list[dict]:
 
 @dataclass(frozen=True)
 class Seed:
-    """What a study has of a task and a seed: its run, the short one with another initialisation, its answers."""
+    """What a study has of a task and a seed: its run, those with another initialisation and ReLU, its answers."""
 
     run: Run
     lecun: Run
@@ -360,7 +330,7 @@ class Seed:
     answers: list[dict]
 
     def answer(self, question: str, variant: str | None = None, layer: str | None = None) -> dict[int, float]:
-        """By step."""
+        """The values of a question by step."""
         return {
             row["step"]: row["value"]
             for row in self.answers
@@ -383,7 +353,11 @@ class Seed:
 
 
 def read_study(out: Path, tasks: Iterable[str], seeds: int) -> dict[str, list[Seed]]:
-    """What a study has, by task; ValueError for what is missing or damaged."""
+    """What a study has, by task.
+
+    Raises:
+        ValueError: a run or a table is missing or damaged.
+    """
     return {
         task: [
             Seed(*map(read_run, _runs(out, task, seed)), read_answers(_answers_file(out, task, seed)))
@@ -397,34 +371,16 @@ def read_study(out: Path, tasks: Iterable[str], seeds: int) -> dict[str, list[Se
 
 
 def read_answers(path: Path) -> list[dict]:
-    """The rows of a table of answers, none where there is none; ValueError for a damaged one."""
+    """The rows of a table of answers; none where there is no table.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     if not path.exists():
         return []
     try:
-        text = path.read_bytes().decode()
-        columns, *lines = csv.reader(io.StringIO(text))
-        if not text.endswith("\n") or columns != list(COLUMNS):
-            raise ValueError
-        return [
-            {name: _typed(name, value) for name, value in zip(COLUMNS, line, strict=True)} for line in lines
-        ]
-    except (ValueError, csv.Error):
+        return read_table(path, COLUMNS, optional=OPTIONAL)
+    except ValueError:
         raise ValueError(
             f"out: cannot read {path}; delete it to make it anew (it is damaged, or of another version of lmnfast)"
         ) from None
-
-
-def _typed(name: str, text: str) -> int | float | str:
-    if text == "" and name not in ("step", "samples", "value"):
-        return text
-    return int(text) if name in INTEGERS else float(text) if name in FLOATS else text
-
-
-def _write_answers(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows(
-        [f"{row[c]:.7g}" if isinstance(row[c], float) else row[c] for c in COLUMNS] for row in rows
-    )
-    write_file(path, text.getvalue().encode())

@@ -1,9 +1,10 @@
 """The paper's figures (arXiv 2310.05918) from a study: Figures 1, 3 and 4, Figure 2 over seeds, XOR's second rise, and
-what the report's questions are answered by. All need matplotlib; draw_connectivity scikit-learn too."""
+those that answer the report's questions. All need matplotlib; draw_connectivity needs scikit-learn too."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 
 from .._connectivity import connectivity
 from ..cutting import cut
+from ..grokking.config import start
+from ..grokking.figures import ACCURACY, L2, LMN, paper_curves
+from ..grokking.run import Run, load_checkpoint
+from ..runs.figures import BLACK, ORANGE, PURPLE, SKY, save
 from ..spectrum import eigenvalues, linear_mapping_number
 from .claims import COLUMN, PAPER_ENDS, generalising, second_rise
-from .figures import ACCURACY, L2, LMN, paper_curves, save
 from .study import LAYER, RULES, STAND_INS, Seed
-from .train import Run, load_checkpoint, start
 
 SMALL = {"dpi": 110, "colours": 256}  # a third of the file of all colours; a colour bar needs all
 STYLE = {"font.size": 11, "legend.frameon": False, "lines.linewidth": 1.8}
-MORE = ("#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MORE = (PURPLE, ORANGE, SKY, BLACK)
 CLUSTERS = 10  # the paper's
 
 
@@ -117,7 +120,7 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
                 paper["step"], paper[column], ".", color=colour, markersize=6, alpha=0.7, mec="k", mew=0.3
             )
         left.plot([], [], ".k", label="dots: the paper's")
-        left.plot([], [], color="#56B4E9", linewidth=1, label="test accuracy (right)")
+        left.plot([], [], color=SKY, linewidth=1, label="test accuracy (right)")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
         left.set(xlabel="Training step", ylabel="LMN, L2 norm", ylim=(0, None), xlim=(0, steps[-1] or 1))
         left.set_title(f"{task}: median, middle half and range of {len(runs)} seeds", fontsize=11)
@@ -133,7 +136,7 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
         return save(figure, path, **SMALL)
 
 
-def _band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, colour: str) -> None:
+def _band(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, colour: str) -> None:
     """Median, the middle half, and the range."""
     low, first, middle, third, high = np.quantile(np.asarray(curves), (0, 0.25, 0.5, 0.75, 1), axis=0)
     axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -141,7 +144,7 @@ def _band(axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: st
     axes.plot(x, middle, color=colour, label=label)
 
 
-def _band_of(axes, tables: Sequence[dict[int, float]], label: str, colour: str) -> None:
+def _band_of(axes: Any, tables: Sequence[dict[int, float]], label: str, colour: str) -> None:
     """Of a table for each seed, all with the same keys."""
     x = sorted(tables[0])
     _band(axes, x, [[table[key] for key in x] for table in tables], label, colour)
@@ -155,7 +158,7 @@ def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
         "hidden_2": ("hidden_2", L2),
     }
 
-    def panel(axes, members: list[Seed]) -> None:
+    def panel(axes: Any, members: list[Seed]) -> None:
         for label, (layer, colour) in layers.items():
             _band_of(axes, [seed.lmn(layer) for seed in members], label, colour)
         axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
@@ -234,7 +237,7 @@ def draw_second_rise(seeds: Sequence[Seed], path: Path) -> Path:
 
 
 def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
-    """What the report's questions are answered by, for one task: six panels, medians over seeds."""
+    """The answers to the report's questions for one task: six panels, medians over seeds."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -281,7 +284,7 @@ def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
 
 
 def _over_steps(
-    axes,
+    axes: Any,
     seeds: Sequence[Seed],
     question: str,
     variants: Iterable[str],
@@ -303,7 +306,7 @@ def relative_errors(seed: Seed, question: str, variant: str) -> dict[int, float]
 def draw_regions(seeds: dict[str, list[Seed]], path: Path) -> Path:
     """ReLU networks: LMN, and the number of linear regions that the samples lie in, over training."""
 
-    def panel(axes, members: list[Seed]) -> None:
+    def panel(axes: Any, members: list[Seed]) -> None:
         steps = [row["step"] for row in members[0].relu.rows]
         _band(axes, steps, [[row[COLUMN] for row in seed.relu.rows] for seed in members], "LMN", LMN)
         _band_of(axes, [seed.answer("regions") for seed in members], "linear regions", ACCURACY)

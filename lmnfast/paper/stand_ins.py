@@ -1,139 +1,156 @@
 """How the stand-ins for LMN follow it over training: the tables and the figure of docs/methods.md.
 
 lmnfast grok TASK --seed SEED --every 500 --out RUNS/TASK-SEED   for every task and seed; only checkpoints are used
-python bench/methods.py RUNS/*                                   measures what VALUES lacks, then writes both
+python -m lmnfast.paper.stand_ins RUNS/*                         measures what VALUES lacks, then writes both
 
 ``--relu DIRECTORY`` first trains a network of every task with ReLU in place of SiLU, for linear_regions, and measures
 it as well. What is in VALUES is not measured again: a stopped study goes on, a deleted file starts it anew.
 """
 
 import argparse
-import csv
 import math
 import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from results import machine
-from torch import nn
+from torch import Tensor, nn
 
-import lmnfast
-from lmnfast.grokking import train as trainer
-from lmnfast.grokking.figures import ACCURACY, L2, LMN
-from lmnfast.grokking.tasks import TASKS
+from .._connectivity import connectivity
+from ..cutting import cut
+from ..grokking.config import Config, start
+from ..grokking.figures import ACCURACY, L2, LMN
+from ..grokking.run import load_checkpoint, pearson, read_config, steps_of
+from ..grokking.tasks import TASKS
+from ..grokking.train import train
+from ..jacobian import linear_regions
+from ..runs.device import processor
+from ..runs.figures import BLACK
+from ..runs.tables import read_table, write_table
+from ..spectrum import linear_mapping_number
+from .study import STAND_INS
 
-DOCS = Path(__file__).parent.parent / "docs"
 COLUMNS = ("run", "task", "seed", "activation", "step", "layer", "method", "value", "seconds")
 # The last layer's tail is linear.
 LAYERS = ("embedding", "hidden_1_pre", "hidden_1", "hidden_2_pre")
 # A Linear between two layers does not change the paths between the samples: the same number from either.
 SAME_PATHS = {"hidden_1_pre": "embedding", "hidden_2_pre": "hidden_1"}
-STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
 LOBATTO = tuple(f"lobatto {points}" for points in range(4, 10))
-MARKS = {"hermite": ("s", ACCURACY), "hermite-midpoint": ("D", "#000000"), "jacobian": ("^", L2)}
-RELU = {"activation": "relu", "steps": 5000, "every": 250, "points": 4, "rule": "lobatto", "threads": 1}
+MARKS = {"hermite": ("s", ACCURACY), "hermite-midpoint": ("D", BLACK), "jacobian": ("^", L2)}
+RELU: dict[str, Any] = {
+    "activation": "relu",
+    "steps": 5000,
+    "every": 250,
+    "points": 4,
+    "rule": "lobatto",
+    "threads": 1,
+}
 
 
-def trained_with_relu(directory: Path) -> list[Path]:
+def _trained_with_relu(directory: Path) -> list[Path]:
     runs = [directory / f"{task}-relu" for task in TASKS]
     for task, run in zip(TASKS, runs, strict=True):
-        trainer.train(trainer.Config(task, **RELU), run, progress=True)
+        train(Config(task, **RELU), run, progress=True)
     return runs
 
 
-def measured(method: str) -> Callable[[nn.Module, torch.Tensor], torch.Tensor | int]:
+def _function(method: str) -> Callable[[nn.Module, Tensor], Tensor | int]:
     """What is timed: the matrix, or the number of regions."""
     if method == "linear_regions":
-        return lmnfast.linear_regions
+        return linear_regions
     if method.startswith("lobatto"):
-        return lambda f, x: lmnfast.connectivity(f, x, rule="lobatto", points=int(method.split()[1]))
-    return lambda f, x: lmnfast.connectivity(f, x, method=method)
+        return lambda f, x: connectivity(f, x, rule="lobatto", points=int(method.split()[1]))
+    return lambda f, x: connectivity(f, x, method=method)
 
 
-def wanted(layer: str, relu: bool) -> Iterable[str]:
-    yield "jacobian"
-    if layer not in SAME_PATHS:
-        yield from ("path", "hermite", "hermite-midpoint")
-        if relu:
-            yield "linear_regions"
+def _methods_of(layer: str, relu: bool) -> list[str]:
+    if layer in SAME_PATHS:
+        return ["jacobian"]
+    return ["jacobian", "path", "hermite", "hermite-midpoint", *["linear_regions"] * relu]
 
 
-def study(runs: list[Path], values: Path, every: int) -> None:
-    """Measures every checkpoint of the runs at multiples of `every`, and appends to `values`."""
+def measure_all(runs: Sequence[Path], values: Path, every: int) -> None:
+    """Measures the runs' checkpoints at multiples of `every`, and adds what is missing in the table `values`.
+
+    Raises:
+        ValueError: not a run; a damaged checkpoint or table.
+    """
     for run in runs:
-        measure(run, values, every, LAYERS, lambda layer, run=run: wanted(layer, is_relu(run)))
+        relu = _is_relu(run)
+        _measure(run, values, every, {layer: _methods_of(layer, relu) for layer in LAYERS})
     # One seed of each task is enough to tell the rules apart, and exact work for one more layer can wait.
     for layer in ("hidden_1", "embedding"):
         for run in runs:
-            if trainer.read_config(run).seed == 0:
-                measure(run, values, every, (layer,), lambda layer: LOBATTO)
+            if read_config(run).seed == 0:
+                _measure(run, values, every, {layer: LOBATTO})
 
 
-def is_relu(run: Path) -> bool:
-    return trainer.read_config(run).activation == "relu"
+def _is_relu(run: Path) -> bool:
+    return read_config(run).activation == "relu"
 
 
-def measure(
-    run: Path, values: Path, every: int, layers: Iterable[str], methods: Callable[[str], Iterable[str]]
-) -> None:
-    known = {tuple(row[c] for c in ("run", "step", "layer", "method")) for row in read(values)}
-    config = trainer.read_config(run)
-    task, model = trainer.start(config)
-    activation = "ReLU" if is_relu(run) else "SiLU"
-    for checkpoint in sorted(run.glob("checkpoints/step_*.pt")):
-        step, rows = int(checkpoint.stem[5:]), []
+def _measure(run: Path, values: Path, every: int, methods: dict[str, Sequence[str]]) -> None:
+    """Measures a run by these methods of each layer, as far as the table lacks it."""
+    rows = _read(values)
+    known = {tuple(row[c] for c in ("run", "step", "layer", "method")) for row in rows}
+    config = read_config(run)
+    task, model = start(config)
+    said = {
+        "run": run.name,
+        "task": config.task,
+        "seed": config.seed,
+        "activation": "ReLU" if _is_relu(run) else "SiLU",
+    }
+    for step in steps_of(run):
         if step % every:
             continue
-        trainer.load_checkpoint(model, run, step)
-        for layer in layers:
-            missing = [m for m in methods(layer) if (run.name, str(step), layer, m) not in known]
+        load_checkpoint(model, run, step)
+        for layer, names in methods.items():
+            missing = [name for name in names if (run.name, step, layer, name) not in known]
             if not missing:
                 continue
-            tail, samples = lmnfast.cut(model, layer, task.train_inputs)
+            tail, samples = cut(model, layer, task.train_inputs)
             for method in missing:
-                start = time.perf_counter()
-                result = measured(method)(tail, samples)
-                seconds = time.perf_counter() - start
-                value = result if isinstance(result, int) else float(lmnfast.linear_mapping_number(result))
+                begin = time.perf_counter()
+                result = _function(method)(tail, samples)
+                seconds = time.perf_counter() - begin
+                value = result if isinstance(result, int) else linear_mapping_number(result).item()
                 rows.append(
-                    (run.name, config.task, config.seed, activation, step, layer, method, value, seconds)
+                    said
+                    | {"step": step, "layer": layer, "method": method, "value": value, "seconds": seconds}
                 )
-        with open(values, "a", newline="") as file:
-            table = csv.writer(file)
-            if not file.tell():
-                table.writerow(COLUMNS)
-            table.writerows(rows)
+        write_table(values, COLUMNS, rows)
     print(run.name, flush=True)
 
 
-def read(values: Path) -> list[dict[str, str]]:
+def _read(values: Path) -> list[dict[str, Any]]:
     if not values.exists():
         return []
-    with open(values, newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        return read_table(values, COLUMNS)
+    except ValueError as error:
+        raise ValueError(f"values: cannot read {values}: {error}; delete it to make it anew") from None
 
 
 class Values:
-    """Values and seconds over the checkpoints that all methods of a layer have."""
+    """Values and seconds of a table, over the checkpoints that all methods of a layer have."""
 
-    def __init__(self, rows: list[dict[str, str]]) -> None:
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.value: dict[tuple, dict[int, float]] = defaultdict(dict)  # by run, layer, method; then by step
         self.seconds: dict[tuple, list[float]] = defaultdict(list)  # by task, activation, layer, method
         self.runs: dict[tuple, list[str]] = defaultdict(list)  # by task, activation
         for row in rows:
-            self.value[row["run"], row["layer"], row["method"]][int(row["step"])] = float(row["value"])
-            self.seconds[row["task"], row["activation"], row["layer"], row["method"]].append(
-                float(row["seconds"])
-            )
+            self.value[row["run"], row["layer"], row["method"]][row["step"]] = row["value"]
+            self.seconds[row["task"], row["activation"], row["layer"], row["method"]].append(row["seconds"])
             runs = self.runs[row["task"], row["activation"]]
             if row["run"] not in runs:
                 runs.append(row["run"])
 
-    def pair(self, run: str, layer: str, method: str) -> torch.Tensor:
+    def pair(self, run: str, layer: str, method: str) -> Tensor:
         """(2, checkpoints): the exact LMN, and the stand-in's."""
         source = SAME_PATHS.get(layer, layer)
         ours = self.value.get((run, layer, method)) or self.value[run, source, method]
@@ -148,13 +165,13 @@ class Values:
         return 1e3 * min(self.seconds[key])
 
 
-def bias_at_peak(pair: torch.Tensor) -> float:
-    """Per cent."""
+def _bias_at_peak(pair: Tensor) -> float:
+    """The stand-in's error where the exact LMN is largest, in per cent."""
     peak = pair[0].argmax()
     return 100 * (pair[1, peak] / pair[0, peak] - 1).item()
 
 
-def spread(numbers: list[float], digits: int) -> str:
+def _spread(numbers: list[float], digits: int) -> str:
     """Median and range."""
     numbers = sorted(numbers)
     if any(map(math.isnan, numbers)):
@@ -163,7 +180,7 @@ def spread(numbers: list[float], digits: int) -> str:
     return text if len(numbers) == 1 else f"{text} ({numbers[0]:.{digits}f} to {numbers[-1]:.{digits}f})"
 
 
-def table(
+def _table(
     values: Values, activation: str, methods: Iterable[str], layers: Iterable[str], digits: int = 1
 ) -> list[str]:
     lines = [
@@ -181,9 +198,9 @@ def table(
                     task,
                     f"`{layer}`",
                     f"`{method}`",
-                    spread([trainer.pearson(pair.T.tolist()) for pair in pairs], 4),
-                    spread([bias_at_peak(pair) for pair in pairs], digits),
-                    spread([100 * (pair[1] / pair[0] - 1).abs().max().item() for pair in pairs], digits),
+                    _spread([pearson(pair.T.tolist()) for pair in pairs], 4),
+                    _spread([_bias_at_peak(pair) for pair in pairs], digits),
+                    _spread([100 * (pair[1] / pair[0] - 1).abs().max().item() for pair in pairs], digits),
                     f"{values.milliseconds(task, activation, layer, method):.0f}",
                     f"{values.milliseconds(task, activation, layer, 'path'):.0f}",
                 ]
@@ -192,7 +209,7 @@ def table(
 
 
 def draw(values: Values, path: Path) -> None:
-    """Error of LMN, median over checkpoints and its largest, against the matrix's cost."""
+    """Draws the error of LMN, its median over checkpoints and its largest, against the time of the matrix."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -208,13 +225,13 @@ def draw(values: Values, path: Path) -> None:
         grid = figure.subplots(len(shown), columns, sharey=True, squeeze=False)
         for row, panels in zip(grid, shown.values(), strict=True):
             for axes, panel in zip(row, panels):
-                draw_panel(axes, values, *panel)
+                _draw_panel(axes, values, *panel)
             row[0].set_ylabel("Error of LMN (%)")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
         figure.savefig(path, dpi=110)
 
 
-def draw_panel(axes, values: Values, task: str, layer: str, run: str) -> None:
+def _draw_panel(axes: Any, values: Values, task: str, layer: str, run: str) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     def point(method: str) -> tuple[float, float, float]:
@@ -240,7 +257,7 @@ def draw_panel(axes, values: Values, task: str, layer: str, run: str) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def counts(values: Values) -> Iterable[str]:
+def _counts(values: Values) -> Iterable[str]:
     for activation in dict.fromkeys(activation for _, activation in values.runs):
         runs = [run for (_, known), runs in values.runs.items() if known == activation for run in runs]
         numbers = sorted({len(values.value[run, "hidden_1", "path"]) for run in runs})
@@ -250,19 +267,25 @@ def counts(values: Values) -> Iterable[str]:
 
 
 def write(values: Values, page: Path) -> None:
-    """Puts the tables in the page, between its marks."""
+    """Puts the tables in the page, between its marks.
+
+    Raises:
+        ValueError: the page lacks a mark.
+    """
     text = page.read_text()
-    facts = ", ".join(f"{name} {value}" for name, value in machine().items() if name != "commit")
+    facts = f"processor {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        facts = f"card {torch.cuda.get_device_name()}, {facts}"
     sections = {
-        "SiLU": table(values, "SiLU", STAND_INS, LAYERS),
-        "ReLU": table(
+        "SiLU": _table(values, "SiLU", STAND_INS, LAYERS),
+        "ReLU": _table(
             values,
             "ReLU",
             ("linear_regions", *STAND_INS, "lobatto 7", "lobatto 9"),
             ("embedding", "hidden_1"),
         ),
-        "Lobatto": table(values, "SiLU", LOBATTO, ("embedding", "hidden_1"), digits=2),
-        "facts": [f"{'; '.join(counts(values))}. {facts}."],
+        "Lobatto": _table(values, "SiLU", LOBATTO, ("embedding", "hidden_1"), digits=2),
+        "facts": [f"{'; '.join(_counts(values))}. {facts}."],
     }
     for name, lines in sections.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -274,20 +297,26 @@ def write(values: Values, page: Path) -> None:
     page.write_text(text)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, draws the figure beside the page, and writes the tables of the page."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lmnfast.paper.stand_ins",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
-    parser.add_argument("--every", type=int, default=1000, help="only checkpoints at multiples of this step")
-    parser.add_argument("--values", type=Path, default=Path("methods.csv"))
+    parser.add_argument(
+        "--every", type=int, default=1000, help="only checkpoints at multiples of this step (1000)"
+    )
+    parser.add_argument("--values", type=Path, default=Path("methods.csv"), help="the table (methods.csv)")
+    parser.add_argument("--page", type=Path, default=Path("docs/methods.md"), help="(docs/methods.md)")
     parser.add_argument("--relu", type=Path, metavar="DIRECTORY")
-    options = parser.parse_args()
-    relu = trained_with_relu(options.relu) if options.relu else []
-    study([run for run in options.runs if run.is_dir()] + relu, options.values, options.every)
-    values = Values(read(options.values))
-    draw(values, DOCS / "methods.png")
-    write(values, DOCS / "methods.md")
+    options = parser.parse_args(arguments)
+    relu = _trained_with_relu(options.relu) if options.relu else []
+    measure_all([run for run in options.runs if run.is_dir()] + relu, options.values, options.every)
+    values = Values(_read(options.values))
+    draw(values, options.page.with_suffix(".png"))
+    write(values, options.page)
 
 
 if __name__ == "__main__":

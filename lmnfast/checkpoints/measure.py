@@ -1,0 +1,260 @@
+"""Measures a model at each of its checkpoints: loads them into it, cuts, measures, keeps the table."""
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._connectivity import measured, warn_of_offsets
+from .._layers import match_layers
+from .._nested import mapped, tensors_in
+from .._settings import METHODS, Settings
+from .._threads import cores
+from .._tracing import Forward, Output
+from ..cutting import cut
+from ..quadrature import path_nodes
+from ..runs.device import settled_device
+from ..runs.files import claimed
+from ..runs.pool import Pool
+from ..runs.progress import progress_bar
+from ..runs.tables import joined
+from ..spectrum import SETTINGS, SHARES, check_negative, measurement
+from .sources import find_checkpoints, in_one_line, load_inputs, read_state
+from .table import Table, read_settings
+from .weights import imported, load_state, made, plain
+
+
+def measure_checkpoints(
+    factory: Callable[[], nn.Module] | str,
+    checkpoints: str | os.PathLike | Sequence[str | os.PathLike],
+    inputs: Any,
+    layers: str | Sequence[str],
+    *,
+    forward: Forward | str = None,
+    output: Output = None,
+    key: str | None = None,
+    method: str = "path",
+    points: int = 21,
+    rule: str = "uniform",
+    negative: str = "absolute",
+    device: str = "auto",
+    jobs: int = 1,
+    out: str | os.PathLike | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Linear mapping number of a model at each of its checkpoints.
+
+    ``measure(*cut(model, layer, inputs))`` for each layer and each checkpoint, with its weights in the model.
+    No code from a checkpoint is ever run: see `read_state`. Any number of processes gives the same numbers.
+
+    Args:
+        factory: called without arguments, returns the model; or where to import it, "package.module:factory".
+        checkpoints: files, or patterns of them (glob, ** too), of torch.save or safetensors, whatever their
+            suffix.
+        inputs: as in `cut`, tensors in tuples, lists and dicts; or a file, see `load_inputs`. Floating-point
+            inputs are converted to the model's dtype.
+        layers: names or patterns as in `match_layers`.
+        forward: as in `cut`; also as "package.module:function".
+        output: as in `cut`.
+        key: where in a checkpoint the state dict is, "a.b" for ["a"]["b"]; None: see `read_state`.
+        method: as in `connectivity`.
+        points: as in `connectivity`.
+        rule: as in `connectivity`.
+        negative: as in `lmn`.
+        device: "cpu", "cuda", or "auto": the device of the table in `out`, else "cuda" if there is one, else "cpu".
+        jobs: number of processes. Several are spawned: a script that asks for them does so under
+            ``if __name__ == "__main__"``, and its factory, forward and output can be imported.
+        out: a directory to keep the table in; the same call goes on with what is there. Rows of checkpoints
+            that are gone stay. A file with another size, time of change or other bytes, at 16 places spread over
+            it, is measured anew.
+        force: begin a new table, whatever is in `out`.
+        progress: show a bar (needs tqdm).
+
+    Returns:
+        One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, outputs, points,
+        rule, method, precision, solver, negative, constant_share_LAYER and negative_share_LAYER for each layer, all as
+        in `Measurement`. Numbers have seven digits, what float32 holds, as in lmn.csv. Steps
+        are as in `steps_of`; where no name has a number, the checkpoints are counted from 0 by name.
+
+    Raises:
+        ValueError: a wrong argument; a checkpoint that cannot be read, does not fit
+            the model, or cannot be measured (names it; the others begun are kept); the names do not tell the
+            steps, see `steps_of`; `out` holds a damaged table or one with other settings (names them), or
+            another process is at work there.
+        OSError: `out` cannot be written; processes died again and again.
+
+    Example:
+        >>> rows = measure_checkpoints("digits:make", "step_*.pt", "x.npy", ["1", "3"])  # doctest: +SKIP
+        >>> [(row["step"], row["lmn_1"]) for row in rows]  # doctest: +SKIP
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    points = len(path_nodes(rule, points)[0])
+    check_negative(negative)
+    patterns = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
+    paths = find_checkpoints(patterns)
+    if isinstance(inputs, (str, os.PathLike)):
+        inputs = load_inputs(inputs)
+    model = made(factory)
+    call = imported(forward, "forward", "function") if isinstance(forward, str) else forward
+    names = match_layers(model, layers)
+    if not names:
+        raise ValueError(f"layers: expected at least one, got {layers!r}")
+    with nullcontext() if out is None else claimed(Path(out)):
+        stored = None if out is None or force else read_settings(Path(out))
+        work = _Work(
+            factory, forward, output, key, names, method, points, rule, negative,
+            settled_device(device, stored["device"] if stored else None), torch.get_float32_matmul_precision(),
+        )  # fmt: skip
+        settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
+        table = Table(None if out is None else Path(out), settings, stored, paths)
+        waiting = [path for path in paths if not table.has(path)]
+        if progress and table.rows:
+            print(f"{out}: {len(table.rows)} checkpoints measured before, {len(waiting)} to go")
+        workers = min(jobs, len(waiting))
+        if workers > 1:
+            rows = _in_processes(work, inputs, waiting, workers)
+        else:
+            rows = _in_this_process(work, model, call, inputs, waiting)
+        done = len(table.rows)
+        with closing(rows), progress_bar(done + len(waiting), done, progress) as bar:
+            for row in rows:
+                table.add(row)
+                if bar:
+                    bar.update()
+    return table.rows
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a process needs for measuring a checkpoint, beside the inputs."""
+
+    factory: Callable[[], nn.Module] | str
+    forward: Forward | str
+    output: Output
+    key: str | None
+    layers: tuple[str, ...]
+    method: str
+    points: int
+    rule: str
+    negative: str
+    device: str
+    precision: str
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, as plain values for JSON."""
+        named = {"factory": "model"}
+        return {named.get(name, name): plain(value) for name, value in vars(self).items()}
+
+
+def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:
+    """The row of one checkpoint. Its step is None: steps are read from all names together."""
+    load_state(model, read_state(path, work.key), path)
+    row: dict[str, Any] = {"step": None, "checkpoint": path}
+    for layer in work.layers:
+        try:
+            tail, samples = cut(model, layer, inputs, forward=call, output=work.output)
+            settings = Settings(work.method, work.points, work.rule)
+            (enqueued,) = measured(tail, samples, settings)
+            warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")
+            m = measurement(enqueued, settings, work.negative)
+        except Exception as error:  # the model is the user's
+            raise ValueError(f"checkpoint: {path}, layer {layer!r}: {in_one_line(error)}") from error
+        row |= {f"{name}_{layer}": float(f"{getattr(m, name):.7g}") for name in ("lmn", *SHARES)}
+        before = dict(row)
+        row |= {name: getattr(m, name) for name in SETTINGS}
+        for name in ("precision", "solver"):  # layers may differ in them
+            row[name] = joined(before.get(name, row[name]), row[name])
+    return row
+
+
+def _in_this_process(
+    work: _Work, model: nn.Module, call: Forward, inputs: Any, paths: Sequence[str]
+) -> Generator[dict[str, Any], None, None]:
+    model, inputs = _placed(model, inputs, work.device)
+    for path in paths:
+        yield _measured(work, model, call, inputs, path)
+
+
+def _in_processes(
+    work: _Work, inputs: Any, paths: Sequence[str], count: int
+) -> Generator[dict[str, Any], None, None]:
+    """The rows as they come. Where a checkpoint fails, those begun are finished and the others are left."""
+    try:
+        pickle.dumps(work)
+    except Exception as error:
+        raise ValueError(
+            f"jobs: {count} processes need a factory, forward and output that can be imported: {in_one_line(error)}"
+        ) from None
+    threads = max(1, min(torch.get_num_threads(), cores() // count))
+    content = io.BytesIO()  # as bytes: torch would move the tensors of the caller to shared memory
+    torch.save(mapped(inputs, lambda tensor: tensor.detach().cpu()), content)
+    failed: BaseException | None = None
+    with Pool(count, _begin, (work, content.getvalue(), threads)) as pool:
+        for outcome in pool.outcomes(_measure_here, [(path,) for path in paths]):
+            if outcome.error is None:
+                yield outcome.result
+            elif failed is None:
+                failed = outcome.error
+                pool.leave_waiting()
+    if failed is not None:
+        raise failed
+
+
+_given: tuple[_Work, bytes]  # a spawned process's own
+
+
+def _begin(work: _Work, content: bytes, threads: int) -> None:
+    global _given
+    _given = work, content
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(work.precision)
+
+
+@cache
+def _own() -> tuple[nn.Module, Forward, Any]:
+    """The model, forward and inputs of a spawned process. They are not made in `_begin`: its errors would be lost."""
+    work, content = _given
+    call = imported(work.forward, "forward", "function") if isinstance(work.forward, str) else work.forward
+    inputs = torch.load(io.BytesIO(content), weights_only=True)
+    model, inputs = _placed(made(work.factory), inputs, work.device)
+    return model, call, inputs
+
+
+def _measure_here(path: str) -> dict[str, Any]:
+    try:
+        model, call, inputs = _own()
+    except Exception as error:
+        raise ValueError(f"checkpoint: {path}: {in_one_line(error)}") from error
+    return _measured(_given[0], model, call, inputs, path)
+
+
+def _placed(model: nn.Module, inputs: Any, device: str) -> tuple[nn.Module, Any]:
+    """The model and its inputs on the device; floating-point inputs have the model's dtype."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return model.to(device), mapped(inputs, place)
+
+
+def _fingerprint(inputs: Any) -> str:
+    """A short text that is equal for equal inputs."""
+    structure = mapped(inputs, lambda tensor: (str(tensor.dtype), tuple(tensor.shape)))
+    digest = hashlib.sha256(repr(structure).encode())
+    for tensor in tensors_in(inputs):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256 {digest.hexdigest()[:16]}"

@@ -1,0 +1,329 @@
+"""Reads checkpoints and inputs that others wrote. No code of a file is ever run."""
+
+import os
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._nested import contents, entries_of, few, mapped, tensors_in
+
+STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
+# The first bytes of what is found in the place of weights.
+IMPOSTORS = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer; git lfs pull fetches the file itself",
+    b"<!doctype html": "an HTML page; download the file itself",
+    b"<html": "an HTML page; download the file itself",
+    b"<?xml": "an XML text; download the file itself",
+}
+
+
+def find_checkpoints(patterns: Sequence[str | os.PathLike]) -> list[str]:
+    """The files of paths and glob patterns, each once. Numbers in names count by their value: step_2 before step_10.
+
+    Raises:
+        ValueError: a pattern without files, a directory, or a file whose first bytes say that `read_state` cannot read
+            it.
+    """
+    found: dict[str, str] = {}
+    for pattern in (os.fspath(given) for given in patterns):
+        if os.path.isdir(pattern):
+            raise ValueError(
+                f"checkpoint: expected files, as {os.path.join(pattern, '*.pt')!r}, got a directory"
+            )
+        literal = os.path.exists(pattern) or not any(c in pattern for c in "*?[")
+        files = [pattern] if literal else glob(pattern, recursive=True)
+        files = [file for file in files if os.path.isfile(file)]
+        if not files:
+            raise ValueError(f"checkpoint: no file {'is' if literal else 'matches'} {pattern!r}")
+        for file in files:
+            _is_safetensors(file, "checkpoint")
+            found.setdefault(os.path.abspath(file), str(Path(file)))
+    if not found:
+        raise ValueError("checkpoint: expected at least one file, got none")
+    return sorted(found.values(), key=natural_order)
+
+
+def natural_order(name: str) -> list[str | int]:
+    """The key by which names are sorted with their numbers by value."""
+    return [int(piece) if k % 2 else piece for k, piece in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any]:
+    """The state dict in a checkpoint file, with its ``_metadata`` where it has that.
+
+    Pickles are read by ``torch.load(weights_only=True)`` alone, which runs no code of theirs. Values of other
+    classes, such as a numpy scalar or an ``argparse.Namespace``, are not made. The state dict is the whole file, or
+    where STATE_KEYS lead, or the only one below another key.
+
+    Args:
+        path: the file.
+        key: where else the state dict is, "a.b" for ["a"]["b"]. The last parts can also be what names in a state
+            dict begin with; they are then taken off.
+
+    Returns:
+        The state dict, on the CPU.
+
+    Raises:
+        ValueError: the file cannot be read that way; it holds no state dict, or several; it is of safetensors, and the
+            package is missing.
+    """
+    state = _read_tensors(Path(path), "checkpoint")
+    for part in key.split(".") if key else ():
+        below = _below(state, part)
+        if below is None:
+            raise ValueError(f"key: no {part!r} of {key!r} in {path}, {_holding(state)}")
+        state = below
+    found = _states_in(state)
+    if not found and isinstance(state, Mapping):
+        others = [(name, value) for name, value in state.items() if isinstance(name, str)]
+        found = [where for name, value in others for where in _states_in(value, (name,))]
+    if len(found) > 1:
+        keys = [".".join((*([key] if key else []), *where)) for where in found]
+        raise ValueError(f"{'key' if key else 'checkpoint'}: {path} holds several state dicts; choose with --key "
+                         f"among {few(keys)}")  # fmt: skip
+    if not found:
+        for where, value in [("", state), *(_entries(state))]:
+            if isinstance(value, _Unread) and value.is_module:
+                inside = "".join(f"[{part!r}]" for part in key.split(".")) if key else ""
+                raise ValueError(
+                    _not_plain("checkpoint", path, type(value).__name__, f"{inside}{where}.state_dict()")
+                )
+        hint = "" if key else f"; looked for {', '.join(STATE_KEYS)}, --key names another"
+        raise ValueError(
+            f"{'key' if key else 'checkpoint'}: no state dict in {path}, {_holding(state)}{hint}"
+        )
+    for part in found[0]:
+        state = state[part]
+    for value in (*state.values(), getattr(state, "_metadata", None)):
+        if (unread := next(_unread_in(value), None)) is not None:
+            where = "".join(f"[{part!r}]" for part in (*(key.split(".") if key else ()), *found[0]))
+            raise ValueError(_not_plain("checkpoint", path, type(unread).__name__, where))
+    return state
+
+
+def _below(state: Any, part: str) -> Any:
+    """What a key leads to. In a state dict: the entries whose names begin with it, without it."""
+    if not isinstance(state, Mapping):
+        return None
+    if part in state:
+        return state[part]
+    front = f"{part}."
+    inside: Any = OrderedDict(
+        (name.removeprefix(front), value)
+        for name, value in state.items()
+        if isinstance(name, str) and name.startswith(front)
+    )
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        inside._metadata = OrderedDict(
+            (name.removeprefix(part).removeprefix("."), value)
+            for name, value in metadata.items()
+            if f"{name}.".startswith(front)
+        )
+    return inside or None
+
+
+def _states_in(value: Any, where: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The keys among STATE_KEYS that lead to state dicts; () leads to the value itself."""
+    if _is_state(value):
+        return [where]
+    if not isinstance(value, Mapping) or len(where) > len(STATE_KEYS):  # a pickle may hold itself
+        return []
+    return [
+        found for name in STATE_KEYS if name in value for found in _states_in(value[name], (*where, name))
+    ]
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values()) and all(
+        isinstance(name, str) and (isinstance(v, Tensor) or name.endswith("_extra_state"))
+        for name, v in value.items()
+    )  # fmt: skip
+
+
+def _entries(value: Any) -> list[tuple[str, Any]]:
+    """The keys of a mapping as Python code has them, "['a']", with their values."""
+    return [(f"[{name!r}]", entry) for name, entry in value.items()] if isinstance(value, Mapping) else []
+
+
+def _holding(value: Any) -> str:
+    unread = next(
+        (f", {where} a {type(v).__name__}" for where, v in _entries(value) if isinstance(v, _Unread)), ""
+    )
+    return f"which holds {contents(value)}{unread}"
+
+
+def load_inputs(path: str | os.PathLike) -> Any:
+    """Inputs of a model from a file: a tensor, or a tuple or dict of tensors, passed as arguments.
+
+    .npy: the array. .npz and .safetensors: one array is passed alone, several by their names, or in their
+    order where np.savez was given no names. .pt: as it is, by ``torch.load(weights_only=True)``.
+
+    Raises:
+        ValueError: no such file, of another kind, not readable that way, or holds something else.
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".npz", ".pt", ".safetensors"):
+        raise ValueError(f"inputs: expected a file .npy, .npz, .pt or .safetensors, got '{path}'")
+    if not path.is_file():
+        raise ValueError(f"inputs: no file is '{path}'")
+    _head(path, "inputs")
+    if path.suffix not in (".npy", ".npz"):
+        loaded = _read_tensors(path, "inputs")
+    else:
+        try:
+            arrays = np.load(path, allow_pickle=False)
+            if path.suffix == ".npy":
+                return torch.from_numpy(arrays)
+            with arrays:
+                loaded = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        except Exception as error:  # numpy names no others
+            raise ValueError(f"inputs: cannot read {path}: {in_one_line(error)}") from error
+        if len(loaded) > 1 and set(loaded) == {f"arr_{n}" for n in range(len(loaded))}:
+            loaded = tuple(loaded[f"arr_{n}"] for n in range(len(loaded)))
+    if path.suffix != ".pt" and isinstance(loaded, dict) and len(loaded) == 1:
+        (loaded,) = loaded.values()
+    entries = [loaded] if isinstance(loaded, Tensor) else loaded
+    entries = list(entries.values()) if isinstance(entries, Mapping) else entries
+    if (
+        not isinstance(entries, (tuple, list))
+        or not entries
+        or not all(isinstance(e, Tensor) for e in entries)
+    ):
+        raise ValueError(
+            f"inputs: expected a tensor, or a tuple or a dict of tensors, in {path}, {_holding(loaded)}"
+        )
+    return loaded
+
+
+def first_samples(inputs: Any, count: int) -> Any:
+    """The first samples of `load_inputs`: of each tensor that has as many rows as the first one.
+
+    Raises:
+        ValueError: there are fewer samples than `count`.
+    """
+    tensors = list(tensors_in(inputs))
+    rows = len(tensors[0]) if tensors[0].ndim else 0
+    if not 1 <= count <= rows:
+        raise ValueError(f"samples: expected 1 to {rows}, what the inputs have, got {count}")
+    return mapped(inputs, lambda tensor: tensor[:count] if tensor.ndim and len(tensor) == rows else tensor)
+
+
+def _head(path: str | os.PathLike, argument: str) -> bytes:
+    """The first bytes of a file. ValueError, with the argument's name, where it is empty or one of IMPOSTORS."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    beginning = head.lstrip().lower()
+    said = next((what for first, what in IMPOSTORS.items() if beginning.startswith(first)), None)
+    if said or not head:
+        raise ValueError(f"{argument}: {path} is {said or 'empty'}")
+    return head
+
+
+def _is_safetensors(path: str | os.PathLike, argument: str) -> bool:
+    """Whether the first bytes of a file are those of safetensors; False: those of torch.save.
+
+    Raises ValueError, with the argument's name, for any other file, and where the safetensors package is missing.
+    """
+    head = _head(path, argument)
+    if head.startswith(b"PK\3\4") or re.match(b"\x80[\2-\5]", head):
+        return False  # a zip archive; before torch 1.6 pickles one after another
+    if head[4:9] != b"\0\0\0\0{":  # the end of the length of a JSON header, and its beginning
+        raise ValueError(
+            f"{argument}: expected a file of torch.save or safetensors, {path} begins with {head[:16]!r}"
+        )
+    try:
+        import safetensors.torch  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"{argument}: {path} needs the safetensors package: pip install 'lmnfast[safetensors]'"
+        ) from None
+    return True
+
+
+def _read_tensors(path: Path, argument: str) -> Any:
+    """What a file of safetensors or torch.save holds, on the CPU. An `_Unread` stands for a value of another class."""
+    safe, zipped = _is_safetensors(path, argument), _head(path, argument).startswith(b"PK")
+    unread: list[str] = []
+    try:
+        if safe:
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipped:
+            _check_sums(path)
+            unread = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        # As a file: torch.load goes by the suffix of a path called .safetensors.
+        with (
+            open(path, "rb") as file,
+            torch.serialization.safe_globals([(_unread(name), name) for name in unread]),
+        ):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises anything
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            unread = [code[1]]
+        if not unread:
+            raise ValueError(f"{argument}: cannot read {path}: {in_one_line(error)}") from error
+        raise ValueError(
+            _not_plain(argument, path, few(unread), "['state_dict']")
+            + ", with the key that is there for 'state_dict'"
+        ) from None
+
+
+class _Unread:
+    """Stands for a value of a checkpoint that is neither a tensor nor a plain value."""
+
+    is_module = False
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.is_module = isinstance(state, dict) and "_parameters" in state
+
+
+def _unread_in(value: Any) -> Iterator[_Unread]:
+    if isinstance(value, _Unread):
+        yield value
+    for entry in value if isinstance(value, (set, frozenset)) else [entry for _, entry in entries_of(value)]:
+        yield from _unread_in(entry)
+
+
+def _unread(name: str) -> type[_Unread]:
+    return type(name.rpartition(".")[2], (_Unread,), {})
+
+
+def _check_sums(path: Path) -> None:
+    """Raises BadZipFile where a record has another checksum than the archive says; torch.load looks at none."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.CRC:  # 0: saved without, see torch.serialization.set_crc32_options
+                with archive.open(record) as content:
+                    while content.read(1 << 20):
+                        pass
+
+
+def _not_plain(argument: str, path: str | os.PathLike, named: str, where: str) -> str:
+    return (
+        f"{argument}: {path} holds more than tensors and plain values ({named}), and no code of a file is run here; "
+        "where you trust it, save its state dict alone: "
+        f"torch.save(torch.load({str(path)!r}, weights_only=False){where}, 'plain.pt')"
+    )
+
+
+def in_one_line(error: Exception) -> str:
+    """An error in one line."""
+    first = next(iter(str(error).strip().splitlines()), "").partition(". ")[0]
+    ours = type(error) in (ValueError, TypeError)
+    return first if ours and first else f"{type(error).__name__}: {first}".removesuffix(": ")

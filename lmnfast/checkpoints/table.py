@@ -1,0 +1,142 @@
+"""The table of a model's checkpoints, which goes on where it was stopped.
+
+It is a directory: lmn.csv, one row for every checkpoint measured; lmn.json, the settings, and which files the
+checkpoints were; lmn.png, the figure. Every file is written under another name and then renamed, lmn.csv after each
+checkpoint. Work that was stopped, by kill -9 too, goes on with the checkpoints that have no row yet.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from .._nested import contents
+from ..runs.files import write_json
+from ..runs.tables import LacksColumns, check_continues, read_table, write_table
+from ..spectrum import SETTINGS, SHARES
+from .sources import in_one_line, natural_order
+from .steps import steps_of
+
+SAMPLED = 16, 4096  # a file is recognised by its bytes at so many places, and by so many bytes at each
+
+
+class Table:
+    """The rows of checkpoints, kept in lmn.csv and lmn.json of a directory where there is one.
+
+    Args:
+        out: the directory; None keeps nothing.
+        settings: what the rows depend on.
+        stored: the settings of the table in `out`, as `read_settings` returns them.
+        paths: of the checkpoints.
+
+    Raises:
+        ValueError: the table in `out` is damaged or has other settings; the names do not tell the steps.
+    """
+
+    def __init__(
+        self, out: Path | None, settings: dict[str, Any], stored: dict[str, Any] | None, paths: Sequence[str]
+    ) -> None:
+        self.out = out
+        self.rows: list[dict[str, Any]] = []
+        files, now = {}, {os.path.abspath(path): _version(path) for path in paths}
+        if out is not None and stored is not None:
+            files = stored.pop("files")
+            there = set(stored["checkpoints"])
+            check_continues(
+                out,
+                "a table with other settings",
+                stored,
+                settings,
+                otherwise=", or --force to begin anew",
+                may_change=lambda name, old, new: name == "checkpoints" and there <= set(new),
+            )
+            changed = {path for path, version in now.items() if files.get(path) != version}
+            written = _read_rows(out / "lmn.csv", settings)
+            self.rows = [row for row in written if os.path.abspath(row["checkpoint"]) not in changed]
+        written_as = [row["checkpoint"] for row in self.rows]
+        names = sorted(written_as + [path for path in paths if not self.has(path)], key=natural_order)
+        steps: Sequence[int | float] = steps_of(names) or range(len(names))
+        self.steps = dict(zip(names, steps, strict=True))
+        self._write()  # before lmn.json says that the rows are of the files as they are now
+        if out is not None:
+            write_json(out / "lmn.json", settings | {"files": files | now})
+
+    def has(self, path: str) -> bool:
+        """Whether the checkpoint has a row."""
+        return os.path.abspath(path) in {os.path.abspath(row["checkpoint"]) for row in self.rows}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds the row of a checkpoint, and writes them all."""
+        self.rows.append(row)
+        self._write()
+
+    def _write(self) -> None:
+        for row in self.rows:
+            row["step"] = self.steps[row["checkpoint"]]
+        self.rows.sort(key=lambda row: row["step"])
+        if self.out is None:
+            return
+        if not self.rows:
+            (self.out / "lmn.csv").unlink(missing_ok=True)
+            return
+        columns = _columns([n.removeprefix("lmn_") for n in self.rows[0] if n.startswith("lmn_")])
+        write_table(self.out / "lmn.csv", columns, self.rows)
+
+
+def _columns(layers: Sequence[str]) -> list[str]:
+    of_layers = {kind: [f"{kind}_{layer}" for layer in layers] for kind in ("lmn", *SHARES)}
+    return ["step", "checkpoint", *of_layers.pop("lmn"), *SETTINGS, *chain(*of_layers.values())]
+
+
+def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of lmn.csv; ValueError, with the name of the file, where `Table` did not write it."""
+    try:
+        rows = read_table(path, _columns(settings["layers"]), encoding="utf-8-sig")
+        fixed = {name: settings[name] for name in ("points", "rule", "method", "negative")}
+        if any(row | fixed != row for row in rows) or len({row["checkpoint"] for row in rows}) < len(rows):
+            raise ValueError("a row is not of this table")
+    except LacksColumns as error:
+        raise ValueError(f"out: cannot read {path}: it {error}; --force begins anew") from None
+    except ValueError as error:
+        raise ValueError(f"out: cannot read {path}: {in_one_line(error)}; --force begins anew") from None
+    return rows
+
+
+def read_settings(out: Path) -> dict[str, Any] | None:
+    """The settings of the table in a directory; None if it has no rows.
+
+    Raises:
+        ValueError: lmn.json is missing or damaged.
+    """
+    if not (out / "lmn.csv").exists():
+        return None
+    path = out / "lmn.json"
+    try:
+        stored = json.loads(path.read_bytes().decode("utf-8-sig"))
+        known = {"checkpoints": list, "files": dict, "device": str}
+        if not isinstance(stored, dict) or not all(
+            isinstance(stored.get(n), kind) for n, kind in known.items()
+        ):
+            raise ValueError(f"expected the settings of a table, got {contents(stored)}")
+        if not all(isinstance(pattern, str) for pattern in stored["checkpoints"]):
+            raise ValueError("checkpoints: expected patterns")
+    except FileNotFoundError:
+        raise ValueError(f"out: {out} holds lmn.csv but no lmn.json; --force deletes it") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"out: cannot read {path}: {in_one_line(error)}; --force begins anew") from None
+    return stored
+
+
+def _version(path: str) -> list[int | str]:
+    """Facts that change when a file is written anew, or replaced by one of the same size and time."""
+    status = os.stat(path)
+    places, length = SAMPLED
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for place in range(places):  # the last bytes of a zip archive are the checksums of all
+            file.seek(max(0, status.st_size - length) * place // (places - 1))
+            digest.update(file.read(length))
+    return [status.st_size, status.st_mtime_ns, digest.hexdigest()[:16]]

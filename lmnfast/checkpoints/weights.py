@@ -1,0 +1,232 @@
+"""The user's model: made by a factory that is imported, with the weights of a checkpoint in it."""
+
+import importlib
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._nested import few
+from .sources import in_one_line
+
+# Names that torch.compile, DataParallel, Opacus, activation checkpointing and FSDP put into those of the weights.
+WRAPPERS = ("_orig_mod", "module", "_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+FRONTS = (*WRAPPERS, "model")  # the last is where a LightningModule often has its network
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def imported(spec: str, argument: str, what: str) -> Callable:
+    """The callable at "package.module:name", installed or in the current directory.
+
+    The current directory goes on sys.path only where the module is in it, and then last: a folder of somebody's
+    checkpoints may also hold a safetensors.py.
+
+    Args:
+        spec: "package.module:name".
+        argument: the name of the argument that it came from, for errors.
+        what: is expected there, "factory".
+
+    Raises:
+        ValueError: a spec of another form, no such module or name, a module that is both installed and in the current
+            directory or cannot be imported, or something not callable.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{argument}: expected package.module:{what}, got {spec!r}")
+    _find_here(module_name.partition(".")[0], argument)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the module is the user's
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"{argument}: no module {error.name!r} in the current directory or installed, for {spec!r}"
+            ) from None
+        raise ValueError(f"{argument}: importing {module_name!r} failed: {in_one_line(error)}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(
+                f"{argument}: no {part!r} in {getattr(found, '__name__', found)!r}, for {spec!r}"
+            )
+        found = getattr(found, part)
+    if not callable(found) or isinstance(found, nn.Module):
+        raise ValueError(f"{argument}: expected a {what}, {spec!r} is a {type(found).__name__}")
+    return found
+
+
+def _find_here(name: str, argument: str) -> None:
+    """Puts the current directory at the end of sys.path where the module is there and nowhere else."""
+    here = os.getcwd()
+    if name in sys.modules or "" in sys.path or here in sys.path:
+        return
+    importlib.invalidate_caches()
+    local, installed = PathFinder.find_spec(name, [here]), find_spec(name)
+    if local is not None and installed is None:
+        sys.path.append(here)
+    elif local is not None and local.origin and installed is not None and local.origin != installed.origin:
+        raise ValueError(
+            f"{argument}: {name!r} is in the current directory and also {installed.origin}; rename it, or set "
+            "PYTHONPATH=. to take that in the current directory"
+        )
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can have it: a function by its name."""
+    if callable(value):
+        return (
+            f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+        )
+    return list(value) if isinstance(value, tuple) else value
+
+
+def made(factory: Callable[[], nn.Module] | str) -> nn.Module:
+    """The model of a factory. Every process has the same random numbers in it, for what no checkpoint has.
+
+    Raises:
+        ValueError: the factory cannot be imported, fails, or returns no module.
+    """
+    make = imported(factory, "model", "factory") if isinstance(factory, str) else factory
+    said = repr(factory) if isinstance(factory, str) else repr(plain(factory))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        try:
+            model = make()
+        except Exception as error:  # the factory is the user's
+            raise ValueError(
+                f"model: {said}, called without arguments, failed: {in_one_line(error)}"
+            ) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected {said} to return an nn.Module, got a {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)  # the module that torch.compile has wrapped
+
+
+def load_state(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
+    """Gives the model the weights of a checkpoint, all of them.
+
+    Raises:
+        ValueError: they do not fit the model; names the checkpoint.
+    """
+    own = model.state_dict()
+    state = _renamed(state, own, path)
+    for name, value in state.items():
+        mine = own.get(name)
+        if isinstance(mine, Tensor) and isinstance(value, Tensor) and not _is_kept(value, mine.dtype):
+            raise ValueError(
+                f"checkpoint: {path} does not fit the model: {name} is {_brief_dtype(value.dtype)} in the file, "
+                f"{_brief_dtype(mine.dtype)} in the model"
+            )
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[1].strip() if len(lines) > 1 else in_one_line(error)  # torch heads its list of reasons
+        raise ValueError(f"checkpoint: {path} does not fit the model: {reason}") from error
+    if missing:  # of tied weights safetensors keep one
+        there = {_place(value) for name, value in own.items() if name in state and isinstance(value, Tensor)}
+        missing = [n for n in missing if not isinstance(own.get(n), Tensor) or _place(own[n]) not in there]
+    if missing or unexpected:
+        problems = [("lacks", missing), ("has, unexpected,", unexpected)]
+        said = "; it ".join(f"{verb} {few(names)}" for verb, names in problems if names)
+        raise ValueError(f"checkpoint: {path} does not fit the model: it {said}")
+
+
+def _is_kept(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the model's dtype has the value, but for the rounding between FLOATS.
+
+    Integers in the place of FLOATS are quantised weights, whose scales are elsewhere.
+    """
+    if value.dtype == dtype or (value.dtype in FLOATS and dtype in FLOATS):
+        return True
+    if dtype.is_floating_point or dtype.is_complex or value.is_complex() or value.is_quantized:
+        return False
+    return torch.equal(value.to(dtype).to(value.dtype), value)
+
+
+def _brief_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """The same for tied weights."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _renamed(state: Mapping[str, Any], own: Collection[str], path: str) -> OrderedDict[str, Any]:
+    """The state dict under the model's own names, with its metadata, from which modules read their version.
+
+    The parts of WRAPPERS in a name are left out, or put in, where the name then is one of the model's. ValueError
+    where two names are then the same.
+    """
+    names = _without_fronts(list(state), own)
+    fitting: dict[str, list[str]] = {}
+    for name in own:
+        fitting.setdefault(_bare(name), []).append(name)
+    for given, name in names.items():
+        found = fitting.get(_bare(name)) or fitting.get(_bare(name.removeprefix("model.")), [])
+        if name not in own and len(found) == 1:
+            names[given] = found[0]
+    first: dict[str, str] = {}
+    for given, name in names.items():
+        if name in first:
+            shorter, longer = sorted((first[name], given), key=len)
+            front = longer.removesuffix(f".{shorter}")
+            raise ValueError(
+                f"checkpoint: {path} holds {name} of the model twice, as {shorter} and as {longer}; choose with "
+                f"--key, which takes names by what they begin with, as --key {front}"
+            )
+        first[name] = given
+    result: Any = OrderedDict((names[given], value) for given, value in state.items())
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        folders = {"": ""}
+        for given, name in names.items():
+            folders |= _parents(given, name)
+        result._metadata = OrderedDict()
+        # A wrapper and the module in it become one name. The longer name, that of the module, comes last and stays.
+        for given in sorted(metadata, key=len):
+            known = given
+            while known not in folders:
+                known = known.rpartition(".")[0]
+            rest = given.removeprefix(known).removeprefix(".")
+            result._metadata[".".join(filter(None, (folders[known], rest)))] = metadata[given]
+    return result
+
+
+def _without_fronts(given: Sequence[str], own: Collection[str]) -> dict[str, str]:
+    """By name: the name without the parts in front that all of them have and none of the model's."""
+    names = dict(zip(given, given, strict=True))
+    while names and not set(names.values()) <= set(own):
+        front = next(iter(names.values())).partition(".")[0] + "."
+        if front[:-1] not in FRONTS or not all(name.startswith(front) for name in names.values()):
+            break
+        rest = {given: name.removeprefix(front) for given, name in names.items()}
+        if any(name.startswith(front) for name in own) and not set(rest.values()) <= set(own):
+            break
+        names = rest
+    return names
+
+
+def _bare(name: str) -> str:
+    """The name without the parts of WRAPPERS."""
+    *modules, last = name.split(".")
+    return ".".join([*(part for part in modules if part not in WRAPPERS), last])
+
+
+def _parents(given: str, name: str) -> dict[str, str]:
+    """The model's names of the modules that lead to a weight, by their names in the checkpoint."""
+    left, right = given.split("."), name.split(".")
+    found = {}
+    while left and right and left[-1] == right[-1]:
+        left, right = left[:-1], right[:-1]
+        found[".".join(left)] = ".".join(right)
+        while left and (not right or left[-1] != right[-1]) and left[-1] in FRONTS:
+            left = left[:-1]
+            found[".".join(left)] = ".".join(right)
+        while right and (not left or left[-1] != right[-1]) and right[-1] in WRAPPERS:
+            right = right[:-1]
+    return found

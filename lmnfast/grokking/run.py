@@ -1,0 +1,300 @@
+"""A run on disk.
+
+A run is a directory: config.json; metrics.csv, one row for every measured step, where the row of step s is the
+network after s updates; checkpoints/, the weights at those steps; state.pt, what the training goes on from; figures/.
+Every file is written under another name and then renamed, and state.pt only once all rows up to it are in
+metrics.csv. So a run killed at any moment continues, and ends in the same metrics.csv, byte for byte, as one never
+killed.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .._settings import METHODS
+from ..quadrature import RULES
+from ..runs.files import Unreadable, read_tensors, unreadable
+from ..runs.tables import LacksColumns, joined, read_table, write_table
+from ..spectrum import SETTINGS, SHARES
+from .config import Config
+from .model import LAYERS
+from .tasks import TASKS, training_samples
+
+METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "l2_norm")
+ACTIVITIES = ("training", "measuring")  # that seconds are counted for
+LEFT_BEHIND = ("metrics.csv", "state.pt", "checkpoints", "figures")
+CHECKPOINT = r"step_\d{8,}\.pt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read back.
+
+    Attributes:
+        path: its directory.
+        config: what determines it.
+        rows: of metrics.csv.
+        seconds: spent on each of ACTIVITIES.
+    """
+
+    path: Path
+    config: Config
+    rows: list[dict]
+    seconds: dict[str, float]
+
+    @property
+    def memorised(self) -> int | None:
+        """First measured step with train accuracy 1."""
+        return next((row["step"] for row in self.rows if row["train_accuracy"] == 1), None)
+
+    @property
+    def generalised(self) -> int | None:
+        """First measured step with test accuracy 1."""
+        return next((row["step"] for row in self.rows if row["test_accuracy"] == 1), None)
+
+    def phase(self, row: dict) -> str:
+        """ "memorising" until train accuracy is 1, "generalising" until test accuracy is 1, then "finalising"."""
+        if self.generalised is not None and row["step"] >= self.generalised:
+            return "finalising"
+        return "memorising" if self.memorised is None or row["step"] < self.memorised else "generalising"
+
+    def correlation(self, column: str) -> float:
+        """Pearson's r of a column with the test loss while generalising.
+
+        NaN for less than 3 rows, and for a run that has not generalised: that phase has no end yet.
+        """
+        if self.generalised is None:
+            return float("nan")
+        rows = [row for row in self.rows if self.phase(row) == "generalising"]
+        return pearson([(row["test_loss"], row[column]) for row in rows])
+
+
+def pearson(pairs: Sequence[tuple[float, float]]) -> float:
+    """Pearson's r; NaN for less than 3 pairs, or where one of the two is constant."""
+    if len(pairs) < 3 or min(len(set(series)) for series in zip(*pairs)) == 1:
+        return float("nan")
+    return torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1].item()
+
+
+def read_run(path: str | os.PathLike) -> Run:
+    """The run in a directory.
+
+    Raises:
+        ValueError: there is none, or it is damaged; names the file.
+    """
+    path = Path(path)
+    config = read_config(path)
+    try:
+        rows, state = read_metrics(path, config), read_state(path, replace(config, device="cpu"))
+        if rows[-1]["step"] < state["step"]:
+            raise ValueError(f"{path / 'metrics.csv'} lacks rows that it had")
+    except FileNotFoundError as error:
+        raise ValueError(f"run: {path} has no {Path(error.filename).name} yet") from None
+    except ValueError as error:
+        raise ValueError(f"run: {error}; lmnfast grok with --force starts the run anew") from None
+    return Run(path, config, rows, state["seconds"])
+
+
+def read_state(path: Path, config: Config) -> dict:
+    """What state.pt holds, on the config's device.
+
+    Raises:
+        ValueError: it is damaged.
+        FileNotFoundError: there is none.
+    """
+    file = path / "state.pt"
+    state = read_tensors(file, config.device)
+    try:
+        step, seconds = state["step"], state["seconds"]
+        if type(step) is not int or step % config.every or not 0 <= step <= config.steps:
+            raise ValueError(f"expected a step that is measured, got {step!r}")
+        if set(seconds) != set(ACTIVITIES) or not all(isinstance(value, float) for value in seconds.values()):
+            raise ValueError(f"expected seconds of {' and '.join(ACTIVITIES)}, got {seconds!r}")
+    except (TypeError, KeyError, ValueError) as error:
+        raise unreadable(file, error) from None
+    return state
+
+
+def read_metrics(path: Path, config: Config) -> list[dict]:
+    """The rows of metrics.csv, from step 0 on.
+
+    Raises:
+        ValueError: it is damaged, or of another run.
+        FileNotFoundError: there is none.
+    """
+    file = path / "metrics.csv"
+    columns = _columns(METRICS, [f"lmn_{layer}" for layer in config.layers])
+    rows = read_rows(file, columns)
+    count = training_samples(config.task, p=config.p, bits=config.bits)
+    expected = {"samples": config.samples or count} | {
+        name: getattr(config, name) for name in ("points", "rule", "method", "negative")
+    }
+    for number, row in enumerate(rows):
+        if row["step"] != number * config.every or any(row[name] != expected[name] for name in expected):
+            raise ValueError(f"cannot read {file}: row {number + 1} is not one of this run")
+    return rows
+
+
+def read_config(path: Path) -> Config:
+    """The config of the run in a directory.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    try:
+        return Config(**json.loads((path / "config.json").read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"run: {path} is not a run, it holds no config.json") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"run: cannot read {path / 'config.json'}: {error}") from None
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """The file with the weights at a step."""
+    return run / "checkpoints" / f"step_{step:08}.pt"
+
+
+def load_checkpoint(model: nn.Module, run: Path, step: int) -> None:
+    """Gives the model the weights that a run had at a step.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    file, device = checkpoint_of(run, step), next(model.parameters()).device
+    try:
+        weights = read_tensors(file, device)
+        try:
+            model.load_state_dict(weights)
+        except Exception as error:  # what is in the file may be anything
+            raise unreadable(file, error) from None
+    except FileNotFoundError as error:
+        raise ValueError(f"run: {unreadable(file, error)}; delete {run} to run it anew") from None
+    except ValueError as error:
+        raise ValueError(f"run: {error}; delete {run} to run it anew") from None
+
+
+def steps_of(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, in order.
+
+    Raises:
+        ValueError: a file there is named otherwise.
+    """
+    files = sorted(run.glob("checkpoints/step_*.pt"))
+    for file in files:
+        if not re.fullmatch(CHECKPOINT, file.name):
+            raise ValueError(f"run: expected checkpoints named step_ and a number, got {file}")
+    return sorted(int(file.stem[5:]) for file in files)
+
+
+def by_step(history: Iterable[dict], suffix: str = "") -> list[dict]:
+    """The rows of a probe, one for each step and layer, as one for each step.
+
+    Args:
+        history: as `Probe.history`.
+        suffix: ends the names of the columns in which layers differ.
+    """
+    steps: dict[int, dict] = {}
+    for row in history:
+        one = steps.setdefault(row["step"], dict(row))
+        one |= {f"{name}_{row['layer']}{suffix}": row[name] for name in ("lmn", *SHARES)}
+        one |= {name: joined(one[name], row[name]) for name in ("precision", "solver")}
+    return list(steps.values())
+
+
+def write_rows(path: Path, rows: Sequence[dict], metrics: Sequence[str]) -> None:
+    """Writes a table with the columns of these metrics and of the rows' LMN."""
+    columns = _columns(metrics, [name for name in rows[0] if name.startswith("lmn_")])
+    write_table(path, columns, rows)
+
+
+def _columns(metrics: Sequence[str], numbers: Sequence[str]) -> list[str]:
+    """The columns of a table with these metrics and numbers; the name of a number begins with lmn_."""
+    shares = [kind + name.removeprefix("lmn") for kind in SHARES for name in numbers]
+    return ["step", *metrics, *numbers, *SETTINGS, *shares]
+
+
+def read_rows(path: Path, columns: list[str] | None = None) -> list[dict]:
+    """The rows of a table that `write_rows` wrote; columns: the ones that it must have, None: any.
+
+    Raises:
+        ValueError: it is damaged, or has no rows.
+        FileNotFoundError: there is none.
+    """
+    try:
+        rows = read_table(path, columns)
+        if not rows:
+            raise ValueError("it has no rows")
+    except LacksColumns as error:
+        raise Unreadable(f"{path} {error}") from None
+    except ValueError as error:
+        raise unreadable(path, error) from None
+    return rows
+
+
+def clear(path: Path) -> None:
+    """Removes what a run writes, its config last, and nothing else.
+
+    Raises:
+        ValueError: the directory holds something that is no run; nothing is removed then.
+    """
+    config = path / "config.json"
+    if not config.exists():
+        if there := [name for name in LEFT_BEHIND if os.path.lexists(path / name)]:
+            raise ValueError(
+                f"out: {path} holds {there[0]} but no config.json, so it is no run; choose another --out"
+            )
+        return
+    if not _is_config(config):
+        raise ValueError(
+            f"out: {path} holds a config.json that is no run's, and --force deletes runs alone; choose another --out"
+        )
+    folders = [path / "checkpoints", path / "figures"]
+    if links := [folder for folder in folders if folder.is_symlink()]:
+        raise ValueError(
+            f"out: {links[0]} is a symbolic link, which --force does not follow; remove it first"
+        )
+    _remove(path, OWN[""])
+    for folder in folders:
+        _remove(folder, OWN[folder.name])
+        with suppress(OSError):  # what else is in there stays
+            folder.rmdir()
+    config.unlink()
+
+
+def _is_config(file: Path) -> bool:
+    try:
+        found = json.loads(file.read_text())
+        return found["task"] in TASKS and {"steps", "every", "seed"} <= set(found)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _remove(folder: Path, names: re.Pattern[str]) -> None:
+    """Removes the files and links of these names."""
+    for item in folder.iterdir() if folder.is_dir() else ():
+        if names.fullmatch(item.name) and (item.is_symlink() or item.is_file()):
+            item.unlink()
+
+
+def _some_of(names: Iterable[str]) -> str:
+    one = f"(?:{'|'.join(map(re.escape, names))})"
+    return rf"{one}(?:\+{one})*"
+
+
+_MEASURED = rf"-{_some_of(LAYERS)}-{_some_of(METHODS)}-{_some_of(RULES)}\d+(?:-\d+samples)?(?:-clip)?"
+# The names of the files that a run writes beside its config, by their folder, and of what a killed write leaves.
+OWN = {
+    folder: re.compile(rf"(?:{names})(?:\.\d+\.part)?")
+    for folder, names in {
+        "": rf"metrics\.csv|state\.pt|config\.json\.\d+\.part|measure{_MEASURED}\.csv",
+        "checkpoints": CHECKPOINT,
+        "figures": rf"figure2-{_some_of(LAYERS)}\.png|methods{_MEASURED}\.png",
+    }.items()
+}

@@ -1,0 +1,143 @@
+"""Worker processes, with one rule of failure.
+
+A job that fails ends no other: its error is its `Outcome`. The caller then goes on, or leaves the jobs that have not
+begun. An error of the caller ends all processes at once: whatever a job writes is whole at any moment, and the same
+work goes on with it. A process that dies is replaced, and the jobs without an outcome begin again, at most DEATHS
+times.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+DEATHS = 3  # more of them are no accident
+INTERVAL = 1.0  # seconds between two calls of `meanwhile`
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a job, or its error."""
+
+    job: tuple[Any, ...]
+    result: Any = None
+    error: BaseException | None = None
+
+
+class Pool:
+    """Spawned processes: they share nothing with this one, and end when it does.
+
+    Args:
+        processes: their number.
+        begin: called in each process before its first job, with `arguments`.
+    """
+
+    def __init__(
+        self, processes: int, begin: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+    ) -> None:
+        self._processes = processes
+        self._given = begin, arguments
+        self._others = multiprocessing.active_children()
+        self._executor: ProcessPoolExecutor | None = None
+        self._futures: dict[Future[Any], tuple[Any, ...]] = {}
+        self._leaving = False
+
+    def outcomes(
+        self,
+        function: Callable[..., Any],
+        jobs: Iterable[tuple[Any, ...]],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Iterator[Outcome]:
+        """Calls the function with the arguments in each job; yields the outcomes as they come.
+
+        Args:
+            function: can be imported.
+            jobs: begun in this order.
+            meanwhile: called about once in INTERVAL.
+
+        Raises:
+            OSError: processes died again and again.
+        """
+        left = list(jobs)
+        for death in range(DEATHS + 1):
+            try:
+                yield from self._outcomes(function, left, meanwhile)
+                return
+            except BrokenProcessPool:
+                if self._leaving:
+                    return
+                if death == DEATHS:
+                    raise OSError(
+                        "jobs: a process died again and again, perhaps for want of memory, where fewer may do; the same "
+                        "command goes on with what is there"
+                    ) from None
+                print("\nlmnfast: a process died; going on with what it left", file=sys.stderr)
+
+    def _outcomes(
+        self, function: Callable[..., Any], left: list[tuple[Any, ...]], meanwhile: Callable[[], None]
+    ) -> Iterator[Outcome]:
+        """As `outcomes`; takes out of `left` what has one. Raises BrokenProcessPool where a process died."""
+        self._end()
+        self._executor = ProcessPoolExecutor(
+            self._processes, multiprocessing.get_context("spawn"), _begin_worker, self._given
+        )
+        self._futures = {self._executor.submit(function, *job): job for job in left}
+        waiting, broken = set(self._futures), None
+        while waiting and broken is None:
+            done, waiting = wait(waiting, timeout=INTERVAL, return_when=FIRST_COMPLETED)
+            for future in done:
+                if future.cancelled():
+                    continue
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    broken = error
+                    continue
+                job = self._futures[future]
+                left.remove(job)
+                yield Outcome(job, future.result() if error is None else None, error)
+            meanwhile()
+        if broken is not None:
+            raise broken
+
+    def leave_waiting(self) -> None:
+        """Drops the jobs that have not begun. The outcomes of the others still come."""
+        self._leaving = True
+        for future in self._futures:
+            future.cancel()
+
+    def _end(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            for process in multiprocessing.active_children():
+                if process not in self._others:
+                    process.terminate()
+        self._end()
+
+
+def _begin_worker(begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    """The process ends with its parent, however that ends, and silently at Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if begin is not None:
+        begin(*arguments)
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,139 @@
+"""CSV tables whose columns are known, and the settings that they were made with.
+
+The name of a column says what it holds: INTEGERS, WORDS, else floats. Floats are written with seven digits, what
+float32 holds: they are the same again when read and written. A step is written in full; it may be an integer or a
+fraction.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._nested import few
+from ..spectrum import SETTINGS, SHARES
+from .files import write_file
+
+INTEGERS = ("samples", "outputs", "points", "seed")
+WORDS = (
+    *("run", "task", "activation", "layer", "checkpoint", "question", "variant"),
+    *(name for name in SETTINGS if name not in INTEGERS),
+)
+
+
+def joined(values: str, value: str) -> str:
+    """Words of rows that become one row, each once: "cpu", "cpu+cuda"."""
+    return "+".join(sorted({*values.split("+"), value}))
+
+
+class LacksColumns(ValueError):
+    """The table lacks columns. The message is to stand behind the name of the file."""
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes the columns of the rows, whole or not at all."""
+    lines = [csv_line(columns), *(csv_line(_written(c, row[c]) for c in columns) for row in rows)]
+    write_file(path, b"".join(lines))
+
+
+def _written(column: str, value: Any) -> Any:
+    return f"{value:.7g}" if isinstance(value, float) and column != "step" else value
+
+
+def csv_line(values: Iterable[Any]) -> bytes:
+    """One line of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue().encode()
+
+
+def read_table(
+    path: Path,
+    columns: Sequence[str] | None = None,
+    *,
+    optional: Collection[str] = (),
+    encoding: str = "utf-8",
+) -> list[dict[str, Any]]:
+    """The rows of a table that `write_table` wrote.
+
+    Args:
+        path: of the file.
+        columns: the ones that it must have, in this order; None: any, with "step" among them.
+        optional: columns that may be empty, which are read as "".
+        encoding: "utf-8-sig" also takes a file that a spreadsheet has marked.
+
+    Raises:
+        ValueError: the reason why the file is no such table, without its name.
+        OSError: there is no file, or it cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode(encoding)
+        if not text.endswith("\n"):
+            raise ValueError("its last line has no end")
+        head, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        _check_head(head, columns)
+        for number, line in enumerate(lines, 2):
+            if len(line) != len(head):
+                raise ValueError(f"expected {len(head)} entries in line {number}, got {len(line)}")
+        return [{name: _typed(name, entry, optional) for name, entry in zip(head, line)} for line in lines]
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_head(head: Sequence[str], columns: Sequence[str] | None) -> None:
+    if lacking := [name for name in columns or ["step"] if name not in head]:
+        raise LacksColumns(
+            f"lacks the columns {', '.join(lacking)}, another version of lmnfast wrote it, or it is damaged"
+        )
+    if columns is not None and list(head) != list(columns):
+        raise ValueError(f"expected the columns {few(columns)}, got {few(head)}")
+
+
+def _typed(name: str, text: str, optional: Collection[str]) -> int | float | str:
+    if name in WORDS or (text == "" and name in optional):
+        return text
+    if name in INTEGERS or (name == "step" and text.isdecimal()):
+        return int(text)
+    number = float(text)
+    if not math.isfinite(number) and not name.startswith(SHARES):
+        raise ValueError(f"{name} is {text}")
+    return number
+
+
+def check_continues(
+    path: Path,
+    what: str,
+    stored: Mapping[str, Any],
+    given: Mapping[str, Any],
+    *,
+    otherwise: str = "",
+    may_change: Callable[[str, Any, Any], bool] = lambda name, old, new: False,
+    most: int | None = None,
+) -> None:
+    """Raises ValueError, with the differences, where work with the given settings does not continue what is stored.
+
+    Args:
+        path: the directory that is gone on with.
+        what: it then holds, "another run".
+        stored: its settings.
+        given: the settings of the work.
+        otherwise: what can be done beside choosing another directory.
+        may_change: whether a setting of this name may change from the stored to the given value.
+        most: how many differences are named; None: all.
+    """
+    differences = [
+        f"{name} is {_brief(stored.get(name))} there, {_brief(value)} here"
+        for name, value in given.items()
+        if stored.get(name) != value and not may_change(name, stored.get(name), value)
+    ]
+    if differences:
+        raise ValueError(
+            f"out: {path} holds {what}: {'; '.join(differences[:most])}; choose another --out{otherwise}"
+        )
+
+
+def _brief(value: Any) -> str:
+    return few(map(str, value)) if isinstance(value, list) else str(value)
