@@ -1,4 +1,4 @@
-"""The public function: both routes, every bad input of the contract, nothing left behind."""
+"""The public function: both routes, every bad input that its docstring names, nothing left behind."""
 
 import copy
 import functools

@@ -101,7 +101,7 @@ def test_numbers_of_a_few_seeds_are_not_called_within_or_outside():
         members = [Seed(run([1, 1, 34.7, 20], generalised=3), None, None, []) for _ in range(count)]
         found = {number.name: number for number in claims.numbers({"xor": members})}
         assert found["LMN, peak"].verdict == verdict
-        assert found["LMN at step 0"].verdict == ""  # nothing was asked of it
+        assert found["LMN at step 0"].verdict == ""  # it has no bound
         assert found["L2 norm at step 10000"].verdict == "not reached"
 
 
@@ -172,7 +172,7 @@ def test_the_papers_numbers_are_those_of_its_own_curves():
     assert len(compared) == 12 and {task for task, _ in compared} == set(claims.PAPER)
 
 
-def test_numbers_are_compared_within_what_was_asked():
+def test_numbers_are_compared_within_their_bounds():
     assert claims._within("s4", "LMN, peak", 1.07) == "within 8%"
     assert claims._within("s4", "LMN, peak", 0.91) == "outside 8%"
     assert claims._within("s4", "step of generalisation", 1 / 1.5) == "within a factor 1.6"
