@@ -93,6 +93,16 @@ def test_the_readmes_example_runs(capsys):
     assert "Measurement(lmn=" in said and "'layer': '1'" in said
 
 
+@pytest.mark.parametrize("name", ["docs/architecture.md", "docs/mathematics.md", "CONTRIBUTING.md"])
+def test_documents_for_developers_name_files_that_exist(name):
+    text = (ROOT / name).read_text()
+    paths = re.findall(r"`((?:lmnfast|csrc|tests|bench|docs|examples)/[\w./-]+)`", text)
+    links = [(ROOT / name).parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+    assert len(paths) > 2 and links
+    for place in [*(ROOT / path for path in paths), *links]:
+        assert place.exists(), place
+
+
 FAKE_CMAKE = """#!{python}
 import sys
 print("called", sys.argv[1:], flush=True)
