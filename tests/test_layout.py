@@ -34,8 +34,14 @@ def test_an_op_has_its_kernel_reference_test_and_bench(name):
         assert entry in (ROOT / "csrc/ops.h").read_text(), entry
     assert hasattr(torch.ops.lmnfast, name)
     tests = (ROOT / f"tests/test_{name}.py").read_text()
-    for part in (f"reference.{name}", "opcheck", "torch.compile", "device", "dtype"):
+    for part in (f"reference.{name}", "opcheck", "torch.compile"):
         assert part in tests, f"tests/test_{name}.py does not use {part}"
+    for fixture in ("device", "dtype"):
+        assert re.search(rf"def test_\w+\([^)]*\b{fixture}\b", tests), (
+            f"tests/test_{name}.py has no test on every {fixture}"
+        )
+    on_cuda = re.search(r"^OPS = \(([^)]*)\)", (ROOT / "tests/test_cuda.py").read_text(), re.MULTILINE)[1]
+    assert name in on_cuda.replace(",", " ").split(), f"tests/test_cuda.py leaves {name} out"
 
 
 def test_no_kernel_file_is_without_an_op():
