@@ -23,9 +23,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 HALF_RATE = {(8, 0): 1024, (9, 0): 2048}
 FP32_RATE = {(8, 0): 64, (9, 0): 128}
 MUFU_RATE = 16
-FP32_PER_ACTIVATION = (
-    9  # interpolation, chord, product with the sigmoid, rounding to halves: an estimate of the design
-)
+FP32_PER_ACTIVATION = 9  # interpolation, chord, product with the sigmoid, rounding to halves: an estimate
 LONG_ENOUGH = 2e-3  # seconds, where a call's launches no longer show
 BAR_SECONDS, FEWEST_ROUNDS = 3.0, 3  # a slow rival gets fewer rounds
 

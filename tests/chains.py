@@ -1,6 +1,7 @@
 """Random chains of Linear and activations, shared by the tests of the fused route."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from lmnfast import reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
 from lmnfast.quadrature import path_nodes
 
@@ -95,6 +97,20 @@ def cast(chain: Chain, dtype: torch.dtype, device: torch.device | str = "cpu") -
 
 def samples(n: int, width: int, *, seed: int = 1) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def hermite_condition(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, midpoint: bool) -> Tensor:
+    """(N, N): mean over outputs of magnitude over spread along the polynomials' paths, what a rounding of the outputs costs r2.
+
+    f and x: float64.
+    """
+    y, J, step = f(x).flatten(1), reference.jacobian(f, x), (x - x[:, None]).flatten(2)
+    start, end = torch.einsum("ikd,ijd->ijk", J, step), torch.einsum("jkd,ijd->ijk", J, step)
+    middle = torch.lerp(x[:, None], x, 0.5).flatten(0, 1)
+    half = f(middle).unflatten(0, (len(x), len(x))).flatten(2) if midpoint else None
+    first, second = y[:, None].expand_as(start), y.expand_as(start)
+    path = reference.hermite_path(first, second, start, end, half, nodes)
+    return (path.abs().amax(2) / path.std(2).clamp_min(1e-300)).mean(-1)
 
 
 assert len(ACTIVATIONS) == 11

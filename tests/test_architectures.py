@@ -18,6 +18,9 @@ from lmnfast._recognise import recognise
 from lmnfast.quadrature import path_nodes
 
 UNIFORM = path_nodes("uniform", 21)
+FLOAT32 = (
+    2e-5  # measured on these networks: the definition in float32 loses up to 6e-6, and so does what is tested
+)
 
 
 class Functional(nn.Module):
@@ -218,7 +221,7 @@ def test_measured_from_any_layer_as_the_definition_says(name, layer):
         L = lmnfast.connectivity(tail, samples)
         truth = reference.path_connectivity(tail.double(), samples.double(), *UNIFORM)
     assert (recognise(tail) is not None) == chains[layer]
-    assert (L - truth).abs().max() < 2e-4
+    assert (L - truth).abs().max() < FLOAT32
     assert L.min() < 0.999 or layer == list(chains)[-1], "the tail does not exercise the nonlinearity"
 
 
@@ -229,7 +232,7 @@ def test_fused_and_generic_routes_agree(name, layer):
     tail, samples = lmnfast.cut(trained_a_little(make(), inputs), layer, inputs)
     fused = lmnfast.connectivity(tail, samples)
     generic = enqueue(tail, samples, fuse=False).L
-    assert (fused - generic).abs().max() < 2e-5
+    assert (fused - generic).abs().max() < FLOAT32
 
 
 def snapshot(model):
@@ -398,7 +401,7 @@ def test_a_padding_mask_that_is_the_same_for_all_samples_is_measured():
 
     with torch.enable_grad():  # of the fast path this is not the reference
         L = truth(f, samples)
-    assert (lmnfast.connectivity(tail, samples) - L).abs().max() < 2e-4 and L.min() < 0.999
+    assert (lmnfast.connectivity(tail, samples) - L).abs().max() < FLOAT32 and L.min() < 0.999
     assert torch.backends.mha.get_fastpath_enabled()
     padded[3:, 2] = True
     with pytest.raises(
@@ -418,7 +421,7 @@ def test_a_mask_of_tokens_by_tokens_is_shared_also_by_as_many_samples(samples):
     exact = Encoder().double().eval()
     exact.load_state_dict(model.state_dict())
     L = truth(lambda h: exact.head(exact.encoder.layers[1](h, src_mask=mask.double())[:, -1]), h)
-    assert (lmnfast.connectivity(tail, h) - L).abs().max() < 2e-4 and L.min() < 0.999
+    assert (lmnfast.connectivity(tail, h) - L).abs().max() < FLOAT32 and L.min() < 0.999
 
 
 class TimeFirst(nn.Module):
@@ -774,7 +777,7 @@ def test_dynamically_quantised_layers_are_refused_and_those_behind_them_measured
         lmnfast.lmn(half, x)
     tail, samples = lmnfast.cut(half, "0", x)
     L = truth(copy.deepcopy(half[1:]).double(), samples)
-    assert (lmnfast.connectivity(tail, samples) - L).abs().max() < 2e-4
+    assert (lmnfast.connectivity(tail, samples) - L).abs().max() < FLOAT32
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated

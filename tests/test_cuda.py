@@ -44,6 +44,10 @@ def path_r2(x: Tensor) -> Callable[[], Tensor]:
     return call
 
 
+def check_outputs(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: ops.check_outputs(x, x.sin(), None, x, None, None, 1e-7)
+
+
 def spectral_entropy(x: Tensor) -> Callable[[], Tensor]:
     return lambda: ops.spectral_entropy(x)
 
@@ -77,6 +81,7 @@ OPS = (
     path_connectivity,
     hermite_connectivity,
     path_r2,
+    check_outputs,
     spectral_entropy,
     jacobian,
     jacobian_distance,

@@ -10,6 +10,7 @@ from chains import (
     assert_refused,
     cast,
     chain_with,
+    hermite_condition,
     random_chain,
     random_sums,
     samples,
@@ -31,14 +32,15 @@ def measured(chain, x, device, dtype, midpoint, rule=UNIFORM) -> torch.Tensor:
 
 
 def assert_right(chain, x, device, dtype, midpoint, rule=UNIFORM) -> torch.Tensor:
+    """At most twice the largest error of the float32 reference, and a few roundings of the outputs. Returns the reference's."""
     truth = reference.hermite_connectivity(chain, x, *rule, midpoint)
     ours = measured(chain, x, device, dtype, midpoint, rule)
     assert torch.equal(ours, ours.mT) and (ours.diagonal() == 1).all()
-    allowed = 1e-12
+    allowed = 4 * torch.finfo(dtype).eps * (1 + hermite_condition(chain, x, rule[0], midpoint))
     if dtype == torch.float32:
         plain = reference.hermite_connectivity(cast(chain, dtype), x.to(dtype), *rule, midpoint)
-        allowed = 2 * (plain.double() - truth).abs().max() + 16 * torch.finfo(dtype).eps
-    assert (ours.double() - truth).abs().max() <= allowed
+        allowed += 2 * (plain.double() - truth).abs().max()
+    assert ((ours.double() - truth).abs() <= allowed).all()
     return truth
 
 
@@ -70,7 +72,7 @@ def test_sums_with_earlier_values(sums, midpoint, device, dtype):
 @MIDPOINT
 @pytest.mark.parametrize("seed", range(6))
 def test_any_sums_in_any_chain(seed, midpoint, device, dtype):
-    chain = random_sums(seed, scale=0.4)  # saturated outputs cost digits
+    chain = random_sums(seed)
     assert_right(chain, samples(18, len(chain.weights[0].mT)), device, dtype, midpoint)
 
 

@@ -35,8 +35,14 @@ def test_an_op_has_its_kernel_reference_test_and_bench(name):
         assert entry in (ROOT / "csrc/ops.h").read_text(), entry
     assert hasattr(torch.ops.lmnfast, name)
     tests = (ROOT / f"tests/test_{name}.py").read_text()
-    for part in (f"reference.{name}", "opcheck", "torch.compile", "device", "dtype"):
+    for part in (f"reference.{name}", "opcheck", "torch.compile"):
         assert part in tests, f"tests/test_{name}.py does not use {part}"
+    for fixture in ("device", "dtype"):
+        assert re.search(rf"def test_\w+\([^)]*\b{fixture}\b", tests), (
+            f"tests/test_{name}.py has no test on every {fixture}"
+        )
+    on_cuda = re.search(r"^OPS = \(([^)]*)\)", (ROOT / "tests/test_cuda.py").read_text(), re.MULTILINE)[1]
+    assert name in on_cuda.replace(",", " ").split(), f"tests/test_cuda.py leaves {name} out"
 
 
 def test_no_kernel_file_is_without_an_op():
@@ -148,6 +154,16 @@ def test_the_readmes_example_runs(capsys):
     exec(blocks[0], {})
     said = capsys.readouterr().out
     assert "Measurement(lmn=" in said and "'layer': '1'" in said
+
+
+@pytest.mark.parametrize("name", ["docs/architecture.md", "docs/mathematics.md", "CONTRIBUTING.md"])
+def test_documents_for_developers_name_files_that_exist(name):
+    text = (ROOT / name).read_text()
+    paths = re.findall(r"`((?:lmnfast|csrc|tests|bench|docs|examples)/[\w./-]+)`", text)
+    links = [(ROOT / name).parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)]
+    assert len(paths) > 2 and links
+    for place in [*(ROOT / path for path in paths), *links]:
+        assert place.exists(), place
 
 
 FAKE_CMAKE = """#!{python}

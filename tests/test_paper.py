@@ -104,7 +104,7 @@ def test_numbers_of_a_few_seeds_are_not_called_within_or_outside():
         members = [Seed(run([1, 1, 34.7, 20], generalised=3), None, None, []) for _ in range(count)]
         found = {number.name: number for number in claims.numbers({"xor": members})}
         assert found["LMN, peak"].verdict == verdict
-        assert found["LMN at step 0"].verdict == ""  # nothing was asked of it
+        assert found["LMN at step 0"].verdict == ""  # it has no bound
         assert found["L2 norm at step 10000"].verdict == "not reached"
 
 
@@ -151,21 +151,31 @@ def test_the_second_rise_is_the_largest_after_the_peak_and_before_the_papers_end
     assert second_rise(run(lmn)) is None
 
 
-def test_the_papers_numbers_are_within_its_own_curves():
+def test_the_papers_numbers_are_those_of_its_own_curves():
+    """Both were read off Figure 2, to 0.15 in LMN and 0.1 in L2 norm."""
+    columns, compared = {"LMN": ("lmn", 0.15), "L2 norm": ("l2_norm", 0.1)}, []
     for task, numbers in claims.PAPER.items():
         curve = claims.paper_curves(task)
         for name, value in numbers.items():
-            if match := re.fullmatch(r"(LMN|L2 norm) at step (\d+)", name):
-                column = {"LMN": "lmn", "L2 norm": "l2_norm"}[match[1]]
-                near = [
-                    v
-                    for s, v in zip(curve["step"], curve[column])
-                    if abs(s - int(match[2])) <= 100 and v == v
-                ]
-                assert not near or min(abs(v - value) for v in near) < 0.6, (task, name)
+            if not (match := re.fullmatch(r"(LMN|L2 norm)(, peak| at step (?:4000|8000|10000))", name)):
+                continue
+            column, error = columns[match[1]]
+            values = list(curve[column])
+            if match[2] == ", peak":
+                place = int(np.nanargmax(values))
+                top, beside = values[place], values[max(place - 2, 0) : place + 3]
+                assert value >= top - error, (task, name)
+                # Where another line covers the curve at its peak, the peak may be higher than all that was read.
+                if any(map(math.isnan, beside)):
+                    continue
+            else:
+                top = values[list(curve["step"]).index(int(match[2].split()[-1]))]
+            assert abs(top - value) <= error, (task, name)
+            compared.append((task, name))
+    assert len(compared) == 12 and {task for task, _ in compared} == set(claims.PAPER)
 
 
-def test_numbers_are_compared_within_what_was_asked():
+def test_numbers_are_compared_within_their_bounds():
     assert claims._within("s4", "LMN, peak", 1.07) == "within 8%"
     assert claims._within("s4", "LMN, peak", 0.91) == "outside 8%"
     assert claims._within("s4", "step of generalisation", 1 / 1.5) == "within a factor 1.6"

@@ -55,7 +55,7 @@ def measured(
 def assert_as_right_as_pytorch(
     chain: Chain, x: torch.Tensor, device: torch.device, dtype: torch.dtype, rule=UNIFORM
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most twice the largest error of the float32 reference; float64 to 1e-12; and a few roundings of the outputs.
+    """At most a few roundings of the outputs, and in float32 twice the largest error of the reference beside them.
 
     Returns the kernel's matrix and the reference's.
     """
@@ -63,7 +63,7 @@ def assert_as_right_as_pytorch(
     ours = measured(chain, x, device, dtype, rule)
     assert torch.equal(ours, ours.mT) and (ours.diagonal() == 1).all()
     error = (ours.double() - truth).abs()
-    allowed = 1e-12
+    allowed = 0.0
     if dtype == torch.float32:
         plain = reference.path_connectivity(cast(chain, dtype), x.to(dtype), *rule)
         allowed = 2 * (plain.double() - truth).abs().max()
@@ -264,12 +264,14 @@ TAILS = {
 
 
 def tail(name: str) -> Chain:
-    """A network as wide as the issue's, or one that a kernel with fixed tiles has to take in parts."""
+    """A network as wide as the paper's, or one that a kernel with fixed tiles has to take in parts."""
     widths, activation = TAILS[name]
     return random_chain(widths, ["identity", *[activation] * (len(widths) - 2), "identity"], scale=1.0)
 
 
 @pytest.mark.parametrize("name", TAILS)
+# highest: on an H200 at most 1.9e-5 (bench/results/nvidia-h200.md). high: 11 bits of the last units' residuals, see
+# docs/mathematics.md, section 13.
 @pytest.mark.parametrize("matmul, bound", [("highest", 2e-5), ("high", 1e-3)])
 def test_errors_at_each_matmul_precision(name, matmul, bound, device, precision):
     widths = TAILS[name][0]

@@ -35,12 +35,13 @@ def assert_right(arguments, device, dtype):
     assert ours.dtype == dtype and ours.shape == truth.shape and ours.device.type == device.type
     if truth.numel() == 0:
         return
-    error = (ours.cpu().double() - truth).abs().max()
-    if dtype == torch.float64:
-        assert error <= 1e-12
-    else:
-        plain = reference.path_r2(interior.to(dtype), ends.to(dtype), *rest)
-        assert error <= 2 * (plain.double() - truth).abs().max() + 8 * torch.finfo(dtype).eps
+    # Twice what PyTorch loses, which in float64 is the truth itself, and a few roundings: outputs vary as much as they are large.
+    plain = reference.path_r2(interior.to(dtype), ends.to(dtype), *rest)
+    allowed = (
+        2 * (plain.double() - truth).abs().max()
+        + (2 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
+    )
+    assert (ours.cpu().double() - truth).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 3, 7, 8, 9, LANES - 1, LANES, LANES + 1, 31, 32, 33, 100])

@@ -73,3 +73,16 @@ def test_numpys_integers_are_integers():
     for points in (np.float64(9), np.bool_(True), "9"):
         with pytest.raises(TypeError, match="points: expected an integer"):
             path_nodes("lobatto", points)
+
+
+@pytest.mark.parametrize("rule, points", [("uniform", 3), ("uniform", 21), ("lobatto", 5), ("lobatto", 9)])
+def test_the_residuals_moments_keep_their_digits(rule, points):
+    """Of residuals e that are 0 at both ends, var(t) var(e) - cov(e, t)^2 is at least c var(t) E[e^2], and for one of them no more:
+    docs/mathematics.md, section 5."""
+    t, w = (v.numpy() for v in path_nodes(rule, points))
+    t = t - w @ t
+    v, ends = w @ t**2, w[0] + w[-1]
+    form = v * (np.diag(w) - np.outer(w, w)) - np.outer(w * t, w * t)
+    root = np.sqrt(w[1:-1])
+    shares = np.linalg.eigvalsh(form[1:-1, 1:-1] / (root[:, None] * root)) / v
+    assert shares.min() == pytest.approx(min(ends, ends / (4 * v)), rel=1e-9) and shares.min() > 0.09

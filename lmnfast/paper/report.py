@@ -129,7 +129,7 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         "The paper's are read off its figures (about ±0.15 in LMN, ±0.1 in L2 norm).",
         "",
         *table(
-            ("number", "task", "paper", ours, "all seeds", "difference", "asked"),
+            ("number", "task", "paper", ours, "all seeds", "difference", "bound"),
             [(c.name, c.task, c.paper, _ours(c), _all(c), _difference(c), c.verdict) for c in measured],
         ),
         "",
