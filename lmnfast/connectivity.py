@@ -25,6 +25,7 @@ from .evaluation import (
     first_outputs,
     has_kernel_of,
     has_kernels,
+    is_like,
     keep_freed_pages,
     on_device,
     out_of_memory,
@@ -35,7 +36,7 @@ from .evaluation import (
     tile_pairs,
     widened,
 )
-from .jacobian import Differentiated, other_features, tiled, with_features
+from .jacobian import Differentiated, of_chain, of_other
 from .network import Chain, Stacked, loaded, networks_in, recognise
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .quadrature import path_nodes
@@ -351,10 +352,19 @@ def enqueue(
             with on_stream(stream):
                 if expected is not None:
                     expected = expected.reshape(len(x), -1)
-                if chain is not None and checks.deferred and method != "jacobian":
+                of_jacobians = method == "jacobian" and _native.on_cuda(x)
+                if chain is not None and (of_jacobians or (checks.deferred and method != "jacobian")):
                     # Of stateless modules in order nothing else can come out than what the chain gives.
                     again = None if kept.in_order else chain(x)
-                    if all(t is None or _is_like(t, ends) for t in (again, expected)):
+                    alike = all(t is None or is_like(t, ends) for t in (again, expected))
+                    if alike and of_jacobians:
+                        try:
+                            L = of_chain(chain, x, ends, "connectivity", again=again, expected=expected)
+                        except NotTheChain:
+                            chain = None
+                        else:
+                            return Enqueued(_plain(L), _precision(precision, chain, x), ends.shape[1])
+                    elif alike:
                         measured = chain_connectivity(chain, x, nodes, weights, midpoint)
                         return Enqueued(
                             measured,
@@ -378,8 +388,11 @@ def enqueue(
                         calls, x = _hoisted(calls, x, ends, checks)
                 tile = tile_bytes(budget, x.device) if chain is None else 0
                 if method == "jacobian":
-                    L = _of_jacobians(calls, chain, x, ends, allocated, checks)
-                    measured = ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), _nothing)
+                    measured = _plain(
+                        of_other(calls, x, ends, allocated, "connectivity", False, checks)
+                        if chain is None
+                        else of_chain(chain, x, ends, "connectivity")
+                    )
                 elif chain is not None:
                     with _native.reporting(progress):
                         measured = chain_connectivity(chain, x, nodes, weights, midpoint)
@@ -407,11 +420,6 @@ def enqueue(
         finally:
             if stream is not None and chain is None:
                 torch.cuda.current_stream(x.device).wait_stream(stream)
-
-
-def _is_like(values: Tensor, ends: Tensor) -> bool:
-    """Whether one pass can compare them."""
-    return (values.shape, values.dtype, values.device) == (ends.shape, ends.dtype, ends.device)
 
 
 def _precision(setting: str, chain: Chain | None, x: Tensor) -> str:
@@ -557,8 +565,9 @@ def _indistinct(first: Tensor, second: Tensor) -> Tensor:
     return are_close(first, second)
 
 
-def _nothing() -> None:
-    """There are no unresolved pairs."""
+def _plain(L: Tensor) -> ChainConnectivity:
+    """Without constant outputs and unresolved pairs."""
+    return ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), lambda: None)
 
 
 def _generic_hermite(
@@ -699,46 +708,6 @@ class _PolynomialMoments:
         share = torch.where(constant, 0.0, nonlinear / total)  # of no use where it is unresolved
         ulps = RESOLVED_ULPS[chord.dtype]
         return share, constant, ~(variation > torch.hypot(magnitude, rounding) * (ulps * epsilon)) & ~constant
-
-
-def _of_jacobians(
-    f: Calls, chain: Chain | None, x: Tensor, ends: Tensor, allocated: int, checks: Checks
-) -> Tensor:
-    """1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2), from the distances of jacobian_distances."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if chain is None:
-        rows = other_features(f, x, ends, allocated, False, checks)
-        return _with_norms(rows, x, ends.shape[1] * x[0].numel(), dtype)[0]
-    if all(a.name == "identity" for a in chain.activations):
-        return torch.ones(len(x), len(x), dtype=dtype, device=x.device)
-    return with_features(chain, x, ends, False, lambda rows, width: _with_norms(rows, x, width, dtype))
-
-
-def _with_norms(
-    rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The same of rows of features, in place of Jacobians; and the rows' norms (N, 1)."""
-    norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-
-    def with_norms(begin: int, end: int) -> Tensor:
-        features = rows(begin, end)
-        norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
-        return features
-
-    L = tiled(with_norms, len(x), width, False, dtype)
-    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
-    for begin in range(0, len(x), 256):
-        end = min(begin + 256, len(x))
-        least, largest = (of(norms[begin:end, None], norms[begin:]) for of in (torch.minimum, torch.maximum))
-        # Not torch's hypot, which has other last bits where it is not vectorised.
-        both = largest * (1 + (least / torch.where(largest > 0, largest, 1.0)).square()).sqrt()
-        share = L[begin:end, begin:] / torch.where(both > 0, both, 1.0)
-        some = 1 - share.square()
-        own = some[:, : end - begin]
-        own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
-        L[begin:end, begin:] = some
-        L[end:, begin:end] = some[:, end - begin :].mT
-    return L, norms[:, None].to(dtype)
 
 
 def _like(x: Tensor, values: Tensor) -> Tensor:
