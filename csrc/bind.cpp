@@ -201,30 +201,30 @@ struct JacobianCall {
   std::int64_t samples;
 
   template <class Function>
-  auto with_op(Address jacobian, Address workspace, const lmn::Watch* watch, const Function& function) const {
+  auto with_op(Address jacobian, Address outputs, Address workspace, const lmn::Watch* watch, const Function& function) const {
     const auto call = [&](auto zero) {
       using T = decltype(zero);
       return function(lmn::Jacobian<T>{pointer<const T>(x), reinterpret_cast<const T* const*>(weights.data()),
                                        reinterpret_cast<const T* const*>(biases.data()), widths.data(),
                                        activations.data(), samples, std::int32_t(weights.size()),
-                                       pointer<T>(jacobian), pointer<void>(workspace), watch});
+                                       pointer<T>(jacobian), pointer<T>(outputs), pointer<void>(workspace), watch});
     };
     return is_double ? call(0.0) : call(0.0f);
   }
   std::size_t workspace(int threads) const {
-    return with_op(0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_workspace(op, threads); });
+    return with_op(0, 0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_workspace(op, threads); });
   }
-  void run(Address jacobian, Address workspace, int threads, bool signals, py::object progress) const {
+  void run(Address jacobian, Address outputs, Address workspace, int threads, bool signals, py::object progress) const {
     attended(signals, std::move(progress), [&](const lmn::Watch* watch) {
-      with_op(jacobian, workspace, watch, [&](const auto& op) { lmn::jacobian_cpu(op, threads); });
+      with_op(jacobian, outputs, workspace, watch, [&](const auto& op) { lmn::jacobian_cpu(op, threads); });
     });
   }
 #if defined(LMN_CUDA)
   std::size_t workspace_cuda() const {
-    return with_op(0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_cuda_workspace(op); });
+    return with_op(0, 0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_cuda_workspace(op); });
   }
-  void run_cuda(Address jacobian, Address workspace, Address stream) const {
-    raise("jacobian", with_op(jacobian, workspace, nullptr, [&](const auto& op) {
+  void run_cuda(Address jacobian, Address outputs, Address workspace, Address stream) const {
+    raise("jacobian", with_op(jacobian, outputs, workspace, nullptr, [&](const auto& op) {
             return lmn::jacobian_cuda(op, pointer<CUstream_st>(stream));
           }));
   }
@@ -430,16 +430,17 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("isometry_distance_workspace", &lmn::isometry_distance_workspace);
   m.def("isometry_distance_cuda", [](bool is_double, Address x, Address first, Address bias, Address last,
-                                     std::int64_t samples, std::int64_t inputs, std::int64_t units, std::int64_t outputs,
-                                     int kind, double alpha, double beta, bool squared, bool connectivity, Address distance,
-                                     Address lost, Address workspace, Address stream) {
+                                     Address last_bias, std::int64_t samples, std::int64_t inputs, std::int64_t units,
+                                     std::int64_t outputs, int kind, double alpha, double beta, bool squared,
+                                     bool connectivity, Address distance, Address y, Address lost, Address workspace,
+                                     Address stream) {
     const lmn::Activation activation = activations_of({kind}, {alpha, beta})[0];
     const auto run = [&](auto zero) {
       using T = decltype(zero);
       const lmn::IsometryDistance<T> op{pointer<const T>(x), pointer<const T>(first), pointer<const T>(bias),
-                                        pointer<const T>(last), samples, inputs, units, outputs, activation, squared,
-                                        connectivity, pointer<T>(distance), pointer<double>(lost),
-                                        pointer<double>(workspace)};
+                                        pointer<const T>(last), pointer<const T>(last_bias), samples, inputs, units,
+                                        outputs, activation, squared, connectivity, pointer<T>(distance), pointer<T>(y),
+                                        pointer<double>(lost), pointer<double>(workspace)};
       raise("isometry_distance", lmn::isometry_distance_cuda(op, pointer<CUstream_st>(stream)));
     };
     is_double ? run(0.0) : run(0.0f);

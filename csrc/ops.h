@@ -98,6 +98,7 @@ struct Jacobian {
   std::int64_t samples;
   std::int32_t layers;              // 1 or more
   T* jacobian;                      // [samples, widths[layers], widths[0]]
+  T* outputs;                       // CUDA: [samples, widths[layers]] or null: the chain's
   void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
   const Watch* watch;               // CPU; null: nobody
 };
@@ -155,18 +156,20 @@ struct JacobianFeatures {
   double* slopes;                   // [samples, units], the workspace
 };
 
-/// What jacobian_distance gives of those rows, made and measured in one go: a call from Python, and memory for each part, cost as
-/// much as the kernels. CUDA alone.
+/// What jacobian_distance gives of those rows, made and measured in one go: a call from Python for each part, and memory, cost
+/// more than the kernels. CUDA alone.
 template <class T>
 struct IsometryDistance {
   const T* x;                       // [samples, inputs]
   const T* first;                   // [units, inputs]
   const T* bias;                    // [units] or null
   const T* last;                    // [outputs, units]
+  const T* last_bias;               // [outputs] or null
   std::int64_t samples, inputs, units, outputs;
   Activation activation;
   bool squared, connectivity;       // as of JacobianDistance
   T* distance;                      // [samples, samples]
+  T* y;                             // [samples, outputs] or null: the chain's outputs
   double* lost;                     // [2], as of JacobianIsometry
   double* workspace;                // [isometry_distance_workspace(samples, units)], 16-byte aligned
 };

@@ -23,6 +23,7 @@ from .evaluation import (
     check_budget,
     checked_samples,
     first_outputs,
+    gives_outputs,
     has_kernel_of,
     has_kernels,
     is_like,
@@ -335,7 +336,11 @@ def enqueue(
         if not checks.deferred:  # of not finite samples f may say anything
             checks.finite("x", x)
         chain = (known or recognise(f)) if fuse and has_kernels(x) and kept.in_order else None
-        ends = first_outputs(calls, x, chain)
+        of_jacobians = method == "jacobian" and _native.on_cuda(x)
+        ends: Tensor | None = None  # where the kernels give them
+        own = of_jacobians and chain is not None and expected is None
+        if not (own and chain is not None and has_kernel_of(chain, x) and gives_outputs(chain, x)):
+            ends = first_outputs(calls, x, chain)
         allocated = 0  # bytes of f's results for all samples; of a chain nobody asks
         if fuse and has_kernels(x) and not kept.in_order:
             chain = known or recognise(f)
@@ -352,19 +357,19 @@ def enqueue(
             with on_stream(stream):
                 if expected is not None:
                     expected = expected.reshape(len(x), -1)
-                of_jacobians = method == "jacobian" and _native.on_cuda(x)
                 if chain is not None and (of_jacobians or (checks.deferred and method != "jacobian")):
                     # Of stateless modules in order nothing else can come out than what the chain gives.
                     again = None if kept.in_order else chain(x)
-                    alike = all(t is None or is_like(t, ends) for t in (again, expected))
+                    alike = ends is None or all(t is None or is_like(t, ends) for t in (again, expected))
                     if alike and of_jacobians:
                         try:
                             L = of_chain(chain, x, ends, "connectivity", again=again, expected=expected)
                         except NotTheChain:
                             chain = None
                         else:
-                            return Enqueued(_plain(L), _precision(precision, chain, x), ends.shape[1])
-                    elif alike:
+                            outputs = chain.weights[-1].shape[0]
+                            return Enqueued(_plain(L), _precision(precision, chain, x), outputs)
+                    elif alike and ends is not None:
                         measured = chain_connectivity(chain, x, nodes, weights, midpoint)
                         return Enqueued(
                             measured,
@@ -373,6 +378,7 @@ def enqueue(
                             offset=partial(_offset, chain, ends),
                             findings=Findings(x, ends, again, expected, measured.L, measured.counts),
                         )
+                assert ends is not None
                 if checks.deferred:
                     checks.finite("x", x)
                 checks.finite("f(x)", ends)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import _native
 from .network import CHAIN_DTYPES, IDENTITY, Chain, check_function, same_output
+from .ops._checks import KERNEL_DTYPES
 from .ops.check_outputs import find
 from .state import evaluating
 from .unresolved import in_double
@@ -81,6 +82,16 @@ def has_kernels(x: Tensor) -> bool:
 def has_kernel_of(chain: Chain, x: Tensor) -> bool:
     """Whether there is a kernel of paths for a chain on samples like these."""
     return x.dim() == 2 or chain.flattens
+
+
+def gives_outputs(chain: Chain, x: Tensor) -> bool:
+    """Whether a chain's kernels give what f would on these samples, to rounding, where f is made of torch's own modules in order:
+    nobody need call it, which on CUDA takes as long as the kernels. Else f has another precision, or says what is wrong."""
+    return (
+        x.dtype == chain.weights[0].dtype in KERNEL_DTYPES
+        and x.numel() == x.shape[0] * chain.weights[0].shape[1]
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def is_like(values: Tensor, ends: Tensor) -> bool:

@@ -22,6 +22,7 @@ from .evaluation import (
     check_budget,
     checked_samples,
     first_outputs,
+    gives_outputs,
     has_kernels,
     is_like,
     out_of_memory,
@@ -60,6 +61,8 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
     differentiated by torch.func, forwards where it has more outputs than inputs and backwards elsewhere, on as many
     samples at a time as the budget allows; where that cannot run one of f's layers, by torch.autograd, output after
     output. An ``nn.Module`` is measured in eval mode and left as it was. The result carries no graph.
+    On CUDA a chain of torch's own modules in order, in float32 or float64 and without autocast, is not called: the kernels give
+    its outputs, which are only looked at.
 
     Args:
         f: maps a batch (B, *in) to (B, *out), one row independent of the others, differentiable.
@@ -79,12 +82,13 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
         chain, y, again, allocated = _prepared(calls, x, kept.in_order)
+        if chain is not None and not _native.on_cuda(x):
+            J, _ = at_once(chain, x)
+            _check_finite(J)
+            return J
         if chain is not None:
-            J = at_once(chain, x)
-            if not _native.on_cuda(x):
-                _check_finite(J)
-                return J
-            found = Findings(x, y, again, None, J.flatten(1))
+            J, own = at_once(chain, x, with_outputs=y is None)
+            found = Findings(x, own if y is None else y, again, None, J.flatten(1))
             try:
                 found.check()
             except NotTheChain:
@@ -93,6 +97,7 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
                 if not found.finite:
                     _check_finite(J)
                 return J
+        assert y is not None
         # Samples and outputs have been looked at.
         J = Differentiated(calls, x, y, allocated, budget, Checks(False))(0, len(x))
         _check_finite(J)
@@ -113,8 +118,7 @@ def jacobian_distances(
     ``M = (W3^T W3) o (W2 W2^T) = B^T B``, and ``d[i, j] = |B s_i - B s_j|``. Otherwise Jacobians are taken for two tiles of
     samples at a time, again and again, and never all held. Networks that are no chain are differentiated in their own
     dtype, as :func:`jacobians` does; below its rounding a distance is noise.
-    Memory beyond the result: under 64 MB, but for what f itself needs. CUDA is waited for once, at the end, where f is made
-    of torch's own modules in order.
+    Memory beyond the result: under 64 MB, but for what f itself needs. CUDA is waited for once, at the end, where f is a chain.
 
     Args:
         f, x: as there.
@@ -137,6 +141,7 @@ def jacobian_distances(
                 return of_chain(chain, x, y, kind, affine, again)
             except NotTheChain:
                 pass
+        assert y is not None
         return of_other(calls, x, y, allocated, kind, affine, Checks(False))
 
 
@@ -177,8 +182,8 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
 class Prepared(NamedTuple):
     chain: Chain | None
     """What f is, if so."""
-    y: Tensor
-    """f(x), (N, K)."""
+    y: Tensor | None
+    """f(x), (N, K); None, on CUDA, where the chain's kernels give it."""
     again: Tensor | None
     """What the chain gives, where nobody has compared that with y yet: on CUDA, where f is not in order."""
     allocated: int
@@ -199,6 +204,8 @@ def _prepared(calls: Calls, x: Tensor, in_order: bool, with_kernels: bool = True
         return chain if takes else None
 
     chain, allocated = recognised() if in_order else None, 0
+    if on_cuda and chain is not None and gives_outputs(chain, x):
+        return Prepared(chain, None, None, 0)
     if not on_cuda:
         checks.finite("x", x)
     try:
@@ -259,21 +266,21 @@ def merged(chain: Chain) -> Chain:
 def of_chain(
     chain: Chain,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     kind: Kind,
     affine: bool = False,
     again: Tensor | None = None,
     expected: Tensor | None = None,
 ) -> Tensor:
     """What is made of every two Jacobians of a chain, (N, N). CUDA is waited for once, for the checks of samples x and outputs y,
-    too, and of the chain's outputs and the model's, see `Findings`; elsewhere these have been made.
+    too, and of the chain's outputs and the model's, see `Findings`; elsewhere these have been made. y: as of `Prepared`.
 
     Raises NotTheChain, on CUDA, where y are others than the chain's.
     """
     on_cuda = _native.on_cuda(x)
     if all(a == IDENTITY for a in chain.activations):
         if on_cuda:
-            Findings(x, y, again, expected).check()
+            Findings(x, chain(x) if y is None else y, again, expected).check()
         value = 1.0 if kind == "connectivity" else 0.0
         return torch.full((len(x), len(x)), value, dtype=_result_dtype(x), device=x.device)
     if not on_cuda:
@@ -281,13 +288,16 @@ def of_chain(
         return of_rows(_checked(rows), x, width, kind)
     hidden = _one_hidden(chain, x)
     if hidden is not None:
-        made, lost = _of_one_hidden(hidden, x, affine, kind)
+        made, lost, own = _of_one_hidden(hidden, x, affine, kind, with_outputs=y is None)
+        y = y if own is None else own
+        y = chain(x) if y is None else y
         found = Findings(x, y, again, expected, made, lost)
         found.check()
         if abs(found.count) <= ISOMETRY_ERROR:
             if not found.finite:
                 _name_what_is_not_finite(*_features_on_device(hidden, x, affine)[:2], x, made, kind)
             return made
+    y = chain(x) if y is None else y
     rows, width = chain_features(chain, x, affine, with_isometry=hidden is None)
     made = of_rows(rows, x, width, kind)
     found = Findings(x, y, again, expected, made)
@@ -353,14 +363,26 @@ def _one_hidden(chain: Chain, x: Tensor) -> Chain | None:
     return chain if bent == [False, True, False] and has_isometry(*chain.weights) else None
 
 
-def _of_one_hidden(chain: Chain, x: Tensor, affine: bool, kind: Kind) -> tuple[Tensor, Tensor]:
-    """`of_chain` by CUDA's kernels for one hidden layer, without waiting, and what `isometry` says about B."""
+def _of_one_hidden(
+    chain: Chain, x: Tensor, affine: bool, kind: Kind, with_outputs: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`of_chain` by CUDA's kernels for one hidden layer, without waiting, what `isometry` says about B, and where they give them
+    the chain's outputs."""
     first, last = chain.weights
     if affine or first.dtype != _result_dtype(x) or _tile_rows(len(x), len(first)) < len(x):
         rows, width, lost = _features_on_device(chain, x, affine)
-        return of_rows(rows, x, width, kind), lost
-    is_kind = {"squared": kind == "squared", "connectivity": kind == "connectivity"}
-    return isometry_distance(x.flatten(1), first, chain.biases[0], last, chain.activations[1], **is_kind)
+        return of_rows(rows, x, width, kind), lost, None
+    return isometry_distance(
+        x.flatten(1),
+        first,
+        chain.biases[0],
+        last,
+        chain.biases[1],
+        chain.activations[1],
+        squared=kind == "squared",
+        connectivity=kind == "connectivity",
+        with_outputs=with_outputs,
+    )
 
 
 def _features_on_device(

@@ -288,19 +288,23 @@ def check_function(f: nn.Module, samples: int) -> dict[str, Tensor]:
                     _check_values(path, tensor, "f")
                     if own is part._parameters:
                         parameters[path] = tensor
-        said = f"its part {name.removeprefix('model.')!r}" if name else "it"
         if ".quantized.dynamic." in type(part).__module__:
             raise ValueError(
-                f"f: {said} is quantised dynamically: no scale is part of its state, each call takes it from all rows of "
+                f"f: {_said_of(name)} is quantised dynamically: no scale is part of its state, each call takes it from all rows of "
                 "the batch, so a sample's outputs depend on the other samples; expected the float network, or static quantisation"
             )
         if _exported_for(part) == samples:
             raise ValueError(
-                f"f: {said} was exported by torch.export for batches of {samples} samples alone, and is to be called on other "
+                f"f: {_said_of(name)} was exported by torch.export for batches of {samples} samples alone, and is to be called on other "
                 "numbers of them; export it with a dynamic first dimension: "
                 'torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("samples")},))'
             )
     return parameters
+
+
+def _said_of(name: str) -> str:
+    """A part by its name, for a reader."""
+    return f"its part {name.removeprefix('model.')!r}" if name else "it"
 
 
 def _exported_for(part: nn.Module) -> int | None:
@@ -815,20 +819,23 @@ def _checked_chain(
     if len(kinds) != 1 or tensors[0].dtype not in CHAIN_DTYPES:
         said = sorted(f"{dtype} on {device}" for dtype, device in kinds)
         raise NotAChain(f"weights are {' and '.join(said)}")
-    shapes = [w.shape for w in weights]
-    if (
-        any(len(shape) != 2 for shape in shapes)
-        or any(b is not None and b.shape != shape[:1] for shape, b in zip(shapes, biases))
-        or any(shape[0] != after[1] for shape, after in zip(shapes, shapes[1:]))
-    ):
-        raise NotAChain("shapes of weights that do not fit together")
-    widths = [shapes[0][1], *(shape[0] for shape in shapes)]
-    if any(widths[into // 2] != widths[source // 2] for into, source in skips.items()):
-        raise NotAChain("a sum of results of different widths")
-    return Chain(
-        tuple(w.detach() for w in weights),
-        tuple(b if b is None else b.detach() for b in biases),
-        tuple(activations),
-        flattens,
-        tuple(skips.items()),
-    )
+    try:
+        return Chain(
+            tuple(w.detach() for w in weights),
+            tuple(b if b is None else b.detach() for b in biases),
+            tuple(activations),
+            flattens,
+            tuple(skips.items()),
+        )
+    except ValueError:
+        shapes = [w.shape for w in weights]
+        if (
+            any(len(shape) != 2 for shape in shapes)
+            or any(b is not None and b.shape != shape[:1] for shape, b in zip(shapes, biases))
+            or any(shape[0] != after[1] for shape, after in zip(shapes, shapes[1:]))
+        ):
+            raise NotAChain("shapes of weights that do not fit together") from None
+        widths = [shapes[0][1], *(shape[0] for shape in shapes)]
+        if any(widths[into // 2] != widths[source // 2] for into, source in skips.items()):
+            raise NotAChain("a sum of results of different widths") from None
+        raise

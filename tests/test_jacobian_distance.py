@@ -5,7 +5,7 @@ import torch
 from chains import activation, assert_refused
 
 from lmnfast import _native, ops, reference
-from lmnfast.network import ACTIVATIONS
+from lmnfast.network import ACTIVATIONS, IDENTITY, Chain
 from lmnfast.ops.jacobian_distance import (
     has_isometry,
     isometric_features,
@@ -364,17 +364,21 @@ def test_the_connectivity_of_rows_that_are_zeros_the_same_opposite_or_no_numbers
 def test_one_call_gives_the_bits_of_its_parts(shape, with_bias, kernels, dtype):
     first, last, bias = (v.to(dtype).to(kernels) for v in weights(*shape))
     x, f = features(37, shape[0], seed=5).to(dtype).to(kernels), activation("silu")
-    bias = bias if with_bias else None
+    bias, last_bias = (bias, last[:, 0].clone()) if with_bias else (None, None)
     B, lost = isometry(first, last)
     rows = isometric_features(x, first, bias, f, B)
     for squared in (False, True):
-        d, bits = isometry_distance(x, first, bias, last, f, squared=squared)
+        d, bits, y = isometry_distance(x, first, bias, last, last_bias, f, squared=squared)
         # Of an emulated card the op is scaled as the CPU's is, which changes no digit here.
-        assert torch.equal(d, ops.jacobian_distance(rows, rows, squared, dtype))
+        assert torch.equal(d, ops.jacobian_distance(rows, rows, squared, dtype)) and y is None
         assert bits.dtype == torch.int64 and torch.equal(bits.view(F64), lost)
-    L, _ = isometry_distance(x, first, bias, last, f, connectivity=True)
+    L, _, y = isometry_distance(x, first, bias, last, last_bias, f, connectivity=True, with_outputs=True)
     assert torch.equal(L, jacobian_connectivity(rows, rows, dtype))
     assert torch.equal(L, L.mT) and (L.diagonal() == 1).all()
+    biases = tuple(None if b is None else b.double() for b in (bias, last_bias))
+    wide = Chain((first.double(), last.double()), biases, (IDENTITY, f, IDENTITY))
+    truth = wide(x.double())
+    assert y.dtype == dtype and (y - truth).abs().max() <= 16 * torch.finfo(dtype).eps * truth.abs().max()
 
 
 def test_where_there_are_such_features(kernels):

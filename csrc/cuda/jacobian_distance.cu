@@ -287,28 +287,48 @@ const char* jacobian_isometry_on(const JacobianIsometry<T>& op, CUstream_st* str
                 in_shared, op.isometry, op.lost);
 }
 
+/// values: [samples, units] or null, of the activation.
 template <class T>
-const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
-  const char* error = forward<T, double>({op.x, op.first, op.bias, nullptr, op.slopes, op.samples, op.inputs, op.units,
-                                          op.units, op.activation}, stream);
-  if (error) return error;
+const char* slopes_on(const JacobianFeatures<T>& op, T* values, CUstream_st* stream) {
+  return forward<T, double, T>({op.x, op.first, op.bias, values, op.slopes, op.samples, op.inputs, op.units, op.units,
+                                op.activation}, stream);
+}
+
+template <class T>
+const char* rows_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
   const Product<double> product{{op.slopes, op.units}, {op.isometry, 0}, nullptr, nullptr, nullptr, op.features,
                                 op.samples, 1, op.units, op.units, 0};
   return multiply(product, true, stream);
 }
 
 template <class T>
+const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
+  const char* error = slopes_on<T>(op, nullptr, stream);
+  return error ? error : rows_on(op, stream);
+}
+
+constexpr Activation kNoActivation{ActivationKind::kIdentity, 0, 0};
+
+template <class T>
 const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* stream) {
   double* const isometry = op.workspace + isometry_workspace(op.units);
   double* const features = isometry + op.units * op.units;
   double* const slopes = features + op.samples * op.units;
-  const char* error = jacobian_isometry_on<T>(
-      {op.first, op.last, op.units, op.inputs, op.outputs, isometry, op.lost, op.workspace}, stream);
-  if (error) return error;
-  error = jacobian_features_on<T>({op.x, op.first, op.bias, isometry, op.samples, op.inputs, op.units, op.activation, features,
-                                   slopes}, stream);
-  if (error) return error;
   double* const norms = slopes + op.samples * op.units;
+  T* const values = op.y ? reinterpret_cast<T*>(features) : nullptr;  // read before the features are written
+  const JacobianFeatures<T> rows{op.x, op.first, op.bias, isometry, op.samples, op.inputs, op.units, op.activation, features,
+                                 slopes};
+  const char* error = slopes_on(rows, values, stream);
+  if (!error && op.y) {
+    error = forward_as<T, T, T, ActivationKind::kIdentity>({values, op.last, op.last_bias, op.y, nullptr, op.samples,
+                                                            op.units, op.outputs, 0, kNoActivation}, stream);
+  }
+  if (!error) {
+    error = jacobian_isometry_on<T>({op.first, op.last, op.units, op.inputs, op.outputs, isometry, op.lost, op.workspace},
+                                    stream);
+  }
+  if (!error) error = rows_on(rows, stream);
+  if (error) return error;
   return jacobian_distance_on<T>({features, features, op.samples, op.samples, op.units, op.squared, op.connectivity,
                                   op.distance, norms, nullptr}, stream);
 }
@@ -316,8 +336,8 @@ const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* str
 // Here, where the layer's kernel is compiled for sums in double anyway.
 template <class T>
 const char* wide_linear_on(const WideLinear<T>& op, CUstream_st* stream) {
-  return forward<T, double>({op.x, op.weight, op.bias, op.z, nullptr, op.samples, op.inputs, op.outputs, 0,
-                             {ActivationKind::kIdentity, 0, 0}}, stream);
+  return forward_as<T, double, double, ActivationKind::kIdentity>({op.x, op.weight, op.bias, op.z, nullptr, op.samples,
+                                                                   op.inputs, op.outputs, 0, kNoActivation}, stream);
 }
 
 }  // namespace

@@ -34,10 +34,11 @@ def jacobian(chain: Chain, x: Tensor) -> Tensor:
     return torch.ops.lmnfast.jacobian(*_arguments(chain, x))
 
 
-def at_once(chain: Chain, x: Tensor) -> Tensor:
-    """:func:`jacobian` of samples that the chain has taken, on the CPU or on CUDA: torch's dispatcher, and a second look at the
-    arguments, take longer than the kernel."""
-    return _run(*_arguments(chain, x))
+def at_once(chain: Chain, x: Tensor, with_outputs: bool = False) -> tuple[Tensor, Tensor | None]:
+    """:func:`jacobian` of samples that the chain takes, on the CPU or on CUDA, and with_outputs, on CUDA alone, what the chain
+    gives, (N, K) of the same dtype, each sum in float64. Torch's dispatcher, and another look at the arguments, take longer
+    than the kernel."""
+    return _run(*_arguments(chain, x), with_outputs)
 
 
 def _arguments(
@@ -67,7 +68,7 @@ def _jacobian(
     parameters: Sequence[float],
 ) -> Tensor:
     _check(x, weights, biases, activations, parameters)
-    return _run(x, weights, biases, activations, parameters)
+    return _run(x, weights, biases, activations, parameters)[0]
 
 
 def _run(
@@ -76,7 +77,8 @@ def _run(
     biases: Sequence[Tensor | None],
     activations: Sequence[int],
     parameters: Sequence[float],
-) -> Tensor:
+    with_outputs: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     x, weights = plain(x), [plain(w) for w in weights]
     biases = [None if b is None else plain(b) for b in biases]
     widths = [x.shape[1], *(w.shape[0] for w in weights)]
@@ -90,7 +92,8 @@ def _run(
         parameters,
         x.shape[0],
     )
-    return _native.run(call, _native.empty(x, x.shape[0], widths[-1], widths[0]))
+    outputs = x.new_empty(x.shape[0], widths[-1]) if with_outputs else None
+    return _native.run(call, _native.empty(x, x.shape[0], widths[-1], widths[0]), outputs), outputs
 
 
 @torch.library.register_fake("lmnfast::jacobian")

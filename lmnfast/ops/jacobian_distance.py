@@ -232,18 +232,22 @@ def isometry_distance(
     first: Tensor,
     bias: Tensor | None,
     last: Tensor,
+    last_bias: Tensor | None,
     activation: Activation,
     *,
     squared: bool = False,
     connectivity: bool = False,
-) -> tuple[Tensor, Tensor]:
+    with_outputs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`isometry`, `isometric_features` and :func:`jacobian_distance` of those with themselves, or `jacobian_connectivity`, by one
     call.
 
     Returns:
-        (N, N) of x's dtype; and (2,) int64, the bits of what `isometry` says about B.
+        (N, N) of x's dtype; (2,) int64, the bits of what `isometry` says about B; and with_outputs (N, K) of x's dtype, what the
+        chain gives, each sum in float64.
     """
-    x, first, last, bias = plain(x), plain(first), plain(last), None if bias is None else plain(bias)
+    x, first, last = plain(x), plain(first), plain(last)
+    bias, last_bias = (None if b is None else plain(b) for b in (bias, last_bias))
     (codes, parameters), (samples, inputs), units = (
         activation_arguments([activation]),
         x.shape,
@@ -252,10 +256,11 @@ def isometry_distance(
     result, lost = x.new_empty(samples, samples), x.new_empty(2, dtype=torch.int64)
     size = _native._C.isometry_distance_workspace(samples, units)
     workspace = x.new_empty(size, dtype=torch.float64)
+    y = x.new_empty(samples, last.shape[0]) if with_outputs else None
     with _native.stream_of(x) as stream:
         _native._C.isometry_distance_cuda(
             x.dtype == torch.float64,
-            *map(_native.address, (x, first, bias, last)),
+            *map(_native.address, (x, first, bias, last, last_bias)),
             samples,
             inputs,
             units,
@@ -264,10 +269,10 @@ def isometry_distance(
             *parameters,
             squared,
             connectivity,
-            *map(_native.address, (result, lost, workspace)),
+            *map(_native.address, (result, y, lost, workspace)),
             stream,
         )
-    return result, lost
+    return result, lost, y
 
 
 def _check(first: Tensor, second: Tensor, dtype: torch.dtype) -> None:
