@@ -390,18 +390,20 @@ class Own(nn.Module):
         return self.net(x)
 
 
+def connectivity(f, x):
+    return lmnfast.connectivity(f, x, method="jacobian")
+
+
 def connectivity_on_a_card(f, x):
     enqueued = sys.modules["lmnfast.connectivity"].enqueue(f, x, method="jacobian", deferred=True)
     enqueued.check()
     return enqueued.L
 
 
-ON_A_CARD = pytest.mark.parametrize(
-    "measure", [lmnfast.jacobians, lmnfast.jacobian_distances, connectivity_on_a_card]
-)
+CALLS = pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances, connectivity])
 
 
-@ON_A_CARD
+@pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances, connectivity_on_a_card])
 @pytest.mark.parametrize("wrap", [lambda net: net, Own], ids=["torch's own", "the user's"])
 @pytest.mark.parametrize("widths", [(20, 30, 9), (20, 30, 25, 9)])
 def test_cuda_is_waited_for_once(measure, wrap, widths, device, waits, monkeypatch):
@@ -414,7 +416,7 @@ def test_cuda_is_waited_for_once(measure, wrap, widths, device, waits, monkeypat
     assert len(waits) == 1
 
 
-@ON_A_CARD
+@CALLS
 def test_a_function_that_is_not_its_chain_is_measured_as_it_is(measure, device, monkeypatch):
     """The checks behind the kernels say so, and what they have made is not used."""
     f, x = Own(network(20, 30, 9)).to(device), samples(12, 20).to(device)
@@ -428,7 +430,7 @@ def test_a_function_that_is_not_its_chain_is_measured_as_it_is(measure, device, 
     assert (measure(f, x) - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
-@ON_A_CARD
+@CALLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_modules_in_order_give_the_same_whether_they_are_called_or_not(measure, dtype, device):
     """On CUDA the kernels give their outputs, but for half types."""
@@ -440,7 +442,7 @@ def test_modules_in_order_give_the_same_whether_they_are_called_or_not(measure, 
         measure(f, x)
 
 
-@ON_A_CARD
+@CALLS
 def test_samples_that_do_not_fit_are_torchs_own_error_on_every_device(measure, device):
     f = network(20, 30, 9).to(device)
     for x in (samples(12, 19), samples(12, 1, 19)):
