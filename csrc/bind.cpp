@@ -201,30 +201,30 @@ struct JacobianCall {
   std::int64_t samples;
 
   template <class Function>
-  auto with_op(Address jacobian, Address workspace, const lmn::Watch* watch, const Function& function) const {
+  auto with_op(Address jacobian, Address outputs, Address workspace, const lmn::Watch* watch, const Function& function) const {
     const auto call = [&](auto zero) {
       using T = decltype(zero);
       return function(lmn::Jacobian<T>{pointer<const T>(x), reinterpret_cast<const T* const*>(weights.data()),
                                        reinterpret_cast<const T* const*>(biases.data()), widths.data(),
                                        activations.data(), samples, std::int32_t(weights.size()),
-                                       pointer<T>(jacobian), pointer<void>(workspace), watch});
+                                       pointer<T>(jacobian), pointer<T>(outputs), pointer<void>(workspace), watch});
     };
     return is_double ? call(0.0) : call(0.0f);
   }
   std::size_t workspace(int threads) const {
-    return with_op(0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_workspace(op, threads); });
+    return with_op(0, 0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_workspace(op, threads); });
   }
-  void run(Address jacobian, Address workspace, int threads, bool signals, py::object progress) const {
+  void run(Address jacobian, Address outputs, Address workspace, int threads, bool signals, py::object progress) const {
     attended(signals, std::move(progress), [&](const lmn::Watch* watch) {
-      with_op(jacobian, workspace, watch, [&](const auto& op) { lmn::jacobian_cpu(op, threads); });
+      with_op(jacobian, outputs, workspace, watch, [&](const auto& op) { lmn::jacobian_cpu(op, threads); });
     });
   }
 #if defined(LMN_CUDA)
   std::size_t workspace_cuda() const {
-    return with_op(0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_cuda_workspace(op); });
+    return with_op(0, 0, 0, nullptr, [&](const auto& op) { return lmn::jacobian_cuda_workspace(op); });
   }
-  void run_cuda(Address jacobian, Address workspace, Address stream) const {
-    raise("jacobian", with_op(jacobian, workspace, nullptr, [&](const auto& op) {
+  void run_cuda(Address jacobian, Address outputs, Address workspace, Address stream) const {
+    raise("jacobian", with_op(jacobian, outputs, workspace, nullptr, [&](const auto& op) {
             return lmn::jacobian_cuda(op, pointer<CUstream_st>(stream));
           }));
   }
@@ -257,9 +257,10 @@ JacobianCall jacobian_call(bool is_double, Address x, std::vector<Address> weigh
 template <class T>
 lmn::JacobianDistance<T> jacobian_distance(Address first, Address second, std::int64_t first_samples,
                                            std::int64_t second_samples, std::int64_t features, bool squared,
-                                           Address distance, Address workspace, const lmn::Watch* watch) {
+                                           bool connectivity, Address distance, Address workspace,
+                                           const lmn::Watch* watch) {
   return {pointer<const double>(first), pointer<const double>(second), first_samples, second_samples, features, squared,
-          pointer<T>(distance), pointer<double>(workspace), watch};
+          connectivity, pointer<T>(distance), pointer<double>(workspace), watch};
 }
 
 ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Address> weights,
@@ -414,6 +415,36 @@ PYBIND11_MODULE(_C, m) {
     };
     is_double ? run(0.0) : run(0.0f);
   });
+  // Also of an emulated build, whose CPU entry knows no connectivity.
+  m.def("jacobian_distance_cuda", [](bool is_double, Address first, Address second, std::int64_t first_samples,
+                                     std::int64_t second_samples, std::int64_t features, bool squared, bool connectivity,
+                                     Address distance, Address workspace, Address stream) {
+    const auto run = [&](auto zero) {
+      raise("jacobian_distance",
+            lmn::jacobian_distance_cuda(jacobian_distance<decltype(zero)>(first, second, first_samples, second_samples,
+                                                                          features, squared, connectivity, distance,
+                                                                          workspace, nullptr),
+                                        pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
+  m.def("isometry_distance_workspace", &lmn::isometry_distance_workspace);
+  m.def("isometry_distance_cuda", [](bool is_double, Address x, Address first, Address bias, Address last,
+                                     Address last_bias, std::int64_t samples, std::int64_t inputs, std::int64_t units,
+                                     std::int64_t outputs, int kind, double alpha, double beta, bool squared,
+                                     bool connectivity, Address distance, Address y, Address lost, Address workspace,
+                                     Address stream) {
+    const lmn::Activation activation = activations_of({kind}, {alpha, beta})[0];
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const lmn::IsometryDistance<T> op{pointer<const T>(x), pointer<const T>(first), pointer<const T>(bias),
+                                        pointer<const T>(last), pointer<const T>(last_bias), samples, inputs, units,
+                                        outputs, activation, squared, connectivity, pointer<T>(distance), pointer<T>(y),
+                                        pointer<double>(lost), pointer<double>(workspace)};
+      raise("isometry_distance", lmn::isometry_distance_cuda(op, pointer<CUstream_st>(stream)));
+    };
+    is_double ? run(0.0) : run(0.0f);
+  });
 #endif
   m.attr("distance_group") = lmn::kDistanceGroup;
   m.def("jacobian_distance", [](bool is_double, Address first, Address second, std::int64_t first_samples,
@@ -422,8 +453,8 @@ PYBIND11_MODULE(_C, m) {
     attended(signals, std::move(progress), [&](const lmn::Watch* watch) {
       const auto run = [&](auto zero) {
         lmn::jacobian_distance_cpu(
-            jacobian_distance<decltype(zero)>(first, second, first_samples, second_samples, features, squared, distance,
-                                              workspace, watch), threads);
+            jacobian_distance<decltype(zero)>(first, second, first_samples, second_samples, features, squared, false,
+                                              distance, workspace, watch), threads);
       };
       is_double ? run(0.0) : run(0.0f);
     });
@@ -481,18 +512,6 @@ PYBIND11_MODULE(_C, m) {
   });
 #endif
 #if defined(LMN_CUDA)
-  m.def("jacobian_distance_cuda", [](bool is_double, Address first, Address second, std::int64_t first_samples,
-                                     std::int64_t second_samples, std::int64_t features, bool squared,
-                                     Address distance, Address workspace, Address stream) {
-    const auto run = [&](auto zero) {
-      raise("jacobian_distance",
-            lmn::jacobian_distance_cuda(jacobian_distance<decltype(zero)>(first, second, first_samples, second_samples,
-                                                                          features, squared, distance, workspace,
-                                                                          nullptr),
-                                        pointer<CUstream_st>(stream)));
-    };
-    is_double ? run(0.0) : run(0.0f);
-  });
   m.def("path_r2_cuda", [](bool is_double, Address interior, Address ends, Address first, Address second,
                            std::vector<double> t, std::vector<double> weights, double mean_t, double variance_t,
                            std::int64_t pairs, std::int64_t samples, std::int64_t outputs, Address r2,

@@ -98,6 +98,7 @@ struct Jacobian {
   std::int64_t samples;
   std::int32_t layers;              // 1 or more
   T* jacobian;                      // [samples, widths[layers], widths[0]]
+  T* outputs;                       // CUDA: [samples, widths[layers]] or null: the chain's
   void* workspace;                  // 64-byte aligned, as many bytes as the device's workspace function says
   const Watch* watch;               // CPU; null: nobody
 };
@@ -116,6 +117,7 @@ struct JacobianDistance {
   const double* second;             // [second_samples, features]
   std::int64_t first_samples, second_samples, features;
   bool squared;
+  bool connectivity;                // CUDA: 1 - |f - s|^2 / (|f|^2 + |s|^2) of two rows in place of their distance; of zeros 1
   T* distance;                      // [first_samples, second_samples]
   double* workspace;                // [4 * (first_samples + second_samples) + features], then T: second_samples rounded
                                     // up, and in float32 first_samples, rows of features
@@ -153,6 +155,27 @@ struct JacobianFeatures {
   double* features;                 // [samples, units]
   double* slopes;                   // [samples, units], the workspace
 };
+
+/// What jacobian_distance gives of those rows, made and measured in one go: a call from Python for each part, and memory, cost
+/// more than the kernels. CUDA alone.
+template <class T>
+struct IsometryDistance {
+  const T* x;                       // [samples, inputs]
+  const T* first;                   // [units, inputs]
+  const T* bias;                    // [units] or null
+  const T* last;                    // [outputs, units]
+  const T* last_bias;               // [outputs] or null
+  std::int64_t samples, inputs, units, outputs;
+  Activation activation;
+  bool squared, connectivity;       // as of JacobianDistance
+  T* distance;                      // [samples, samples]
+  T* y;                             // [samples, outputs] or null: the chain's outputs
+  double* lost;                     // [2], as of JacobianIsometry
+  double* workspace;                // [isometry_distance_workspace(samples, units)], 16-byte aligned
+};
+inline std::int64_t isometry_distance_workspace(std::int64_t samples, std::int64_t units) {
+  return isometry_workspace(units) + units * units + 2 * samples * units + samples;
+}
 
 /// Nonlinear complexity in bits of each row of eigenvalues.
 template <class T>
@@ -256,6 +279,8 @@ const char* jacobian_isometry_cuda(const JacobianIsometry<float>&, CUstream_st*)
 const char* jacobian_isometry_cuda(const JacobianIsometry<double>&, CUstream_st*);
 const char* jacobian_features_cuda(const JacobianFeatures<float>&, CUstream_st*);
 const char* jacobian_features_cuda(const JacobianFeatures<double>&, CUstream_st*);
+const char* isometry_distance_cuda(const IsometryDistance<float>&, CUstream_st*);
+const char* isometry_distance_cuda(const IsometryDistance<double>&, CUstream_st*);
 const char* path_r2_cuda(const PathR2<float>&, CUstream_st*);
 const char* path_r2_cuda(const PathR2<double>&, CUstream_st*);
 const char* check_outputs_cuda(const CheckOutputs<float>&, CUstream_st*);

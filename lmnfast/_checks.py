@@ -10,12 +10,17 @@ from torch import Tensor
 from ._chain import Chain
 from ._outputs import on_device, outputs_of
 from ._samples import same_output
-from .ops.check_outputs import check_outputs
+from .ops.check_outputs import find
 from .unresolved import in_double
 
 
 class NotTheChain(RuntimeError):
     """What f was taken for, a chain or one that f begins with, does not give f's outputs."""
+
+
+def is_like(values: Tensor, ends: Tensor) -> bool:
+    """Whether one pass can compare them."""
+    return (values.shape, values.dtype, values.device) == (ends.shape, ends.dtype, ends.device)
 
 
 def all_finite(values: Tensor) -> bool:
@@ -51,7 +56,7 @@ class Findings:
 
         samples, outputs = x.flatten(1).to(dtype), ends.to(dtype)
         epsilon = torch.finfo(ends.dtype).eps
-        self._found = check_outputs(samples, outputs, cast(again), cast(expected), matrix, counts, epsilon)
+        self._found = find(samples, outputs, cast(again), cast(expected), matrix, counts, epsilon)
         self._samples = len(x)
         self._numbers: list[int] | None = None
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from . import _native
 from ._chain import Chain
-from ._checks import Checks, Findings
+from ._checks import Checks, Findings, NotTheChain, is_like
 from ._generic import generic_paths
 from ._native import Progress
-from ._outputs import Calls, first_outputs, outputs_of, rows_again
+from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
 from ._polynomials import generic_polynomials
 from ._route import Route, find_route, refuted
 from ._samples import checked_samples
@@ -24,7 +24,7 @@ from ._settings import DEFAULT, Settings
 from ._threads import alone
 from ._tiles import bytes_of, tile_bytes
 from ._undisturbed import evaluating
-from .jacobian import of_jacobians
+from .jacobian import of_chain, of_other
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .reference import CONSTANT_ULPS
 
@@ -149,9 +149,12 @@ def enqueue(
         calls = Calls(f, kept.put_back)
         if not checks.deferred:  # of not finite samples f may say anything
             checks.finite("x", x)
+        ends: Tensor | None = None
         if kept.in_order:
             route = find_route(f, x, settings.method, fuse=fuse, known=known)
-            ends = first_outputs(calls, x, route.chain)
+            by_kernels = settings.method == "jacobian" and _native.on_cuda(x) and expected is None
+            if not (by_kernels and route.chain is not None and gives_outputs(route.chain, x)):
+                ends = first_outputs(calls, x, route.chain)
         else:
             ends = first_outputs(calls, x, None)
             route = find_route(f, x, settings.method, fuse=fuse, known=known)
@@ -166,8 +169,8 @@ class _Prepared:
 
     calls: Calls
     x: Tensor
-    ends: Tensor
-    """f(x), (N, K)."""
+    own_ends: Tensor | None
+    """f(x), (N, K); None where the kernels give these outputs."""
     route: Route
     settings: Settings
     checks: Checks
@@ -179,6 +182,11 @@ class _Prepared:
     precision: str = field(default_factory=torch.get_float32_matmul_precision)
     allocated: int = 0
     """Bytes of f's results for all samples; of a chain nobody asks."""
+
+    @property
+    def ends(self) -> Tensor:
+        assert self.own_ends is not None
+        return self.own_ends
 
     @contextmanager
     def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
@@ -195,7 +203,7 @@ class _Prepared:
         if chain is not None:
             chain = _copied(chain)
             self.route = replace(self.route, chain=chain)
-            for tensor in (self.x, self.ends, self.expected, *chain.weights, *chain.biases):
+            for tensor in (self.x, self.own_ends, self.expected, *chain.weights, *chain.biases):
                 if tensor is not None:  # else its memory may be used again before `stream` has read it
                     tensor.record_stream(stream)
         stream.wait_stream(before)
@@ -210,7 +218,7 @@ class _Prepared:
         """The connectivity on its way, with the checks that are left to `Enqueued.check`."""
         if self.expected is not None:
             self.expected = self.expected.reshape(len(self.x), -1)
-        if self.checks.deferred and self.route.chain is not None and self.settings.method != "jacobian":
+        if self.route.chain is not None:
             enqueued = self._run_chain(self.route.chain)
             if enqueued is not None:
                 return enqueued
@@ -230,10 +238,26 @@ class _Prepared:
         return enqueued
 
     def _run_chain(self, chain: Chain) -> Enqueued | None:
-        """A chain on a device: one pass behind the kernels looks at everything. None where that pass cannot compare the outputs."""
-        again = None if self.in_order else chain(self.x)
-        if not all(t is None or _is_like(t, self.ends) for t in (again, self.expected)):
+        """A chain on a device: one pass behind the kernels looks at everything.
+
+        None elsewhere, where that pass cannot compare the outputs, and where the chain has other outputs than f.
+        """
+        of_jacobians = self.settings.method == "jacobian"
+        if not (_native.on_cuda(self.x) if of_jacobians else self.checks.deferred):
             return None
+        again = None if self.in_order else chain(self.x)
+        compared = [t for t in (again, self.expected) if t is not None]
+        if self.own_ends is not None and not all(is_like(t, self.own_ends) for t in compared):
+            return None
+        if of_jacobians:
+            try:
+                L = of_chain(
+                    chain, self.x, self.own_ends, "connectivity", again=again, expected=self.expected
+                )
+            except NotTheChain:
+                self.route = refuted(self.route, self.calls.f, self.settings.method)
+                return None
+            return Enqueued(_resolved(L), self._precision(), len(chain.weights[-1]))
         nodes, weights = self.settings.nodes()
         measured = chain_connectivity(chain, self.x, nodes, weights, self.settings.midpoint)
         return Enqueued(
@@ -277,8 +301,11 @@ class _Prepared:
     def _measure(self) -> ChainConnectivity:
         chain, settings = self.route.chain, self.settings
         if settings.method == "jacobian":
-            L = of_jacobians(self.calls, chain, self.x, self.ends, self.allocated, self.checks)
-            return ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), _nothing)
+            if chain is not None:
+                return _resolved(of_chain(chain, self.x, self.ends, "connectivity"))
+            return _resolved(
+                of_other(self.calls, self.x, self.ends, self.allocated, "connectivity", False, self.checks)
+            )
         nodes, weights = settings.nodes()
         if chain is not None:
             with _native.reporting(self.progress):
@@ -299,11 +326,6 @@ class _Prepared:
         if torch.is_autocast_enabled(x.device.type):
             return str(torch.get_autocast_dtype(x.device.type)).removeprefix("torch.")
         return self.precision if x.dtype == torch.float32 else str(x.dtype).removeprefix("torch.")
-
-
-def _is_like(values: Tensor, ends: Tensor) -> bool:
-    """Whether one pass can compare them."""
-    return (values.shape, values.dtype, values.device) == (ends.shape, ends.dtype, ends.device)
 
 
 def _offset(chain: Chain | None, ends: Tensor) -> Tensor:
@@ -337,5 +359,6 @@ def _copied(chain: Chain) -> Chain:
     )
 
 
-def _nothing() -> None:
-    """There are no unresolved pairs."""
+def _resolved(L: Tensor) -> ChainConnectivity:
+    """A matrix without constant outputs and unresolved pairs."""
+    return ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), lambda: None)

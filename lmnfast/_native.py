@@ -146,7 +146,7 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return result
 
 
-def run(call, result: Tensor, *more: Tensor) -> Tensor:
+def run(call, result: Tensor, *more: Tensor | None) -> Tensor:
     """Runs a call that is kept while its workspace is allocated, on the device of its results; returns the first."""
     addresses = [address(result), *map(address, more)]
     if result.is_cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -350,20 +351,23 @@ def _checked_chain(
     if len(kinds) != 1 or tensors[0].dtype not in CHAIN_DTYPES:
         said = sorted(f"{dtype} on {device}" for dtype, device in kinds)
         raise NotAChain(f"weights are {' and '.join(said)}")
-    shapes = [w.shape for w in weights]
-    if (
-        any(len(shape) != 2 for shape in shapes)
-        or any(b is not None and b.shape != shape[:1] for shape, b in zip(shapes, biases))
-        or any(shape[0] != after[1] for shape, after in zip(shapes, shapes[1:]))
-    ):
-        raise NotAChain("shapes of weights that do not fit together")
-    widths = [shapes[0][1], *(shape[0] for shape in shapes)]
-    if any(widths[into // 2] != widths[source // 2] for into, source in skips.items()):
-        raise NotAChain("a sum of results of different widths")
-    return Chain(
-        tuple(w.detach() for w in weights),
-        tuple(b if b is None else b.detach() for b in biases),
-        tuple(activations),
-        flattens,
-        tuple(skips.items()),
-    )
+    try:
+        return Chain(
+            tuple(w.detach() for w in weights),
+            tuple(b if b is None else b.detach() for b in biases),
+            tuple(activations),
+            flattens,
+            tuple(skips.items()),
+        )
+    except ValueError:
+        shapes = [w.shape for w in weights]
+        if (
+            any(len(shape) != 2 for shape in shapes)
+            or any(b is not None and b.shape != shape[:1] for shape, b in zip(shapes, biases))
+            or any(shape[0] != after[1] for shape, after in itertools.pairwise(shapes))
+        ):
+            raise NotAChain("shapes of weights that do not fit together") from None
+        widths = [shapes[0][1], *(shape[0] for shape in shapes)]
+        if any(widths[into // 2] != widths[source // 2] for into, source in skips.items()):
+            raise NotAChain("a sum of results of different widths") from None
+        raise

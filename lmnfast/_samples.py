@@ -104,19 +104,23 @@ def check_function(f: nn.Module, samples: int) -> dict[str, Tensor]:
                     _check_values(path, tensor, "f")
                     if own is part._parameters:
                         parameters[path] = tensor
-        said = f"its part {name.removeprefix('model.')!r}" if name else "it"
         if ".quantized.dynamic." in type(part).__module__:
             raise ValueError(
-                f"f: {said} is quantised dynamically: no scale is part of its state, each call takes it from all rows of "
+                f"f: {_said_of(name)} is quantised dynamically: no scale is part of its state, each call takes it from all rows of "
                 "the batch, so a sample's outputs depend on the other samples; expected the float network, or static quantisation"
             )
         if _exported_for(part) == samples:
             raise ValueError(
-                f"f: {said} was exported by torch.export for batches of {samples} samples alone, and is to be called on other "
+                f"f: {_said_of(name)} was exported by torch.export for batches of {samples} samples alone, and is to be called on other "
                 "numbers of them; export it with a dynamic first dimension: "
                 'torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("samples")},))'
             )
     return parameters
+
+
+def _said_of(name: str) -> str:
+    """A part by its name, for a reader."""
+    return f"its part {name.removeprefix('model.')!r}" if name else "it"
 
 
 def _exported_for(part: nn.Module) -> int | None:

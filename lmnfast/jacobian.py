@@ -3,14 +3,16 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _native, ops
 from ._chain import IDENTITY, Activation, Chain
-from ._checks import Checks, Findings, all_finite
-from ._outputs import Calls, first_outputs, out_of_memory, outputs_of, widened
+from ._checks import Checks, Findings, NotTheChain, all_finite, is_like
+from ._outputs import Calls, first_outputs, gives_outputs, out_of_memory, outputs_of, widened
 from ._recognise import recognise, why_no_chain
 from ._route import find_route
 from ._samples import checked_samples
@@ -19,7 +21,14 @@ from ._threads import alone, lapack_on_one_core
 from ._tiles import CPU_TILE, DEFAULT_BUDGET, AllocationCount
 from ._undisturbed import evaluating
 from .ops._checks import KERNEL_DTYPES
-from .ops.jacobian_distance import has_isometry, isometric_features, isometry
+from .ops.jacobian import at_once
+from .ops.jacobian_distance import (
+    has_isometry,
+    isometric_features,
+    isometry,
+    isometry_distance,
+    jacobian_connectivity,
+)
 
 PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
 # Bytes of features held at a time; the kernel packs the second samples' once more. All at once, or two tiles of them.
@@ -28,6 +37,9 @@ TILE_FEATURES = 8 * 2**20
 TILE_ROWS = 1024  # more would only make the tile of the result larger than those of the features
 # What the features of `_isometry` may lose of a squared distance, for the 1e-4 of a distance that is promised.
 ISOMETRY_ERROR = 1e-6
+
+# What is made of every two Jacobians: |J_i - J_j|, its square, or 1 less the share of that in |J_i|^2 + |J_j|^2.
+Kind = Literal["distance", "squared", "connectivity"]
 
 
 @alone()
@@ -38,6 +50,8 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
     differentiated by torch.func, forwards where it has more outputs than inputs and backwards elsewhere, on as many
     samples at a time as the budget allows; where that cannot run one of f's layers, by torch.autograd, output after
     output. An ``nn.Module`` is measured in eval mode and left as it was. The result carries no graph.
+    On CUDA a chain of torch's own modules in order, in float32 or float64 and without autocast, is not called: the kernels give
+    its outputs, which are only looked at.
 
     Args:
         f: maps a batch (B, *in) to (B, *out), one row independent of the others, differentiable.
@@ -56,16 +70,25 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
     x = checked_samples(f, x)
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
-        chain, y, allocated = _prepared(calls, x, kept.in_order)
+        chain, y, again, allocated = _prepared(calls, x, kept.in_order)
+        if chain is not None and not _native.on_cuda(x):
+            J, _ = at_once(chain, x)
+            _check_finite(J)
+            return J
         if chain is not None:
-            J = ops.jacobian(chain, x)
-        else:
-            J = Differentiated(calls, x, y, allocated, budget, Checks(False))(0, len(x))
-        if chain is not None and _native.on_cuda(x):  # of others x and f(x) have been looked at
-            found = Findings(x, y, None, None, J.flatten(1))
-            found.check()
-            if found.finite:
+            J, own = at_once(chain, x, with_outputs=y is None)
+            found = Findings(x, own if y is None else y, again, None, J.flatten(1))
+            try:
+                found.check()
+            except NotTheChain:
+                pass
+            else:
+                if not found.finite:
+                    _check_finite(J)
                 return J
+        assert y is not None
+        # Samples and outputs have been looked at.
+        J = Differentiated(calls, x, y, allocated, budget, Checks(False))(0, len(x))
         _check_finite(J)
     return J
 
@@ -84,8 +107,7 @@ def jacobian_distances(
     ``M = (W3^T W3) o (W2 W2^T) = B^T B``, and ``d[i, j] = |B s_i - B s_j|``. Otherwise Jacobians are taken for two tiles of
     samples at a time, again and again, and never all held. Networks that are no chain are differentiated in their own
     dtype, as :func:`jacobians` does; below its rounding a distance is noise.
-    Memory beyond the result: under 64 MB, but for what f itself needs. CUDA is waited for once, at the end, where f is made
-    of torch's own modules in order.
+    Memory beyond the result: under 64 MB, but for what f itself needs. CUDA is waited for once, at the end, where f is a chain.
 
     Args:
         f, x: as there.
@@ -99,23 +121,17 @@ def jacobian_distances(
         As jacobians.
     """
     x = checked_samples(f, x)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kind: Kind = "squared" if squared else "distance"
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
-        chain, y, allocated = _prepared(calls, x, kept.in_order)
-        if chain is None:
-            rows = other_features(calls, x, y, allocated, affine, Checks(False))
-            return tiled(rows, len(x), y.shape[1] * (x[0].numel() + affine), squared, dtype)
-        if all(a == IDENTITY for a in chain.activations):
-            if _native.on_cuda(x):
-                Findings(x, y, None, None).check()
-            return torch.zeros(len(x), len(x), dtype=dtype, device=x.device)
-
-        def distances(rows: Callable[[int, int], Tensor], width: int) -> tuple[Tensor, Tensor]:
-            d = tiled(rows, len(x), width, squared, dtype)
-            return d, d  # a row that is not finite is no distance from any, itself included
-
-        return with_features(chain, x, y, affine, distances)
+        chain, y, again, allocated = _prepared(calls, x, kept.in_order)
+        if chain is not None:
+            try:
+                return of_chain(chain, x, y, kind, affine, again)
+            except NotTheChain:
+                pass
+        assert y is not None
+        return of_other(calls, x, y, allocated, kind, affine, Checks(False))
 
 
 @alone()
@@ -137,7 +153,7 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """
     x = checked_samples(f, x)
     with evaluating(f) as kept:
-        chain, _, _ = _prepared(Calls(f, kept.put_back), x, kept.in_order, with_kernels=False)
+        chain, *_ = _prepared(Calls(f, kept.put_back), x, kept.in_order, with_kernels=False)
         if chain is None:
             raise ValueError(
                 f"f: expected a chain of Linear layers and piecewise-linear activations; {why_no_chain(f)}"
@@ -152,13 +168,22 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
         return len(torch.cat(patterns, 1).unique(dim=0)) if patterns else 1
 
 
-def _prepared(
-    calls: Calls, x: Tensor, in_order: bool, with_kernels: bool = True
-) -> tuple[Chain | None, Tensor, int]:
-    """The chain that f is, if so; f(x); and the bytes that f's results took, of a chain in order 0.
+class Prepared(NamedTuple):
+    chain: Chain | None
+    """What f is, if so."""
+    y: Tensor | None
+    """f(x), (N, K); None, on CUDA, where the chain's kernels give it."""
+    again: Tensor | None
+    """What the chain gives, where nobody has compared that with y yet: on CUDA, where f is not in order."""
+    allocated: int
+    """Bytes that f's results took, of a chain in order 0."""
 
-    Both are checked, but of a chain in order on CUDA, where `Findings` behind its kernels do it, and the device is waited for
-    once. in_order: whether f is made of torch's own modules, one after the other.
+
+def _prepared(calls: Calls, x: Tensor, in_order: bool, with_kernels: bool = True) -> Prepared:
+    """f on all samples. These and its outputs are checked, but of a chain on CUDA, where `Findings` behind its kernels do it, and
+    the device is waited for once.
+
+    in_order: whether f is made of torch's own modules, one after the other.
     """
     checks, on_cuda = Checks(False), with_kernels and _native.on_cuda(x)
 
@@ -169,6 +194,8 @@ def _prepared(
         return chain if chain is not None and (x.dim() == 2 or chain.flattens) else None
 
     chain, allocated = recognised() if in_order else None, 0
+    if on_cuda and chain is not None and gives_outputs(chain, x):
+        return Prepared(chain, None, None, 0)
     if not on_cuda:
         checks.finite("x", x)
     try:
@@ -182,15 +209,18 @@ def _prepared(
         checks.finite("x", x)  # of not finite samples f may say anything
         raise
     if on_cuda and chain is not None:
-        return chain, y, 0
+        return Prepared(chain, y, None, 0)
+    if not in_order:
+        chain = recognised()
+        if on_cuda and chain is not None and is_like(again := chain(x), y):
+            return Prepared(chain, y, again, allocated)
     if on_cuda:
         Findings(x, y, None, None).check()
     else:
         checks.finite("f(x)", y)
-    if not in_order:
-        chain = recognised()
-        chain = chain if chain is not None and checks.reproduces(chain, x, y) else None
-    return chain, y, allocated
+    if chain is not None and not (in_order or checks.reproduces(chain, x, y)):
+        chain = None
+    return Prepared(chain, y, None, allocated)
 
 
 def _check_finite(J: Tensor, begin: int = 0) -> None:
@@ -223,30 +253,141 @@ def merged(chain: Chain) -> Chain:
     return replace(chain, weights=tuple(weights), biases=tuple(biases), activations=tuple(activations))
 
 
-class DeviceFeatures:
-    """Features as far apart as the Jacobians of a chain with one hidden layer, made by CUDA's kernels without waiting."""
+def of_chain(
+    chain: Chain,
+    x: Tensor,
+    y: Tensor | None,
+    kind: Kind,
+    affine: bool = False,
+    again: Tensor | None = None,
+    expected: Tensor | None = None,
+) -> Tensor:
+    """What is made of every two Jacobians of a chain, (N, N). CUDA is waited for once, for the checks of samples x and outputs y,
+    too, and of the chain's outputs and the model's, see `Findings`; elsewhere these have been made. y: as of `Prepared`.
 
-    def __init__(self, chain: Chain, x: Tensor, affine: bool) -> None:
-        self.chain, self.x, self.affine = chain, x, affine
-        first, last = chain.weights
-        self.isometry, self.lost = isometry(first, last)
-        self.width = len(first) + affine * len(last)
+    Raises NotTheChain, on CUDA, where y are others than the chain's.
+    """
+    on_cuda = _native.on_cuda(x)
+    if all(a == IDENTITY for a in chain.activations):
+        if on_cuda:
+            Findings(x, chain(x) if y is None else y, again, expected).check()
+        value = 1.0 if kind == "connectivity" else 0.0
+        return torch.full((len(x), len(x)), value, dtype=_result_dtype(x), device=x.device)
+    if not on_cuda:
+        rows, width = chain_features(chain, x, affine)
+        return of_rows(_checked(rows), x, width, kind)
+    hidden = _one_hidden(chain, x)
+    if hidden is not None:
+        made, lost, own = _of_one_hidden(hidden, x, affine, kind, with_outputs=y is None)
+        y = y if own is None else own
+        y = chain(x) if y is None else y
+        found = Findings(x, y, again, expected, made, lost)
+        found.check()
+        if abs(found.count) <= ISOMETRY_ERROR:
+            if not found.finite:
+                _name_what_is_not_finite(*_features_on_device(hidden, x, affine)[:2], x, made, kind)
+            return made
+    y = chain(x) if y is None else y
+    rows, width = chain_features(chain, x, affine, with_isometry=hidden is None)
+    made = of_rows(rows, x, width, kind)
+    found = Findings(x, y, again, expected, made)
+    found.check()
+    if not found.finite:
+        _name_what_is_not_finite(rows, width, x, made, kind)
+    return made
 
-    @classmethod
-    def of(cls, chain: Chain, x: Tensor, affine: bool) -> "DeviceFeatures | None":
-        """None where there are no kernels for it, or Jacobians are no larger."""
-        if len(chain.weights) != 2 or not x.dtype == chain.weights[0].dtype in KERNEL_DTYPES:
-            chain = merged(chain)
-        bent = [a != IDENTITY for a in chain.activations]
-        return (
-            cls(chain, x, affine) if bent == [False, True, False] and has_isometry(*chain.weights) else None
-        )
 
-    def __call__(self, begin: int, end: int) -> Tensor:
-        some = self.x[begin:end].flatten(1).to(self.chain.weights[0].dtype)
-        arguments = self.chain.weights[0], self.chain.biases[0], self.chain.activations[1]
-        features = isometric_features(some, *arguments, self.isometry)
-        return torch.cat((features, _offsets(self.chain, some.double())), 1) if self.affine else features
+def of_other(
+    f: Calls, x: Tensor, y: Tensor, allocated: int, kind: Kind, affine: bool, checks: Checks
+) -> Tensor:
+    """The same of any f, which took so many bytes for all samples."""
+    rows = other_features(f, x, y, allocated, affine, checks)
+    return of_rows(rows, x, y.shape[1] * (x[0].numel() + affine), kind)
+
+
+def of_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind: Kind) -> Tensor:
+    """The same of rows of features, in place of Jacobians."""
+    dtype = _result_dtype(x)
+    if kind == "connectivity" and not _native.on_cuda(x):
+        return _connectivity(rows, x, width, dtype)
+    if kind == "connectivity":
+        return tiled(rows, len(x), width, dtype, partial(jacobian_connectivity, dtype=dtype))
+    return tiled(rows, len(x), width, dtype, partial(_distance, squared=kind == "squared", dtype=dtype))
+
+
+def _distance(first: Tensor, second: Tensor, *, squared: bool, dtype: torch.dtype) -> Tensor:
+    return ops.jacobian_distance(first, second, squared, dtype)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _checked(rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+    def checked(begin: int, end: int) -> Tensor:
+        features = rows(begin, end)
+        _check_finite(features, begin)
+        return features
+
+    return checked
+
+
+def _name_what_is_not_finite(
+    rows: Callable[[int, int], Tensor], width: int, x: Tensor, made: Tensor, kind: Kind
+) -> None:
+    """Raises what is wrong with a matrix that is not finite: a row of which it is made, or in a connectivity an entry. A distance
+    may be beyond what there is."""
+    tile = _tile_rows(len(x), width)
+    for begin in range(0, len(x), tile):
+        _check_finite(rows(begin, min(begin + tile, len(x))), begin)
+    if kind == "connectivity":
+        made.fill_diagonal_(1)
+        Checks(False).entries(made)
+
+
+def _one_hidden(chain: Chain, x: Tensor) -> Chain | None:
+    """The chain as two Linear layers, where there are kernels for features of its slopes, and Jacobians are no smaller."""
+    if len(chain.weights) != 2 or not x.dtype == chain.weights[0].dtype in KERNEL_DTYPES:
+        chain = merged(chain)
+    bent = [a != IDENTITY for a in chain.activations]
+    return chain if bent == [False, True, False] and has_isometry(*chain.weights) else None
+
+
+def _of_one_hidden(
+    chain: Chain, x: Tensor, affine: bool, kind: Kind, with_outputs: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`of_chain` by CUDA's kernels for one hidden layer, without waiting, what `isometry` says about B, and where they give them
+    the chain's outputs."""
+    first, last = chain.weights
+    if affine or first.dtype != _result_dtype(x) or _tile_rows(len(x), len(first)) < len(x):
+        rows, width, lost = _features_on_device(chain, x, affine)
+        return of_rows(rows, x, width, kind), lost, None
+    return isometry_distance(
+        x.flatten(1),
+        first,
+        chain.biases[0],
+        last,
+        chain.biases[1],
+        chain.activations[1],
+        squared=kind == "squared",
+        connectivity=kind == "connectivity",
+        with_outputs=with_outputs,
+    )
+
+
+def _features_on_device(
+    chain: Chain, x: Tensor, affine: bool
+) -> tuple[Callable[[int, int], Tensor], int, Tensor]:
+    """`chain_features` of these kernels, and what `isometry` says about B."""
+    first, last = chain.weights
+    B, lost = isometry(first, last)
+
+    def rows(begin: int, end: int) -> Tensor:
+        some = x[begin:end].flatten(1).to(first.dtype)
+        features = isometric_features(some, first, chain.biases[0], chain.activations[1], B)
+        return torch.cat((features, _offsets(chain, some.double())), 1) if affine else features
+
+    return rows, len(first) + affine * len(last), lost
 
 
 def chain_features(
@@ -278,57 +419,6 @@ def chain_features(
         return torch.cat((features, _offsets(chain, some)), 1) if affine else features
 
     return rows, width
-
-
-def with_features(
-    chain: Chain,
-    x: Tensor,
-    y: Tensor,
-    affine: bool,
-    make: Callable[[Callable[[int, int], Tensor], int], tuple[Tensor, Tensor]],
-) -> Tensor:
-    """What is made of the rows of `chain_features` and their number. CUDA is waited for once, for samples x and outputs y, too.
-
-    make: also gives a matrix (N, M) in which something is not finite where one of the rows is not.
-    """
-    if not _native.on_cuda(x):
-        rows, width = chain_features(chain, x, affine)
-
-        def checked(begin: int, end: int) -> Tensor:
-            features = rows(begin, end)
-            _check_finite(features, begin)
-            return features
-
-        return make(checked, width)[0]
-    on_device = DeviceFeatures.of(chain, x, affine)
-    if on_device is not None:
-        made = _found_finite(make, on_device, on_device.width, x, y, on_device.lost)
-        if made is not None:
-            return made
-    made = _found_finite(make, *chain_features(chain, x, affine, on_device is None), x, y, None)
-    assert made is not None
-    return made
-
-
-def _found_finite(
-    make: Callable[[Callable[[int, int], Tensor], int], tuple[Tensor, Tensor]],
-    rows: Callable[[int, int], Tensor],
-    width: int,
-    x: Tensor,
-    y: Tensor,
-    lost: Tensor | None,
-) -> Tensor | None:
-    """What is made of the rows; None where too much is lost of their distances."""
-    made, telling = make(rows, width)
-    found = Findings(x, y, None, None, telling, lost)
-    found.check()
-    if lost is not None and not abs(found.count) <= ISOMETRY_ERROR:
-        return None
-    if not found.finite:  # of a square beyond what there is, too, so the rows say
-        tile = _tile_rows(len(x), width)
-        for begin in range(0, len(x), tile):
-            _check_finite(rows(begin, min(begin + tile, len(x))), begin)
-    return made
 
 
 def _isometry(chain: Chain) -> Tensor | None:
@@ -401,25 +491,54 @@ def _tile_rows(samples: int, width: int) -> int:
 
 
 def tiled(
-    rows: Callable[[int, int], Tensor], samples: int, width: int, squared: bool, dtype: torch.dtype
+    rows: Callable[[int, int], Tensor],
+    samples: int,
+    width: int,
+    dtype: torch.dtype,
+    measure: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Distances of all rows of features, of which two tiles exist at a time."""
+    """What is measured of every two rows of features, of which two tiles exist at a time."""
     tile = _tile_rows(samples, width)
     if tile == samples:
         features = rows(0, samples)
-        return ops.jacobian_distance(features, features, squared, dtype)
+        return measure(features, features)
     result: Tensor | None = None
     for i in range(0, samples, tile):
         first = rows(i, min(i + tile, samples))
         if result is None:
             result = _native.empty(first, samples, samples, dtype=dtype)
-        result[i : i + tile, i : i + tile] = ops.jacobian_distance(first, first, squared, dtype)
+        result[i : i + tile, i : i + tile] = measure(first, first)
         for j in range(i + tile, samples, tile):
-            distances = ops.jacobian_distance(first, rows(j, min(j + tile, samples)), squared, dtype)
-            result[i : i + tile, j : j + tile] = distances
-            result[j : j + tile, i : i + tile] = distances.mT
+            values = measure(first, rows(j, min(j + tile, samples)))
+            result[i : i + tile, j : j + tile] = values
+            result[j : j + tile, i : i + tile] = values.mT
     assert result is not None
     return result
+
+
+def _connectivity(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """`jacobian_connectivity` in torch's arithmetic, for devices without that kernel."""
+    norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+    def with_norms(begin: int, end: int) -> Tensor:
+        features = rows(begin, end)
+        norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
+        return features
+
+    L = tiled(with_norms, len(x), width, dtype, partial(_distance, squared=False, dtype=dtype))
+    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
+    for begin in range(0, len(x), 256):
+        end = min(begin + 256, len(x))
+        least, largest = (of(norms[begin:end, None], norms[begin:]) for of in (torch.minimum, torch.maximum))
+        # Not torch's hypot, which has other last bits where it is not vectorised.
+        both = largest * (1 + (least / torch.where(largest > 0, largest, 1.0)).square()).sqrt()
+        share = L[begin:end, begin:] / torch.where(both > 0, both, 1.0)
+        some = 1 - share.square()
+        own = some[:, : end - begin]
+        own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
+        L[begin:end, begin:] = some
+        L[end:, begin:end] = some[:, end - begin :].mT
+    return L
 
 
 # Other networks --------------------------------------------------------------------------------------------
@@ -533,43 +652,3 @@ class Differentiated:
                 for total in y.sum(0)
             ]
         return torch.stack(rows, 1), y
-
-
-def of_jacobians(
-    f: Calls, chain: Chain | None, x: Tensor, ends: Tensor, allocated: int, checks: Checks
-) -> Tensor:
-    """1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2), from the distances of jacobian_distances."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if chain is None:
-        rows = other_features(f, x, ends, allocated, False, checks)
-        return _with_norms(rows, x, ends.shape[1] * x[0].numel(), dtype)[0]
-    if all(a.name == "identity" for a in chain.activations):
-        return torch.ones(len(x), len(x), dtype=dtype, device=x.device)
-    return with_features(chain, x, ends, False, lambda rows, width: _with_norms(rows, x, width, dtype))
-
-
-def _with_norms(
-    rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The same of rows of features, in place of Jacobians; and the rows' norms (N, 1)."""
-    norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-
-    def with_norms(begin: int, end: int) -> Tensor:
-        features = rows(begin, end)
-        norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
-        return features
-
-    L = tiled(with_norms, len(x), width, False, dtype)
-    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
-    for begin in range(0, len(x), 256):
-        end = min(begin + 256, len(x))
-        least, largest = (of(norms[begin:end, None], norms[begin:]) for of in (torch.minimum, torch.maximum))
-        # Not torch's hypot, which has other last bits where it is not vectorised.
-        both = largest * (1 + (least / torch.where(largest > 0, largest, 1.0)).square()).sqrt()
-        share = L[begin:end, begin:] / torch.where(both > 0, both, 1.0)
-        some = 1 - share.square()
-        own = some[:, : end - begin]
-        own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
-        L[begin:end, begin:] = some
-        L[end:, begin:end] = some[:, end - begin :].mT
-    return L, norms[:, None].to(dtype)

@@ -77,6 +77,23 @@ def isometric_features(x: Tensor) -> Callable[[], Tensor]:
     return call
 
 
+def isometry_distance(x: Tensor) -> Callable[[], Tensor]:
+    chain = random_chain([12, 40, 7], ["identity", "silu", "identity"], bias=False)
+    first, last = (w.to(x) for w in chain.weights)
+
+    def call() -> Tensor:
+        L, _, y = features.isometry_distance(
+            x, first, None, last, None, chain.activations[1], connectivity=True, with_outputs=True
+        )
+        return torch.cat((L, y), 1)
+
+    return call
+
+
+def jacobian_connectivity(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: features.jacobian_connectivity(x.double(), x[:50].double(), torch.float32)
+
+
 OPS = (
     path_connectivity,
     hermite_connectivity,
@@ -86,6 +103,8 @@ OPS = (
     jacobian,
     jacobian_distance,
     isometric_features,
+    isometry_distance,
+    jacobian_connectivity,
     symmetric_eigenvalues,
 )
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from chains import LAYERS_THAT_DO_NOT_FIT, assert_refused, cast, random_chain, samples
 
-from lmnfast import ops, reference
+from lmnfast import _native, ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
+from lmnfast.ops.jacobian import at_once
 
 
 def measured(chain, x, device, dtype):
@@ -58,6 +59,24 @@ def test_one_hidden_layer_as_one_product(widths, n, device, dtype):
 def test_deep_chains_from_either_side(widths, bias, device, dtype):
     names = ["tanh", *["silu", "gelu", "sin"][: len(widths) - 2], "sigmoid"]
     assert_right(random_chain(widths, names, bias=bias), samples(18, widths[0]), device, dtype)
+
+
+@pytest.mark.parametrize("names", ["same", "linear", "bent in the middle"])
+@pytest.mark.parametrize("widths", [[1, 1], [4, 7], [5, 33, 3], [100, 100, 31], [9, 40, 8, 70]])
+@pytest.mark.parametrize("bias", [False, True])
+def test_cuda_kernels_give_the_outputs_too(widths, names, bias, device, dtype):
+    if not _native.on_cuda(torch.empty(0, device=device)):
+        pytest.skip("the CPU's kernel does not")
+    layers = len(widths)
+    kinds = {"same": ["gelu"] * layers, "linear": ["identity"] * layers}
+    kinds["bent in the middle"] = ["identity", *["silu"] * (layers - 2), "identity"]
+    chain = random_chain(widths, kinds[names], bias=bias)
+    some, x = cast(chain, dtype, device), samples(37, widths[0]).to(device, dtype)
+    J, y = at_once(some, x, with_outputs=True)
+    assert torch.equal(J, ops.jacobian(some, x)) and at_once(some, x)[1] is None
+    truth = cast(some, torch.float64, "cpu")(x.cpu().double())
+    assert y.dtype == dtype and y.shape == truth.shape
+    assert (y.cpu() - truth).abs().max() <= 64 * torch.finfo(dtype).eps * truth.abs().max()
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 15, 16, 17, 33, 65])

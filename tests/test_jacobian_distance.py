@@ -5,8 +5,14 @@ import torch
 from chains import activation, assert_refused
 
 from lmnfast import _native, ops, reference
-from lmnfast._chain import ACTIVATIONS
-from lmnfast.ops.jacobian_distance import has_isometry, isometric_features, isometry
+from lmnfast._chain import ACTIVATIONS, IDENTITY, Chain
+from lmnfast.ops.jacobian_distance import (
+    has_isometry,
+    isometric_features,
+    isometry,
+    isometry_distance,
+    jacobian_connectivity,
+)
 
 F64 = torch.float64
 
@@ -314,6 +320,65 @@ def test_weights_that_begin_between_boundaries_of_16_bytes(kernels):
     assert torch.equal(moved_rows, isometric_features(x, first, bias, f, B))
     d = ops.jacobian_distance(moved(x), moved(x[:4]), False, F64)
     assert torch.equal(d, ops.jacobian_distance(x, x[:4], False, F64))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 70, 3), (33, 2, 9), (65, 64, 1), (140, 150, 100)])
+def test_the_connectivity_of_any_rows(shape, kernels, dtype):
+    first, second = features(shape[0], shape[2]), features(shape[1], shape[2], seed=1)
+    second[::2] *= 1e-3
+    for u, v in (
+        (first, second),
+        (second, second),
+        (1e-140 * first, 1e-140 * second),
+        (1e153 * first, 1e150 * second),
+    ):
+        on_device = u.to(kernels)
+        L = jacobian_connectivity(on_device, on_device if v is u else v.to(kernels), dtype).cpu()
+        size = v.abs().max()  # the reference's own squares would not be numbers
+        truth = reference.jacobian_connectivity(u / size, v / size)
+        assert (
+            L.dtype == dtype and (L - truth).abs().max() <= max(8, shape[2] ** 0.5) * torch.finfo(dtype).eps
+        )
+        if v is u:
+            assert torch.equal(L, L.mT) and (L.diagonal() == 1).all()
+
+
+def test_the_connectivity_of_rows_that_are_zeros_the_same_opposite_or_no_numbers(kernels, dtype):
+    u = features(40, 7)
+    u[[3, 5]] = 0
+    u[8] = -u[7]
+    u[10] = u[9] * (1 + torch.finfo(F64).eps)
+    L = jacobian_connectivity(u.to(kernels), u.to(kernels), dtype).cpu()  # not as one tensor
+    assert L[3, 5] == 1 and (L[3, :3].abs() < 1e-15).all() and L[9, 10] == 1
+    assert abs(L[7, 8] + 1) < 1e-6  # 1 - 4 / 2
+    u[13, 2], u[14, 3] = float("nan"), float("inf")
+    u[15] = 1e160  # whose square overflows
+    on_device = u.to(kernels)
+    L, bad = jacobian_connectivity(on_device, on_device, dtype).cpu(), torch.zeros(40, 40, dtype=torch.bool)
+    bad[13:16] = bad[:, 13:16] = True
+    assert torch.equal(L.isnan(), bad)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 12), (100, 100, 31), (20, 256, 16)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_one_call_gives_the_bits_of_its_parts(shape, with_bias, kernels, dtype):
+    first, last, bias = (v.to(dtype).to(kernels) for v in weights(*shape))
+    x, f = features(37, shape[0], seed=5).to(dtype).to(kernels), activation("silu")
+    bias, last_bias = (bias, last[:, 0].clone()) if with_bias else (None, None)
+    B, lost = isometry(first, last)
+    rows = isometric_features(x, first, bias, f, B)
+    for squared in (False, True):
+        d, bits, y = isometry_distance(x, first, bias, last, last_bias, f, squared=squared)
+        # Of an emulated card the op is scaled as the CPU's is, which changes no digit here.
+        assert torch.equal(d, ops.jacobian_distance(rows, rows, squared, dtype)) and y is None
+        assert bits.dtype == torch.int64 and torch.equal(bits.view(F64), lost)
+    L, _, y = isometry_distance(x, first, bias, last, last_bias, f, connectivity=True, with_outputs=True)
+    assert torch.equal(L, jacobian_connectivity(rows, rows, dtype))
+    assert torch.equal(L, L.mT) and (L.diagonal() == 1).all()
+    biases = tuple(None if b is None else b.double() for b in (bias, last_bias))
+    wide = Chain((first.double(), last.double()), biases, (IDENTITY, f, IDENTITY))
+    truth = wide(x.double())
+    assert y.dtype == dtype and (y - truth).abs().max() <= 16 * torch.finfo(dtype).eps * truth.abs().max()
 
 
 def test_where_there_are_such_features(kernels):

@@ -378,15 +378,77 @@ def test_jacobian_connectivity_on_every_device(device):
     assert (L - (1 - truth**2 / (norms[:, None] + norms))).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances])
-def test_cuda_is_waited_for_once(measure, device, waits, monkeypatch):
+class Own(nn.Module):
+    """Its forward is the user's, so that its outputs are compared with the chain's."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x)
+
+
+def connectivity(f, x):
+    return lmnfast.connectivity(f, x, method="jacobian")
+
+
+def connectivity_on_a_card(f, x):
+    enqueued = sys.modules["lmnfast.connectivity"].enqueue(f, x, method="jacobian", deferred=True)
+    enqueued.check()
+    return enqueued.L
+
+
+CALLS = pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances, connectivity])
+
+
+@pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances, connectivity_on_a_card])
+@pytest.mark.parametrize("wrap", [lambda net: net, Own], ids=["torch's own", "the user's"])
+@pytest.mark.parametrize("widths", [(20, 30, 9), (20, 30, 25, 9)])
+def test_cuda_is_waited_for_once(measure, wrap, widths, device, waits, monkeypatch):
     if not module._native.on_cuda(torch.empty(0, device=device)):
         pytest.skip("the CPU is not waited for")
     # The emulated kernels' distances are scaled as the CPU's are.
     monkeypatch.setattr(sys.modules["lmnfast.ops.jacobian_distance"], "_largest", lambda *_: 1.0)
-    f, x = network(20, 30, 9).to(device), samples(40, 20).to(device)
+    f, x = wrap(network(*widths)).to(device), samples(40, 20).to(device)
     measure(f, x)
     assert len(waits) == 1
+
+
+@CALLS
+def test_a_function_that_is_not_its_chain_is_measured_as_it_is(measure, device, monkeypatch):
+    """The checks behind the kernels say so, and what they have made is not used."""
+    f, x = Own(network(20, 30, 9)).to(device), samples(12, 20).to(device)
+    truth = measure(f, x)
+    if truth.dim() == 2:
+        assert (measure(lambda x: f(x), x) - truth).abs().max() < 1e-5
+    recognise = sys.modules["lmnfast.network"].recognise
+    other = recognise(network(20, 30, 9, seed=1).to(device))
+    for name in ("lmnfast.jacobian", "lmnfast.connectivity"):
+        monkeypatch.setattr(sys.modules[name], "recognise", lambda f: other)
+    assert (measure(f, x) - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
+@CALLS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_modules_in_order_give_the_same_whether_they_are_called_or_not(measure, dtype, device):
+    """On CUDA the kernels give their outputs, but for half types."""
+    f, x = network(20, 30, 9).to(device, dtype), samples(12, 20).to(device, dtype)
+    result = measure(f, x)
+    assert (measure(Own(f), x) - result).abs().max() <= 1e-12 * result.abs().max()
+    x[7, 3] = float("inf")
+    with pytest.raises(ValueError, match="x: NaN or Inf in sample 7, the first of 1"):
+        measure(f, x)
+
+
+@CALLS
+def test_samples_that_do_not_fit_are_torchs_own_error_on_every_device(measure, device):
+    f = network(20, 30, 9).to(device)
+    for x in (samples(12, 19), samples(12, 1, 19)):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+            measure(f, x.to(device))
+    assert measure(f, samples(12, 1, 20).to(device)).shape[0] == 12
 
 
 @pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances])

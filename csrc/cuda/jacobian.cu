@@ -62,14 +62,14 @@ const char* chunk_of(const Plan<T>& plan, std::int64_t begin, std::int64_t sampl
   // Of layer l, whose slopes begin at `from`; null: ones.
   const auto diagonal = [&](int l, const T* from) -> const T* { return is_linear(l) ? nullptr : from; };
 
-  int last_bent = op.layers;  // nobody asks for values beyond
-  while (last_bent >= 0 && is_linear(last_bent)) --last_bent;
+  int last_asked = op.layers;  // nobody asks for values beyond
+  while (!op.outputs && last_asked >= 0 && is_linear(last_asked)) --last_asked;
   const T* in = op.x + begin * inputs;
   std::int64_t offset = 0;
-  for (int l = 0; l <= last_bent; ++l) {
-    T* const to = l < last_bent ? next : nullptr;
+  for (int l = 0; l <= last_asked; ++l) {
+    T* const to = l < last_asked ? next : op.outputs ? op.outputs + begin * outputs : nullptr;
     if (l > 0 || !is_linear(l)) {
-      const char* error = forward<T, T>({in, l == 0 ? nullptr : op.weights[l - 1], l == 0 ? nullptr : op.biases[l - 1], to,
+      const char* error = forward<T, T, T>({in, l == 0 ? nullptr : op.weights[l - 1], l == 0 ? nullptr : op.biases[l - 1], to,
                                       is_linear(l) ? nullptr : slopes + offset, samples,
                                       l == 0 ? inputs : op.widths[l - 1], op.widths[l], plan.total_width,
                                       op.activations[l]}, stream);

@@ -15,12 +15,13 @@ constexpr int kForwardTile = 32;   // samples, units and inputs of a block at a 
 constexpr int kForwardSide = 16;   // of the threads' square; each takes two samples and two units
 static_assert(kForwardSide * kForwardSide == kForwardThreads && 2 * kForwardSide == kForwardTile, "a thread has 2 x 2 sums");
 
-/// In: of what is given; T: of slopes and values, as wide or wider.
-template <class In, class T>
+/// In: of what is given; T: of slopes, as wide or wider; V: of values, which are computed in T.
+template <class In, class T, class V>
 struct ForwardLayer {
   const In* in;                  // [samples][depth]
   const In *weights, *bias;      // [width][depth], null: in is what the activation gets; null: none
-  T *values, *slopes;            // [samples][width], null: nobody asks; [samples][slope_stride] or null
+  V* values;                     // [samples][width] or null: nobody asks
+  T* slopes;                     // [samples][slope_stride] or null
   std::int64_t samples, depth, width, slope_stride;
   Activation activation;
 };
@@ -28,8 +29,8 @@ struct ForwardLayer {
 // A block takes a tile of samples x units, a thread 2 x 2 of it; neighbouring lanes read and write neighbouring values. Sums
 // in double: a slope is as right as its argument, and a kink is on the right side of it. On cards whose double units are few
 // (1/64 of the float ones) this is 961 x 100 x 100 multiply-adds in about 0.04 ms.
-template <class In, class T, ActivationKind kKind>
-__global__ void __launch_bounds__(kForwardThreads) forward_kernel(ForwardLayer<In, T> layer) {
+template <class In, class T, class V, ActivationKind kKind>
+__global__ void __launch_bounds__(kForwardThreads) forward_kernel(ForwardLayer<In, T, V> layer) {
   __shared__ double in[kForwardTile][kForwardTile + 1], weights[kForwardTile][kForwardTile + 1];
   const int lane = int(threadIdx.x) % kForwardTile, line = int(threadIdx.x) / kForwardTile;
   const int column = int(threadIdx.x) % kForwardSide, row = int(threadIdx.x) / kForwardSide;
@@ -65,19 +66,24 @@ __global__ void __launch_bounds__(kForwardThreads) forward_kernel(ForwardLayer<I
       if (n >= layer.samples || unit >= layer.width) continue;
       const T z = layer.weights ? T(layer.bias ? sums[r][c] + double(layer.bias[unit]) : sums[r][c])
                                 : T(layer.in[n * layer.width + unit]);
-      if (layer.values) layer.values[n * layer.width + unit] = activate<kKind>(z, alpha, beta);
+      if (layer.values) layer.values[n * layer.width + unit] = V(activate<kKind>(z, alpha, beta));
       if (layer.slopes) layer.slopes[n * layer.slope_stride + unit] = derivative<kKind>(z, alpha, beta);
     }
   }
 }
 
-template <class In, class T, int kKind = 0>
-const char* forward(const ForwardLayer<In, T>& layer, CUstream_st* stream) {
-  if constexpr (kKind + 1 < int(ActivationKind::kCount)) {
-    if (int(layer.activation.kind) != kKind) return forward<In, T, kKind + 1>(layer, stream);
-  }
+template <class In, class T, class V, ActivationKind kKind>
+const char* forward_as(const ForwardLayer<In, T, V>& layer, CUstream_st* stream) {
   const std::int64_t blocks = blocks_of(layer.samples, kForwardTile) * blocks_of(layer.width, kForwardTile);
-  return launch(forward_kernel<In, T, ActivationKind(kKind)>, blocks, kForwardThreads, 0, stream, layer);
+  return launch(forward_kernel<In, T, V, kKind>, blocks, kForwardThreads, 0, stream, layer);
+}
+
+template <class In, class T, class V, int kKind = 0>
+const char* forward(const ForwardLayer<In, T, V>& layer, CUstream_st* stream) {
+  if constexpr (kKind + 1 < int(ActivationKind::kCount)) {
+    if (int(layer.activation.kind) != kKind) return forward<In, T, V, kKind + 1>(layer, stream);
+  }
+  return forward_as<In, T, V, ActivationKind(kKind)>(layer, stream);
 }
 
 // ---- products ----

@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const double* features, 
 // A block takes a tile of distances; a thread neighbouring first samples, and second ones 16 apart: neighbouring lanes write
 // neighbouring values. Two double operations a feature and pair: 4096 x 4096 x 100 are 0.11 ms at sm_90's rate, and where the
 // rate is 1/64 of float's (most cards that are not made for computing) some 6 ms.
-template <class T, int kSums>
+// The connectivity's divisions take a third more registers, so it has kernels of its own.
+template <class T, int kSums, bool kConnectivity>
 __global__ void __launch_bounds__(kThreads)
     distance_kernel(JacobianDistance<T> op, const double* first_norms, const double* second_norms, bool symmetric) {
   constexpr int kTile = kSide * kSums;
@@ -74,12 +75,19 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < kSums; ++c) {
       const std::int64_t column = j + lane + c * kSide;
       if (column >= op.second_samples) continue;
-      const double larger_norm = larger(first_norms[row], second_norms[column]);
+      const double norm = first_norms[row], other_norm = second_norms[column], larger_norm = larger(norm, other_norm);
       const bool counts = larger_norm <= 0x1.fffffffffffffp1023;  // not so of a NaN, an Inf, a sum that overflowed
       const double square = !counts                                  ? larger_norm - larger_norm
                             : sums[r][c] <= kSameFeatures * larger_norm ? 0.0
                                                                      : sums[r][c];
-      const T distance = T(op.squared ? square : ::sqrt(square));
+      T distance;
+      if constexpr (kConnectivity) {
+        // A sum of two norms may overflow where they do not; of two zeros it is 0.
+        const double both = 1 + (norm < other_norm ? norm : other_norm) / larger_norm;
+        distance = T(square == 0 ? 1.0 : 1 - square / larger_norm / both);
+      } else {
+        distance = T(op.squared ? square : ::sqrt(square));
+      }
       op.distance[row * op.second_samples + column] = distance;
       if (symmetric && i != j) op.distance[column * op.second_samples + row] = distance;
     }
@@ -90,7 +98,8 @@ template <class T, int kSums>
 const char* measure(const JacobianDistance<T>& op, const double* first_norms, const double* second_norms, bool symmetric,
                     CUstream_st* stream) {
   const std::int64_t blocks = blocks_of(op.first_samples, kSide * kSums) * blocks_of(op.second_samples, kSide * kSums);
-  return launch(distance_kernel<T, kSums>, blocks, kThreads, 0, stream, op, first_norms, second_norms, symmetric);
+  const auto kernel = op.connectivity ? distance_kernel<T, kSums, true> : distance_kernel<T, kSums, false>;
+  return launch(kernel, blocks, kThreads, 0, stream, op, first_norms, second_norms, symmetric);
 }
 
 template <class T>
@@ -278,21 +287,57 @@ const char* jacobian_isometry_on(const JacobianIsometry<T>& op, CUstream_st* str
                 in_shared, op.isometry, op.lost);
 }
 
+/// values: [samples, units] or null, of the activation.
 template <class T>
-const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
-  const char* error = forward<T, double>({op.x, op.first, op.bias, nullptr, op.slopes, op.samples, op.inputs, op.units,
-                                          op.units, op.activation}, stream);
-  if (error) return error;
+const char* slopes_on(const JacobianFeatures<T>& op, T* values, CUstream_st* stream) {
+  return forward<T, double, T>({op.x, op.first, op.bias, values, op.slopes, op.samples, op.inputs, op.units, op.units,
+                                op.activation}, stream);
+}
+
+template <class T>
+const char* rows_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
   const Product<double> product{{op.slopes, op.units}, {op.isometry, 0}, nullptr, nullptr, nullptr, op.features,
                                 op.samples, 1, op.units, op.units, 0};
   return multiply(product, true, stream);
 }
 
+template <class T>
+const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
+  const char* error = slopes_on<T>(op, nullptr, stream);
+  return error ? error : rows_on(op, stream);
+}
+
+constexpr Activation kNoActivation{ActivationKind::kIdentity, 0, 0};
+
+template <class T>
+const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* stream) {
+  double* const isometry = op.workspace + isometry_workspace(op.units);
+  double* const features = isometry + op.units * op.units;
+  double* const slopes = features + op.samples * op.units;
+  double* const norms = slopes + op.samples * op.units;
+  T* const values = op.y ? reinterpret_cast<T*>(features) : nullptr;  // read before the features are written
+  const JacobianFeatures<T> rows{op.x, op.first, op.bias, isometry, op.samples, op.inputs, op.units, op.activation, features,
+                                 slopes};
+  const char* error = slopes_on(rows, values, stream);
+  if (!error && op.y) {
+    error = forward_as<T, T, T, ActivationKind::kIdentity>({values, op.last, op.last_bias, op.y, nullptr, op.samples,
+                                                            op.units, op.outputs, 0, kNoActivation}, stream);
+  }
+  if (!error) {
+    error = jacobian_isometry_on<T>({op.first, op.last, op.units, op.inputs, op.outputs, isometry, op.lost, op.workspace},
+                                    stream);
+  }
+  if (!error) error = rows_on(rows, stream);
+  if (error) return error;
+  return jacobian_distance_on<T>({features, features, op.samples, op.samples, op.units, op.squared, op.connectivity,
+                                  op.distance, norms, nullptr}, stream);
+}
+
 // Here, where the layer's kernel is compiled for sums in double anyway.
 template <class T>
 const char* wide_linear_on(const WideLinear<T>& op, CUstream_st* stream) {
-  return forward<T, double>({op.x, op.weight, op.bias, op.z, nullptr, op.samples, op.inputs, op.outputs, 0,
-                             {ActivationKind::kIdentity, 0, 0}}, stream);
+  return forward_as<T, double, double, ActivationKind::kIdentity>({op.x, op.weight, op.bias, op.z, nullptr, op.samples,
+                                                                   op.inputs, op.outputs, 0, kNoActivation}, stream);
 }
 
 }  // namespace
@@ -316,6 +361,12 @@ const char* jacobian_features_cuda(const JacobianFeatures<float>& op, CUstream_s
 }
 const char* jacobian_features_cuda(const JacobianFeatures<double>& op, CUstream_st* stream) {
   return jacobian_features_on(op, stream);
+}
+const char* isometry_distance_cuda(const IsometryDistance<float>& op, CUstream_st* stream) {
+  return isometry_distance_on(op, stream);
+}
+const char* isometry_distance_cuda(const IsometryDistance<double>& op, CUstream_st* stream) {
+  return isometry_distance_on(op, stream);
 }
 
 }  // namespace lmn

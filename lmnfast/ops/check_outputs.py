@@ -53,18 +53,31 @@ def _check_outputs(
     epsilon: float,
 ) -> Tensor:
     _check(x, y, again, expected, matrix, counts, epsilon)
+    return find(x, y, again, expected, matrix, counts, epsilon)
+
+
+def find(
+    x: Tensor,
+    y: Tensor,
+    again: Tensor | None,
+    expected: Tensor | None,
+    matrix: Tensor | None,
+    counts: Tensor | None,
+    epsilon: float,
+) -> Tensor:
+    """:func:`check_outputs` for arguments that are known to fit: torch's dispatcher, and a look at them, take longer than the
+    kernel."""
     # Kept until the call: an address does not keep its tensor.
     tensors = [None if t is None else plain(t) for t in (x, y, again, expected, matrix, counts)]
     found = x.new_empty(_native._C.findings, dtype=torch.int64)
     arguments = (
         x.dtype == torch.float64,
         *map(_native.address, tensors),
-        len(x),
-        x.shape[1],
+        *x.shape,
         y.shape[1],
         0 if matrix is None else matrix.shape[1],
         epsilon,
-        _native.address(found),
+        found.data_ptr(),
     )
     if x.is_cuda:
         with _native.cuda_stream(x.device) as stream:

@@ -31,8 +31,21 @@ def jacobian(chain: Chain, x: Tensor) -> Tensor:
         ValueError: shapes that do not fit.
         RuntimeError: the CUDA kernels do not run on that device.
     """
+    return torch.ops.lmnfast.jacobian(*_arguments(chain, x))
+
+
+def at_once(chain: Chain, x: Tensor, with_outputs: bool = False) -> tuple[Tensor, Tensor | None]:
+    """:func:`jacobian` of samples that the chain takes, on the CPU or on CUDA, and with_outputs, on CUDA alone, what the chain
+    gives, (N, K) of the same dtype, each sum in float64. Torch's dispatcher, and another look at the arguments, take longer
+    than the kernel."""
+    return _run(*_arguments(chain, x), with_outputs)
+
+
+def _arguments(
+    chain: Chain, x: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[int], list[float]]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.ops.lmnfast.jacobian(
+    return (
         x.flatten(1).to(dtype),
         [w.to(dtype) for w in chain.weights],
         [None if b is None else b.to(dtype) for b in chain.biases],
@@ -54,20 +67,33 @@ def _jacobian(
     activations: Sequence[int],
     parameters: Sequence[float],
 ) -> Tensor:
-    widths = _check(x, weights, biases, activations, parameters)
+    _check(x, weights, biases, activations, parameters)
+    return _run(x, weights, biases, activations, parameters)[0]
+
+
+def _run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    with_outputs: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     x, weights = plain(x), [plain(w) for w in weights]
     biases = [None if b is None else plain(b) for b in biases]
+    widths = [x.shape[1], *(w.shape[0] for w in weights)]
     call = _native._C.Jacobian(
         x.dtype == torch.float64,
         _native.address(x),
         [_native.address(w) for w in weights],
         [_native.address(b) for b in biases],
         widths,
-        list(activations),
-        list(parameters),
-        len(x),
+        activations,
+        parameters,
+        x.shape[0],
     )
-    return _native.run(call, _native.empty(x, len(x), widths[-1], widths[0]))
+    outputs = x.new_empty(x.shape[0], widths[-1]) if with_outputs else None
+    return _native.run(call, _native.empty(x, x.shape[0], widths[-1], widths[0]), outputs), outputs
 
 
 @torch.library.register_fake("lmnfast::jacobian")

@@ -86,13 +86,15 @@ def _largest(*features: Tensor) -> float:
 
 
 def _measured(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) -> Tensor:
+    if first.is_cuda:
+        return _on_cuda(first, second, squared, False, dtype)
     result = _native.empty(first, len(first), len(second), dtype=dtype)
     group = _native._C.distance_group
     rows = -(-len(second) // group) * group + (len(first) if dtype == torch.float32 else 0)
     norms = 8 * (4 * (len(first) + len(second)) + first.shape[1])
-    packed = 0 if first.is_cuda else rows * first.shape[1] * dtype.itemsize
+    packed = rows * first.shape[1] * dtype.itemsize
     workspace = torch.empty(norms + packed, dtype=torch.uint8, device=first.device)
-    arguments = (
+    _native._C.jacobian_distance(
         dtype == torch.float64,
         _native.address(first),
         _native.address(second),
@@ -101,12 +103,28 @@ def _measured(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) 
         squared,
         _native.address(result),
         _native.address(workspace),
+        *_native.attention(_native.cores_to_use()),
     )
-    if first.is_cuda:
-        with _native.cuda_stream(first.device) as stream:
-            _native._C.jacobian_distance_cuda(*arguments, stream)
-    else:
-        _native._C.jacobian_distance(*arguments, *_native.attention(_native.cores_to_use()))
+    return result
+
+
+def _on_cuda(first: Tensor, second: Tensor, squared: bool, connectivity: bool, dtype: torch.dtype) -> Tensor:
+    """Also the emulated kernels, which take neither signals nor progress here."""
+    result = first.new_empty(first.shape[0], second.shape[0], dtype=dtype)
+    workspace = first.new_empty(first.shape[0] + second.shape[0])  # of norms
+    with _native.stream_of(first) as stream:
+        _native._C.jacobian_distance_cuda(
+            dtype == torch.float64,
+            first.data_ptr(),
+            second.data_ptr(),
+            first.shape[0],
+            *second.shape,
+            squared,
+            connectivity,
+            result.data_ptr(),
+            workspace.data_ptr(),
+            stream,
+        )
     return result
 
 
@@ -114,6 +132,24 @@ def _measured(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) 
 def _(first, second, squared, dtype):
     _check(first, second, dtype)
     return first.new_empty(first.shape[0], second.shape[0], dtype=dtype)
+
+
+def jacobian_connectivity(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """``reference.jacobian_connectivity(first, second)``, by the kernels of distances on CUDA, without waiting.
+
+    Squared distances and norms in float64, their ratio rounded once. Exactly 1 for rows the same to rounding, as their distance
+    is 0. NaN for a row with a NaN or Inf, or whose sum of squares overflows, with itself, too.
+
+    Args:
+        first: (M, F) float64.
+        second: (N, F) float64; the tensor `first` itself: symmetric, for half the work.
+        dtype: of the result, float32 or float64.
+
+    Returns:
+        (M, N) of that dtype.
+    """
+    rows = plain(first)
+    return _on_cuda(rows, rows if second is first else plain(second), False, True, dtype)
 
 
 # Features on CUDA ------------------------------------------------------------------------------------------
@@ -189,6 +225,54 @@ def isometric_features(
             stream,
         )
     return result
+
+
+def isometry_distance(
+    x: Tensor,
+    first: Tensor,
+    bias: Tensor | None,
+    last: Tensor,
+    last_bias: Tensor | None,
+    activation: Activation,
+    *,
+    squared: bool = False,
+    connectivity: bool = False,
+    with_outputs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`isometry`, `isometric_features` and :func:`jacobian_distance` of those with themselves, or `jacobian_connectivity`, by one
+    call.
+
+    Returns:
+        (N, N) of x's dtype; (2,) int64, the bits of what `isometry` says about B; and with_outputs (N, K) of x's dtype, what the
+        chain gives, each sum in float64.
+    """
+    x, first, last = plain(x), plain(first), plain(last)
+    bias, last_bias = (None if b is None else plain(b) for b in (bias, last_bias))
+    (codes, parameters), (samples, inputs), units = (
+        activation_arguments([activation]),
+        x.shape,
+        first.shape[0],
+    )
+    result, lost = x.new_empty(samples, samples), x.new_empty(2, dtype=torch.int64)
+    size = _native._C.isometry_distance_workspace(samples, units)
+    workspace = x.new_empty(size, dtype=torch.float64)
+    y = x.new_empty(samples, last.shape[0]) if with_outputs else None
+    with _native.stream_of(x) as stream:
+        _native._C.isometry_distance_cuda(
+            x.dtype == torch.float64,
+            *map(_native.address, (x, first, bias, last, last_bias)),
+            samples,
+            inputs,
+            units,
+            last.shape[0],
+            codes[0],
+            *parameters,
+            squared,
+            connectivity,
+            *map(_native.address, (result, y, lost, workspace)),
+            stream,
+        )
+    return result, lost, y
 
 
 def _check(first: Tensor, second: Tensor, dtype: torch.dtype) -> None:
