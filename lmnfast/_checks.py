@@ -10,8 +10,8 @@ from torch import Tensor
 from ._chain import Chain
 from ._outputs import on_device, outputs_of
 from ._samples import same_output
+from ._unresolved import in_double
 from .ops.check_outputs import find
-from .unresolved import in_double
 
 
 class NotTheChain(RuntimeError):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import _native
 from ._chain import Chain
 from ._checks import Checks, Findings, NotTheChain, is_like
+from ._features import of_chain, of_other
 from ._generic import generic_paths
 from ._native import Progress
 from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
@@ -24,7 +25,6 @@ from ._settings import DEFAULT, Settings
 from ._threads import alone
 from ._tiles import bytes_of, tile_bytes
 from ._undisturbed import evaluating
-from .jacobian import of_chain, of_other
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .reference import CONSTANT_ULPS
 

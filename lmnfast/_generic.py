@@ -9,8 +9,8 @@ from ._checks import Checks
 from ._native import Progress
 from ._outputs import Calls, on_device, out_of_memory, outputs_of, rows_between, widened
 from ._tiles import keep_freed_pages, tile_pairs
+from ._unresolved import UNRESOLVED, Widened, are_close, resolve
 from .ops.path_connectivity import ChainConnectivity
-from .unresolved import UNRESOLVED, Widened, are_close, resolve
 
 
 def outputs_between(f: Calls, points: Tensor, x: Tensor, ends: Tensor, checks: Checks) -> Tensor:

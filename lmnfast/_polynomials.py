@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from ._checks import Checks
+from ._differentiated import Differentiated
 from ._generic import outputs_between
 from ._native import Progress
 from ._outputs import Calls, rows_between, widened
-from .jacobian import Differentiated
+from ._unresolved import CLOSE, LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED, Widened, resolve
 from .ops.path_connectivity import ChainConnectivity
 from .reference import CONSTANT_ULPS
-from .unresolved import CLOSE, LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED, Widened, resolve
 
 
 def generic_polynomials(

@@ -110,11 +110,8 @@ MODULES: dict[type[nn.Module], Callable[[Any], Any]] = {
 }
 
 # As they were at import, as `FORWARDS`.
-FUNCTIONALS = {
-    f.__name__: f
-    for f in (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
-    if getattr(F, f.__name__, None) is f
-}
+_torchs: tuple[Any, ...] = (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
+FUNCTIONALS = {f.__name__: f for f in _torchs if getattr(F, f.__name__, None) is f}
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -218,7 +218,12 @@ def jacobian_distance(first: Tensor, second: Tensor, squared: bool) -> Tensor:
 def jacobian_connectivity(first: Tensor, second: Tensor) -> Tensor:
     """``L[m, n] = 1 - |first[m] - second[n]|^2 / (|first[m]|^2 + |second[n]|^2)``, 1 where both rows are zeros.
 
-    first, second: (M, F) and (N, F), features of samples. Returns (M, N) of their dtype.
+    Args:
+        first: (M, F), features of samples.
+        second: (N, F).
+
+    Returns:
+        (M, N) of their dtype.
     """
     square = jacobian_distance(first, second, True)
     norms = first.square().sum(-1)[:, None] + second.square().sum(-1)

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import lmnfast
-from lmnfast import jacobian as module
-from lmnfast import reference
+from lmnfast import _features, _native, reference
 
 F64 = torch.float64
 
@@ -139,9 +138,9 @@ def test_samples_in_one_linear_region_are_exactly_zero_apart(widths, activation,
 def test_tiles_give_the_same_distances(widths, affine, monkeypatch):
     f, x = network(*widths), samples(50, 7)
     whole = lmnfast.jacobian_distances(f, x, affine=affine)
-    monkeypatch.setattr(module, "ALL_FEATURES", 0)
+    monkeypatch.setattr(_features, "ALL_FEATURES", 0)
     for rows in (1, 7, 50):
-        monkeypatch.setattr(module, "TILE_ROWS", rows)
+        monkeypatch.setattr(_features, "TILE_ROWS", rows)
         d = lmnfast.jacobian_distances(f, x, affine=affine)
         assert torch.equal(d, d.mT) and (d.diagonal() == 0).all()
         assert (d - whole).abs().max() <= 1e-6 * whole.max()
@@ -161,7 +160,7 @@ def test_memory_beyond_the_result_is_bounded():
 
     with Count():
         lmnfast.jacobian_distances(f, x)
-    assert max(sizes) <= module.ALL_FEATURES
+    assert max(sizes) <= _features.ALL_FEATURES
 
 
 def test_affine_networks_and_dead_units_have_one_linear_map():
@@ -407,7 +406,7 @@ CALLS = pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_
 @pytest.mark.parametrize("wrap", [lambda net: net, Own], ids=["torch's own", "the user's"])
 @pytest.mark.parametrize("widths", [(20, 30, 9), (20, 30, 25, 9)])
 def test_cuda_is_waited_for_once(measure, wrap, widths, device, waits, monkeypatch):
-    if not module._native.on_cuda(torch.empty(0, device=device)):
+    if not _native.on_cuda(torch.empty(0, device=device)):
         pytest.skip("the CPU is not waited for")
     # The emulated kernels' distances are scaled as the CPU's are.
     monkeypatch.setattr(sys.modules["lmnfast.ops.jacobian_distance"], "_largest", lambda *_: 1.0)

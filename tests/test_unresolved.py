@@ -11,9 +11,9 @@ from torch import nn
 import lmnfast
 from lmnfast import _generic, _native, ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
+from lmnfast._unresolved import CLOSE, UNRESOLVED, Widened, are_close, resolve
 from lmnfast.ops.path_connectivity import _hoisted, chain_connectivity
 from lmnfast.quadrature import path_nodes
-from lmnfast.unresolved import CLOSE, UNRESOLVED, Widened, are_close, resolve
 
 UNIFORM = path_nodes("uniform", 21)
 

@@ -1,4 +1,4 @@
-// Pairs that the float32 kernels leave as kUnresolved, measured in float64 right behind them: lmnfast/unresolved.py's resolve
+// Pairs that the float32 kernels leave as kUnresolved, measured in float64 right behind them: lmnfast/_unresolved.py's resolve
 // without its waits for the device. Of half a million pairs usually none to some hundred are, so the kernel is plain.
 //
 // A block takes as many pairs at a time as have their points in 32 columns, a lane each, or one pair of more points, and carries
@@ -18,7 +18,7 @@ constexpr std::int64_t kMostPanelBytes = 64 << 20;    // of panels outside share
 constexpr std::int64_t kFewestBlocks = 16;            // for so few in so much memory a pair is a product for torch
 constexpr int kTaskUnits = 4;                         // of a layer, for which a lane reads a value once
 constexpr int kEndPoints = 3;                         // of a polynomial's path: both ends and the middle
-constexpr double kAgreeingUlps = 16;                  // samples that differ by no more agree, as in unresolved.py
+constexpr double kAgreeingUlps = 16;                  // samples that differ by no more agree, as in lmnfast/_unresolved.py
 
 struct Unit {
   const float *weights, *biases;  // [width, width before], [width] or null
@@ -45,7 +45,7 @@ struct Unresolved {
 };
 static_assert(sizeof(Unresolved) <= 4096, "a kernel's parameters");
 
-/// A point between two numbers, as unresolved.py's _between.
+/// A point between two numbers, as lmnfast/_unresolved.py's _between.
 __device__ inline double between(double first, double second, double t) {
   const double step = second - first;
   return t < 0.5 ? first + t * step : second - (1 - t) * step;

@@ -31,7 +31,17 @@ def check_outputs(
         epsilon: of the dtype that f's outputs come in.
 
     Returns:
-        (12,) int64, see there. Raises TypeError for a dtype or a device, ValueError for a shape or an epsilon.
+        (12,) int64, see there.
+
+    Raises:
+        TypeError: a dtype or a device that does not fit.
+        ValueError: a shape or an epsilon that does not fit.
+
+    Example:
+        >>> x, y = torch.zeros(4, 2), torch.tensor([[1.0], [2.0], [float("nan")], [3.0]])
+        >>> found = lmnfast.ops.check_outputs(x, y, None, None, None, None, 1e-7)
+        >>> found[:4].tolist()  # of x nothing; of y one row, which is followed by one more
+        [0, 0, 1, 2]
     """
     return torch.ops.lmnfast.check_outputs(x, y, again, expected, matrix, counts, epsilon)
 

@@ -30,6 +30,11 @@ def jacobian(chain: Chain, x: Tensor) -> Tensor:
         TypeError: a dtype or device that is neither the samples' nor one of these.
         ValueError: shapes that do not fit.
         RuntimeError: the CUDA kernels do not run on that device.
+
+    Example:
+        >>> chain = lmnfast.ops.recognise(nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)))
+        >>> lmnfast.ops.jacobian(chain, torch.randn(50, 8)).shape
+        torch.Size([50, 3, 8])
     """
     return torch.ops.lmnfast.jacobian(*_arguments(chain, x))
 

@@ -42,6 +42,12 @@ def jacobian_distance(
         TypeError: another dtype, or devices that differ.
         ValueError: shapes that do not fit.
         RuntimeError: the CUDA kernels do not run on that device.
+
+    Example:
+        >>> features = torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
+        >>> lmnfast.ops.jacobian_distance(features, features)
+        tensor([[0., 5.],
+                [5., 0.]], dtype=torch.float64)
     """
     return torch.ops.lmnfast.jacobian_distance(first, second, squared, dtype)
 

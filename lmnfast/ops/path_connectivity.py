@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _native
 from .._chain import ACTIVATIONS, IDENTITY, Activation, Chain
-from ..unresolved import Values, resolve
+from .._unresolved import Values, resolve
 from ._checks import check_chain, check_rule, check_sums, check_tensor, plain
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..unresolved import LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED
+from .._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED
 from ._checks import KERNEL_DTYPES, check_rule, check_tensor, plain
 
 

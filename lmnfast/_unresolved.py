@@ -20,14 +20,16 @@ from torch.utils._pytree import tree_map
 from .reference import CONSTANT_ULPS, hermite_path, r2_of_outputs
 
 UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
+
 # Samples are close where no coordinate differs by more than this share of the largest: kCloseSamples there.
 CLOSE = 2.0**-10
+
 # An output is unresolved where it varies by less than this many epsilons: kResolvedUlps32 and kResolvedUlps64 there.
 RESOLVED_ULPS = {torch.float32: 2.0**8, torch.float64: 2.0**24}
 LEAST_ROUNDING = 2.0**-6  # kLeastRounding there
+
 # Numbers beyond this are the infinities of masks, and nothing that outputs are computed from.
 LARGE = 1e6
-
 _DOUBLE_EPSILON = torch.finfo(torch.float64).eps
 
 

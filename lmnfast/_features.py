@@ -1,0 +1,342 @@
+"""Rows of features that are as far apart as the Jacobians of a network, and what is made of every two of them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import _native, ops
+from ._chain import IDENTITY, Activation, Chain
+from ._checks import Checks, Findings
+from ._differentiated import check_jacobian, other_features
+from ._outputs import Calls
+from ._threads import lapack_on_one_core
+from .ops._checks import KERNEL_DTYPES
+from .ops.jacobian_distance import (
+    has_isometry,
+    isometric_features,
+    isometry,
+    isometry_distance,
+    jacobian_connectivity,
+)
+
+# Bytes of features held at a time; the kernel packs the second samples' once more. All at once, or two tiles of them.
+ALL_FEATURES = 24 * 2**20
+TILE_FEATURES = 8 * 2**20
+TILE_ROWS = 1024  # more would only make the tile of the result larger than those of the features
+
+# What the features of `_isometry` may lose of a squared distance, for the 1e-4 of a distance that is promised.
+ISOMETRY_ERROR = 1e-6
+
+# What is made of every two Jacobians: |J_i - J_j|, its square, or 1 less the share of that in |J_i|^2 + |J_j|^2.
+Kind = Literal["distance", "squared", "connectivity"]
+
+
+def merged(chain: Chain) -> Chain:
+    """The chain in float64, Linear layers with nothing between them multiplied."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    activations = [chain.activations[0]]
+    for weight, bias, activation in zip(chain.weights, chain.biases, chain.activations[1:]):
+        weight, bias = weight.double(), None if bias is None else bias.double()
+        if weights and activations[-1].name == "identity":
+            before = biases.pop()
+            if before is not None:
+                bias = _native.linear(before[None], weight, bias)[0]
+            weight = _native.linear(weight, weights.pop().mT, None)
+            activations.pop()
+        weights.append(weight)
+        biases.append(bias)
+        activations.append(activation)
+    return replace(chain, weights=tuple(weights), biases=tuple(biases), activations=tuple(activations))
+
+
+def of_chain(
+    chain: Chain,
+    x: Tensor,
+    y: Tensor | None,
+    kind: Kind,
+    affine: bool = False,
+    again: Tensor | None = None,
+    expected: Tensor | None = None,
+) -> Tensor:
+    """What is made of every two Jacobians of a chain, (N, N). CUDA is waited for once, for the checks of samples x and outputs y,
+    too, and of the chain's outputs and the model's, see `Findings`; elsewhere these have been made. y: as of `Prepared`.
+
+    Raises NotTheChain, on CUDA, where y are others than the chain's.
+    """
+    on_cuda = _native.on_cuda(x)
+    if all(a == IDENTITY for a in chain.activations):
+        if on_cuda:
+            Findings(x, chain(x) if y is None else y, again, expected).check()
+        value = 1.0 if kind == "connectivity" else 0.0
+        return torch.full((len(x), len(x)), value, dtype=_result_dtype(x), device=x.device)
+    if not on_cuda:
+        rows, width = chain_features(chain, x, affine)
+        return of_rows(_checked(rows), x, width, kind)
+    hidden = _one_hidden(chain, x)
+    if hidden is not None:
+        made, lost, own = _of_one_hidden(hidden, x, affine, kind, with_outputs=y is None)
+        y = y if own is None else own
+        y = chain(x) if y is None else y
+        found = Findings(x, y, again, expected, made, lost)
+        found.check()
+        if abs(found.count) <= ISOMETRY_ERROR:
+            if not found.finite:
+                _name_what_is_not_finite(*_features_on_device(hidden, x, affine)[:2], x, made, kind)
+            return made
+    y = chain(x) if y is None else y
+    rows, width = chain_features(chain, x, affine, with_isometry=hidden is None)
+    made = of_rows(rows, x, width, kind)
+    found = Findings(x, y, again, expected, made)
+    found.check()
+    if not found.finite:
+        _name_what_is_not_finite(rows, width, x, made, kind)
+    return made
+
+
+def of_other(
+    f: Calls, x: Tensor, y: Tensor, allocated: int, kind: Kind, affine: bool, checks: Checks
+) -> Tensor:
+    """The same of any f, which took so many bytes for all samples."""
+    rows = other_features(f, x, y, allocated, affine, checks)
+    return of_rows(rows, x, y.shape[1] * (x[0].numel() + affine), kind)
+
+
+def of_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind: Kind) -> Tensor:
+    """The same of rows of features, in place of Jacobians."""
+    dtype = _result_dtype(x)
+    if kind == "connectivity" and not _native.on_cuda(x):
+        return _connectivity(rows, x, width, dtype)
+    if kind == "connectivity":
+        return tiled(rows, len(x), width, dtype, partial(jacobian_connectivity, dtype=dtype))
+    return tiled(rows, len(x), width, dtype, partial(_distance, squared=kind == "squared", dtype=dtype))
+
+
+def _distance(first: Tensor, second: Tensor, *, squared: bool, dtype: torch.dtype) -> Tensor:
+    return ops.jacobian_distance(first, second, squared, dtype)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _checked(rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+    def checked(begin: int, end: int) -> Tensor:
+        features = rows(begin, end)
+        check_jacobian(features, begin)
+        return features
+
+    return checked
+
+
+def _name_what_is_not_finite(
+    rows: Callable[[int, int], Tensor], width: int, x: Tensor, made: Tensor, kind: Kind
+) -> None:
+    """Raises what is wrong with a matrix that is not finite: a row of which it is made, or in a connectivity an entry. A distance
+    may be beyond what there is."""
+    tile = _tile_rows(len(x), width)
+    for begin in range(0, len(x), tile):
+        check_jacobian(rows(begin, min(begin + tile, len(x))), begin)
+    if kind == "connectivity":
+        made.fill_diagonal_(1)
+        Checks(False).entries(made)
+
+
+def _one_hidden(chain: Chain, x: Tensor) -> Chain | None:
+    """The chain as two Linear layers, where there are kernels for features of its slopes, and Jacobians are no smaller."""
+    if len(chain.weights) != 2 or not x.dtype == chain.weights[0].dtype in KERNEL_DTYPES:
+        chain = merged(chain)
+    bent = [a != IDENTITY for a in chain.activations]
+    return chain if bent == [False, True, False] and has_isometry(*chain.weights) else None
+
+
+def _of_one_hidden(
+    chain: Chain, x: Tensor, affine: bool, kind: Kind, with_outputs: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`of_chain` by CUDA's kernels for one hidden layer, without waiting, what `isometry` says about B, and where they give them
+    the chain's outputs."""
+    first, last = chain.weights
+    if affine or first.dtype != _result_dtype(x) or _tile_rows(len(x), len(first)) < len(x):
+        rows, width, lost = _features_on_device(chain, x, affine)
+        return of_rows(rows, x, width, kind), lost, None
+    return isometry_distance(
+        x.flatten(1),
+        first,
+        chain.biases[0],
+        last,
+        chain.biases[1],
+        chain.activations[1],
+        squared=kind == "squared",
+        connectivity=kind == "connectivity",
+        with_outputs=with_outputs,
+    )
+
+
+def _features_on_device(
+    chain: Chain, x: Tensor, affine: bool
+) -> tuple[Callable[[int, int], Tensor], int, Tensor]:
+    """`chain_features` of these kernels, and what `isometry` says about B."""
+    first, last = chain.weights
+    B, lost = isometry(first, last)
+
+    def rows(begin: int, end: int) -> Tensor:
+        some = x[begin:end].flatten(1).to(first.dtype)
+        features = isometric_features(some, first, chain.biases[0], chain.activations[1], B)
+        return torch.cat((features, _offsets(chain, some.double())), 1) if affine else features
+
+    return rows, len(first) + affine * len(last), lost
+
+
+def chain_features(
+    chain: Chain, x: Tensor, affine: bool, with_isometry: bool = True
+) -> tuple[Callable[[int, int], Tensor], int]:
+    """Rows of features, as far apart as the Jacobians of a chain, for samples from begin to end; and their number."""
+    chain = merged(chain)
+    if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
+        # W = Q R: a last Linear with more outputs than inputs keeps every distance as R.
+        with lapack_on_one_core():
+            R = torch.linalg.qr(chain.weights[-1], mode="r").R
+        chain = replace(chain, weights=(*chain.weights[:-1], R), biases=(*chain.biases[:-1], None))
+    inputs, outputs = chain.weights[0].shape[1], len(chain.weights[-1])
+    B = None
+    if with_isometry:
+        with lapack_on_one_core():
+            B = _isometry(chain)
+    width = (inputs * outputs if B is None else len(B)) + affine * outputs
+
+    def rows(begin: int, end: int) -> Tensor:
+        some = x[begin:end].flatten(1).double()
+        if B is None:
+            features = ops.jacobian(chain, some).flatten(1)
+        else:
+            # The nonlinearity is on the input, or after the first Linear.
+            on_input = chain.activations[0].name != "identity"
+            z = some if on_input else _native.linear(some, chain.weights[0], chain.biases[0])
+            features = _native.linear(_slope(chain.activations[0 if on_input else 1], z)[1], B, None)
+        return torch.cat((features, _offsets(chain, some)), 1) if affine else features
+
+    return rows, width
+
+
+def _isometry(chain: Chain) -> Tensor | None:
+    """B (F, H) with ``|J_i - J_j| = |B s_i - B s_j|`` for slopes s of the only nonlinearity.
+
+    None where there are more, where Jacobians are no larger than the features, and where M is so close to singular
+    that B would lose digits of them.
+    """
+    if sum(a.name != "identity" for a in chain.activations) > 1:
+        return None
+    first, last = chain.weights[0], chain.weights[-1]
+    if chain.activations[0] != IDENTITY:
+        M = last.square().sum(0).diag()
+    elif chain.activations[-1] != IDENTITY:
+        M = first.square().sum(1).diag()
+    else:
+        M = _native.linear(last.mT, last.mT, None) * _native.linear(first, first, None)
+    norms = M.diagonal().sqrt()
+    used = norms > 0  # the others change no Jacobian
+    units = int(used.sum())
+    if units == 0:
+        return M.new_zeros(1, len(M))
+    if len(last) * first.shape[1] <= units:
+        return None
+    if units < len(M):
+        M, norms = M[used][:, used], norms[used]
+    root, failed = torch.linalg.cholesky_ex(M / (norms[:, None] * norms))
+    if failed:
+        return None
+    inverse = torch.linalg.solve_triangular(
+        root, torch.eye(units, dtype=root.dtype, device=root.device), upper=False
+    )
+    # Rounding changes M by about H epsilon, a squared distance by as much over the least eigenvalue.
+    if not units * torch.finfo(torch.float64).eps * inverse.square().sum() <= ISOMETRY_ERROR:
+        return None
+    B = root.mT * norms
+    return B if units == len(used) else B.new_zeros(units, len(used)).masked_scatter_(used, B)
+
+
+def _slope(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
+    """a(z) and a'(z), PyTorch's also at a kink."""
+    if activation == IDENTITY:
+        return z, torch.ones_like(z)
+    with torch.inference_mode(False), torch.enable_grad():
+        z = (z.clone() if z.is_inference() else z.detach()).requires_grad_()
+        a = _native.pointwise(activation, z)
+        (slope,) = torch.autograd.grad(a, z, torch.ones_like(a))
+    return a.detach(), slope
+
+
+def _offsets(chain: Chain, x: Tensor) -> Tensor:
+    """f(x) - J x up to f's last bias, from layer to layer: where a unit is linear, ``a(z) - a'(z) z`` is exactly 0, so
+    the offset depends on the linear piece alone."""
+    a, slope = _slope(chain.activations[0], x)
+    offsets = a - slope * x
+    for n, (weight, bias, activation) in enumerate(zip(chain.weights, chain.biases, chain.activations[1:])):
+        z = _native.linear(a, weight, bias)
+        if n + 1 == len(chain.weights) and activation.name == "identity":
+            return _native.linear(offsets, weight, None)  # the last bias is the same for all
+        a, slope = _slope(activation, z)
+        offsets = _native.linear(offsets, weight, bias) * slope + (a - slope * z)
+    return offsets
+
+
+def _tile_rows(samples: int, width: int) -> int:
+    """How many rows of features exist at a time, of as many numbers."""
+    if 8 * samples * width <= ALL_FEATURES:
+        return samples
+    return max(1, min(TILE_FEATURES // (8 * width), TILE_ROWS))
+
+
+def tiled(
+    rows: Callable[[int, int], Tensor],
+    samples: int,
+    width: int,
+    dtype: torch.dtype,
+    measure: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """What is measured of every two rows of features, of which two tiles exist at a time."""
+    tile = _tile_rows(samples, width)
+    if tile == samples:
+        features = rows(0, samples)
+        return measure(features, features)
+    result: Tensor | None = None
+    for i in range(0, samples, tile):
+        first = rows(i, min(i + tile, samples))
+        if result is None:
+            result = _native.empty(first, samples, samples, dtype=dtype)
+        result[i : i + tile, i : i + tile] = measure(first, first)
+        for j in range(i + tile, samples, tile):
+            values = measure(first, rows(j, min(j + tile, samples)))
+            result[i : i + tile, j : j + tile] = values
+            result[j : j + tile, i : i + tile] = values.mT
+    assert result is not None
+    return result
+
+
+def _connectivity(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """`jacobian_connectivity` in torch's arithmetic, for devices without that kernel."""
+    norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+    def with_norms(begin: int, end: int) -> Tensor:
+        features = rows(begin, end)
+        norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
+        return features
+
+    L = tiled(with_norms, len(x), width, dtype, partial(_distance, squared=False, dtype=dtype))
+    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
+    for begin in range(0, len(x), 256):
+        end = min(begin + 256, len(x))
+        least, largest = (of(norms[begin:end, None], norms[begin:]) for of in (torch.minimum, torch.maximum))
+        # Not torch's hypot, which has other last bits where it is not vectorised.
+        both = largest * (1 + (least / torch.where(largest > 0, largest, 1.0)).square()).sqrt()
+        share = L[begin:end, begin:] / torch.where(both > 0, both, 1.0)
+        some = 1 - share.square()
+        own = some[:, : end - begin]
+        own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
+        L[begin:end, begin:] = some
+        L[end:, begin:end] = some[:, end - begin :].mT
+    return L
