@@ -1,6 +1,6 @@
 // What the CUDA kernels share: launches, the mathematics activation.h asks for, the matrix instruction, the nodes.
 #pragma once
-#include <cuda_runtime.h>  // the CUDA toolkit's, or in an emulated build csrc/emulator's
+#include <cuda_runtime.h>  // the CUDA toolkit's, or in an emulated build tests/emulator's
 
 #include <atomic>
 #include <cmath>
