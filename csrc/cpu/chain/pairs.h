@@ -172,7 +172,7 @@ void fill_first_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t beg
   }
 }
 
-/// 1 in each lane whose sample is close to sample i, see kCloseSamples; else 0.
+/// 1 in each lane whose sample is close to the first sample, see kCloseSamples; else 0.
 template <class T>
 Vector<T> close_samples(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
   using V = Vector<T>;
@@ -197,7 +197,7 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
   const T *first_y = plan.row_y + i * plan.outputs, *first_y_low = plan.row_y_low + i * plan.outputs;
   const T* first_rounding = plan.row_rounding + i * plan.outputs;
   const std::int64_t start_j = block * plan.outputs * kLanes<T>;
-  // An output of these that is as good as 0 at an end has underflowed, or is about to.
+  // An activation that is never 0 underflows: an output near 0 at an end has done so, or is about to.
   const T vanishing = never_zero(plan.last().activation.kind) ? Vanishing<T>::value : T(0);
   CompensatedSum<V> nonlinear;
   V constants{}, unresolved{};
@@ -218,7 +218,8 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
     const V least = splat<V>(vanishing * plan.scale[k]);
     unresolved += smaller(absolute(first), absolute(second)) < least ? splat<V>(T(1)) : V{};
   }
-  // In float64 the samples are what they are; there is nothing wider to see more in.
+  // Outputs of close samples may be equal to rounding and still bend between them. Only float32 has this rule: for float64
+  // there is no wider dtype that could measure such a pair.
   if (sizeof(T) == 4 && any<V>(constants > V{})) {
     unresolved += constants > V{} ? close_samples(plan, s, block) : V{};
   }
@@ -236,7 +237,7 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
 
 template <bool kStencil, class T>
 void run_task(const Plan<T>& plan, Scratch<T>& s, std::int64_t task, std::int64_t block, Tasks& tasks) {
-  constexpr std::int64_t kRowsBetween = 8;  // looks at the clock: of a wide, deep chain a task may take seconds
+  constexpr std::int64_t kRowsBetween = 8;  // two looks at the clock: a task of a wide, deep chain may take seconds
   const std::int64_t begin = task * kTaskRows, end = at_most(begin + kTaskRows, plan.op.samples);
   if (plan.separable) {
     fill_second_table(plan, s, block);
