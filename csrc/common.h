@@ -50,8 +50,9 @@ LMN_FN T output_scale(T largest_difference) {
 /// Hands out pieces of a workspace that begin at multiples of kAlignment bytes; with a null base it only counts.
 template <int kAlignment>
 struct ArenaOf {
-  char* base;
+  char* const base;
   std::size_t used = 0;
+  ArenaOf(char* base_) : base(base_) {}
   template <class U> U* take(std::int64_t count) {
     U* const piece = base ? reinterpret_cast<U*>(base + used) : nullptr;
     used += (std::size_t(count) * sizeof(U) + kAlignment - 1) / kAlignment * kAlignment;
