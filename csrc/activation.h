@@ -1,10 +1,9 @@
 // Each activation and its derivative once, for host and device; PyTorch's definitions, also where they have a kink.
 //
 // V is a float, a double, or a vector of lanes of either. The including file defines, for V, before it includes
-// this: exp, expm1, log1p_unit (on [0, 1]), erf, sin, tanh, reciprocal, absolute, splat<V>(scalar).
+// this: exp, expm1, log1p_unit (on [0, 1]), erf, sin, cos, tanh, reciprocal, absolute, fma, splat<V>(scalar).
 #pragma once
-#include "ops.h"
-#include "statistics.h"
+#include "common.h"
 
 namespace lmn {
 namespace {
@@ -73,6 +72,27 @@ LMN_FN V derivative(V z, T alpha, T beta) {
     return scaled > splat<V>(beta) ? one : sigmoid(scaled);
   }
   if constexpr (kKind == ActivationKind::kSin) return cos(z);
+}
+
+/// Calls function(constant) with the activation's kind as `constant.value`, known to the compiler: the one way from a kind to
+/// the code made for it.
+template <int kKind>
+struct KindConstant {
+  static constexpr ActivationKind value = ActivationKind(kKind);
+};
+template <int kKind = 0, class Function>
+LMN_FN void with_kind(ActivationKind kind, const Function& function) {
+  if constexpr (kKind + 1 < int(ActivationKind::kCount)) {
+    if (int(kind) != kKind) return with_kind<kKind + 1>(kind, function);
+  }
+  function(KindConstant<kKind>{});
+}
+
+/// The chord of z, or of a, between two samples. Written once: both must round alike, so that a linear piece leaves no residual
+/// at all.
+template <class V, class T>
+LMN_FN V on_chord(V first, V second, T t) {
+  return fma(splat<V>(t), second - first, first);
 }
 
 /// Whether the activation is never 0 but where it underflows.

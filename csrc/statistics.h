@@ -1,22 +1,10 @@
-// The statistics of a path, once, for every kernel and device. V: a scalar, or a vector of lanes.
+// The statistics of a path, once, for every kernel and device. V: a scalar, or a vector of lanes. The including file defines,
+// for V, before it includes this: fma, splat<V>(scalar).
 #pragma once
-#include "ops.h"
-
-#if defined(__CUDACC__)
-#define LMN_FN __host__ __device__ inline
-#else
-#define LMN_FN inline
-#endif
+#include "common.h"
 
 namespace lmn {
 namespace {
-
-template <class T> struct Epsilon;
-template <> struct Epsilon<float> { static constexpr float value = 0x1p-23f; };
-template <> struct Epsilon<double> { static constexpr double value = 0x1p-52; };
-template <class T> struct Vanishing;  // near the smallest normal number
-template <> struct Vanishing<float> { static constexpr float value = 0x1p-120f; };
-template <> struct Vanishing<double> { static constexpr double value = 0x1p-1000; };
 
 // What a sum of a few terms, none above its values at a path's ends, loses to rounding, in epsilons of those.
 constexpr int kRoundedUlps = 8;
@@ -53,6 +41,14 @@ template <class V>
 struct Moments {
   V e, te, ee;  // sum w e, sum w (t - mean t) e, sum w e^2
 };
+/// Adds a node. w_t: w (t - mean t).
+template <class V, class T>
+LMN_FN void add_moments(Moments<V>& moments, V e, T w, T w_t) {
+  const V weighted = e * w;
+  moments.e += weighted;
+  moments.te = fma(splat<V>(w_t), e, moments.te);
+  moments.ee = fma(weighted, e, moments.ee);
+}
 
 /// What one output comes to along one path.
 template <class V>

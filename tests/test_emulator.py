@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import EMULATED, LEVELS
 
-SOURCES = Path(__file__).parent.parent / "csrc"
-pytestmark = pytest.mark.skipif(
-    EMULATED not in LEVELS or not SOURCES.is_dir(), reason="built without LMNFAST_CUDA=emulated"
-)
+SOURCES = Path(__file__).parent / "emulator"
+pytestmark = pytest.mark.skipif(EMULATED not in LEVELS, reason="built without LMNFAST_CUDA=emulated")
 
 PROGRAM = r"""
 #include <cstdio>
@@ -84,8 +82,8 @@ def program(tmp_path_factory):
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("emulator")
     (folder / "program.cpp").write_text(PROGRAM)
-    sources = [folder / "program.cpp", SOURCES / "emulator/emulator.cpp"]
-    options = ["-std=c++17", "-O1", "-fopenmp", "-Wno-psabi", "-Wno-unknown-pragmas", f"-I{SOURCES}/emulator"]
+    sources = [folder / "program.cpp", SOURCES / "emulator.cpp"]
+    options = ["-std=c++17", "-O1", "-fopenmp", "-Wno-psabi", "-Wno-unknown-pragmas", f"-I{SOURCES}"]
     subprocess.run([compiler, *options, *sources, "-o", folder / "program"], check=True)
     return folder / "program"
 

@@ -50,7 +50,8 @@ def test_no_kernel_file_is_without_an_op():
     files = {
         p.stem for folder in folders for p in (ROOT / folder).iterdir() if p.suffix in (".cpp", ".cu", ".py")
     }
-    assert files - {"__init__", "_checks"} == set(ops.__all__)
+    parts = {"linear"}  # of path_connectivity, on the CPU alone: the first Linear, in float64
+    assert files - {"__init__", "_checks"} - parts == set(ops.__all__)
 
 
 def test_the_reference_does_not_know_the_compiled_core():

@@ -1,4 +1,4 @@
-#include "chain.h"
+#include "chain/pairs.h"
 
 namespace lmn {
 namespace {

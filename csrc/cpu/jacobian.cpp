@@ -2,22 +2,15 @@
 // side with fewer rows or columns. Every product runs lanes over the columns of its right factor, and the last one
 // writes the result.
 #include "level.h"
-#include "../activation.h"
+
+#include "../activation.h"  // after level.h, whose functions it uses
 
 namespace lmn {
 namespace {
 
-// Register block: kRows broadcast values of the left factor x kColumns vectors of the right one.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8, kColumns = 3;
-#elif defined(__AVX2__)
-constexpr int kRows = 4, kColumns = 3;
-#else
-constexpr int kRows = 4, kColumns = 2;
-#endif
 constexpr int kUnits = 4;  // of a layer at a time, in the forward pass
 constexpr std::int64_t kTaskSamples = 128, kTaskPanels = 4;  // of the one product that one hidden layer takes
-template <class T> constexpr int kPanel = kColumns * kLanes<T>;
+template <class T> constexpr int kPanel = kBlockColumns * kLanes<T>;
 
 /// Row stride of a right factor: whole vectors, and no multiple of 512 bytes, whose rows would share few sets of L1.
 template <class T>
@@ -73,10 +66,8 @@ Plan<T> make_plan(const Jacobian<T>& op, Arena& arena, int threads) {
 
 // ---- the network at a vector of samples ----
 
-template <class T>
-using Values = void (*)(T* values, T* slopes, std::int64_t count, Activation);
 template <class T, ActivationKind kKind>
-void values_and_slopes(T* values, T* slopes, std::int64_t count, Activation activation) {
+__attribute__((noinline)) void values_and_slopes(T* values, T* slopes, std::int64_t count, Activation activation) {
   using V = Vector<T>;
   const T alpha = T(activation.alpha), beta = T(activation.beta);
   for (std::int64_t n = 0; n < count; n += kLanes<T>) {
@@ -84,13 +75,6 @@ void values_and_slopes(T* values, T* slopes, std::int64_t count, Activation acti
     store<V>(slopes + n, derivative<kKind>(z, alpha, beta));
     store<V>(values + n, activate<kKind>(z, alpha, beta));
   }
-}
-template <class T, int kKind = 0>
-Values<T> find_values(ActivationKind kind) {
-  if constexpr (kKind + 1 < int(ActivationKind::kCount)) {
-    if (int(kind) != kKind) return find_values<T, kKind + 1>(kind);
-  }
-  return values_and_slopes<T, ActivationKind(kKind)>;
 }
 
 /// slopes: [total_width][kLanes] of the samples from begin on; lanes beyond the last sample repeat it.
@@ -105,7 +89,9 @@ void slopes_of(const Plan<T>& plan, std::int64_t begin, T* values, T* next, T* s
   }
   for (int l = 0;; ++l) {
     const std::int64_t width = op.widths[l];
-    find_values<T>(op.activations[l].kind)(values, slopes, width * kLanes<T>, op.activations[l]);
+    with_kind(op.activations[l].kind, [&](auto kind) {
+      values_and_slopes<T, kind.value>(values, slopes, width * kLanes<T>, op.activations[l]);
+    });
     if (l == op.layers) return;
     slopes += width * kLanes<T>;
     if (l + 1 == op.layers && is_identity(op, op.layers)) {  // whatever the outputs are
@@ -158,9 +144,9 @@ struct Factors {
 template <class T, int kC>
 inline void block(const Factors<T>& f, std::int64_t row, std::int64_t column) {
   using V = Vector<T>;
-  V sums[kRows][kC];
-  const T* left[kRows];
-  for (int r = 0; r < kRows; ++r) {
+  V sums[kBlockRows][kC];
+  const T* left[kBlockRows];
+  for (int r = 0; r < kBlockRows; ++r) {
     left[r] = f.left + at_most(row + r, f.rows - 1) * f.left_stride;
     for (int c = 0; c < kC; ++c) sums[r][c] = V{};
     // Stores that miss the cache retire one after the other; the product's time is enough to fetch their lines.
@@ -173,7 +159,7 @@ inline void block(const Factors<T>& f, std::int64_t row, std::int64_t column) {
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) values[c] = load<V>(right + c * kLanes<T>);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kBlockRows; ++r) {
       const V value = splat<V>(left[r][d]);
 #pragma GCC unroll 8
       for (int c = 0; c < kC; ++c) sums[r][c] = fma(value, values[c], sums[r][c]);
@@ -182,7 +168,7 @@ inline void block(const Factors<T>& f, std::int64_t row, std::int64_t column) {
   for (int c = 0; c < kC; ++c) {
     const std::int64_t at = column + c * kLanes<T>, count = at_most(kLanes<T>, f.columns - at);
     const V scale = f.column ? load_partial<V>(f.column + at, count) : splat<V>(T(1));
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kBlockRows; ++r) {
       if (row + r >= f.rows) break;
       const V sum = f.row ? sums[r][c] * scale * f.row[row + r] : sums[r][c] * scale;
       T* const to = f.out + (row + r) * f.out_stride + at;
@@ -200,10 +186,10 @@ void product(const Factors<T>& f) {
   std::int64_t column = 0, vectors = (f.columns + kLanes<T> - 1) / kLanes<T>;
   for (; vectors > 0;) {
     // Not three and one: a block of one vector has too few sums to hide the latency of a multiply-add.
-    const int step = vectors > kColumns + 1 || vectors == kColumns ? kColumns : vectors > 1 ? 2 : 1;
-    for (std::int64_t row = 0; row < f.rows; row += kRows) {
-      if (step == kColumns) {
-        block<T, kColumns>(f, row, column);
+    const int step = vectors > kBlockColumns + 1 || vectors == kBlockColumns ? kBlockColumns : vectors > 1 ? 2 : 1;
+    for (std::int64_t row = 0; row < f.rows; row += kBlockRows) {
+      if (step == kBlockColumns) {
+        block<T, kBlockColumns>(f, row, column);
       } else if (step == 2) {
         block<T, 2>(f, row, column);
       } else {

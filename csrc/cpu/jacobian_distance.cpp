@@ -8,11 +8,7 @@ namespace lmn {
 namespace {
 
 // Register block: kRows first samples x kColumns vectors of second ones in accumulators.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8, kColumns = 3;
-#else
-constexpr int kRows = 4, kColumns = 2;
-#endif
+constexpr int kRows = kBlockRows, kColumns = kDifferenceColumns;
 template <class T> constexpr int kPanel = kColumns * kLanes<T>;
 static_assert(kDistanceGroup % kPanel<float> == 0 && kDistanceGroup % kPanel<double> == 0, "whole panels only");
 

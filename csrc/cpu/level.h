@@ -1,37 +1,27 @@
 // Common to the kernels of one instruction-set level: LMN_LEVEL is the level's namespace, set by the build.
 #pragma once
-#include "../ops.h"
-#include "../statistics.h"
 #include "simd.h"
+
+#include "../statistics.h"  // after simd.h, whose functions it uses
 
 #include <omp.h>
 
 namespace lmn {
 namespace {
 
-inline std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
+using Arena = ArenaOf<64>;  // a cache line
 
-/// Hands out 64-byte aligned pieces of a workspace; with a null base it only counts.
-struct Arena {
-  char* base;
-  std::size_t used = 0;
-  template <class U> U* take(std::int64_t count) {
-    U* piece = base ? reinterpret_cast<U*>(base + used) : nullptr;
-    used += (std::size_t(count) * sizeof(U) + 63) / 64 * 64;
-    return piece;
-  }
+/// Calls function(constant) with the size as `constant.value`, known to the compiler, where it is 1 to kMost; above with kMost.
+template <int kSize>
+struct SizeConstant {
+  static constexpr int value = kSize;
 };
-
-/// Power of two that brings the largest |value - value of the first sample| to [0.5, 1): r2 does not see it, but the
-/// squares of very small or large outputs would underflow or overflow.
-template <class T>
-inline T output_scale(T largest_difference) {
-  int exponent = 0;
-  if (!(largest_difference > 0) || !isfinite(largest_difference)) return 1;
-  frexp(double(largest_difference), &exponent);
-  constexpr int kLimit = sizeof(T) == 4 ? 120 : 1000;
-  exponent = exponent > kLimit ? kLimit : exponent < -kLimit ? -kLimit : exponent;
-  return T(ldexp(1.0, -exponent));
+template <int kMost, class Function>
+inline void with_size(std::int64_t size, const Function& function) {
+  if constexpr (kMost > 1) {
+    if (size < kMost) return with_size<kMost - 1>(size, function);
+  }
+  function(SizeConstant<kMost>{});
 }
 
 /// Whether a loop over so many values is worth waking other threads: they take longer than its 0.1 ms to come, and, where

@@ -23,11 +23,7 @@ struct Lane {
       : first(y_first), chord(y_second - y_first), magnitude(larger(absolute(y_first), absolute(y_second)) * y_scale),
         scale(y_scale), rounding(y_rounding), least(y_least) {}
   inline void add(V y, T t, T weight, T weight_t) {
-    const V e = (y - fma(splat<V>(t), chord, first)) * scale;
-    const V weighted = e * weight;
-    moments.e += weighted;
-    moments.te = fma(splat<V>(weight_t), e, moments.te);
-    moments.ee = fma(weighted, e, moments.ee);
+    add_moments(moments, (y - fma(splat<V>(t), chord, first)) * scale, weight, weight_t);
   }
   inline Share<V> share(const PathNodes& nodes) const {
     return share_of_output<V, T>(chord * scale, moments, magnitude, least,

@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include "../common.h"
+
 namespace lmn {
 namespace {
 
@@ -35,6 +37,18 @@ template <class T> using Vector = typename VectorOf<T>::type;
 using F = Vector<float>;
 using D = Vector<double>;
 template <class T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+// Accumulators of a matrix product: kBlockRows rows of one factor x kBlockColumns vectors of the other. Beside them a step
+// holds the vectors and one broadcast value: 28 of 32 registers, 16 of 16, or, without a fused multiply-add, 12 of 16 with a
+// product. Where a term is a squared difference (jacobian_distance), the difference takes one register more: 29 of 32,
+// but of 16 three columns would leave none for it.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kBlockRows = 8, kBlockColumns = 3, kDifferenceColumns = 3;
+#elif defined(__AVX2__)
+constexpr int kBlockRows = 4, kBlockColumns = 3, kDifferenceColumns = 2;
+#else
+constexpr int kBlockRows = 4, kBlockColumns = 2, kDifferenceColumns = 2;
+#endif
 
 template <class V> struct ScalarOf;
 template <> struct ScalarOf<F> { using type = float; };
@@ -83,7 +97,6 @@ inline F reciprocal(F v) {
 inline D reciprocal(D v) { return 1.0 / v; }
 
 template <class V> inline V absolute(V v) { return v < V{} ? -v : v; }
-template <class V> inline V larger(V a, V b) { return a < b ? b : a; }   // a NaN in a stays
 template <class V> inline V smaller(V a, V b) { return b < a ? b : a; }
 
 template <class V> inline bool any(Bits<V> mask) {

@@ -6,7 +6,8 @@
 
 #include <vector>
 
-#include "../activation.h"  // after device.h, whose functions it uses
+#include "../activation.h"  // these two after device.h, whose functions they use
+#include "../statistics.h"
 
 namespace lmn {
 namespace {
@@ -55,33 +56,6 @@ struct Problem {
   std::int64_t* counts;
   RangeFlags* range;    // float
 };
-
-/// Calls function(integral_constant) for the activation.
-template <int kKind>
-struct KindConstant {
-  static constexpr ActivationKind value = ActivationKind(kKind);
-};
-template <int kKind = 0, class Function>
-__device__ inline void with_kind(ActivationKind kind, const Function& function) {
-  if constexpr (kKind + 1 < int(ActivationKind::kCount)) {
-    if (int(kind) != kKind) return with_kind<kKind + 1>(kind, function);
-  }
-  function(KindConstant<kKind>{});
-}
-
-/// The chord, written once: z and a must round alike, so that a linear piece leaves no residual at all.
-template <class T>
-__device__ inline T on_chord(T first, T second, T t) {
-  return fma(t, second - first, first);
-}
-
-template <class T>
-__device__ inline void add_moments(Moments<T>& moments, T e, T w, T w_t) {
-  const T weighted = e * w;
-  moments.e += weighted;
-  moments.te = fma(w_t, e, moments.te);
-  moments.ee = fma(weighted, e, moments.ee);
-}
 
 constexpr int kEndOutputs = 32;
 /// All that a pair's statistics want of output k at one sample, to be read at once: y, what rounding it lost, its rounding's
@@ -358,16 +332,7 @@ __device__ void scale_output(const Problem<T>& problem, std::int64_t k) {
 
 // ---- places in the workspace ----
 
-/// Hands out 256-byte aligned pieces of a workspace; with a null base it only counts.
-struct Arena {
-  char* base;
-  std::size_t used = 0;
-  template <class U> U* take(std::int64_t count) {
-    U* const piece = base ? reinterpret_cast<U*>(base + used) : nullptr;
-    used += (std::size_t(count) * sizeof(U) + 255) / 256 * 256;
-    return piece;
-  }
-};
+using Arena = ArenaOf<256>;
 
 template <class T>
 Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& arena) {
@@ -421,20 +386,9 @@ template <class T>
 Slots assign_slots(const PathConnectivity<T>& op) {
   Slots slots;
   const int values = op.skips ? 2 * (op.layers + 1) : 0;
-  slots.of.assign(std::size_t(values), -1);
-  std::vector<int> last(slots.of), free_from;
-  for (int value = 0; value < values; ++value) {
-    if (op.skips[value] >= 0) last[std::size_t(op.skips[value])] = value;
-  }
-  for (int value = 0; value < values; ++value) {
-    if (last[std::size_t(value)] < 0) continue;
-    std::size_t slot = 0;
-    while (slot < free_from.size() && free_from[slot] > value) ++slot;
-    if (slot == free_from.size()) free_from.push_back(0);
-    free_from[slot] = last[std::size_t(value)];
-    slots.of[std::size_t(value)] = int(slot);
-  }
-  slots.count = int(free_from.size());
+  std::vector<int> free_from(static_cast<std::size_t>(values));
+  slots.of.resize(std::size_t(values));
+  slots.count = assign_slots(op.skips, values, slots.of.data(), free_from.data());
   return slots;
 }
 

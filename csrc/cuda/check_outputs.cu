@@ -1,5 +1,7 @@
 #include "device.h"
 
+#include "../statistics.h"  // after device.h, whose functions it uses
+
 namespace lmn {
 namespace {
 

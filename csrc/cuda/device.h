@@ -1,22 +1,18 @@
 // What the CUDA kernels share: launches, the mathematics activation.h asks for, the matrix instruction, the nodes.
 #pragma once
-#include <cuda_runtime.h>  // the CUDA toolkit's, or in an emulated build csrc/emulator's
+#include <cuda_runtime.h>  // the CUDA toolkit's, or in an emulated build tests/emulator's
 
 #include <atomic>
 #include <cmath>
 #include <mutex>
 
-#include "../ops.h"
-#include "../statistics.h"
+#include "../common.h"
 
 namespace lmn {
 namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-LMN_FN std::int64_t blocks_of(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
-LMN_FN std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
 
 // ---- launching; null, or what went wrong ----
 
@@ -190,20 +186,6 @@ __device__ inline float cos(float v) { return ::cosf(v); }
 __device__ inline double cos(double v) { return ::cos(v); }
 __device__ inline float tanh(float v) { return ::tanhf(v); }
 __device__ inline double tanh(double v) { return ::tanh(v); }
-
-template <class T> __device__ inline T larger(T a, T b) { return a < b ? b : a; }  // a NaN in a stays
-
-/// Power of two that brings the largest |value - value of the first sample| to [0.5, 1): r2 does not see it, but the
-/// squares of very small or large outputs would underflow or overflow. As in csrc/cpu/level.h.
-template <class T>
-__device__ inline T output_scale(T largest_difference) {
-  if (!(largest_difference > 0) || isinf(largest_difference)) return T(1);
-  int exponent = 0;
-  ::frexp(double(largest_difference), &exponent);
-  constexpr int kLimit = sizeof(T) == 4 ? 120 : 1000;
-  exponent = exponent > kLimit ? kLimit : exponent < -kLimit ? -kLimit : exponent;
-  return T(::ldexp(1.0, -exponent));
-}
 
 // ---- the nodes ----
 

@@ -1,6 +1,8 @@
 // One pass over f's outputs. Bandwidth-bound: what counts is how many bytes are on their way to a multiprocessor.
 #include "device.h"
 
+#include "../statistics.h"  // after device.h, whose functions it uses
+
 namespace lmn {
 namespace {
 
@@ -19,11 +21,7 @@ struct Output {
     moments = {};
   }
   __device__ void add(T y, T t, T weight, T weight_t) {
-    const T e = (y - fma(t, chord, first)) * scale;
-    const T weighted = e * weight;
-    moments.e += weighted;
-    moments.te = fma(weight_t, e, moments.te);
-    moments.ee = fma(weighted, e, moments.ee);
+    add_moments(moments, (y - fma(t, chord, first)) * scale, weight, weight_t);
   }
   __device__ Share<T> share(T rounding, T least, T variance_t) const {
     return share_of_output<T, T>(chord * scale, moments, magnitude, least,

@@ -1,10 +1,12 @@
-// A GPU's threads on the CPU: the sources of csrc/cuda, compiled by the host's compiler, run on this in the tests.
+// A test instrument: it runs a GPU's threads on the CPU. A build with LMNFAST_CUDA=emulated compiles the sources of csrc/cuda
+// with the host's compiler against the functions here, and the tests then hold the CUDA kernels to the same reference as the
+// CPU's. No build for users contains it.
 //
-// What it keeps of the programming model: a block's threads interleave only at barriers and warp collectives, and
-// they are resumed in an order that is shuffled there, so that a missing barrier gives another result; dynamic shared
-// memory holds NaNs when a block begins and ends at the byte it was asked for; threads that wait for one another for
-// ever end the process with a message. What it does not: timing, memory outside shared memory (a store is seen by all at
-// once, and in order), instructions that csrc/cuda does not use.
+// The emulator keeps this of the programming model: a block's threads interleave only at barriers and warp collectives. They
+// are resumed there in a shuffled order, so that a missing barrier gives another result. Dynamic shared memory holds NaNs
+// when a block begins, and ends at the byte it was asked for. Threads that wait for one another for ever end the process with
+// a message. It does not keep: timing; memory outside shared memory (all see a store at once, and in order); instructions that
+// csrc/cuda does not use.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -44,12 +46,12 @@ void named_barrier(int number, int threads, bool wait);
 
 // ---- barriers and warp collectives ----
 
-enum class Barrier { kPlain, kOr, kAnd, kCount };
+enum class Barrier { kPlain, kOr };
 int block_barrier(Barrier kind, int predicate);
 void warp_barrier(unsigned mask);
 unsigned ballot(unsigned mask, bool predicate);
-enum class Shuffle { kIndex, kXor, kDown, kUp };
-std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t value, int argument, int width);
+/// The value of the lane whose number differs in the bits of `lanes`, among `width` neighbouring lanes.
+std::uint64_t shuffle_xor(unsigned mask, std::uint64_t value, int lanes, int width);
 
 // ---- copies past the registers ----
 

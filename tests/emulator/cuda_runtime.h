@@ -1,4 +1,5 @@
-// In an emulated build this stands where the CUDA toolkit's header of this name does: what csrc/cuda uses of it.
+// An emulated build finds this file in place of the CUDA toolkit's header of the same name. It has what csrc/cuda uses of that
+// header, and no more: a source that begins to use something else fails to compile here, and the line is added then.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -12,9 +13,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
-#define __grid_constant__
-#define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __shared__ static thread_local  // a block stays on one operating-system thread
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -37,7 +35,6 @@ EMULATOR_VECTOR2(double2, double, 16)
 EMULATOR_VECTOR2(int2, int, 8)
 EMULATOR_VECTOR2(uint2, unsigned, 8)
 EMULATOR_VECTOR4(float4, float)
-EMULATOR_VECTOR4(int4, int)
 EMULATOR_VECTOR4(uint4, unsigned)
 #undef EMULATOR_VECTOR2
 #undef EMULATOR_VECTOR4
@@ -76,35 +73,20 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStre
 
 inline void __syncthreads() { emulator::block_barrier(emulator::Barrier::kPlain, 0); }
 inline int __syncthreads_or(int v) { return emulator::block_barrier(emulator::Barrier::kOr, v); }
-inline int __syncthreads_and(int v) { return emulator::block_barrier(emulator::Barrier::kAnd, v); }
-inline int __syncthreads_count(int v) { return emulator::block_barrier(emulator::Barrier::kCount, v); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::warp_barrier(mask); }
 inline unsigned __ballot_sync(unsigned mask, int v) { return emulator::ballot(mask, v != 0); }
 inline int __any_sync(unsigned mask, int v) { return emulator::ballot(mask, v != 0) != 0; }
 inline int __all_sync(unsigned mask, int v) { return emulator::ballot(mask, v != 0) == mask; }
 
-namespace emulator {
 template <class T>
-T shuffle_value(Shuffle kind, unsigned mask, T value, int argument, int width) {
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   std::uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = shuffle(kind, mask, bits, argument, width);
+  bits = emulator::shuffle_xor(mask, bits, lanes, width);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
-}  // namespace emulator
-
-#define EMULATOR_SHUFFLE(name, kind)                                                        \
-  template <class T>                                                                        \
-  T name(unsigned mask, T value, int argument, int width = 32) {                            \
-    return emulator::shuffle_value(emulator::Shuffle::kind, mask, value, argument, width);  \
-  }
-EMULATOR_SHUFFLE(__shfl_sync, kIndex)
-EMULATOR_SHUFFLE(__shfl_xor_sync, kXor)
-EMULATOR_SHUFFLE(__shfl_down_sync, kDown)
-EMULATOR_SHUFFLE(__shfl_up_sync, kUp)
-#undef EMULATOR_SHUFFLE
 
 // Blocks of a grid are on several operating-system threads.
 template <class T> T atomicAdd(T* to, T value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }

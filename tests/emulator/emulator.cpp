@@ -281,8 +281,8 @@ void Machine::collective(int warp, unsigned mask) {
 
 // False: not all threads that are left are there.
 bool Machine::resolve_block_barrier() {
-  int first = -1, count = 0;
-  bool any = false, all = true;
+  int first = -1;
+  bool any = false;
   for (int thread = 0; thread < threads_; ++thread) {
     const Warp& w = warps_[thread / kWarp];
     const unsigned lane = 1u << thread % kWarp;
@@ -292,15 +292,11 @@ bool Machine::resolve_block_barrier() {
     if (fibers_[thread].barrier != fibers_[first].barrier) {
       fail("threads %d and %d are at two kinds of __syncthreads", first, thread);
     }
-    const bool predicate = fibers_[thread].value != 0;
-    count += predicate;
-    any |= predicate;
-    all &= predicate;
+    any |= fibers_[thread].value != 0;
   }
   if (first < 0) return false;
-  const Barrier kind = fibers_[first].barrier;
-  const int result = kind == Barrier::kCount ? count : kind == Barrier::kOr ? any : kind == Barrier::kAnd ? all : 0;
-  for (int thread = 0; thread < threads_; ++thread) fibers_[thread].value = std::uint64_t(result);
+  const bool result = fibers_[first].barrier == Barrier::kOr && any;
+  for (int thread = 0; thread < threads_; ++thread) fibers_[thread].value = result;
   for (int warp = 0; warp * kWarp < threads_; ++warp) {
     warps_[warp].ready = warps_[warp].at_barrier;
     warps_[warp].at_barrier = 0;
@@ -676,13 +672,10 @@ unsigned ballot(unsigned mask, bool predicate) {
   return unsigned(t_current->wait(Wait::kBallot, mask));
 }
 
-std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t value, int argument, int width) {
-  const int lane = t_current->lane(), begin = lane / width * width;
-  int source = kind == Shuffle::kIndex  ? begin + (argument & (width - 1))
-               : kind == Shuffle::kXor  ? lane ^ argument
-               : kind == Shuffle::kDown ? lane + argument
-                                        : lane - argument;
-  if (source >= begin + width || source < (kind == Shuffle::kUp ? begin : 0)) source = lane;
+std::uint64_t shuffle_xor(unsigned mask, std::uint64_t value, int lanes, int width) {
+  const int lane = t_current->lane(), end = lane / width * width + width;
+  int source = lane ^ lanes;
+  if (source < 0 || source >= end) source = lane;  // an earlier group may be read, a later one not
   t_current->current().source = source;
   t_current->current().value = value;
   return t_current->wait(Wait::kShuffle, mask);

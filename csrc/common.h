@@ -1,0 +1,87 @@
+// What host and device both define stands here once: sizes, the numbers of a dtype, an output's scale, a workspace's pieces,
+// the slots of values that a chain adds. Plain C++: it needs neither a CPU's vectors nor CUDA's header.
+#pragma once
+#include <math.h>
+
+#include "ops.h"
+
+#if defined(__CUDACC__)
+#define LMN_FN __host__ __device__ inline
+#else
+#define LMN_FN inline
+#endif
+
+namespace lmn {
+namespace {
+
+// ---- sizes ----
+
+LMN_FN std::int64_t at_most(std::int64_t value, std::int64_t limit) { return value < limit ? value : limit; }
+LMN_FN std::int64_t blocks_of(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
+
+// ---- numbers of a dtype ----
+
+template <class T> struct Epsilon;
+template <> struct Epsilon<float> { static constexpr float value = 0x1p-23f; };
+template <> struct Epsilon<double> { static constexpr double value = 0x1p-52; };
+template <class T> struct Vanishing;  // near the smallest normal number
+template <> struct Vanishing<float> { static constexpr float value = 0x1p-120f; };
+template <> struct Vanishing<double> { static constexpr double value = 0x1p-1000; };
+
+/// V: a scalar, or a vector of lanes.
+template <class V> LMN_FN V larger(V a, V b) { return a < b ? b : a; }  // a NaN in a stays
+
+// ---- the outputs' scale ----
+
+/// Power of two that brings the largest |value - value of the first sample| to [0.5, 1): r2 does not see it, but the
+/// squares of very small or large outputs would underflow or overflow.
+template <class T>
+LMN_FN T output_scale(T largest_difference) {
+  if (!(largest_difference > 0) || isinf(largest_difference)) return T(1);
+  int exponent = 0;
+  ::frexp(double(largest_difference), &exponent);
+  constexpr int kLimit = sizeof(T) == 4 ? 120 : 1000;
+  exponent = exponent > kLimit ? kLimit : exponent < -kLimit ? -kLimit : exponent;
+  return T(::ldexp(1.0, -exponent));
+}
+
+// ---- a workspace ----
+
+/// Hands out pieces of a workspace that begin at multiples of kAlignment bytes; with a null base it only counts.
+template <int kAlignment>
+struct ArenaOf {
+  char* const base;
+  std::size_t used = 0;
+  ArenaOf(char* base_) : base(base_) {}
+  template <class U> U* take(std::int64_t count) {
+    U* const piece = base ? reinterpret_cast<U*>(base + used) : nullptr;
+    used += (std::size_t(count) * sizeof(U) + kAlignment - 1) / kAlignment * kAlignment;
+    return piece;
+  }
+};
+
+// ---- slots ----
+
+/// Slots for the values that a chain adds to later ones; a slot is free again behind the last of those. skips: [values], what
+/// is added to each, or -1. slots: [values], -1 for a value that is added to none. free_from: [as many as values are added],
+/// scratch. Returns the number of slots.
+inline int assign_slots(const std::int32_t* skips, int values, int* slots, int* free_from) {
+  int count = 0;
+  for (int value = 0; value < values; ++value) slots[value] = -1;
+  for (int value = 0; value < values; ++value) {
+    if (skips[value] >= 0) slots[skips[value]] = value;  // at first the last one that it is added to
+  }
+  for (int value = 0; value < values; ++value) {
+    const int last = slots[value];
+    if (last < 0) continue;
+    int slot = 0;
+    while (slot < count && free_from[slot] > value) ++slot;
+    count += slot == count;
+    free_from[slot] = last;
+    slots[value] = slot;
+  }
+  return count;
+}
+
+}  // namespace
+}  // namespace lmn

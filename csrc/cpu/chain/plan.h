@@ -1,0 +1,138 @@
+// What a call needs to know before it begins: the layers, the nodes, and where everything lies in the workspace. make_plan()
+// takes all of it from one arena, so that the size of the workspace and the places in it cannot disagree.
+#pragma once
+#include "residuals.h"
+
+namespace lmn {
+namespace {
+
+// First samples per task: their tables of exponentials stay in L2 at 100 units and 19 nodes.
+constexpr std::int64_t kTaskRows = 64;
+
+/// Values of one layer at the samples: [blocks of lanes][width][lanes].
+template <class T>
+struct Layer {
+  std::int64_t width;
+  Activation activation;
+  T* z = nullptr;       // before the activation
+  T* a = nullptr;       // after it; the same memory for the identity
+  T* v = nullptr;       // what the next layer takes: a, or memory of its own where an earlier value is added to a
+  T* slope = nullptr;   // its derivative, for a stencil alone
+  T* rounding = nullptr;  // root of the sum of squares of all that v is computed from; epsilons of it are v's rounding
+  T* packed = nullptr;  // weights into this layer, [blocks of kBlockRows][width of the layer before][rows of the block]
+};
+
+/// What one thread works on.
+template <class T>
+struct Scratch {
+  using V = Vector<T>;
+  V *panel, *next_panel;    // [width][nodes of the block]
+  V* kept;                  // [slots] panels of values that are added to later ones
+  Moments<V>* moments;      // [outputs]
+  V* values;                // [outputs][nodes of the stencil]
+  const T *first_z, *first_a, *first_slope;  // [sum of widths], the layers of sample i, one after the other
+  V* second_table;          // [widths[0]][nodes], exp(-t z_j)
+  T* first_table;           // [kTaskRows][widths[0]][nodes], exp(-(1 - t) z_i)
+  std::int64_t table_task;  // whose rows first_table holds; none: -1
+  std::int64_t counts[2];   // this thread's share of the op's
+};
+
+template <class T>
+struct Plan {
+  const PathConnectivity<T>& op;
+  Stencil<T> stencil;
+  std::int64_t lane_blocks = 0, outputs = 0, total_width = 0, widest = 0;
+  Layer<T>* layers = nullptr;
+  int *added = nullptr, *kept = nullptr;         // [values], slot of what is added to each and is kept of it, none: -1
+  T *t = nullptr, *w = nullptr, *w_t = nullptr;  // [interior] nodes, weights, weights times t - mean t
+  T* scale = nullptr;                            // [outputs]
+  T *y = nullptr, *y_low = nullptr;  // scaled outputs, laid out as a layer; what rounding linear ones to T lost
+  T *row_z = nullptr, *row_a = nullptr, *row_slope = nullptr;  // [samples][sum of widths], the layers again
+  T *row_y = nullptr, *row_y_low = nullptr;      // [samples][outputs]
+  T *rounding = nullptr, *row_rounding = nullptr;  // of the scaled outputs, laid out as y and as row_y
+  Scratch<T>* scratch = nullptr;                 // [threads]
+  bool separable = false;  // the first layer comes from two exponentials
+
+  const Layer<T>& last() const { return layers[op.layers]; }
+  bool ends_linear() const { return op.layers > 0 && last().activation.kind == ActivationKind::kIdentity; }
+  /// Whether the outputs' residuals are the last products alone: their scale is in the weights, and none is stored.
+  bool ends_in_product() const { return ends_linear() && (!op.skips || op.skips[2 * op.layers] < 0); }
+};
+
+template <class T>
+Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Arena& arena, int threads) {
+  using V = Vector<T>;
+  Plan<T> plan{op, stencil};
+  plan.lane_blocks = blocks_of(op.samples, kLanes<T>);
+  plan.outputs = op.widths[op.layers];
+  for (int l = 0; l <= op.layers; ++l) {
+    plan.total_width += op.widths[l];
+    plan.widest = op.widths[l] > plan.widest ? op.widths[l] : plan.widest;
+  }
+  const std::int64_t interior = op.nodes.interior;
+  int slots = 0;
+  if (op.skips) {
+    const int values = 2 * (op.layers + 1);
+    for (int value = 0; value < values; ++value) slots += op.skips[value] >= 0;
+    plan.added = arena.take<int>(values);
+    plan.kept = arena.take<int>(values);
+    int* free_from = arena.take<int>(slots);
+    if (arena.base) {
+      assign_slots(op.skips, values, plan.kept, free_from);
+      for (int value = 0; value < values; ++value) {
+        plan.added[value] = op.skips[value] < 0 ? -1 : plan.kept[op.skips[value]];
+      }
+    }
+  }
+  plan.layers = arena.take<Layer<T>>(op.layers + 1);
+  plan.t = arena.take<T>(interior);
+  plan.w = arena.take<T>(interior);
+  plan.w_t = arena.take<T>(interior);
+  plan.scale = arena.take<T>(plan.outputs);
+  plan.y = arena.take<T>(plan.lane_blocks * plan.outputs * kLanes<T>);
+  plan.y_low = arena.take<T>(plan.lane_blocks * plan.outputs * kLanes<T>);
+  plan.row_z = arena.take<T>(op.samples * plan.total_width);
+  plan.row_a = arena.take<T>(op.samples * plan.total_width);
+  plan.row_slope = arena.take<T>(stencil.size == 0 ? 0 : op.samples * plan.total_width);
+  plan.row_y = arena.take<T>(op.samples * plan.outputs);
+  plan.row_y_low = arena.take<T>(op.samples * plan.outputs);
+  plan.rounding = arena.take<T>(plan.lane_blocks * plan.outputs * kLanes<T>);
+  plan.row_rounding = arena.take<T>(op.samples * plan.outputs);
+  plan.scratch = arena.take<Scratch<T>>(threads);
+  for (int l = 0; l <= op.layers; ++l) {
+    const std::int64_t values = plan.lane_blocks * op.widths[l] * kLanes<T>;
+    Layer<T> layer{op.widths[l], op.activations[l]};
+    layer.z = arena.take<T>(values);
+    layer.a = layer.activation.kind == ActivationKind::kIdentity ? layer.z : arena.take<T>(values);
+    layer.v = op.skips && (op.skips[2 * l + 1] >= 0 || op.shifts[2 * l + 1]) ? arena.take<T>(values) : layer.a;
+    layer.slope = stencil.size == 0 ? nullptr : arena.take<T>(values);
+    layer.rounding = arena.take<T>(values);
+    layer.packed = l == 0 ? nullptr : arena.take<T>(op.widths[l] * op.widths[l - 1]);
+    if (arena.base) plan.layers[l] = layer;
+  }
+  plan.separable = stencil.size == 0 && is_separable(op.activations[0].kind);
+  for (int thread = 0; thread < threads; ++thread) {
+    Scratch<T> s{};
+    s.panel = arena.take<V>(plan.widest * kBlockColumns);
+    s.next_panel = arena.take<V>(plan.widest * kBlockColumns);
+    s.kept = arena.take<V>(slots * plan.widest * kBlockColumns);
+    s.moments = arena.take<Moments<V>>(plan.outputs);
+    s.values = arena.take<V>(stencil.size * plan.outputs);
+    s.second_table = arena.take<V>(plan.separable ? op.widths[0] * interior : 0);
+    s.first_table = arena.take<T>(plan.separable ? kTaskRows * op.widths[0] * interior : 0);
+    s.table_task = -1;
+    s.counts[0] = s.counts[1] = 0;
+    if (arena.base) plan.scratch[thread] = s;
+  }
+  return plan;
+}
+
+template <class T>
+std::size_t workspace(const PathConnectivity<T>& op, const Stencil<T>& stencil, int threads) {
+  Arena arena{nullptr};
+  make_plan(op, stencil, arena, threads);
+  return arena.used;
+}
+
+}  // namespace
+}  // namespace lmn

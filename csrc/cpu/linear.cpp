@@ -1,0 +1,57 @@
+// A Linear at the samples in double: a panel of samples at a time against blocks of outputs, by the product of a chain's
+// layers.
+#include "chain/product.h"
+
+namespace lmn {
+namespace {
+
+struct LinearScratch {
+  double* packed;           // weights, as a layer's
+  Vector<double>* panels;   // [threads][inputs + outputs][kBlockColumns]
+};
+
+LinearScratch split(const Linear& op, Arena& arena, int threads) {
+  double* const packed = arena.take<double>(op.outputs * op.inputs);
+  return {packed, arena.take<Vector<double>>(threads * (op.inputs + op.outputs) * kBlockColumns)};
+}
+
+void linear_on(const Linear& op, int threads) {
+  constexpr std::int64_t kLane = kLanes<double>, kPanel = kBlockColumns * kLane;
+  Arena arena{static_cast<char*>(op.workspace)};
+  const LinearScratch scratch = split(op, arena, threads);
+  pack_weights(op.weight, op.outputs, op.inputs, scratch.packed);
+  const std::int64_t count = blocks_of(op.samples, kPanel);
+  Tasks tasks(op.watch, count);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (worth_threads(op.samples * op.inputs * op.outputs / 16))
+  for (std::int64_t task = 0; task < count; ++task) {
+    if (!tasks.go_on()) continue;
+    Vector<double>* const panel = scratch.panels + omp_get_thread_num() * (op.inputs + op.outputs) * kBlockColumns;
+    Vector<double>* const sums = panel + op.inputs * kBlockColumns;
+    const std::int64_t begin = task * kPanel, samples = at_most(kPanel, op.samples - begin);
+    for (std::int64_t n = 0; n < kPanel; ++n) {
+      const double* sample = op.x + (begin + at_most(n, samples - 1)) * op.inputs;
+      for (std::int64_t d = 0; d < op.inputs; ++d) panel[d * kBlockColumns + n / kLane][n % kLane] = sample[d];
+    }
+    multiply_columns<double, kBlockColumns>(scratch.packed, op.outputs, op.inputs, panel, sums, nullptr, nullptr, nullptr);
+    for (std::int64_t n = 0; n < samples; ++n) {
+      double* const z = op.z + (begin + n) * op.outputs;
+      for (std::int64_t k = 0; k < op.outputs; ++k) {
+        z[k] = sums[k * kBlockColumns + n / kLane][n % kLane] + (op.bias ? op.bias[k] : 0.0);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+namespace LMN_LEVEL {
+
+std::size_t linear_workspace(const Linear& op, int threads) {
+  Arena arena{nullptr};
+  split(op, arena, threads);
+  return arena.used;
+}
+void linear(const Linear& op, int threads) { linear_on(op, threads); }
+
+}  // namespace LMN_LEVEL
+}  // namespace lmn
