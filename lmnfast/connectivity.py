@@ -19,6 +19,7 @@ from .evaluation import (
     Checks,
     Findings,
     NotTheChain,
+    StackFindings,
     bytes_of,
     check_budget,
     checked_samples,
@@ -36,8 +37,8 @@ from .evaluation import (
     widened,
 )
 from .jacobian import Differentiated, other_features, tiled, with_features
-from .network import Chain, Stacked, loaded, networks_in, recognise
-from .ops.path_connectivity import ChainConnectivity, chain_connectivity
+from .network import Chain, Stacked, loaded, networks_in, recognise, stack_of
+from .ops.path_connectivity import ChainConnectivity, chain_connectivity, stack_connectivity
 from .quadrature import path_nodes
 from .reference import CONSTANT_ULPS
 from .state import alone, evaluating, one_core_after_fork
@@ -87,7 +88,7 @@ def connectivity(
             at most. On the CPU a tile of path points has 24 MiB at most, as caches are faster. A tile is whole pairs, one at
             least. Where a device has no memory left all the same, tiles are halved until it has.
         stacked: parameters and buffers of B networks like the module f, as torch.func.stack_module_state returns them;
-            x is then (B, N, *in), each network's own samples.
+            x is then (B, N, *in), each network's own samples. On CUDA chains are measured together, with the same bits.
         progress: True shows a bar (needs tqdm); a function is told the share that is done, from 0 to 1, about ten times a
             second, or after a tile of paths. It runs in this thread, and what it raises ends the measurement. A fused
             kernel on CUDA and method "jacobian" tell the end alone.
@@ -109,7 +110,15 @@ def connectivity(
     each = measured(f, x, stacked, progress=progress, **settings)
     warn_of_offsets(each)
     with one_core_after_fork():
-        return each[0].L if stacked is None else torch.stack([one.L for one in each])
+        return each[0].L if stacked is None else stacked_matrices(each)
+
+
+def stacked_matrices(each: Sequence["Enqueued"]) -> Tensor:
+    """(networks, N, N); where one launch has measured all networks, what it has written."""
+    together = each[0].together
+    if together is not None and all(one.together is together for one in each):
+        return together
+    return torch.stack([one.L for one in each])
 
 
 @alone()
@@ -146,15 +155,17 @@ def _measured_stack(
     report: Progress | None,
     settings: dict[str, Any],
 ) -> list["Enqueued"]:
-    """As `measured`. A device gets the work of all networks before anybody waits for that of one."""
+    """As `measured`. A device gets the work of all networks before anybody waits for that of one, of chains in one launch."""
     networks = _stacked_networks(f, x, stacked)
 
     def one(number: int, **more: Any) -> Enqueued:
         with loaded(f, stacked, number):
             return enqueue(f, x[number], progress=_share_of(report, number, networks), **settings, **more)
 
-    results = []
-    for number in range(networks):
+    results = _enqueue_together(f, x, stacked, **settings) or []
+    if results and report is not None:
+        report(1.0)
+    for number in range(len(results), networks):
         results.append(one(number))
         if report is not None:
             report((number + 1) / networks)
@@ -226,6 +237,8 @@ class Enqueued:
     """0-dim float64, as `_offset` gives it, or what gives it; None: of no interest, as next to no output counts as constant."""
     findings: Findings | None = None
     """In place of verdicts, of a chain on a device."""
+    together: Tensor | None = None
+    """(networks, N, N), of which L is one, where several networks were measured together."""
 
     @property
     def L(self) -> Tensor:
@@ -407,6 +420,61 @@ def enqueue(
         finally:
             if stream is not None and chain is None:
                 torch.cuda.current_stream(x.device).wait_stream(stream)
+
+
+def _enqueue_together(
+    f: nn.Module,
+    x: Tensor,
+    stacked: Stacked,
+    *,
+    method: str = "path",
+    points: int = 21,
+    rule: str = "uniform",
+    budget: int | None = None,
+) -> list[Enqueued] | None:
+    """`enqueue` of all stacked networks by one launch of CUDA kernels; None where there are none for them: for what is no chain, or
+    one of weights that are computed from the parameters, for method "jacobian", under autocast."""
+    if method not in METHODS[:3] or not _native.on_cuda(x) or torch.is_autocast_enabled(x.device.type):
+        return None
+    x, precision = x.detach(), torch.get_float32_matmul_precision()
+    midpoint = None if method == "path" else method == "hermite-midpoint"
+    ends: list[Tensor] = []
+    for number in range(len(x)):
+        with loaded(f, stacked, number):
+            if number == 0:
+                nodes, weights = path_nodes(rule, points)
+                check_budget(budget)
+                checked_samples(f, x[0])
+            with evaluating(f) as kept:
+                if not kept.in_order:
+                    ends.append(first_outputs(Calls(f, kept.put_back), x[number], None))
+                if number == 0:
+                    chain = recognise(f)
+        if number == 0:
+            chains = None if chain is None or not has_kernel_of(chain, x[0]) else stack_of(chain, stacked)
+            width = None if chains is None else chains.weights[0].shape[-1]
+            if chains is None or x[0, 0].numel() != width or chains.weights[0].dtype != x.dtype:
+                return None
+            if kept.in_order:  # of such nothing else can come out than what the chain gives
+                break
+    with torch.no_grad():
+        outputs = chains(x)
+        if ends and not all(_is_like(y, outputs[0]) for y in ends):
+            return None
+        L, counts, each = stack_connectivity(chains, x, nodes, weights, midpoint)
+        y, again = (torch.stack(ends), outputs) if ends else (outputs, None)
+        findings = StackFindings(x, y, again, L, counts)
+    return [
+        Enqueued(
+            one,
+            _precision(precision, chain, x),
+            y.shape[2],
+            offset=partial(lambda number: _offset(chains.of_network(number), y[number]), number),
+            findings=findings.of_network(number),
+            together=L,
+        )
+        for number, one in enumerate(each)
+    ]
 
 
 def _is_like(values: Tensor, ends: Tensor) -> bool:

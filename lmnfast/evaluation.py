@@ -113,14 +113,14 @@ class Findings:
         values = (
             t if t is None or t.dtype == dtype else t.to(dtype) for t in (x.flatten(1), ends, again, expected)
         )
-        self._found = check_outputs(*values, matrix, counts, torch.finfo(ends.dtype).eps)
+        self.found = check_outputs(*values, matrix, counts, torch.finfo(ends.dtype).eps)
         self._samples = len(x)
         self._numbers: list[int] | None = None
 
     def read(self) -> list[int]:
         """The numbers, see `reference.check_outputs`; waits for the device, once."""
         if self._numbers is None:
-            found = self._found.tolist()
+            found = self.found.tolist()
             differ = int(found[4] > 0 or _as_float(found[5]) > _as_float(found[6]))
             self._numbers = [*found[:4], differ, *found[7:]]
         return self._numbers
@@ -160,6 +160,52 @@ class Findings:
     def count(self) -> float:
         """The first of the counts, where they are float64."""
         return _as_float(self.read()[8])
+
+
+class StackFindings:
+    """`Findings` of several networks, from one pass over all of them; where that finds anything, they are looked at one by one."""
+
+    def __init__(
+        self, x: Tensor, ends: Tensor, again: Tensor | None, matrices: Tensor, counts: Tensor
+    ) -> None:
+        """Enqueues the pass over samples (B, N, *in), outputs (B, N, K), those of the chains or None, connectivities (B, N, N), and
+        counts (B, 2) int64."""
+        self.arguments = x, ends, again, matrices, counts
+        rows = x.shape[1]
+        # Whether all is finite does not depend on what stands where; the chains' outputs are compared one by one over the samples.
+        columns = (t if t is None else t.transpose(0, 1).flatten(1) for t in (ends, again))
+        values = (ends.reshape(rows, -1), None) if again is None else columns
+        found = Findings(x.reshape(rows, -1), *values, None, matrices.reshape(rows, -1)).found
+        self._found = torch.cat([found[:-2], counts.flatten()])
+        self._counts: list[list[int]] = []
+
+    def counts(self) -> list[list[int]] | None:
+        """Of each network, where nothing is wrong with any; else None. Waits for the device, once."""
+        if self._found is not None:
+            numbers = self._found.tolist()
+            self._found, first = None, len(numbers) - 2 * len(self.arguments[-1])
+            if not any(numbers[:first]):
+                self._counts = [numbers[n : n + 2] for n in range(first, len(numbers), 2)]
+        return self._counts or None
+
+    def of_network(self, number: int) -> Findings:
+        return _OfNetwork(self, number)
+
+
+class _OfNetwork(Findings):
+    def __init__(self, stack: StackFindings, number: int) -> None:
+        self._stack, self._number = stack, number
+        self._numbers = None
+
+    def read(self) -> list[int]:
+        if self._numbers is None and (counts := self._stack.counts()) is not None:
+            self._numbers = [*[0] * 8, *counts[self._number]]
+        elif self._numbers is None:
+            x, ends, again, matrix, counts = (
+                t if t is None else t[self._number] for t in self._stack.arguments
+            )
+            super().__init__(x, ends, again, None, matrix, counts)
+        return super().read()
 
 
 def _as_float(bits: int) -> float:

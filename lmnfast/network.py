@@ -145,15 +145,65 @@ class Chain:
         width = self.weights[0].shape[1]
         if x.ndim < 2 or math.prod(x.shape[1:]) != width:
             raise ValueError(f"x: expected samples of {width} elements, got shape {tuple(x.shape)}")
-        skips, values = dict(self.skips), []
-        z = x.reshape(len(x), width)
-        for n, activation in enumerate(self.activations):
-            z = F.linear(z, self.weights[n - 1], self.biases[n - 1]) if n else z
-            for into in (2 * n, 2 * n + 1):
-                z = activation(z) if into % 2 else z
-                z = z + values[skips[into]] if into in skips else z
-                values.append(z)
-        return values
+        return _values_of(self, x.reshape(len(x), width), F.linear)
+
+
+@dataclass(frozen=True, eq=False)
+class ChainStack:
+    """Several chains of one structure: all as in `Chain`, and each tensor with one more dimension in front, of the networks."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    activations: tuple[Activation, ...]
+    skips: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """All chains in plain torch: x (networks, N, *in), flattened to (networks, N, D) -> (networks, N, K)."""
+
+        def linear(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return z @ weight.mT if bias is None else torch.baddbmm(bias[:, None], z, weight.mT)
+
+        return _values_of(self, x.flatten(2), linear)[-1]
+
+    def of_network(self, number: int) -> Chain:
+        """One of them, for samples (N, D)."""
+        biases = tuple(None if b is None else b[number] for b in self.biases)
+        return Chain(tuple(w[number] for w in self.weights), biases, self.activations, skips=self.skips)
+
+
+def stack_of(chain: Chain, stacked: Stacked) -> ChainStack | None:
+    """The chains that networks with stacked parameters are, where `chain` is the one with the first network's: as views of its
+    stacks, see `loaded`. None where a tensor of the chain is none of the stacked ones, but computed from them, say."""
+    stacks = {_place(value[0]): value.detach() for values in stacked for value in values.values()}
+
+    def of(tensor: Tensor) -> Tensor | None:
+        return stacks.get(_place(tensor))
+
+    weights = tuple(map(of, chain.weights))
+    biases = tuple(None if b is None else of(b) for b in chain.biases)
+    found = [*weights, *(b for b, own in zip(biases, chain.biases) if own is not None)]
+    if any(stack is None for stack in found):
+        return None
+    return ChainStack(weights, biases, chain.activations, chain.skips)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor has its values; the same for all views of the same values."""
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _values_of(
+    chain: Chain | ChainStack, z: Tensor, linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> list[Tensor]:
+    """Every value of a chain on flattened samples, as `Chain.skips` counts them."""
+    skips, values = dict(chain.skips), []
+    for n, activation in enumerate(chain.activations):
+        z = linear(z, chain.weights[n - 1], chain.biases[n - 1]) if n else z
+        for into in (2 * n, 2 * n + 1):
+            z = activation(z) if into % 2 else z
+            z = z + values[skips[into]] if into in skips else z
+            values.append(z)
+    return values
 
 
 def check_layers(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _native, ops
 from ._native import Progress
-from .connectivity import Enqueued, measured, warn_of_offsets
+from .connectivity import Enqueued, measured, stacked_matrices, warn_of_offsets
 from .evaluation import all_finite
 from .network import Stacked
 from .ops.symmetric_eigenvalues import fits
@@ -323,7 +323,7 @@ def lmn(
     check_negative(negative)
     each = measured(f, x, stacked, method=method, points=points, rule=rule, budget=budget)
     warn_of_offsets(each)
-    L = each[0].L if stacked is None else torch.stack([one.L for one in each])
+    L = each[0].L if stacked is None else stacked_matrices(each)
     return torch.exp2(_spectrum(L, negative)[2].to(L.device))
 
 
