@@ -829,16 +829,11 @@ def test_a_network_of_a_stack_whose_chain_has_other_outputs_is_measured_anew(emu
 
 def test_what_a_stack_counts_as_constant_is_that_of_each_network(emulated):
     models, stacked, x = stack_of(lambda: mlp(6, 20, 4), 3)
-    with (
-        torch.no_grad()
-    ):  # one unit that is the same large number for all samples, and one output that reads no other
+    # One unit that is the same large number for all samples, and one output that reads no other.
+    with torch.no_grad():
         for values in (dict(models[1].named_parameters()), {k: v[1] for k, v in stacked[0].items()}):
-            values["0.weight"][3], values["0.bias"][3], values["2.weight"][0], values["2.weight"][:, 3] = (
-                0,
-                1e5,
-                0,
-                1,
-            )
+            values["0.weight"][3] = values["2.weight"][0] = 0
+            values["0.bias"][3], values["2.weight"][:, 3] = 1e5, 1
     each = MODULE.measured(models[0], x, stacked)
     alone = [MODULE.measured(f, own)[0] for f, own in zip(models, x)]
     assert [one.constants for one in each] == [one.constants for one in alone] and each[1].constants > 0

@@ -21,11 +21,11 @@ LMN_FN std::int64_t padded(std::int64_t width) { return blocks_of(width, kColumn
 // ---- several networks in one launch ----
 //
 // Each network has the same places in a workspace of its own, one workspace behind the other, and blocks of its own, whose
-// blockIdx.y is its number. A kernel is given the places of the first one. What it finds in the workspace, `Problem::layers`, has
-// its own network's already.
+// blockIdx.y is its number. A kernel is given the first one's places, and moves on from there. The layers that it finds in the
+// workspace have their own network's places.
 
-/// What the block's network has in place of something of the first one's, which lies `apart` bytes before that of the second one;
-/// not of null.
+/// What the block's network has in place of something of the first one's; `apart` bytes behind that is the second one's. Not of
+/// null.
 template <class U>
 __device__ inline U* in_network(U* first, std::int64_t apart) {
   return reinterpret_cast<U*>(reinterpret_cast<char*>(first) + blockIdx.y * apart);
@@ -584,8 +584,8 @@ const char* enqueue_forward(const PathConnectivity<T>& op, const Problem<T>& pro
     const Layer<T> before = l > 0 ? layers[std::size_t(l - 1)] : Layer<T>{};
     const std::int64_t blocks = blocks_of(op.samples, kForwardTile) * (layer.stride / kForwardTile);
     const T *const before_v = before.v, *const before_rounding = before.rounding;
-    error = launch(forward_kernel<T>, Grid(blocks, op.networks), kForwardTile * kForwardTile, 0, stream, problem, layer, l, op.z,
-                   before_v, before_rounding, before.width, before.stride, earlier_of(op, l, 0, layers),
+    error = launch(forward_kernel<T>, Grid(blocks, op.networks), kForwardTile * kForwardTile, 0, stream, problem, layer, l,
+                   op.z, before_v, before_rounding, before.width, before.stride, earlier_of(op, l, 0, layers),
                    earlier_of(op, l, 1, layers), limit, sums);
     if (!error) error = seen(l, layer);
   }

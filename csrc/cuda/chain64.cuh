@@ -130,8 +130,8 @@ inline const char* enqueue_samples(const PathConnectivity<double>& op, Plan& pla
     plan.last = layer;
     if (l == 0) return nullptr;
     const std::int64_t count = blocks_of(layer.width, 8) * blocks_of(op.widths[l - 1], 8) * kWarp;
-    return launch(pack_kernel, Grid(blocks_of(count, kThreads), op.networks), kThreads, 0, stream, layer, op.widths[l - 1], count,
-                  plan.problem.apart);
+    return launch(pack_kernel, Grid(blocks_of(count, kThreads), op.networks), kThreads, 0, stream, layer, op.widths[l - 1],
+                  count, plan.problem.apart);
   });
   if (error) return error;
   return launch(scale_kernel, Grid(plan.problem.outputs + 1, op.networks), kThreads, 0, stream, plan.problem, plan.choice);
@@ -209,7 +209,7 @@ __device__ inline void shallow_residuals(double (&e)[kGroup], const double (&t)[
 template <ActivationKind kKind>
 __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow64 p) {
   if (!*in_network(p.take, p.problem.apart)) return;
-  const Problem<double> problem = of_network(p.problem);
+  const Problem<double>& problem = p.problem;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const std::int64_t samples = problem.samples, outputs = problem.outputs;
   double2* const weights = reinterpret_cast<double2*>(dynamic_shared());  // [chunks][steps][tiles][lanes], scaled
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
     const int step = n / (kShallowTiles64 * kWarp) % p.steps, k = 8 * tile + n % kWarp / 4;
     double2 w = make_double2(0, 0);
     if (k < outputs) {
-      const double scale = problem.scale[k];
+      const double scale = in_network(problem.scale, problem.apart)[k];
       w = in_network(p.fragments, problem.apart)[(std::int64_t(tile) * p.steps + step) * kWarp + n % kWarp];
       w = make_double2(w.x * scale, w.y * scale);
     }
@@ -294,15 +294,16 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
         const std::int64_t k = 8 * (chunk * kShallowTiles64 + n / 2) + 2 * (lane % 4) + n % 2;
         if (k >= outputs) break;
         const Moments<double> m{at[0], at[kShallowThreads64], at[2 * kShallowThreads64]};
-        add_output(pair_sums, problem.y, problem.y_low, problem.rounding, outputs, i, at_most(j, samples - 1), k, m,
-                   problem.scale[k], 0.0, problem.nodes.variance_t);
+        const Problem<double> own = of_network(problem);
+        add_output(pair_sums, own.y, own.y_low, own.rounding, outputs, i, at_most(j, samples - 1), k, m, own.scale[k], 0.0,
+                   own.nodes.variance_t);
       }
     }
     pair_sums.nonlinear = warp_sum(pair_sums.nonlinear, 4);
     pair_sums.constants = warp_sum(pair_sums.constants, 4);
     if (lane % 4 == 0 && i <= j && j < samples) {
-      store_entry(problem.connectivity, problem.counts, pair_sums, in_network(p.z, problem.apart), p.stride, p.width, samples,
-                  outputs, i, j);
+      store_entry(problem.own_connectivity(), problem.own_counts(), pair_sums, in_network(p.z, problem.apart), p.stride,
+                  p.width, samples, outputs, i, j);
     }
   }
 }
@@ -648,8 +649,8 @@ __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_con
       }
       if (work.i <= j && j < problem.samples) {
         const Layer<double>& layer = problem.own_layers()[0];
-        store_entry(problem.own_connectivity(), problem.own_counts(), total, layer.z, layer.stride, layer.width, problem.samples,
-                    problem.outputs, work.i, j);
+        store_entry(problem.own_connectivity(), problem.own_counts(), total, layer.z, layer.stride, layer.width,
+                    problem.samples, problem.outputs, work.i, j);
       }
     }
     __syncthreads();  // totals and work are read
@@ -760,8 +761,8 @@ template <ActivationKind kKind>
 const char* enqueue_shallow64(const Plan64& plan, std::int64_t networks, CUstream_st* stream) {
   const Shallow64& shallow = plan.shallow;
   const std::int64_t threads = 8 * blocks_of(shallow.problem.samples, 8) * shallow.steps * 4;
-  const char* const error = launch(pack_shallow64_kernel<kKind>, Grid(blocks_of(threads, kThreads), networks), kThreads, 0, stream,
-                                   shallow, plan.plan.first, plan.spacing, plan.first, plan.second);
+  const char* const error = launch(pack_shallow64_kernel<kKind>, Grid(blocks_of(threads, kThreads), networks), kThreads, 0,
+                                   stream, shallow, plan.plan.first, plan.spacing, plan.first, plan.second);
   if (error) return error;
   return launch(shallow64_kernel<kKind>, Grid(plan.shallow_blocks, networks), kShallowThreads64, plan.shallow_shared, stream,
                 shallow);
@@ -769,7 +770,8 @@ const char* enqueue_shallow64(const Plan64& plan, std::int64_t networks, CUstrea
 
 /// apart: bytes between the workspaces of two networks.
 template <int kStencil>
-const char* enqueue64(const PathConnectivity<double>& op, const Stencil<double>& stencil, std::size_t apart, CUstream_st* stream) {
+const char* enqueue64(const PathConnectivity<double>& op, const Stencil<double>& stencil, std::size_t apart,
+                      CUstream_st* stream) {
   Arena arena{static_cast<char*>(op.workspace), std::int64_t(apart)};
   Plan64 plan = make_plan64<kStencil>(op, stencil, arena);
   if (const char* error = enqueue_samples(op, plan.plan, arena, stream)) return error;
@@ -810,7 +812,9 @@ std::size_t workspace64(const PathConnectivity<double>& op, const Stencil<double
 template <int kStencil>
 const char* connectivity64(const PathConnectivity<double>& op, const Stencil<double>& stencil, CUstream_st* stream) {
   const std::size_t own = own_workspace64<kStencil>(op, stencil);
-  return in_parts(op, own, [&](const PathConnectivity<double>& part) { return enqueue64<kStencil>(part, stencil, own, stream); });
+  return in_parts(op, own, [&](const PathConnectivity<double>& part) {
+    return enqueue64<kStencil>(part, stencil, own, stream);
+  });
 }
 
 }  // namespace float64

@@ -642,7 +642,7 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMost
   __syncthreads();
   [[maybe_unused]] bool careful = true;
   if constexpr (Curve::kSilu && kStencil == 0) {
-    const RangeFlags& range = *shared_parameters().range;
+    const RangeFlags& range = *in_network(p.range, p.apart);
     careful = !(__uint_as_float(unsigned(range.largest_z)) < kPairedLimit) || range.careful != 0;
   }
   const int warps = int(blockDim.x) / kWarp;

@@ -292,7 +292,8 @@ const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* str
 template <class T>
 const char* wide_linear_on(const WideLinear<T>& op, CUstream_st* stream) {
   constexpr ActivationKind kNone = ActivationKind::kIdentity;
-  const ForwardLayer<T, double> layer{op.x, op.weight, op.bias, op.z, nullptr, op.samples, op.inputs, op.outputs, 0, {kNone, 0, 0}};
+  const ForwardLayer<T, double> layer{op.x, op.weight, op.bias, op.z, nullptr, op.samples, op.inputs, op.outputs, 0,
+                                      {kNone, 0, 0}};
   if (op.networks == 1) return forward<T, double>(layer, stream);
   const std::int64_t blocks = blocks_of(op.samples, kForwardTile) * blocks_of(op.outputs, kForwardTile);
   for (std::int64_t first = 0; first < op.networks; first += kMostNetworks) {

@@ -312,7 +312,8 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
   __shared__ int2 waiting[kWarp + kThreads];
   __shared__ int found;
   if (threadIdx.x == 0) found = 0;
-  if (!__syncthreads_or(p.own_counts()[1] != 0)) return;  // other blocks count down meanwhile, so that threads may read differently
+  // Other blocks count down meanwhile, so that threads may read differently.
+  if (!__syncthreads_or(p.own_counts()[1] != 0)) return;
   const int warp = int(threadIdx.x) / kWarp;
   double* const panels = p.panels ? in_network(p.panels, p.apart) + blockIdx.x * p.block_panels
                                   : reinterpret_cast<double*>(dynamic_shared());
@@ -442,8 +443,8 @@ inline const char* enqueue(const PathConnectivity<float>& op, int stencil, void*
                            CUstream_st* stream) {
   Arena arena{static_cast<char*>(workspace), std::int64_t(apart)};
   const Plan plan = make_plan(op, stencil, arena);
-  return launch(stencil > 0 ? measure_kernel<true> : measure_kernel<false>, Grid(plan.blocks, op.networks), kThreads, plan.shared,
-                stream, plan.unresolved);
+  return launch(stencil > 0 ? measure_kernel<true> : measure_kernel<false>, Grid(plan.blocks, op.networks), kThreads,
+                plan.shared, stream, plan.unresolved);
 }
 
 }  // namespace unresolved
