@@ -144,3 +144,44 @@ def bench_connectivity(benchmark, measure, precision, device, network, bar):
         call, arguments = by_hand, (run, x, chunk)
     assert (call(*arguments) - truth).abs().max() < 1e-4
     measure(call, arguments, rounds=5)
+
+
+STACK = 8  # networks, the paper's tail, with as many samples each
+STACK_SAMPLES = {"cpu": 128, "cuda": 961}
+
+
+@functools.cache
+def stack(device: torch.device):
+    """Networks, what torch stacks of them, samples for each, and the connectivities of a loop over them."""
+    torch.manual_seed(0)
+    models = [
+        nn.Sequential(nn.Linear(100, 100), nn.SiLU(), nn.Linear(100, 31))
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+        for _ in range(STACK)
+    ]
+    x = torch.randn(STACK, STACK_SAMPLES[device.type], 100, device=device)
+    truth = torch.stack([definition(f.double(), own.double()) for f, own in zip(models, x)])
+    models = [f.float() for f in models]
+    return models, torch.func.stack_module_state(models), x, truth
+
+
+@pytest.mark.parametrize("bar", ["ours", "a loop of public calls"])
+@pytest.mark.parametrize("number", ["connectivity", "lmn"])
+def bench_stacked(benchmark, measure, precision, device, number, bar):
+    models, stacked, x, truth = stack(device)
+    benchmark.group = f"{number}, {STACK} networks, N={x.shape[1]}, {device.type}"
+    benchmark.extra_info["bar"] = bar
+    function = getattr(lmnfast, number)
+
+    def together():
+        return function(models[0], x, stacked=stacked)
+
+    def one_by_one():
+        return torch.stack([function(f, own) for f, own in zip(models, x)])
+
+    call = together if bar == "ours" else one_by_one
+    wanted = truth if number == "connectivity" else lmnfast.linear_mapping_number(truth)
+    assert (call() - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    measure(call, (), rounds=5)

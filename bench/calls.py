@@ -7,6 +7,7 @@ python bench/calls.py --once NAME       that call alone, once, between cudaProfi
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections import Counter
@@ -50,6 +51,8 @@ def calls(samples: int, device: str) -> dict[str, Callable[[], object]]:
     tail, x = lmnfast.cut(model, "rest.0", inputs)
     plain, rule = nn.Sequential(*model.rest[1:]), path_nodes("uniform", 21)
     chain, nine = recognise(plain), {"points": 9, "rule": "lobatto"}
+    models = [copy.deepcopy(plain) for _ in range(8)]
+    stacked, xs = torch.func.stack_module_state(models), x.expand(8, *x.shape)
     probe = lmnfast.Probe(model, inputs, "rest.0", every=1)
 
     def probed() -> None:
@@ -64,6 +67,8 @@ def calls(samples: int, device: str) -> dict[str, Callable[[], object]]:
         "connectivity, hermite": lambda: lmnfast.connectivity(tail, x, method="hermite"),
         "connectivity, jacobian": lambda: lmnfast.connectivity(tail, x, method="jacobian"),
         "lmn": lambda: lmnfast.lmn(tail, x),
+        "lmn, 8 networks stacked": lambda: lmnfast.lmn(plain, xs, stacked=stacked),
+        "lmn, 8 networks in a loop": lambda: [lmnfast.lmn(f, x) for f in models],
         "measure": lambda: lmnfast.measure(tail, x),
         "jacobians": lambda: lmnfast.jacobians(plain, x),
         "jacobian_distances": lambda: lmnfast.jacobian_distances(plain, x),

@@ -97,6 +97,7 @@ struct ConnectivityCall {
   std::optional<bool> midpoint;  // none: path_connectivity
   Address exact, inputs;
   std::int64_t exact_width, input_width;
+  std::int64_t networks;
 
   template <class T>
   lmn::PathConnectivity<T> path(Address connectivity, Address counts, Address workspace,
@@ -121,7 +122,8 @@ struct ConnectivityCall {
             pointer<const double>(exact),
             pointer<const float>(inputs),
             exact_width,
-            input_width};
+            input_width,
+            networks};
   }
   /// function(op) of the kind and dtype that this is.
   template <class Function>
@@ -139,6 +141,7 @@ struct ConnectivityCall {
   }
   void run(Address connectivity, Address counts, Address workspace, int threads, bool signals,
            py::object progress) const {
+    expect(networks == 1 || !lmn::level_in_use().is_default, "networks");  // the emulated kernels take several
     attended(signals, std::move(progress), [&](const lmn::Watch* watch) {
       with_op(connectivity, counts, workspace, watch, [&](const auto& op) { run_on_cpu(op, threads); });
     });
@@ -270,7 +273,7 @@ ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Addres
                                        std::vector<double> t, std::vector<double> node_weights, double mean_t,
                                        double variance_t, std::int64_t samples, bool halves_alone,
                                        std::optional<bool> midpoint, Address exact, Address inputs,
-                                       std::int64_t exact_width, std::int64_t input_width) {
+                                       std::int64_t exact_width, std::int64_t input_width, std::int64_t networks) {
   expect_chain(weights.size(), biases.size(), widths.size(), kinds.size());
   expect(skips.size() == shifts.size() && (skips.empty() || skips.size() == 2 * kinds.size()), "skips, shifts");
   for (std::size_t n = 0; n < skips.size(); ++n) expect(-1 <= skips[n] && skips[n] < int(n), "skips");
@@ -278,9 +281,10 @@ ConnectivityCall connectivity_call(bool is_double, Address z, std::vector<Addres
   std::int64_t moving = widths[0];  // columns of z and of the shifts
   for (std::size_t n = 0; n < shifts.size(); ++n) moving += shifts[n] ? widths[n / 2] : 0;
   expect(exact ? inputs && !is_double && exact_width == moving && input_width >= 0 : !inputs, "exact, inputs");
+  expect(networks >= 1, "networks");
   return {is_double,   z, std::move(weights), std::move(biases), std::move(widths), activations_of(kinds, parameters),
           std::move(skips), std::move(shifts), {std::move(t), std::move(node_weights), mean_t, variance_t}, samples,
-          halves_alone, midpoint, exact, inputs, exact_width, input_width};
+          halves_alone, midpoint, exact, inputs, exact_width, input_width, networks};
 }
 
 template <class T>
@@ -379,12 +383,12 @@ PYBIND11_MODULE(_C, m) {
   });
 #if defined(LMN_CUDA) || defined(LMN_EMULATED)
   // Without a counterpart on the CPU, where LAPACK makes B and `linear` is given float64; in an emulated build the stream is 0.
-  m.def("wide_linear_cuda", [](bool is_double, Address x, Address weight, Address bias, std::int64_t samples,
-                               std::int64_t inputs, std::int64_t outputs, Address z, Address stream) {
+  m.def("wide_linear_cuda", [](bool is_double, Address x, Address weight, Address bias, std::int64_t networks,
+                               std::int64_t samples, std::int64_t inputs, std::int64_t outputs, Address z, Address stream) {
     const auto run = [&](auto zero) {
       using T = decltype(zero);
       const lmn::WideLinear<T> op{pointer<const T>(x), pointer<const T>(weight), pointer<const T>(bias),
-                                  samples, inputs, outputs, pointer<double>(z)};
+                                  networks, samples, inputs, outputs, pointer<double>(z)};
       raise("wide_linear", lmn::wide_linear_cuda(op, pointer<CUstream_st>(stream)));
     };
     is_double ? run(0.0) : run(0.0f);

@@ -39,6 +39,7 @@ struct PathNodes {
 /// Linear connectivity of y = act_L(W_L ... act_1(W_1 act_0(z) + b_1) ... + b_L).
 /// Value 2 l is layer l's before its activation, value 2 l + 1 after it; an earlier one of the same width may be added to
 /// either, but to none after the identity. What is affine in the samples has no residual: it comes as a shift.
+/// Of several networks of one shape the arrays of one lie behind those of the network before: z is [networks, samples, width].
 template <class T>
 struct PathConnectivity {
   const T* z;                       // [samples, widths[0]]
@@ -61,6 +62,7 @@ struct PathConnectivity {
   const double* exact;              // [samples, exact_width]
   const float* inputs;              // [samples, input_width]
   std::int64_t exact_width, input_width;
+  std::int64_t networks;            // 1 or more; on the CPU 1
 };
 
 /// Linear connectivity of the polynomials that match each output's ends and end slopes along a path, and with the
@@ -212,14 +214,14 @@ struct CheckOutputs {
   std::int64_t* found;              // [kFindings], as lmnfast/ops/check_outputs.py says
 };
 
-/// x W^T + b, each sum in float64, of float32 or float64. What a chain's samples go through once on CUDA.
+/// x W^T + b, each sum in float64, of float32 or float64. What the samples of chains go through once on CUDA.
 template <class T>
 struct WideLinear {
-  const T* x;                       // [samples, inputs]
-  const T* weight;                  // [outputs, inputs]
-  const T* bias;                    // [outputs] or null
-  std::int64_t samples, inputs, outputs;
-  double* z;                        // [samples, outputs]
+  const T* x;                       // [networks, samples, inputs]
+  const T* weight;                  // [networks, outputs, inputs]
+  const T* bias;                    // [networks, outputs] or null
+  std::int64_t networks, samples, inputs, outputs;
+  double* z;                        // [networks, samples, outputs]
 };
 
 /// x W^T + b, each sum from the first input to the last: the same bits for any thread count and any batch, which a BLAS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,16 +130,22 @@ class Chain:
         width = self.weights[0].shape[1]
         if x.ndim < 2 or math.prod(x.shape[1:]) != width:
             raise ValueError(f"x: expected samples of {width} elements, got shape {tuple(x.shape)}")
-        skips = dict(self.skips)
-        values: list[Tensor] = []
-        z = x.reshape(len(x), width)
-        for n, activation in enumerate(self.activations):
-            z = F.linear(z, self.weights[n - 1], self.biases[n - 1]) if n else z
-            for into in (2 * n, 2 * n + 1):
-                z = activation(z) if into % 2 else z
-                z = z + values[skips[into]] if into in skips else z
-                values.append(z)
-        return values
+        return values_of(self, x.reshape(len(x), width), F.linear)
+
+
+def values_of(
+    chain: Any, z: Tensor, linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> list[Tensor]:
+    """Every value of a chain, or of a stack of chains, on flattened samples, as `Chain.skips` counts the values."""
+    skips = dict(chain.skips)
+    values: list[Tensor] = []
+    for n, activation in enumerate(chain.activations):
+        z = linear(z, chain.weights[n - 1], chain.biases[n - 1]) if n else z
+        for into in (2 * n, 2 * n + 1):
+            z = activation(z) if into % 2 else z
+            z = z + values[skips[into]] if into in skips else z
+            values.append(z)
+    return values
 
 
 def check_layers(

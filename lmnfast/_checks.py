@@ -56,14 +56,14 @@ class Findings:
 
         samples, outputs = x.flatten(1).to(dtype), ends.to(dtype)
         epsilon = torch.finfo(ends.dtype).eps
-        self._found = find(samples, outputs, cast(again), cast(expected), matrix, counts, epsilon)
+        self.found = find(samples, outputs, cast(again), cast(expected), matrix, counts, epsilon)
         self._samples = len(x)
         self._numbers: list[int] | None = None
 
     def read(self) -> list[int]:
         """The numbers, see `reference.check_outputs`; waits for the device, once."""
         if self._numbers is None:
-            found = self._found.tolist()
+            found = self.found.tolist()
             differ = int(found[4] > 0 or _as_float(found[5]) > _as_float(found[6]))
             self._numbers = [*found[:4], differ, *found[7:]]
         return self._numbers
@@ -103,6 +103,62 @@ class Findings:
     def count(self) -> float:
         """The first of the counts, where they are float64."""
         return _as_float(self.read()[8])
+
+
+class StackFindings:
+    """`Findings` of several networks, from one pass over all of them. Where the pass finds anything, each network is looked at alone."""
+
+    def __init__(
+        self, x: Tensor, ends: Tensor, again: Tensor | None, matrices: Tensor, counts: Tensor
+    ) -> None:
+        """Enqueues the pass over samples (B, N, *in), outputs (B, N, K), those of the chains or None, connectivities (B, N, N), and
+        counts (B, 2) int64."""
+        self._x, self._ends, self._again, self._matrices, self._counts = x, ends, again, matrices, counts
+        rows = x.shape[1]
+        # Whether all is finite does not depend on what stands where. The chains' outputs are compared one by one over the samples.
+        y = ends.reshape(rows, -1) if again is None else _side_by_side(ends)
+        other = None if again is None else _side_by_side(again)
+        found = Findings(x.reshape(rows, -1), y, other, None, matrices.reshape(rows, -1)).found
+        self._found: Tensor | None = torch.cat([found[:-2], counts.flatten()])
+        self._numbers: list[list[int]] = []
+
+    def counts(self) -> list[list[int]] | None:
+        """Of each network, where nothing is wrong with any; else None. Waits for the device, once."""
+        if self._found is not None:
+            numbers = self._found.tolist()
+            self._found, first = None, len(numbers) - 2 * len(self._counts)
+            if not any(numbers[:first]):
+                self._numbers = [numbers[n : n + 2] for n in range(first, len(numbers), 2)]
+        return self._numbers or None
+
+    def of_network(self, number: int) -> Findings:
+        """As if the network had been looked at alone."""
+        return _OfNetwork(self, number)
+
+    def alone(self, number: int) -> Findings:
+        """A pass over one network."""
+        again = None if self._again is None else self._again[number]
+        own = self._matrices[number], self._counts[number]
+        return Findings(self._x[number], self._ends[number], again, None, *own)
+
+
+def _side_by_side(values: Tensor) -> Tensor:
+    """(B, N, K) as (N, B K)."""
+    return values.transpose(0, 1).flatten(1)
+
+
+class _OfNetwork(Findings):
+    def __init__(self, stack: StackFindings, number: int) -> None:
+        self._stack, self._number, self._samples = stack, number, stack._x.shape[1]
+        self._numbers = None
+
+    def read(self) -> list[int]:
+        if self._numbers is None:
+            counts = self._stack.counts()
+            alone = None if counts is not None else self._stack.alone(self._number).read()
+            self._numbers = [*[0] * 8, *counts[self._number]] if counts is not None else alone
+        assert self._numbers is not None
+        return self._numbers
 
 
 def _as_float(bits: int) -> float:

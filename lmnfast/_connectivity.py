@@ -15,6 +15,7 @@ from ._native import Progress
 from ._settings import Settings
 from ._stacked import Stacked, loaded, networks_in
 from ._threads import alone, one_core_after_fork
+from ._together import enqueue_together
 
 
 def connectivity(
@@ -53,7 +54,7 @@ def connectivity(
             at most. On the CPU a tile of path points has 24 MiB at most, as caches are faster. A tile is whole pairs, one at
             least. Where a device has no memory left all the same, tiles are halved until it has.
         stacked: parameters and buffers of B networks like the module f, as torch.func.stack_module_state returns them;
-            x is then (B, N, *in), each network's own samples.
+            x is then (B, N, *in), each network's own samples. On CUDA chains are measured together, with the same bits.
         progress: True shows a bar (needs tqdm); a function is told the share that is done, from 0 to 1, about ten times a
             second, or after a tile of paths. It runs in this thread, and what it raises ends the measurement. A fused
             kernel on CUDA and method "jacobian" tell the end alone.
@@ -84,7 +85,15 @@ def connectivity(
     each = measured(f, x, Settings(method, points, rule, budget), stacked, progress)
     warn_of_offsets(each)
     with one_core_after_fork():
-        return each[0].L if stacked is None else torch.stack([one.L for one in each])
+        return each[0].L if stacked is None else stacked_matrices(each)
+
+
+def stacked_matrices(each: Sequence[Enqueued]) -> Tensor:
+    """(networks, N, N); where one launch has measured all networks, what it has written."""
+    together = each[0].together
+    if together is not None and all(one.together is together for one in each):
+        return together
+    return torch.stack([one.L for one in each])
 
 
 @alone()
@@ -120,15 +129,17 @@ def _measured_stack(
     stacked: Stacked,
     report: Progress | None,
 ) -> list[Enqueued]:
-    """As `measured`. A device gets the work of all networks before anybody waits for that of one."""
+    """As `measured`. A device gets the work of all networks before anybody waits for that of one, of chains in one launch."""
     f, networks = _stacked_networks(f, x, stacked)
 
     def one(number: int, fuse: bool = True) -> Enqueued:
         with loaded(f, stacked, number):
             return enqueue(f, x[number], settings, progress=_share_of(report, number, networks), fuse=fuse)
 
-    results = []
-    for number in range(networks):
+    results = enqueue_together(f, x, settings, stacked) or []
+    if results and report is not None:
+        report(1.0)
+    for number in range(len(results), networks):
         results.append(one(number))
         if report is not None:
             report((number + 1) / networks)

@@ -49,9 +49,11 @@ class Enqueued:
     """(checks, 2) int64, how many values fail a check and which is the first; None where all was looked at."""
     errors: tuple[Callable[[int, int], Exception], ...] = ()
     offset: Tensor | Callable[[], Tensor] | None = None
-    """0-dim float64, as `_offset` gives it, or what gives it; None: of no interest, as next to no output counts as constant."""
+    """0-dim float64, as `offset_of` gives it, or what gives it; None: of no interest, as next to no output counts as constant."""
     findings: Findings | None = None
     """In place of verdicts, of a chain on a device."""
+    together: Tensor | None = None
+    """(networks, N, N), of which L is one, where several networks were measured together."""
 
     @property
     def L(self) -> Tensor:
@@ -179,7 +181,7 @@ class _Prepared:
     come out."""
     expected: Tensor | None
     progress: Progress | None
-    precision: str = field(default_factory=torch.get_float32_matmul_precision)
+    setting: str = field(default_factory=torch.get_float32_matmul_precision)
     allocated: int = 0
     """Bytes of f's results for all samples; of a chain nobody asks."""
 
@@ -229,12 +231,16 @@ class _Prepared:
             measured.resolve()
             self.checks.entries(measured.L)
         enqueued = Enqueued(
-            measured, self._precision(), self.ends.shape[1], self.checks.pending(), tuple(self.checks.errors)
+            measured,
+            precision_of(self.setting, self.route.chain is not None, self.x),
+            self.ends.shape[1],
+            self.checks.pending(),
+            tuple(self.checks.errors),
         )
         if deferred:
-            return replace(enqueued, offset=partial(_offset, self.route.chain, self.ends))
+            return replace(enqueued, offset=partial(offset_of, self.route.chain, self.ends))
         if enqueued.constant_share() >= WARNED_SHARE:
-            return replace(enqueued, offset=_offset(self.route.chain, self.ends))
+            return replace(enqueued, offset=offset_of(self.route.chain, self.ends))
         return enqueued
 
     def _run_chain(self, chain: Chain) -> Enqueued | None:
@@ -257,14 +263,18 @@ class _Prepared:
             except NotTheChain:
                 self.route = refuted(self.route, self.calls.f, self.settings.method)
                 return None
-            return Enqueued(_resolved(L), self._precision(), len(chain.weights[-1]))
+            return Enqueued(
+                _resolved(L),
+                precision_of(self.setting, self.route.chain is not None, self.x),
+                len(chain.weights[-1]),
+            )
         nodes, weights = self.settings.nodes()
         measured = chain_connectivity(chain, self.x, nodes, weights, self.settings.midpoint)
         return Enqueued(
             measured,
-            self._precision(),
+            precision_of(self.setting, self.route.chain is not None, self.x),
             self.ends.shape[1],
-            offset=partial(_offset, chain, self.ends),
+            offset=partial(offset_of, chain, self.ends),
             findings=Findings(self.x, self.ends, again, self.expected, measured.L, measured.counts),
         )
 
@@ -316,19 +326,8 @@ class _Prepared:
             return generic_paths(self.calls, self.x, self.ends, nodes, weights, *how)
         return generic_polynomials(self.calls, self.x, self.ends, nodes, weights, settings.midpoint, *how)
 
-    def _precision(self) -> str:
-        """As `Measurement.precision`."""
-        x = self.x
-        if x.dtype == torch.float64:
-            return "float64"
-        if self.route.chain is not None:
-            return "highest" if x.device.type == "cpu" else self.precision
-        if torch.is_autocast_enabled(x.device.type):
-            return str(torch.get_autocast_dtype(x.device.type)).removeprefix("torch.")
-        return self.precision if x.dtype == torch.float32 else str(x.dtype).removeprefix("torch.")
 
-
-def _offset(chain: Chain | None, ends: Tensor) -> Tensor:
+def offset_of(chain: Chain | None, ends: Tensor) -> Tensor:
     """The size of outputs (N, K) in units of their range over the samples, which a hundredth of the outputs exceed.
 
     0 where the size is below ten ranges, or where rounding it hides less than a ten-thousandth of the range: saturated and
@@ -362,3 +361,14 @@ def _copied(chain: Chain) -> Chain:
 def _resolved(L: Tensor) -> ChainConnectivity:
     """A matrix without constant outputs and unresolved pairs."""
     return ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), lambda: None)
+
+
+def precision_of(setting: str, fused: bool, x: Tensor) -> str:
+    """As `Measurement.precision`; the setting is torch's."""
+    if x.dtype == torch.float64:
+        return "float64"
+    if fused:
+        return "highest" if x.device.type == "cpu" else setting
+    if torch.is_autocast_enabled(x.device.type):
+        return str(torch.get_autocast_dtype(x.device.type)).removeprefix("torch.")
+    return setting if x.dtype == torch.float32 else str(x.dtype).removeprefix("torch.")

@@ -167,10 +167,15 @@ SMALL_LINEAR = 2**25
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of rows x (B, D) in float64. On the CPU the same bits for any thread count and any number of rows: the products
-    of torch's BLAS are summed in parts that depend on both. No autograd there."""
+    of torch's BLAS are summed in parts that depend on both. No autograd there.
+
+    Also of several networks, with one more dimension in front of all: the same bits as of one after the other."""
     alike = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if alike and on_cuda(x) and x.numel() * len(weight) <= SMALL_LINEAR:
+    if alike and on_cuda(x) and x.shape[-2:].numel() * weight.shape[-2] <= SMALL_LINEAR:
         return _wide_linear(plain(x), plain(weight), None if bias is None else plain(bias))
+    if x.dim() == 3:
+        biases = [None] * len(x) if bias is None else bias
+        return torch.stack([linear(*one) for one in zip(x, weight, biases)])
     x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -184,12 +189,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    (samples, inputs), outputs = x.shape, len(weight)
-    z = x.new_empty(samples, outputs, dtype=torch.float64)
+    samples, inputs = x.shape[-2:]
+    outputs = weight.shape[-2]
+    z = x.new_empty(*x.shape[:-1], outputs, dtype=torch.float64)
     with stream_of(x) as stream:
         _C.wide_linear_cuda(
             x.dtype == torch.float64,
             *map(address, (x, weight, bias)),
+            x.shape[:-2].numel(),
             samples,
             inputs,
             outputs,

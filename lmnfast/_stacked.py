@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ._chain import Activation, Chain, values_of
 from ._undisturbed import evaluating
 
 Stacked = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # parameters and buffers of several networks
@@ -49,3 +53,48 @@ def loaded(f: nn.Module, stacked: Stacked, number: int) -> Iterator[None]:
                         raise ValueError(f"stacked: {names[id(tensor)]!r}: expected ({expected}), got {got}")
                     own[key] = value[number].detach()  # type: ignore[assignment]  # for the time being no Parameter
         yield
+
+
+@dataclass(frozen=True, eq=False)
+class ChainStack:
+    """Several chains of one structure: all as in `Chain`, and each tensor with one more dimension in front, of the networks."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    activations: tuple[Activation, ...]
+    skips: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """All chains in plain torch: x (networks, N, *in), flattened to (networks, N, D) -> (networks, N, K)."""
+
+        def linear(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return z @ weight.mT if bias is None else torch.baddbmm(bias[:, None], z, weight.mT)
+
+        return values_of(self, x.flatten(2), linear)[-1]
+
+    def of_network(self, number: int) -> Chain:
+        """One of the chains, for samples (N, D)."""
+        biases = tuple(None if b is None else b[number] for b in self.biases)
+        return Chain(tuple(w[number] for w in self.weights), biases, self.activations, skips=self.skips)
+
+
+def stack_of(chain: Chain, stacked: Stacked) -> ChainStack | None:
+    """The chains that networks with stacked parameters are, as views of the stacks.
+
+    chain: the chain with the parameters of the first network, see `loaded`.
+    Returns None where a tensor of the chain is not one of the stacked ones, as one that is computed from the parameters.
+    """
+    stacks = {_place(value[0]): value.detach() for values in stacked for value in values.values()}
+    weights = [stacks.get(_place(w)) for w in chain.weights]
+    biases = [None if b is None else stacks.get(_place(b)) for b in chain.biases]
+    found = tuple(w for w in weights if w is not None)
+    if len(found) < len(weights) or any(
+        stack is None and own is not None for stack, own in zip(biases, chain.biases)
+    ):
+        return None
+    return ChainStack(found, tuple(biases), chain.activations, chain.skips)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor has its values; the same for all views of the same values."""
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()

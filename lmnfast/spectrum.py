@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _native, ops
 from ._checks import all_finite
-from ._connectivity import measured, warn_of_offsets
+from ._connectivity import measured, stacked_matrices, warn_of_offsets
 from ._enqueue import Enqueued
 from ._native import Progress
 from ._settings import Settings
@@ -344,7 +344,7 @@ def lmn(
     check_negative(negative)
     each = measured(f, x, Settings(method, points, rule, budget), stacked)
     warn_of_offsets(each)
-    L = each[0].L if stacked is None else torch.stack([one.L for one in each])
+    L = each[0].L if stacked is None else stacked_matrices(each)
     return torch.exp2(_spectrum(L, negative)[2].to(L.device))
 
 

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from lmnfast import reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
+from lmnfast._stacked import ChainStack
+from lmnfast.ops.path_connectivity import chain_connectivity, stack_connectivity
 from lmnfast.quadrature import path_nodes
 
 PARAMETERS = {"leaky_relu": (0.1, 0.0), "elu": (0.7, 0.0), "softplus": (1.5, 20.0)}
@@ -93,6 +95,40 @@ def cast(chain: Chain, dtype: torch.dtype, device: torch.device | str = "cpu") -
         chain.activations,
         skips=chain.skips,
     )
+
+
+def stack_of_chains(chains: list[Chain]) -> ChainStack:
+    def together(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
+        return None if tensors[0] is None else torch.stack(tensors)
+
+    weights = tuple(map(together, zip(*(chain.weights for chain in chains))))
+    biases = tuple(map(together, zip(*(chain.biases for chain in chains))))
+    return ChainStack(weights, biases, chains[0].activations, chains[0].skips)
+
+
+def assert_stack_is_its_networks(
+    chains: list[Chain],
+    x: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    midpoint: bool | None,
+    rule: tuple[Tensor, Tensor] = path_nodes("uniform", 21),
+) -> None:
+    """Measured together, and one after the other: the same bits, before unresolved pairs are measured in torch and after."""
+    chains = [cast(chain, dtype, device) for chain in chains]
+    x = x.to(device, dtype)
+    expected = [chain_connectivity(chain, own, *rule, midpoint) for chain, own in zip(chains, x)]
+    L, counts, each = stack_connectivity(stack_of_chains(chains), x, *rule, midpoint)
+    assert L.dtype == dtype and L.shape == (len(x), x.shape[1], x.shape[1]) and L.device.type == device.type
+    for _ in range(2):
+        for n, (one, alone) in enumerate(zip(each, expected, strict=True)):
+            assert one.L.data_ptr() == L[n].data_ptr() and torch.equal(L[n].isnan(), alone.L.isnan()), n
+            assert torch.equal(L[n].nan_to_num(7), alone.L.nan_to_num(7)), n
+            assert torch.equal(counts[n], alone.counts) and torch.equal(one.counts, alone.counts), n
+            if alone.L.isfinite().all():
+                one.resolve(), alone.resolve()
+    if len(x) > 1 and x.shape[1] > 2 and (L[0] < 0.99).any():
+        assert not torch.equal(L[0], L[1]), "the networks are all the same"
 
 
 def samples(n: int, width: int, *, seed: int = 1) -> Tensor:

@@ -66,7 +66,14 @@ int main(int, char** argv) {
   } else if (what == "left over") {
     emulator::run_cooperative_grid(1, 64, 0, [&] { if (threadIdx.x < 32) emulator::named_barrier(1, 64, false); });
   } else if (what == "not cooperative") {
-    emulator::run_grid(2, 32, 0, [&] { blockIdx.x == 1 ? await(0) : post(0); });
+    emulator::run_grid(2, 1, 32, 0, [&] { blockIdx.x == 1 ? await(0) : post(0); });
+  } else if (what == "two dimensions") {
+    static int seen[3][5];
+    emulator::run_grid(5, 3, 1, 0, [&] { seen[blockIdx.y][blockIdx.x] += gridDim.x == 5 && gridDim.y == 3; });
+    for (auto& row : seen) {
+      for (int count : row) received += count == 1;
+    }
+    std::printf("%d\n", received);
   } else {  // one more than there are multiprocessors
     emulator::run_cooperative_grid(5, 32, 0, [&] { ++received; });
     std::printf("%d %s\n", received, cudaGetErrorString(cudaGetLastError()));
@@ -111,6 +118,10 @@ def test_emulated_blocks_that_wait_for_one_another_end(program, what, said):
 def test_an_emulated_wait_without_end_ends_with_a_message(program, what, message):
     done = run(program, what)
     assert done.returncode and message in done.stderr
+
+
+def test_an_emulated_grid_of_two_dimensions_has_every_block_once(program):
+    assert run(program, "two dimensions").stdout.strip() == "15"
 
 
 def test_an_emulated_cooperative_grid_larger_than_the_card_is_refused(program):

@@ -8,6 +8,7 @@ from chains import (
     RULES_THAT_DO_NOT_FIT,
     SUMS,
     assert_refused,
+    assert_stack_is_its_networks,
     cast,
     chain_with,
     hermite_condition,
@@ -148,6 +149,39 @@ def test_the_same_bits_for_any_thread_count(device, dtype, threads):
         threads(count)
         results.append(measured(chain, x, device, dtype, True))
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@MIDPOINT
+@pytest.mark.parametrize("sums", ["block(h) + h, twice", "to outputs behind an activation"])
+def test_sums_of_a_stack_have_the_bits_that_each_network_has_alone(sums, midpoint, device, dtype):
+    chains = [chain_with(sums, seed=seed) for seed in range(2)]
+    x = torch.stack([samples(19, len(chains[0].weights[0].mT), seed=seed) for seed in range(2)])
+    x[0, 4], x[1, 3] = x[0, 2], x[1, 1] * (1 + 1e-6)
+    assert_stack_is_its_networks(chains, x, device, dtype, midpoint)
+
+
+@pytest.mark.parametrize("widths", [[5, 20, 9], [5, 90, 70, 9]], ids=["one hidden layer", "two"])
+def test_a_stack_for_the_registered_op(widths, device, dtype):
+    op, count = torch.ops.lmnfast.hermite_connectivity, 3
+    names = ["identity", *["silu"] * (len(widths) - 2), "identity"]
+    chains = [cast(random_chain(widths, names, seed=seed), dtype, device) for seed in range(count)]
+    z = torch.stack([samples(12, 5, seed=seed) for seed in range(count)]).to(device, dtype)
+    codes = [ACTIVATIONS.index(name) for name in names]
+    rest = [codes, [0.0] * 2 * len(codes), [], [], *UNIFORM, False]
+    together = [list(map(torch.stack, zip(*(tensors(c) for c in chains)))) for tensors in (_weights, _biases)]
+    L, counts = op(z, *together, *rest)
+    assert L.shape == (count, 12, 12) and counts.shape == (count, 2) and not torch.equal(L[0], L[1])
+    for n, chain in enumerate(chains):
+        one, its_counts = op(z[n], list(chain.weights), list(chain.biases), *rest)
+        assert torch.equal(L[n], one) and torch.equal(counts[n], its_counts)
+
+
+def _weights(chain: Chain) -> tuple[torch.Tensor, ...]:
+    return chain.weights
+
+
+def _biases(chain: Chain) -> tuple[torch.Tensor | None, ...]:
+    return chain.biases
 
 
 def raw(dtype: torch.dtype) -> list:

@@ -4,6 +4,7 @@
 #include "device.h"
 #include "halves.h"
 
+#include <cstdlib>
 #include <vector>
 
 #include "../activation.h"  // these two after device.h, whose functions they use
@@ -17,6 +18,28 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kColumns = 16;  // of hidden units in one step: each of four lanes takes four that lie side by side
 
 LMN_FN std::int64_t padded(std::int64_t width) { return blocks_of(width, kColumns) * kColumns; }
+
+// ---- several networks in one launch ----
+//
+// Each network has the same places in a workspace of its own, one workspace behind the other, and blocks of its own, whose
+// blockIdx.y is its number. A kernel is given the first one's places, and moves on from there. The layers that it finds in the
+// workspace have their own network's places.
+
+/// What the block's network has in place of something of the first one's; `apart` bytes behind that is the second one's. Not of
+/// null.
+template <class U>
+__device__ inline U* in_network(U* first, std::int64_t apart) {
+  return reinterpret_cast<U*>(reinterpret_cast<char*>(first) + blockIdx.y * apart);
+}
+template <class U>
+__device__ inline const U* in_network(const U* first, std::int64_t apart) {
+  return reinterpret_cast<const U*>(reinterpret_cast<const char*>(first) + blockIdx.y * apart);
+}
+/// The same; of null null.
+template <class U>
+__device__ inline U* in_network_if(U* first, std::int64_t apart) {
+  return first ? in_network(first, apart) : nullptr;
+}
 
 /// One layer at the samples, and the weights into it.
 template <class T>
@@ -55,7 +78,37 @@ struct Problem {
   T* connectivity;
   std::int64_t* counts;
   RangeFlags* range;    // float
+  std::int64_t apart;   // bytes between the workspaces of two networks
+
+  __device__ Layer<T>* own_layers() const { return in_network(layers, apart); }
+  __device__ T* own_connectivity() const { return in_network(connectivity, samples * samples * std::int64_t(sizeof(T))); }
+  __device__ std::int64_t* own_counts() const { return in_network(counts, 2 * std::int64_t(sizeof(std::int64_t))); }
 };
+
+/// As the block's network has it; the nodes are those of all.
+template <class T>
+__device__ inline Problem<T> of_network(Problem<T> problem) {
+  problem.layers = problem.own_layers();
+  problem.y = in_network(problem.y, problem.apart), problem.y_low = in_network(problem.y_low, problem.apart);
+  problem.scale = in_network(problem.scale, problem.apart), problem.rounding = in_network(problem.rounding, problem.apart);
+  problem.ends = in_network_if(problem.ends, problem.apart), problem.range = in_network_if(problem.range, problem.apart);
+  problem.connectivity = problem.own_connectivity(), problem.counts = problem.own_counts();
+  return problem;
+}
+
+/// depth: the width of the layer before.
+template <class T>
+__device__ inline Layer<T> of_network(Layer<T> layer, std::int64_t depth, std::int64_t apart) {
+  layer.z = in_network(layer.z, apart), layer.a = in_network(layer.a, apart), layer.v = in_network(layer.v, apart);
+  layer.rounding = in_network(layer.rounding, apart), layer.slope = in_network_if(layer.slope, apart);
+  layer.weights = in_network_if(layer.weights, layer.width * depth * std::int64_t(sizeof(T)));
+  layer.biases = in_network_if(layer.biases, layer.width * std::int64_t(sizeof(T)));
+  layer.fragments = in_network_if(layer.fragments, apart);
+  HalfLayer& half = layer.half;
+  half.largest = in_network_if(half.largest, apart), half.records = in_network_if(half.records, apart);
+  half.units = in_network_if(half.units, apart), half.weights = in_network_if(half.weights, apart);
+  return layer;
+}
 
 constexpr int kEndOutputs = 32;
 /// All that a pair's statistics want of output k at one sample, to be read at once: y, what rounding it lost, its rounding's
@@ -179,6 +232,12 @@ struct Earlier {
   const T *value, *rounding, *shift;
 };
 
+template <class T>
+__device__ inline Earlier<T> of_network(const Earlier<T>& earlier, const Layer<T>& layer, const Problem<T>& problem) {
+  return {in_network_if(earlier.value, problem.apart), in_network_if(earlier.rounding, problem.apart),
+          in_network_if(earlier.shift, problem.samples * layer.width * std::int64_t(sizeof(T)))};
+}
+
 /// Adds them to a sum, and to the sum of squares of all it is computed from.
 template <class T>
 __device__ inline void add_earlier(const Earlier<T>& earlier, const Layer<T>& layer, std::int64_t sample, std::int64_t unit,
@@ -223,6 +282,12 @@ template <class T>
 __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, const T* z, const T* before,
                                const T* before_rounding, std::int64_t depth, std::int64_t before_stride,
                                Earlier<T> into_z, Earlier<T> into_v, double limit, double* sums) {
+  problem = of_network(problem);
+  layer = of_network(layer, depth, problem.apart);
+  z = in_network(z, problem.samples * layer.width * std::int64_t(sizeof(T)));  // the first layer's
+  before = in_network_if(before, problem.apart), before_rounding = in_network_if(before_rounding, problem.apart);
+  into_z = of_network(into_z, layer, problem), into_v = of_network(into_v, layer, problem);
+  sums = in_network_if(sums, problem.apart);
   __shared__ T a_tile[kForwardTile][kForwardTile + 1], w_tile[kForwardTile][kForwardTile + 1];
   __shared__ T rounding_tile[kForwardTile][kForwardTile + 1];
   const int row = int(threadIdx.x) / kForwardTile, column = int(threadIdx.x) % kForwardTile;
@@ -332,7 +397,10 @@ __device__ void scale_output(const Problem<T>& problem, std::int64_t k) {
 
 // ---- places in the workspace ----
 
-using Arena = ArenaOf<256>;
+/// Of the first network's workspace; apart: bytes between the workspaces of two networks.
+struct Arena : ArenaOf<256> {
+  std::int64_t apart = 0;
+};
 
 template <class T>
 Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& arena) {
@@ -365,6 +433,7 @@ Problem<T> make_problem(const PathConnectivity<T>& op, Arena& arena) {
   problem.last = op.layers;
   problem.ends_linear = op.layers > 0 && op.activations[op.layers].kind == ActivationKind::kIdentity;
   problem.halves_alone = op.halves_alone;
+  problem.apart = arena.apart;
   problem.samples = op.samples;
   problem.outputs = op.widths[op.layers];
   problem.connectivity = op.connectivity;
@@ -375,6 +444,48 @@ Problem<T> make_problem(const PathConnectivity<T>& op, Arena& arena) {
   problem.rounding = arena.take<T>(op.samples * problem.outputs);
   problem.scale = arena.take<T>(problem.outputs);
   return problem;
+}
+
+/// Of the workspaces of all networks that are measured at a time; networks that want more are not short of blocks.
+inline std::int64_t stack_bytes() {
+#if defined(LMN_EMULATED)
+  if (const char* const bytes = std::getenv("LMNFAST_EMULATED_STACK")) return std::atoll(bytes);  // few, for a test
+#endif
+  return std::int64_t(256) << 20;
+}
+
+/// How many networks are measured at a time, whose workspaces have so many bytes each.
+inline std::int64_t networks_at_once(std::int64_t networks, std::size_t bytes) {
+  const std::int64_t most = at_most(stack_bytes() / std::int64_t(bytes), kMostNetworks);
+  return at_most(networks, most > 1 ? most : 1);
+}
+
+/// Calls enqueue(op) for so many of the op's networks at a time.
+template <class T, class Enqueue>
+const char* in_parts(const PathConnectivity<T>& op, std::size_t bytes, const Enqueue& enqueue) {
+  const std::int64_t most = networks_at_once(op.networks, bytes);
+  const std::size_t values = op.skips ? 2 * std::size_t(op.layers + 1) : 0;
+  for (std::int64_t first = 0; first < op.networks; first += most) {
+    PathConnectivity<T> part = op;
+    std::vector<const T*> weights(op.weights, op.weights + op.layers), biases(op.biases, op.biases + op.layers);
+    std::vector<const T*> shifts(op.shifts, op.shifts + values);
+    for (int l = 0; l < op.layers; ++l) {
+      weights[std::size_t(l)] += first * op.widths[l] * op.widths[l + 1];
+      if (op.biases[l]) biases[std::size_t(l)] += first * op.widths[l + 1];
+    }
+    for (std::size_t value = 0; value < values; ++value) {
+      if (op.shifts[value]) shifts[value] += first * op.samples * op.widths[value / 2];
+    }
+    part.networks = at_most(most, op.networks - first);
+    part.z += first * op.samples * op.widths[0];
+    part.weights = weights.data(), part.biases = biases.data();
+    if (op.skips) part.shifts = shifts.data();
+    part.connectivity += first * op.samples * op.samples;
+    part.counts += 2 * first;
+    if (op.exact) part.exact += first * op.samples * op.exact_width, part.inputs += first * op.samples * op.input_width;
+    if (const char* error = enqueue(part)) return error;
+  }
+  return nullptr;
 }
 
 /// A slot for each value whose residuals are added to later ones, free again behind the last of those; -1 for the others.
@@ -429,9 +540,9 @@ const char* enqueue_forward(const PathConnectivity<T>& op, const Problem<T>& pro
     const Layer<T> before = l > 0 ? layers[std::size_t(l - 1)] : Layer<T>{};
     const std::int64_t blocks = blocks_of(op.samples, kForwardTile) * (layer.stride / kForwardTile);
     const T *const before_v = before.v, *const before_rounding = before.rounding;
-    error = launch(forward_kernel<T>, blocks, kForwardTile * kForwardTile, 0, stream, problem, layer, l, op.z, before_v,
-                   before_rounding, before.width, before.stride, earlier_of(op, l, 0, layers), earlier_of(op, l, 1, layers),
-                   limit, sums);
+    error = launch(forward_kernel<T>, Grid(blocks, op.networks), kForwardTile * kForwardTile, 0, stream, problem, layer, l,
+                   op.z, before_v, before_rounding, before.width, before.stride, earlier_of(op, l, 0, layers),
+                   earlier_of(op, l, 1, layers), limit, sums);
     if (!error) error = seen(l, layer);
   }
   return error;

@@ -64,6 +64,8 @@ struct Choice {
 
 /// Block k scales output k; the block after the last decides between the kernels, and begins the count.
 __global__ void scale_kernel(Problem<double> problem, Choice choice) {
+  problem = of_network(problem);
+  choice.sums = in_network(choice.sums, problem.apart), choice.elsewhere = in_network(choice.elsewhere, problem.apart);
   const std::int64_t k = blockIdx.x;
   if (k < problem.outputs) return scale_output(problem, k);
   double sum = 0;
@@ -76,7 +78,8 @@ __global__ void scale_kernel(Problem<double> problem, Choice choice) {
 }
 
 /// Weights [width, depth] as fragments: of each 8 inputs lane 4 g + q has {2 q, 2 q + 1} of unit g. A thread per lane.
-__global__ void pack_kernel(Layer<double> layer, std::int64_t depth, std::int64_t count) {
+__global__ void pack_kernel(Layer<double> layer, std::int64_t depth, std::int64_t count, std::int64_t apart) {
+  layer = of_network(layer, depth, apart);
   const std::int64_t n = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (n >= count) return;
   const std::int64_t steps = blocks_of(depth, 8), lane = n % kWarp, step = n / kWarp % steps;
@@ -127,9 +130,11 @@ inline const char* enqueue_samples(const PathConnectivity<double>& op, Plan& pla
     plan.last = layer;
     if (l == 0) return nullptr;
     const std::int64_t count = blocks_of(layer.width, 8) * blocks_of(op.widths[l - 1], 8) * kWarp;
-    return launch(pack_kernel, blocks_of(count, kThreads), kThreads, 0, stream, layer, op.widths[l - 1], count);
+    return launch(pack_kernel, Grid(blocks_of(count, kThreads), op.networks), kThreads, 0, stream, layer, op.widths[l - 1],
+                  count, plan.problem.apart);
   });
-  return error ? error : launch(scale_kernel, plan.problem.outputs + 1, kThreads, 0, stream, plan.problem, plan.choice);
+  if (error) return error;
+  return launch(scale_kernel, Grid(plan.problem.outputs + 1, op.networks), kThreads, 0, stream, plan.problem, plan.choice);
 }
 
 inline std::size_t workspace(const PathConnectivity<double>& op, const Plan& plan, Arena& arena) {
@@ -203,7 +208,7 @@ __device__ inline void shallow_residuals(double (&e)[kGroup], const double (&t)[
 // A warp per unit of work, 8 pairs of one first sample, on its own once the weights are in shared memory.
 template <ActivationKind kKind>
 __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow64 p) {
-  if (!*p.take) return;
+  if (!*in_network(p.take, p.problem.apart)) return;
   const Problem<double>& problem = p.problem;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const std::int64_t samples = problem.samples, outputs = problem.outputs;
@@ -215,8 +220,8 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
     const int step = n / (kShallowTiles64 * kWarp) % p.steps, k = 8 * tile + n % kWarp / 4;
     double2 w = make_double2(0, 0);
     if (k < outputs) {
-      const double scale = problem.scale[k];
-      w = p.fragments[(std::int64_t(tile) * p.steps + step) * kWarp + n % kWarp];
+      const double scale = in_network(problem.scale, problem.apart)[k];
+      w = in_network(p.fragments, problem.apart)[(std::int64_t(tile) * p.steps + step) * kWarp + n % kWarp];
       w = make_double2(w.x * scale, w.y * scale);
     }
     weights[n] = w;
@@ -236,8 +241,8 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
     __syncwarp();  // the lanes that have stored an entry are back
     std::int64_t i, block;
     find_unit(unit, std::int64_t(8), i, block);
-    const double2* const first = p.first + i * p.steps * arrays * 4 + lane % 4;
-    const double2* const second = p.second + block * p.steps * arrays * kWarp + lane;
+    const double2* const first = in_network(p.first, problem.apart) + i * p.steps * arrays * 4 + lane % 4;
+    const double2* const second = in_network(p.second, problem.apart) + block * p.steps * arrays * kWarp + lane;
     const std::int64_t j = 8 * block + lane / 4;
     PairSums pair_sums;
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
@@ -289,14 +294,16 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
         const std::int64_t k = 8 * (chunk * kShallowTiles64 + n / 2) + 2 * (lane % 4) + n % 2;
         if (k >= outputs) break;
         const Moments<double> m{at[0], at[kShallowThreads64], at[2 * kShallowThreads64]};
-        add_output(pair_sums, problem.y, problem.y_low, problem.rounding, outputs, i, at_most(j, samples - 1), k, m,
-                   problem.scale[k], 0.0, problem.nodes.variance_t);
+        const Problem<double> own = of_network(problem);
+        add_output(pair_sums, own.y, own.y_low, own.rounding, outputs, i, at_most(j, samples - 1), k, m, own.scale[k], 0.0,
+                   own.nodes.variance_t);
       }
     }
     pair_sums.nonlinear = warp_sum(pair_sums.nonlinear, 4);
     pair_sums.constants = warp_sum(pair_sums.constants, 4);
     if (lane % 4 == 0 && i <= j && j < samples) {
-      store_entry(problem.connectivity, problem.counts, pair_sums, p.z, p.stride, p.width, samples, outputs, i, j);
+      store_entry(problem.own_connectivity(), problem.own_counts(), pair_sums, in_network(p.z, problem.apart), p.stride,
+                  p.width, samples, outputs, i, j);
     }
   }
 }
@@ -305,6 +312,9 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
 template <ActivationKind kKind>
 __global__ void pack_shallow64_kernel(Shallow64 p, Layer<double> layer, double spacing, double2* first, double2* second) {
   constexpr double kFactor = kKind == ActivationKind::kTanh ? 2.0 : 1.0, kShift = kKind == ActivationKind::kTanh ? 1.0 : 0.0;
+  const std::int64_t apart = p.problem.apart;
+  layer.z = in_network(layer.z, apart), layer.a = in_network(layer.a, apart);
+  first = in_network(first, apart), second = in_network(second, apart);
   const std::int64_t n = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int q = int(n % 4), arrays = p.arrays();
   const std::int64_t step = n / 4 % p.steps, sample = n / 4 / p.steps;
@@ -388,7 +398,8 @@ __device__ void make_residuals64(const General64& p, const Layer<double>& layer,
   const auto load = [&](const double* values, std::int64_t sample) {
     return *reinterpret_cast<const double2*>(values + sample * layer.stride + unit);
   };
-  double2* const kept = p.kept + blockIdx.x * p.slots * p.slot_size + (std::int64_t(tile) * work.tiles + begin) * kWarp + lane;
+  double2* const kept = in_network(p.kept + blockIdx.x * p.slots * p.slot_size, p.problem.apart) +
+                        (std::int64_t(tile) * work.tiles + begin) * kWarp + lane;
   const auto slot = [&](int number, int row) -> double2& { return kept[number * p.slot_size + row * kWarp]; };
   const double2 z_first = load(layer.z, work.i), a_first = load(layer.a, work.i);
   with_kind(layer.kind, [&](auto kind) {
@@ -480,7 +491,7 @@ __device__ void multiply64(const double2* weights, int steps, int units, const d
 
 /// The block's moments, [tiles of outputs][2][e, te, ee][lanes].
 __device__ inline double* moments_of(const General64& p) {
-  if (p.moments) return p.moments + blockIdx.x * blocks_of(p.problem.outputs, 8) * 6 * kWarp;
+  if (p.moments) return in_network(p.moments, p.problem.apart) + blockIdx.x * blocks_of(p.problem.outputs, 8) * 6 * kWarp;
   return reinterpret_cast<double*>(dynamic_shared() + (p.panels ? 0 : 2 * sizeof(double2) * p.panel_size));
 }
 
@@ -489,7 +500,7 @@ __device__ inline double* moments_of(const General64& p) {
 template <int kStencil>
 __device__ void add_outputs64(const General64& p, const Work64& work, const double2* out, int begin, int units, int pass,
                               PairSums* totals) {
-  const Problem<double>& problem = p.problem;
+  const Problem<double> problem = of_network(p.problem);
   const bool last_pass = pass + 1 == p.passes;
   const double vanishing = never_zero(problem.layers[problem.last].kind) ? Vanishing<double>::value : 0.0;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
@@ -559,9 +570,10 @@ __device__ void add_outputs64(const General64& p, const Work64& work, const doub
 template <int kStencil>
 __device__ void run_layer64(const General64& p, const Work64& work, int l, int begin, int units, const double2* panel,
                             double2* out) {
-  const Layer<double>& layer = p.problem.layers[l];
+  const Layer<double>* const layers = p.problem.own_layers();
+  const Layer<double>& layer = layers[l];
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const int steps = l > 0 ? int(blocks_of(p.problem.layers[l - 1].width, 8)) : 0;
+  const int steps = l > 0 ? int(blocks_of(layers[l - 1].width, 8)) : 0;
   const int task_rows = l == 0 ? 2 : kTaskRows64, row_groups = ceiling(work.tiles, task_rows);
   // Large tasks, of two tiles of units, read the panel less often, small ones keep all warps busy: 6 loads for 4 matrix
   // instructions in place of 10 are worth half as many instructions more.
@@ -593,13 +605,13 @@ __device__ void run_layer64(const General64& p, const Work64& work, int l, int b
 // [8 units][row tiles][lanes]. kStencil: the size of the stencil; 0: at every node.
 template <int kStencil>
 __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_constant__ General64 p) {
-  if (*p.skip) return;
+  if (*in_network(p.skip, p.problem.apart)) return;
   const Problem<double>& problem = p.problem;
   __shared__ PairSums totals[kWarps * kPairs64];
   __shared__ Work64 work;  // in registers it would push the products out of them
   static_assert(sizeof(totals) + sizeof(work) <= kStaticShared64);
-  double2* const panels =
-      p.panels ? p.panels + blockIdx.x * 2 * p.panel_size : reinterpret_cast<double2*>(dynamic_shared());
+  double2* const panels = p.panels ? in_network(p.panels, problem.apart) + blockIdx.x * 2 * p.panel_size
+                                   : reinterpret_cast<double2*>(dynamic_shared());
   const int pairs = 8 * p.second_blocks;
   for (std::int64_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
     for (int n = int(threadIdx.x); n < kWarps * kPairs64; n += kThreads) totals[n] = PairSums{};
@@ -615,7 +627,8 @@ __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_con
       }
       __syncthreads();
       for (int l = 0; l <= problem.last; ++l) {
-        const int layer_tiles = int(blocks_of(problem.layers[l].width, 8)), chunk = l == problem.last ? p.chunk : layer_tiles;
+        const int layer_tiles = int(blocks_of(problem.own_layers()[l].width, 8));
+        const int chunk = l == problem.last ? p.chunk : layer_tiles;
         double2 *const out = panels + l % 2 * p.panel_size, *const panel = panels + (l + 1) % 2 * p.panel_size;
         for (int begin = 0; begin < layer_tiles; begin += chunk) {
           const int units = int(at_most(chunk, layer_tiles - begin));
@@ -635,9 +648,9 @@ __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_con
         total.constants += totals[part * kPairs64 + threadIdx.x].constants;
       }
       if (work.i <= j && j < problem.samples) {
-        const Layer<double>& layer = problem.layers[0];
-        store_entry(problem.connectivity, problem.counts, total, layer.z, layer.stride, layer.width, problem.samples,
-                    problem.outputs, work.i, j);
+        const Layer<double>& layer = problem.own_layers()[0];
+        store_entry(problem.own_connectivity(), problem.own_counts(), total, layer.z, layer.stride, layer.width,
+                    problem.samples, problem.outputs, work.i, j);
       }
     }
     __syncthreads();  // totals and work are read
@@ -745,18 +758,21 @@ Plan64 make_plan64(const PathConnectivity<double>& op, const Stencil<double>& st
 }
 
 template <ActivationKind kKind>
-const char* enqueue_shallow64(const Plan64& plan, CUstream_st* stream) {
+const char* enqueue_shallow64(const Plan64& plan, std::int64_t networks, CUstream_st* stream) {
   const Shallow64& shallow = plan.shallow;
   const std::int64_t threads = 8 * blocks_of(shallow.problem.samples, 8) * shallow.steps * 4;
-  const char* const error = launch(pack_shallow64_kernel<kKind>, blocks_of(threads, kThreads), kThreads, 0, stream, shallow,
-                                   plan.plan.first, plan.spacing, plan.first, plan.second);
+  const char* const error = launch(pack_shallow64_kernel<kKind>, Grid(blocks_of(threads, kThreads), networks), kThreads, 0,
+                                   stream, shallow, plan.plan.first, plan.spacing, plan.first, plan.second);
   if (error) return error;
-  return launch(shallow64_kernel<kKind>, plan.shallow_blocks, kShallowThreads64, plan.shallow_shared, stream, shallow);
+  return launch(shallow64_kernel<kKind>, Grid(plan.shallow_blocks, networks), kShallowThreads64, plan.shallow_shared, stream,
+                shallow);
 }
 
+/// apart: bytes between the workspaces of two networks.
 template <int kStencil>
-const char* connectivity64(const PathConnectivity<double>& op, const Stencil<double>& stencil, CUstream_st* stream) {
-  Arena arena{static_cast<char*>(op.workspace)};
+const char* enqueue64(const PathConnectivity<double>& op, const Stencil<double>& stencil, std::size_t apart,
+                      CUstream_st* stream) {
+  Arena arena{static_cast<char*>(op.workspace), std::int64_t(apart)};
   Plan64 plan = make_plan64<kStencil>(op, stencil, arena);
   if (const char* error = enqueue_samples(op, plan.plan, arena, stream)) return error;
   plan.general.problem = plan.plan.problem;
@@ -771,20 +787,34 @@ const char* connectivity64(const PathConnectivity<double>& op, const Stencil<dou
       shallow.width = layer.width;
       shallow.take = plan.plan.flag;
       const char* const error =
-          layer.kind == ActivationKind::kSilu      ? enqueue_shallow64<ActivationKind::kSilu>(plan, stream)
-          : layer.kind == ActivationKind::kSigmoid ? enqueue_shallow64<ActivationKind::kSigmoid>(plan, stream)
-                                                   : enqueue_shallow64<ActivationKind::kTanh>(plan, stream);
+          layer.kind == ActivationKind::kSilu      ? enqueue_shallow64<ActivationKind::kSilu>(plan, op.networks, stream)
+          : layer.kind == ActivationKind::kSigmoid ? enqueue_shallow64<ActivationKind::kSigmoid>(plan, op.networks, stream)
+                                                   : enqueue_shallow64<ActivationKind::kTanh>(plan, op.networks, stream);
       if (error) return error;
     }
   }
-  return launch(general64_kernel<kStencil>, plan.general_blocks, kThreads, plan.general_shared, stream, plan.general);
+  return launch(general64_kernel<kStencil>, Grid(plan.general_blocks, op.networks), kThreads, plan.general_shared, stream,
+                plan.general);
 }
 
+/// Of one network.
 template <int kStencil>
-std::size_t workspace64(const PathConnectivity<double>& op, const Stencil<double>& stencil) {
+std::size_t own_workspace64(const PathConnectivity<double>& op, const Stencil<double>& stencil) {
   Arena arena{nullptr};
   const Plan64 plan = make_plan64<kStencil>(op, stencil, arena);
   return workspace(op, plan.plan, arena);
+}
+template <int kStencil>
+std::size_t workspace64(const PathConnectivity<double>& op, const Stencil<double>& stencil) {
+  const std::size_t own = own_workspace64<kStencil>(op, stencil);
+  return own * std::size_t(networks_at_once(op.networks, own));
+}
+template <int kStencil>
+const char* connectivity64(const PathConnectivity<double>& op, const Stencil<double>& stencil, CUstream_st* stream) {
+  const std::size_t own = own_workspace64<kStencil>(op, stencil);
+  return in_parts(op, own, [&](const PathConnectivity<double>& part) {
+    return enqueue64<kStencil>(part, stencil, own, stream);
+  });
 }
 
 }  // namespace float64

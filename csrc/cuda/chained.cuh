@@ -50,6 +50,7 @@ struct Chained {
   const RangeFlags* range;
   float* connectivity;
   std::int64_t* counts;
+  std::int64_t apart;              // as Problem has it; the block's copy is of its own network
 };
 
 /// The activation of all hidden layers; kCount: any.
@@ -549,6 +550,20 @@ struct ChainedWarp {
 __device__ inline Chained& shared_parameters() { return *reinterpret_cast<Chained*>(dynamic_shared()); }
 constexpr std::size_t kParameterBytes = (sizeof(Chained) + 15) / 16 * 16;
 
+/// Makes the block's copy one of its network. A thread.
+__device__ inline void move_to_network(const Chained& p, int depth) {
+  Chained& own = shared_parameters();
+  for (int l = 0; l <= depth; ++l) {
+    HalfLayer& layer = own.layers[l];
+    layer.records = in_network_if(layer.records, p.apart), layer.units = in_network_if(layer.units, p.apart);
+    layer.weights = in_network_if(layer.weights, p.apart);
+  }
+  own.ends = in_network(p.ends, p.apart), own.scale = in_network(p.scale, p.apart);
+  own.z = in_network(p.z, p.apart), own.range = in_network(p.range, p.apart);
+  own.connectivity = in_network(p.connectivity, std::int64_t(p.samples) * p.samples * std::int64_t(sizeof(float)));
+  own.counts = in_network(p.counts, 2 * std::int64_t(sizeof(std::int64_t)));
+}
+
 /// False: nothing was stored, another way has to be taken.
 template <class Curve, int kBlocks, int kStencil, bool kSplit, Way kWay>
 __device__ inline bool chained_unit(int i, int block) {
@@ -607,7 +622,7 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMost
   {
     uint4* to = reinterpret_cast<uint4*>(dynamic_shared() + kParameterBytes);
     for (int l = 0; l < S::kDepth; ++l) {
-      const uint4* const from = reinterpret_cast<const uint4*>(p.layers[l + 1].weights);
+      const uint4* const from = in_network(reinterpret_cast<const uint4*>(p.layers[l + 1].weights), p.apart);
       const std::int64_t count = S::kParts * p.layers[l + 1].part_fragments(p.layers[l].steps) / 2;
       for (std::int64_t n = threadIdx.x; n < count; n += blockDim.x) to[n] = from[n];
       to += count;
@@ -615,16 +630,20 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMost
   }
   __syncthreads();
   // A block's units side by side, so that nearly all of them have the same second samples, which then stay in its cache.
-  if (threadIdx.x == 0) shared_parameters().units = int(std::int64_t(blockIdx.x + 1) * p.units / gridDim.x);
+  if (threadIdx.x == 0) {
+    shared_parameters().units = int(std::int64_t(blockIdx.x + 1) * p.units / gridDim.x);
+    move_to_network(p, S::kDepth);
+  }
   if (threadIdx.x < kChainedOutputs) {
     const int n = int(threadIdx.x) / 4, k = kStepUnits * (n / 4) + 4 * (int(threadIdx.x) % 4) + n % 4;
-    const float* const units = p.layers[S::kDepth].units + n / 4 * 2 * kStepUnits + kStepUnits;
-    shared_parameters().factor[threadIdx.x] = k < p.outputs ? p.scale[k] * units[k % kStepUnits] : 0.0f;
+    const float* const units = in_network(p.layers[S::kDepth].units, p.apart) + n / 4 * 2 * kStepUnits + kStepUnits;
+    shared_parameters().factor[threadIdx.x] = k < p.outputs ? in_network(p.scale, p.apart)[k] * units[k % kStepUnits] : 0.0f;
   }
   __syncthreads();
   [[maybe_unused]] bool careful = true;
   if constexpr (Curve::kSilu && kStencil == 0) {
-    careful = !(__uint_as_float(unsigned(p.range->largest_z)) < kPairedLimit) || p.range->careful != 0;
+    const RangeFlags& range = *in_network(p.range, p.apart);
+    careful = !(__uint_as_float(unsigned(range.largest_z)) < kPairedLimit) || range.careful != 0;
   }
   const int warps = int(blockDim.x) / kWarp;
   const int begin = int(std::int64_t(blockIdx.x) * p.units / gridDim.x);
@@ -709,9 +728,10 @@ inline bool takes(const PathConnectivity<float>& op) {
          op.samples * padded(op.widths[0]) < std::int64_t(1) << 30;
 }
 
+/// apart: bytes between the workspaces of two networks.
 inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kernel, const Stencil<float>& stencil,
-                           CUstream_st* stream) {
-  Arena arena{static_cast<char*>(op.workspace)};
+                           std::size_t apart, CUstream_st* stream) {
+  Arena arena{static_cast<char*>(op.workspace), std::int64_t(apart)};
   HalfPlan plan = make_half_plan(op, kernel.dialect, arena);
   Chained chained{};
   const char* error = enqueue_half_samples(op, plan, arena, stream, [&](int l, const Layer<float>& layer) {
@@ -755,10 +775,11 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   chained.ends = problem.ends, chained.scale = problem.scale;
   chained.range = problem.range;
   chained.connectivity = problem.connectivity, chained.counts = problem.counts;
+  chained.apart = problem.apart;
   const std::int64_t blocks =
       at_most(blocks_of(chained.units, kernel.warps), device_attribute(cudaDevAttrMultiProcessorCount));
   const std::size_t shared = common_bytes(op, kernel) + std::size_t(kernel.warps) * kernel.warp_bytes;
-  return launch(kernel.run, blocks, kernel.warps * kWarp, shared, stream, chained);
+  return launch(kernel.run, Grid(blocks, op.networks), kernel.warps * kWarp, shared, stream, chained);
 }
 
 }  // namespace chained

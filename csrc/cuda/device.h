@@ -39,11 +39,18 @@ inline cudaError_t ask_for_shared(const void* kernel, int bytes) {
   return error;
 }
 
+/// Blocks of one network, and networks: a block's are blockIdx.x and blockIdx.y.
+struct Grid {
+  std::int64_t blocks, networks;
+  Grid(std::int64_t blocks_, std::int64_t networks_ = 1) : blocks(blocks_), networks(networks_) {}
+};
+constexpr std::int64_t kMostNetworks = 65535;  // of a grid
+
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, std::size_t shared,
+const char* launch(void (*kernel)(Parameters...), Grid grid, int threads, std::size_t shared,
                    [[maybe_unused]] CUstream_st* stream, const Arguments&... arguments) {
-  if (blocks == 0) return nullptr;
-  if (blocks > 0x7fffffff) return "more blocks than a grid can have";
+  if (grid.blocks == 0) return nullptr;
+  if (grid.blocks > 0x7fffffff || grid.networks > kMostNetworks) return "more blocks than a grid can have";
   if (shared > 0) {
     const cudaError_t error = ask_for_shared(reinterpret_cast<const void*>(kernel), int(shared));
     if (error != cudaSuccess) {
@@ -52,9 +59,9 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
     }
   }
 #if defined(LMN_EMULATED)
-  emulator::run_grid(int(blocks), threads, shared, [&] { kernel(arguments...); });
+  emulator::run_grid(int(grid.blocks), int(grid.networks), threads, shared, [&] { kernel(arguments...); });
 #else
-  kernel<<<unsigned(blocks), unsigned(threads), shared, stream>>>(arguments...);
+  kernel<<<dim3(unsigned(grid.blocks), unsigned(grid.networks)), unsigned(threads), shared, stream>>>(arguments...);
 #endif
   return message(cudaGetLastError());
 }

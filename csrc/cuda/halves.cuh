@@ -108,6 +108,7 @@ LMN_FN FinishBlocks finish_blocks(const Layer<T>& layer, std::int64_t samples) {
 /// Everything that the samples' values and the weights determine, once the forward pass is done: scales of outputs, records,
 /// weights.
 __global__ void finish_kernel(Problem<float> problem) {
+  problem = of_network(problem);
   std::int64_t block = blockIdx.x;
   if (block == 0 && threadIdx.x == 0) problem.counts[0] = problem.counts[1] = 0;
   if (block < problem.outputs) return scale_output(problem, block);
@@ -192,8 +193,10 @@ template <class Seen>
 const char* enqueue_half_samples(const PathConnectivity<float>& op, HalfPlan& plan, Arena& arena, CUstream_st* stream,
                                  const Seen& seen) {
   if (device_attribute(cudaDevAttrMultiProcessorCount) == 0) return "no CUDA device";
-  const char* error =
-      message(cudaMemsetAsync(plan.zeros, 0, std::size_t(plan.zero_count) * sizeof(float), stream));
+  const std::size_t zeros = std::size_t(plan.zero_count) * sizeof(float);
+  const char* error = message(op.networks == 1 ? cudaMemsetAsync(plan.zeros, 0, zeros, stream)
+                                               : cudaMemset2DAsync(plan.zeros, std::size_t(plan.problem.apart), 0, zeros,
+                                                                   std::size_t(op.networks), stream));
   if (error) return error;
   std::int64_t blocks = plan.problem.outputs;
   const auto layer_at = [&](int l) { return half_layer_of(op, plan, l, arena); };
@@ -203,7 +206,7 @@ const char* enqueue_half_samples(const PathConnectivity<float>& op, HalfPlan& pl
     seen(l, layer);
     return static_cast<const char*>(nullptr);
   });
-  return error ? error : launch(finish_kernel, blocks, kThreads, 0, stream, plan.problem);
+  return error ? error : launch(finish_kernel, Grid(blocks, op.networks), kThreads, 0, stream, plan.problem);
 }
 
 inline std::size_t half_workspace(const PathConnectivity<float>& op, const HalfPlan& plan, Arena& arena) {

@@ -25,16 +25,22 @@ chained::Kernel find_chained(const HermiteConnectivity<float>& op) {
   return chained::if_it_fits(path, found);
 }
 
-/// Of the kernels of the paths; behind it is that of the unresolved pairs.
-std::size_t own_workspace(const HermiteConnectivity<float>& op) {
+/// Of one network: of the kernels of the paths, and with that of the unresolved pairs behind it.
+struct Bytes {
+  std::size_t paths, all;
+};
+Bytes bytes_of(const HermiteConnectivity<float>& op) {
   const chained::Kernel kernel = find_chained(op);
-  return kernel.run ? chained::workspace(op.path, kernel) : panels::workspace_by_panels(op.path, stencil_of(op));
+  const Stencil<float> stencil = stencil_of(op);
+  const std::size_t paths = kernel.run ? chained::workspace(op.path, kernel) : panels::workspace_by_panels(op.path, stencil);
+  return {paths, paths + unresolved::workspace(op.path, stencil.size)};
 }
 
 }  // namespace
 
 std::size_t hermite_connectivity_cuda_workspace(const HermiteConnectivity<float>& op) {
-  return own_workspace(op) + unresolved::workspace(op.path, stencil_of(op).size);
+  const std::size_t own = bytes_of(op).all;
+  return own * std::size_t(networks_at_once(op.path.networks, own));
 }
 std::size_t hermite_connectivity_cuda_workspace(const HermiteConnectivity<double>& op) {
   return op.midpoint ? float64::workspace64<3>(op.path, stencil_of(op)) : float64::workspace64<2>(op.path, stencil_of(op));
@@ -42,10 +48,13 @@ std::size_t hermite_connectivity_cuda_workspace(const HermiteConnectivity<double
 const char* hermite_connectivity_cuda(const HermiteConnectivity<float>& op, CUstream_st* stream) {
   const chained::Kernel kernel = find_chained(op);
   const Stencil<float> stencil = stencil_of(op);
-  const char* error = kernel.run ? chained::enqueue(op.path, kernel, stencil, stream)
-                                 : panels::enqueue_by_panels<true>(op.path, stencil, stream);
-  void* const behind = static_cast<char*>(op.path.workspace) + own_workspace(op);
-  return error ? error : unresolved::enqueue(op.path, stencil.size, behind, stream);
+  const Bytes own = bytes_of(op);
+  return in_parts(op.path, own.all, [&](const PathConnectivity<float>& part) {
+    const char* error = kernel.run ? chained::enqueue(part, kernel, stencil, own.all, stream)
+                                   : panels::enqueue_by_panels<true>(part, stencil, own.all, stream);
+    void* const behind = static_cast<char*>(part.workspace) + own.paths;
+    return error ? error : unresolved::enqueue(part, stencil.size, behind, own.all, stream);
+  });
 }
 const char* hermite_connectivity_cuda(const HermiteConnectivity<double>& op, CUstream_st* stream) {
   return op.midpoint ? float64::connectivity64<3>(op.path, stencil_of(op), stream)

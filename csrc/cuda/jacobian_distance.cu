@@ -336,8 +336,21 @@ const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* str
 // Here, where the layer's kernel is compiled for sums in double anyway.
 template <class T>
 const char* wide_linear_on(const WideLinear<T>& op, CUstream_st* stream) {
-  return forward_as<T, double, double, ActivationKind::kIdentity>({op.x, op.weight, op.bias, op.z, nullptr, op.samples,
-                                                                   op.inputs, op.outputs, 0, kNoActivation}, stream);
+  constexpr ActivationKind kNone = ActivationKind::kIdentity;
+  const ForwardLayer<T, double, double> layer{op.x, op.weight, op.bias, op.z, nullptr, op.samples, op.inputs, op.outputs, 0,
+                                              kNoActivation};
+  if (op.networks == 1) return forward_as<T, double, double, kNone>(layer, stream);
+  const std::int64_t blocks = blocks_of(op.samples, kForwardTile) * blocks_of(op.outputs, kForwardTile);
+  for (std::int64_t first = 0; first < op.networks; first += kMostNetworks) {
+    ForwardLayer<T, double, double> part = layer;
+    part.in += first * op.samples * op.inputs, part.weights += first * op.outputs * op.inputs;
+    if (op.bias) part.bias += first * op.outputs;
+    part.values += first * op.samples * op.outputs;
+    const Grid grid(blocks, at_most(kMostNetworks, op.networks - first));
+    const char* error = launch(forward_kernel<T, double, double, kNone, true>, grid, kForwardThreads, 0, stream, part);
+    if (error) return error;
+  }
+  return nullptr;
 }
 
 }  // namespace

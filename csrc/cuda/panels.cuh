@@ -124,10 +124,13 @@ __device__ inline int panel_begin(const Panels& p, int l) { return l % 2 ? p.sec
 /// The memory of a block: the device's, or shared memory.
 template <bool kShared>
 __device__ inline uint4* block_memory(const Panels& p) {
-  return kShared ? reinterpret_cast<uint4*>(dynamic_shared()) : p.panels + blockIdx.x * p.block_fragments;
+  return kShared ? reinterpret_cast<uint4*>(dynamic_shared())
+                 : in_network(p.panels, p.problem.apart) + blockIdx.x * p.block_fragments;
 }
 
-__device__ inline const Layer<float>* layer_here(const Panels& p) { return afresh(p.problem.layers + work_of_warp().layer); }
+__device__ inline const Layer<float>* layer_here(const Panels& p) {
+  return afresh(p.problem.own_layers() + work_of_warp().layer);
+}
 
 /// Weights, that no kernel writes while this one runs.
 __device__ inline uint4 take_weights(const uint4* from) {
@@ -376,8 +379,8 @@ __device__ inline void slow_residuals(const Panels& p, int tile, int step, int u
   if (deviates) deviation[0] = first * unscale, deviation[1] = second * unscale;
   const auto join = [&](int value, float (&residual)[2]) {
     const std::int64_t slot = std::int64_t(p.pass_tiles) * p.kept_steps * 8 * kWarp;
-    float* const kept = p.kept + blockIdx.x * p.block_kept + (std::int64_t(tile) * p.kept_steps + step) * 8 * kWarp +
-                        2 * u * kWarp + lane;
+    float* const kept = in_network(p.kept, p.problem.apart) + blockIdx.x * p.block_kept +
+                        (std::int64_t(tile) * p.kept_steps + step) * 8 * kWarp + 2 * u * kWarp + lane;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (layer.added[value] >= 0) residual[r] += kept[layer.added[value] * slot + r * kWarp];
@@ -529,7 +532,7 @@ __device__ inline void residuals_of(const Panels& p, Sums<kTiles>& sums, int set
   if (!kPolynomial && !p.kept) {
     const ActivationKind kind = layer_here(p)->kind;
     // The fast exponential's relative error grows with |z|: what is left of a unit that is all but off needs the other one.
-    if (kind == ActivationKind::kSilu && !afresh(&p.problem.range->careful)[0]) {
+    if (kind == ActivationKind::kSilu && !afresh(&in_network(p.problem.range, p.problem.apart)->careful)[0]) {
       return short_residuals<ActivationKind::kSilu, kTiles, kSplit>(p, sums, set_tile, first_step);
     }
     if (kind == ActivationKind::kRelu) {
@@ -560,8 +563,9 @@ __device__ inline void residuals_of(const Panels& p, Sums<kTiles>& sums, int set
 // ---- outputs ----
 
 /// Adds a lane's four outputs of a step. moments: in the units of the products, or of the residuals times their scales.
-__device__ inline void add_four(PairSums& sums, const Problem<float>& problem, bool in_products, int step,
+__device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, bool in_products, int step,
                                 const Moments<float> (&moments)[4]) {
+  const Problem<float> problem = of_network(of_first);
   const int lane = lane_here();
   const std::int64_t k = std::int64_t(step) * kStepUnits + 4 * (lane % 4);
   if (k >= problem.outputs) return;
@@ -731,7 +735,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
           Fragment<kSplit> fragments[kTiles * kChunkSteps];
 #pragma unroll
           for (int n = 0; n < kTiles * kChunkSteps; ++n) fragments[n] = fragment_of<kSplit>(residuals[n]);
-          const Layer<float>* const layer = afresh(problem.layers + problem.last);
+          const Layer<float>* const layer = afresh(problem.own_layers() + problem.last);
           const int steps = layer[-1].half.steps.all(), low = p.output_steps * steps * kWarp;
           const int count = steps - first_step < kChunkSteps ? steps - first_step : kChunkSteps;  // of steps
           const uint4* weights = reinterpret_cast<const uint4*>(layer->half.weights) + (first_step * kWarp + lane_here());
@@ -792,8 +796,8 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
         __syncthreads();
         if (warp_here() > 0) continue;  // with the next pass
         for (int out = 0; out < p.output_steps; ++out) {
-          float* const waiting =
-              p.moments + (std::int64_t(blockIdx.x) * p.chunks * kChunkSteps + out) * 4 * kMoments * kWarp + lane_here();
+          float* const waiting = in_network(p.moments, problem.apart) + lane_here() +
+                                 (std::int64_t(blockIdx.x) * p.chunks * kChunkSteps + out) * 4 * kMoments * kWarp;
           Moments<float> moments[4] = {};
           if (work_of_warp().first_tile > 0) load_moments(moments, waiting);
           for (int tile = 0; tile < work_of_warp().here; ++tile) {
@@ -828,7 +832,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
           const auto first_step = [] { return work_of_warp().task * kChunkSteps; };
           const auto waiting = [&] {
             const std::int64_t place = std::int64_t(blockIdx.x) * p.chunks + work_of_warp().task;
-            return p.moments + place * kLaneOutputs * kMoments * kWarp + lane_here();
+            return in_network(p.moments, problem.apart) + place * kLaneOutputs * kMoments * kWarp + lane_here();
           };
           Moments<float> moments[kLaneOutputs] = {};
           if (work_of_warp().first_tile > 0) load_moments(moments, waiting());
@@ -894,9 +898,9 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
     }
     const std::int64_t i = work_of_warp().i, j = std::int64_t(work_of_warp().group) * kGroup + lane / 4;
     if (lane % 4 == 0 && i < j && j < problem.samples) {
-      const Layer<float>& first = problem.layers[0];
-      store_entry(problem.connectivity, problem.counts, pair_sums, first.z, first.stride, first.width, problem.samples,
-                  problem.outputs, i, j);
+      const Layer<float>& first = problem.own_layers()[0];
+      store_entry(problem.own_connectivity(), problem.own_counts(), pair_sums, first.z, first.stride, first.width,
+                  problem.samples, problem.outputs, i, j);
     }
   }
 }
@@ -983,19 +987,19 @@ inline PanelPlan make_panel_plan(const PathConnectivity<float>& op, const HalfPl
 }
 
 template <int kTiles, bool kStraight, bool kPolynomial>
-const char* launch_panels(const PanelPlan& plan, CUstream_st* stream) {
+const char* launch_panels(const PanelPlan& plan, std::int64_t networks, CUstream_st* stream) {
+  const Grid grid(plan.blocks, networks);
   if (plan.panels.problem.halves_alone) {
-    return launch(panels_kernel<kTiles, false, kStraight, kPolynomial>, plan.blocks, plan.threads, plan.shared, stream,
-                  plan.panels);
+    return launch(panels_kernel<kTiles, false, kStraight, kPolynomial>, grid, plan.threads, plan.shared, stream, plan.panels);
   }
-  return launch(panels_kernel<kTiles, true, kStraight, kPolynomial>, plan.blocks, plan.threads, plan.shared, stream,
-                plan.panels);
+  return launch(panels_kernel<kTiles, true, kStraight, kPolynomial>, grid, plan.threads, plan.shared, stream, plan.panels);
 }
 
-/// All of an op, or of its polynomials.
+/// All of an op, or of its polynomials. apart: bytes between the workspaces of two networks.
 template <bool kPolynomial>
-const char* enqueue_by_panels(const PathConnectivity<float>& op, const Stencil<float>& stencil, CUstream_st* stream) {
-  Arena arena{static_cast<char*>(op.workspace)};
+const char* enqueue_by_panels(const PathConnectivity<float>& op, const Stencil<float>& stencil, std::size_t apart,
+                              CUstream_st* stream) {
+  Arena arena{static_cast<char*>(op.workspace), std::int64_t(apart)};
   HalfPlan half = make_half_plan(op, Dialect{false, 0, false, kPolynomial}, arena);
   PanelPlan plan = make_panel_plan(op, half, stencil, arena);
   if (plan.blocks == 0) return "no CUDA device";
@@ -1014,11 +1018,11 @@ const char* enqueue_by_panels(const PathConnectivity<float>& op, const Stencil<f
   if (error) return error;
   plan.panels.problem = half.problem;
   if constexpr (kPolynomial) {
-    return launch_panels<kFewTiles, false, true>(plan, stream);
+    return launch_panels<kFewTiles, false, true>(plan, op.networks, stream);
   } else {
-    if (plan.panels.panels) return launch_panels<kFewTiles, false, false>(plan, stream);
-    return plan.straight ? launch_panels<kPathTiles, true, false>(plan, stream)
-                         : launch_panels<kPathTiles, false, false>(plan, stream);
+    if (plan.panels.panels) return launch_panels<kFewTiles, false, false>(plan, op.networks, stream);
+    return plan.straight ? launch_panels<kPathTiles, true, false>(plan, op.networks, stream)
+                         : launch_panels<kPathTiles, false, false>(plan, op.networks, stream);
   }
 }
 

@@ -33,25 +33,34 @@ chained::Kernel find_chained(const PathConnectivity<float>& op) {
   return chained::if_it_fits(op, found);
 }
 
-/// Of the kernels of the paths; behind it is that of the unresolved pairs.
-std::size_t own_workspace(const PathConnectivity<float>& op) {
+/// Of one network: of the kernels of the paths, and with that of the unresolved pairs behind it.
+struct Bytes {
+  std::size_t paths, all;
+};
+Bytes bytes_of(const PathConnectivity<float>& op) {
   const chained::Kernel kernel = find_chained(op);
-  return kernel.run ? chained::workspace(op, kernel) : panels::workspace_by_panels(op, Stencil<float>{});
+  const std::size_t paths =
+      kernel.run ? chained::workspace(op, kernel) : panels::workspace_by_panels(op, Stencil<float>{});
+  return {paths, paths + unresolved::workspace(op, 0)};
 }
 
 }  // namespace
 
 std::size_t path_connectivity_cuda_workspace(const PathConnectivity<float>& op) {
-  return own_workspace(op) + unresolved::workspace(op, 0);
+  const std::size_t own = bytes_of(op).all;
+  return own * std::size_t(networks_at_once(op.networks, own));
 }
 std::size_t path_connectivity_cuda_workspace(const PathConnectivity<double>& op) {
   return float64::workspace64<0>(op, Stencil<double>{});
 }
 const char* path_connectivity_cuda(const PathConnectivity<float>& op, CUstream_st* stream) {
   const chained::Kernel kernel = find_chained(op);
-  const char* error = kernel.run ? chained::enqueue(op, kernel, Stencil<float>{}, stream)
-                                 : panels::enqueue_by_panels<false>(op, Stencil<float>{}, stream);
-  return error ? error : unresolved::enqueue(op, 0, static_cast<char*>(op.workspace) + own_workspace(op), stream);
+  const Bytes own = bytes_of(op);
+  return in_parts(op, own.all, [&](const PathConnectivity<float>& part) {
+    const char* error = kernel.run ? chained::enqueue(part, kernel, Stencil<float>{}, own.all, stream)
+                                   : panels::enqueue_by_panels<false>(part, Stencil<float>{}, own.all, stream);
+    return error ? error : unresolved::enqueue(part, 0, static_cast<char*>(part.workspace) + own.paths, own.all, stream);
+  });
 }
 const char* path_connectivity_cuda(const PathConnectivity<double>& op, CUstream_st* stream) {
   return float64::connectivity64<0>(op, Stencil<double>{}, stream);

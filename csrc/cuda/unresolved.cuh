@@ -28,6 +28,7 @@ struct Unit {
   std::int16_t added[2], kept[2]; // slots, as in Layer; none: -1
 };
 
+/// Of several networks the first one's, see in_network: `exact` and the like lie one network's behind the other's.
 struct Unresolved {
   Unit layers[kMostLayers + 1];
   double t[kMostNodes], w[kMostNodes];  // all nodes and their weights
@@ -42,6 +43,18 @@ struct Unresolved {
   int last, nodes, midpoint;
   int points, pairs_at_once, columns;
   bool has_least;                 // whether outputs behind the last activation have a least magnitude, see _Hoisted.values
+  std::int64_t apart;             // bytes between the workspaces of two networks
+
+  __device__ const double* own_exact() const { return exact + blockIdx.y * samples * exact_width; }
+  __device__ const float* own_inputs() const { return inputs + blockIdx.y * samples * input_width; }
+  __device__ float* own_connectivity() const { return connectivity + blockIdx.y * samples * samples; }
+  __device__ std::int64_t* own_counts() const { return counts + 2 * std::int64_t(blockIdx.y); }
+  __device__ const float* own_weights(int l) const {
+    return layers[l].weights + std::int64_t(blockIdx.y) * layers[l].width * layers[l - 1].width;
+  }
+  __device__ const float* own_biases(int l) const {
+    return layers[l].biases ? layers[l].biases + std::int64_t(blockIdx.y) * layers[l].width : nullptr;
+  }
 };
 static_assert(sizeof(Unresolved) <= 4096, "a kernel's parameters");
 
@@ -57,13 +70,15 @@ enum Nearness { kFar, kClose, kSame, kLeft };  // kLeft: Python does it
 /// A warp: how near two samples are.
 __device__ inline int nearness(const Unresolved& p, std::int64_t i, std::int64_t j) {
   const int lane = int(threadIdx.x) % kWarp;
+  const double* const exact = p.own_exact();
+  const float* const inputs = p.own_inputs();
   bool equal = true, agree = true, finite = true;
   double distance = 0, largest = 0;
   for (std::int64_t d = lane; d < p.input_width; d += kWarp) {
-    equal &= p.inputs[i * p.input_width + d] == p.inputs[j * p.input_width + d];
+    equal &= inputs[i * p.input_width + d] == inputs[j * p.input_width + d];
   }
   for (std::int64_t d = lane; d < p.exact_width; d += kWarp) {
-    const double first = p.exact[i * p.exact_width + d], second = p.exact[j * p.exact_width + d];
+    const double first = exact[i * p.exact_width + d], second = exact[j * p.exact_width + d];
     const double apart = ::fabs(second - first), size = larger(::fabs(first), ::fabs(second));
     agree &= apart <= kAgreeingUlps * Epsilon<double>::value * size;
     finite &= is_finite(first) && is_finite(second) && is_finite(apart);
@@ -98,7 +113,8 @@ struct Block {
   /// A column of `exact` at a point, and its slope.
   __device__ void moving(int column, std::int64_t d, double& z, double& slope) const {
     const int pair = column / p.points;
-    const double from = p.exact[first[pair] * p.exact_width + d], to = p.exact[second[pair] * p.exact_width + d];
+    const double* const exact = p.own_exact() + d;
+    const double from = exact[first[pair] * p.exact_width], to = exact[second[pair] * p.exact_width];
     z = between(from, to, t_of(column % p.points));
     slope = to - from;
   }
@@ -154,6 +170,7 @@ struct Block {
     const int depth = p.layers[l - 1].width, used = here * p.points, lane = int(threadIdx.x) % kWarp;
     const int groups = p.columns / kWarp, tasks = int(blocks_of(layer.width, kTaskUnits)) * groups;
     const double* const from = turn(l - 1);
+    const float *const weights = p.own_weights(l), *const biases = p.own_biases(l);
     for (int task = int(threadIdx.x) / kWarp; task < tasks; task += kWarps) {
       const int column = task % groups * kWarp + lane, begin = task / groups * kTaskUnits;
       if (column >= used) continue;
@@ -161,7 +178,7 @@ struct Block {
       const float* rows[kTaskUnits];
 #pragma unroll
       for (int u = 0; u < kTaskUnits; ++u) {
-        rows[u] = layer.weights + at_most(begin + u, layer.width - 1) * std::int64_t(depth);
+        rows[u] = weights + at_most(begin + u, layer.width - 1) * std::int64_t(depth);
       }
       double sums[kTaskUnits] = {}, its_slopes[kTaskUnits] = {};
 #pragma unroll 4
@@ -181,7 +198,7 @@ struct Block {
       for (int u = 0; u < kTaskUnits; ++u) {
         const int unit = begin + u;
         if (unit >= layer.width) break;
-        settle(l, unit, column, sums[u] + (layer.biases ? double(layer.biases[unit]) : 0.0), its_slopes[u]);
+        settle(l, unit, column, sums[u] + (biases ? double(biases[unit]) : 0.0), its_slopes[u]);
       }
       if (l < p.last || !p.has_least) continue;
       // Of a sum's rounding: the root of its terms' squares.
@@ -191,7 +208,7 @@ struct Block {
           const double w = double(rows[u][d]), value = values[place(d, 0)];
           squares = fma(w * w, value * value, squares);
         }
-        const double bias = layer.biases ? double(layer.biases[begin + u]) : 0.0;
+        const double bias = biases ? double(biases[begin + u]) : 0.0;
         least()[place(begin + u, column)] = 2 * Epsilon<double>::value * ::sqrt(fma(bias, bias, squares));
       }
     }
@@ -280,9 +297,10 @@ struct Block {
     if (!__all_sync(kAllLanes, finite) || !is_finite(sum) || lane > 0) return;
     const double mean = near == kSame ? 1.0 : sum / outputs;
     const float entry = float(mean > 1 ? 1.0 : mean);  // rounding may exceed 1
-    p.connectivity[i * p.samples + j] = p.connectivity[j * p.samples + i] = entry;
-    if (constants > 0) count(p.counts, constants);
-    atomicAdd(reinterpret_cast<unsigned long long*>(p.counts + 1), ~0ull);  // one less
+    float* const connectivity = p.own_connectivity();
+    connectivity[i * p.samples + j] = connectivity[j * p.samples + i] = entry;
+    if (constants > 0) count(p.own_counts(), constants);
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.own_counts() + 1), ~0ull);  // one less
   }
 };
 
@@ -294,10 +312,12 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
   __shared__ int2 waiting[kWarp + kThreads];
   __shared__ int found;
   if (threadIdx.x == 0) found = 0;
-  if (!__syncthreads_or(p.counts[1] != 0)) return;  // other blocks count down meanwhile, so that threads may read differently
+  // Other blocks count down meanwhile, so that threads may read differently.
+  if (!__syncthreads_or(p.own_counts()[1] != 0)) return;
   const int warp = int(threadIdx.x) / kWarp;
-  double* const panels =
-      p.panels ? p.panels + blockIdx.x * p.block_panels : reinterpret_cast<double*>(dynamic_shared());
+  double* const panels = p.panels ? in_network(p.panels, p.apart) + blockIdx.x * p.block_panels
+                                  : reinterpret_cast<double*>(dynamic_shared());
+  const float* const connectivity = p.own_connectivity();
   const auto measure = [&](int begin, int here) {
     bool any = false;
     for (int pair = warp; pair < here; pair += kWarps) {
@@ -323,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
   for (int i = int(blockIdx.x); i < samples && measured < kMostPairs; i += int(gridDim.x)) {
     for (int begin = i + 1; begin < samples && measured < kMostPairs; begin += kThreads) {
       const int j = begin + int(threadIdx.x);
-      const bool mine = j < samples && p.connectivity[std::int64_t(i) * samples + j] == float(kUnresolved);
+      const bool mine = j < samples && connectivity[std::int64_t(i) * samples + j] == float(kUnresolved);
       if (!__syncthreads_or(mine)) continue;
       if (mine) waiting[atomicAdd(&found, 1)] = make_int2(i, j);
       __syncthreads();
@@ -395,6 +415,7 @@ inline Plan make_plan(const PathConnectivity<float>& op, int stencil, Arena& are
   p.exact = op.exact, p.inputs = op.inputs;
   p.exact_width = op.exact_width, p.input_width = op.input_width;
   p.connectivity = op.connectivity, p.counts = op.counts, p.samples = op.samples;
+  p.apart = arena.apart;
   p.panel = widest * (p.columns + 1) * (stencil > 0 ? 2 : 1);
   p.block_panels = p.panel * (3 + slots.count);
   const std::int64_t bytes = p.block_panels * std::int64_t(sizeof(double));
@@ -417,12 +438,13 @@ inline std::size_t workspace(const PathConnectivity<float>& op, int stencil) {
   return arena.used;
 }
 
-/// stencil: 0 for paths, 2 or 3 as Stencil's size. workspace: 256-byte aligned.
-inline const char* enqueue(const PathConnectivity<float>& op, int stencil, void* workspace, CUstream_st* stream) {
-  Arena arena{static_cast<char*>(workspace)};
+/// stencil: 0 for paths, 2 or 3 as Stencil's size. workspace: 256-byte aligned; apart: bytes between those of two networks.
+inline const char* enqueue(const PathConnectivity<float>& op, int stencil, void* workspace, std::size_t apart,
+                           CUstream_st* stream) {
+  Arena arena{static_cast<char*>(workspace), std::int64_t(apart)};
   const Plan plan = make_plan(op, stencil, arena);
-  return launch(stencil > 0 ? measure_kernel<true> : measure_kernel<false>, plan.blocks, kThreads, plan.shared, stream,
-                plan.unresolved);
+  return launch(stencil > 0 ? measure_kernel<true> : measure_kernel<false>, Grid(plan.blocks, op.networks), kThreads,
+                plan.shared, stream, plan.unresolved);
 }
 
 }  // namespace unresolved

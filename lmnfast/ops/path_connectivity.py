@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .. import _native
 from .._chain import ACTIVATIONS, IDENTITY, Activation, Chain
+from .._stacked import ChainStack
 from .._unresolved import Values, resolve
 from ._checks import check_chain, check_rule, check_sums, check_tensor, plain
 
@@ -72,6 +74,36 @@ def chain_connectivity(
     On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
     """
     parts = _hoisted(chain, x)
+    L, counts = _measured(parts, x, nodes, weights, midpoint)
+    resolved = partial(_resolved, lambda: parts, x, L, counts, nodes, weights, midpoint)
+    return ChainConnectivity(L, counts, resolved)
+
+
+def stack_connectivity(
+    chains: ChainStack, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None = None
+) -> tuple[Tensor, Tensor, list[ChainConnectivity]]:
+    """`chain_connectivity` of several networks, x (networks, N, *in): L (networks, N, N), counts (networks, 2), and what these are
+    of each. On CUDA one launch for all; the same bits as one after the other."""
+    parts = _hoisted(chains, x)
+    L, counts = _measured(parts, x, nodes, weights, midpoint)
+    return (
+        L,
+        counts,
+        [
+            ChainConnectivity(
+                one,
+                count,
+                partial(_resolved, partial(parts.of_network, n), x[n], one, count, nodes, weights, midpoint),
+            )
+            for n, (one, count) in enumerate(zip(L.unbind(), counts.unbind()))
+        ],
+    )
+
+
+def _measured(
+    parts: "_Hoisted", x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None
+) -> tuple[Tensor, Tensor]:
+    """L and counts, as the registered ops give them."""
     arguments = (
         *parts.arguments(torch.float64 if x.dtype == torch.float64 else torch.float32),
         nodes,
@@ -79,36 +111,45 @@ def chain_connectivity(
     )
     at_once = {}
     if _native.on_cuda(x) and x.dtype != torch.float64:
-        at_once = {"exact": parts.samples(), "inputs": x.flatten(1).float()}
+        at_once = {"exact": parts.samples(), "inputs": x.flatten(parts.z.dim() - 1).float()}
     if midpoint is None:
-        L, counts = torch.ops.lmnfast.path_connectivity(*arguments, **at_once)
-    else:
-        L, counts = torch.ops.lmnfast.hermite_connectivity(*arguments, midpoint, **at_once)
+        return torch.ops.lmnfast.path_connectivity(*arguments, **at_once)
+    return torch.ops.lmnfast.hermite_connectivity(*arguments, midpoint, **at_once)
 
-    def resolved() -> None:
-        if int(counts[1]) == 0:  # else what f is made of would be widened for nothing
-            return
-        width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
-        # On the CPU a layer's values stay in the cache (2 MB); on CUDA a call costs as much for 16 times as many.
-        values = 2**18 if x.device.type == "cpu" else 2**22
-        resolve(
-            parts.values(),
-            parts.samples(),
-            L,
-            counts,
-            nodes,
-            weights,
-            points=values // width,
-            midpoint=midpoint,
-            inputs=x.flatten(1),
-        )
 
-    return ChainConnectivity(L, counts, resolved)
+def _resolved(
+    parts_of: Callable[[], "_Hoisted"],
+    x: Tensor,
+    L: Tensor,
+    counts: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    midpoint: bool | None,
+) -> None:
+    """`ChainConnectivity.resolve`, of one network."""
+    if int(counts[1]) == 0:  # else what f is made of would be widened for nothing
+        return
+    parts = parts_of()
+    width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
+    # On the CPU a layer's values stay in the cache (2 MB); on CUDA a call costs as much for 16 times as many.
+    values = 2**18 if x.device.type == "cpu" else 2**22
+    resolve(
+        parts.values(),
+        parts.samples(),
+        L,
+        counts,
+        nodes,
+        weights,
+        points=values // width,
+        midpoint=midpoint,
+        inputs=x.flatten(1),
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class _Hoisted:
-    """A chain behind the affine maps that it begins with, and the samples there, as far as possible in float64."""
+    """A chain behind the affine maps that it begins with, and the samples there, as far as possible in float64; or several, with
+    one more dimension in front of all."""
 
     z: Tensor  # (N, D) float64
     weights: list[Tensor]
@@ -131,7 +172,19 @@ class _Hoisted:
     def samples(self) -> Tensor:
         """z and the shifts side by side, (N, total width): what moves on a straight line along a path."""
         shifts = [s for s in self.shifts if s is not None]
-        return torch.cat([self.z, *shifts], 1) if shifts else self.z
+        return torch.cat([self.z, *shifts], -1) if shifts else self.z
+
+    def of_network(self, number: int) -> "_Hoisted":
+        """One of several."""
+        z, weights, biases = _of_network(number, self.z, self.weights, self.biases)
+        return _Hoisted(
+            z,
+            weights,
+            biases,
+            self.activations,
+            self.skips,
+            [None if s is None else s[number] for s in self.shifts],
+        )
 
     def values(self) -> Values:
         """The outputs at rows of `samples`, in float64."""
@@ -201,15 +254,26 @@ _BEHIND: dict[str, Callable[[Activation], Callable[[Tensor, Tensor, Tensor], Ten
 }
 
 
+def _of_network(number: int, *arguments: Any) -> list[Any]:
+    """Tensors, lists of them, and None, of one of several networks."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [one(each) for each in value]
+        return None if value is None else value[number]
+
+    return [one(argument) for argument in arguments]
+
+
 def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
     """A chain and its samples as the registered ops take them: z, weights, biases, activations, parameters, skips,
     shifts."""
     return _hoisted(chain, x).arguments(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _hoisted(chain: Chain, x: Tensor) -> _Hoisted:
+def _hoisted(chain: Chain | ChainStack, x: Tensor) -> _Hoisted:
     linears, activations = list(zip(chain.weights, chain.biases)), list(chain.activations)
-    z = x.flatten(1)
+    z = x.flatten(chain.weights[0].dim() - 1)
     if chain.skips or not linears or activations[0].name != "identity":  # else `linear` converts it
         z = z.double()
     if linears and activations[-1].name == "identity":
@@ -272,19 +336,57 @@ def _path_connectivity(
 def _(
     z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, exact=None, inputs=None
 ):
-    check_fake(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights)
-    check_exact(z, shifts, exact, inputs)
-    return z.new_empty(z.shape[0], z.shape[0]), z.new_empty(2, dtype=torch.int64)
+    chain = z, weights, biases, activations, parameters, skips, shifts
+    return fake(*chain, nodes, node_weights, exact, inputs)
 
 
-def check_fake(z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights) -> None:
-    """What `run` checks of its arguments, but for the values of tensors."""
-    widths = check_chain("z", z, weights, biases, activations, parameters, fake=True)
+def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`run` of all its arguments but the midpoint, without the values of tensors."""
+    z = arguments[0]
+    _check(*arguments, fake=True)
+    return z.new_empty(*z.shape[:-1], z.shape[-2]), z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
+
+
+def _check(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    skips: Sequence[int],
+    shifts: Sequence[Tensor | None],
+    nodes: Tensor,
+    node_weights: Tensor,
+    exact: Tensor | None,
+    inputs: Tensor | None,
+    *,
+    fake: bool = False,
+) -> list[int]:
+    """Raises what does not fit in arguments of the ops; returns the widths. fake: without the values of tensors."""
+    if z.dim() == 3:
+        _check_stacks(z, weights=weights, biases=biases, shifts=shifts, exact=[exact], inputs=[inputs])
+        z, weights, biases, shifts, exact, inputs = _of_network(0, z, weights, biases, shifts, exact, inputs)
+    widths = check_chain("z", z, weights, biases, activations, parameters, fake=fake)
     check_sums(z, widths, activations, skips, shifts)
-    check_rule(nodes, node_weights, "node_weights", fake=True)
+    check_rule(nodes, node_weights, "node_weights", fake=fake)
+    _check_exact(z, shifts, exact, inputs)
+    return widths
 
 
-def check_exact(
+def _check_stacks(z: Tensor, **lists: Sequence[Tensor | None]) -> None:
+    """Raises ValueError for tensors that are not of as many networks as z, one or more."""
+    if len(z) == 0:
+        raise ValueError(f"z: expected samples of one or more networks, got shape {tuple(z.shape)}")
+    for name, tensors in lists.items():
+        for n, tensor in enumerate(tensors):
+            if tensor is not None and (tensor.dim() == 0 or len(tensor) != len(z)):
+                place = name if name in ("exact", "inputs") else f"{name}[{n}]"
+                raise ValueError(
+                    f"{place}: expected ({len(z)}, ...), a network each, got shape {tuple(tensor.shape)}"
+                )
+
+
+def _check_exact(
     z: Tensor, shifts: Sequence[Tensor | None], exact: Tensor | None, inputs: Tensor | None
 ) -> None:
     """Raises what does not fit in the samples before rounding, (N, widths of z and the shifts) float64, and in what they
@@ -318,16 +420,25 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """path_connectivity, or with a midpoint that is not None hermite_connectivity: L and counts, see ChainConnectivity.
 
+    Of several networks with one more dimension in front of all tensors but the rule's: the same bits as of one after the other,
+    on CUDA by one launch.
+
     exact, inputs: z and the shifts side by side in float64, and what they were made from in float32. With these the CUDA
     kernels measure most unresolved pairs; the CPU's do not read them.
     """
-    widths = check_chain("z", z, weights, biases, activations, parameters)
-    check_sums(z, widths, activations, skips, shifts)
-    check_rule(nodes, node_weights, "node_weights")
+    chain = z, weights, biases, activations, parameters, skips, shifts
+    widths = _check(*chain, nodes, node_weights, exact, inputs)
+    if z.dim() == 3 and not _native.on_cuda(z):  # where one network keeps all cores busy
+        L = _native.empty(z, len(z), z.shape[1], z.shape[1])
+        counts = z.new_empty(len(z), 2, dtype=torch.int64)
+        for n in range(len(z)):
+            own_z, own_weights, own_biases, own_shifts = _of_network(n, z, weights, biases, shifts)
+            own = own_z, own_weights, own_biases, activations, parameters, skips, own_shifts
+            L[n], counts[n] = run(*own, nodes, node_weights, midpoint)
+        return L, counts
     shifts = [None if s is None else plain(s) for s in shifts]
     z, weights = plain(z), [plain(w) for w in weights]
     biases = [None if b is None else plain(b) for b in biases]
-    check_exact(z, shifts, exact, inputs)
     exact, inputs = None if exact is None else plain(exact), None if inputs is None else plain(inputs)
     call = _native._C.Connectivity(
         z.dtype == torch.float64,
@@ -340,13 +451,14 @@ def run(
         list(skips),
         [_native.address(s) for s in shifts],
         *_native.path_nodes(nodes, node_weights),
-        len(z),
+        z.shape[-2],
         torch.get_float32_matmul_precision() != "highest",
         midpoint,
         _native.address(exact),
         _native.address(inputs),
-        0 if exact is None else exact.shape[1],
-        0 if inputs is None else inputs.shape[1],
+        0 if exact is None else exact.shape[-1],
+        0 if inputs is None else inputs.shape[-1],
+        z.shape[:-2].numel(),
     )
-    counts = z.new_empty(2, dtype=torch.int64)
-    return _native.run(call, _native.empty(z, len(z), len(z)), counts), counts
+    counts = z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
+    return _native.run(call, _native.empty(z, *z.shape[:-1], z.shape[-2]), counts), counts

@@ -107,7 +107,7 @@ class Machine {
     munmap(stacks_, stack_bytes_);
   }
 
-  void begin(int block, int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
+  void begin(int block, int columns, int rows, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
   // True: all threads have returned. False, in a cooperative grid alone: it is another block's turn.
   bool run(bool cooperative);
   void end();
@@ -151,7 +151,7 @@ class Machine {
   const bool guarded_;
   bool progressed_ = false;
   std::size_t shared_bytes_ = 0;
-  int block_ = 0, blocks_ = 0, threads_ = 0, current_ = 0;
+  int block_ = 0, columns_ = 0, rows_ = 0, threads_ = 0, current_ = 0;
   void (*body_)(const void*) = nullptr;
   const void* kernel_ = nullptr;
   Order order_;
@@ -346,11 +346,12 @@ void Machine::make_stacks() {
   }
 }
 
-void Machine::begin(int block, int blocks, int threads, std::size_t shared, void (*body)(const void*),
+void Machine::begin(int block, int columns, int rows, int threads, std::size_t shared, void (*body)(const void*),
                     const void* kernel) {
   if (!stacks_) make_stacks();
   block_ = block;
-  blocks_ = blocks;
+  columns_ = columns;
+  rows_ = rows;
   threads_ = threads;
   body_ = body;
   kernel_ = kernel;
@@ -372,10 +373,10 @@ void Machine::begin(int block, int blocks, int threads, std::size_t shared, void
 
 bool Machine::run(bool cooperative) {
   t_current = this;
-  blockIdx = {unsigned(block_), 0, 0};
+  blockIdx = {unsigned(block_ % columns_), unsigned(block_ / columns_), 0};
   threadIdx = {0, 0, 0};
   blockDim = {unsigned(threads_), 1, 1};
-  gridDim = {unsigned(blocks_), 1, 1};
+  gridDim = {unsigned(columns_), unsigned(rows_), 1};
   progressed_ = false;
   const int warps = (threads_ + kWarp - 1) / kWarp;
   for (int warp = 0; warp < warps; ++warp) {
@@ -561,9 +562,10 @@ void multiply_add64(const Fragments64* const* lanes) {
 
 void set_threads(int threads) { t_threads = threads; }
 
-void run_blocks(int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel) {
+void run_blocks(int columns, int rows, int threads, std::size_t shared, void (*body)(const void*), const void* kernel) {
   int limit = 0;
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  const int blocks = columns * rows;
   if (threads < 1 || threads > kMaxThreads || shared > std::size_t(limit)) {
     t_error = cudaErrorInvalidConfiguration;
     return;
@@ -572,7 +574,7 @@ void run_blocks(int blocks, int threads, std::size_t shared, void (*body)(const 
   const char* const last = std::getenv("LMNFAST_EMULATED_LAST_BLOCKS");
   const int begin = last ? std::max(0, blocks - std::atoi(last)) : 0;
   const auto run_block = [&](int block) {
-    t_machine.begin(block, blocks, threads, shared, body, kernel);
+    t_machine.begin(block, columns, rows, threads, shared, body, kernel);
     t_machine.run(false);
     t_machine.end();
   };
@@ -601,7 +603,7 @@ void run_cooperative_blocks(int blocks, int threads, std::size_t shared, void (*
   std::vector<std::unique_ptr<Machine>> machines;
   for (int n = 0; n < blocks; ++n) {
     machines.push_back(std::make_unique<Machine>(threads, blocks * threads <= kMostGuarded));
-    machines.back()->begin(n, blocks, threads, shared, body, kernel);
+    machines.back()->begin(n, blocks, 1, threads, shared, body, kernel);
   }
   // One block gets a turn now and then only, another one after a while. A block that only waits is left alone until another
   // has got further, and then looks again now and then. When all have waited for so many rounds, nothing is left to happen.
@@ -770,5 +772,12 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
 
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
   std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemset2DAsync(void* memory, std::size_t pitch, int value, std::size_t width, std::size_t height,
+                              cudaStream_t) {
+  if (width > pitch) return cudaErrorInvalidValue;
+  for (std::size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(memory) + row * pitch, value, width);
   return cudaSuccess;
 }

@@ -16,12 +16,13 @@ namespace emulator {
 /// Operating-system threads that share a grid's blocks, for launches from the calling thread.
 void set_threads(int threads);
 
-void run_blocks(int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
+void run_blocks(int columns, int rows, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
 
-/// kernel() by every thread of every block; an impossible launch is left for cudaGetLastError.
+/// kernel() by every thread of every block of `rows` (blockIdx.y) of `columns` (blockIdx.x); an impossible launch is left for
+/// cudaGetLastError.
 template <class F>
-void run_grid(int blocks, int threads, std::size_t shared, const F& kernel) {
-  run_blocks(blocks, threads, shared, [](const void* f) { (*static_cast<const F*>(f))(); }, &kernel);
+void run_grid(int columns, int rows, int threads, std::size_t shared, const F& kernel) {
+  run_blocks(columns, rows, threads, shared, [](const void* f) { (*static_cast<const F*>(f))(); }, &kernel);
 }
 
 unsigned char* dynamic_shared();

@@ -1,0 +1,81 @@
+"""Several networks of one structure, measured by one launch of each CUDA kernel."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from . import _native
+from ._checks import StackFindings, is_like
+from ._enqueue import Enqueued, offset_of, precision_of
+from ._outputs import Calls, first_outputs
+from ._route import find_route
+from ._samples import checked_samples
+from ._settings import Settings
+from ._stacked import ChainStack, Stacked, loaded, stack_of
+from ._undisturbed import evaluating
+from .ops.path_connectivity import stack_connectivity
+
+
+def enqueue_together(f: nn.Module, x: Tensor, settings: Settings, stacked: Stacked) -> list[Enqueued] | None:
+    """`enqueue` of all stacked networks on samples (networks, N, *in).
+
+    Returns None where no CUDA kernel takes them together: for a function that is no chain, for a chain of weights that are computed
+    from the parameters, for method "jacobian", under autocast, and on another device.
+    """
+    if settings.method == "jacobian" or not _native.on_cuda(x) or torch.is_autocast_enabled(x.device.type):
+        return None
+    x, setting = x.detach(), torch.get_float32_matmul_precision()
+    found = _chains_and_outputs(f, x, settings, stacked)
+    if found is None:
+        return None
+    chains, ends = found
+    with torch.no_grad():
+        outputs = chains(x)
+        if not all(is_like(y, outputs[0]) for y in ends):
+            return None
+        nodes, weights = settings.nodes()
+        L, counts, each = stack_connectivity(chains, x, nodes, weights, settings.midpoint)
+        y, again = (torch.stack(ends), outputs) if ends else (outputs, None)
+        findings = StackFindings(x, y, again, L, counts)
+    return [
+        Enqueued(
+            one,
+            precision_of(setting, True, x),
+            y.shape[2],
+            offset=partial(_offset_of_network, chains, y, number),
+            findings=findings.of_network(number),
+            together=L,
+        )
+        for number, one in enumerate(each)
+    ]
+
+
+def _offset_of_network(chains: ChainStack, y: Tensor, number: int) -> Tensor:
+    return offset_of(chains.of_network(number), y[number])
+
+
+def _chains_and_outputs(
+    f: nn.Module, x: Tensor, settings: Settings, stacked: Stacked
+) -> tuple[ChainStack, list[Tensor]] | None:
+    """The chains that the networks are, and the networks' outputs, (N, K) each; None where the networks are no such chains.
+
+    There are no outputs where nothing else can come out than what the chains give: for torch's own modules in order.
+    """
+    with loaded(f, stacked, 0):
+        checked_samples(f, x[0])
+        with evaluating(f) as kept:
+            ends = [] if kept.in_order else [first_outputs(Calls(f, kept.put_back), x[0], None)]
+            chain = find_route(f, x[0], settings.method).chain
+    chains = None if chain is None else stack_of(chain, stacked)
+    if chains is None:
+        return None
+    first = chains.weights[0]
+    if x[0, 0].numel() != first.shape[-1] or x.dtype != first.dtype:
+        return None
+    for number in range(1, len(x)) if ends else ():
+        with loaded(f, stacked, number), evaluating(f) as kept:
+            ends.append(first_outputs(Calls(f, kept.put_back), x[number], None))
+    return chains, ends
