@@ -1,4 +1,3 @@
-import importlib
 import re
 import sys
 import warnings
@@ -12,8 +11,9 @@ from torch import nn
 
 import lmnfast
 from lmnfast import reference, spectrum
+from lmnfast._enqueue import Enqueued
 from lmnfast.ops.path_connectivity import ChainConnectivity
-from lmnfast.spectrum import Enqueued, Measurement, measurement
+from lmnfast.spectrum import Measurement, measurement
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -216,8 +216,7 @@ def counted(monkeypatch):
     """Sets how many pairs, over all outputs, the kernels count as constant."""
 
     def count(pairs):
-        module = importlib.import_module("lmnfast.connectivity")  # lmnfast.connectivity is the function
-        monkeypatch.setattr(module.Enqueued, "constants", property(lambda _: pairs))
+        monkeypatch.setattr(Enqueued, "constants", property(lambda _: pairs))
 
     return count
 

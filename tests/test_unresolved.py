@@ -9,7 +9,7 @@ from chains import assert_refused, cast, random_chain, random_sums, samples
 from torch import nn
 
 import lmnfast
-from lmnfast import _generic, _native, ops, reference
+from lmnfast import _generic, _native, _polynomials, ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
 from lmnfast._unresolved import CLOSE, UNRESOLVED, Widened, are_close, resolve
 from lmnfast.ops.path_connectivity import _hoisted, chain_connectivity
@@ -128,7 +128,8 @@ def test_dead_outputs_of_a_network_that_is_no_chain_are_constant_at_once(monkeyp
         left.append(int(counts[1]))
         resolve(values, x, L, counts, *arguments, **settings)
 
-    monkeypatch.setattr(_generic, "resolve", counting)
+    for module in (_generic, _polynomials):
+        monkeypatch.setattr(module, "resolve", counting)
     for activation in (nn.ReLU(), nn.GELU()):
         torch.manual_seed(0)
         f = nn.Sequential(
