@@ -153,13 +153,13 @@ def enqueue(
             checks.finite("x", x)
         ends: Tensor | None = None
         if kept.in_order:
-            route = find_route(f, x, settings.method, fuse=fuse, known=known)
+            route = find_route(f, x, settings.method, fuse=fuse, known=known, put_back=kept.put_back)
             by_kernels = settings.method == "jacobian" and _native.on_cuda(x) and expected is None
             if not (by_kernels and route.chain is not None and gives_outputs(route.chain, x)):
                 ends = first_outputs(calls, x, route.chain)
         else:
             ends = first_outputs(calls, x, None)
-            route = find_route(f, x, settings.method, fuse=fuse, known=known)
+            route = find_route(f, x, settings.method, fuse=fuse, known=known, put_back=kept.put_back)
         prepared = _Prepared(calls, x, ends, route, settings, checks, kept.in_order, expected, progress)
         with prepared.on(stream):
             return prepared.run()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +56,11 @@ def why_no_chain(f: Any) -> str:
     return "the chain that it looks like has other outputs"
 
 
-def chain_or_reason(f: Any) -> Chain:
-    """:func:`recognise`; raises NotAChain with the reason where there is none."""
+def chain_or_reason(f: Any, put_back: Callable[[], None] | None = None) -> Chain:
+    """:func:`recognise`; raises NotAChain with the reason where there is none.
+
+    put_back: undoes what a trace of f's forward has changed, for a caller that is inside `evaluating` already; None: nobody is.
+    """
     if not isinstance(f, nn.Module):
         raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
     f = uncompiled(f)
@@ -64,7 +69,7 @@ def chain_or_reason(f: Any) -> Chain:
     parts = _in_order(f)
     if parts is not None and not any(map(is_parametrised, parts)):
         return _chain_of([_read_module(part) for part in parts])  # runs no code of the model
-    with evaluating(f):
+    with evaluating(f) if put_back is None else _afterwards(put_back):
         try:
             if isinstance(f, fx.GraphModule) and is_plain(f):
                 return _chain_of(_read_graph(f.graph, f))
@@ -78,6 +83,14 @@ def chain_or_reason(f: Any) -> Chain:
             Exception
         ) as error:  # the user's forward ran on proxies: any error means that it cannot be read
             raise NotAChain(f"torch.fx cannot trace its forward ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def _afterwards(call: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        call()
 
 
 def _in_order(f: nn.Module) -> list[nn.Module] | None:

@@ -49,6 +49,7 @@ def find_route(
     *,
     fuse: bool = True,
     known: Chain | None = None,
+    put_back: Callable[[], None] | None = None,
 ) -> Route:
     """The route for f on samples x, without a call of f.
 
@@ -58,11 +59,12 @@ def find_route(
         method: as in :func:`lmnfast.connectivity`, or "jacobians".
         fuse: False leaves out "fused" and "hoisted".
         known: the chain that f is, where the caller knows it.
+        put_back: as in `chain_or_reason`.
     """
     if not fuse:
         return Route("generic", "it is to be called as it is")
     try:
-        chain = known or chain_or_reason(f)
+        chain = known or chain_or_reason(f, put_back)
     except NotAChain as error:
         return _unfused(f, method, str(error))
     reason = why_no_kernel(chain, x, method)

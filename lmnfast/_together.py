@@ -68,7 +68,7 @@ def _chains_and_outputs(
         checked_samples(f, x[0])
         with evaluating(f) as kept:
             ends = [] if kept.in_order else [first_outputs(Calls(f, kept.put_back), x[0], None)]
-            chain = find_route(f, x[0], settings.method).chain
+            chain = find_route(f, x[0], settings.method, put_back=kept.put_back).chain
     chains = None if chain is None else stack_of(chain, stacked)
     if chains is None:
         return None

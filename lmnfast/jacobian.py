@@ -193,7 +193,7 @@ def _prepared(calls: Calls, x: Tensor, in_order: bool, with_kernels: bool = True
 
     def recognised() -> Chain | None:
         if with_kernels:
-            return find_route(calls.f, x, "jacobians").chain
+            return find_route(calls.f, x, "jacobians", put_back=calls.begin_anew).chain
         chain = recognise(calls.f)
         return chain if chain is not None and (x.dim() == 2 or chain.flattens) else None
 

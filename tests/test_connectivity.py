@@ -228,7 +228,7 @@ def test_a_chain_that_does_not_give_the_networks_outputs_is_not_used(monkeypatch
     net, x = Own(*mlp(6, 20, 4)), inputs(12, 6)
     wrong = Chain((torch.zeros(4, 6),), (None,), (IDENTITY,) * 2)
     truth = lmnfast.connectivity(net, x)
-    monkeypatch.setattr(_route, "chain_or_reason", lambda f: wrong)
+    monkeypatch.setattr(_route, "chain_or_reason", lambda f, *_: wrong)
     assert (lmnfast.connectivity(net, x) - truth).abs().max() < 1e-5
     with pytest.raises(_checks.NotTheChain, match="that chain has other outputs"):
         enqueue(net, x, deferred=True).check()
@@ -837,7 +837,7 @@ def test_a_network_of_a_stack_whose_chain_has_other_outputs_is_measured_anew(emu
         models[1][0].bias[0] = stacked[0]["0.bias"][1, 0] = 7
     wanted = [lmnfast.connectivity(counted(models[1]), x[1]), lmnfast.connectivity(Same(*models[2]), x[2])]
     chain_or_reason = _route.chain_or_reason
-    monkeypatch.setattr(_route, "chain_or_reason", lambda f: chain_or_reason(nn.Sequential(*f)))
+    monkeypatch.setattr(_route, "chain_or_reason", lambda f, *_: chain_or_reason(nn.Sequential(*f)))
     launches.clear()
     L = lmnfast.connectivity(models[0], x, stacked=stacked)
     assert launches == [3, -1]
@@ -952,7 +952,7 @@ def test_a_wrong_chain_on_cuda_falls_back_to_the_generic_route(monkeypatch):
     net, x = mlp(6, 20, 4).cuda(), inputs(12, 6).cuda()
     wrong = Chain((torch.zeros(4, 6, device="cuda"),), (None,), (IDENTITY,) * 2)
     truth = lmnfast.connectivity(net, x)
-    monkeypatch.setattr(_route, "chain_or_reason", lambda f: wrong)
+    monkeypatch.setattr(_route, "chain_or_reason", lambda f, *_: wrong)
     # Not the module itself: of torch's own modules in order the chain is not compared with f.
     assert (lmnfast.connectivity(lambda points: net(points), x) - truth).abs().max() < 1e-5
 

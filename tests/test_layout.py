@@ -222,3 +222,11 @@ def test_one_version_of_cmake_and_one_of_torch_are_asked_for():
     assert len(set(versions)) == 1 and tuple(map(int, versions[0].split("."))) >= (3, 24)  # for --fresh
     torch_version = re.search("torch>=([0-9.]+)", texts["pyproject.toml"])[1]
     assert tuple(map(int, torch_version.split("."))) >= (2, 6)  # CVE-2025-32434
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert f": {version}\n" in (ROOT / "CHANGELOG.md").read_text() or f"## [{version}]" in (
+        ROOT / "CHANGELOG.md"
+    ).read_text()

@@ -426,7 +426,7 @@ def test_a_chain_that_is_kept_is_measured_as_it_is(change, network, deferred, x,
 
 def test_a_chain_is_recognised_once(x, monkeypatch):
     calls = []
-    monkeypatch.setattr(_route, "chain_or_reason", lambda f: calls.append(f))
+    monkeypatch.setattr(_route, "chain_or_reason", lambda f, *_: calls.append(f))
     with Probe(Plain(), x, "first", every=1) as probe:
         for _ in range(3):
             probe()
