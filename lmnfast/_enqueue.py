@@ -22,7 +22,6 @@ from ._polynomials import generic_polynomials
 from ._route import Route, find_route, refuted
 from ._samples import checked_samples
 from ._settings import DEFAULT, Settings
-from ._threads import alone
 from ._tiles import bytes_of, tile_bytes
 from ._undisturbed import evaluating
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
@@ -112,7 +111,6 @@ class Enqueued:
         )
 
 
-@alone()
 def enqueue(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -160,9 +158,14 @@ def enqueue(
         else:
             ends = first_outputs(calls, x, None)
             route = find_route(f, x, settings.method, fuse=fuse, known=known, put_back=kept.put_back)
+        expected = None if expected is None else expected.reshape(len(x), -1)
         prepared = _Prepared(calls, x, ends, route, settings, checks, kept.in_order, expected, progress)
         with prepared.on(stream):
-            return prepared.run()
+            enqueued = prepared.run_behind_kernels()
+            if enqueued is None:
+                prepared.check_outputs()
+                enqueued = prepared.checked(prepared.run())
+            return enqueued
 
 
 @dataclass
@@ -216,16 +219,8 @@ class _Prepared:
             if self.route.chain is None:
                 before.wait_stream(stream)
 
-    def run(self) -> Enqueued:
-        """The connectivity on its way, with the checks that are left to `Enqueued.check`."""
-        if self.expected is not None:
-            self.expected = self.expected.reshape(len(self.x), -1)
-        if self.route.chain is not None:
-            enqueued = self._run_chain(self.route.chain)
-            if enqueued is not None:
-                return enqueued
-        self._check_outputs()
-        measured = self._measure()
+    def checked(self, measured: ChainConnectivity) -> Enqueued:
+        """The connectivity with its checks made, but for those that are left to `Enqueued.check`."""
         deferred = self.checks.deferred
         if not (deferred and self.route.chain is not None):  # else by `check`, on the chain's own weights
             measured.resolve()
@@ -243,13 +238,14 @@ class _Prepared:
             return replace(enqueued, offset=offset_of(self.route.chain, self.ends))
         return enqueued
 
-    def _run_chain(self, chain: Chain) -> Enqueued | None:
-        """A chain on a device: one pass behind the kernels looks at everything.
+    def run_behind_kernels(self) -> Enqueued | None:
+        """The connectivity of a chain on a device, where one pass behind the kernels checks everything.
 
-        None elsewhere, where that pass cannot compare the outputs, and where the chain has other outputs than f.
+        None for what is no chain, elsewhere, where that pass cannot compare the outputs, and where the chain has other outputs
+        than f.
         """
-        of_jacobians = self.settings.method == "jacobian"
-        if not (_native.on_cuda(self.x) if of_jacobians else self.checks.deferred):
+        chain, of_jacobians = self.route.chain, self.settings.method == "jacobian"
+        if chain is None or not (_native.on_cuda(self.x) if of_jacobians else self.checks.deferred):
             return None
         again = None if self.in_order else chain(self.x)
         compared = [t for t in (again, self.expected) if t is not None]
@@ -278,7 +274,7 @@ class _Prepared:
             findings=Findings(self.x, self.ends, again, self.expected, measured.L, measured.counts),
         )
 
-    def _check_outputs(self) -> None:
+    def check_outputs(self) -> None:
         """Looks at samples and outputs, and takes another route where the recognised parts have other outputs."""
         checks, x, ends = self.checks, self.x, self.ends
         if checks.deferred:
@@ -308,7 +304,8 @@ class _Prepared:
         else:
             self.route = refuted(self.route, self.calls.f, self.settings.method)
 
-    def _measure(self) -> ChainConnectivity:
+    def run(self) -> ChainConnectivity:
+        """The connectivity by the route."""
         chain, settings = self.route.chain, self.settings
         if settings.method == "jacobian":
             if chain is not None:
