@@ -10,7 +10,7 @@
 namespace lmn {
 namespace {
 
-/// Of the first network's workspace; apart: bytes between the workspaces of two networks.
+/// Places in the first network's workspace. apart: bytes between the workspaces of two networks.
 struct Arena : ArenaOf<256> {
   std::int64_t apart = 0;
 };
@@ -39,7 +39,7 @@ Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& aren
   return layer;
 }
 
-/// The problem but for its nodes and its range.
+/// The problem without its nodes and its range.
 template <class T>
 Problem<T> make_problem(const PathConnectivity<T>& op, Arena& arena) {
   Problem<T> problem{};
@@ -59,21 +59,22 @@ Problem<T> make_problem(const PathConnectivity<T>& op, Arena& arena) {
   return problem;
 }
 
-/// Of the workspaces of all networks that are measured at a time; networks that want more are not short of blocks.
+/// Limit in bytes for the workspaces of all networks that are measured at a time. Networks with larger workspaces have enough
+/// blocks each.
 inline std::int64_t stack_bytes() {
 #if defined(LMN_EMULATED)
-  if (const char* const bytes = std::getenv("LMNFAST_EMULATED_STACK")) return std::atoll(bytes);  // few, for a test
+  if (const char* const bytes = std::getenv("LMNFAST_EMULATED_STACK")) return std::atoll(bytes);  // a test needs a small limit
 #endif
   return std::int64_t(256) << 20;
 }
 
-/// How many networks are measured at a time, whose workspaces have so many bytes each.
+/// How many networks are measured at a time. bytes: the workspace of one network.
 inline std::int64_t networks_at_once(std::int64_t networks, std::size_t bytes) {
   const std::int64_t most = at_most(stack_bytes() / std::int64_t(bytes), kMostNetworks);
   return at_most(networks, most > 1 ? most : 1);
 }
 
-/// Calls enqueue(op) for so many of the op's networks at a time.
+/// Calls enqueue(op) for as many of the op's networks at a time as networks_at_once says.
 template <class T, class Enqueue>
 const char* in_parts(const PathConnectivity<T>& op, std::size_t bytes, const Enqueue& enqueue) {
   const std::int64_t most = networks_at_once(op.networks, bytes);
@@ -101,7 +102,7 @@ const char* in_parts(const PathConnectivity<T>& op, std::size_t bytes, const Enq
   return nullptr;
 }
 
-/// A slot for each value whose residuals are added to later ones, free again behind the last of those; -1 for the others.
+/// A slot for each value whose residuals are added to later values. A slot is free again after the last of these. -1: no slot.
 struct Slots {
   std::vector<int> of;  // [values]
   int count = 0;
@@ -125,7 +126,7 @@ void give_slots(const PathConnectivity<T>& op, const Slots& slots, int l, Layer<
   }
 }
 
-/// What the network adds to value 2 l (half 0) or 2 l + 1, at the samples. layers: those up to l.
+/// What the network adds to value 2 l (half 0) or 2 l + 1 (half 1) at the samples. layers: the layers up to l.
 template <class T>
 Earlier<T> earlier_of(const PathConnectivity<T>& op, int l, int half, const std::vector<Layer<T>>& layers) {
   Earlier<T> earlier{nullptr, nullptr, nullptr};
@@ -139,7 +140,8 @@ Earlier<T> earlier_of(const PathConnectivity<T>& op, int l, int half, const std:
   return earlier;
 }
 
-/// A launch for each layer: its values at the samples. layer_at(l): its place, to be asked for in order; seen(l, layer).
+/// One launch for each layer computes its values at the samples. layer_at(l) gives the layer's place and is called in order;
+/// seen(l, layer) is called after the launch.
 template <class T, class LayerAt, class Seen>
 const char* enqueue_forward(const PathConnectivity<T>& op, const Problem<T>& problem, double limit, double* sums,
                             CUstream_st* stream, const LayerAt& layer_at, const Seen& seen) {
@@ -161,7 +163,7 @@ const char* enqueue_forward(const PathConnectivity<T>& op, const Problem<T>& pro
   return error;
 }
 
-/// The spacing of equally spaced nodes; negative where they are not.
+/// The spacing of equally spaced nodes; negative if they are not equally spaced.
 inline double spacing_of(const PathNodes& nodes) {
   const double spacing = nodes.interior > 1 ? (nodes.t[nodes.interior - 1] - nodes.t[0]) / (nodes.interior - 1) : 0.0;
   for (int m = 0; m < nodes.interior; ++m) {

@@ -1,10 +1,11 @@
-// path_connectivity and hermite_connectivity in float64, on the FP64 matrix instruction. Two kernels: one hidden layer of
-// SiLU, sigmoid or tanh over equally spaced nodes, where a warp makes its matrix fragments itself; and everything else, where a
-// block carries panels of residuals from layer to layer.
+// path_connectivity and hermite_connectivity in float64, on the FP64 matrix instruction. This file is the host's side: the plan
+// and the launches. There are two kernels. chain64/shallow.cuh takes one hidden layer of SiLU, sigmoid or tanh over equally
+// spaced nodes; its warps make their matrix fragments themselves. chain64/general.cuh takes every other network; its blocks
+// carry panels of residuals from layer to layer.
 //
-// In both a tile of matrix rows is 8 pairs, of one first sample and 8 second ones, at one node, and a lane's rows,
-// g = lane / 4, all belong to one pair. Of 8 hidden units lane q = lane % 4 of a group has 2 q and 2 q + 1, as columns q and
-// q + 4 of the instruction's A: its sums for 8 units are then the next layer's fragments.
+// In both kernels a tile of matrix rows is 8 pairs (one first sample and 8 second samples) at one node, and all rows of a lane,
+// g = lane / 4, belong to one pair. Of 8 hidden units, lane q = lane % 4 of a group has the units 2 q and 2 q + 1, as columns q
+// and q + 4 of the instruction's A. So a lane's sums for 8 units are the next layer's fragments.
 #pragma once
 #include "chain64/general.cuh"
 #include "chain64/samples.cuh"
@@ -14,20 +15,20 @@ namespace lmn {
 namespace {
 namespace float64 {
 
-/// Host's view of both kernels.
+/// The host's plan for both kernels.
 struct Plan64 {
   Plan plan;
   General64 general{};
   std::int64_t general_blocks = 0, shallow_blocks = 0;
   std::size_t general_shared = 0, shallow_shared = 0;
   Shallow64 shallow{};
-  double2 *first = nullptr, *second = nullptr;  // the shallow kernel's, null: it is not for this network
+  double2 *first = nullptr, *second = nullptr;  // the shallow kernel's tables; null: this kernel does not take the network
   double spacing = 0;
 };
 
-/// The range in which the shallow kernel takes a network; none: a limit of 0.
+/// The range of inputs that the shallow kernel takes. A limit of 0: it does not take the network.
 inline Range shallow_range(const PathConnectivity<double>& op, std::size_t shared) {
-  constexpr int kGroups = 16;  // of four nodes: of so many tables per sample
+  constexpr int kGroups = 16;  // most groups of four nodes; each has a table for every sample
   const ActivationKind kind = op.activations[0].kind;
   const bool tanh = kind == ActivationKind::kTanh;
   if (op.layers != 1 || op.activations[1].kind != ActivationKind::kIdentity || (op.skips && op.skips[2] >= 0) ||
@@ -37,11 +38,11 @@ inline Range shallow_range(const PathConnectivity<double>& op, std::size_t share
     return {0, 0};
   }
   const double past = op.nodes.t[0] + double(blocks_of(op.nodes.interior, kGroup) * kGroup - 1) * spacing_of(op.nodes);
-  const double reach = past > 1 ? 2 * past - 1 : 1;  // of |z| over the largest at a sample
+  const double reach = past > 1 ? 2 * past - 1 : 1;  // largest |z| on a path, relative to the largest |z| at a sample
   return {kShallowLimit64 / reach / (tanh ? 2 : 1), tanh ? kShallowTanhMean64 : 0};
 }
 
-/// Places of everything but the layers.
+/// Takes the places of everything except the layers.
 template <int kStencil>
 Plan64 make_plan64(const PathConnectivity<double>& op, const Stencil<double>& stencil, Arena& arena) {
   Plan64 plan;
@@ -82,7 +83,8 @@ Plan64 make_plan64(const PathConnectivity<double>& op, const Stencil<double>& st
   general.chunk = int(at_most(output_tiles, panel_tiles > kWarps ? panel_tiles : kWarps));
   const std::int64_t tiles = panel_tiles > general.chunk ? panel_tiles : general.chunk;
   const std::int64_t nodes = kStencil > 0 ? kStencil : op.nodes.interior;
-  // Two blocks to a multiprocessor, else one, else panels in the device's memory; half the rows rather than those.
+  // The first that fits: two blocks for each multiprocessor, one block, panels in global memory. Half as many rows are
+  // preferred to panels in global memory.
   const std::size_t reserved = std::size_t(device_attribute(cudaDevAttrReservedSharedMemoryPerBlock));
   const std::size_t half = std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)) / 2;
   std::int64_t moments = 0;  // bytes
@@ -152,7 +154,7 @@ const char* enqueue64(const PathConnectivity<double>& op, const Stencil<double>&
                 plan.general);
 }
 
-/// Of one network.
+/// The workspace of one network.
 template <int kStencil>
 std::size_t own_workspace64(const PathConnectivity<double>& op, const Stencil<double>& stencil) {
   Arena arena{nullptr};

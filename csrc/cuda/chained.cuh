@@ -1,12 +1,12 @@
-// Chains whose residuals never leave the registers: one hidden layer of any width that fits, or two of at most 128 units; at
-// most 32 outputs without an activation. float32.
+// Float32 kernels for chains whose residuals never leave the registers: one hidden layer of any width that fits, or two of at
+// most 128 units, and at most 32 outputs without an activation. This file is the host's side: the choice of the kernel and the
+// launch. The kernel is in chained/. path_connectivity.cu and hermite_connectivity.cu ask here first.
 //
-// A warp takes one first sample and 8 second samples at a time, four nodes in one pass: two tiles of the matrix instruction.
-// The first layer's residuals are evaluated straight into fragments; a second layer's products are taken 16 units at a time, so
-// that their residuals become the fragments of the outputs' products at once. Weights are in shared memory; there is no block
-// barrier once they are there.
-// For hermite the nodes are the path's slopes at its two ends (kStencil 2: two groups of second samples side by side), and its
-// midpoint (3).
+// A warp takes one first sample and 8 second samples at a time, and four nodes in one pass. These are two tiles of the matrix
+// instruction. The first layer's residuals are evaluated directly as fragments. A second layer's products are computed 16 units
+// at a time, so that their residuals immediately become the fragments of the outputs' products. Weights are in shared memory.
+// After the weights are loaded there is no block barrier. For hermite_connectivity the "nodes" are the path's slopes at its two
+// ends (kStencil 2; two groups of second samples side by side), or these slopes and the path's midpoint (kStencil 3).
 #pragma once
 #include "chained/kernel.cuh"
 
@@ -14,10 +14,10 @@ namespace lmn {
 namespace {
 namespace chained {
 
-/// A kernel for a chain, and what it wants; null: none of these.
+/// A kernel for a chain and its needs. `run` is null if none of these kernels takes the chain.
 struct Kernel {
   void (*run)(Chained) = nullptr;
-  int warps = 0, paths = 0;  // at most so many warps; of a lane
+  int warps = 0, paths = 0;  // warps of a block at most; paths of a lane
   std::size_t warp_bytes = 0;
   Dialect dialect{};
 };
@@ -39,7 +39,7 @@ Kernel kernel_for(const PathConnectivity<float>& op) {
   const std::int64_t widest = op.widths[0] > op.widths[1] ? op.widths[0] : op.widths[1];
   if (widest <= 64) return kernel_of<Curve, 8, kStencil>(op.halves_alone);
   if (widest <= 104) return kernel_of<Curve, 13, kStencil>(op.halves_alone);
-  if constexpr (kStencil == 0) {  // else too few registers
+  if constexpr (kStencil == 0) {  // with a stencil there are too few registers
     if (widest <= 128) return kernel_of<Curve, 16, kStencil>(op.halves_alone);
   }
   return {};
@@ -54,8 +54,8 @@ inline std::size_t common_bytes(const PathConnectivity<float>& op, const Kernel&
   return std::size_t(fragments) * (op.halves_alone ? 1 : 2) * sizeof(uint4) + kParameterBytes;
 }
 
-/// The kernel with as many warps as shared memory has room for, in fours, one for each scheduler; none where it has no room for
-/// half of them.
+/// The kernel with as many warps as shared memory has room for, in steps of four (one warp for each scheduler). Null if there
+/// is no room for half of the kernel's warps.
 inline Kernel if_it_fits(const PathConnectivity<float>& op, Kernel kernel) {
   const int most = kernel.warps;
   const auto fits = [&] { return common_bytes(op, kernel) + std::size_t(kernel.warps) * kernel.warp_bytes <= shared_limit(); };
@@ -68,9 +68,9 @@ inline std::size_t workspace(const PathConnectivity<float>& op, const Kernel& ke
   return half_workspace(op, make_half_plan(op, kernel.dialect, arena), arena);
 }
 
-constexpr std::int64_t kChainedSamples = 1 << 16;  // of which there are fewer than 2^31 units of work
+constexpr std::int64_t kChainedSamples = 1 << 16;  // so many samples have fewer than 2^31 units of work
 
-/// Whether one of these kernels takes all of a problem but for its activations, widths and shared memory.
+/// Whether one of these kernels takes a problem, apart from its activations, widths and shared memory.
 inline bool takes(const PathConnectivity<float>& op) {
   return op.layers >= 1 && op.layers <= 2 && !op.skips && op.activations[op.layers].kind == ActivationKind::kIdentity &&
          op.widths[op.layers] <= kChainedOutputs && op.nodes.interior <= kMostNodes && op.samples <= kChainedSamples &&
@@ -94,8 +94,8 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   const Problem<float>& problem = plan.problem;
   const double spacing = spacing_of(op.nodes);
   chained.spacing = float(spacing);
-  // Exponentials at equally spaced nodes come from multiplication, also for the node that fills up a pass. That node may not lie
-  // beyond the path's end: no sample bounds the exponential there.
+  // At equally spaced nodes exponentials come from multiplication, also at the node that fills up a pass. This node must not
+  // lie beyond the path's end, because no sample bounds the exponential there.
   chained.uniform = spacing > 0 && (op.nodes.interior % kPass == 0 || op.nodes.interior % kPass == kPass - 1);
   for (int m = 0; m < op.nodes.interior; ++m) chained.uniform &= op.nodes.weights[m] == op.nodes.weights[0];
   chained.weight = chained.uniform ? float(op.nodes.weights[0]) : 1.0f;

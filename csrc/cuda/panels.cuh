@@ -1,11 +1,13 @@
-// The float32 kernel for any depth, widths, outputs, activations, nodes and sums, for paths and for their polynomials.
+// The float32 kernel for any depth, widths, outputs, activations, nodes and sums, for paths and for their polynomials. This
+// file is the host's side: the plan and the launch. The kernel is in panels/. path_connectivity.cu and hermite_connectivity.cu
+// call it for all networks that chained.cuh does not take.
 //
-// A unit of work is one first sample i and a group of 8 second ones. Two nodes of its 8 paths are a tile of the matrix
-// instruction; the residuals of one layer at several tiles are a panel of fragments, in shared memory where they fit. A warp
-// takes 32 units of a layer at kTiles tiles at a time. Weights come straight from L2, asked for a step ahead: no two warps of a
-// set of tiles want the same ones, so no barrier is needed but one between layers.
-// Many outputs: a warp takes 32 of them at all nodes and keeps their moments in registers. Few outputs behind a wide layer
-// (kStraight): the last residuals go from the accumulators into the outputs' products and are in no panel.
+// A unit of work is one first sample i and a group of 8 second samples. A tile of the matrix instruction is two nodes of these
+// 8 paths. The residuals of one layer at several tiles are a panel of fragments. Panels are in shared memory if they fit there.
+// A warp takes 32 units of a layer at kTiles tiles at a time. It reads weights directly from L2, a step ahead of their use. No
+// two warps with the same set of tiles need the same weights, so the only barrier is the one between layers. With many outputs
+// a warp takes 32 of them at all nodes and keeps their moments in registers. With few outputs behind a wide layer (kStraight)
+// the last residuals go from the accumulators directly into the outputs' products, and are in no panel.
 #pragma once
 #include <vector>
 
@@ -16,9 +18,9 @@ namespace {
 namespace panels {
 
 constexpr int kMostSets = 2;
-constexpr int kNarrowSteps = 16;  // of a layer with fewer chunks than a block of all warps has warps
+constexpr int kNarrowSteps = 16;  // a layer of at most so many steps has fewer chunks than a block of all warps has warps
 
-/// How the kernel runs, and everything but the layers that it needs.
+/// How the kernel runs, and everything that it needs except the layers.
 struct PanelPlan {
   Panels panels{};
   std::int64_t blocks = 0;
@@ -44,7 +46,7 @@ inline PanelPlan make_panel_plan(const PathConnectivity<float>& op, const HalfPl
   panels.output_steps = int(output_steps), panels.chunks = int(chunks);
   plan.straight = straight && problem.ends_linear && !polynomial && slots == 0 && problem.outputs <= kStraightOutputs &&
                   steps(op.layers - 1) > kNarrowSteps;
-  std::int64_t widest[2] = {0, 0};  // of the layers in each panel, in steps
+  std::int64_t widest[2] = {0, 0};  // the widest layer of each panel, in steps
   for (int l = 0; l < panels.hidden - plan.straight; ++l) {
     if (steps(l) > widest[l % 2]) widest[l % 2] = steps(l);
   }
@@ -59,7 +61,7 @@ inline PanelPlan make_panel_plan(const PathConnectivity<float>& op, const HalfPl
   const std::int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int most = int(at_most(panels.tiles, kMostSets * set));
   int resident = 0;
-  const auto take = [&](int tiles, int count) {  // if as many blocks of a multiprocessor have room
+  const auto take = [&](int tiles, int count) {  // takes this plan if a multiprocessor has room for `count` such blocks
     const std::int64_t bytes = fragments(tiles, kPanelWarps / count) * std::int64_t(sizeof(uint4));
     if (resident || bytes + std::int64_t(kStaticShared) > std::int64_t(shared_limit()) ||
         count * (bytes + std::int64_t(kStaticShared) + reserved) > whole) {
@@ -67,7 +69,7 @@ inline PanelPlan make_panel_plan(const PathConnectivity<float>& op, const HalfPl
     }
     resident = count, panels.pass_tiles = tiles, plan.shared = std::size_t(bytes);
   };
-  // Small blocks wait less for one another. But where weights are read again with every pass, few passes come first.
+  // The warps of small blocks wait less for one another. But if weights are read again with every pass, few passes matter more.
   const bool narrow = widest[0] <= kNarrowSteps && widest[1] <= kNarrowSteps && !plan.straight;
   const int fewer = polynomial ? most : int(at_most(most, set));
   for (int count = 3; narrow && count > 0; --count) take(most, count), take(fewer, count);
@@ -103,7 +105,7 @@ const char* launch_panels(const PanelPlan& plan, std::int64_t networks, CUstream
   return launch(panels_kernel<kTiles, true, kStraight, kPolynomial>, grid, plan.threads, plan.shared, stream, plan.panels);
 }
 
-/// All of an op, or of its polynomials. apart: bytes between the workspaces of two networks.
+/// Enqueues everything of an op, or of its polynomials. apart: bytes between the workspaces of two networks.
 template <bool kPolynomial>
 const char* enqueue_by_panels(const PathConnectivity<float>& op, const Stencil<float>& stencil, std::size_t apart,
                               CUstream_st* stream) {
@@ -111,11 +113,11 @@ const char* enqueue_by_panels(const PathConnectivity<float>& op, const Stencil<f
   HalfPlan half = make_half_plan(op, Dialect{false, 0, false, kPolynomial}, arena);
   PanelPlan plan = make_panel_plan(op, half, stencil, arena);
   if (plan.blocks == 0) return "no CUDA device";
-  for (int l = 1; l <= op.layers; ++l) {  // 32-bit places of its weights
+  for (int l = 1; l <= op.layers; ++l) {  // the kernel's offsets into the layer's weights are 32-bit numbers
     const std::int64_t before = half_steps(op, half.dialect, l - 1).all();
     if (before * half_steps(op, half.dialect, l).all() * kWarp > 0x3fffffff) return "a layer too wide for the kernel";
   }
-  // Nodes go in pairs: an odd one out has the same node beside it, without weight.
+  // Nodes go in pairs. If their number is odd, the last node is repeated without weight.
   std::vector<double> t(op.nodes.t, op.nodes.t + op.nodes.interior);
   std::vector<double> weights(op.nodes.weights, op.nodes.weights + op.nodes.interior);
   if (op.nodes.interior % 2 == 1) t.push_back(t.back()), weights.push_back(0);

@@ -1,6 +1,7 @@
-// Threads of a block are fibers of one operating-system thread; blocks of a grid are spread over OpenMP's, those of a
-// cooperative grid take turns on one.
-#undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks, which is how fibers are switched
+// The emulator's entries: grids of blocks, what a kernel calls, and the CUDA runtime's host functions. Threads of a block are
+// fibers of one operating-system thread (machine.h). Blocks of a grid are divided among OpenMP's threads; blocks of a
+// cooperative grid take turns on one thread. It is compiled into emulated builds and by tests/test_emulator.py.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks, but fibers are switched in this way
 #include "emulator.h"
 
 #include <algorithm>
@@ -35,7 +36,8 @@ void run_blocks(int columns, int rows, int threads, std::size_t shared, void (*b
     t_error = cudaErrorInvalidConfiguration;
     return;
   }
-  // For tests of what lies beyond 2^31 values, in memory that is hardly touched: of each grid only so many blocks at its end.
+  // For tests of what lies beyond 2^31 values, in memory that is hardly touched: only so many blocks at the end of each grid
+  // run.
   const char* const last = std::getenv("LMNFAST_EMULATED_LAST_BLOCKS");
   const int begin = last ? std::max(0, blocks - std::atoi(last)) : 0;
   const auto run_block = [&](int block) {
@@ -60,24 +62,25 @@ void run_cooperative_blocks(int blocks, int threads, std::size_t shared, void (*
     t_error = cudaErrorInvalidConfiguration;
     return;
   }
-  if (blocks > multiprocessors) {  // one on each, as cudaOccupancyMaxActiveBlocksPerMultiprocessor says
+  if (blocks > multiprocessors) {  // one block on each, as cudaOccupancyMaxActiveBlocksPerMultiprocessor says
     t_error = cudaErrorCooperativeLaunchTooLarge;
     return;
   }
-  constexpr int kMostGuarded = 16384;  // two mappings a thread, of the 65 530 that Linux lets a process have
+  constexpr int kMostGuarded = 16384;  // each thread takes two of the 65 530 mappings that Linux allows a process
   std::vector<std::unique_ptr<Machine>> machines;
   for (int n = 0; n < blocks; ++n) {
     machines.push_back(std::make_unique<Machine>(threads, blocks * threads <= kMostGuarded));
     machines.back()->begin(n, blocks, 1, threads, shared, body, kernel);
   }
-  // One block gets a turn now and then only, another one after a while. A block that only waits is left alone until another
-  // has got further, and then looks again now and then. When all have waited for so many rounds, nothing is left to happen.
+  // One block lags: it gets a turn only now and then. After a while another block lags. A block that only waits gets no turn
+  // until another block has progressed, and then looks again now and then. If all blocks have waited for kRounds rounds,
+  // nothing is left to happen.
   constexpr unsigned kLag = 16, kWhile = 512, kLook = 8;
   constexpr int kRounds = 64;
   Order order{0x9e3779b97f4a7c15u ^ unsigned(blocks)};
-  std::vector<std::int64_t> waits_since(machines.size(), -1);  // a moment; -1: it does not wait
+  std::vector<std::int64_t> waits_since(machines.size(), -1);  // the moment since which a block waits; -1: it does not wait
   std::int64_t moment = 0;
-  std::size_t lagging = 0, waiting = 0;  // at this moment
+  std::size_t lagging = 0, waiting = 0;  // the block that lags; the number of blocks that wait at this moment
   int rounds = 0;
   while (!machines.empty()) {
     if (order.next() % kWhile == 0) lagging = order.next() % machines.size();
@@ -142,7 +145,7 @@ unsigned ballot(unsigned mask, bool predicate) {
 std::uint64_t shuffle_xor(unsigned mask, std::uint64_t value, int lanes, int width) {
   const int lane = t_current->lane(), end = lane / width * width + width;
   int source = lane ^ lanes;
-  if (source < 0 || source >= end) source = lane;  // an earlier group may be read, a later one not
+  if (source < 0 || source >= end) source = lane;  // an earlier group may be read, a later group may not
   t_current->current().source = source;
   t_current->current().value = value;
   return t_current->wait(Wait::kShuffle, mask);
@@ -214,11 +217,12 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int kReserved = 1024;  // of each block, by the driver
-  // An H100's, or a smaller card's where a test asks for it.
+  constexpr int kReserved = 1024;  // bytes of each block that the driver reserves
+  // The values of an H100, or of a smaller card if a test asks for it.
   const char* const shared = std::getenv("LMNFAST_EMULATED_SHARED");
   const int optin = shared ? std::atoi(shared) : 227 * 1024;
-  const char* const multiprocessors = std::getenv("LMNFAST_EMULATED_MULTIPROCESSORS");  // few, for grids are small
+  // few, because the tests' grids are small
+  const char* const multiprocessors = std::getenv("LMNFAST_EMULATED_MULTIPROCESSORS");
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = optin; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = optin + kReserved; return cudaSuccess;

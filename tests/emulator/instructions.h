@@ -21,7 +21,7 @@ std::uint32_t as_bits(float value) {
   return bits;
 }
 
-// Whether a result is to be off: every second argument, whatever its last bits.
+// Whether a result gets an error. This is so for every second argument, independent of its last bits.
 bool odd(float v) { return as_bits(v) * 0x9e3779b1u >> 31; }
 
 float flush(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
@@ -35,7 +35,7 @@ using Longs = std::int64_t __attribute__((vector_size(64)));
 
 // sum + addends[0] + ... + addends[3]
 Floats add_aligned(Floats sum, const Floats (&addends)[4]) {
-  constexpr int kBits = 24;  // of a mantissa below the largest addend's leading one: a float's and one more
+  constexpr int kBits = 24;  // bits of a mantissa below the leading one of the largest addend: one more than a float has
   const auto magnitude = [](Floats v) { return Ints(v) & 0x7fffffff; };
   Ints largest = magnitude(sum);
   for (const Floats& addend : addends) {
@@ -43,9 +43,10 @@ Floats add_aligned(Floats sum, const Floats (&addends)[4]) {
     largest = largest < other ? other : largest;
   }
   Ints exponent = largest >> 23;
-  exponent = exponent < kBits + 1 ? Ints{} + (kBits + 1) : exponent;  // so that both powers of two are normal
+  exponent = exponent < kBits + 1 ? Ints{} + (kBits + 1) : exponent;  // large enough that both powers of two are normal
   const Floats scale = Floats((2 * 127 + kBits - exponent) << 23), unscale = Floats((exponent - kBits) << 23);
-  // Toward zero; unsigned, as the sum of what a NaN and an Inf become, which nobody reads, is beyond an int.
+  // Conversions round toward zero. Integers are unsigned, because the sum of what a NaN and an Inf become exceeds an int; the
+  // result is not used then.
   Unsigned total = Unsigned(__builtin_convertvector(sum * scale, Ints));
   Floats plain = sum;
   for (const Floats& addend : addends) {
@@ -97,7 +98,7 @@ void multiply_add_halves(const Fragments* const* lanes) {
     Floats sum;
     for (int column = 0; column < kColumns; ++column) sum[column] = c(column);
     for (int begin = 0; begin < depth; begin += kStep) {
-      Floats products[kStep];  // of 11 bits each: exact
+      Floats products[kStep];  // exact, because the factors have 11 bits each
       for (int k = 0; k < kStep; ++k) products[k] = a[row][begin + k] * b[begin + k];
       sum = add_aligned(sum, products);
     }

@@ -40,7 +40,7 @@ struct Fragments {
   float* c;
   const std::uint32_t* a;
   std::uint32_t b0, b1;
-  int registers;  // of a
+  int registers;  // registers of a
 };
 
 struct Fragments64 {
@@ -52,27 +52,27 @@ struct Fiber {
   jmp_buf context;
   ucontext_t start;
   bool started = false;
-  // what it waits for, and after it the result
+  // what the fiber waits for; afterwards the result
   Wait wait;
   unsigned mask;
   Barrier barrier;
-  int source;  // lane; of a numbered barrier its number
+  int source;  // lane to read from; at a numbered barrier, the barrier's number
   std::uint64_t value;
   Fragments fragments;
   Fragments64 fragments64;
-  std::vector<std::pair<void*, const void*>> copies;  // under way, 16 bytes each
+  std::vector<std::pair<void*, const void*>> copies;  // copies under way, 16 bytes each
 };
 
 struct Warp {
-  unsigned ready, at_collective, at_barrier, exited, at_named, at_store;  // lanes
+  unsigned ready, at_collective, at_barrier, exited, at_named, at_store;  // sets of lanes
 };
 
 struct NamedBarrier {
-  int arrived, expected;  // threads
+  int arrived, expected;  // numbers of threads
 };
 constexpr int kNamedBarriers = 16;
 
-// xorshift64: the order in which fibers are resumed
+// xorshift64. It gives the order in which fibers are resumed.
 struct Order {
   std::uint64_t state;
   unsigned next() {
@@ -96,20 +96,20 @@ class Machine {
   ~Machine() {
     if (!stacks_) return;
 #if defined(__SANITIZE_ADDRESS__)
-    // The checker's marks of these stacks' frames would be taken for those of whoever gets the memory next.
+    // The checker still marks these stacks' frames. Without this call the marks would apply to the next owner of the memory.
     __asan_unpoison_memory_region(stacks_, stack_bytes_);
 #endif
     munmap(stacks_, stack_bytes_);
   }
 
   void begin(int block, int columns, int rows, int threads, std::size_t shared, void (*body)(const void*), const void* kernel);
-  // True: all threads have returned. False, in a cooperative grid alone: it is another block's turn.
+  // True: all threads have returned. False (only in a cooperative grid): it is another block's turn.
   bool run(bool cooperative);
   void end();
-  // Whether a thread has got further in the last run() than to its next look for a store.
+  // Whether in the last run() some thread went further than to its next look for a store.
   bool progressed() const { return progressed_; }
 
-  // From a fiber: gives way until what it waits for has happened.
+  // Called by a fiber: gives way until the event that it waits for has happened.
   std::uint64_t wait(Wait wait, unsigned mask) {
     Fiber& fiber = fibers_[current_];
     fiber.wait = wait;
@@ -153,7 +153,7 @@ class Machine {
 };
 
 thread_local Machine t_machine;
-__thread Machine* t_current;  // &t_machine, without the check that it was made
+__thread Machine* t_current;  // &t_machine, without the check whether t_machine is constructed
 
 void Machine::fail(const char* format, ...) {
   std::fprintf(stderr, "CUDA emulator, block %u: ", blockIdx.x);
@@ -197,11 +197,11 @@ void Machine::resume(int thread) {
   }
 }
 
-// Every ready lane runs until it waits or leaves.
+// Every ready lane runs until it waits or returns.
 void Machine::step(int warp) {
   Warp& w = warps_[warp];
   const unsigned ready = w.ready, random = order_.next();
-  const unsigned stride = random | 1, offset = random >> 8;  // an odd stride visits all
+  const unsigned stride = random | 1, offset = random >> 8;  // an odd stride visits all lanes
   w.ready = 0;
   for (unsigned n = 0; n < unsigned(kWarp); ++n) {
     const unsigned lane = (n * stride + offset) % kWarp;
@@ -272,7 +272,7 @@ void Machine::collective(int warp, unsigned mask) {
   }
 }
 
-// False: not all threads that are left are there.
+// False: some threads that have not returned are not at the barrier.
 bool Machine::resolve_block_barrier() {
   int first = -1;
   bool any = false;
@@ -330,7 +330,7 @@ void Machine::make_stacks() {
   const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
   for (int thread = 0; thread < most_threads_; ++thread) {
     char* const stack = static_cast<char*>(stacks_) + thread * kStack;
-    if (guarded_) mprotect(stack, page, PROT_NONE);  // one that overflows crashes
+    if (guarded_) mprotect(stack, page, PROT_NONE);  // a stack that overflows crashes
     ucontext_t& start = fibers_[thread].start;
     getcontext(&start);
     start.uc_stack.ss_sp = stack;
@@ -350,7 +350,7 @@ void Machine::begin(int block, int columns, int rows, int threads, std::size_t s
   kernel_ = kernel;
   order_.state = 0x9e3779b97f4a7c15u * (unsigned(block) + 1u);
 
-  // 16-byte aligned and no more: that is all a kernel may rely on.
+  // Aligned to 16 bytes and to no more, because a kernel may rely on no more.
   shared_bytes_ = shared;
   memory_.assign(shared + 2 * kGuard + 32, 0xff);
   shared_ = memory_.data() + kGuard;
@@ -376,8 +376,8 @@ bool Machine::run(bool cooperative) {
     warps_[warp].ready |= warps_[warp].at_store;
     warps_[warp].at_store = 0;
   }
-  // A warp mostly runs on to its next __syncthreads, which is as far ahead of the others as it can get; a block of a
-  // cooperative grid mostly until all its threads wait.
+  // A warp usually runs on to its next __syncthreads. This is as far ahead of the others as it can get. A block of a
+  // cooperative grid usually runs until all its threads wait.
   constexpr unsigned kStay = 8, kTurn = 256;
   for (int warp = 0;;) {
     if (!warps_[warp].ready || order_.next() % kStay == 0) {

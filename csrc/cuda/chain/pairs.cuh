@@ -3,16 +3,16 @@
 #pragma once
 #include "problem.cuh"
 
-#include "../../activation.h"  // these two after device.h, whose functions they use
+#include "../../activation.h"  // these two after device.h, because they use its functions
 #include "../../statistics.h"
 
 namespace lmn {
 namespace {
 
 constexpr int kEndOutputs = 32;
-/// All that a pair's statistics want of output k at one sample, to be read at once: y, what rounding it lost, its rounding's
-/// square, and 1 where an activation may hide that rounding. [samples][kEndOutputs]: lane 4 g + q has outputs 16 h + 4 q + m at
-/// 4 (4 h + m) + q.
+/// Writes what a pair's statistics need of output k at one sample, to be read at once: y, the part of y that rounding lost, the
+/// square of its rounding, and 1 if an activation may hide this rounding. [samples][kEndOutputs]: lane 4 g + q has the outputs
+/// 16 h + 4 q + m at 4 (4 h + m) + q.
 __device__ inline void write_end(float4* ends, std::int64_t sample, std::int64_t k, float y, float y_low, float rounding,
                                  float scale) {
   const std::int64_t place = 4 * (k / 16 * 4 + k % 4) + k % 16 / 4;
@@ -22,13 +22,13 @@ __device__ inline void write_end(float4* ends, std::int64_t sample, std::int64_t
 
 /// Sums over the outputs of a pair.
 struct PairSums {
-  double nonlinear = 0;  // of 1 - r2; a NaN where an output is unresolved
-  int constants = 0;     // outputs
+  double nonlinear = 0;  // sum of 1 - r2; a NaN if an output is unresolved
+  int constants = 0;     // number of constant outputs
 };
 
-/// 1 - r2 of an output as share_of_output has it, in a fourth of the instructions; false where that may find the output constant
-/// or unresolved, and `share` may be anything. te: of the moments; bend: variance_t var(e) - te^2; factor: of te, squared of bend;
-/// magnitude: the larger |y| of the two ends.
+/// 1 - r2 of an output, as share_of_output gives it, with a fourth of the instructions. False if share_of_output may find the
+/// output constant or unresolved; `share` may then be anything. te: of the moments; bend: variance_t var(e) - te^2; factor: te
+/// is times factor, bend times its square; magnitude: the larger |y| of the two ends.
 __device__ inline bool ordinary_share(float te, float bend, float factor, float chord, float magnitude, float rounding_squared,
                                       float variance_t, float& share) {
   constexpr float kConstant = float(kConstantUlps) * Epsilon<float>::value;
@@ -37,7 +37,7 @@ __device__ inline bool ordinary_share(float te, float bend, float factor, float 
   const float total = fma(covariance, covariance, residual);
   const float squares = fma(magnitude * (kConstant * kConstant), magnitude, rounding_squared * (kResolved * kResolved));
   share = ::fmaxf(residual, 0.0f) * reciprocal(total);
-  // One sum in place of the larger of three bounds. No comparison holds for a NaN.
+  // One sum replaces the larger of three bounds. No comparison is true for a NaN.
   return total > fma(squares, variance_t, float(kLeastTotal32)) && total < float(kLargestTotal32);
 }
 
@@ -45,7 +45,7 @@ __device__ inline float bend_of(const Moments<float>& m, float variance_t) {
   return fma(variance_t, fma(-m.e, m.e, m.ee), -(m.te * m.te));
 }
 
-/// Adds output k between samples i and j. scale: of the output; least: below it an output has underflowed, or is about to.
+/// Adds output k between samples i and j. scale: of the output. least: an output below it has underflowed or is about to.
 template <class T>
 __device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, const T* rounding, std::int64_t outputs,
                                   std::int64_t i, std::int64_t j, std::int64_t k, const Moments<T>& moments,
@@ -63,7 +63,7 @@ __device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, co
   sums.constants += share.constant > 0 ? 1 : 0;
 }
 
-/// Whether two samples are close, see kCloseSamples.
+/// Whether two samples are close in the sense of kCloseSamples.
 template <class T>
 __device__ inline bool are_close(const T* z, std::int64_t stride, std::int64_t width, std::int64_t i, std::int64_t j) {
   T distance = 0, largest = 0;
@@ -75,7 +75,7 @@ __device__ inline bool are_close(const T* z, std::int64_t stride, std::int64_t w
   return distance <= largest * T(kCloseSamples);
 }
 
-/// Writes the entry of a pair, both halves, and counts. z: [samples, stride], of the first layer.
+/// Writes both halves of a pair's entry, and counts. z: [samples, stride], of the first layer.
 template <class T>
 __device__ inline void store_entry(T* connectivity, std::int64_t* counts, const PairSums& sums, const T* z,
                                    std::int64_t stride, std::int64_t width, std::int64_t samples, std::int64_t outputs,
@@ -92,8 +92,8 @@ __device__ inline void store_entry(T* connectivity, std::int64_t* counts, const 
   connectivity[i * samples + j] = connectivity[j * samples + i] = entry;
 }
 
-/// The n-th unit of work: a first sample i and the n-th block of `size` second samples, those from i on being in it. Units of
-/// one block are side by side, so that the warps that share a cache read the same second samples.
+/// The n-th unit of work: a first sample i, and the number of a block of `size` second samples; those from i on are measured.
+/// Units with the same block are neighbours, so that warps that share a cache read the same second samples.
 template <class Index>
 LMN_FN void find_unit(Index n, Index size, Index& i, Index& block) {
   const auto start = [size](Index b) { return size * (b * (b + 1) / 2); };

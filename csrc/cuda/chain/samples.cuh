@@ -1,12 +1,13 @@
-// The network at the samples, in both dtypes: values, slopes and their rounding for each layer, and the outputs' scale. The
-// functions enqueue_forward (chain.cuh) and finish_kernel (halves.cuh) or scale_kernel (chain64/samples.cuh) use these.
+// The network at the samples, in both dtypes: values, slopes and their rounding for each layer, and the outputs' scale.
+// enqueue_forward (chain.cuh) launches forward_kernel; finish_kernel (halves.cuh) and scale_kernel (chain64/samples.cuh) call
+// scale_output.
 #pragma once
 #include "pairs.cuh"
 
 namespace lmn {
 namespace {
 
-/// Sum over the block, the same for any schedule; valid in its first thread.
+/// Sum over the block, valid in its first thread. The order of the additions does not depend on the schedule.
 __device__ inline double block_sum(double value) {
   __shared__ double partial[kWarps];
   value = warp_sum(value);
@@ -19,8 +20,8 @@ __device__ inline double block_sum(double value) {
 constexpr int kForwardTile = 16;
 static_assert(kForwardTile * kForwardTile == kThreads);
 
-/// What is added to one of a layer's values at the samples: an earlier value and its rounding, [samples, stride], and what is
-/// affine in the samples, [samples, width]; each may be null.
+/// What the network adds to one of a layer's values at the samples: an earlier value and its rounding, [samples, stride], and a
+/// shift that is affine in the samples, [samples, width]. Each may be null.
 template <class T>
 struct Earlier {
   const T *value, *rounding, *shift;
@@ -32,7 +33,8 @@ __device__ inline Earlier<T> of_network(const Earlier<T>& earlier, const Layer<T
           in_network_if(earlier.shift, problem.samples * layer.width * std::int64_t(sizeof(T)))};
 }
 
-/// Adds them to a sum, and to the sum of squares of all it is computed from.
+/// Adds the earlier value and the shift to a sum. Also adds the squares of the earlier value's rounding and of the shift to
+/// `squares`, the sum of squares of everything that the sum is computed from.
 template <class T>
 __device__ inline void add_earlier(const Earlier<T>& earlier, const Layer<T>& layer, std::int64_t sample, std::int64_t unit,
                                    double& sum, double& squares) {
@@ -48,10 +50,11 @@ __device__ inline void add_earlier(const Earlier<T>& earlier, const Layer<T>& la
   }
 }
 
-/// Notes a block's largest |a| and |v| of each unit, of finite ones; and of the first layer the largest |z|, a NaN too.
+/// Notes a block's largest finite |a| and |v| of each unit. In the first layer it also notes the largest |z|, which may be a
+/// NaN.
 __device__ inline void note_range(const Problem<float>& problem, const Layer<float>& layer, std::int64_t first_unit, int row,
                                   int column, float z, float a, bool is_first) {
-  __shared__ int largest[kForwardTile];  // as integers positive floats have the same order
+  __shared__ int largest[kForwardTile];  // as integers, because positive floats have the same order
   if (row == 0) largest[column] = 0;
   __syncthreads();
   if (a <= 0x1.fffffep127f) atomicMax(&largest[column], int(__float_as_uint(a)));
@@ -69,16 +72,17 @@ __device__ inline void note_range(const Problem<float>& problem, const Layer<flo
   if (threadIdx.x % kWarp == 0) atomicMax(&problem.range->largest_z, largest_z);
 }
 
-/// A block makes 16 samples x 16 units of one layer, one thread per value. Products in double: a node's rounding
-/// averages out along a path, the ends' would tilt all of it. `before` null: z itself. into_z, into_v: what the network adds
-/// there. In double the first layer's blocks sum |z| for the choice of the kernel, infinite where one is not below the limit.
+/// A block computes 16 samples x 16 units of one layer, one thread per value. Products are in double: the rounding of a node
+/// averages out along a path, but the rounding of the ends would tilt the whole path. `before` null: the layer is z itself.
+/// into_z, into_v: what the network adds there. In double the first layer's blocks also sum |z| for the choice of the kernel;
+/// the sum is infinite if some |z| is not below the limit.
 template <class T>
 __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, const T* z, const T* before,
                                const T* before_rounding, std::int64_t depth, std::int64_t before_stride,
                                Earlier<T> into_z, Earlier<T> into_v, double limit, double* sums) {
   problem = of_network(problem);
   layer = of_network(layer, depth, problem.apart);
-  z = in_network(z, problem.samples * layer.width * std::int64_t(sizeof(T)));  // the first layer's
+  z = in_network(z, problem.samples * layer.width * std::int64_t(sizeof(T)));  // of the first layer
   before = in_network_if(before, problem.apart), before_rounding = in_network_if(before_rounding, problem.apart);
   into_z = of_network(into_z, layer, problem), into_v = of_network(into_v, layer, problem);
   sums = in_network_if(sums, problem.apart);
@@ -97,7 +101,7 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
       const bool inside = sample < problem.samples && d < depth;
       a_tile[row][column] = inside ? before[sample * before_stride + d] : T(0);
       rounding_tile[row][column] = inside ? before_rounding[sample * before_stride + d] : T(0);
-      if constexpr (sizeof(T) == 4) {  // the half's own rounding, of the largest |a| of all samples
+      if constexpr (sizeof(T) == 4) {  // the rounding to a half, relative to the largest |a| of all samples
         const float quantum = inside ? problem.layers[index - 1].half.largest[d] * kHalfRounding : 0.0f;
         rounding_tile[row][column] = float(::hypot(double(rounding_tile[row][column]), double(quantum)));
       }
@@ -133,7 +137,8 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     squares += sum * sum;
     left = activated;
     if (layer.v != layer.a) {
-      layer.rounding[sample * layer.stride + unit] = valid ? T(::sqrt(squares)) : T(0);  // of z, which may be added to a
+      // rounding of z, which may be added to a
+      layer.rounding[sample * layer.stride + unit] = valid ? T(::sqrt(squares)) : T(0);
       double total = double(activated);
       if (valid) add_earlier(into_v, layer, sample, unit, total, squares);
       left = T(total);
@@ -157,7 +162,7 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
-/// Scales output k to order 1; the whole block.
+/// Scales output k to order 1. The whole block calls this.
 template <class T>
 __device__ void scale_output(const Problem<T>& problem, std::int64_t k) {
   __shared__ double partial[kThreads];

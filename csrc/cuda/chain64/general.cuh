@@ -7,37 +7,37 @@ namespace lmn {
 namespace {
 namespace float64 {
 
-constexpr int kPanelTiles64 = 8;  // of rows in a panel, at most
-constexpr int kSecondBlocks = 4;  // of 8 second samples in a unit of work, at most: where there are few nodes
+constexpr int kPanelTiles64 = 8;  // row tiles in a panel, at most
+constexpr int kSecondBlocks = 4;  // blocks of 8 second samples in a unit of work, at most; more than one if there are few nodes
 constexpr int kPairs64 = 8 * kSecondBlocks;
-constexpr std::size_t kStaticShared64 = 4608;  // of the kernel's own, beside what it is launched with
+constexpr std::size_t kStaticShared64 = 4608;  // the kernel's static shared memory, beside the dynamic
 
 struct General64 {
   Problem<double> problem;
   Stencil<double> stencil;
   std::int64_t units;
   std::int64_t panel_size, slot_size;  // fragments of 16 bytes
-  int passes, second_blocks;           // over the nodes; of 8 second samples
+  int passes, second_blocks;           // passes over the nodes; blocks of 8 second samples
   int chunk;                           // tiles of 8 outputs at a time
   int slots;
   double2* panels;                     // [blocks of the grid, 2, panel_size], null: in shared memory
   double2* kept;                       // [blocks of the grid, slots, slot_size]
   double* moments;                     // [blocks of the grid, outputs / 8, 6, lanes], null: in shared memory
-  const int* skip;                     // where 1, another kernel does it
+  const int* skip;                     // 1: the shallow kernel measures this network
 };
 
-/// What a block works on: a row tile is a block of 8 second samples at one node, [second_blocks][nodes].
+/// What a block works on. A row tile is a block of 8 second samples at one node, [second_blocks][nodes].
 struct Work64 {
   std::int64_t i, j0;
-  int begin, nodes, tiles;  // first node, their number, and that of row tiles
+  int begin, nodes, tiles;  // first node, number of nodes, number of row tiles
 };
 
-/// One residual: act(z(t)) - chord of act, with z(t) the chord of z plus the deviation.
+/// One residual: act(z(t)) - chord of act, where z(t) is the chord of z plus the deviation.
 template <ActivationKind kKind>
 __device__ inline double residual_at(const Layer<double>& layer, double t, double z_first, double z_second, double a_first,
                                      double a_second, double deviation, bool deviates) {
   double z = on_chord(z_first, z_second, t) + deviation;
-  if constexpr (kKind == ActivationKind::kRelu) {  // which makes an output of what rounding leaves of 0
+  if constexpr (kKind == ActivationKind::kRelu) {  // ReLU would pass rounding on as an output
     const double largest = larger(absolute(z_first), absolute(z_second));
     if (deviates && absolute(z) <= largest * (kRoundedUlps * Epsilon<double>::value)) z = 0;
   }
@@ -50,8 +50,8 @@ __device__ inline double slope_residual(double slope, double z_first, double z_s
   return fma(slope, (z_second - z_first) + deviation, -(a_second - a_first));
 }
 
-/// Residuals of 8 units at row tiles [begin, begin + rows), by one warp. out: the lane's fragments of those, which hold the
-/// deviations (`deviates`). Adds and keeps what a network's sums ask for.
+/// Residuals of 8 units at row tiles [begin, begin + rows), by one warp. out: the lane's fragments of these tiles; they hold
+/// the deviations if `deviates` is set. This function also adds and keeps the residuals that the network's sums need.
 template <int kStencil>
 __device__ void make_residuals64(const General64& p, const Layer<double>& layer, const Work64& work, int tile,
                                  double2* out, int begin, int rows, bool deviates) {
@@ -119,8 +119,9 @@ __device__ void make_residuals64(const General64& p, const Layer<double>& layer,
 
 constexpr int kTaskRows64 = 4;  // row tiles that a warp multiplies at a time
 
-/// Products of `rows` row tiles of the panel with the weights of `units` tiles of 8 units, at most kTaskRows64 and kN, by one
-/// warp. weights, panel, out: the lane's fragments of the first; steps: of the panel's 8 units; tiles: its row tiles.
+/// Products of `rows` row tiles of the panel (at most kTaskRows64) with the weights of `units` tiles of 8 units (at most kN),
+/// by one warp. weights, panel, out: the lane's fragments of the first tile. steps: blocks of 8 units in the panel. tiles: row
+/// tiles in the panel.
 template <int kN>
 __device__ void multiply64(const double2* weights, int steps, int units, const double2* panel, int rows, int tiles,
                            double2* out) {
@@ -160,8 +161,8 @@ __device__ inline double* moments_of(const General64& p) {
   return reinterpret_cast<double*>(dynamic_shared() + (p.panels ? 0 : 2 * sizeof(double2) * p.panel_size));
 }
 
-/// The outputs of tiles [begin, begin + units), whose residuals are in `out`, into the moments; with the last nodes, into the
-/// pairs' sums. A warp takes 8 outputs of 8 pairs.
+/// Adds the outputs of tiles [begin, begin + units), whose residuals are in `out`, to the moments. In the last pass it adds the
+/// shares of these outputs to the pairs' sums. A warp takes 8 outputs of 8 pairs.
 template <int kStencil>
 __device__ void add_outputs64(const General64& p, const Work64& work, const double2* out, int begin, int units, int pass,
                               PairSums* totals) {
@@ -178,7 +179,7 @@ __device__ void add_outputs64(const General64& p, const Work64& work, const doub
       const double2* const values = out + (std::int64_t(n) * work.tiles + block * work.nodes) * kWarp + lane;
       Moments<double> m[2];
       if constexpr (kStencil == 0) {
-        double* const sums = moments_of(p) + std::int64_t(begin + n) * 6 * kWarp + lane;  // of several passes
+        double* const sums = moments_of(p) + std::int64_t(begin + n) * 6 * kWarp + lane;  // used if there are several passes
         for (int half = 0; half < 2; ++half) {
           m[half] = Moments<double>{0, 0, 0};
           if (pass == 0) continue;
@@ -230,8 +231,8 @@ __device__ void add_outputs64(const General64& p, const Work64& work, const doub
   }
 }
 
-/// Residuals of layer l, of tiles [begin, begin + units) of 8 units, from those of the layer before in `panel`. A warp takes
-/// row tiles and tiles of units together, in tasks.
+/// Residuals of layer l, of tiles [begin, begin + units) of 8 units, from the residuals of the layer before in `panel`. A
+/// warp's task is some row tiles at some tiles of units.
 template <int kStencil>
 __device__ void run_layer64(const General64& p, const Work64& work, int l, int begin, int units, const double2* panel,
                             double2* out) {
@@ -240,8 +241,8 @@ __device__ void run_layer64(const General64& p, const Work64& work, int l, int b
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int steps = l > 0 ? int(blocks_of(layers[l - 1].width, 8)) : 0;
   const int task_rows = l == 0 ? 2 : kTaskRows64, row_groups = ceiling(work.tiles, task_rows);
-  // Large tasks, of two tiles of units, read the panel less often, small ones keep all warps busy: 6 loads for 4 matrix
-  // instructions in place of 10 are worth half as many instructions more.
+  // Large tasks (two tiles of units) read the panel less often: 6 loads for 4 matrix instructions in place of 10. This is worth
+  // half as many instructions again. Small tasks keep all warps busy.
   const int cost_large = 2 * ceiling(row_groups * ceiling(units, 2), kWarps);
   const int cost_small = ceiling(row_groups * units, kWarps);
   const bool large = l > 0 && 2 * cost_large <= 3 * cost_small;
@@ -266,14 +267,14 @@ __device__ void run_layer64(const General64& p, const Work64& work, int l, int b
   }
 }
 
-// A block per unit of work, one after the other: a first sample and up to 32 second ones. Panels are
-// [8 units][row tiles][lanes]. kStencil: the size of the stencil; 0: at every node.
+// A block takes one unit of work after the other: a first sample and up to 32 second samples. Panels are
+// [8 units][row tiles][lanes]. kStencil: the size of the stencil; 0: residuals at every node.
 template <int kStencil>
 __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_constant__ General64 p) {
   if (*in_network(p.skip, p.problem.apart)) return;
   const Problem<double>& problem = p.problem;
   __shared__ PairSums totals[kWarps * kPairs64];
-  __shared__ Work64 work;  // in registers it would push the products out of them
+  __shared__ Work64 work;  // in registers it would leave too few registers for the products
   static_assert(sizeof(totals) + sizeof(work) <= kStaticShared64);
   double2* const panels = p.panels ? in_network(p.panels, problem.apart) + blockIdx.x * 2 * p.panel_size
                                    : reinterpret_cast<double2*>(dynamic_shared());
@@ -318,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_con
                     problem.samples, problem.outputs, work.i, j);
       }
     }
-    __syncthreads();  // totals and work are read
+    __syncthreads();  // all threads have read `totals` and `work`
   }
 }
 

@@ -8,8 +8,8 @@ namespace {
 namespace float64 {
 
 /// c += a b for a warp's 16 x 8 tile of c, a 16 x 8, b 8 x 8. With g = lane / 4 and q = lane % 4: a0..a3 = (g, q), (g + 8, q),
-/// (g, q + 4), (g + 8, q + 4); b0, b1 = (q, g), (q + 4, g); c = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1).
-/// Source: PTX ISA, mma.m16n8k8 and mma.m8n8k4 with .f64. On an H200 the larger one is 1.5 times as fast.
+/// (g, q + 4), (g + 8, q + 4); b0, b1 = (q, g), (q + 4, g); c = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1). Source:
+/// PTX ISA, mma.m16n8k8 and mma.m8n8k4 with .f64. On an H200 the larger instruction is 1.5 times as fast.
 __device__ inline void multiply_add64(double (&c)[4], double a0, double a1, double a2, double a3, double b0, double b1) {
 #if defined(LMN_EMULATED)
   emulator::mma_m16n8k8_f64(c, a0, a1, a2, a3, b0, b1);
@@ -31,7 +31,7 @@ __device__ inline void multiply_add64(double (&c)[4], double a0, double a1, doub
 #endif
 }
 
-/// 1 / v to about an ulp, for a normal v whose reciprocal is normal: 20 bits and a cubic step.
+/// 1 / v to about an ulp, for a normal v whose reciprocal is normal: an approximation of 20 bits and a cubic step.
 __device__ inline double reciprocal_fast(double v) {
 #if defined(LMN_EMULATED)
   const double x = emulator::reciprocal_f64(v);

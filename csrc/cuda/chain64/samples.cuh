@@ -7,15 +7,17 @@ namespace lmn {
 namespace {
 namespace float64 {
 
-/// What decides whether another kernel than the general one is taken, and the decision.
+/// The input and the result of the choice between the general and the shallow kernel.
 struct Choice {
-  const double* sums;     // [blocks] of the first layer
+  const double* sums;     // [blocks], sums of |z| of the first layer
   std::int64_t blocks;
-  double least, limit;    // sum of |z| for the other kernel, and largest |z|; a limit of 0: none
+  // The shallow kernel needs a sum of |z| of at least `least`, and every |z| below `limit`; a limit of 0: never the shallow
+  // kernel.
+  double least, limit;
   int* elsewhere;
 };
 
-/// Block k scales output k; the block after the last decides between the kernels, and begins the count.
+/// Block k scales output k. The block after the last output chooses the kernel and sets the counts to 0.
 __global__ void scale_kernel(Problem<double> problem, Choice choice) {
   problem = of_network(problem);
   choice.sums = in_network(choice.sums, problem.apart), choice.elsewhere = in_network(choice.elsewhere, problem.apart);
@@ -30,7 +32,7 @@ __global__ void scale_kernel(Problem<double> problem, Choice choice) {
   }
 }
 
-/// Weights [width, depth] as fragments: of each 8 inputs lane 4 g + q has {2 q, 2 q + 1} of unit g. A thread per lane.
+/// Weights [width, depth] as fragments. Of each 8 inputs lane 4 g + q has inputs {2 q, 2 q + 1} of unit g. A thread per lane.
 __global__ void pack_kernel(Layer<double> layer, std::int64_t depth, std::int64_t count, std::int64_t apart) {
   layer = of_network(layer, depth, apart);
   const std::int64_t n = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -42,7 +44,7 @@ __global__ void pack_kernel(Layer<double> layer, std::int64_t depth, std::int64_
                                     inside && d + 1 < depth ? layer.weights[unit * depth + d + 1] : 0.0);
 }
 
-/// Host's view of the samples' side: everything's place in the workspace.
+/// The host's plan for the samples' side: everything's place in the workspace.
 struct Plan {
   Problem<double> problem{};
   bool slopes = false;
@@ -53,12 +55,13 @@ struct Plan {
   Layer<double> first{}, last{};
 };
 
-/// Which inputs another kernel takes: all |z| below the limit, their mean at least so large. A limit of 0: none.
+/// The inputs that the shallow kernel takes: all |z| are below the limit, and the mean |z| is at least least_mean. A limit of
+/// 0: none.
 struct Range {
   double limit, least_mean;
 };
 
-/// Everything but the layers, which come last in the arena, one by one.
+/// Takes the places of everything except the layers. The layers come last in the arena, one by one.
 inline Plan make_plan(const PathConnectivity<double>& op, bool slopes, Range elsewhere, Arena& arena) {
   Plan plan;
   plan.slopes = slopes;
@@ -72,7 +75,7 @@ inline Plan make_plan(const PathConnectivity<double>& op, bool slopes, Range els
   return plan;
 }
 
-/// Takes the layers' places, and fills in everything that the samples and the weights determine.
+/// Takes the layers' places, and enqueues everything that the samples and the weights determine.
 inline const char* enqueue_samples(const PathConnectivity<double>& op, Plan& plan, Arena& arena, CUstream_st* stream) {
   if (device_attribute(cudaDevAttrMultiProcessorCount) == 0) return "no CUDA device";
   if (const char* error = store_nodes(op.nodes, plan.nodes, plan.problem.nodes, stream)) return error;

@@ -10,32 +10,33 @@ namespace float64 {
 
 constexpr int kShallowThreads64 = 384;  // 12 warps of 168 registers fill a multiprocessor
 constexpr int kShallowWarps64 = kShallowThreads64 / kWarp;
-constexpr int kShallowTiles64 = 4;      // of 8 outputs, whose products the registers hold; the moments are in shared memory
+constexpr int kShallowTiles64 = 4;  // tiles of 8 outputs whose products the registers hold; the moments are in shared memory
 constexpr int kShallowMoments64 = 6 * kShallowTiles64 * kShallowThreads64;  // doubles
-constexpr int kShallowChunks64 = 3;     // of so many tiles; each costs all activations again
+constexpr int kShallowChunks64 = 3;     // most chunks of so many tiles; each chunk evaluates all activations again
 constexpr int kGroup = 4;               // nodes at a time
-// With f = 1 or 2 for tanh, exp(-f z(t)) = exp(-f (1 - t) z_i) exp(-f t z_j). At the first of four nodes it comes from a table
-// per sample, and from one node to the next it changes by exp(f h z_i) exp(-f h z_j), where h is the nodes' spacing.
+// exp(-f z(t)) = exp(-f (1 - t) z_i) exp(-f t z_j), where f is 2 for tanh and 1 otherwise. At the first of four nodes each
+// factor comes from a table for its sample. From one node to the next the product changes by exp(f h z_i) exp(-f h z_j), where
+// h is the nodes' spacing.
 constexpr int kBefore = 3;  // arrays before the tables: z, a, exp(+-f h z)
 
-// Two nodes share a reciprocal, so that (1 + E)^2 has to be finite, also at nodes that fill up the last four.
+// Two nodes share a reciprocal, so (1 + E)^2 has to be finite, also at nodes that only fill up the last four.
 constexpr double kShallowLimit64 = 340;
-// 1 - 2 / (1 + exp(2 z)) is only right to an absolute epsilon; below this mean |z| tanh is evaluated directly.
+// 1 - 2 / (1 + exp(2 z)) is only right to an absolute epsilon. Below this mean |z| the general kernel evaluates tanh directly.
 constexpr double kShallowTanhMean64 = 0.25;
 
 struct Shallow64 {
   Problem<double> problem;
   const double2 *first, *second;  // [samples][steps][arrays][4], [blocks of 8 samples][steps][arrays][lanes]
-  const double2* fragments;       // weights
+  const double2* fragments;       // of the weights
   const double* z;                // [samples, stride]
   std::int64_t stride, width, units;
-  int steps, groups, chunks;      // of 8 hidden units, of nodes, of outputs
-  const int* take;                // where 0, another kernel does it
+  int steps, groups, chunks;      // blocks of 8 hidden units, groups of nodes, chunks of outputs
+  const int* take;                // 0: the general kernel measures this network
 
   LMN_FN int arrays() const { return kBefore + groups; }
 };
 
-/// What residuals of 2 hidden units at 4 nodes are made from, for one sample.
+/// One sample's part of the residuals of 2 hidden units at 4 nodes.
 struct Side {
   double2 z, a, ratio, table;
 };
@@ -43,7 +44,7 @@ __device__ inline Side load_side(const double2* from, int apart, int group) {
   return {from[0], from[apart], from[2 * apart], from[(kBefore + group) * apart]};
 }
 
-/// e = act(z(t)) - chord of act for one unit at 4 nodes; a is one higher for tanh.
+/// e = act(z(t)) - chord of act for one unit at 4 nodes. For tanh, a is the activation plus 1.
 template <ActivationKind kKind>
 __device__ inline void shallow_residuals(double (&e)[kGroup], const double (&t)[kGroup], double z_first, double z_second,
                                          double a_first, double a_second, double ratio, double power) {
@@ -64,12 +65,12 @@ __device__ inline void shallow_residuals(double (&e)[kGroup], const double (&t)[
       e[r + 1] = fma(kHeight, fma(powers[r], inverse, inverse), -chord[1]);
     }
   }
-  // A unit that does not move has no residual; the two exponentials' rounding would leave one.
+  // A unit that does not move has no residual. The rounding of the two exponentials would leave one, so it is set to 0.
 #pragma unroll
   for (int r = 0; r < kGroup; ++r) e[r] = z_chord == 0 ? 0.0 : e[r];
 }
 
-// A warp per unit of work, 8 pairs of one first sample, on its own once the weights are in shared memory.
+// A warp per unit of work: 8 pairs with one first sample. Warps are independent once the weights are in shared memory.
 template <ActivationKind kKind>
 __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow64 p) {
   if (!*in_network(p.take, p.problem.apart)) return;
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
             at[0] = m.e;
             at[kShallowThreads64] = m.te;
             at[2 * kShallowThreads64] = m.ee;
-            __syncwarp();  // else the compiler loads all moments at once, and spills
+            __syncwarp();  // otherwise the compiler loads all moments at once, and spills
           }
         }
       }
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
   }
 }
 
-/// A thread per sample and two hidden units; samples after the last repeat it.
+/// A thread per sample and two hidden units. Threads beyond the last sample repeat it.
 template <ActivationKind kKind>
 __global__ void pack_shallow64_kernel(Shallow64 p, Layer<double> layer, double spacing, double2* first, double2* second) {
   constexpr double kFactor = kKind == ActivationKind::kTanh ? 2.0 : 1.0, kShift = kKind == ActivationKind::kTanh ? 1.0 : 0.0;

@@ -7,11 +7,11 @@ namespace lmn {
 namespace {
 namespace chained {
 
-/// The block's copy of the kernel's parameters, at the beginning of its shared memory; behind it the weights.
+/// The block's copy of the kernel's parameters, at the beginning of its shared memory. The weights follow the copy.
 __device__ inline Chained& shared_parameters() { return *reinterpret_cast<Chained*>(dynamic_shared()); }
 constexpr std::size_t kParameterBytes = (sizeof(Chained) + 15) / 16 * 16;
 
-/// Makes the block's copy one of its network. A thread.
+/// Changes the block's copy to the pointers of the block's network. One thread calls this.
 __device__ inline void move_to_network(const Chained& p, int depth) {
   Chained& own = shared_parameters();
   for (int l = 0; l <= depth; ++l) {
@@ -25,7 +25,7 @@ __device__ inline void move_to_network(const Chained& p, int depth) {
   own.counts = in_network(p.counts, 2 * std::int64_t(sizeof(std::int64_t)));
 }
 
-/// False: nothing was stored, another way has to be taken.
+/// Measures a unit of work. False: nothing was stored, and the unit has to be measured in another way.
 template <class Curve, int kBlocks, int kStencil, bool kSplit, Way kWay>
 __device__ inline bool chained_unit(int i, int block) {
   using S = Shape<Curve, kBlocks, kStencil, kSplit>;
@@ -46,7 +46,7 @@ __device__ inline bool chained_unit(int i, int block) {
   warp.more_outputs = p.outputs > kStepUnits;
   warp.spacing = p.spacing;
   warp.weights = memory + warp.lane;
-  // Two of a step's fragments are one uint4.
+  // one uint4 is two fragments of a step
   for (int l = 0; l < S::kDepth; ++l) memory += S::kParts * p.layers[l + 1].part_fragments(p.layers[l].steps) / 2;
   warp.moments = const_cast<float4*>(reinterpret_cast<const float4*>(memory)) + warp.lane;
   warp.moments += threadIdx.x / kWarp * (S::kMoments * kWarp);
@@ -66,8 +66,9 @@ __device__ inline bool chained_unit(int i, int block) {
   return true;
 }
 
-/// Not inline: with more than one way in the kernel the compiler keeps addresses of one alive through the other, and runs
-/// out of registers. A function's parameters would be in memory, so it reads the block's copy of the kernel's.
+/// Not inline: with more than one way in the kernel the compiler keeps addresses of one way alive through the other, and runs
+/// out of registers. Parameters of a function that is not inline would be in local memory, so the function reads the block's
+/// copy of the kernel's parameters.
 template <class Curve, int kBlocks, int kStencil, bool kSplit, Way kWay>
 __device__ __noinline__ bool one_unit(int i, int block) {
   return chained_unit<Curve, kBlocks, kStencil, kSplit, kWay>(i, block);
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMost
     }
   }
   __syncthreads();
-  // A block's units side by side, so that nearly all of them have the same second samples, which then stay in its cache.
+  // A block takes neighbouring units of work. Nearly all of them have the same second samples, which then stay in the cache.
   if (threadIdx.x == 0) {
     shared_parameters().units = int(std::int64_t(blockIdx.x + 1) * p.units / gridDim.x);
     move_to_network(p, S::kDepth);

@@ -8,7 +8,7 @@ namespace {
 namespace chained {
 
 /// SiLU's residuals of one unit along one path, times the unit's scale. z and a are in units of -log2(e), so that ex2(z) is
-/// exp(-z); inverse: 1 / scale, which goes into the reciprocal for nothing.
+/// exp(-z). inverse: 1 / scale, which becomes part of the reciprocal at no cost.
 template <bool kFirst, Way kWay>
 __device__ inline void silu_residuals(float z_i, float a_i, float z_j, float a_j, const float (&t)[kPass], float spacing,
                                       const float (&deviation)[kPass], float unscale, float inverse, float (&e)[kPass],
@@ -52,7 +52,7 @@ __device__ inline void silu_residuals(float z_i, float a_i, float z_j, float a_j
   }
 }
 
-/// Residuals of two neighbouring units at a tile's two nodes as two registers of its fragment.
+/// Packs the residuals of two neighbouring units at a tile's two nodes as two registers of the tile's fragment.
 template <bool kSplit, int kUnits>
 __device__ inline void to_fragment(const float (&e)[2][kPass], int tile, int first, std::uint32_t (&high)[kTiles][kUnits],
                                    std::uint32_t (&low)[kTiles][kUnits]) {
@@ -68,7 +68,7 @@ __device__ inline void to_fragment(const float (&e)[2][kPass], int tile, int fir
   }
 }
 
-/// sums[n] += fragment times two tiles of weights.
+/// sums += the fragment times one of two tiles of weights.
 __device__ inline void multiply_tile(float (&sums)[4], const std::uint32_t (&a)[4], const uint4& w, int tile) {
   multiply_add_halves(sums, a, tile ? w.z : w.x, tile ? w.w : w.y);
 }
@@ -86,7 +86,8 @@ __device__ inline void read(float (&values)[kCount], const float* from) {
     values[0] = v.x, values[1] = v.y;
   }
 }
-/// The same from the device's memory, which nothing writes meanwhile: pointers that come from shared memory do not say so.
+/// The same from global memory that no kernel writes meanwhile. The pointers come from shared memory, so the compiler cannot
+/// know this.
 template <int kCount>
 __device__ inline void fetch(float (&values)[kCount], const float* from) {
   if constexpr (kCount == 4) {
@@ -98,8 +99,8 @@ __device__ inline void fetch(float (&values)[kCount], const float* from) {
   }
 }
 
-/// 1 - r2 of an output that ordinary_share does not know, a NaN where it is unresolved; and 1 where it is constant. Not inline,
-/// as there are few.
+/// 1 - r2 of an output that ordinary_share does not decide, a NaN if the output is unresolved; and 1 if the output is constant.
+/// Not inline, because such outputs are rare.
 __device__ __noinline__ float2 share_of_odd(float chord, Moments<float> m, float4 first, float4 second, float variance_t) {
   const Share<float> share =
       share_of_output<float, float>(chord, m, larger(absolute(first.x), absolute(second.x)), 0.0f, first.z + second.z,

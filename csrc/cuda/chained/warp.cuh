@@ -1,5 +1,5 @@
 // What one warp of chained_kernel computes: the residuals of one or two hidden layers, the outputs' products, their moments and
-// the sums of up to two paths a lane. kernel.cuh sets the members and calls run.
+// the sums of up to two paths for each lane. kernel.cuh sets the members and calls run.
 #pragma once
 #include "lane.cuh"
 
@@ -7,13 +7,13 @@ namespace lmn {
 namespace {
 namespace chained {
 
-/// kBlocks: blocks of 8 units of each of two hidden layers; 0: one hidden layer, of any number.
+/// The sizes of one variant. kBlocks: blocks of 8 units in each of two hidden layers; 0: one hidden layer of any width.
 template <class Curve, int kBlocks, int kStencil, bool kSplit>
 struct Shape {
   static constexpr int kDepth = kBlocks > 0 ? 2 : 1, kFull = kBlocks / 2, kTail = kBlocks % 2, kSteps = kFull + kTail;
   static constexpr int kArrays = kStencil > 0 ? 3 : 2, kParts = kSplit ? 2 : 1;
-  static constexpr int kPaths = kStencil == 2 ? kTiles : 1;  // of a lane
-  // As many as their registers leave room for, without one that is spilled.
+  static constexpr int kPaths = kStencil == 2 ? kTiles : 1;  // paths of a lane
+  // as many warps as their registers allow without a spill
   static constexpr int kMostWarps = kDepth == 1 ? (kStencil > 0 ? 20 : 16) : kSplit || kBlocks > 13 || kStencil > 0 ? 8 : 12;
   static constexpr int kMoments = kStencil > 0 ? 0 : 6;  // float4 of a lane
   static constexpr std::size_t kWarpBytes = kMoments * kWarp * sizeof(float4);
@@ -28,17 +28,17 @@ struct ChainedWarp {
   __device__ explicit ChainedWarp(const Chained& parameters) : p(parameters) {}
 
   const Chained& p;
-  const uint4* weights;         // shared, this lane's: into the second hidden layer, and into the outputs
+  const uint4* weights;         // this lane's, in shared memory: into the second hidden layer, and into the outputs
   int lane, q;
-  float4* moments;              // shared, [e, te, ee][2][lanes], this lane's: four outputs each; touched once in a pass
-  unsigned first, second[kPaths];  // where the groups' records begin, in floats; in all hidden layers alike
-  int row;                         // 4 times the first sample's place in its group, and q
-  int node;                        // the first of this pass
-  float spacing;                   // of the nodes
-  mutable bool meets = false;      // whether the lane's two samples agree in some hidden unit; not in the careful way
-  bool more_outputs;               // than kStepUnits
+  float4* moments;  // this lane's, in shared memory: [e, te, ee][2][lanes], four outputs each; read and written once in a pass
+  unsigned first, second[kPaths];  // where the groups' records begin, in floats; the same in all hidden layers
+  int row;                         // 4 times the first sample's place in its group, plus q
+  int node;                        // first node of this pass
+  float spacing;                   // spacing of the nodes
+  mutable bool meets = false;      // whether the lane's two samples agree in some hidden unit; not set in the careful way
+  bool more_outputs;               // whether there are more outputs than kStepUnits
 
-  /// Where a lane's records of one layer begin: the first sample's, the second samples', and the units' scales.
+  /// Where a lane's records of one layer begin: those of the first sample, of the second samples, and the units' scales.
   template <int kUnits>
   struct Records {
     const float *own, *other[kPaths], *units;
@@ -60,7 +60,7 @@ struct ChainedWarp {
     at.units += 2 * kStepUnits;
   }
 
-  /// Residuals of one step of a layer as fragments; deviation(unit, node) in units of the products.
+  /// Residuals of one step of a layer as fragments. deviation(unit, node) is in units of the products.
   template <int kUnits, bool kFirst, class Deviation>
   __device__ inline void make_fragments(const Records<kUnits>& at, const Deviation& deviation,
                                         std::uint32_t (&high)[kTiles][kUnits],
@@ -108,7 +108,7 @@ struct ChainedWarp {
             }
           }
         }
-        // Two paths have a tile each, one path has both.
+        // With two paths each has one tile; a single path has both tiles.
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           if (kPaths == 1 || tile == path) to_fragment<kSplit>(e, tile, x, high, low);
@@ -121,7 +121,7 @@ struct ChainedWarp {
   __device__ inline void at_nodes(const float (&t)[kPass], float z_i, float a_i, float z_j, float a_j,
                                   const float (&deviation)[kPass], float unscale, float scale, float (&e)[kPass]) const {
     if constexpr (Curve::kSilu) {
-      const float step = kDepth == 1 ? spacing : p.spacing;  // with two layers there is no register left for it
+      const float step = kDepth == 1 ? spacing : p.spacing;  // with two layers no register is free for it
       silu_residuals<kFirst, kWay>(z_i, a_i, z_j, a_j, t, step, deviation, unscale, scale, e, meets);
     } else {
       static_assert(kFirst);
@@ -137,7 +137,8 @@ struct ChainedWarp {
   template <int kUnits>
   __device__ inline void add_to_outputs(int step, int steps, const std::uint32_t (&high)[kTiles][kUnits],
                                         const std::uint32_t (&low)[kTiles][kUnits], float (&y)[kTiles][4][4]) const {
-    constexpr int kInto = kDepth == 2 ? kParts * S::kSteps * S::kSteps * kWarp : 0;  // a second hidden layer
+    // size of the weights into a second hidden layer
+    constexpr int kInto = kDepth == 2 ? kParts * S::kSteps * S::kSteps * kWarp : 0;
     const uint4* const w = weights + (kInto + step * kWarp);
     const int block = more_outputs ? steps * kWarp : 0, part = steps * kWarp + block;
     uint4 high_of[2], low_of[2];
@@ -146,7 +147,8 @@ struct ChainedWarp {
       if constexpr (kSplit) low_of[c] = w[part + c * block];
     };
     load(0);
-    if (kDepth == 1) load(1);  // else there are no registers left; behind the branch its products wait for it
+    // With two layers no registers are free for an early load; the load behind the branch makes its products wait.
+    if (kDepth == 1) load(1);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       if (c == 1 && !more_outputs) break;
@@ -169,7 +171,8 @@ struct ChainedWarp {
     std::uint32_t full[S::kFull > 0 ? S::kFull : 1][kTiles][4], tail[kTiles][2];
   };
 
-  /// One step of the second layer, of kUnits units a lane: products, residuals, and from these the outputs' products.
+  /// One step of the second layer, with kUnits units for each lane: products, their residuals, and the outputs' products with
+  /// these.
   template <int kUnits>
   __device__ inline void second_step(int step, const Fragments& high, const Fragments& low, float (&y)[kTiles][4][4]) const {
     float sums[kTiles][kUnits / 2][4] = {};
@@ -214,7 +217,7 @@ struct ChainedWarp {
     }
   }
 
-  /// The outputs' residuals in units of their products, at the nodes t.
+  /// The outputs' residuals at the nodes of this pass, in units of their products.
   __device__ inline void outputs_at_nodes(float (&y)[kTiles][4][4]) const {
     const auto none = [](int, int) { return 0.0f; };
     if constexpr (kDepth == 1) {
@@ -238,7 +241,7 @@ struct ChainedWarp {
 #pragma unroll
       for (int s = 0; s < S::kFull; ++s) {
         make_fragments<4, true>(records_at<4>(0, s), none, high.full[s], low.full[s]);
-        __syncwarp();  // else the compiler asks for all steps' records at once, and has no registers left
+        __syncwarp();  // otherwise the compiler loads all steps' records at once, and no registers are left
       }
       if constexpr (S::kTail) make_fragments<2, true>(records_at<2>(0, S::kFull), none, high.tail, low.tail);
       __syncwarp();
@@ -249,15 +252,16 @@ struct ChainedWarp {
     }
   }
 
-  /// Sums over a lane's outputs of one path. In units of the products, of an output of the lane: moments_of(n); and
-  /// te_and_bend(n, te, bend), what ordinary_share wants of them.
+  /// Sums over a lane's outputs of one path. moments_of(n) gives the moments of the lane's output n in units of the products;
+  /// te_and_bend(n, te, bend) gives the two numbers that ordinary_share needs.
   template <class TeAndBend, class MomentsOf>
   __device__ inline PairSums add_outputs(int i, int j, const TeAndBend& te_and_bend, const MomentsOf& moments_of) const {
-    // Outputs side by side, so that they do not wait for their ends one after the other.
+    // Outputs that the loop takes at a time, so that the loads of their ends overlap.
     constexpr int kSide = 2;
-    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 / kSide : 1;  // moments in shared memory may be counted through
+    // moments in shared memory allow a loop that is not unrolled
+    [[maybe_unused]] constexpr int kAtOnce = kStencil > 0 ? 8 / kSide : 1;
     const float4 *const at_i = p.ends + i * kChainedOutputs + q, *const at_j = p.ends + j * kChainedOutputs + q;
-    float nonlinear = 0;  // of eight outputs at most
+    float nonlinear = 0;  // a sum of at most eight outputs
     int constants = 0;
 #pragma unroll kAtOnce
     for (int begin = 0; begin < 8; begin += kSide) {
@@ -270,7 +274,7 @@ struct ChainedWarp {
 #pragma unroll
       for (int b = 0; b < kSide; ++b) {
         const int n = begin + b;
-        const bool is_output = kStepUnits * (n / 4) + 4 * q + n % 4 < p.outputs;  // else its ends may be anything
+        const bool is_output = kStepUnits * (n / 4) + 4 * q + n % 4 < p.outputs;  // the ends of other outputs may hold anything
         chord[b] = (second[b].x - first[b].x) + (second[b].y - first[b].y);
         float te, bend, share;
         te_and_bend(n, te, bend);
@@ -296,7 +300,7 @@ struct ChainedWarp {
     return {double(nonlinear), constants};
   }
 
-  /// Adds four outputs' residuals at the nodes of this pass to their moments. kEqual: all have the weight 1.
+  /// Adds four outputs' residuals at the nodes of this pass to their moments. kEqual: all these nodes have the weight 1.
   template <bool kEqual>
   __device__ inline void add_pass(const float (&y)[kTiles][4][4], int half) const {
     float e[4], te[4], ee[4], w[kPass] = {}, w_t[kPass];
@@ -322,7 +326,8 @@ struct ChainedWarp {
     at[4 * kWarp] = make_float4(ee[0], ee[1], ee[2], ee[3]);
   }
 
-  /// Sums over a lane's outputs, for each of its paths from sample i to j + 8 path. False: another way has to be taken.
+  /// Sums over a lane's outputs, for each of its paths from sample i to sample j + 8 path. False: the unit has to be measured
+  /// in another way.
   __device__ inline bool run(int i, int j, PairSums (&sums)[kPaths]) {
     if constexpr (kStencil == 0) {
 #pragma unroll

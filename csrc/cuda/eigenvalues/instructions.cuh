@@ -20,14 +20,15 @@ __device__ inline double of_bits(std::uint64_t bits) {
   return v;
 }
 
-// Or the compiler works out ahead of a loop all that follows from v in it, offsets of all entries, and spills them.
+// Hides from the compiler that v keeps its value. Without this the compiler computes everything that follows from v (the
+// offsets of all entries) ahead of a loop, and spills the results.
 __device__ inline void forget([[maybe_unused]] int& v) {
 #if !defined(LMN_EMULATED)
   asm volatile("" : "+r"(v));
 #endif
 }
 
-// A block's barriers between some of its threads; barrier 0 is that of __syncthreads.
+// The barriers at which only some threads of a block meet. Barrier 0 is the one of __syncthreads.
 enum Meeting : int { kColumnReady = 1, kSumsReady, kVectorWarpsMeet, kMatrixRead };
 __device__ inline void meet(Meeting number, int threads) {
 #if defined(LMN_EMULATED)
@@ -44,7 +45,7 @@ __device__ inline void arrive(Meeting number, int threads) {
 #endif
 }
 
-// A value on its way to the other blocks carries the tag of its step in the two lowest bits of its mantissa.
+// A value that travels to the other blocks carries the tag of its step in the two lowest bits of its mantissa.
 __device__ inline int tag_of(double v) { return int(bits_of(v) & 3); }
 __device__ inline void post(double* to, double v, int tag) {
   const std::uint64_t bits = (bits_of(v) & ~std::uint64_t(3)) | std::uint64_t(tag);
@@ -65,8 +66,8 @@ __device__ inline double2 look(const double* from) {
   return v;
 }
 
-// Sum over the warp, the same bits in every lane: two products with ones on the FP64 matrix unit, 60 clocks, where five
-// shuffles of two words and five additions are 160.
+// Sum over the warp; every lane gets the same bits. Two products with ones on the FP64 matrix unit take 60 clocks; five
+// shuffles of two words and five additions would take 160.
 __device__ inline double whole_warp_sum(double v) {
 #if defined(LMN_EMULATED)
   return warp_sum(v);

@@ -19,25 +19,25 @@ struct Matrices {
                       : static_cast<const void*>(static_cast<const float*>(entries) + at),
             is_double, row, 1};
   }
-  // Of the first matrix's lower triangle, which alone LAPACK reads, too.
+  // An entry of the first matrix. It reads the lower triangle alone, as LAPACK does.
   __device__ double entry(int i, int j) const {
     const int at = i < j ? j * samples + i : i * samples + j;
     return is_double ? static_cast<const double*>(entries)[at] : double(static_cast<const float*>(entries)[at]);
   }
 };
 
-// In the caller's workspace.
+// Pointers into the caller's workspace.
 struct Work {
-  double* exchange;             // a phase's, [batch, 2, 2, words()]: by parity of the step, products and columns. 0 at first
+  double* exchange;             // [batch, 2, 2, words()], of one phase: by parity of the step, products and columns. 0 at first
   unsigned long long* largest;  // [batch], bits of the largest magnitude. 0 at first
   unsigned long long* failed;   // [batch], 0 at first
   double* diagonal;             // [batch, samples]
-  double* off_diagonal;         // [batch, samples], its last one not used
-  double* left;                 // [batch, rows, rows], its lower triangle: what a phase leaves to the next
-  double* distant;              // [blocks, ...]: what a block's shared memory does not hold
+  double* off_diagonal;         // [batch, samples], the last entry is not used
+  double* left;                 // [batch, rows, rows], the lower triangle that one phase leaves to the next
+  double* distant;              // [blocks, ...], the entries that a block's shared memory does not hold
 };
 
-// A warp per row. Bits of magnitudes are ordered as these are, a NaN above all.
+// A warp per row. The bits of magnitudes have the same order as the magnitudes, and a NaN is above all of them.
 constexpr int kRowsPerBlock = 8;
 __global__ void largest_kernel(Matrices matrices, Work work) {
   const std::int64_t row = std::int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
@@ -55,7 +55,8 @@ __global__ void largest_kernel(Matrices matrices, Work work) {
   if (threadIdx.x % kWarp == 0) atomicMax(work.largest + matrix, largest);
 }
 
-// Times `first` times `second`, powers of two (one alone may be no normal number), the largest magnitude is in [0.5, 1).
+// Two powers of two. A matrix times `first` times `second` has its largest magnitude in [0.5, 1). There are two of them because
+// a single factor might not be a normal number.
 struct Scale {
   double first, second;
   __device__ explicit Scale(double largest, int sign) : first(1), second(1) {

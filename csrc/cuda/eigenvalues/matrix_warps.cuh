@@ -1,5 +1,5 @@
-// The matrix warps' part of tridiagonal_kernel. They hold the entries of the matrix, multiply them with the current column, send
-// the products and the next column to the other blocks, and update the entries. tridiagonal.cuh describes the whole step.
+// The matrix warps' part of tridiagonal_kernel. They hold the entries of the matrix, multiply them with the current column,
+// send the products and the next column to the other blocks, and update the entries. tridiagonal.cuh describes the whole step.
 #pragma once
 #include "layout.cuh"
 
@@ -9,19 +9,19 @@ namespace {
 // What changes from step to step for the matrix warps.
 struct Step {
   int next;        // first index that is left after this step's column
-  int chunk;       // of column `next`
-  bool owns;       // whether column `next` is this lane's
+  int chunk;       // chunk of column `next`
+  bool owns;       // whether this lane holds column `next`
   int tag;
-  double *column, *products;  // of the exchange
+  double *column, *products;  // where they go in the exchange
   const double *x, *v;
 };
 
 struct Lane {
   int warp, lane;
-  int column;         // of a chunk
-  int row, stride;    // indices of its rows: row + q stride
+  int column;         // the lane's column in each chunk
+  int row, stride;    // its rows have the indices row + q stride
   const double* w;
-  double *chunks, *distant;  // in shared and in global memory
+  double *chunks, *distant;  // its entries in shared and in global memory
   template <class L> __device__ double* spilled(const Shape& shape, int chunk) const {
     return at<L>(chunks, shape, L::kDistant ? chunk - shape.distant : chunk);
   }
@@ -39,7 +39,8 @@ __device__ inline void post_column(const Lane& lane, const Step& step, const Sha
   }
 }
 
-// Rows before kFirst are done with. products += held x; column `next` goes out on the way, as it is held.
+// products += held x, for rows from kFirst on; the rows before kFirst are finished. The warps that hold column `next` post the
+// column on the way, as they hold it.
 template <class L, int kFirst>
 __device__ inline void multiply(const double (&held)[L::kRows][L::kHeld], double (&products)[L::kRows], const Lane& lane,
                                 const Step& step, const Shape& shape) {
@@ -76,7 +77,7 @@ __device__ inline void multiply(const double (&held)[L::kRows][L::kHeld], double
   }
 }
 
-// held -= v w^T + w v^T, of the step before.
+// held -= v w^T + w v^T, with v and w of the step before.
 template <class L, int kFirst>
 __device__ inline void update(double (&held)[L::kRows][L::kHeld], const Lane& lane, const Step& step, const Shape& shape) {
   double v[L::kRows], w[L::kRows];
@@ -129,7 +130,8 @@ __device__ inline void update(double (&held)[L::kRows][L::kHeld], const Lane& la
   }
 }
 
-// Writes what is left of the matrix, of which column `next` - 1, but for its diagonal, is in step.x, and the rest is held.
+// Writes the rest of the matrix for the next phase. Its first column, `next` - 1, is in step.x except for the diagonal entry;
+// the other columns are in `held`.
 template <class L>
 __device__ inline void hand_over(const double (&held)[L::kRows][L::kHeld], const Lane& lane, const Step& step,
                                  const Shape& shape, double* left) {
@@ -159,7 +161,7 @@ __device__ inline void hand_over(const double (&held)[L::kRows][L::kHeld], const
   }
 }
 
-// function(First<kFirst>()), kFirst the even number at or below the first row that is left.
+// Calls function(First<kFirst>()) with kFirst = the largest even number that is not above the first row that is left.
 template <int kFirst> struct First { static constexpr int value = kFirst; };
 template <class L, int kFirst = 0, class Function>
 __device__ inline void from_row(int first, const Function& function) {
@@ -171,8 +173,9 @@ __device__ inline void from_row(int first, const Function& function) {
   }
 }
 
-// Sums over the column lanes of eight rows' products at once: after the first exchange a lane has four rows of two, and so
-// on, so that it takes 7 shuffles and not 8 for each halving. Lane c gets the row of sum_row(c).
+// Sums of eight rows' products over the column lanes, all at once. After the first exchange a lane has sums of two lanes for
+// four rows, then of four lanes for two rows, and so on. With eight column lanes this takes 7 shuffles; a sum of each row for
+// itself would take 8 shuffles for each halving. Lane c gets the sum of row sum_row(c).
 template <class L>
 __device__ inline double sums_over_columns(const double (&products)[L::kRows], int lane) {
   constexpr int kLanes = L::kColumnLanes;
@@ -198,7 +201,7 @@ __device__ inline int sum_row(int lane) {
   return (lane & kLanes / 2 ? 4 : 0) + (lane & kLanes / 4 ? 2 : 0) + (lane & kLanes / 8 ? 1 : 0);
 }
 
-// The matrix warps' part of one matrix, of which this block has a row left for `last` steps, or at the end, as it stays.
+// The matrix warps' part for one matrix. This block has a row left for `last` steps; if `stays` is set, it has one at the end.
 template <class L>
 __device__ void hold_matrix(const Matrices& A, int matrix, const Scale& scale, const Shape& shape, const Work& work,
                             int last, bool stays, double* memory) {
@@ -239,7 +242,7 @@ __device__ void hold_matrix(const Matrices& A, int matrix, const Scale& scale, c
     }
   }
 
-  int gone = 0;  // rows of this block that are done with
+  int gone = 0;  // rows of this block that are finished
   const bool hands_over = stays && shape.left() > 1;
   const auto step_of = [&](int n) {
     Step step;

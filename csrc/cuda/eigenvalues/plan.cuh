@@ -8,11 +8,11 @@
 namespace lmn {
 namespace {
 
-// From where on cuSOLVER is left to it: what is beyond shared memory is to stay in L2, of which an H200 has 50 MB and an
-// A100 40. A matrix of 2304 puts 34 MB there on an H200, 36 MB on an A100.
+// Larger matrices are left to cuSOLVER. The entries beyond shared memory have to stay in L2, of which an H200 has 50 MB and an
+// A100 40 MB. A matrix of 2304 samples puts 34 MB there on an H200, and 36 MB on an A100.
 constexpr int kMostSamples = 2304;
 constexpr std::int64_t kMostDistant = 36 << 20;
-// Bytes of the matrices that go through the phases together, as what each phase leaves of them has to be kept.
+// Limit in bytes for the matrices that go through the phases together. Each phase's rest of these matrices has to be stored.
 constexpr std::int64_t kMostLeft = std::int64_t(1) << 29;
 
 using Run = const char* (*)(const Matrices&, const Shape&, const Work&, CUstream_st*);
@@ -22,26 +22,26 @@ struct Phase {
   Shape shape{};
   Run run = nullptr;
   Fits fits = nullptr;
-  double step = 0;  // microseconds of a column, without what grows with the entries that a block holds
+  double step = 0;  // microseconds of a column, without the part that grows with the entries that a block holds
 };
 
 struct Plan {
-  std::vector<Phase> phases;  // none: the matrices do not fit
+  std::vector<Phase> phases;  // empty: the matrices do not fit
   std::int64_t portion = 0;   // matrices that go through the phases together
 };
 
 struct Card {
-  int multiprocessors, shared;  // bytes of a block
+  int multiprocessors, shared;  // `shared`: bytes of a block
   bool operator==(const Card& o) const { return multiprocessors == o.multiprocessors && shared == o.shared; }
 };
 
 #if !defined(LMN_EMULATED)
-// Blocks a multiprocessor can have of a kernel; 0 where it cannot have one.
+// How many blocks of a kernel a multiprocessor can run; 0 if it cannot run the kernel.
 inline int occupancy(const void* kernel, int threads, int bytes) {
   int blocks = 0;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, std::size_t(bytes)) != cudaSuccess) {
-    cudaGetLastError();  // or the next launch would report it again
+    cudaGetLastError();  // otherwise the next launch would report this error again
     return 0;
   }
   return blocks;
@@ -78,7 +78,7 @@ bool fits_card([[maybe_unused]] const Shape& shape) {
 #endif
 }
 
-// Appends this layout's phase of all columns where it fits.
+// Appends a phase of all columns in layout L, if the layout fits.
 template <class L>
 void consider(const Card& card, int samples, int batch, double step, std::vector<Phase>& phases) {
   const int least = (samples + L::kSlots - 1) / L::kSlots;
@@ -96,17 +96,18 @@ void consider(const Card& card, int samples, int batch, double step, std::vector
   if (s.padded > L::kEntries * L::kVectorThreads) return;
   s.groups = card.multiprocessors / least;
   if (s.groups > batch) s.groups = batch;
-  // More blocks have less to do, down to about four rows each (an estimate), from where on they only look for more values.
+  // With more blocks each block has less to do. Below about four rows a block (an estimate) more blocks only receive more
+  // values.
   s.blocks = card.multiprocessors / s.groups;
   const int enough = (samples + 3) / 4;
   if (s.blocks > enough) s.blocks = enough > least ? enough : least;
-  const int rows = (samples + s.blocks - 1) / s.blocks;  // of a block
+  const int rows = (samples + s.blocks - 1) / s.blocks;  // rows of a block
   s.absent = (L::kRows - (rows + L::kRowStep - 1) / L::kRowStep) / 2 * 2;
 
   int doubles = 0;
   const auto take = [&](int count) {
     const int at = doubles;
-    doubles += (count + 1) / 2 * 2;  // pairs of them are read at once
+    doubles += (count + 1) / 2 * 2;  // the kernel reads pairs of doubles at once
     return at;
   };
   s.sums = take(4 * L::kVectorWarps + 1);
@@ -126,24 +127,25 @@ void consider(const Card& card, int samples, int batch, double step, std::vector
   phases.push_back({s, run_layout<L>, fits_card<L>, step});
 }
 
-// Microseconds that this phase takes for the columns down to `left` rows. Fitted to an H200's times of one matrix of 768,
-// 961, 1280 and 1664, eight of 768 and 961, and 32 of 256: each layout's step, and 1e-4 for each entry that a block holds
-// when the column's turn comes. What lies in L2 is read twice and written once, at 5.5 TB/s.
+// Estimate of the microseconds that this phase takes for the columns down to `left` rows. The constants are fitted to times on
+// an H200, of one matrix of 768, 961, 1280 and 1664, eight of 768 and 961, and 32 of 256. They are: a step of each layout, and
+// 1e-4 for each entry that a block holds when the column's turn comes. Entries in L2 are read twice and written once, at 5.5
+// TB/s.
 inline double cost_of(const Phase& phase, int left) {
   const Shape& s = phase.shape;
   const double n = s.samples, m = left, steps = n - m;
   const double held = (n * n + n * m + m * m) / (3 * s.blocks);
   const double distant = s.distant_columns, away = steps < distant ? steps : distant;
   const double bytes = distant > 0 ? 3 * double(s.distant_bytes) * away * (1 - away / (2 * distant)) : 0;
-  constexpr double kStart = 5, kHandOver = 30;  // a wave's and a launch's, estimates
+  constexpr double kStart = 5, kHandOver = 30;  // start of a wave, and hand-over to the next launch; both are estimates
   const double waves = (s.batch + s.groups - 1) / s.groups;
   const double wave = kStart + steps * (phase.step + 1e-4 * held) + bytes / 5.5e6;
-  // Written once, and its lower triangle read in columns, too: at 3 TB/s, an estimate.
+  // The rest of the matrix is written once, and its lower triangle is also read by columns, at 3 TB/s (an estimate).
   return waves * wave + (left > 1 ? kHandOver + 32 * m * m * s.batch / 3e6 : 0.0);
 }
 
 inline void consider_all(const Card& card, int n, int batch, std::vector<Phase>& phases) {
-  //              rows, row lanes, row warps, held, vector warps, entries, distant. The steps of those with a "?" are guesses.
+  //              rows, row lanes, row warps, held, vector warps, entries, distant. "?": the step is a guess.
   consider<Layout<8, 1, 1, 3, 8, 4>>(card, n, batch, 1.75, phases);        // on an H200 up to 1024
   consider<Layout<6, 2, 1, 4, 8, 6>>(card, n, batch, 2.3, phases);         // up to 1536 ?
   consider<Layout<8, 2, 1, 2, 8, 8, true>>(card, n, batch, 2.85, phases);  // up to 2048
@@ -155,7 +157,8 @@ inline void consider_all(const Card& card, int n, int batch, std::vector<Phase>&
   consider<Layout<6, 4, 8, 7, 4, 2>>(card, n, batch, 1.9, phases);         // up to 192 with one ?
 }
 
-// The cheapest way down from all samples: from the smallest size up, the cheapest first phase and where it stops.
+// The cheapest sequence of phases for all samples. It is found from the smallest size up: for each size the cheapest first
+// phase and the size at which this phase stops.
 inline Plan cheapest(const Card& card, std::int64_t samples, std::int64_t batch) {
   Plan plan;
   const std::int64_t portions = blocks_of(batch * samples * samples * std::int64_t(sizeof(double)), kMostLeft);
@@ -165,10 +168,10 @@ inline Plan cheapest(const Card& card, std::int64_t samples, std::int64_t batch)
   struct Way {
     double cost;
     Phase first;
-    int left;  // 1: none
+    int left;  // 1: nothing is left
     std::size_t next;
   };
-  std::vector<Way> ways;  // by rising size
+  std::vector<Way> ways;  // in the order of rising size
   std::vector<Phase> phases;
   for (int size = spacing < n ? spacing : n;; size = size + spacing < n ? size + spacing : n) {
     phases.clear();
@@ -204,7 +207,7 @@ inline Plan plan_of(std::int64_t samples, std::int64_t batch) {
   if (!device_attribute(cudaDevAttrCooperativeLaunch) || samples > kMostSamples || batch < 1 || batch > 0x7fffffff / 2048) {
     return {};
   }
-  // The thread's last one: a call asks twice, and a plan for 2048 takes tens of microseconds.
+  // The last plan of this thread is kept, because each call asks twice, and a plan for 2048 samples takes tens of microseconds.
   struct Known {
     Card card;
     std::int64_t samples, batch;

@@ -1,19 +1,22 @@
 // The vector warps' part of tridiagonal_kernel. The vector warps of every block receive the products and the next column, and
-// compute v and w of the Householder step from them. All blocks compute the same bits. tridiagonal.cuh describes the whole step.
+// compute v and w of the Householder step from them. All blocks compute the same bits. tridiagonal.cuh describes the whole
+// step.
 #pragma once
 #include "layout.cuh"
 
 namespace lmn {
 namespace {
 
-// A column whose length is at most this share of the matrix's largest entry counts as zero. Exact rank one leaves columns
-// of 1e-110, whose 2 / |v|^2 would bring the tags of posted zeros (1.5e-323) up to the matrix's size. Squared.
+// The square of a share of the matrix's largest entry: a column whose length is at most this share counts as zero. A matrix of
+// exact rank one leaves columns of 1e-110. Their factor 2 / |v|^2 would raise the tags of posted zeros (1.5e-323) to the size
+// of the matrix.
 constexpr double kNoColumn = 1e-44;
-// Looks for other blocks' values that a thread takes for one matrix before it gives it up: about a second where each is
-// an L2 access of 423 clocks. A matrix of 2048 takes some 10^5.
+// How often a thread looks for other blocks' values of one matrix before it gives the matrix up. This takes about a second, if
+// each look is an L2 access of 423 clocks. A matrix of 2048 takes some 10^5 looks.
 constexpr int kPatience = 1 << 22;
 
-// The vector warps' part.
+// The vector warps' part for one matrix; the arguments are those of hold_matrix. has_last_row: this block has the matrix's last
+// row, and writes the diagonals.
 template <class L>
 __device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, const Shape& shape, const Work& work,
                              int last, bool stays, bool has_last_row, double* memory) {
@@ -25,7 +28,7 @@ __device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, 
   double* const X = memory + shape.x;
   double* const diagonal = work.diagonal + std::int64_t(matrix) * shape.whole + (shape.whole - shape.samples);
   double* const off_diagonal = work.off_diagonal + std::int64_t(matrix) * shape.whole + (shape.whole - shape.samples);
-  // Its entries are neighbours two and two.
+  // A thread's entries are pairs of neighbours.
   const auto index_of = [&](int e) { return 2 * thread + 2 * L::kVectorThreads * (e >> 1) + (e & 1); };
   const auto scaled = [&](int i) { return A.entry(i, 0) * scale.first * scale.second; };
 
@@ -46,14 +49,14 @@ __device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, 
   for (int n = 0; n < last; ++n) {
     const int next = padding + n + 1, tag = ((n >> 1) + 1) & 3;
     double* const x = X + (n & 1) * padded;        // this step's column
-    double* const v = X + ((n + 1) & 1) * padded;  // the step before's, then the next column
+    double* const v = X + ((n + 1) & 1) * padded;  // v of the step before, then the next column
     arrive(kColumnReady, L::kThreads);
     if (n + 1 == last && !stays) {  // no row of this block is left after this step
       meet(kMatrixRead, L::kThreads);
       return;
     }
 
-    // |x|^2 without its first entry; w . x and v . x, for what the missing update changes in the products
+    // `rest`: |x|^2 without its first entry. w . x and v . x correct the products for the missing update.
     double rest = 0, w_x = 0, v_x = 0;
 #pragma unroll
     for (int e = 0; e < kEntries; e += 2) {
@@ -120,7 +123,8 @@ __device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, 
           if ((index_of(e) < next || tag_of(z[e]) == tag) && tag_of(z[e + 1]) == tag) missing &= ~(1u << e);
         }
         if (missing) {
-          if (--patience < 0) {  // and goes on with anything: better a NaN at the end than a card that hangs
+          // The thread then goes on with whatever it has read: a NaN at the end is better than a card that hangs.
+          if (--patience < 0) {
             work.failed[matrix] = 1;
             break;
           }
@@ -129,10 +133,11 @@ __device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, 
 #endif
         }
       }
-      __syncwarp();  // lanes leave the loop one by one, and what follows takes the whole warp
+      __syncwarp();  // lanes leave the loop one by one, and the next instructions take the whole warp
     };
     fetch(column);
-    // The column, and the products' corrections for the missing update, before the products arrive.
+    // The next column, and the corrections of the products for the missing update. Both are computed before the products
+    // arrive.
     double u[kEntries], dot = 0;
 #pragma unroll
     for (int e = 0; e < kEntries; e += 2) {
@@ -187,7 +192,7 @@ __device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, 
       }
     }
   }
-  if (stays && shape.left() > 1) {  // which the matrix warps hand over
+  if (stays && shape.left() > 1) {  // the matrix warps hand the rest over
     arrive(kColumnReady, L::kThreads);
     meet(kMatrixRead, L::kThreads);
   }

@@ -8,14 +8,16 @@ namespace lmn {
 namespace {
 namespace panels {
 
-// Persistent blocks; a unit of work at a time to a block, a chunk of units or outputs at a set of tiles to a warp.
-// kPolynomial: the stencil's residuals in place of the nodes'; then all tiles are one set and one pass.
+// Persistent blocks. A block takes one unit of work at a time; a warp takes a chunk of units or outputs at a set of tiles.
+// kPolynomial: the stencil's residuals take the place of the nodes' residuals, and all tiles are one set and one pass.
 template <int kTiles, bool kSplit, bool kStraight, bool kPolynomial>
 __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
   static_assert(!kStraight || !kPolynomial);
-  constexpr bool kAlwaysShared = kTiles > kFewTiles;  // 64-bit addresses of panels take too many registers for more
-  constexpr int kAhead = kSplit ? 1 : 2, kOutputsAhead = kSplit ? 0 : 1;  // moments take the registers
-  __shared__ PairSums totals[kPanelWarps][kGroup];  // of a warp's outputs
+  // With more tiles, 64-bit addresses of panels would take too many registers.
+  constexpr bool kAlwaysShared = kTiles > kFewTiles;
+  // fewer for outputs, because their moments take registers
+  constexpr int kAhead = kSplit ? 1 : 2, kOutputsAhead = kSplit ? 0 : 1;
+  __shared__ PairSums totals[kPanelWarps][kGroup];  // [warp][second sample], sums over the warp's outputs
   static_assert(sizeof(totals) + kPanelWarps * sizeof(Work) <= kStaticShared);
   const Problem<float>& problem = p.problem;
   const auto warp_here = [] { return afresh(int(threadIdx.x)) / kWarp; };
@@ -30,7 +32,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
   };
   const auto sets_here = [] { return (work_of_warp().here + kTiles - 1) / kTiles; };
   const auto layer_chunks = [&] { return (layer_here(p)->half.steps.all() + kChunkSteps - 1) / kChunkSteps; };
-  // Of a task: its first tile in the pass, its first step.
+  // The first tile (within the pass) and the first step of a task.
   const auto set_of_task = [&] { return work_of_warp().task % sets_here() * kTiles; };
   const auto step_of_task = [&] { return work_of_warp().task / sets_here() * kChunkSteps; };
   const auto is_last = [&] { return work_of_warp().first_tile + p.pass_tiles >= p.tiles; };
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
     }
     for (work_of_warp().first_tile = 0; work_of_warp().first_tile < p.tiles;
          advance(&Work::first_tile, p.pass_tiles)) {
-      if (work_of_warp().first_tile > 0) __syncthreads();  // the pass before has done with the panels
+      if (work_of_warp().first_tile > 0) __syncthreads();  // all warps have finished with the panels of the pass before
       const int left = p.tiles - work_of_warp().first_tile;
       work_of_warp().here = left < p.pass_tiles ? left : p.pass_tiles;
       for (work_of_warp().layer = 0; work_of_warp().layer < p.hidden - kStraight; advance(&Work::layer, 1)) {
@@ -71,16 +73,16 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
             }
           }
         }
-        __syncthreads();  // the panel is there
+        __syncthreads();  // the panel is complete
       }
       if constexpr (kStraight) {
         work_of_warp().layer = p.hidden - 1;
         const int own_sums = kTiles * p.output_steps * 2 * kWarp;
         // The warps' sums, [warps][kTiles][output_steps][2][lanes].
         const auto partial = [&] { return reinterpret_cast<float4*>(block_memory<true>(p) + p.partial_sums) + lane_here(); };
-        if (p.hidden == 1) __syncthreads();  // the first warp has read the sums before
+        if (p.hidden == 1) __syncthreads();  // the first warp has read the sums of the unit before
         for (int at = 0; at < own_sums; at += kWarp) partial()[warp_here() * own_sums + at] = make_float4(0, 0, 0, 0);
-        // The outputs' products with a chunk of residuals.
+        // Adds the outputs' products with a chunk of residuals to the warp's sums.
         const auto emit = [&](const Sums<kTiles>& residuals, int first_step) {
           __syncwarp();
           Fragment<kSplit> fragments[kTiles * kChunkSteps];
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
           for (int n = 0; n < kTiles * kChunkSteps; ++n) fragments[n] = fragment_of<kSplit>(residuals[n]);
           const Layer<float>* const layer = afresh(problem.own_layers() + problem.last);
           const int steps = layer[-1].half.steps.all(), low = p.output_steps * steps * kWarp;
-          const int count = steps - first_step < kChunkSteps ? steps - first_step : kChunkSteps;  // of steps
+          const int count = steps - first_step < kChunkSteps ? steps - first_step : kChunkSteps;  // steps in this chunk
           const uint4* weights = reinterpret_cast<const uint4*>(layer->half.weights) + (first_step * kWarp + lane_here());
           float4* to = partial() + warp_here() * own_sums;
 #pragma unroll 1
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
             }
           }
         };
-        // A warp stays with a set of tiles.
+        // A warp stays with one set of tiles; `sharing` warps share a set.
         const auto sharing = [&] { return warps / sets_here(); };
         work_of_warp().task = warp_here() < sharing() * sets_here() ? warp_here() : layer_chunks() * sets_here();
         for (; work_of_warp().task < layer_chunks() * sets_here(); advance(&Work::task, sharing() * sets_here())) {
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
           *at = total;
         }
         __syncthreads();
-        if (warp_here() > 0) continue;  // with the next pass
+        if (warp_here() > 0) continue;  // the other warps go on to the next pass
         for (int out = 0; out < p.output_steps; ++out) {
           float* const waiting = in_network(p.moments, problem.apart) + lane_here() +
                                  (std::int64_t(blockIdx.x) * p.chunks * kChunkSteps + out) * 4 * kMoments * kWarp;
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
           add_total(pair_sums, out == 0);
         }
       } else {
-        if (p.hidden == 0) __syncthreads();  // the totals before are read
+        if (p.hidden == 0) __syncthreads();  // the totals of the unit before have been read
         work_of_warp().layer = problem.last;
         work_of_warp().in_products = problem.ends_linear && !(p.kept && layer_here(p)->added[0] >= 0);
         for (work_of_warp().task = warp_here(); work_of_warp().task < p.chunks; advance(&Work::task, warps)) {
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
               clear<kTiles>(sums);
             }
             if (!work_of_warp().in_products) {
-              store_moments(moments, waiting());  // registers for this are not there
+              store_moments(moments, waiting());  // any_residuals leaves no registers for the moments
               any_residuals<kTiles, kPolynomial>(p, sums, set_tile, first_step());
               load_moments(moments, waiting());
             }
@@ -239,7 +241,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
         }
       }
     }
-    if constexpr (!kStraight) __syncthreads();  // the totals are there, and all have done with the panels
+    if constexpr (!kStraight) __syncthreads();  // the totals are complete, and all warps have finished with the panels
     if (warp_here() > 0) continue;
     const int lane = lane_here();
     PairSums pair_sums;

@@ -7,7 +7,8 @@ namespace lmn {
 namespace {
 namespace panels {
 
-/// Adds a lane's four outputs of a step. moments: in the units of the products, or of the residuals times their scales.
+/// Adds a lane's four outputs of a step to the pair's sums. moments: in units of the products (in_products), or of the
+/// residuals times their scales.
 __device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, bool in_products, int step,
                                 const Moments<float> (&moments)[4]) {
   const Problem<float> problem = of_network(of_first);
@@ -18,7 +19,7 @@ __device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, 
   const float vanishing = never_zero(layer.kind) ? Vanishing<float>::value : 0.0f;
   const Work& work = work_of_warp();
   const std::int64_t i = work.i, j = at_most(std::int64_t(work.group) * kGroup + lane / 4, problem.samples - 1);
-  float y[8], y_low[8], rounding[8], scale[4];  // of i, of j
+  float y[8], y_low[8], rounding[8], scale[4];  // of sample i, then of sample j
   if (problem.outputs % 4 == 0) {
     const auto both = [&](float (&to)[8], const float* from) {
       float four[4];
@@ -42,7 +43,7 @@ __device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, 
       scale[c] = problem.scale[output];
     }
   }
-  // What brings a moment to units of the chord.
+  // The factors that bring a moment to units of the chord.
   const float* const unit = layer.half.units + step * 2 * kStepUnits + 4 * (lane % 4);
   float factor[4] = {1, 1, 1, 1};
   if (in_products) {
@@ -50,7 +51,7 @@ __device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, 
   } else if (layer.half.records) {
     take4(factor, unit);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) factor[c] = reciprocal(factor[c]);  // a power of two
+    for (int c = 0; c < 4; ++c) factor[c] = reciprocal(factor[c]);  // exact, because the factor is a power of two
   }
   float nonlinear = 0;
   bool ordinary = true;
@@ -82,7 +83,7 @@ __device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, 
   }
 }
 
-/// Between passes a lane's moments wait in the workspace.
+/// Between two passes a lane's moments are in the workspace.
 template <int kCount>
 __device__ inline void load_moments(Moments<float> (&moments)[kCount], const float* from) {
 #pragma unroll

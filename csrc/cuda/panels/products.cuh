@@ -7,7 +7,8 @@ namespace lmn {
 namespace {
 namespace panels {
 
-/// Sums of a warp's chunk: of step g and tile m of its set at [g * kTiles + m], of two tiles of 8 units.
+/// The sums of a warp's chunk. The sums of step g and tile m are at [g * kTiles + m]; the next index is one of two tiles of 8
+/// units.
 template <int kTiles> using Sums = float[kTiles * kChunkSteps][2][4];
 
 template <int kTiles>
@@ -37,10 +38,10 @@ __device__ inline void multiply_fragment(float (&first)[4], float (&second)[4], 
   multiply_add_halves(second, a.high, w.z, w.w);
 }
 
-/// Where the panel of a hidden layer begins, [parts][pass_tiles][steps][lanes] from there on.
+/// Where the panel of a hidden layer begins. From there on it is [parts][pass_tiles][steps][lanes].
 __device__ inline int panel_begin(const Panels& p, int l) { return l % 2 ? p.second_panel : 0; }
 
-/// The memory of a block: the device's, or shared memory.
+/// The block's memory for panels: global memory or shared memory.
 template <bool kShared>
 __device__ inline uint4* block_memory(const Panels& p) {
   return kShared ? reinterpret_cast<uint4*>(dynamic_shared())
@@ -51,7 +52,7 @@ __device__ inline const Layer<float>* layer_here(const Panels& p) {
   return afresh(p.problem.own_layers() + work_of_warp().layer);
 }
 
-/// Weights, that no kernel writes while this one runs.
+/// Loads weights by the read-only path: no kernel writes them while this one runs.
 __device__ inline uint4 take_weights(const uint4* from) {
 #if defined(LMN_EMULATED)
   return *from;
@@ -60,8 +61,9 @@ __device__ inline uint4 take_weights(const uint4* from) {
 #endif
 }
 
-/// The products of the layer's weights with the panel before it. Weights are asked for kAhead steps before their turn. As
-/// many sets of registers and one take turns, so that none is moved; with two parts there are too few for so long a loop.
+/// The products of the layer's weights with the panel before it. Weights are loaded kAhead steps before their use. kAhead + 1
+/// sets of registers take turns, so no set has to be moved. With two parts (kSplit) there are too few registers for such a long
+/// loop, and the sets are moved.
 template <int kTiles, bool kSplit, int kAhead, bool kShared>
 __device__ inline void multiply_chunk_in(Sums<kTiles>& sums, const Panels& p, int set_tile, int first_step) {
   constexpr int kParts = kSplit ? 2 : 1, kSets = kAhead + 1, kTurns = kSplit ? 1 : kSets;
@@ -70,7 +72,7 @@ __device__ inline void multiply_chunk_in(Sums<kTiles>& sums, const Panels& p, in
   const int lane = lane_here(), here = work_of_warp().here;
   const uint4* from = reinterpret_cast<const uint4*>(layer->half.weights) + (first_step * steps * kWarp + lane);
   static_assert(kChunkSteps == 2);
-  const int row = first_step + 1 < all_steps ? steps * kWarp : 0;  // a step beyond the last one is the last one again
+  const int row = first_step + 1 < all_steps ? steps * kWarp : 0;  // a step beyond the last one repeats the last one
   const int low = all_steps * steps * kWarp;
   const int part = p.pass_tiles * steps * kWarp;
   const uint4* at[kTiles];
@@ -79,7 +81,7 @@ __device__ inline void multiply_chunk_in(Sums<kTiles>& sums, const Panels& p, in
     const int tile = set_tile + m < here ? set_tile + m : here - 1;
     at[m] = block_memory<kShared>(p) + (panel_begin(p, work_of_warp().layer - 1) + tile * steps * kWarp + lane);
   }
-  uint4 w[kSets][kChunkSteps][kParts] = {};  // not to be alive before, for all that the compiler sees
+  uint4 w[kSets][kChunkSteps][kParts] = {};  // initialised, so that the compiler does not see values of an earlier call as live
   const auto ask = [&](uint4 (&to)[kChunkSteps][kParts], int step) {
 #pragma unroll
     for (int g = 0; g < kChunkSteps; ++g) {

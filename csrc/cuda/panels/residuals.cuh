@@ -1,5 +1,5 @@
-// Residuals of a layer from the sums of products, as fragments in the same registers. A warp calls residuals_of for one chunk of
-// units at one set of tiles; it chooses among three forms by the activation and by what the network adds.
+// Residuals of a layer from the sums of products, as fragments in the same registers. A warp calls residuals_of for one chunk
+// of units at one set of tiles. residuals_of chooses among three forms by the activation and by what the network adds.
 #pragma once
 #include "products.cuh"
 
@@ -7,8 +7,8 @@ namespace lmn {
 namespace {
 namespace panels {
 
-/// Residuals of two neighbouring units at a tile's two nodes as two registers of its fragment, whose bits take the place of the
-/// units' sums, those of the lower halves behind them. e: [node][unit].
+/// Packs the residuals of two neighbouring units at a tile's two nodes as two registers of the tile's fragment. The bits of the
+/// upper halves replace the first two sums, the bits of the lower halves the other two. e: [node][unit].
 template <bool kSplit>
 __device__ inline void pack(float (&sums)[4], const float (&e)[2][2]) {
 #pragma unroll
@@ -33,7 +33,7 @@ __device__ inline Fragment<kSplit> fragment_of(const float (&tile)[2][4]) {
   return fragment;
 }
 
-/// Where a lane's values of one step of a layer are at the two samples, array after array, and the units' scales.
+/// Where a lane finds its values of one step of a layer: at the two samples, array after array, and the units' scales.
 struct Ends {
   const float *first, *second, *scales;
 };
@@ -51,7 +51,7 @@ __device__ inline void take2(float (&to)[2], const float* from) {
   to[0] = v.x, to[1] = v.y;
 }
 
-/// Two neighbouring units of a lane: what they have at both samples, and their scales.
+/// The values of two neighbouring units of a lane at both samples, and the units' scales.
 struct UnitsOfLane {
   float z[2], a[2], z_second[2], a_second[2], scale[2], unscale[2];
 };
@@ -62,7 +62,8 @@ __device__ inline void take_units(UnitsOfLane& units, const Ends& ends, int firs
   take2(units.scale, ends.scales + first), take2(units.unscale, ends.scales + (kStepUnits + first));
 }
 
-/// ReLU makes an output of what rounding leaves of 0: of a z of at most this much, where deviations were added to the chord.
+/// A |z| of at most this is nothing but rounding, where deviations were added to the chord. ReLU would pass this rounding on as
+/// an output.
 __device__ inline float rounding_of_zero(float first, float second) {
   return larger(absolute(first), absolute(second)) * (kRoundedUlps * Epsilon<float>::value);
 }
@@ -70,16 +71,17 @@ __device__ inline float rounding_of_zero(float first, float second) {
 template <ActivationKind kKind>
 __device__ inline float curve_residual(float z, float rounded, float alpha, float beta, float sum, float scale, float chord) {
   if (kKind == ActivationKind::kRelu && absolute(z) <= rounded) z = 0;
-  // Some activations are finite at what no half could hold.
+  // If a half overflowed, `sum` is infinite. Some activations are finite there; the product with 0 makes the residual a NaN.
   return fma(sum, 0.0f, fma(activate<kKind, float>(z, alpha, beta), scale, -chord));
 }
 
-// SiLU's exponents are cut off here, so that a product of two terms 1 + exp(-z) is no overflow. It is then wrong by |z| 2^-62,
-// which kTinyUnit keeps below a float's rounding.
+// SiLU's exponents are cut off at this number, so that a product of two terms 1 + exp(-z) does not overflow. The SiLU is then
+// wrong by |z| 2^-62, which kTinyUnit keeps below a float's rounding.
 constexpr float kPairedExponent = 62;
 
-/// The residuals of an activation of little code at all tiles of a chunk as fragments. SiLU by the fast exponential, and one
-/// reciprocal for two nodes: where samples agree in a unit and nothing deviates, what these leave is not a residual: it is 0.
+/// The residuals, as fragments, of an activation with little code, at all tiles of a chunk. SiLU uses the fast exponential, and
+/// one reciprocal for two nodes. Their rounding would leave a residual where both samples agree in a unit and nothing deviates;
+/// there the residual is set to 0.
 template <ActivationKind kKind, int kTiles, bool kSplit>
 __device__ inline void short_residuals(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
   constexpr bool kSilu = kKind == ActivationKind::kSilu;
@@ -96,7 +98,7 @@ __device__ inline void short_residuals(const Panels& p, Sums<kTiles>& sums, int 
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) t[m] = at_tile(p.problem.nodes.t, set_tile + m < here ? first_tile + m : first_tile);
 #pragma unroll
-  for (int n = 0; n < 2 * kChunkSteps; ++n) {  // two units at a time: registers
+  for (int n = 0; n < 2 * kChunkSteps; ++n) {  // two units at a time, to save registers
     const int g = n / 2, x = n % 2;
     if (first_step + g >= steps) break;
     if (n > 0 && x == 0) ends.first += step_floats, ends.second += step_floats, ends.scales += 2 * kStepUnits;
@@ -106,7 +108,7 @@ __device__ inline void short_residuals(const Panels& p, Sums<kTiles>& sums, int 
     bool agree = false;
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-      // z in units of -log2(e), so that 2^z is exp(-z); the scale goes into the reciprocal for nothing.
+      // z is in units of -log2(e), so that 2^z is exp(-z). The scale becomes part of the reciprocal at no cost.
       z[u] = units.z[u] * kToBinary, dz[u] = units.z_second[u] * kToBinary - z[u], da[u] = units.a_second[u] - units.a[u];
       units.unscale[u] *= kToBinary, inverse[u] = reciprocal(units.scale[u]) * kToBinary;
       agree = agree || (dz[u] == 0 && z[u] != 0);
@@ -150,7 +152,7 @@ __device__ inline void short_residuals(const Panels& p, Sums<kTiles>& sums, int 
   }
 }
 
-/// Residuals of unit u of a step at a tile's two nodes, from the products; sums with earlier values too.
+/// Residuals of unit u of a step at a tile's two nodes, from the products. This form also adds and keeps earlier values.
 template <bool kPolynomial>
 __device__ inline void slow_residuals(const Panels& p, int tile, int step, int u, float& first,
                                       float& second) {
@@ -188,7 +190,7 @@ __device__ inline void slow_residuals(const Panels& p, int tile, int step, int u
       e[0] = fma(ends.first[kSlope * kArrayFloats + u], z_chord + deviation[0], -a_chord);
       e[1] = fma(ends.second[kSlope * kArrayFloats + u], z_chord + deviation[1], -a_chord);
     } else {
-      float t[2] = {0.5f, 0.5f};  // a polynomial's is the midpoint
+      float t[2] = {0.5f, 0.5f};  // a polynomial has its midpoint here
       if constexpr (!kPolynomial) {
         const float2 both = at_tile(p.problem.nodes.t, work_of_warp().first_tile + tile);
         t[0] = both.x, t[1] = both.y;
@@ -197,7 +199,7 @@ __device__ inline void slow_residuals(const Panels& p, int tile, int step, int u
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float z = on_chord(z_first, z_second, t[r]) + deviation[r];
-          if constexpr (kind.value == ActivationKind::kRelu) {  // which makes an output of what rounding leaves of 0
+          if constexpr (kind.value == ActivationKind::kRelu) {  // ReLU would pass rounding on as an output
             const float largest = larger(absolute(z_first), absolute(z_second));
             if (deviates && absolute(z) <= largest * (kRoundedUlps * Epsilon<float>::value)) z = 0;
           }
@@ -205,7 +207,7 @@ __device__ inline void slow_residuals(const Panels& p, int tile, int step, int u
           e[r] = fma(a, scale, -on_chord(a_first, a_second, t[r]));
         }
       });
-      // Some activations are finite at what no half could hold.
+      // If a half overflowed, the deviation is infinite. Some activations are finite there; the product with 0 makes e a NaN.
       e[0] = fma(deviation[0], 0.0f, e[0]), e[1] = fma(deviation[1], 0.0f, e[1]);
     }
   }
@@ -218,8 +220,8 @@ __device__ inline void slow_residuals(const Panels& p, int tile, int step, int u
   first = e[0], second = e[1];
 }
 
-/// Residuals of a layer with one activation, without earlier values, at all tiles of a chunk as fragments. Two units at two
-/// nodes after the others, and the registers move on: unrolled, the code of all activations would be large.
+/// Residuals, as fragments, of a layer with one activation and without earlier values, at all tiles of a chunk. The loop takes
+/// two units at two nodes at a time and then moves the registers on. Unrolled, the code of all activations would be large.
 template <ActivationKind kKind, int kTiles, bool kSplit>
 __device__ inline void curve_residuals(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
   static_assert(kChunkSteps == 2);
@@ -269,8 +271,8 @@ __device__ inline void curve_residuals(const Panels& p, Sums<kTiles>& sums, int 
   }
 }
 
-/// Residuals of any layer at all tiles of a chunk, in place of its sums: one unit at two nodes after the other, and the
-/// registers move on.
+/// Residuals of any layer at all tiles of a chunk, in place of the sums. The loop takes one unit at two nodes at a time and
+/// then moves the registers on.
 template <int kTiles, bool kPolynomial>
 __device__ inline void any_residuals(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
   constexpr int kCount = kTiles * kChunkSteps;
@@ -306,18 +308,20 @@ __device__ inline void any_residuals(const Panels& p, Sums<kTiles>& sums, int se
   }
 }
 
-/// Activations whose residuals curve_residuals takes. Of others the code is large, or there are none, or see short_residuals.
+/// The activations that curve_residuals takes. The other activations have large code or no residual, or short_residuals takes
+/// them.
 template <ActivationKind kKind>
 constexpr bool kIsCurve = kKind == ActivationKind::kLeakyRelu || kKind == ActivationKind::kElu ||
                           kKind == ActivationKind::kGelu || kKind == ActivationKind::kGeluTanh ||
                           kKind == ActivationKind::kTanh || kKind == ActivationKind::kSigmoid;
 
-/// Residuals of the layer that the warp is at, as fragments in place of its sums.
+/// Residuals of the warp's current layer, as fragments in place of the sums.
 template <int kTiles, bool kSplit, bool kPolynomial>
 __device__ inline void residuals_of(const Panels& p, Sums<kTiles>& sums, int set_tile, int first_step) {
   if (!kPolynomial && !p.kept) {
     const ActivationKind kind = layer_here(p)->kind;
-    // The fast exponential's relative error grows with |z|: what is left of a unit that is all but off needs the other one.
+    // The fast exponential's relative error grows with |z|. A SiLU unit that is nearly off (careful) needs the accurate
+    // exponential.
     if (kind == ActivationKind::kSilu && !afresh(&in_network(p.problem.range, p.problem.apart)->careful)[0]) {
       return short_residuals<ActivationKind::kSilu, kTiles, kSplit>(p, sums, set_tile, first_step);
     }
