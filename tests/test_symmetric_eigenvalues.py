@@ -149,7 +149,7 @@ def test_several_emulated_matrices_at_once_and_one_after_the_other(multiprocesso
     assert_right(A, emulated)
 
 
-# Several layouts of csrc/cuda/symmetric_eigenvalues.cu: rows of a block from 8 to 192.
+# Several layouts of csrc/cuda/eigenvalues/plan.cuh: rows of a block from 8 to 192.
 @pytest.mark.parametrize(
     "n, multiprocessors", [(41, 6), (48, 6), (49, 6), (60, 4), (97, 4), (100, 3), (144, 3)]
 )

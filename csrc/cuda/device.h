@@ -1,6 +1,7 @@
-// What the CUDA kernels share: launches, the mathematics activation.h asks for, the matrix instruction, the nodes.
+// What the CUDA kernels share: launches, the mathematics that activation.h needs, single instructions, the nodes, sums. Every
+// file of this folder includes it.
 #pragma once
-#include <cuda_runtime.h>  // the CUDA toolkit's, or in an emulated build tests/emulator's
+#include <cuda_runtime.h>  // from the CUDA toolkit, or in an emulated build from tests/emulator
 
 #include <atomic>
 #include <cmath>
@@ -14,14 +15,14 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- launching; null, or what went wrong ----
+// ---- launching; functions return null, or what went wrong ----
 
 inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-/// Asks for a kernel's dynamic shared memory: what is above 48 KB, static and dynamic together, has to be asked for. Once for a
-/// kernel and device, as asking costs a microsecond.
+/// Allows a kernel its dynamic shared memory. More than 48 KB, static and dynamic together, have to be allowed. This is done
+/// once for each kernel and device, because the call takes a microsecond.
 inline cudaError_t ask_for_shared(const void* kernel, int bytes) {
-  constexpr int kSlots = 256;  // more than one source has kernels, times devices; where they are taken, every launch asks
+  constexpr int kSlots = 256;  // kernels of one source times devices; if all slots are taken, every launch makes the call
   struct Granted {
     const void* kernel;
     int device, bytes;
@@ -39,12 +40,12 @@ inline cudaError_t ask_for_shared(const void* kernel, int bytes) {
   return error;
 }
 
-/// Blocks of one network, and networks: a block's are blockIdx.x and blockIdx.y.
+/// The blocks of one network, and the networks. A block finds its own as blockIdx.x and blockIdx.y.
 struct Grid {
   std::int64_t blocks, networks;
   Grid(std::int64_t blocks_, std::int64_t networks_ = 1) : blocks(blocks_), networks(networks_) {}
 };
-constexpr std::int64_t kMostNetworks = 65535;  // of a grid
+constexpr std::int64_t kMostNetworks = 65535;  // most networks in a grid
 
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), Grid grid, int threads, std::size_t shared,
@@ -54,7 +55,7 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, int threads, std::s
   if (shared > 0) {
     const cudaError_t error = ask_for_shared(reinterpret_cast<const void*>(kernel), int(shared));
     if (error != cudaSuccess) {
-      cudaGetLastError();  // or the next launch would report it again
+      cudaGetLastError();  // otherwise the next launch would report this error again
       return message(error);
     }
   }
@@ -66,7 +67,7 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, int threads, std::s
   return message(cudaGetLastError());
 }
 
-/// The block's dynamic shared memory, 16-byte aligned.
+/// The block's dynamic shared memory, aligned to 16 bytes.
 __device__ inline unsigned char* dynamic_shared() {
 #if defined(LMN_EMULATED)
   return emulator::dynamic_shared();
@@ -76,10 +77,10 @@ __device__ inline unsigned char* dynamic_shared() {
 #endif
 }
 
-/// An attribute of the current device; the driver is asked once.
+/// An attribute of the current device. The driver is asked once for each device and attribute.
 inline int device_attribute(cudaDeviceAttr attribute) {
   constexpr int kDevices = 16, kAttributes = 160;
-  static std::atomic<int> known[kDevices][kAttributes];  // the value and 1; 0: not known
+  static std::atomic<int> known[kDevices][kAttributes];  // the value plus 1; 0: not known yet
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
 #if defined(LMN_EMULATED)
@@ -95,7 +96,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 // ---- single instructions ----
 
-/// 1 / v to about an ulp, 0 for a v whose reciprocal is no normal number.
+/// 1 / v to about an ulp; 0 if the reciprocal is not a normal number.
 __device__ inline float reciprocal(float v) {
 #if defined(LMN_EMULATED)
   return emulator::reciprocal(v);
@@ -107,7 +108,7 @@ __device__ inline float reciprocal(float v) {
 }
 __device__ inline double reciprocal(double v) { return 1.0 / v; }
 
-/// 2^v to 2 ulp, for normal results.
+/// 2^v to 2 ulp, if the result is normal.
 __device__ inline float exp2_fast(float v) {
 #if defined(LMN_EMULATED)
   return emulator::exp2_fast(v);
@@ -118,7 +119,7 @@ __device__ inline float exp2_fast(float v) {
 #endif
 }
 
-/// Two floats as halves, to nearest: `low` in the lower 16 bits. What is beyond 65504 becomes infinite.
+/// Two floats as halves, rounded to nearest; `low` is in the lower 16 bits. A number beyond 65504 becomes infinite.
 __device__ inline std::uint32_t to_halves(float low, float high) {
 #if defined(LMN_EMULATED)
   return emulator::to_halves(low, high);
@@ -129,9 +130,9 @@ __device__ inline std::uint32_t to_halves(float low, float high) {
 #endif
 }
 
-/// c += a b for a warp's 16 x 8 tile of c, a 16 x 16, b 16 x 8, in halves; sums in float. With g = lane / 4 and q = lane % 4,
-/// each register of two halves side by side: a = (g, 2 q), (g + 8, 2 q), (g, 2 q + 8), (g + 8, 2 q + 8); b = (2 q, g),
-/// (2 q + 8, g); c = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1). Source: PTX ISA, mma.m16n8k16.
+/// c += a b for a warp's 16 x 8 tile of c, a 16 x 16, b 16 x 8, in halves; sums are in float. With g = lane / 4 and
+/// q = lane % 4, each register holds two halves side by side: a = (g, 2 q), (g + 8, 2 q), (g, 2 q + 8), (g + 8, 2 q + 8);
+/// b = (2 q, g), (2 q + 8, g); c = (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1). Source: PTX ISA, mma.m16n8k16.
 __device__ inline void multiply_add_halves(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
 #if defined(LMN_EMULATED)
   emulator::mma_m16n8_f16(c, a, 4, b0, b1);
@@ -153,7 +154,8 @@ __device__ inline void multiply_add_halves(float (&c)[4], const std::uint32_t (&
 #endif
 }
 
-/// 16 bytes on their way from the device's memory to the block's shared memory, both 16-byte aligned, past the registers.
+/// Starts a copy of 16 bytes from global memory to the block's shared memory, past the registers. Both addresses are multiples
+/// of 16 bytes.
 __device__ inline void copy_async16(void* to, const void* from) {
 #if defined(LMN_EMULATED)
   emulator::copy_async16(to, from);
@@ -163,7 +165,7 @@ __device__ inline void copy_async16(void* to, const void* from) {
 #endif
 }
 
-/// Waits for this thread's copies; others see them after the block's next barrier.
+/// Waits for this thread's copies. Other threads see the copied bytes after the block's next barrier.
 __device__ inline void copy_async_wait() {
 #if defined(LMN_EMULATED)
   emulator::copy_async_wait();
@@ -172,7 +174,7 @@ __device__ inline void copy_async_wait() {
 #endif
 }
 
-// ---- what activation.h asks for ----
+// ---- functions that activation.h uses ----
 
 template <class V> __device__ inline V splat(V value) { return value; }
 __device__ inline float absolute(float v) { return ::fabsf(v); }
@@ -196,7 +198,7 @@ __device__ inline double tanh(double v) { return ::tanh(v); }
 
 // ---- the nodes ----
 
-/// Interior nodes in the memory of the device.
+/// Interior nodes in global memory.
 template <class T>
 struct DeviceNodes {
   T *t, *w, *w_t;  // [interior] nodes, weights, weights times t - mean t
@@ -204,7 +206,7 @@ struct DeviceNodes {
   T variance_t;
 };
 
-/// Nodes of one launch: as parameters they are copied with it, also into a CUDA graph.
+/// The nodes of one launch. As parameters they are copied with the launch, also into a CUDA graph.
 struct NodeBatch {
   static constexpr int kSize = 64;
   double t[kSize], weights[kSize];
@@ -219,7 +221,7 @@ __global__ void store_nodes_kernel(NodeBatch batch, DeviceNodes<T> to, double me
   to.w_t[m] = T(batch.weights[threadIdx.x] * (batch.t[threadIdx.x] - mean_t));
 }
 
-/// Writes the nodes to `memory`, 3 * interior values of T.
+/// Writes the nodes to `memory`, which has room for 3 * interior values of T.
 template <class T>
 const char* store_nodes(const PathNodes& nodes, T* memory, DeviceNodes<T>& to, CUstream_st* stream) {
   to = {memory, memory + nodes.interior, memory + 2 * std::int64_t(nodes.interior), nodes.interior, T(nodes.variance_t)};
@@ -242,7 +244,7 @@ __device__ inline void count(std::int64_t* to, double number) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(number));
 }
 
-/// Sum over groups of `width` neighbouring lanes, a power of two; every lane of a group gets it.
+/// Sum over groups of `width` neighbouring lanes; `width` is a power of two. Every lane of a group gets the sum.
 template <class T>
 __device__ inline T warp_sum(T value, int width = kWarp) {
   for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);

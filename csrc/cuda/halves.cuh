@@ -1,11 +1,12 @@
-// The float32 kernels' side of chain.cuh: records of the samples and weights as halves, see halves.h.
+// Preparation of the float32 kernels of paths: the samples' records and the weights as halves in the layout of halves.h, by
+// kernels that run before those of chained.cuh and panels.cuh; and the host's plan for both.
 #pragma once
 #include "chain.cuh"
 
 namespace lmn {
 namespace {
 
-/// Four values of a layer for a lane, of samples' values [samples, stride]; in a tail two.
+/// Four values of a layer for a lane (two in a tail), from values [samples, stride].
 __device__ inline float4 lane_values(const float* values, std::int64_t stride, std::int64_t sample, const HalfLayer& half,
                                      int step, int q) {
   if (step * kStepUnits >= stride) return make_float4(0, 0, 0, 0);
@@ -15,7 +16,8 @@ __device__ inline float4 lane_values(const float* values, std::int64_t stride, s
   return make_float4(two.x, two.y, 0, 0);
 }
 
-/// Element n of the records: a group's, a step's, a lane's. Beyond the last sample stand the last one's values.
+/// Writes element n of the records, which belongs to a group, a step and a lane. The last sample's values fill up the last
+/// group.
 __device__ inline void write_record(const Layer<float>& layer, std::int64_t samples, std::int64_t n) {
   const HalfLayer& half = layer.half;
   const int lane = int(n % kWarp), q = lane % 4, step = int(n / kWarp % half.steps.all());
@@ -33,14 +35,15 @@ __device__ inline void write_record(const Layer<float>& layer, std::int64_t samp
     const int unit = step * kStepUnits + values * q + v;
     const float scale = half_scale(half.largest[unit]);
     to[v] = from[kZ][v] * half.factor;
-    // What fills up a layer has another z for each sample, so that samples never seem to agree there. Its weights are 0.
+    // The units that fill up a layer get a different z for each sample, so that samples never seem to agree there. The weights
+    // of these units are 0.
     if (half.inverse && unit >= layer.width) to[v] = float(sample) * 0x1p-20f;
     to[kWarp * values + v] = from[kA][v] * half.factor * scale;
     if (half.arrays > kSlope) to[2 * kWarp * values + v] = from[kSlope][v] * scale;
   }
 }
 
-/// Row `unit` of the weights into layer l, scaled, as halves; and the unit's scales. A warp.
+/// Writes row `unit` of the weights into layer l, scaled, as halves, and the unit's scales. A warp calls this.
 __device__ inline void write_row(const Problem<float>& problem, int l, std::int64_t unit) {
   const Layer<float>& layer = problem.layers[l];
   const HalfLayer& half = layer.half;
@@ -63,7 +66,7 @@ __device__ inline void write_row(const Problem<float>& problem, int l, std::int6
     }
     const double scale = half_scale(largest);
     unscale = float(double(half.factor) / (double(before.half.factor) * scale));
-    // Where this unit is a column of the instruction, see the order of units above.
+    // The column of the instruction that this unit is; halves.h describes the order of units.
     const int tile = is_full ? rest % 4 / 2 : 0, g = is_full ? rest / 4 * 2 + rest % 2 : rest;
     for (int n = lane; n < 4 * steps.all(); n += kWarp) {
       const int from_step = n / 4, q = n % 4;
@@ -95,7 +98,7 @@ __device__ inline void write_row(const Problem<float>& problem, int l, std::int6
   if (layer.kind == ActivationKind::kSilu && !ordinary) atomicOr(&problem.range->careful, 1);
 }
 
-/// Blocks of one layer in finish_kernel.
+/// Numbers of blocks in finish_kernel for one layer.
 struct FinishBlocks {
   std::int64_t records, rows;
 };
@@ -105,8 +108,8 @@ LMN_FN FinishBlocks finish_blocks(const Layer<T>& layer, std::int64_t samples) {
   return {layer.half.records ? blocks_of(lanes, kThreads) : 0, blocks_of(layer.half.steps.units(), kWarps)};
 }
 
-/// Everything that the samples' values and the weights determine, once the forward pass is done: scales of outputs, records,
-/// weights.
+/// Everything that the samples' values and the weights determine, after the forward pass: the outputs' scales, the records, and
+/// the weights as halves. A block does one part of one of these.
 __global__ void finish_kernel(Problem<float> problem) {
   problem = of_network(problem);
   std::int64_t block = blockIdx.x;
@@ -129,13 +132,13 @@ __global__ void finish_kernel(Problem<float> problem) {
 
 // ---- the plan ----
 
-/// What a kernel of halves wants of the layers.
+/// What a kernel of halves needs from the layers.
 struct Dialect {
-  bool tails;   // hidden widths may end in a step of 8 units
-  int blocks;   // of 8 units to which hidden widths are padded; 0: as many as each needs
-  bool silu;    // z and a in units of -log2(e), and 1 / scale: SiLU's exponentials are then ex2 of z
-  bool slopes;  // records have slopes
-  bool ends = false;  // the samples' outputs as write_end has them
+  bool tails;   // whether hidden widths may end in a step of 8 units
+  int blocks;   // blocks of 8 units to which hidden widths are padded; 0: as many as each width needs
+  bool silu;  // whether z and a are in units of -log2(e), and `units` holds 1 / scale, so that SiLU's exponentials are ex2 of z
+  bool slopes;  // whether records have slopes
+  bool ends = false;  // whether the samples' outputs are also stored in the layout of write_end
 };
 
 inline Steps half_steps(const PathConnectivity<float>& op, const Dialect& dialect, int l) {
@@ -143,22 +146,23 @@ inline Steps half_steps(const PathConnectivity<float>& op, const Dialect& dialec
   return dialect.blocks > 0 ? Steps{dialect.blocks / 2, dialect.blocks % 2} : steps_of(op.widths[l], dialect.tails);
 }
 
-/// Host's view of a float problem: everything's place in the workspace.
+/// The host's plan for a float problem: everything's place in the workspace.
 struct HalfPlan {
   Problem<float> problem{};
   Dialect dialect{};
-  float* zeros = nullptr;  // RangeFlags, then each layer's largest |a|
+  float* zeros = nullptr;  // RangeFlags, and then each layer's largest |a|
   std::int64_t zero_count = 0;
   float* nodes = nullptr;
 };
 
-/// Everything but the layers, which come last in the arena, one by one.
+/// Takes the places of everything except the layers. The layers come last in the arena, one by one.
 inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect& dialect, Arena& arena) {
   HalfPlan plan;
   plan.dialect = dialect;
   plan.problem = make_problem(op, arena);
   if (dialect.ends) plan.problem.ends = arena.take<float4>(op.samples * kEndOutputs);
-  plan.nodes = arena.take<float>(3 * (std::int64_t(op.nodes.interior) + 1));  // a kernel may want them to be even
+  // one more, for a kernel that needs an even number
+  plan.nodes = arena.take<float>(3 * (std::int64_t(op.nodes.interior) + 1));
   plan.zero_count = sizeof(RangeFlags) / sizeof(float);
   for (int l = 0; l <= op.layers; ++l) plan.zero_count += half_steps(op, dialect, l).units();
   plan.zeros = arena.take<float>(plan.zero_count);
@@ -166,7 +170,7 @@ inline HalfPlan make_half_plan(const PathConnectivity<float>& op, const Dialect&
   return plan;
 }
 
-/// Layer l's place in the workspace; to be called for all layers in order.
+/// Takes layer l's place in the workspace. This has to be called for all layers in order.
 inline Layer<float> half_layer_of(const PathConnectivity<float>& op, const HalfPlan& plan, int l, Arena& arena) {
   Layer<float> layer = layer_of(op, l, plan.dialect.slopes, arena);
   HalfLayer& half = layer.half;
@@ -188,7 +192,8 @@ inline Layer<float> half_layer_of(const PathConnectivity<float>& op, const HalfP
   return layer;
 }
 
-/// Takes the layers' places, and fills in everything that the samples and the weights determine. seen(l, layer).
+/// Takes the layers' places, and enqueues everything that the samples and the weights determine. seen(l, layer) is called for
+/// each layer.
 template <class Seen>
 const char* enqueue_half_samples(const PathConnectivity<float>& op, HalfPlan& plan, Arena& arena, CUstream_st* stream,
                                  const Seen& seen) {

@@ -1,9 +1,9 @@
-// What the Jacobians and the features of their distances are made of: slopes at the samples, and products of matrices that
-// many samples share with those that each has for itself.
+// What jacobian.cu and jacobian_distance.cu share: values and slopes of a layer at the samples, and products in which one
+// matrix is common to all samples and the other belongs to each sample.
 #pragma once
 #include "device.h"
 
-#include "../activation.h"  // after device.h, whose functions it uses
+#include "../activation.h"  // after device.h, because it uses its functions
 
 namespace lmn {
 namespace {
@@ -11,25 +11,25 @@ namespace {
 // ---- the network at the samples ----
 
 constexpr int kForwardThreads = 256;
-constexpr int kForwardTile = 32;   // samples, units and inputs of a block at a time
-constexpr int kForwardSide = 16;   // of the threads' square; each takes two samples and two units
+constexpr int kForwardTile = 32;   // samples, units and inputs that a block takes at a time
+constexpr int kForwardSide = 16;   // side of the threads' square; each thread takes two samples and two units
 static_assert(kForwardSide * kForwardSide == kForwardThreads && 2 * kForwardSide == kForwardTile, "a thread has 2 x 2 sums");
 
-/// In: of what is given; T: of slopes, as wide or wider; V: of values, which are computed in T.
+/// In: type of the inputs. T: type of the slopes, at least as wide. V: type of the values, which are computed in T.
 template <class In, class T, class V>
 struct ForwardLayer {
   const In* in;                  // [samples][depth]
-  const In *weights, *bias;      // [width][depth], null: in is what the activation gets; null: none
-  V* values;                     // [samples][width] or null: nobody asks
-  T* slopes;                     // [samples][slope_stride] or null
+  const In *weights, *bias;      // [width][depth], null: `in` is the activation's argument; [width], null: no bias
+  V* values;                     // [samples][width], null: not needed
+  T* slopes;                     // [samples][slope_stride], null: not needed
   std::int64_t samples, depth, width, slope_stride;
   Activation activation;
 };
 
-// A block takes a tile of samples x units, a thread 2 x 2 of it; neighbouring lanes read and write neighbouring values. Sums
-// in double: a slope is as right as its argument, and a kink is on the right side of it. On cards whose double units are few
-// (1/64 of the float ones) this is 961 x 100 x 100 multiply-adds in about 0.04 ms.
-// kStacked: of several networks, blockIdx.y, whose arrays lie one behind the other; without slopes.
+// A block takes a tile of samples x units, and a thread 2 x 2 of the tile. Neighbouring lanes read and write neighbouring
+// values. Sums are in double, because a slope is only as exact as its argument, and because the argument must be on the right
+// side of a kink. On cards with few double units (1/64 of the float units) 961 x 100 x 100 multiply-adds take about 0.04 ms.
+// kStacked: several networks, numbered by blockIdx.y, whose arrays follow one another; without slopes.
 template <class In, class T, class V, ActivationKind kKind, bool kStacked = false>
 __global__ void __launch_bounds__(kForwardThreads) forward_kernel(ForwardLayer<In, T, V> layer) {
   __shared__ double in[kForwardTile][kForwardTile + 1], weights[kForwardTile][kForwardTile + 1];
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kForwardThreads) forward_kernel(ForwardLayer<I
   const std::int64_t first_sample = blockIdx.x / tiles * kForwardTile, first_unit = blockIdx.x % tiles * kForwardTile;
   double sums[2][2] = {};
   for (std::int64_t depth = 0; layer.weights && depth < layer.depth; depth += kForwardTile) {
-    __syncthreads();  // the tiles before may still be read
+    __syncthreads();  // the tiles before may still be in use
     for (int r = line; r < kForwardTile; r += kForwardThreads / kForwardTile) {
       const bool inside = depth + lane < layer.depth;
       const std::int64_t n = first_sample + r, unit = first_unit + r;
@@ -97,15 +97,16 @@ const char* forward(const ForwardLayer<In, T, V>& layer, CUstream_st* stream) {
 
 // ---- products ----
 
-/// A matrix per sample, or with stride 0 one for all.
+/// A matrix for each sample; with stride 0 one matrix for all samples.
 template <class T>
 struct Matrices {
   const T* values;
   std::int64_t stride;
 };
 
-/// out[n] = diag(row[n]) left[n] diag(middle[n]) right[n] diag(column[n]); the diagonals' stride is slope_stride, null: ones.
-/// At most one of left and right has a stride, and the samples are stacked there: one product of large matrices.
+/// out[n] = diag(row[n]) left[n] diag(middle[n]) right[n] diag(column[n]). The diagonals have the stride slope_stride; null
+/// stands for ones. At most one of left and right has a stride. Its samples are stacked, so that there is one product of large
+/// matrices.
 template <class T>
 struct Product {
   Matrices<T> left, right;             // [rows][depth], [depth][columns]
@@ -114,19 +115,20 @@ struct Product {
   std::int64_t samples, rows, depth, columns, slope_stride;
 };
 
-/// Four neighbouring values, loaded and stored 16 bytes at a time.
+/// Four neighbouring values, loaded and stored as 16 bytes.
 template <class T>
 struct alignas(16) Quad {
   T values[4];
 };
 
-// 16 x 8 threads; a thread takes quads of rows and quads of columns. 64 sums in registers for each step's four loads of 16
-// bytes from shared memory; four blocks, or 16 warps, share a multiprocessor, and while one loads the others multiply.
+// A block has 16 x 8 threads; a thread takes quads of rows and quads of columns. A thread keeps 64 sums in registers and makes
+// four loads of 16 bytes from shared memory in each step. Four blocks (16 warps) share a multiprocessor; while one block loads,
+// the others multiply.
 constexpr int kProductThreads = 128, kProductLanes = 16, kProductDepth = 16, kUnrolled = 4;
 constexpr int kQuadRows = 4 * kProductThreads / kProductLanes, kQuadColumns = 4 * kProductLanes;
 template <class T> constexpr int kRowQuads = sizeof(T) == 4 ? 2 : 1;
 
-/// Of a stacked row or column: its sample, and which of that sample's it is; 0 and itself where nothing is stacked.
+/// A stacked row or column: its sample, and its number within the sample. Without stacking: 0, and the row or column itself.
 struct Place {
   std::int64_t sample, line;
 };
@@ -135,14 +137,15 @@ __device__ inline Place place_of(std::int64_t stacked, std::int64_t lines, bool 
   return {sample, stacked - sample * lines};
 }
 
-// A block takes a tile of the stacked product; neighbouring lanes read and write neighbouring columns.
+// A block takes a tile of the stacked product. Neighbouring lanes read and write neighbouring columns.
 template <class T, int kColumnQuads, bool kStackedRows>
 __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 4 ? 4 : 3) product_kernel(Product<T> p, bool in_quads) {
   constexpr int kRows = kRowQuads<T> * kQuadRows, kColumns = kColumnQuads * kQuadColumns;
   constexpr int kRowStep = kProductThreads / kProductDepth, kDepthStep = kProductThreads / kColumns;
   static_assert(kProductThreads % kColumns == 0 && kRows <= kProductThreads, "a thread loads one column of a tile");
   __shared__ Quad<T> left[kProductDepth][kRows / 4 + 1], right[kProductDepth][kColumns / 4];
-  __shared__ Place row_places[kRows], column_places[kColumns];  // a division costs as much as a hundred multiply-adds
+  // a table, because a division costs as much as a hundred multiply-adds
+  __shared__ Place row_places[kRows], column_places[kColumns];
   const int thread = int(threadIdx.x), lane = thread % kProductLanes, line = thread / kProductLanes;
   const std::int64_t stacked_rows = kStackedRows ? p.samples * p.rows : p.rows;
   const std::int64_t stacked_columns = kStackedRows ? p.columns : p.samples * p.columns;
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 4 ? 4 : 3) produ
 
   T sums[4 * kRowQuads<T>][4 * kColumnQuads] = {};
   for (std::int64_t depth = 0; depth < p.depth; depth += kProductDepth) {
-    __syncthreads();  // the tiles before may still be read; the first time the places are not yet written
+    __syncthreads();  // the tiles before may still be in use; the first time, the places are not written yet
 #pragma unroll 4
     for (int r = 0; r < kRows; r += kRowStep) {
       const int row = r + thread / kProductDepth, d = thread % kProductDepth;
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 4 ? 4 : 3) produ
       }
       left[d][row / 4].values[row % 4] = value;
     }
-#pragma unroll 4  // all loads at once would take 16 registers more, and spill
+#pragma unroll 4  // all loads at once would take 16 more registers, and spill
     for (int n = 0; n < kProductDepth; n += kDepthStep) {
       const int d = n + thread / kColumns;
       T value = 0;
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 4 ? 4 : 3) produ
     const int count = int(at_most(kProductDepth, p.depth - depth));
     for (int begin = 0; begin < count; begin += kUnrolled) {
 #pragma unroll
-      for (int d = begin; d < begin + kUnrolled; ++d) {  // beyond the depth: zeros
+      for (int d = begin; d < begin + kUnrolled; ++d) {  // beyond the depth there are zeros
         Quad<T> rows[kRowQuads<T>], columns[kColumnQuads];
 #pragma unroll
         for (int q = 0; q < kRowQuads<T>; ++q) rows[q] = left[d][q * kQuadRows / 4 + line];
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 4 ? 4 : 3) produ
     const Place row = row_places[own_row];
 #pragma unroll
     for (int q = 0; q < kColumnQuads; ++q) {
-      const int begin = q * kQuadColumns + lane * 4;  // of four columns that lie side by side
+      const int begin = q * kQuadColumns + lane * 4;  // first of four neighbouring columns
       const int count = int(at_most(4, stacked_columns - first_column - begin));
       Quad<T> result;
       T* to[4];
@@ -231,7 +234,7 @@ template <class T, int kColumnQuads, bool kStackedRows>
 const char* multiply_tiles(const Product<T>& p, CUstream_st* stream) {
   const std::int64_t rows = kStackedRows ? p.samples * p.rows : p.rows;
   const std::int64_t columns = kStackedRows ? p.columns : p.samples * p.columns;
-  // A view's rows, or the result of an odd width, begin between the boundaries of 16 bytes.
+  // Rows of a view, or of a result with an odd width, may begin between two multiples of 16 bytes.
   const bool in_quads = p.columns % 4 == 0 && reinterpret_cast<std::uintptr_t>(p.out) % 16 == 0;
   const std::int64_t tiles = blocks_of(rows, kRowQuads<T> * kQuadRows) * blocks_of(columns, kColumnQuads * kQuadColumns);
   return launch(product_kernel<T, kColumnQuads, kStackedRows>, tiles, kProductThreads, 0, stream, p, in_quads);
@@ -240,13 +243,13 @@ const char* multiply_tiles(const Product<T>& p, CUstream_st* stream) {
 template <class T, bool kStackedRows>
 const char* multiply_stacked(const Product<T>& p, CUstream_st* stream) {
   const std::int64_t columns = kStackedRows ? p.columns : p.samples * p.columns;
-  // The narrower tile where it leaves less empty.
+  // The narrower tile is taken if it leaves fewer columns empty.
   const bool narrow = columns <= 4 * kQuadColumns && blocks_of(columns, kQuadColumns) % 2 == 1;
   if (narrow) return multiply_tiles<T, 1, kStackedRows>(p, stream);
   return multiply_tiles<T, 2, kStackedRows>(p, stream);
 }
 
-/// The samples are stacked as rows, or where only right has a matrix per sample as columns.
+/// stacked_rows: the samples are stacked as rows; otherwise as columns, if only `right` has a matrix for each sample.
 template <class T>
 const char* multiply(const Product<T>& p, bool stacked_rows, CUstream_st* stream) {
   return stacked_rows ? multiply_stacked<T, true>(p, stream) : multiply_stacked<T, false>(p, stream);

@@ -1,5 +1,6 @@
-// Sums of squared differences in float64, tile against tile: the Gram form has no digits left for close rows. And features as
-// far apart as the Jacobians of a chain with one nonlinearity, which are H numbers in place of K x D.
+// Two related ops. Distances: sums of squared differences of rows in float64, tile against tile; the Gram form would have no
+// digits left for close rows. Features: H numbers for each sample whose distances are those of the Jacobians of a chain with
+// one nonlinearity; they replace the K x D numbers of a Jacobian.
 #include "jacobian.cuh"
 
 namespace lmn {
@@ -7,11 +8,12 @@ namespace {
 
 // ---- distances ----
 
-constexpr int kThreads = 256, kSide = 16;  // of the threads' square; each takes kSums x kSums distances of a tile
+// kSide: side of the threads' square; each thread takes kSums x kSums distances of a tile
+constexpr int kThreads = 256, kSide = 16;
 constexpr int kDepth = 16;                 // features in shared memory at a time
 constexpr int kNormWarps = kThreads / kWarp;
 
-// One warp per row, lanes over its features: neighbouring lanes read neighbouring values.
+// One warp per row, lanes over the row's features: neighbouring lanes read neighbouring values.
 __global__ void __launch_bounds__(kThreads) norm_kernel(const double* features, std::int64_t samples, std::int64_t width,
                                                         double* norms) {
   const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
@@ -25,10 +27,10 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const double* features, 
   if (threadIdx.x % kWarp == 0) norms[row] = sum;
 }
 
-// A block takes a tile of distances; a thread neighbouring first samples, and second ones 16 apart: neighbouring lanes write
-// neighbouring values. Two double operations a feature and pair: 4096 x 4096 x 100 are 0.11 ms at sm_90's rate, and where the
-// rate is 1/64 of float's (most cards that are not made for computing) some 6 ms.
-// The connectivity's divisions take a third more registers, so it has kernels of its own.
+// A block takes a tile of distances. A thread takes neighbouring first samples, and second samples that are 16 apart, so
+// neighbouring lanes write neighbouring values. There are two double operations for each feature and pair: 4096 x 4096 x 100
+// take 0.11 ms at sm_90's rate, and some 6 ms where the rate is 1/64 of float's (most cards that are not made for computing).
+// The divisions of the connectivity take a third more registers, so it has kernels of its own.
 template <class T, int kSums, bool kConnectivity>
 __global__ void __launch_bounds__(kThreads)
     distance_kernel(JacobianDistance<T> op, const double* first_norms, const double* second_norms, bool symmetric) {
@@ -37,10 +39,10 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = int(threadIdx.x) % kSide, line = int(threadIdx.x) / kSide;
   const std::int64_t tiles = blocks_of(op.second_samples, kTile);
   const std::int64_t i = blockIdx.x / tiles * kTile, j = blockIdx.x % tiles * kTile;
-  if (symmetric && j < i) return;  // another block's mirror image
+  if (symmetric && j < i) return;  // the block of the mirrored tile writes this tile, too
   double sums[kSums][kSums] = {};
   for (std::int64_t depth = 0; depth < op.features; depth += kDepth) {
-    __syncthreads();  // the tiles before may still be read
+    __syncthreads();  // the tiles before may still be in use
     static_assert(kDepth == kSide, "a lane loads one feature of its rows");
 #pragma unroll
     for (int n = 0; n < kSums; ++n) {
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
 #pragma unroll 4
-    for (int f = 0; f < kDepth; ++f) {  // beyond the features: zeros
+    for (int f = 0; f < kDepth; ++f) {  // beyond the features there are zeros
       double rows[kSums], columns[kSums];
 #pragma unroll
       for (int n = 0; n < kSums; ++n) rows[n] = first[f][line * kSums + n];
@@ -76,13 +78,14 @@ __global__ void __launch_bounds__(kThreads)
       const std::int64_t column = j + lane + c * kSide;
       if (column >= op.second_samples) continue;
       const double norm = first_norms[row], other_norm = second_norms[column], larger_norm = larger(norm, other_norm);
-      const bool counts = larger_norm <= 0x1.fffffffffffffp1023;  // not so of a NaN, an Inf, a sum that overflowed
+      const bool counts = larger_norm <= 0x1.fffffffffffffp1023;  // false for a NaN, for an Inf, and for a sum that overflowed
       const double square = !counts                                  ? larger_norm - larger_norm
                             : sums[r][c] <= kSameFeatures * larger_norm ? 0.0
                                                                      : sums[r][c];
       T distance;
       if constexpr (kConnectivity) {
-        // A sum of two norms may overflow where they do not; of two zeros it is 0.
+        // A sum of two norms may overflow where each norm does not, so the smaller norm is divided first. If both norms are 0,
+        // the quotient is a NaN, and `square` decides.
         const double both = 1 + (norm < other_norm ? norm : other_norm) / larger_norm;
         distance = T(square == 0 ? 1.0 : 1 - square / larger_norm / both);
       } else {
@@ -114,8 +117,8 @@ const char* jacobian_distance_on(const JacobianDistance<T>& op, CUstream_st* str
                    op.features, first_norms);
   }
   if (error) return error;
-  // Large tiles read less of shared memory; small ones keep all multiprocessors busy where there are few: from four large
-  // ones for each on the last round costs little.
+  // Large tiles read less from shared memory; small tiles keep all multiprocessors busy if there are few tiles. From four large
+  // tiles for each multiprocessor on, the last round costs little.
   const std::int64_t large = blocks_of(op.first_samples, 4 * kSide) * blocks_of(op.second_samples, 4 * kSide);
   const std::int64_t busy = 4 * std::int64_t(device_attribute(cudaDevAttrMultiProcessorCount));
   if ((symmetric ? large / 2 : large) < busy) return measure<T, 2>(op, first_norms, second_norms, symmetric, stream);
@@ -126,7 +129,7 @@ const char* jacobian_distance_on(const JacobianDistance<T>& op, CUstream_st* str
 
 constexpr int kGramSide = 16;
 
-// A block takes a tile of M = (last^T last) o (first first^T), a thread an entry: neighbouring lanes read and write
+// A block takes a tile of M = (last^T last) o (first first^T), a thread one entry. Neighbouring lanes read and write
 // neighbouring units.
 template <class T>
 __global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsometry<T> op, double* gram) {
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsom
   const std::int64_t row = first_row + line, column = first_column + lane;
   double first = 0, last = 0;
   for (std::int64_t depth = 0; depth < op.inputs; depth += kGramSide) {
-    __syncthreads();  // the tiles before may still be read
+    __syncthreads();  // the tiles before may still be in use
     const bool inside = depth + lane < op.inputs;
     const std::int64_t other = first_column + line;
     rows[line][lane] = inside && row < op.units ? double(op.first[row * op.inputs + depth + lane]) : 0.0;
@@ -155,9 +158,9 @@ __global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsom
 
 constexpr int kFactorThreads = 1024, kRows = int(kIsometryRows);
 
-/// How one block lies over the units: `parts` threads share what is summed for one.
+/// How the one block's threads are divided among the units: `parts` threads share the sum for one unit.
 struct FactorShape {
-  int padded, parts, stride;  // stride: of the factor's rows
+  int padded, parts, stride;  // stride: length of a row of the factor
   std::size_t vectors() const { return std::size_t(padded) * std::size_t(1 + kRows * (parts + 1)) * sizeof(double); }
 };
 inline FactorShape factor_shape(std::int64_t units) {
@@ -165,24 +168,26 @@ inline FactorShape factor_shape(std::int64_t units) {
   return {padded, kFactorThreads / padded, int(isometry_stride(units))};
 }
 
-/// Neighbouring numbers of a row of the factor, loaded 16 bytes at a time.
+/// Two neighbouring numbers of a row of the factor, loaded as 16 bytes.
 struct alignas(16) RowPair {
   double first, second;
 };
 
-// One block: R^T R = A, M with its diagonal scaled to ones, kRows rows after one another, and with each row of R that of
-// (R^T)^-1, which is the same kind of sum. factor holds R above its diagonal, before that A; the inverse below, and the
-// inverse's own diagonal. The sum of the inverse's squares is A^-1's trace, at least one over the least eigenvalue: rounding
-// changes M by about H epsilon and a squared distance by as much of that. Neighbouring lanes read neighbouring units.
+// One block factors A = R^T R, where A is M scaled to ones on the diagonal. It computes kRows rows at a time. With each row of
+// R it computes the same row of (R^T)^-1, which is the same kind of sum. `factor` holds A and then R above its diagonal, and
+// the inverse on and below its diagonal. The sum of the inverse's squares is the trace of A^-1, which is at least one over A's
+// least eigenvalue. Rounding changes M by about H epsilon, and a squared distance by at most this times the trace. Neighbouring
+// lanes read neighbouring units.
 //
-// What the rows before take of kRows rows is summed by all threads, each sum for `parts` of them; then a thread has a column to
-// itself, and all of them the square on the diagonal, which is not worth a barrier. Three barriers for kRows rows.
+// First, all threads sum what the earlier rows take from the kRows rows; `parts` threads share each sum. Then each thread has
+// one column. Every thread computes the square on the diagonal for itself, because that costs less than a barrier. So kRows
+// rows take three barriers.
 __global__ void __launch_bounds__(kFactorThreads)
     factor_kernel(const double* gram, std::int64_t width, double* memory, FactorShape shape, bool in_shared,
                   double* isometry, double* lost) {
   const int padded = shape.padded, parts = shape.parts, stride = shape.stride;
   double* const norms = reinterpret_cast<double*>(dynamic_shared());  // [padded], 0 beyond the units
-  double* const left = norms + padded;                                // [kRows][padded]: of A, less the rows before
+  double* const left = norms + padded;  // [kRows][padded]: rows of A minus what the earlier rows take
   double* const partial = left + kRows * padded;                      // [parts][kRows][padded]
   double* const factor = in_shared ? partial + parts * kRows * padded : memory;  // [units][stride]
   const int units = int(width), h = int(threadIdx.x) % padded, part = int(threadIdx.x) / padded;
@@ -190,7 +195,7 @@ __global__ void __launch_bounds__(kFactorThreads)
   for (int n = int(threadIdx.x); n < padded; n += kFactorThreads) norms[n] = n < units ? ::sqrt(gram[n * units + n]) : 0.0;
   __syncthreads();
   for (int at = int(threadIdx.x); at < units * stride; at += kFactorThreads) {
-    // A unit whose norm is 0 changes no Jacobian: its row and column are zeros.
+    // A unit with a norm of 0 changes no Jacobian. Its row and column are zeros.
     const int row = at / stride, column = at % stride;
     const double scale = column > row && column < units ? norms[row] * norms[column] : 0.0;
     factor[at] = scale != 0 ? gram[row * units + column] / scale : 0.0;
@@ -199,7 +204,7 @@ __global__ void __launch_bounds__(kFactorThreads)
   for (int r = 0; r < units; r += kRows) {
     if (works) {
       double sums[kRows] = {};
-      const int begin = h < r ? h : 0;  // above, the inverse has zeros
+      const int begin = h < r ? h : 0;  // the inverse is 0 above this row
 #pragma unroll 4
       for (int t = begin + (part + parts - begin % parts) % parts; t < r; t += parts) {
         const double own = factor[t * stride + h];
@@ -224,14 +229,14 @@ __global__ void __launch_bounds__(kFactorThreads)
     }
     __syncthreads();
     if (works && part == 0) {
-      double square[kRows][kRows], roots[kRows], column[kRows];  // R's square on the diagonal, above it
+      double square[kRows][kRows], roots[kRows], column[kRows];  // square: the part of R above the diagonal in this square
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const bool dead = norms[r + i] == 0;
         double own = r + i < units ? left[i * padded + r + i] : 1.0;
 #pragma unroll
         for (int j = 0; j < i; ++j) own = fma(-square[j][i], square[j][i], own);
-        roots[i] = dead ? 0.0 : 1.0 / ::sqrt(own);  // a NaN where A has no factor, and then so has all that follows
+        roots[i] = dead ? 0.0 : 1.0 / ::sqrt(own);  // a NaN if A has no factor; then everything after it is a NaN, too
 #pragma unroll
         for (int k = i + 1; k < kRows; ++k) {
           double entry = r + k < units ? left[i * padded + r + k] : 0.0;
@@ -240,7 +245,7 @@ __global__ void __launch_bounds__(kFactorThreads)
           square[i][k] = dead ? 0.0 : entry * roots[i];
         }
       }
-      const int place = h - r;  // of the column in the square, if it is there
+      const int place = h - r;  // place of the thread's column in the square, if it is there
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const bool inside = place >= 0 && place < kRows;
@@ -260,8 +265,8 @@ __global__ void __launch_bounds__(kFactorThreads)
   for (int r = part; works && r < units; r += parts) {
     const double value = factor[r * stride + h];
     if (h <= r) trace = fma(value, value, trace);
-    // B's transpose, so that the features are one product of rows: B = R diag(norms).
-    const double mirrored = factor[h * stride + r];  // above the diagonal where r > h
+    // B = R diag(norms) is written transposed, so that the features are one product of rows.
+    const double mirrored = factor[h * stride + r];  // above the diagonal if r > h
     isometry[r * units + h] = h > r ? 0.0 : h < r ? mirrored * norms[r] : norms[r] == 0 ? 0.0 : norms[r] / value;
   }
   trace = warp_sum(trace);
@@ -287,7 +292,7 @@ const char* jacobian_isometry_on(const JacobianIsometry<T>& op, CUstream_st* str
                 in_shared, op.isometry, op.lost);
 }
 
-/// values: [samples, units] or null, of the activation.
+/// values: [samples, units], the activation's values, or null.
 template <class T>
 const char* slopes_on(const JacobianFeatures<T>& op, T* values, CUstream_st* stream) {
   return forward<T, double, T>({op.x, op.first, op.bias, values, op.slopes, op.samples, op.inputs, op.units, op.units,
@@ -315,7 +320,8 @@ const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* str
   double* const features = isometry + op.units * op.units;
   double* const slopes = features + op.samples * op.units;
   double* const norms = slopes + op.samples * op.units;
-  T* const values = op.y ? reinterpret_cast<T*>(features) : nullptr;  // read before the features are written
+  // these are read before the features are written to the same place
+  T* const values = op.y ? reinterpret_cast<T*>(features) : nullptr;
   const JacobianFeatures<T> rows{op.x, op.first, op.bias, isometry, op.samples, op.inputs, op.units, op.activation, features,
                                  slopes};
   const char* error = slopes_on(rows, values, stream);
@@ -333,7 +339,7 @@ const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* str
                                   op.distance, norms, nullptr}, stream);
 }
 
-// Here, where the layer's kernel is compiled for sums in double anyway.
+// wide_linear is here because this file compiles the layer's kernel with sums in double anyway.
 template <class T>
 const char* wide_linear_on(const WideLinear<T>& op, CUstream_st* stream) {
   constexpr ActivationKind kNone = ActivationKind::kIdentity;

@@ -1,7 +1,9 @@
-// One pass over f's outputs. Bandwidth-bound: what counts is how many bytes are on their way to a multiprocessor.
+// path_r2 on CUDA: one pass over f's outputs. Memory bandwidth bounds it, so the number of bytes on their way to a
+// multiprocessor decides its speed. Three kernels: the outputs' scale, then the pairs, by one kernel for small and one for
+// large pairs.
 #include "device.h"
 
-#include "../statistics.h"  // after device.h, whose functions it uses
+#include "../statistics.h"  // after device.h, because it uses its functions
 
 namespace lmn {
 namespace {
@@ -34,13 +36,13 @@ __device__ T not_a_number() {
   return T(NAN);
 }
 
-/// Nobody could check the samples' indices without waiting for the device.
+/// Whether n is the index of a sample. The host cannot check the indices without waiting for the device.
 template <class T>
 __device__ bool is_sample(const PathR2<T>& op, std::int64_t n) {
   return n >= 0 && n < op.samples;
 }
 
-/// Stores a pair's entry, and counts. shares: a NaN where an output is unresolved.
+/// Stores a pair's entry, and counts. shares: a NaN if an output is unresolved.
 template <class T>
 __device__ void store_entry(const PathR2<T>& op, std::int64_t pair, double shares, double constants, bool known) {
   T entry = T(1) - T(shares / double(op.outputs));
@@ -58,13 +60,13 @@ __device__ void store_entry(const PathR2<T>& op, std::int64_t pair, double share
 // ---- the outputs' scale ----
 
 constexpr int kScaleThreads = 1024;
-constexpr int kScaleColumns = 8;  // one 32-byte sector of a row of floats; the samples are what gives the threads work
-constexpr int kScaleBatch = 8;    // loads on their way per thread: 1024 samples of eight outputs are one round trip
+constexpr int kScaleColumns = 8;  // one 32-byte sector of a row of floats; the samples give the threads enough work
+constexpr int kScaleBatch = 8;    // loads on their way per thread; 1024 samples of eight outputs take one round trip
 
 // A block takes `columns` neighbouring outputs (a power of two), kScaleThreads / columns samples at a time.
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int columns) {
-  T* const largest = reinterpret_cast<T*>(dynamic_shared());  // [kScaleThreads], and the same of |y|
+  T* const largest = reinterpret_cast<T*>(dynamic_shared());  // [kScaleThreads] largest differences, then as many largest |y|
   T* const magnitudes = largest + kScaleThreads;
   const int thread = int(threadIdx.x), rows = kScaleThreads / columns;
   const std::int64_t k = std::int64_t(blockIdx.x) * columns + thread % columns;
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int 
 #pragma unroll
       for (int b = 0; b < kScaleBatch; ++b) {
         const T difference = absolute(y[b] - origin);
-        mine = difference > mine ? difference : mine;  // passes a NaN over, as the CPU's kernel does
+        mine = difference > mine ? difference : mine;  // ignores a NaN, as the CPU's kernel does
         magnitude = absolute(y[b]) > magnitude ? absolute(y[b]) : magnitude;
       }
     }
@@ -104,25 +106,26 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int 
   }
 }
 
-// ---- small pairs, by way of shared memory ----
+// ---- small pairs, through shared memory ----
 
 constexpr int kThreads = 128;
-constexpr int kItems = 2;                     // outputs of pairs per thread, which share the loads of the nodes
-constexpr int kTileBytes = 24 * 1024;         // nine blocks on an sm_90 multiprocessor: some load while others add up
+constexpr int kItems = 2;                     // outputs of pairs per thread; they share the loads of the nodes
+constexpr int kTileBytes = 24 * 1024;         // nine blocks on an sm_90 multiprocessor: some blocks load while others add
 constexpr int kSmallPairBytes = kTileBytes / 3;
-constexpr double kConstantShare = -2.0;       // in place of a share, which is never negative; another than kUnresolved
+// stands for a constant output; a share is never negative, and kUnresolved is another number
+constexpr double kConstantShare = -2.0;
 
-/// How a block's values lie in shared memory.
+/// The layout of a block's values in shared memory.
 struct Tile {
-  std::int32_t pairs;     // of a block
+  std::int32_t pairs;     // pairs of a block
   std::int32_t padding;   // values between two pairs' values
   std::int32_t width;     // lanes that add up a pair's shares, a power of two
 };
 
 template <class T> constexpr int kChunk = int(16 / sizeof(T));  // values in 16 bytes
 
-/// Brings op.interior[begin .. begin + count) to `to`, its first value to to[head], where head is begin's distance from
-/// a 16-byte boundary of the memory of the device.
+/// Copies op.interior[begin .. begin + count) to `to`. The first value goes to to[head], where head is the distance of begin
+/// from a 16-byte boundary in global memory.
 template <class T>
 __device__ int copy_values(const PathR2<T>& op, std::int64_t begin, int count, int pair_values, int padding, T* to) {
   const std::int64_t end = op.pairs * pair_values;
@@ -134,7 +137,7 @@ __device__ int copy_values(const PathR2<T>& op, std::int64_t begin, int count, i
     T* const target = to + offset + (padding ? offset / pair_values * padding : 0);
     if (from >= 0 && from + kChunk<T> <= end) {
       copy_async16(target, op.interior + from);
-    } else {  // the array's own first or last values
+    } else {  // first or last values of the whole array
       for (int n = 0; n < kChunk<T>; ++n) {
         if (from + n >= 0 && from + n < end) target[n] = op.interior[from + n];
       }
@@ -143,11 +146,11 @@ __device__ int copy_values(const PathR2<T>& op, std::int64_t begin, int count, i
   return head;
 }
 
-// A block takes tile.pairs neighbouring pairs, one stretch of memory, read 16 bytes at a time; then each thread kItems
-// (pair, output), outputs fastest; then `width` lanes each pair's shares.
+// A block takes tile.pairs neighbouring pairs, which are contiguous in memory, and reads them 16 bytes at a time. Then each
+// thread takes kItems (pair, output), with the outputs fastest. Then `width` lanes add up each pair's shares.
 template <class T>
 __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, DeviceNodes<T> nodes, Tile tile) {
-  // A pair's share where it is one; else kConstantShare or kUnresolved.
+  // The share of each (pair, output), or kConstantShare or kUnresolved.
   T* const shares = reinterpret_cast<T*>(dynamic_shared());  // [kItems * kThreads]
   T* const values = shares + kItems * kThreads;
   const int outputs = int(op.outputs), pair_values = nodes.interior * outputs, thread = int(threadIdx.x);
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
   Output<T> items[kItems];
   const T* y[kItems];
 #pragma unroll
-  for (int n = 0; n < kItems; ++n) {  // while the values are on their way
+  for (int n = 0; n < kItems; ++n) {  // while the copies are on their way
     const int item = thread + n * kThreads, pair = item / outputs, k = item % outputs;
     items[n].start(T(0), T(0), T(0));
     y[n] = values + head;
@@ -209,8 +212,8 @@ template <class T>
 const char* small_pairs(const PathR2<T>& op, const DeviceNodes<T>& nodes, CUstream_st* stream) {
   const int outputs = int(op.outputs), values = nodes.interior * outputs;
   Tile tile{};
-  // Neighbouring pairs' values a multiple of 32 bytes apart lie in few of the 32 banks, or with many outputs in all
-  // of them unless they are a multiple of 128 apart. 16 bytes more leave conflicts of five at most.
+  // If neighbouring pairs are a multiple of 32 bytes apart, their values lie in few of the 32 banks. With many outputs this is
+  // so only for a multiple of 128 bytes. 16 bytes of padding leave conflicts of five at most.
   const int apart = outputs < 8 ? 2 * kChunk<T> : 8 * kChunk<T>;
   const bool aligned = reinterpret_cast<std::uintptr_t>(op.interior) % 16 == 0;
   tile.padding = aligned && values > 0 && values % apart == 0 ? kChunk<T> : 0;
@@ -222,10 +225,10 @@ const char* small_pairs(const PathR2<T>& op, const DeviceNodes<T>& nodes, CUstre
   return launch(small_pairs_kernel<T>, blocks_of(op.pairs, tile.pairs), kThreads, shared, stream, op, nodes, tile);
 }
 
-// ---- large pairs, straight from memory ----
+// ---- large pairs, directly from global memory ----
 
 constexpr int kMostThreads = 256;
-constexpr int kBatchBytes = 64;  // on their way per thread
+constexpr int kBatchBytes = 64;  // loads on their way per thread, in bytes
 
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Pack {
@@ -237,7 +240,7 @@ __device__ Pack<T, kWidth> load(const T* from) {
   return *reinterpret_cast<const Pack<T, kWidth>*>(from);
 }
 
-// A block takes a pair, each thread kWidth neighbouring outputs at a time: neighbouring lanes read neighbouring values.
+// A block takes one pair, and each thread kWidth neighbouring outputs at a time: neighbouring lanes read neighbouring values.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kMostThreads) large_pairs_kernel(PathR2<T> op, DeviceNodes<T> nodes) {
   using Values = Pack<T, kWidth>;

@@ -1,10 +1,12 @@
-// Pairs that the float32 kernels leave as kUnresolved, measured in float64 right behind them: lmnfast/_unresolved.py's resolve
-// without its waits for the device. Of half a million pairs usually none to some hundred are, so the kernel is plain.
+// Pairs that the float32 kernels leave as kUnresolved, measured in float64 immediately after them. This is resolve of
+// lmnfast/_unresolved.py without waits for the device. Of half a million pairs usually none to some hundred are unresolved, so
+// the kernel is simple. path_connectivity.cu and hermite_connectivity.cu enqueue it.
 //
-// A block takes as many pairs at a time as have their points in 32 columns, a lane each, or one pair of more points, and carries
-// all of the network's values there from layer to layer: the points are the path's nodes, or for the polynomials both ends, with
-// slopes, and the path's middle. What is not measured here stays kUnresolved for Python, and is what counts[1] says: pairs with a
-// NaN or Inf, pairs beyond a block's share, networks that are too deep or too wide, rules of many nodes.
+// A block takes as many pairs at a time as have their points in 32 columns (one lane for each), or one pair with more points.
+// It carries all values of the network at these points from layer to layer. The points are the path's nodes, or for the
+// polynomials both ends (with slopes) and the path's middle. Pairs that are not measured here stay kUnresolved for Python, and
+// counts[1] is their number: pairs with a NaN or Inf, pairs beyond a block's share, networks that are too deep or too wide,
+// rules of many nodes.
 #pragma once
 #include "chain.cuh"
 
@@ -12,23 +14,24 @@ namespace lmn {
 namespace {
 namespace unresolved {
 
-constexpr int kMostLayers = 48, kMostNodes = 64;      // that fit a kernel's parameters
-constexpr int kMostPairs = 1 << 14;                   // of a block: a launch cannot be interrupted
-constexpr std::int64_t kMostPanelBytes = 64 << 20;    // of panels outside shared memory, of all blocks
-constexpr std::int64_t kFewestBlocks = 16;            // for so few in so much memory a pair is a product for torch
-constexpr int kTaskUnits = 4;                         // of a layer, for which a lane reads a value once
-constexpr int kEndPoints = 3;                         // of a polynomial's path: both ends and the middle
-constexpr double kAgreeingUlps = 16;                  // samples that differ by no more agree, as in lmnfast/_unresolved.py
+constexpr int kMostLayers = 48, kMostNodes = 64;      // as many as fit the kernel's parameters
+constexpr int kMostPairs = 1 << 14;                   // most pairs of a block, because a launch cannot be interrupted
+constexpr std::int64_t kMostPanelBytes = 64 << 20;    // most bytes of panels outside shared memory, of all blocks
+// if the panels of so few blocks do not fit there, one pair is enough work for torch
+constexpr std::int64_t kFewestBlocks = 16;
+constexpr int kTaskUnits = 4;                         // units of a layer for which a lane reads a value once
+constexpr int kEndPoints = 3;                         // points of a polynomial's path: both ends and the middle
+constexpr double kAgreeingUlps = 16;                  // samples that differ by at most this agree, as in lmnfast/_unresolved.py
 
 struct Unit {
   const float *weights, *biases;  // [width, width before], [width] or null
   double alpha, beta;
   int width, kind;
-  int shift[2];                   // the first column of `exact` that is added to the value before and behind the activation
+  int shift[2];                   // first column of `exact` that is added to the value before and after the activation
   std::int16_t added[2], kept[2]; // slots, as in Layer; none: -1
 };
 
-/// Of several networks the first one's, see in_network: `exact` and the like lie one network's behind the other's.
+/// The kernel's parameters. With several networks the pointers are those of the first one; the arrays of the others follow it.
 struct Unresolved {
   Unit layers[kMostLayers + 1];
   double t[kMostNodes], w[kMostNodes];  // all nodes and their weights
@@ -37,12 +40,12 @@ struct Unresolved {
   const float* inputs;            // [samples, input_width]
   float* connectivity;
   std::int64_t* counts;
-  double* panels;                 // a block's after another's; null: in shared memory
+  double* panels;                 // [blocks][block_panels]; null: in shared memory
   std::int64_t samples, exact_width, input_width;
-  std::int64_t panel, block_panels;  // doubles
+  std::int64_t panel, block_panels;  // sizes in doubles
   int last, nodes, midpoint;
   int points, pairs_at_once, columns;
-  bool has_least;                 // whether outputs behind the last activation have a least magnitude, see _Hoisted.values
+  bool has_least;                 // whether outputs after the last activation have a least magnitude, see _Hoisted.values
   std::int64_t apart;             // bytes between the workspaces of two networks
 
   __device__ const double* own_exact() const { return exact + blockIdx.y * samples * exact_width; }
@@ -58,16 +61,16 @@ struct Unresolved {
 };
 static_assert(sizeof(Unresolved) <= 4096, "a kernel's parameters");
 
-/// A point between two numbers, as lmnfast/_unresolved.py's _between.
+/// A point between two numbers, as in _between of lmnfast/_unresolved.py.
 __device__ inline double between(double first, double second, double t) {
   const double step = second - first;
   return t < 0.5 ? first + t * step : second - (1 - t) * step;
 }
 __device__ inline bool is_finite(double v) { return v - v == 0; }
 
-enum Nearness { kFar, kClose, kSame, kLeft };  // kLeft: Python does it
+enum Nearness { kFar, kClose, kSame, kLeft };  // kLeft: left to Python
 
-/// A warp: how near two samples are.
+/// How near two samples are. A warp calls this.
 __device__ inline int nearness(const Unresolved& p, std::int64_t i, std::int64_t j) {
   const int lane = int(threadIdx.x) % kWarp;
   const double* const exact = p.own_exact();
@@ -94,14 +97,15 @@ __device__ inline int nearness(const Unresolved& p, std::int64_t i, std::int64_t
   return equal || agree ? kSame : distance <= kCloseSamples * largest ? kClose : kFar;
 }
 
-/// One block's pairs and panels. Panels of a block: two of layers in turn, one of least magnitudes, those of the slots; each
-/// [units][columns and one more, so that lanes over units meet no bank twice], and for the polynomials slopes behind.
+/// One block's pairs and panels. The panels of a block are: two for the layers in turn, one for least magnitudes, and one for
+/// each slot. Each panel is [units][columns + 1], and for the polynomials the slopes follow. The additional column keeps lanes
+/// that go over units in different banks.
 template <bool kPolynomial>
 struct Block {
   const Unresolved& p;
   double* panels;
-  const int *first, *second;  // shared, [pairs_at_once]
-  int here;                   // pairs
+  const int *first, *second;  // [pairs_at_once], in shared memory
+  int here;                   // number of pairs
 
   __device__ double* turn(int l) const { return panels + l % 2 * p.panel; }
   __device__ double* least() const { return panels + 2 * p.panel; }
@@ -138,7 +142,7 @@ struct Block {
     }
   }
 
-  /// From a unit's sum to what the next layer takes.
+  /// Goes from a unit's sum to the next layer's input.
   __device__ void settle(int l, int unit, int column, double z, double slope) const {
     const Unit& layer = p.layers[l];
     add(layer, 0, unit, column, z, slope);
@@ -152,7 +156,7 @@ struct Block {
     if constexpr (kPolynomial) to[slopes() + place(unit, column)] = slope;
   }
 
-  /// The samples' points as layer 0.
+  /// Writes the samples' points as layer 0.
   __device__ void begin() const {
     const int used = here * p.points;
     for (std::int64_t n = threadIdx.x; n < std::int64_t(p.layers[0].width) * used; n += kThreads) {
@@ -164,7 +168,8 @@ struct Block {
     }
   }
 
-  /// A warp takes a few units at a time, and a lane a column: weights are the same for all lanes.
+  /// Computes layer l from the layer before. A warp takes a few units at a time, and a lane a column, so all lanes read the
+  /// same weights.
   __device__ void advance(int l) const {
     const Unit& layer = p.layers[l];
     const int depth = p.layers[l - 1].width, used = here * p.points, lane = int(threadIdx.x) % kWarp;
@@ -201,7 +206,7 @@ struct Block {
         settle(l, unit, column, sums[u] + (biases ? double(biases[unit]) : 0.0), its_slopes[u]);
       }
       if (l < p.last || !p.has_least) continue;
-      // Of a sum's rounding: the root of its terms' squares.
+      // The rounding of a sum: the root of the sum of its terms' squares.
       for (int u = 0; u < kTaskUnits && begin + u < layer.width; ++u) {
         double squares = 0;
         for (int d = 0; d < depth; ++d) {
@@ -219,10 +224,10 @@ struct Block {
     return turn(p.last)[slopes() + place(k, pair * p.points + point)];
   }
   __device__ double least_of(int pair, int point, int k) const {
-    return p.has_least ? least()[place(k, pair * p.points + point)] : -1.0;  // below any magnitude
+    return p.has_least ? least()[place(k, pair * p.points + point)] : -1.0;  // less than any magnitude
   }
 
-  /// A warp: the entry of a pair.
+  /// Writes the entry of a pair. A warp calls this.
   __device__ void finish(int pair, int near) const {
     const int lane = int(threadIdx.x) % kWarp, outputs = p.layers[p.last].width;
     const std::int64_t i = first[pair], j = second[pair];
@@ -246,7 +251,7 @@ struct Block {
         rounding *= near == kClose ? Epsilon<double>::value : double(Epsilon<float>::value);
         if (near == kClose) rounding = larger(rounding, at_ends);
         finite &= is_finite(at_ends);
-        const auto share = [&](const auto& value) {  // at a node
+        const auto share = [&](const auto& value) {  // value(m): the output at node m
           const double origin = value(0);
           double mean = 0, scale = 0, covariance = 0, variance = 0;
           for (int m = 0; m < p.nodes; ++m) mean = fma(p.w[m], value(m) - origin, mean);
@@ -270,7 +275,7 @@ struct Block {
           const double middle = output(pair, 2, k);
           double start = output_slope(pair, 0, k), stop = output_slope(pair, 1, k);
           finite &= is_finite(start) && is_finite(stop) && is_finite(middle);
-          // As _without_dead: an exact zero whose slopes are nothing but rounding.
+          // As in _without_dead: an exact zero whose slopes are nothing but rounding.
           const double slight = Epsilon<double>::value * size;
           const bool zero = y_first == 0 && y_second == 0 && middle == 0;
           if (zero && ::fabs(start) <= slight && ::fabs(stop) <= slight) start = stop = 0;
@@ -296,23 +301,23 @@ struct Block {
     sum = warp_sum(sum), constants = warp_sum(constants);
     if (!__all_sync(kAllLanes, finite) || !is_finite(sum) || lane > 0) return;
     const double mean = near == kSame ? 1.0 : sum / outputs;
-    const float entry = float(mean > 1 ? 1.0 : mean);  // rounding may exceed 1
+    const float entry = float(mean > 1 ? 1.0 : mean);  // rounding may bring the mean above 1
     float* const connectivity = p.own_connectivity();
     connectivity[i * p.samples + j] = connectivity[j * p.samples + i] = entry;
     if (constants > 0) count(p.own_counts(), constants);
-    atomicAdd(reinterpret_cast<unsigned long long*>(p.own_counts() + 1), ~0ull);  // one less
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.own_counts() + 1), ~0ull);  // subtracts one
   }
 };
 
-/// A block takes every so many-th row of the matrix from its diagonal on, and measures what it finds there, a few pairs at a time;
-/// sums in one order, whatever the blocks.
+/// A block takes every gridDim.x-th row of the matrix from its diagonal on, and measures the unresolved pairs there, a few at a
+/// time. Sums have the same order for any number of blocks.
 template <bool kPolynomial>
 __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_constant__ Unresolved p) {
   __shared__ int first[kWarp], second[kWarp], near[kWarp];
   __shared__ int2 waiting[kWarp + kThreads];
   __shared__ int found;
   if (threadIdx.x == 0) found = 0;
-  // Other blocks count down meanwhile, so that threads may read differently.
+  // Other blocks decrease the count meanwhile, so threads may read different values.
   if (!__syncthreads_or(p.own_counts()[1] != 0)) return;
   const int warp = int(threadIdx.x) / kWarp;
   double* const panels = p.panels ? in_network(p.panels, p.apart) + blockIdx.x * p.block_panels
@@ -336,7 +341,7 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
       }
     }
     for (int pair = warp; pair < here; pair += kWarps) block.finish(pair, near[pair]);
-    __syncthreads();  // all have done with these pairs
+    __syncthreads();  // all warps have finished with these pairs
   };
   int left = 0, measured = 0;
   const int samples = int(p.samples);
@@ -351,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
         measure(left - p.pairs_at_once, p.pairs_at_once);
         measured += p.pairs_at_once;
       }
-      __syncthreads();  // all have read `found`
+      __syncthreads();  // all threads have read `found`
       if (threadIdx.x == 0) found = left;
     }
   }
@@ -360,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
 
 // ---- the plan ----
 
-/// Everything but the pointer into the workspace; no blocks: left to Python.
+/// Everything except the pointer into the workspace. No blocks: the pairs are left to Python.
 struct Plan {
   Unresolved unresolved{};
   std::int64_t blocks = 0;
@@ -419,7 +424,7 @@ inline Plan make_plan(const PathConnectivity<float>& op, int stencil, Arena& are
   p.panel = widest * (p.columns + 1) * (stencil > 0 ? 2 : 1);
   p.block_panels = p.panel * (3 + slots.count);
   const std::int64_t bytes = p.block_panels * std::int64_t(sizeof(double));
-  constexpr std::int64_t kOwnShared = 4096;  // more than the kernel's own
+  constexpr std::int64_t kOwnShared = 4096;  // more than the kernel's static shared memory
   const bool in_shared = bytes + kOwnShared <= std::int64_t(shared_limit());
   std::int64_t blocks = at_most(2 * device_attribute(cudaDevAttrMultiProcessorCount), op.samples - 1);
   if (!in_shared) {
@@ -438,7 +443,8 @@ inline std::size_t workspace(const PathConnectivity<float>& op, int stencil) {
   return arena.used;
 }
 
-/// stencil: 0 for paths, 2 or 3 as Stencil's size. workspace: 256-byte aligned; apart: bytes between those of two networks.
+/// stencil: 0 for paths, 2 or 3 as Stencil's size. workspace: aligned to 256 bytes. apart: bytes between the workspaces of two
+/// networks.
 inline const char* enqueue(const PathConnectivity<float>& op, int stencil, void* workspace, std::size_t apart,
                            CUstream_st* stream) {
   Arena arena{static_cast<char*>(workspace), std::int64_t(apart)};

@@ -1,0 +1,111 @@
+// The statistics of a pair from the outputs' moments, the pair's entry in the matrix, and the order of the units of work. The
+// kernels of the paths call these at the end of each path.
+#pragma once
+#include "problem.cuh"
+
+#include "../../activation.h"  // these two after device.h, because they use its functions
+#include "../../statistics.h"
+
+namespace lmn {
+namespace {
+
+constexpr int kEndOutputs = 32;
+/// Writes what a pair's statistics need of output k at one sample, to be read at once: y, the part of y that rounding lost, the
+/// square of its rounding, and 1 if an activation may hide this rounding. [samples][kEndOutputs]: lane 4 g + q has the outputs
+/// 16 h + 4 q + m at 4 (4 h + m) + q.
+__device__ inline void write_end(float4* ends, std::int64_t sample, std::int64_t k, float y, float y_low, float rounding,
+                                 float scale) {
+  const std::int64_t place = 4 * (k / 16 * 4 + k % 4) + k % 16 / 4;
+  const float hides = hides_rounding<float, float>(rounding, scale, Epsilon<float>::value);
+  ends[sample * kEndOutputs + place] = make_float4(y, y_low, rounding * rounding, hides);
+}
+
+/// Sums over the outputs of a pair.
+struct PairSums {
+  double nonlinear = 0;  // sum of 1 - r2; a NaN if an output is unresolved
+  int constants = 0;     // number of constant outputs
+};
+
+/// 1 - r2 of an output, as share_of_output gives it, with a fourth of the instructions. False if share_of_output may find the
+/// output constant or unresolved; `share` may then be anything. te: of the moments; bend: variance_t var(e) - te^2; factor: te
+/// is times factor, bend times its square; magnitude: the larger |y| of the two ends.
+__device__ inline bool ordinary_share(float te, float bend, float factor, float chord, float magnitude, float rounding_squared,
+                                      float variance_t, float& share) {
+  constexpr float kConstant = float(kConstantUlps) * Epsilon<float>::value;
+  constexpr float kResolved = float(kResolvedUlps32) * Epsilon<float>::value;
+  const float covariance = fma(te, factor, chord * variance_t), residual = bend * (factor * factor);
+  const float total = fma(covariance, covariance, residual);
+  const float squares = fma(magnitude * (kConstant * kConstant), magnitude, rounding_squared * (kResolved * kResolved));
+  share = ::fmaxf(residual, 0.0f) * reciprocal(total);
+  // One sum replaces the larger of three bounds. No comparison is true for a NaN.
+  return total > fma(squares, variance_t, float(kLeastTotal32)) && total < float(kLargestTotal32);
+}
+
+__device__ inline float bend_of(const Moments<float>& m, float variance_t) {
+  return fma(variance_t, fma(-m.e, m.e, m.ee), -(m.te * m.te));
+}
+
+/// Adds output k between samples i and j. scale: of the output. least: an output below it has underflowed or is about to.
+template <class T>
+__device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, const T* rounding, std::int64_t outputs,
+                                  std::int64_t i, std::int64_t j, std::int64_t k, const Moments<T>& moments,
+                                  T scale, T least, T variance_t) {
+  const std::int64_t at_i = i * outputs + k, at_j = j * outputs + k;
+  const T first = y[at_i], second = y[at_j];
+  const T chord = (second - first) + (y_low[at_j] - y_low[at_i]);
+  const T rounding_squared = rounding[at_i] * rounding[at_i] + rounding[at_j] * rounding[at_j];
+  const Share<T> share = share_of_output<T, T>(chord, moments, larger(absolute(first), absolute(second)), T(0),
+                                               rounding_squared, variance_t, Epsilon<T>::value);
+  const bool vanishes = absolute(first) < least || absolute(second) < least;
+  const T largest_rounding = larger(rounding[at_i], rounding[at_j]);
+  const bool hides = share.constant > 0 && hides_rounding<T, T>(largest_rounding, scale, Epsilon<T>::value) > 0;
+  sums.nonlinear += vanishes || hides || share.unresolved > 0 ? NAN : double(share.nonlinear);
+  sums.constants += share.constant > 0 ? 1 : 0;
+}
+
+/// Whether two samples are close in the sense of kCloseSamples.
+template <class T>
+__device__ inline bool are_close(const T* z, std::int64_t stride, std::int64_t width, std::int64_t i, std::int64_t j) {
+  T distance = 0, largest = 0;
+  for (std::int64_t unit = 0; unit < width; ++unit) {
+    const T first = z[i * stride + unit], second = z[j * stride + unit];
+    distance = larger(distance, absolute(second - first));
+    largest = larger(largest, larger(absolute(first), absolute(second)));
+  }
+  return distance <= largest * T(kCloseSamples);
+}
+
+/// Writes both halves of a pair's entry, and counts. z: [samples, stride], of the first layer.
+template <class T>
+__device__ inline void store_entry(T* connectivity, std::int64_t* counts, const PairSums& sums, const T* z,
+                                   std::int64_t stride, std::int64_t width, std::int64_t samples, std::int64_t outputs,
+                                   std::int64_t i, std::int64_t j) {
+  T entry = T(1 - sums.nonlinear / double(outputs));
+  if (i == j) {
+    entry = T(1);
+  } else if (isnan(sums.nonlinear) || (sizeof(T) == 4 && sums.constants > 0 && are_close(z, stride, width, i, j))) {
+    entry = T(kUnresolved);
+    count(counts + 1, 1);
+  } else if (sums.constants > 0) {
+    count(counts, sums.constants);
+  }
+  connectivity[i * samples + j] = connectivity[j * samples + i] = entry;
+}
+
+/// The n-th unit of work: a first sample i, and the number of a block of `size` second samples; those from i on are measured.
+/// Units with the same block are neighbours, so that warps that share a cache read the same second samples.
+template <class Index>
+LMN_FN void find_unit(Index n, Index size, Index& i, Index& block) {
+  const auto start = [size](Index b) { return size * (b * (b + 1) / 2); };
+  block = Index((::sqrt(1.0 + 8.0 * double(n) / double(size)) - 1.0) / 2.0);
+  while (block > 0 && start(block) > n) --block;
+  while (start(block + 1) <= n) ++block;
+  i = n - start(block);
+}
+inline std::int64_t count_units(std::int64_t samples, std::int64_t size) {
+  const std::int64_t blocks = blocks_of(samples, size);
+  return size * (blocks * (blocks - 1) / 2) + samples;
+}
+
+}  // namespace
+}  // namespace lmn
