@@ -109,12 +109,9 @@ MODULES: dict[type[nn.Module], Callable[[Any], Any]] = {
     nn.FeatureAlphaDropout: _unchanged,
 }
 
+_READ: tuple[Any, ...] = (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
 # As they were at import, as `FORWARDS`.
-FUNCTIONALS = {
-    f.__name__: f
-    for f in (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
-    if getattr(F, f.__name__, None) is f
-}
+FUNCTIONALS = {f.__name__: f for f in _READ if getattr(F, f.__name__, None) is f}
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -310,7 +310,7 @@ def _info(options: argparse.Namespace) -> None:
     facts = [
         ("lmnfast", __version__),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("instruction set", f"{native['isa']} (of {', '.join(native['isas'])}; LMNFAST_ISA chooses)"),
+        ("instruction set", f"{native['isa']} (of {', '.join(cast(list[str], native['isas']))}; LMNFAST_ISA chooses)"),
         ("CUDA kernels", _kernels(str(native["cuda_archs"]).split())),
     ]
     if reason := _native.no_cuda_device():

@@ -165,7 +165,7 @@ class Probe:
                 "probe made in this process"
             )
 
-    def __call__(self, step: int | None = None, **extra: float) -> bool:
+    def __call__(self, step: int | None = None, **extra: float | Tensor) -> bool:
         """Call once per training step; measures when step % every == 0.
 
         Args:

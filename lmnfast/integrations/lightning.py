@@ -151,7 +151,8 @@ class LMNCallback(Callback):
 
     def _log(self, trainer: Trainer, step: int, values: dict[str, float]) -> None:
         assert self._probe is not None
-        beside = [c._probe for c in trainer.callbacks if isinstance(c, LMNCallback)]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set outside of the class, by its connector
+        beside = [c._probe for c in callbacks if isinstance(c, LMNCallback)]
         known = names(self._probe, beside)
         for logger in trainer.loggers:
             logger.log_metrics({known[layer]: lmn for layer, lmn in values.items()}, step=step)

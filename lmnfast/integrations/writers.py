@@ -189,13 +189,14 @@ class WandbWriter:
         if not self._waiting or self._waiting[-1][0] != row["step"] or name in self._waiting[-1][1]:
             self._waiting.append((row["step"], {}))
         self._waiting[-1][1][name] = row["lmn"]
-        (step, values), current = self._waiting[0], None if self._commit else self._run.step
-        joins = self._joined is not None and step == self._joined[1] and not values.keys() & self._joined[2]
-        if self._commit or self._joined is None or current > self._joined[0] or joins:
+        step, values = self._waiting[0]
+        current: int = 0 if self._commit else self._run.step
+        last, joined_step, joined = self._joined or (-1, None, set())  # -1: before any W&B step
+        joins = step == joined_step and not values.keys() & joined
+        if self._commit or current > last or joins:
             self._waiting.pop(0)
             self._run.log({**values, "lmn_step": step}, commit=self._commit)
-            more = self._joined[2] if joins and current == self._joined[0] else set()
-            self._joined = current, step, values.keys() | more
+            self._joined = current, step, values.keys() | (joined if joins and current == last else set())
 
     def close(self) -> None:
         if self._waiting and self._joined is not None:
