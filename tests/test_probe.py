@@ -216,9 +216,9 @@ def held(monkeypatch):
     """Solves wait until the event is set."""
     event = threading.Event()
 
-    def wait(L, **settings):
+    def wait(*arguments):
         assert event.wait(10)
-        return measurement(L, **settings)
+        return measurement(*arguments)
 
     monkeypatch.setattr(lmnfast.probe, "measurement", wait)
     yield event
@@ -248,7 +248,7 @@ def test_waiting_matrices_are_bounded(model, x, held):
 def test_a_solvers_error_is_raised_by_history(model, x, monkeypatch):
     probe = Probe(model, x, "second", every=1)
 
-    def fail(L, **settings):
+    def fail(*arguments):
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(lmnfast.probe, "measurement", fail)
@@ -263,11 +263,11 @@ def test_a_step_that_fails_leaves_no_row(model, x, monkeypatch):
     probe = Probe(model, x, ["first", "second"], every=1)
     calls = []
 
-    def fail_on_second(f, samples, **settings):
+    def fail_on_second(f, samples, settings, **more):
         calls.append(samples)
         if len(calls) in (2, 3):  # with the kept tail and with one cut anew
             raise ValueError("f: NaN")
-        return enqueue(f, samples, **settings)
+        return enqueue(f, samples, settings, **more)
 
     monkeypatch.setattr(lmnfast.probe, "enqueue", fail_on_second)
     with pytest.raises(ValueError, match="f: NaN"):
@@ -726,11 +726,11 @@ def test_a_row_that_fails_keeps_no_other_from_the_writers(model, x, monkeypatch)
     monkeypatch.setattr(lmnfast.probe, "measurement", fail_once)
     writer = Recorder()
     probe = Probe(model, x, ["first", "second"], every=1, writers=[writer])
-    with pytest.raises(RuntimeError, match="solving layer 'second' at step 0 failed: by chance"):
-        with probe:
-            monkeypatch.setattr(probe, "flush", lambda wait=False: wait and Probe.flush(probe, wait))
-            probe(0)
-            probe(1)
+    failed = "solving layer 'second' at step 0 failed: by chance"
+    with pytest.raises(RuntimeError, match=failed), probe:
+        monkeypatch.setattr(probe, "flush", lambda wait=False: wait and Probe.flush(probe, wait))
+        probe(0)
+        probe(1)
     assert [row[:2] for row in writer.rows] == [(0, "first"), (1, "first"), (1, "second")]
     assert writer.closed == 1
 
