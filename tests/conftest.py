@@ -11,6 +11,10 @@ from support import EMULATED, LEVELS, has_cuda
 
 from lmnfast import _native, _threads
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what a test starts
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded():
