@@ -26,10 +26,6 @@ HISTORY = "lmn_history.json"
 class LMNCallback(TrainerCallback):
     """Measures a model's linear mapping number every so many optimizer steps of a Trainer.
 
-        callback = LMNCallback(inputs, "transformer.h.?", every=100).attach(trainer)
-        trainer.train()
-        callback.history
-
     A `Probe` of the model, counted by the trainer's global_step. Each LMN goes, as lmn/<layer> and with the
     step it was measured at, to state.log_history, and to what args.report_to names. A callback is not told
     its trainer, so the latter takes `attach` in place of Trainer(callbacks=[callback]): it then calls on_log
@@ -55,6 +51,13 @@ class LMNCallback(TrainerCallback):
 
     Raises:
         ValueError: every < 1; at the start of a training that shards parameters (FSDP, DeepSpeed).
+
+    Example:
+        Whole in examples/huggingface_trainer.py::
+
+            callback = LMNCallback(inputs, "transformer.h.?", every=100).attach(trainer)
+            trainer.train()
+            callback.history
     """
 
     def __init__(
