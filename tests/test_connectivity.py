@@ -969,13 +969,15 @@ def test_one_matrix_for_any_thread_count(samples, inputs, units, threads):
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh])
-@pytest.mark.parametrize("widths", [(60, 200, 200, 10), (60, 300, 600), (60, 130, 10)])
-def test_one_number_for_any_thread_count(widths, activation, threads):
+@pytest.mark.parametrize(
+    "widths, n", [((60, 200, 200, 10), 150), ((60, 300, 600), 150), ((60, 130, 10), 300)]
+)
+def test_one_number_for_any_thread_count(widths, n, activation, threads):
     """Pairs that are measured again in float64, features of Jacobians, eigenvalues."""
     torch.manual_seed(0)
     layers = [[nn.Linear(a, b), activation()] for a, b in itertools.pairwise(widths)]
     model = nn.Sequential(nn.Linear(60, 60), *(part for pair in layers for part in pair))[:-1]
-    x, results = torch.randn(40, 60).repeat(8, 1)[:300] + 1e-7 * torch.randn(300, 60), []
+    x, results = torch.randn(40, 60).repeat(8, 1)[:n] + 1e-7 * torch.randn(n, 60), []
     for count in (1, 2, 3):
         threads(count)
         results.append([lmnfast.connectivity(model, x, method=method) for method in METHODS])
