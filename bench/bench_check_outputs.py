@@ -5,7 +5,7 @@ pytest bench/bench_check_outputs.py
 
 import pytest
 import torch
-from conftest import best_of
+from timing import best_of
 
 from lmnfast import ops, reference
 

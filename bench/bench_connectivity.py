@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from conftest import best_of
+from timing import best_of
 from torch import nn
 
 import lmnfast
@@ -108,7 +108,7 @@ def floor_and_chunk(network: str, device: torch.device) -> tuple[float, int]:
     chunks = CHUNKS[device.type]
     points = len(x) * (len(x) - 1) / 2 * 19 + len(x)
     batches = [x[torch.arange(19 * chunk) % len(x)] for chunk in chunks[:5]]
-    floor = points * min(best_of(lambda: f(batch), 3) / len(batch) for batch in batches)
+    floor = points * min(best_of(functools.partial(f, batch), 3) / len(batch) for batch in batches)
     return floor, min(chunks, key=lambda c: best_of(lambda: by_hand(f, x, c), 1))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_path_connectivity import LOBATTO, UNIFORM, cases, samples, tail
-from conftest import product_s
+from timing import product_s
 from torch import Tensor
 
 from lmnfast import ops

@@ -3,11 +3,12 @@
 pytest bench/bench_jacobian.py
 """
 
+import itertools
 from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import best_of, product_s
+from timing import best_of, product_s
 from torch import nn
 
 import lmnfast
@@ -25,7 +26,7 @@ def chain_of(widths, device):
         return torch.randn(shape, generator=g, device=device)
 
     return Chain(
-        tuple(draw(o, i) / i**0.5 for i, o in zip(widths, widths[1:])),
+        tuple(draw(o, i) / i**0.5 for i, o in itertools.pairwise(widths)),
         tuple(draw(o) for o in widths[1:]),
         tuple(Activation("silu" if 0 < n < len(widths) - 1 else "identity") for n in range(len(widths))),
     )
@@ -116,7 +117,8 @@ def bench_jacobians(benchmark, measure, precision, device, n, widths, bar):
     x = torch.randn(n, widths[0], generator=torch.Generator(device).manual_seed(1), device=device)
     benchmark.extra_info["floor_s"] = floor(chain, x)
     if bar == "fill":
-        return measure(fill, (chain, x), rounds=15, warmup_rounds=2)
+        measure(fill, (chain, x), rounds=15, warmup_rounds=2)
+        return
     truth = reference.jacobian(f.double(), x[:100].double())
     f.float()
     assert (CALLS[bar](f, x)[:100] - truth).abs().max() < 1e-5 * truth.abs().max()

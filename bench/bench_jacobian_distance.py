@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import best_of, product_s
+from timing import best_of, product_s
 from torch import nn
 
 import lmnfast

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES, best_of
+from timing import DEVICES, best_of
 from torch import nn
 
 import lmnfast

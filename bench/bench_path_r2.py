@@ -5,7 +5,7 @@ pytest bench/bench_path_r2.py
 
 import pytest
 import torch
-from conftest import best_of, copy_rate
+from timing import best_of, copy_rate
 
 from lmnfast import ops, reference
 from lmnfast.quadrature import path_nodes

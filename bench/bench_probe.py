@@ -8,7 +8,7 @@ pytest bench/bench_probe.py
 
 import pytest
 import torch
-from conftest import best_of
+from timing import best_of
 from torch import nn
 
 import lmnfast

@@ -6,7 +6,7 @@ pytest bench/bench_spectrum.py
 
 import pytest
 import torch
-from conftest import product_s
+from timing import product_s
 from torch import nn
 
 import lmnfast

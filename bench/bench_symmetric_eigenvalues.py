@@ -7,7 +7,7 @@ pytest bench/bench_symmetric_eigenvalues.py
 import pytest
 import torch
 from bench_spectrum import connectivity
-from conftest import product_s
+from timing import product_s
 
 from lmnfast import ops, reference
 

@@ -6,62 +6,47 @@ unit of a card is the limit, over that unit's rate by the vendor's tables at the
 """
 
 import functools
-import subprocess
-import time
+from pathlib import Path
 
 import pytest
 import torch
 from results import machine, table
+from timing import (
+    DEVICES,
+    FP32_PER_ACTIVATION,
+    FP32_RATE,
+    HALF_RATE,
+    MUFU_RATE,
+    best_of,
+    clock,
+    copy_rate,
+    synchronised,
+    up_to_8,
+)
 
 from lmnfast import ops
 from lmnfast._chain import Activation, Chain
 from lmnfast.quadrature import path_nodes
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-# Per multiprocessor and clock, dense: matrix units' multiply-adds of halves, by compute capability. FP32 lanes and
-# special functions (MUFU) are 128 and 16 on sm_90, 64 and 16 on sm_80.
-HALF_RATE = {(8, 0): 1024, (9, 0): 2048}
-FP32_RATE = {(8, 0): 64, (9, 0): 128}
-MUFU_RATE = 16
-FP32_PER_ACTIVATION = 9  # interpolation, chord, product with the sigmoid, rounding to halves: an estimate
 LONG_ENOUGH = 2e-3  # seconds, where a call's launches no longer show
 BAR_SECONDS, FEWEST_ROUNDS = 3.0, 3  # a slow rival gets fewer rounds
-
-
-def synchronised() -> float:
-    """Seconds, once the device has done what it was given."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=10**6, help="at most so many calls of a bar are timed")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "benchmark: of pytest-benchmark, which only timing needs")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.path.parent != Path(__file__).parent:  # a test's, where one call collects both
+            continue
         item.add_marker(pytest.mark.benchmark(timer=synchronised))
         # torch's own, where it compiles vmap(jacrev)
         item.add_marker(pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning"))
-
-
-def best_of(call, repeats: int = 5) -> float:
-    """Seconds of the fastest of a few calls, after one to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = synchronised()
-        call()
-        times.append(synchronised() - start)
-    return min(times)
-
-
-def product_s(multiply_adds: float, dtype=torch.float32, device="cpu") -> float:
-    """Seconds of one square matrix product of so many multiply-adds, measured now."""
-    side = max(1, round(multiply_adds ** (1 / 3)))
-    a, b, c = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(3))
-    return best_of(lambda: torch.mm(a, b, out=c))
 
 
 @pytest.fixture(params=DEVICES)
@@ -130,24 +115,6 @@ def activation_rate() -> float:
     return max(pytorchs, ours)
 
 
-@functools.cache
-def copy_rate() -> float:
-    """Bytes per second that a large copy within the card's memory reads and writes together."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / best_of(lambda: target.copy_(source), 10)
-
-
-@functools.cache
-def clock() -> float:
-    """The card's highest, in Hz."""
-    kilohertz = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0)
-    if kilohertz:
-        return 1e3 * kilohertz
-    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "-i0"]
-    return 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
-
-
 @pytest.fixture
 def path_connectivity_floor(request, device):
     """Predicted seconds of the fused kernel, by what limits it, for SiLU between layers of these widths.
@@ -169,21 +136,17 @@ def path_connectivity_floor(request, device):
         card = torch.cuda.get_device_properties(0)
         kind, cycles = (card.major, card.minor), card.multi_processor_count * clock()
         parts = {
-            "MUFU_s": points * sum(map(_up_to_8, hidden)) / (MUFU_RATE * cycles),
+            "MUFU_s": points * sum(map(up_to_8, hidden)) / (MUFU_RATE * cycles),
             "memory_s": 4 * n * (n + widths[1]) / copy_rate(),
         }
         if kind in HALF_RATE:
             products = 3 if torch.get_float32_matmul_precision() == "highest" else 1  # a split into two parts
-            multiply_adds = points * sum(_up_to_8(k) * _up_to_8(m) for k, m in layers)
+            multiply_adds = points * sum(up_to_8(k) * up_to_8(m) for k, m in layers)
             parts["halves_s"] = products * multiply_adds / (HALF_RATE[kind] * cycles)
             parts["FP32_s"] = FP32_PER_ACTIVATION * points * sum(hidden) / (FP32_RATE[kind] * cycles)
         return {"floor_s": max(parts.values()), **parts}
 
     return floor
-
-
-def _up_to_8(width: int) -> int:
-    return (width + 7) // 8 * 8
 
 
 @pytest.fixture

@@ -57,77 +57,18 @@ tests() {
     -k "$only" --maxfail=20 tests
 }
 
-# One small call of each kernel and route, its result held to the CPU's; every shape has a remainder somewhere.
-small='
-import sys, torch
-from lmnfast import ops
-from lmnfast._recognise import recognise
-from lmnfast.quadrature import path_nodes
-device = sys.argv[1]
-def same(name, on_device, on_cpu, bound):
-    error = (on_device.cpu().double() - on_cpu.double()).abs()
-    assert bool((error < bound).all()), (name, float(error.max()))
-    print(name, float(error.max()))
-def eleven_bits(net, x):
-    # Mean over outputs of what 11 bits of the last hidden units, beside their chords, are of the output on a path: it is much where
-    # an output hardly varies beside them, and few outputs do not level it. In the emulator errors at "high" are up to half of it.
-    t = rule[0][:, None]
-    units, last = net[:-1](torch.lerp(x[:, None, None], x[None, :, None], t)), net[-1]
-    bent = units - torch.lerp(units[:, :, :1], units[:, :, -1:], t)
-    of_outputs = (bent.square().mean(2) @ last.weight.square().mT).sqrt()
-    return 2.0**-11 * (of_outputs / last(units).std(2, correction=0)).nan_to_num(0.0).mean(-1)
-torch.manual_seed(0)
-rule = path_nodes("uniform", 21)
-for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
-    for pairs, k in ((37, 1), (37, 10), (19, 31), (5, 300), (5, 301)):
-        y, ends = torch.randn(pairs, 19, k, dtype=dtype), torch.randn(9, k, dtype=dtype)
-        first, second = torch.randint(9, (2, pairs))
-        there = [v.to(device) for v in (y, ends, first, second)]
-        same(f"path_r2 {dtype} {pairs} x 19 x {k}", ops.path_r2(*there, *rule),
-             ops.path_r2(y, ends, first, second, *rule), bound)
-    for n, d, k in ((37, 5, 3), (40, 65, 70)):
-        x, y, L = (torch.randn(shape, dtype=dtype) for shape in ((n, d), (n, k), (n, n)))
-        L[3, 4], y[7, 1] = float("nan"), float("inf")
-        arguments = (x, y, y + 1e-3, y.flip(0), L, torch.tensor([3, 4]))
-        there = [v.to(device) for v in arguments]
-        same(f"check_outputs {dtype} {n} {d} {k}", ops.check_outputs(*there, 1e-7),
-             ops.check_outputs(*arguments, 1e-7), 1e-30)
-    w = torch.randn(3, 101, dtype=dtype)
-    same(f"spectral_entropy {dtype}", ops.spectral_entropy(w.to(device)), ops.spectral_entropy(w), 1e-10)
-    for n in (1, 33, 97):
-        A = torch.randn(2, n, n, dtype=dtype)
-        A = torch.stack([A[0] + A[0].mT, torch.ones(n, n, dtype=dtype)])
-        same(f"symmetric_eigenvalues {dtype} {n}", ops.symmetric_eigenvalues(A.to(device)),
-             ops.symmetric_eigenvalues(A), 1e-12 * n)
-    for widths in ((7, 10, 3), (20, 100, 31), (20, 40, 50, 33)):
-        for act in (torch.nn.SiLU(), torch.nn.GELU(), torch.nn.ReLU()):
-            layers = [m for a, b in zip(widths, widths[1:]) for m in (torch.nn.Linear(a, b), act)][:-1]
-            net = torch.nn.Sequential(*layers).requires_grad_(False).to(dtype)
-            x = torch.randn(37, widths[0], dtype=dtype)
-            high = eleven_bits(net.double(), x.double())
-            net.to(dtype)
-            on_cpu = ops.path_connectivity(recognise(net), x, *rule)
-            for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
-                torch.set_float32_matmul_precision(precision)
-                there = ops.path_connectivity(recognise(net.to(device)), x.to(device), *rule)
-                same(f"path_connectivity {dtype} {precision} {widths} {act}", there, on_cpu,
-                     bound + 2 * high if precision == "high" else bound)
-                net.to("cpu")
-'
-
 sanitize() {
-  echo "$small" > "$log/small.py"
-  stage "small calls" 40 "$python" -P "$log/small.py" "$only"
+  stage "small calls" 40 "$python" -P tests/smoke_gpu.py "$only"
   if ! command -v compute-sanitizer >/dev/null; then
     echo "sanitize: no compute-sanitizer on the path" >&2
     failed+=(sanitize)
     return
   fi
   for tool in memcheck racecheck; do
-    # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows. On an H200 with nothing beside
-    # it racecheck took 52 s.
+    # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows. With five of the eight ops
+    # racecheck took 52 s on an H200 with nothing beside it.
     stage $tool 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
-      "$python" "$log/small.py" "$only"
+      "$python" -P tests/smoke_gpu.py "$only"
   done
 }
 

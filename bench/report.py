@@ -51,8 +51,8 @@ PARTS = {  # of bench/bench_PART.py: what the document says of it
     "jacobian_distance": "Floor: writing the result, or the products (features in float64, half a Gram matrix in "
     "float32), whichever takes longer. Every second sample is close to another; such pairs are taken again in float64, "
     "which the floor leaves out and the rivals' Gram forms get wrong.",
-    "check_outputs": "Floor: the largest and the smallest of the same values. Made for CUDA, where it is one kernel in place of "
-    "thirty; on the CPU every check is made before the work that follows it, and this op is not used.",
+    "check_outputs": "Floor: the largest and the smallest of the same values. Made for CUDA, where it is one kernel "
+    "in place of thirty; on the CPU every check is made before the work that follows it, and this op is not used.",
     "spectral_entropy": "Floor: a sum of the same values. A logarithm of each is dearer than an addition; at 768 values "
     "it is the call that takes the time.",
     "symmetric_eigenvalues": "On the CPU this is LAPACK, on one core up to N = 1024 for the same bits. Floor: two thirds of "

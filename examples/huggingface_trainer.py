@@ -45,7 +45,7 @@ trainer = Trainer(
         use_cpu=True,
         disable_tqdm=True,
     ),
-    train_dataset=[{"input_ids": i, "labels": l} for i, l in zip(tokens, labels, strict=True)],
+    train_dataset=[{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)],
 )
 callback = LMNCallback(
     {"input_ids": tokens[:24]},

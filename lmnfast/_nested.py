@@ -42,7 +42,7 @@ def _with(value: Any, changes: dict[Any, Any]) -> Any:
     return result
 
 
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """The same containers with every tensor replaced by a function of it."""
     if isinstance(value, Tensor):
         return function(value)

@@ -109,9 +109,11 @@ MODULES: dict[type[nn.Module], Callable[[Any], Any]] = {
     nn.FeatureAlphaDropout: _unchanged,
 }
 
+_READ: tuple[Any, ...] = (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
 # As they were at import, as `FORWARDS`.
-_torchs: tuple[Any, ...] = (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
-FUNCTIONALS = {f.__name__: f for f in _torchs if getattr(F, f.__name__, None) is f}
+FUNCTIONALS: dict[str, Any] = {
+    f.__name__: f for f in _READ if hasattr(F, f.__name__) and getattr(F, f.__name__) is f
+}
 
 
 def is_plain(module: nn.Module) -> bool:

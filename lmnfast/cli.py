@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -310,13 +310,16 @@ def _info(options: argparse.Namespace) -> None:
     facts = [
         ("lmnfast", __version__),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("instruction set", f"{native['isa']} (of {', '.join(native['isas'])}; LMNFAST_ISA chooses)"),
+        (
+            "instruction set",
+            f"{native['isa']} (of {', '.join(cast(list[str], native['isas']))}; LMNFAST_ISA chooses)",
+        ),
         ("CUDA kernels", _kernels(str(native["cuda_archs"]).split())),
     ]
     if reason := _native.no_cuda_device():
         facts.append(("CUDA device", f"none: {reason}"))
-    for n in range(torch.cuda.device_count() if reason is None else 0):
-        facts.append((f"CUDA device {n}", _device(torch.device("cuda", n))))
+    cards = range(torch.cuda.device_count() if reason is None else 0)
+    facts += [(f"CUDA device {n}", _device(torch.device("cuda", n))) for n in cards]
     for name, value in facts:
         print(f"{name:15}  {value}")
 

@@ -88,6 +88,14 @@ class Probe:
         ValueError: as `cut`; no layers, a layer named twice, every < 1, an unknown rule or negative, points out of
             range.
         TypeError: as `cut`; points that are no integer.
+
+    Example:
+        >>> model, inputs = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 3)), torch.randn(20, 4)
+        >>> with lmnfast.Probe(model, inputs, ["0", "1"], every=100) as probe:
+        ...     for step in range(101):
+        ...         measured = probe(step, loss=0.5)
+        >>> [(row["step"], row["layer"], row["loss"]) for row in probe.history]
+        [(0, '0', 0.5), (0, '1', 0.5), (100, '0', 0.5), (100, '1', 0.5)]
     """
 
     def __init__(
@@ -165,7 +173,7 @@ class Probe:
                 "probe made in this process"
             )
 
-    def __call__(self, step: int | None = None, **extra: float) -> bool:
+    def __call__(self, step: int | None = None, **extra: float | Tensor) -> bool:
         """Call once per training step; measures when step % every == 0.
 
         Args:

@@ -1,9 +1,11 @@
 """Random chains of Linear and activations, shared by the tests of the fused route."""
 
+import itertools
 import math
 from collections.abc import Callable
 
 import pytest
+import support
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -38,7 +40,7 @@ def random_chain(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     return Chain(
-        weights=tuple(scale * draw(o, i) / i**0.5 for i, o in zip(widths, widths[1:])),
+        weights=tuple(scale * draw(o, i) / i**0.5 for i, o in itertools.pairwise(widths)),
         biases=tuple(draw(o) if bias else None for o in widths[1:]),
         activations=tuple(map(activation, names)),
         skips=skips,
@@ -132,7 +134,7 @@ def assert_stack_is_its_networks(
 
 
 def samples(n: int, width: int, *, seed: int = 1) -> Tensor:
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return support.samples(n, width, seed=seed, dtype=torch.float64)
 
 
 def hermite_condition(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, midpoint: bool) -> Tensor:

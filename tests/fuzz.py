@@ -42,6 +42,8 @@ if __name__ == "__main__":  # kernels and BLAS share the cores with the other pr
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import itertools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -102,7 +104,7 @@ SMOOTH = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", "sin")
 KINKED = ("relu", "leaky_relu", "elu")
 
 
-def draw(seed: int) -> Case:
+def draw(seed: int) -> Case:  # noqa: C901  # one choice after the other, in the order that a seed's case depends on
     rng = np.random.default_rng(seed)
 
     def chance(p: float) -> bool:
@@ -153,7 +155,7 @@ def draw(seed: int) -> Case:
         log_uniform(0.5, 5.0),
         str(rng.choice(["default", "normal", "zero", "none"], p=[0.35, 0.3, 0.1, 0.25])),
     )
-    for fan_in, out in zip(widths, widths[1:]):
+    for fan_in, out in itertools.pairwise(widths):
         case.weights.append(gain * rng.standard_normal((out, fan_in)) / fan_in**0.5)
         scale = {"default": fan_in**-0.5, "normal": 1.0}.get(bias, 0.0)
         case.biases.append(None if bias == "none" else scale * rng.uniform(-1, 1, out))
@@ -824,9 +826,9 @@ def check(case: Case, levels: list[str]) -> list[Verdict]:
                     ):
                         continue
                     refused = isinstance(error, ValueError) and "NaN or Inf" in str(error)
-                    if fine := bounds.setdefault(not generic, expected.bounds(not generic)):
-                        if refused and not (expected.all_finite and np.isfinite(fine.below).all()):
-                            continue
+                    fine = bounds.setdefault(not generic, expected.bounds(not generic))
+                    if fine and refused and not (expected.all_finite and np.isfinite(fine.below).all()):
+                        continue
                     verdict.failure = "refused" if isinstance(error, ValueError) else "raised"
                     verdict.text = str(error) if refused else traceback.format_exc(limit=-2)
                     continue

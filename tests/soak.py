@@ -8,22 +8,13 @@ import os
 import sys
 import threading
 
+import support
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lmnfast
 
 MOST_GROWTH = 4 * 2**20  # bytes, after the first quarter: the C library's heap breathes by about as much
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + torch.tanh(self.first(x))
-        return self.last(nn.functional.silu(self.second(x)))
 
 
 def resources() -> tuple[int, int, int]:
@@ -41,7 +32,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     fused = nn.Sequential(nn.Linear(20, 30), nn.SiLU(), nn.Linear(30, 5))
-    model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), Residual())
+    model = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), support.Residual(20, 5))
     inputs, x = torch.randn(40, 8), torch.randn(40, 20)
     x[1] = x[0] * (1 + 1e-6)  # a pair for float64
     probe = lmnfast.Probe(model, inputs, "0", every=1)
@@ -58,12 +49,12 @@ def main() -> int:
     def probed_anew(n: int) -> None:
         with lmnfast.Probe(model, inputs, "1", every=1) as other:
             other(0)
-            other.history  # noqa: B018: waits
+            assert other.history, "waits for the row"
 
     calls = (
         lambda n: lmnfast.lmn(fused, x),
         lambda n: lmnfast.lmn(lambda z: fused(z), x),
-        lambda n: lmnfast.measure(Residual(), x),
+        lambda n: lmnfast.measure(support.Residual(20, 5), x),
         lambda n: lmnfast.jacobian_distances(fused, x),
         probed,
         cut,
@@ -84,7 +75,8 @@ def main() -> int:
     first, last = seen[1], seen[-1]
     grown = last[0] - first[0] > MOST_GROWTH or last[1] > first[1] or last[2] > first[2]
     print(
-        f"after {quarter}: {(last[0] - first[0]) / 2**20:+.1f} MB, {last[1] - first[1]:+} descriptors, {last[2] - first[2]:+} threads"
+        f"after {quarter}: {(last[0] - first[0]) / 2**20:+.1f} MB, {last[1] - first[1]:+} descriptors, "
+        f"{last[2] - first[2]:+} threads"
     )
     print("a leak" if grown else "flat", f"({threading.active_count()} Python threads at the end)")
     return int(grown)

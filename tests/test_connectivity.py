@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import itertools
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import support
 import torch
 from chains import hermite_condition
 from hypothesis import assume, given, settings
@@ -25,23 +27,14 @@ from lmnfast.grokking.tasks import make_task
 from lmnfast.quadrature import path_nodes
 
 UNIFORM = path_nodes("uniform", 21)
-# Float32: about twice the largest error of an entry that was measured on a card at "highest", 2.7e-5 (README, On a GPU). Float64:
-# what the generic route's Hermite methods may lose (docs/number.md, How far from exact).
+# Float32: about twice the largest error of an entry that was measured on a card at "highest", 2.7e-5 (README, On a
+# GPU). Float64: what the generic route's Hermite methods may lose (docs/number.md, How far from exact).
 ON_A_CARD = {torch.float32: 5e-5, torch.float64: 1e-11}
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def mlp(*widths: int, activation=nn.SiLU, seed: int = 0, gain: float = 2.0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        layers = []
-        for i, o in zip(widths, widths[1:]):
-            layers += [nn.Linear(i, o), activation()]
-        net = nn.Sequential(*layers[:-1])
-        with torch.no_grad():
-            for p in net.parameters():
-                p.mul_(gain)
-    return net
+    return support.mlp(*widths, activation=activation, seed=seed, gain=gain)
 
 
 def inputs(*shape: int, seed: int = 1, dtype=torch.float32) -> torch.Tensor:
@@ -1071,7 +1064,8 @@ def test_a_network_that_works_in_place_does_not_change_the_samples():
 
 @pytest.mark.parametrize("route, n, allowance_mb", [("fused", 961, 64), ("generic", 300, 256 + 64)])
 def test_peak_memory_beyond_the_result(route, n, allowance_mb):
-    """Tail 100 -> 100 -> 31; the generic route would need 2 GB for all paths at once: growth of the process's peak over its state before, less the result."""
+    """Tail 100 -> 100 -> 31; the generic route would need 2 GB for all paths at once: growth of the process's peak over
+    its state before, less the result."""
     code = f"""
 import resource, torch, lmnfast
 from torch import nn
@@ -1156,13 +1150,15 @@ def test_one_matrix_for_any_thread_count(samples, inputs, units, threads):
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh])
-@pytest.mark.parametrize("widths", [(60, 200, 200, 10), (60, 300, 600), (60, 130, 10)])
-def test_one_number_for_any_thread_count(widths, activation, threads):
+@pytest.mark.parametrize(
+    "widths, n", [((60, 200, 200, 10), 150), ((60, 300, 600), 150), ((60, 130, 10), 300)]
+)
+def test_one_number_for_any_thread_count(widths, n, activation, threads):
     """Pairs that are measured again in float64, features of Jacobians, eigenvalues."""
     torch.manual_seed(0)
-    layers = [[nn.Linear(a, b), activation()] for a, b in zip(widths, widths[1:])]
+    layers = [[nn.Linear(a, b), activation()] for a, b in itertools.pairwise(widths)]
     model = nn.Sequential(nn.Linear(60, 60), *(part for pair in layers for part in pair))[:-1]
-    x, results = torch.randn(40, 60).repeat(8, 1)[:300] + 1e-7 * torch.randn(300, 60), []
+    x, results = torch.randn(40, 60).repeat(8, 1)[:n] + 1e-7 * torch.randn(n, 60), []
     for count in (1, 2, 3):
         threads(count)
         results.append([lmnfast.connectivity(model, x, method=method) for method in METHODS])

@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from chains import random_chain, samples
-from conftest import has_cuda
+from support import has_cuda
 from torch import Tensor
 
 from lmnfast import ops
@@ -165,8 +165,8 @@ def test_a_captured_graph_computes_again_from_changed_inputs(op):
 
 
 def outside_of_torch() -> int:
-    """Bytes of the card that are neither free nor this process's torch's. Those of other processes, whose tests run beside these,
-    are among them."""
+    """Bytes of the card that are neither free nor this process's torch's. Those of other processes, whose tests run
+    beside these, are among them."""
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
@@ -177,7 +177,8 @@ def test_all_memory_comes_from_torch(op):
     call()  # its kernels are loaded
     torch.cuda.synchronize()
     allocated, grown = torch.cuda.memory_allocated(), []
-    # The card gives memory in pieces of 2 MB: a call that took 35 KB would leave no round without one. Other processes disturb some.
+    # The card gives memory in pieces of 2 MB: a call that took 35 KB would leave no round without one. Other processes
+    # disturb some.
     while grown.count(0) < 3 and len(grown) < 50:
         before = outside_of_torch()
         for _ in range(60):

@@ -1,6 +1,7 @@
 """What f may do, and what is refused: rows that depend on each other, states, randomness, other numbers of samples."""
 
 import pytest
+import support
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,12 +17,11 @@ REFUSED = "f: gives other outputs for sample .* rows of a batch depend on each o
 
 
 def samples(n: int, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, *(shape or (6,)), generator=torch.Generator().manual_seed(seed))
+    return support.samples(n, *(shape or (6,)), seed=seed)
 
 
-def mlp(*widths: int, end: int = 3) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, end))
+def mlp() -> nn.Sequential:
+    return support.mlp(6, 16, 3)
 
 
 def truth(f, x: Tensor) -> float:

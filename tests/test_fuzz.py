@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import LEVELS
 from fuzz import Case, Expected, Verdict, check, draw, judge, measured
+from support import LEVELS
 
 from lmnfast import _native
 

@@ -566,7 +566,7 @@ def test_what_a_killed_write_has_left_is_deleted_by_the_next_and_others_parts_ar
         "a.csv", f"a.csv.{os.getppid()}.part", f"b.csv.{GONE}.part"
     }  # fmt: skip
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError):
         write_file(tmp_path / "folder", b"x")
     assert not list(tmp_path.glob("folder*part"))
 
@@ -731,7 +731,7 @@ def test_a_run_that_has_measured_nothing_yet_says_so(tmp_path):
 
 
 def test_measuring_the_checkpoints_again_gives_the_runs_numbers(finished):
-    path, rows = measure(finished.path)
+    path, _ = measure(finished.path)
     assert path.name == "measure-hidden_1-path-uniform21.csv"
     with open(path) as again, open(finished.path / "metrics.csv") as first:
         for row, known in zip(csv.DictReader(again), csv.DictReader(first), strict=True):
@@ -891,7 +891,7 @@ def test_a_legend_of_methods_fits_its_figure(tmp_path, monkeypatch):
     draw_methods(tmp_path / "measure-x.csv", rows)
     kept[0].draw_without_rendering()
     box = kept[0].legends[0].get_window_extent()
-    assert 0 <= box.x0 and box.x1 <= kept[0].bbox.x1
+    assert box.x0 >= 0 and box.x1 <= kept[0].bbox.x1
     assert "(20 samples)" in kept[0].axes[0].get_ylabel()
 
 

@@ -341,12 +341,12 @@ class Module(L.LightningModule):
         x, labels = batch
         loss = F.cross_entropy(self(x), labels)
         self.log("loss", loss)
-        if self.automatic_optimization:
-            return loss
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(self(x), labels))
-            optimizer.step()
+        if not self.automatic_optimization:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self(x), labels))
+                optimizer.step()
+        return loss
 
     def configure_optimizers(self):
         made = [torch.optim.AdamW(self.parameters(), lr=1e-2) for _ in range(self.count)]

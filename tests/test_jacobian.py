@@ -1,5 +1,7 @@
 """The fused kernel against automatic differentiation in float64."""
 
+import itertools
+
 import pytest
 import torch
 from chains import LAYERS_THAT_DO_NOT_FIT, assert_refused, cast, random_chain, samples
@@ -121,7 +123,7 @@ def test_views_that_begin_between_boundaries_of_16_bytes(widths, device, dtype):
         memory = tensor.new_empty(tensor.numel() + 1)[1:]
         return memory.copy_(tensor.flatten()).view(tensor.shape)
 
-    chain = random_chain(widths, ["identity", "silu", "tanh", "identity"][: len(widths) - 1] + ["sigmoid"])
+    chain = random_chain(widths, [*["identity", "silu", "tanh", "identity"][: len(widths) - 1], "sigmoid"])
     chain, x = cast(chain, dtype, device), samples(21, widths[0]).to(device, dtype)
     biases = tuple(map(moved, chain.biases))
     elsewhere = Chain(tuple(map(moved, chain.weights)), biases, chain.activations)
@@ -147,7 +149,7 @@ def raw(dtype: torch.dtype) -> list:
 @pytest.mark.parametrize("widths", [[8, 1500, 1500, 8], [100, 2000, 100]])
 def test_ctrl_c_ends_it_and_the_next_result_is_right(widths, interrupted):
     """Layer by layer, and one hidden layer in one product."""
-    weights = tuple(torch.full((o, i), 1 / i) for i, o in zip(widths, widths[1:]))
+    weights = tuple(torch.full((o, i), 1 / i) for i, o in itertools.pairwise(widths))
     names = ("identity", *["silu"] * (len(widths) - 2), "identity")
     chain = Chain(weights, (None,) * len(weights), tuple(map(Activation, names)))
     x = samples(4000, widths[0]).float()

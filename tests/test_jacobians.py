@@ -4,6 +4,7 @@ import copy
 import sys
 
 import pytest
+import support
 import torch
 from torch import nn
 
@@ -15,28 +16,12 @@ from lmnfast._settings import Settings
 F64 = torch.float64
 
 
-def network(*widths, activation=nn.SiLU, end=None, seed=0):
-    torch.manual_seed(seed)
-    layers = []
-    for n, (i, o) in enumerate(zip(widths, widths[1:])):
-        layers += [nn.Linear(i, o), activation()]
-    return nn.Sequential(*layers[:-1], *([end()] if end else []))
+def network(*widths, activation=nn.SiLU, end=None):
+    return nn.Sequential(*support.mlp(*widths, activation=activation), *([end()] if end else []))
 
 
 def samples(n, *shape, seed=1):
-    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Residual(nn.Module):
-    """A chain with a sum, which is differentiated as any other network."""
-
-    def __init__(self, width=6, outputs=4):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(width, width), nn.Linear(width, outputs)
-
-    def forward(self, x):
-        return self.last(x + torch.tanh(self.first(x)))
+    return support.samples(n, *shape, seed=seed)
 
 
 class Convolution(nn.Module):
@@ -56,8 +41,8 @@ NETWORKS = {
     "deep": (network(5, 20, 15, 3), (5,)),
     "more outputs than inputs": (network(3, 20, 15, 40, activation=nn.ReLU), (3,)),
     "activation at the end": (network(5, 20, 3, end=nn.Tanh), (5,)),
-    "residual": (Residual(), (6,)),
-    "residual, more outputs": (Residual(3, 9), (3,)),
+    "residual": (support.Residual(6, 4), (6,)),
+    "residual, more outputs": (support.Residual(3, 9), (3,)),
     "convolution": (Convolution(), (1, 5, 5)),
     "function": (lambda x: torch.stack((x.prod(1), x.sin().sum(1)), 1), (4,)),
     "one of each": (network(1, 8, 1), (1,)),
@@ -194,13 +179,13 @@ def test_relu_exactly_at_zero_has_pytorchs_slope():
 
 
 def test_layers_that_vmap_cannot_run_are_differentiated_output_by_output():
-    class Branch(Residual):
+    class Branch(support.Residual):
         def forward(self, x):
             return super().forward(x) * (2 if x.sum().item() > -1e9 else 1)
 
     x = samples(7, 6)
-    truth = 2 * reference.jacobian(Residual(), x)
-    assert (lmnfast.jacobians(Branch(), x) - truth).abs().max() <= 1e-5
+    truth = 2 * reference.jacobian(support.Residual(6, 4), x)
+    assert (lmnfast.jacobians(Branch(6, 4), x) - truth).abs().max() <= 1e-5
 
 
 def test_networks_that_work_in_place_do_not_change_the_samples():
@@ -483,7 +468,9 @@ def test_modules_that_work_in_place_leave_the_samples_on_every_device(device):
         lmnfast.jacobian_distances(f, x)
         lmnfast.connectivity(f, x)
         assert torch.equal(x, kept) and torch.equal(f(x.clone()), y)
-        rows = [torch.autograd.functional.jacobian(lambda row: f(row.clone()[None])[0], row) for row in x]
+        rows = [
+            torch.autograd.functional.jacobian(lambda row, f=f: f(row.clone()[None])[0], row) for row in x
+        ]
         assert (J - torch.stack(rows).flatten(2)).abs().max() < 1e-5
 
 

@@ -1,5 +1,6 @@
 """Beyond 2^31 values: the CUDA kernels' last blocks, emulated, in memory that they alone touch."""
 
+import itertools
 import mmap
 
 import pytest
@@ -45,7 +46,7 @@ def test_jacobians(widths, last_blocks):
     """One launch for all samples, but for the last widths', whose workspace takes a few thousand at a time."""
     n = BEYOND // (widths[0] * widths[-1]) + 9
     generator = torch.Generator().manual_seed(0)
-    weights = tuple(torch.randn(o, i, generator=generator) / i**0.5 for i, o in zip(widths, widths[1:]))
+    weights = tuple(torch.randn(o, i, generator=generator) / i**0.5 for i, o in itertools.pairwise(widths))
     names = ["silu"] * len(weights) + ["identity"]
     chain = Chain(weights, (None,) * len(weights), tuple(map(Activation, names)))
     x = torch.randn(n, widths[0], generator=generator)

@@ -123,8 +123,9 @@ def test_public_names_are_documented_and_typed(name):
 
 
 def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **environment}
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -184,9 +185,8 @@ def build(tmp_path, *options, **environment):
     paths = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(tools)}
     command = [sys.executable, ROOT / "setup.py", "build_ext", f"--build-temp={tmp_path}/temp", *options]
     command += [f"--build-lib={tmp_path}/lib"]
-    return subprocess.run(
-        command, cwd=tmp_path, env=plain | paths | environment, capture_output=True, text=True
-    )
+    environment = plain | paths | environment
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(

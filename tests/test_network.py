@@ -1,5 +1,6 @@
 """Cutting a network at a layer, and recognising what follows as a chain."""
 
+import itertools
 import operator
 import pickle
 from types import SimpleNamespace
@@ -196,7 +197,7 @@ def chains(draw, residual=False):
     activations = st.lists(st.sampled_from([spelling for _, spelling in SPELLINGS]), max_size=1)
     # A first activation may not work in place here: it would change the caller's input.
     steps = draw(st.sampled_from([[], [], [torch.sin], [nn.GELU()]]))
-    for inputs, outputs in zip(widths, widths[1:]):
+    for inputs, outputs in itertools.pairwise(widths):
         linear = draw(st.sampled_from(LINEARS))
         steps = [
             *steps,
@@ -709,7 +710,7 @@ def test_both_kinds_of_tail_agree():
 
     model = Untraceable()
     x = torch.randn(5, 3)
-    traced, samples = cut(Traceable(model), "model.first", x)
+    traced, _ = cut(Traceable(model), "model.first", x)
     hooked, _ = cut(model, "first", x)
     assert type(traced) is not type(hooked)
     points = torch.randn(30, 4)

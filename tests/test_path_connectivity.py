@@ -18,7 +18,7 @@ from chains import (
     random_sums,
     samples,
 )
-from conftest import EMULATED
+from support import EMULATED
 
 from lmnfast import _native, ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
@@ -32,8 +32,8 @@ LANES = 16  # of the widest vectors in float32
 def condition(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     """(N, N): mean over outputs of magnitude over spread along the path, what a rounding of the output costs r2.
 
-    GELU is z (1 + erf(z / sqrt 2)) / 2, whose rounding is that of 1 + erf times z: far below zero there is nothing else of it, in
-    PyTorch, too, and another erf has another one. So the magnitude is z's there.
+    GELU is z (1 + erf(z / sqrt 2)) / 2, whose rounding is that of 1 + erf times z: far below zero there is nothing else
+    of it, in PyTorch, too, and another erf has another one. So the magnitude is z's there.
     """
     t = UNIFORM[0][:, None]
     *_, z, y = (

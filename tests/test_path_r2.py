@@ -35,7 +35,8 @@ def assert_right(arguments, device, dtype):
     assert ours.dtype == dtype and ours.shape == truth.shape and ours.device.type == device.type
     if truth.numel() == 0:
         return
-    # Twice what PyTorch loses, which in float64 is the truth itself, and a few roundings: outputs vary as much as they are large.
+    # Twice what PyTorch loses, which in float64 is the truth itself, and a few roundings: outputs vary as much as they
+    # are large.
     plain = reference.path_r2(interior.to(dtype), ends.to(dtype), *rest)
     allowed = (
         2 * (plain.double() - truth).abs().max()
@@ -73,7 +74,7 @@ def test_constant_outputs_are_exactly_one(outputs, device, dtype):
 
 @pytest.mark.parametrize("outputs", [1, 5, 40])
 def test_straight_lines_are_one_and_bumps_without_chord_zero(outputs, device, dtype):
-    interior, ends, first, second, nodes, weights = problem(20, outputs)
+    _, ends, first, second, nodes, weights = problem(20, outputs)
     t = nodes[1:-1, None]
     line = torch.lerp(ends[first][:, None], ends[second][:, None], t)
     r2 = ops.path_r2(*on(device, dtype, (line, ends, first, second, nodes, weights))).cpu()

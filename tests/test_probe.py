@@ -726,11 +726,11 @@ def test_a_row_that_fails_keeps_no_other_from_the_writers(model, x, monkeypatch)
     monkeypatch.setattr(lmnfast.probe, "measurement", fail_once)
     writer = Recorder()
     probe = Probe(model, x, ["first", "second"], every=1, writers=[writer])
-    with pytest.raises(RuntimeError, match="solving layer 'second' at step 0 failed: by chance"):
-        with probe:
-            monkeypatch.setattr(probe, "flush", lambda wait=False: wait and Probe.flush(probe, wait))
-            probe(0)
-            probe(1)
+    failed = "solving layer 'second' at step 0 failed: by chance"
+    with pytest.raises(RuntimeError, match=failed), probe:
+        monkeypatch.setattr(probe, "flush", lambda wait=False: wait and Probe.flush(probe, wait))
+        probe(0)
+        probe(1)
     assert [row[:2] for row in writer.rows] == [(0, "first"), (1, "first"), (1, "second")]
     assert writer.closed == 1
 

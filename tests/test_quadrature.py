@@ -77,8 +77,8 @@ def test_numpys_integers_are_integers():
 
 @pytest.mark.parametrize("rule, points", [("uniform", 3), ("uniform", 21), ("lobatto", 5), ("lobatto", 9)])
 def test_the_residuals_moments_keep_their_digits(rule, points):
-    """Of residuals e that are 0 at both ends, var(t) var(e) - cov(e, t)^2 is at least c var(t) E[e^2], and for one of them no more:
-    docs/mathematics.md, section 5."""
+    """Of residuals e that are 0 at both ends, var(t) var(e) - cov(e, t)^2 is at least c var(t) E[e^2], and for one of
+    them no more: docs/mathematics.md, section 5."""
     t, w = (v.numpy() for v in path_nodes(rule, points))
     t = t - w @ t
     v, ends = w @ t**2, w[0] + w[-1]

@@ -1,4 +1,5 @@
-"""The reference against what was not made here: numpy's statistics, fractions, closed forms, and docs/mathematics.md's identities.
+"""The reference against what was not made here: numpy's statistics, fractions, closed forms, and the identities of
+docs/mathematics.md.
 
 Kernels are held to `lmnfast.reference`, so nothing but this file would notice a wrong definition.
 """

@@ -156,10 +156,10 @@ def test_a_job_that_fails_ends_no_other_and_those_not_begun_can_be_left(tmp_path
 
 def test_an_error_of_the_caller_ends_the_processes_at_once():
     started = time.monotonic()
-    with pytest.raises(KeyError):
-        with Pool(1) as pool:
-            for outcome in pool.outcomes(time.sleep, [(0,), (600,)]):
-                raise KeyError
+    with pytest.raises(KeyError), Pool(1) as pool:
+        outcomes = pool.outcomes(time.sleep, [(0,), (600,)])
+        next(outcomes)
+        raise KeyError
     assert time.monotonic() - started < 300
 
 
@@ -168,9 +168,8 @@ def test_a_process_that_dies_is_replaced_but_not_for_ever(tmp_path, capfd):
         (outcome,) = pool.outcomes(die_once, [(str(tmp_path / "died"),)])
     assert outcome.result not in (None, os.getpid())
     assert capfd.readouterr().err.count("a process died; going on with what it left") == 1
-    with pytest.raises(OSError, match="jobs: a process died again and again"):
-        with Pool(1) as pool:
-            list(pool.outcomes(die, [(0,)]))
+    with pytest.raises(OSError, match="jobs: a process died again and again"), Pool(1) as pool:
+        list(pool.outcomes(die, [(0,)]))
     assert capfd.readouterr().err.count("a process died; going on") == DEATHS
 
 

@@ -12,6 +12,7 @@ import threading
 
 import numpy as np
 import pytest
+import support
 import torch
 from torch import Tensor, fx, nn
 
@@ -22,12 +23,11 @@ from lmnfast._undisturbed import evaluating, sharding_of
 
 
 def samples(n: int, *shape: int) -> Tensor:
-    return torch.randn(n, *(shape or (6,)), generator=torch.Generator().manual_seed(0))
+    return support.samples(n, *(shape or (6,)))
 
 
 def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 3))
+    return support.mlp(6, 16, 3)
 
 
 def measure_all(model: nn.Module, layer: str, x: Tensor) -> None:
@@ -79,8 +79,8 @@ class Fills(nn.Module):
 
 
 def contents(model: Fills) -> dict:
-    names = "seen stats shapes last counter order many plain inside counted quietly".split()
-    return {name: getattr(model, name) for name in names}
+    lists = ("seen", "stats", "shapes", "last", "counter", "order", "many", "plain", "inside")
+    return {name: getattr(model, name) for name in (*lists, "counted", "quietly")}
 
 
 def test_containers_and_tensors_that_a_forward_changes_are_put_back_in_place():
@@ -298,8 +298,7 @@ def test_one_model_may_be_measured_by_several_threads_at_once():
     numbers = []
 
     def work():
-        for _ in range(4):
-            numbers.append(float(lmnfast.lmn(*lmnfast.cut(model, "first", x))))
+        numbers.extend([float(lmnfast.lmn(*lmnfast.cut(model, "first", x))) for _ in range(4)])
 
     assert run_together(work, work, work) == []
     assert numbers == pytest.approx([float(right)] * 12, rel=1e-6)
@@ -415,7 +414,7 @@ def test_a_probe_from_before_a_fork_says_so_in_the_child():
     model, x = mlp(), samples(9)
     with lmnfast.Probe(model, x, "0", every=1) as probe:
         probe(0)
-        probe.history
+        assert len(probe.history) == 1
         for use in (lambda: probe(1), lambda: probe.history, probe.state_dict, probe.new_rows):
             assert "RuntimeError: probe: made before this process was forked" in in_a_fork(use)
         assert in_a_fork(probe.close) is None

@@ -217,7 +217,7 @@ _given: tuple[_Work, bytes]  # a spawned process's own
 
 
 def _begin(work: _Work, content: bytes, threads: int) -> None:
-    global _given
+    global _given  # noqa: PLW0603  # a process's initializer has no other way to leave something
     _given = work, content
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(work.precision)

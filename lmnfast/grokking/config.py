@@ -95,7 +95,7 @@ class Config:
         return replace(self, device=settled_device(self.device), threads=threads)
 
 
-def start(config: Config) -> tuple[Task, nn.Module]:
+def start(config: Config) -> tuple[Task, nn.Sequential]:
     """The task and the untrained model, on the config's device. One generator draws the split, then the weights."""
     generator = torch.Generator().manual_seed(config.seed)
     task = make_task(config.task, generator, p=config.p, bits=config.bits)

@@ -51,9 +51,10 @@ def draw(run: str | os.PathLike) -> list[Path]:
     Raises:
         ValueError: not a run.
     """
-    run = read_run(run)
+    done = read_run(run)
     return [
-        draw_layer(run, layer, run.path / "figures" / f"figure2-{layer}.png") for layer in run.config.layers
+        draw_layer(done, layer, done.path / "figures" / f"figure2-{layer}.png")
+        for layer in done.config.layers
     ]
 
 
@@ -100,7 +101,7 @@ def draw_layer(run: Run, layer: str, path: Path, dpi: int = 200, colours: int | 
 
     with rc_context({"font.size": 13, "legend.frameon": False, "lines.linewidth": 2}):
         figure = Figure(figsize=(13, 4.4), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.15, 1])[0]
         _draw_curves(left, run, layer)
         _draw_losses(right, run, layer)
         return save(figure, path, dpi, colours)

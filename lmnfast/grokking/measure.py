@@ -79,13 +79,14 @@ def measure(
     name += "" if config.samples is None else f"-{config.samples}samples"
     name += "" if config.negative == "absolute" else f"-{config.negative}"
     table = path / f"{name}.csv"
+    assert config.threads is not None  # settled
     with claimed(path, "run"), torch_threads(config.threads):
         steps = [step for step in steps_of(path) if step % every == 0]
         if not steps:
             raise ValueError(f"run: no checkpoints of such steps in {path}")
-        if not force and (more := _steps_in(table) - set(steps)):
+        if not force and (lost := _steps_in(table) - set(steps)):
             raise ValueError(
-                f"run: {table} has {len(more)} more steps than this would have, {min(more)} for one; move it away, or "
+                f"run: {table} has {len(lost)} more steps than this would have, {min(lost)} for one; move it away, or "
                 "--force to replace it"
             )
         task, model = start(config)

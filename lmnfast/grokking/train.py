@@ -78,6 +78,7 @@ def train(config: Config, out: str | os.PathLike, *, force: bool = False, progre
                 may_change=lambda name, old, new: name == "steps" and new > old,
             )
         write_json(path / "config.json", asdict(config))
+        assert config.threads is not None  # settled
         with torch_threads(config.threads):
             _Training(config, path).run(progress)
     return read_run(path)
@@ -128,9 +129,8 @@ class _Training:
     def _captured(self) -> Callable[[], None]:
         """The update as one CUDA graph, launched as a whole."""
 
-        def set_capturable(
-            value: bool,
-        ) -> None:  # true only for the capture: torch warns of a step outside of one
+        def set_capturable(value: bool) -> None:
+            # True only for the capture: torch warns of a step outside of one.
             for group in self.optimiser.param_groups:
                 group["capturable"] = value
 
@@ -206,6 +206,7 @@ class _Training:
         self.state = {"step": step, "model": copy.read()["model"], "optimiser": copy.read()["optimiser"]}
 
     def check_metrics(self) -> None:
+        assert self.taken is not None
         step, copy = self.taken
         for name, value in copy.read()["metrics"].items():
             if not abs(value.item()) < float("inf"):

@@ -35,10 +35,6 @@ def _remove(file: Path, process: int) -> None:
 class LMNCallback(Callback):
     """Measures a LightningModule's linear mapping number every so many optimizer steps.
 
-        callback = LMNCallback(inputs, "network.*", every=100)
-        Trainer(callbacks=[callback], ...).fit(module)
-        callback.history
-
     A `Probe` of the module, counted by trainer.global_step: with accumulated gradients that is one per
     optimizer step. Each LMN goes to the trainer's loggers as lmn/<layer>, at the step it was measured at,
     some steps later; the rest at the end of the fit. It is no metric to monitor: only rank 0 has it.
@@ -62,6 +58,13 @@ class LMNCallback(Callback):
 
     Raises:
         ValueError: every < 1; at the start of a fit, where the strategy shards parameters (FSDP, DeepSpeed).
+
+    Example:
+        Whole in examples/lightning_callback.py::
+
+            callback = LMNCallback(inputs, "network.*", every=100)
+            Trainer(callbacks=[callback], ...).fit(module)
+            callback.history
     """
 
     def __init__(self, inputs: Any, layers: str | Sequence[str], every: int = 100, **settings: Any) -> None:
@@ -151,7 +154,8 @@ class LMNCallback(Callback):
 
     def _log(self, trainer: Trainer, step: int, values: dict[str, float]) -> None:
         assert self._probe is not None
-        beside = [c._probe for c in trainer.callbacks if isinstance(c, LMNCallback)]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set outside of the class, by its connector
+        beside = [c._probe for c in callbacks if isinstance(c, LMNCallback)]
         known = names(self._probe, beside)
         for logger in trainer.loggers:
             logger.log_metrics({known[layer]: lmn for layer, lmn in values.items()}, step=step)

@@ -26,10 +26,6 @@ HISTORY = "lmn_history.json"
 class LMNCallback(TrainerCallback):
     """Measures a model's linear mapping number every so many optimizer steps of a Trainer.
 
-        callback = LMNCallback(inputs, "transformer.h.?", every=100).attach(trainer)
-        trainer.train()
-        callback.history
-
     A `Probe` of the model, counted by the trainer's global_step. Each LMN goes, as lmn/<layer> and with the
     step it was measured at, to state.log_history, and to what args.report_to names. A callback is not told
     its trainer, so the latter takes `attach` in place of Trainer(callbacks=[callback]): it then calls on_log
@@ -55,6 +51,13 @@ class LMNCallback(TrainerCallback):
 
     Raises:
         ValueError: every < 1; at the start of a training that shards parameters (FSDP, DeepSpeed).
+
+    Example:
+        Whole in examples/huggingface_trainer.py::
+
+            callback = LMNCallback(inputs, "transformer.h.?", every=100).attach(trainer)
+            trainer.train()
+            callback.history
     """
 
     def __init__(
@@ -107,9 +110,10 @@ class LMNCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module,
+        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        assert model is not None, "a Trainer gives its model"
         strategy = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else None
         refuse_sharded(model, strategy)
         if not state.is_world_process_zero:
@@ -166,7 +170,7 @@ class LMNCallback(TrainerCallback):
         self._probe.flush(saving)
         if saving:
             kept = {**_read(args), self._key: state_of(self._probe)}
-            write_file(Path(args.output_dir) / HISTORY, json.dumps(kept).encode())
+            write_file(_history_file(args), json.dumps(kept).encode())
 
     def _log(self, step: int, by_layer: dict[str, float]) -> None:
         assert self._probe is not None
@@ -186,9 +190,14 @@ class LMNCallback(TrainerCallback):
         return json.dumps(self._plan.identity)
 
 
+def _history_file(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None, "TrainingArguments has a default"
+    return Path(args.output_dir) / HISTORY
+
+
 def _read(args: TrainingArguments) -> dict[str, dict[str, Any]]:
     """The states of the callbacks in lmn_history.json, by what they measure."""
-    file = Path(args.output_dir) / HISTORY
+    file = _history_file(args)
     if not file.exists():
         return {}
     try:

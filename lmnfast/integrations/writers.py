@@ -38,6 +38,16 @@ class CSVWriter:
 
     Raises:
         ValueError: the file lacks the columns step and layer; at the first row: it has rows already, without `resume`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from lmnfast.integrations import CSVWriter
+        >>> model, inputs = nn.Sequential(nn.Linear(4, 8), nn.SiLU()), torch.randn(20, 4)
+        >>> writers = [CSVWriter("lmn.csv")]
+        >>> with lmnfast.Probe(model, inputs, "0", every=10, writers=writers) as probe:
+        ...     measured = [probe(step) for step in range(11)]
+        >>> [line.split(",")[:2] for line in Path("lmn.csv").read_text().splitlines()]
+        [['step', 'layer'], ['0', '0'], ['10', '0']]
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume: bool = False) -> None:
@@ -118,6 +128,13 @@ class TensorBoardWriter:
     Raises:
         ImportError: tensorboard is not installed.
         ValueError: at the first row: the folder has curves of an earlier run, without `resume`.
+
+    Example:
+        >>> from lmnfast.integrations import TensorBoardWriter
+        >>> model, inputs = nn.Sequential(nn.Linear(4, 8), nn.SiLU()), torch.randn(20, 4)
+        >>> writers = [TensorBoardWriter("runs")]
+        >>> with lmnfast.Probe(model, inputs, "0", writers=writers) as probe:
+        ...     measured = probe(0)  # the scalar lmn/0 at step 0
     """
 
     SUFFIX = ".lmn"  # ends the names of its files
@@ -170,6 +187,15 @@ class WandbWriter:
 
     Raises:
         ImportError: wandb is not installed.
+
+    Example:
+        >>> import wandb
+        >>> from lmnfast.integrations import WandbWriter
+        >>> model, inputs = nn.Sequential(nn.Linear(4, 8), nn.SiLU()), torch.randn(20, 4)
+        >>> with wandb.init(mode="disabled") as run:  # "online" or "offline"
+        ...     writers = [WandbWriter(run)]
+        ...     with lmnfast.Probe(model, inputs, "0", writers=writers) as probe:
+        ...         measured = probe(0)
     """
 
     def __init__(self, run: Any, *, commit: bool = False) -> None:
@@ -189,13 +215,14 @@ class WandbWriter:
         if not self._waiting or self._waiting[-1][0] != row["step"] or name in self._waiting[-1][1]:
             self._waiting.append((row["step"], {}))
         self._waiting[-1][1][name] = row["lmn"]
-        (step, values), current = self._waiting[0], None if self._commit else self._run.step
-        joins = self._joined is not None and step == self._joined[1] and not values.keys() & self._joined[2]
-        if self._commit or self._joined is None or current > self._joined[0] or joins:
+        step, values = self._waiting[0]
+        current: int = 0 if self._commit else self._run.step
+        last, joined_step, joined = self._joined or (-1, None, set())  # -1: before any W&B step
+        joins = step == joined_step and not values.keys() & joined
+        if self._commit or current > last or joins:
             self._waiting.pop(0)
             self._run.log({**values, "lmn_step": step}, commit=self._commit)
-            more = self._joined[2] if joins and current == self._joined[0] else set()
-            self._joined = current, step, values.keys() | more
+            self._joined = current, step, values.keys() | (joined if joins and current == last else set())
 
     def close(self) -> None:
         if self._waiting and self._joined is not None:

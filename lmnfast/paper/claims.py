@@ -185,7 +185,8 @@ def fall(run: Run) -> float:
 def _papers_fall(task: str) -> float:
     curve = paper_curves(task)
     known = [(step, value) for step, value in zip(curve["step"], curve["lmn"]) if not math.isnan(value)]
-    return float(np.interp(PAPER[task]["step of generalisation"], *zip(*known))) / PAPER[task]["LMN, peak"]
+    steps, values = zip(*known, strict=True)
+    return float(np.interp(PAPER[task]["step of generalisation"], steps, values)) / PAPER[task]["LMN, peak"]
 
 
 def r_squared(run: Run, column: str = COLUMN, since_peak: bool = False) -> float:
@@ -244,7 +245,7 @@ def linear_network_lmn(run: Run) -> float:
     task, model = start(run.config)
     layers = [module for module in model if isinstance(module, nn.Linear)]
     with torch.no_grad():
-        return lmn(nn.Sequential(*layers), model.embedding(task.train_inputs)).item()
+        return lmn(nn.Sequential(*layers), model.get_submodule("embedding")(task.train_inputs)).item()
 
 
 # Over the seeds --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from .claims import COLUMN, PAPER_ENDS, generalising, second_rise
 from .study import LAYER, RULES, STAND_INS, Seed
 
 SMALL = {"dpi": 110, "colours": 256}  # a third of the file of all colours; a colour bar needs all
-STYLE = {"font.size": 11, "legend.frameon": False, "lines.linewidth": 1.8}
+STYLE: dict[Any, Any] = {"font.size": 11, "legend.frameon": False, "lines.linewidth": 1.8}
 MORE = (PURPLE, ORANGE, SKY, BLACK)
 CLUSTERS = 10  # the paper's
 
@@ -186,8 +186,8 @@ def draw_connectivity(run: Run, path: Path) -> Path:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    moments = {"at initialisation": 0, "memorised": run.memorised, "generalised": run.generalised}
-    moments = {name: step for name, step in moments.items() if step is not None}
+    known = {"at initialisation": 0, "memorised": run.memorised, "generalised": run.generalised}
+    moments = {name: step for name, step in known.items() if step is not None}
     task, model = start(run.config)
     with rc_context(STYLE):
         figure = Figure(figsize=(4.1 * len(moments), 6.6), layout="constrained")

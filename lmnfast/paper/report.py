@@ -44,7 +44,8 @@ from .text import number, table
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-img { max-width: 100% } table { border-collapse: collapse; margin: 1rem 0; font-size: 0.85rem; display: block; overflow-x: auto }
+img { max-width: 100% } table { border-collapse: collapse; margin: 1rem 0; font-size: 0.85rem }
+table { display: block; overflow-x: auto }
 th, td { border: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: left } th { background: #f4f4f4 }
 code { background: #f4f4f4; padding: 0 0.2rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
 """
@@ -197,9 +198,11 @@ def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
         + ", ".join(f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts))
         + ".",
     ]
-    for verdict in ("fails", "undecided"):
-        if names := [f"{claim.name} ({claim.task})" for claim in found if claim.verdict == verdict]:
-            lines.append(f"- {verdict.capitalize()}: {'; '.join(names)}.")
+    lines += [
+        f"- {verdict.capitalize()}: {'; '.join(names)}."
+        for verdict in ("fails", "undecided")
+        if (names := [f"{claim.name} ({claim.task})" for claim in found if claim.verdict == verdict])
+    ]
     if asked:
         lines.append(f"- Of {len(asked)} numbers with a bound, {len(asked) - len(off)} lie within it.")
     lines += [

@@ -213,7 +213,7 @@ def draw(values: Values, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    shown = {layer: [] for layer in ("hidden_1", "embedding")}
+    shown: dict[str, list[tuple[str, str, str]]] = {layer: [] for layer in ("hidden_1", "embedding")}
     for (task, activation), (run, *_) in values.runs.items():  # seed 0's run comes first
         for layer, panels in shown.items():
             if activation == "SiLU" and (run, layer, LOBATTO[0]) in values.value:
@@ -239,10 +239,10 @@ def _draw_panel(axes: Any, values: Values, task: str, layer: str, run: str) -> N
         error = 100 * (pair[1] / pair[0] - 1).abs()
         return values.milliseconds(task, "SiLU", layer, method), error.median().item(), error.max().item()
 
-    cost, middle, most = zip(*map(point, LOBATTO), strict=True)
-    axes.plot(cost, middle, "o-", color=LMN, label="Lobatto, 4 to 9 nodes")
-    axes.vlines(cost, middle, most, color=LMN, alpha=0.4)
-    for name, x, y in zip(LOBATTO, cost, middle, strict=True):
+    costs, medians, largest = zip(*map(point, LOBATTO), strict=True)
+    axes.plot(costs, medians, "o-", color=LMN, label="Lobatto, 4 to 9 nodes")
+    axes.vlines(costs, medians, largest, color=LMN, alpha=0.4)
+    for name, x, y in zip(LOBATTO, costs, medians, strict=True):
         axes.annotate(name.split()[1], (x, y), (5, 4), textcoords="offset points", annotation_clip=True)
     for method, (marker, colour) in MARKS.items():
         cost, middle, most = point(method)
@@ -290,10 +290,11 @@ def write(values: Values, page: Path) -> None:
     for name, lines in sections.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = f"({marks[0]}\n).*?({marks[1]})"
-        if not re.search(pattern, text, re.DOTALL):
+        found = re.search(pattern, text, re.DOTALL)
+        if not found:
             raise ValueError(f"{page}: lacks the marks {' and '.join(marks)}")
         body = "".join(f"{line}\n" for line in lines)
-        text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL)
+        text = text[: found.end(1)] + body + text[found.start(2) :]
     page.write_text(text)
 
 

@@ -218,7 +218,7 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
     Raises:
         ValueError: files are damaged; names them.
     """
-    changes = (
+    changes: tuple[dict[str, Any], ...] = (
         {},
         {"init": "lecun-first", "steps": study.init_steps},
         {"activation": "relu", "steps": study.relu_steps, "every": study.relu_every},
@@ -255,7 +255,8 @@ def _tails(run: Path, steps: Iterable[int]) -> Iterator[tuple[int, Tails]]:
 
     def tails(layer: str) -> tuple[nn.Module, Tensor, Tensor]:
         f, samples = cut(model, layer, torch.cat([task.train_inputs, task.test_inputs]))
-        return f, *samples.tensor_split([len(task.train_inputs)])
+        train_samples, test_samples = samples.tensor_split([len(task.train_inputs)])
+        return f, train_samples, test_samples
 
     for step in steps:
         load_checkpoint(model, run, step)
@@ -275,13 +276,13 @@ def _row(
         m: the measurement that the value is of, or its number of samples alone.
         value: None is the measurement's LMN.
     """
-    known = (
-        {name: getattr(m, name) for name in (*SETTINGS, *SHARES)}
-        if isinstance(m, Measurement)
-        else {"samples": m}
-    )
-    said = {"question": question, "variant": variant, "step": step, "layer": layer}
-    return dict.fromkeys(COLUMNS, "") | said | known | {"value": m.lmn if value is None else value}
+    said = {"question": question, "variant": variant, "step": step, "layer": layer, "value": value}
+    if isinstance(m, Measurement):
+        said |= {name: getattr(m, name) for name in (*SETTINGS, *SHARES)}
+        said["value"] = m.lmn if value is None else value
+    else:
+        said["samples"] = m
+    return {**dict.fromkeys(COLUMNS, ""), **said}
 
 
 def _at_milestone(step: int, tails: Tails) -> list[dict]:
@@ -360,11 +361,16 @@ def read_study(out: Path, tasks: Iterable[str], seeds: int) -> dict[str, list[Se
     """
     return {
         task: [
-            Seed(*map(read_run, _runs(out, task, seed)), read_answers(_answers_file(out, task, seed)))
+            Seed(*_three_runs(out, task, seed), read_answers(_answers_file(out, task, seed)))
             for seed in range(seeds)
         ]
         for task in tasks
     }
+
+
+def _three_runs(out: Path, task: str, seed: int) -> tuple[Run, Run, Run]:
+    main, lecun, relu = map(read_run, _runs(out, task, seed))
+    return main, lecun, relu
 
 
 # Files -----------------------------------------------------------------------------------------------------

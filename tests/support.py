@@ -1,0 +1,50 @@
+"""What tests share: the levels that were built, networks and samples. Fixtures are in conftest.py."""
+
+import itertools
+import platform
+
+import torch
+from torch import Tensor, nn
+
+from lmnfast import _native
+
+LEVELS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
+EMULATED = "emulated-cuda"  # the CUDA kernels on the CPU, in a build with LMNFAST_CUDA=emulated
+if EMULATED in _native._C.isas():
+    LEVELS.append(EMULATED)
+
+
+def has_cuda() -> bool:
+    return _native.cuda_built() and torch.cuda.is_available()
+
+
+def samples(n: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def mlp(
+    *widths: int, activation: type[nn.Module] = nn.SiLU, seed: int = 0, gain: float = 1.0
+) -> nn.Sequential:
+    """Linear layers with an activation between; PyTorch's initialisation, times gain. Leaves the random state."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for i, o in itertools.pairwise(widths):
+            layers += [nn.Linear(i, o), activation()]
+        net = nn.Sequential(*layers[:-1])
+        for parameter in net.parameters():
+            parameter.mul_(gain)
+    return net
+
+
+class Residual(nn.Module):
+    """A residual block, then a Linear: fused on the CPU, and a network as any other on CUDA and for its Jacobians."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(width, width), nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + torch.tanh(self.first(x)))
