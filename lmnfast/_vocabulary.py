@@ -1,4 +1,4 @@
-"""The modules, functions and methods of torch that a chain may be made of, and how each one is read."""
+"""The modules, functions and methods of torch that a chain may consist of, and a reader for each."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _unchanged(input):
     return IDENTITY
 
 
-# Each reads the arguments of a call, by the called function's own signature, into an activation (identity for
-# what leaves a sample as it is) or FLATTEN, or None for what has no place in a chain.
+# Each reader has the signature of the called function. It turns the arguments of a call into an activation (the identity if
+# the call leaves samples as they are) or FLATTEN. It returns None if the call has no place in a chain.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.relu: _named("relu"),
     F.relu_: _named("relu"),
@@ -109,13 +109,13 @@ MODULES: dict[type[nn.Module], Callable[[Any], Any]] = {
     nn.FeatureAlphaDropout: _unchanged,
 }
 
-# As they were at import, as `FORWARDS`.
+# torch's functions at the time of import, like `FORWARDS`.
 _torchs: tuple[Any, ...] = (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
 FUNCTIONALS = {f.__name__: f for f in _torchs if getattr(F, f.__name__, None) is f}
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module means just its class's forward, and for a class of torch's own, torch's."""
+    """Whether a call of the module runs its class's forward and nothing else; for torch's classes, torch's own forward."""
     if hooked(module) or "forward" in vars(module):
         return False
     kind = class_of(module)
@@ -129,13 +129,13 @@ def is_known(module: nn.Module) -> bool:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The module's class; of a parametrised one that before."""
+    """The module's class; for a parametrised module, its class before the parametrisation."""
     return type(module).__bases__[0] if is_parametrised(module) else type(module)
 
 
 def is_parametrised(module: nn.Module) -> bool:
-    """As torch.nn.utils.parametrize says it, in a tenth of the time: an attribute that is missing costs a search."""
-    parts = module._modules  # of a scripted module no dict
+    """As torch.nn.utils.parametrize.is_parametrized, in a tenth of the time: there the missing attribute costs a search."""
+    parts = module._modules  # no dict in a scripted module
     if "parametrizations" not in parts:
         return False
     return isinstance(parts["parametrizations"], nn.ModuleDict) and len(parts["parametrizations"]) > 0

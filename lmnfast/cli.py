@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _in_new_spelling(arguments: list[str]) -> list[str]:
-    """``measure --model`` as ``checkpoints --model``, with a note."""
+    """Turns ``measure --model``, the old name, into ``checkpoints --model``, with a note."""
     names = {argument.partition("=")[0] for argument in arguments}
     if arguments[:1] != ["measure"] or not names & {"--model", "--mode", "--mod", "--mo"}:
         return arguments
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(
         name: str, run: Callable, description: str, after_interrupt: str = ""
     ) -> argparse.ArgumentParser:
-        # An option that is not given stays out of the options, so that every default is written once: in Config.
+        # An option that the user leaves out does not appear in the options. Every default is thus written once, in Config.
         added = commands.add_parser(
             name, help=description, description=description, argument_default=argparse.SUPPRESS
         )
@@ -289,7 +289,7 @@ def _checkpoints(options: argparse.Namespace) -> None:
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], written: Sequence[Path]) -> None:
-    """The LMN of each row, and the files that have more."""
+    """Prints the LMN of each row, and the names of the written files."""
     columns = [name for name in rows[0] if name == "step" or name.startswith("lmn_")]
     widths = [max(16, len(name)) for name in columns]
     print(*(f"{name:>{width}}" for name, width in zip(columns, widths)))
