@@ -43,12 +43,6 @@ class Writer(Protocol):
 class Probe:
     """Measures a model's linear mapping number every so many training steps.
 
-        probe = Probe(model, inputs, "hidden.1", every=100)
-        for step in range(steps):
-            probe(step, loss=loss.item())
-            ...
-        probe.history       # [{"step": 0, "layer": "hidden.1", "lmn": 22.9, ..., "loss": 3.4}, ...]
-
     Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The probe keeps the tail. It
     cuts again when anything in the model except the parameters' values has changed (see `python_state`), or when the tail's
     outputs on the samples are no longer the model's. The connectivity is computed on the calling thread. A background thread
@@ -86,6 +80,17 @@ class Probe:
     Raises:
         ValueError: as `cut`; no layers, a layer named twice, every < 1, an unknown rule or negative, or points out of range.
         TypeError: as `cut`; points is not an integer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> probe = lmnfast.Probe(model, torch.randn(30, 8), "0", every=100)
+        >>> for step in range(150):
+        ...     measured = probe(step, loss=0.5)  # and a training step
+        >>> probe.close()
+        >>> [(row["step"], row["layer"], row["loss"]) for row in probe.history]
+        [(0, '0', 0.5), (100, '0', 0.5)]
+        >>> 1 < probe.history[0]["lmn"] < 30
+        True
     """
 
     def __init__(

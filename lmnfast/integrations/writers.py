@@ -38,6 +38,15 @@ class CSVWriter:
 
     Raises:
         ValueError: the file lacks the columns step and layer; at the first row: the file has rows, and `resume` is False.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from lmnfast.integrations import CSVWriter
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU())
+        >>> with lmnfast.Probe(model, torch.randn(30, 8), "0", every=10, writers=[CSVWriter("lmn.csv")]) as probe:
+        ...     measured = [probe(step) for step in range(20)]
+        >>> [line.split(",")[:2] for line in Path("lmn.csv").read_text().splitlines()]
+        [['step', 'layer'], ['0', '0'], ['10', '0']]
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume: bool = False) -> None:
@@ -117,6 +126,12 @@ class TensorBoardWriter:
     Raises:
         ImportError: tensorboard is not installed.
         ValueError: at the first row: the folder has curves of an earlier run, and `resume` is False.
+
+    Example:
+        >>> from lmnfast.integrations import TensorBoardWriter
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU())
+        >>> with lmnfast.Probe(model, torch.randn(30, 8), "0", every=10, writers=[TensorBoardWriter("runs")]) as probe:
+        ...     measured = [probe(step) for step in range(20)]  # TensorBoard then draws lmn/0 from the folder "runs"
     """
 
     SUFFIX = ".lmn"  # the end of the names of this writer's files
@@ -169,6 +184,15 @@ class WandbWriter:
 
     Raises:
         ImportError: wandb is not installed.
+
+    Example:
+        >>> import wandb
+        >>> from lmnfast.integrations import WandbWriter
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU())
+        >>> run = wandb.init(mode="offline", settings=wandb.Settings(silent=True))
+        >>> with lmnfast.Probe(model, torch.randn(30, 8), "0", every=10, writers=[WandbWriter(run)]) as probe:
+        ...     measured = [probe(step) for step in range(20)]  # W&B then draws lmn/0 over lmn_step
+        >>> run.finish()
     """
 
     def __init__(self, run: Any, *, commit: bool = False) -> None:
