@@ -143,7 +143,7 @@ class StackFindings:
 
     def of_network(self, number: int) -> Findings:
         """The findings of one network, as from a pass of its own."""
-        return _OfNetwork(self, number)
+        return _NetworkFindings(self, number)
 
     def alone(self, number: int) -> Findings:
         """Enqueues a pass over one network."""
@@ -157,7 +157,7 @@ def _side_by_side(values: Tensor) -> Tensor:
     return values.transpose(0, 1).flatten(1)
 
 
-class _OfNetwork(Findings):
+class _NetworkFindings(Findings):
     def __init__(self, stack: StackFindings, number: int) -> None:
         self._stack, self._number, self._samples = stack, number, stack._x.shape[1]
         self._numbers = None

@@ -19,7 +19,7 @@ def check_jacobian(J: Tensor, begin: int = 0) -> None:
     raise ValueError(f"f: NaN or Inf in the Jacobian of sample {first}, the first of {int((~good).sum())}")
 
 
-def other_features(
+def differentiated_features(
     f: Calls, x: Tensor, y: Tensor, allocated: int, affine: bool, checks: Checks
 ) -> Callable[[int, int], Tensor]:
     differentiated = Differentiated(f, x, y, allocated, CPU_TILE // 4, checks)
@@ -29,8 +29,8 @@ def other_features(
         check_jacobian(J, begin)
         if not affine:
             return J.flatten(1)
-        some = x[begin:end].flatten(1).double()
-        offsets = y[begin:end].double() - (J @ some[:, :, None]).squeeze(2)
+        samples = x[begin:end].flatten(1).double()
+        offsets = y[begin:end].double() - (J @ samples[:, :, None]).squeeze(2)
         return torch.cat((J.flatten(1), offsets), 1)
 
     return rows
@@ -55,10 +55,10 @@ class Differentiated:
         if self.constant:
             return J.zero_()
         for start in range(begin, end, self.chunk):
-            some = self.x[start : min(start + self.chunk, end)]
-            J[start - begin : start - begin + len(some)], y = self._differentiate(some)
+            samples = self.x[start : min(start + self.chunk, end)]
+            J[start - begin : start - begin + len(samples)], y = self._differentiate(samples)
             self.checks.repeats(
-                self.f, self.x, self.y, y, list(range(start, start + len(some))), "it alone, or on a few"
+                self.f, self.x, self.y, y, list(range(start, start + len(samples))), "it alone, or on a few"
             )
         return J
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import _native
 from ._chain import Chain
 from ._checks import Checks, Findings, NotTheChain, is_like
-from ._features import of_chain, of_other
+from ._features import compare_chain, compare_differentiated
 from ._generic import generic_paths
 from ._native import Progress
 from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
@@ -258,7 +258,7 @@ class _Prepared:
             return None
         if of_jacobians:
             try:
-                L = of_chain(
+                L = compare_chain(
                     chain, self.x, self.own_ends, "connectivity", again=again, expected=self.expected
                 )
             except NotTheChain:
@@ -313,9 +313,11 @@ class _Prepared:
         chain, settings = self.route.chain, self.settings
         if settings.method == "jacobian":
             if chain is not None:
-                return _resolved(of_chain(chain, self.x, self.ends, "connectivity"))
+                return _resolved(compare_chain(chain, self.x, self.ends, "connectivity"))
             return _resolved(
-                of_other(self.calls, self.x, self.ends, self.allocated, "connectivity", False, self.checks)
+                compare_differentiated(
+                    self.calls, self.x, self.ends, self.allocated, "connectivity", False, self.checks
+                )
             )
         nodes, weights = settings.nodes()
         if chain is not None:

@@ -49,7 +49,7 @@ class LayerRoute:
             lines.append(
                 f"{self.samples[0]} samples of shape {self.samples[1:]}, {self.dtype} on {self.device}"
             )
-        lines.append(self._said())
+        lines.append(self._route_line())
         if self.tile_bytes is not None:
             lines.append(
                 f"tiles of {self.tile_paths} paths of 21 points, {self.tile_points} points a call, "
@@ -57,7 +57,7 @@ class LayerRoute:
             )
         return "\n  ".join(lines)
 
-    def _said(self) -> str:
+    def _route_line(self) -> str:
         if self.route == "fused":
             return f"fused kernel: {self.reason}"
         if self.hooked:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _native, ops
 from ._chain import IDENTITY, Activation, Chain
 from ._checks import Checks, Findings
-from ._differentiated import check_jacobian, other_features
+from ._differentiated import check_jacobian, differentiated_features
 from ._outputs import Calls
 from ._threads import lapack_on_one_core
 from .ops._checks import KERNEL_DTYPES
@@ -54,7 +54,7 @@ def merged(chain: Chain) -> Chain:
     return replace(chain, weights=tuple(weights), biases=tuple(biases), activations=tuple(activations))
 
 
-def of_chain(
+def compare_chain(
     chain: Chain,
     x: Tensor,
     y: Tensor | None,
@@ -78,37 +78,37 @@ def of_chain(
         return torch.full((len(x), len(x)), value, dtype=_result_dtype(x), device=x.device)
     if not on_cuda:
         rows, width = chain_features(chain, x, affine)
-        return of_rows(_checked(rows), x, width, kind)
+        return compare_rows(_checked(rows), x, width, kind)
     hidden = _one_hidden(chain, x)
     if hidden is not None:
-        made, lost, own = _of_one_hidden(hidden, x, affine, kind, with_outputs=y is None)
+        matrix, lost, own = _of_one_hidden(hidden, x, affine, kind, with_outputs=y is None)
         y = y if own is None else own
         y = chain(x) if y is None else y
-        found = Findings(x, y, again, expected, made, lost)
+        found = Findings(x, y, again, expected, matrix, lost)
         found.check()
         if abs(found.count) <= ISOMETRY_ERROR:
             if not found.finite:
-                _name_what_is_not_finite(*_features_on_device(hidden, x, affine)[:2], x, made, kind)
-            return made
+                _name_what_is_not_finite(*_features_on_device(hidden, x, affine)[:2], x, matrix, kind)
+            return matrix
     y = chain(x) if y is None else y
     rows, width = chain_features(chain, x, affine, with_isometry=hidden is None)
-    made = of_rows(rows, x, width, kind)
-    found = Findings(x, y, again, expected, made)
+    matrix = compare_rows(rows, x, width, kind)
+    found = Findings(x, y, again, expected, matrix)
     found.check()
     if not found.finite:
-        _name_what_is_not_finite(rows, width, x, made, kind)
-    return made
+        _name_what_is_not_finite(rows, width, x, matrix, kind)
+    return matrix
 
 
-def of_other(
+def compare_differentiated(
     f: Calls, x: Tensor, y: Tensor, allocated: int, kind: Kind, affine: bool, checks: Checks
 ) -> Tensor:
     """The same for any f. allocated: bytes that f takes for all samples."""
-    rows = other_features(f, x, y, allocated, affine, checks)
-    return of_rows(rows, x, y.shape[1] * (x[0].numel() + affine), kind)
+    rows = differentiated_features(f, x, y, allocated, affine, checks)
+    return compare_rows(rows, x, y.shape[1] * (x[0].numel() + affine), kind)
 
 
-def of_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind: Kind) -> Tensor:
+def compare_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind: Kind) -> Tensor:
     """The same for rows of features, in place of Jacobians."""
     dtype = _result_dtype(x)
     if kind == "connectivity" and not _native.on_cuda(x):
@@ -136,7 +136,7 @@ def _checked(rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]
 
 
 def _name_what_is_not_finite(
-    rows: Callable[[int, int], Tensor], width: int, x: Tensor, made: Tensor, kind: Kind
+    rows: Callable[[int, int], Tensor], width: int, x: Tensor, matrix: Tensor, kind: Kind
 ) -> None:
     """Raises the error behind a matrix that is not finite: a row of features, or in a connectivity an entry.
 
@@ -146,8 +146,8 @@ def _name_what_is_not_finite(
     for begin in range(0, len(x), tile):
         check_jacobian(rows(begin, min(begin + tile, len(x))), begin)
     if kind == "connectivity":
-        made.fill_diagonal_(1)
-        Checks(False).entries(made)
+        matrix.fill_diagonal_(1)
+        Checks(False).entries(matrix)
 
 
 def _one_hidden(chain: Chain, x: Tensor) -> Chain | None:
@@ -164,14 +164,14 @@ def _one_hidden(chain: Chain, x: Tensor) -> Chain | None:
 def _of_one_hidden(
     chain: Chain, x: Tensor, affine: bool, kind: Kind, with_outputs: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`of_chain` by CUDA's kernels for one hidden layer, without a wait.
+    """`compare_chain` by CUDA's kernels for one hidden layer, without a wait.
 
     Returns the matrix, the error of B as `isometry` gives it, and the chain's outputs if the kernels compute them.
     """
     first, last = chain.weights
     if affine or first.dtype != _result_dtype(x) or _tile_rows(len(x), len(first)) < len(x):
         rows, width, lost = _features_on_device(chain, x, affine)
-        return of_rows(rows, x, width, kind), lost, None
+        return compare_rows(rows, x, width, kind), lost, None
     return isometry_distance(
         x.flatten(1),
         first,
@@ -193,9 +193,9 @@ def _features_on_device(
     B, lost = isometry(first, last)
 
     def rows(begin: int, end: int) -> Tensor:
-        some = x[begin:end].flatten(1).to(first.dtype)
-        features = isometric_features(some, first, chain.biases[0], chain.activations[1], B)
-        return torch.cat((features, _offsets(chain, some.double())), 1) if affine else features
+        samples = x[begin:end].flatten(1).to(first.dtype)
+        features = isometric_features(samples, first, chain.biases[0], chain.activations[1], B)
+        return torch.cat((features, _offsets(chain, samples.double())), 1) if affine else features
 
     return rows, len(first) + affine * len(last), lost
 
@@ -221,15 +221,15 @@ def chain_features(
     width = (inputs * outputs if B is None else len(B)) + affine * outputs
 
     def rows(begin: int, end: int) -> Tensor:
-        some = x[begin:end].flatten(1).double()
+        samples = x[begin:end].flatten(1).double()
         if B is None:
-            features = ops.jacobian(chain, some).flatten(1)
+            features = ops.jacobian(chain, samples).flatten(1)
         else:
             # The only nonlinearity is on the input or after the first Linear.
             on_input = chain.activations[0].name != "identity"
-            z = some if on_input else _native.linear(some, chain.weights[0], chain.biases[0])
+            z = samples if on_input else _native.linear(samples, chain.weights[0], chain.biases[0])
             features = _native.linear(_slope(chain.activations[0 if on_input else 1], z)[1], B, None)
-        return torch.cat((features, _offsets(chain, some)), 1) if affine else features
+        return torch.cat((features, _offsets(chain, samples)), 1) if affine else features
 
     return rows, width
 
@@ -344,13 +344,15 @@ def _connectivity(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dty
     # Distances are divided by norms before they are squared: squares of tiny or huge Jacobians would not be finite.
     for begin in range(0, len(x), 256):
         end = min(begin + 256, len(x))
-        least, largest = (of(norms[begin:end, None], norms[begin:]) for of in (torch.minimum, torch.maximum))
+        least, largest = (
+            choose(norms[begin:end, None], norms[begin:]) for choose in (torch.minimum, torch.maximum)
+        )
         # torch's hypot is not used, as its last bits differ where it is not vectorised.
         both = largest * (1 + (least / torch.where(largest > 0, largest, 1.0)).square()).sqrt()
         share = L[begin:end, begin:] / torch.where(both > 0, both, 1.0)
-        some = 1 - share.square()
-        own = some[:, : end - begin]
-        own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
-        L[begin:end, begin:] = some
-        L[end:, begin:end] = some[:, end - begin :].mT
+        entries = 1 - share.square()
+        diagonal = entries[:, : end - begin]
+        diagonal.copy_(diagonal.triu(1) + diagonal.triu(1).mT).fill_diagonal_(1)
+        L[begin:end, begin:] = entries
+        L[end:, begin:end] = entries[:, end - begin :].mT
     return L

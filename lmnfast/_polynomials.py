@@ -79,8 +79,8 @@ def generic_polynomials(
                 counts[0] += (constant & (above & ~left)[..., None]).sum()
                 counts[1] += (left & above).sum()
                 if second.start == i:  # this block holds the diagonal, and every pair twice
-                    own = r2[:, : len(r2)]
-                    own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
+                    diagonal = r2[:, : len(r2)]
+                    diagonal.copy_(diagonal.triu(1) + diagonal.triu(1).mT).fill_diagonal_(1)
                 L[first, second], L[second, first] = r2, r2.mT
         if progress is not None:
             later = len(x) - begin - len(J_first)  # samples whose pairs with one another are not measured yet

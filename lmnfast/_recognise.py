@@ -132,13 +132,13 @@ def _read_graph(graph: fx.Graph, root: nn.Module) -> list[Step]:
         else:
             before = _steps_to(_input(node), results)
             if before is None:
-                raise NotAChain(f"{_said(node, root)} does not work on the result before it alone")
+                raise NotAChain(f"{_described(node, root)} does not work on the result before it alone")
             step = _read_step(node, root)
             if step == IDENTITY or (step == FLATTEN and any(isinstance(s, tuple) for s in steps[:before])):
                 results[node] = before
                 continue
             if before != len(steps):
-                raise NotAChain(f"{_said(node, root)} does not work on the result before it alone")
+                raise NotAChain(f"{_described(node, root)} does not work on the result before it alone")
         if _in_place(node, root):
             overwritten = {results.get(operand) for operand in node.all_input_nodes}
             results = {n: number for n, number in results.items() if number not in overwritten}
@@ -162,9 +162,9 @@ def _read_sum(node: fx.Node, root: nn.Module, results: dict[fx.Node, int], last:
     operands = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
     known = [steps for operand in operands if (steps := _steps_to(operand, results)) is not None]
     if len(known) != 2 or len(operands) != 2 or node.kwargs.keys() - {"input", "other"}:
-        raise NotAChain(f"{_said(node, root)} has other operands than two results of the chain")
+        raise NotAChain(f"{_described(node, root)} has other operands than two results of the chain")
     if max(known) != last or min(known) == last:
-        raise NotAChain(f"{_said(node, root)} does not add an earlier result to the last one")
+        raise NotAChain(f"{_described(node, root)} does not add an earlier result to the last one")
     return Skip(min(known))
 
 
@@ -176,7 +176,7 @@ def _in_place(node: fx.Node, root: nn.Module) -> bool:
     return name.endswith("_") or name == "iadd" or any(a is True for a in (*node.args, *node.kwargs.values()))
 
 
-def _said(node: fx.Node, root: nn.Module) -> str:
+def _described(node: fx.Node, root: nn.Module) -> str:
     """Describes a node in an error message."""
     if node.op == "call_module":
         name = str(node.target).removeprefix("model.")
@@ -186,13 +186,13 @@ def _said(node: fx.Node, root: nn.Module) -> str:
 
 def _chain_of(steps: list[Step]) -> Chain:
     """Joins steps into a chain."""
-    building = _Building({step.source for step in steps if isinstance(step, Skip)})
+    building = _ChainBuilder({step.source for step in steps if isinstance(step, Skip)})
     for step in steps:
         building.add(step)
     return building.chain()
 
 
-class _Building:
+class _ChainBuilder:
     """A chain under construction, from the steps read so far.
 
     sources: numbers of steps whose results are added to later results.
@@ -310,7 +310,7 @@ def _read_step(node: fx.Node, root: nn.Module) -> Step:
     step = table[node.target](*node.args, **node.kwargs) if node.target in table else None
     if step is None:
         raise NotAChain(
-            f"{_said(node, root)} is neither a Linear nor a pointwise activation that the kernels know"
+            f"{_described(node, root)} is neither a Linear nor a pointwise activation that the kernels know"
         )
     return step
 

@@ -113,20 +113,20 @@ def check_function(f: nn.Module, samples: int) -> dict[str, Tensor]:
                         parameters[path] = tensor
         if ".quantized.dynamic." in type(part).__module__:
             raise ValueError(
-                f"f: {_said_of(name)} is quantised dynamically: no scale is part of its state, each call takes it from all "
+                f"f: {_part_name(name)} is quantised dynamically: no scale is part of its state, each call takes it from all "
                 "rows of the batch, so a sample's outputs depend on the other samples; expected the float network, or static "
                 "quantisation"
             )
         if _exported_for(part) == samples:
             raise ValueError(
-                f"f: {_said_of(name)} was exported by torch.export for batches of {samples} samples alone, and is to be called "
+                f"f: {_part_name(name)} was exported by torch.export for batches of {samples} samples alone, and is to be called "
                 "on other numbers of them; export it with a dynamic first dimension: "
                 'torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("samples")},))'
             )
     return parameters
 
 
-def _said_of(name: str) -> str:
+def _part_name(name: str) -> str:
     """Names a part of f in an error message."""
     return f"its part {name.removeprefix('model.')!r}" if name else "it"
 

@@ -119,7 +119,7 @@ def bytes_of(
     On CUDA, without differentiation, these are the bytes that exist at one time; otherwise the bytes of all results. CPU_TILE
     was chosen by the bytes of all results.
     """
-    some = torch.stack([x[row] for row in rows])
+    chosen = torch.stack([x[row] for row in rows])
     with AllocationCount(live=x.is_cuda and not differentiated) as count:
-        again = outputs_of(f, some)
+        again = outputs_of(f, chosen)
     return again, -(-count.bytes * len(x) // len(rows))

@@ -127,8 +127,8 @@ def _unresolved_pairs(L: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
     for begin in range(0, len(L), rows):
         first, second = (L[begin : begin + rows] == UNRESOLVED).triu_(begin + 1).nonzero(as_tuple=True)
         first = first + begin
-        for some in range(0, len(first), most):
-            yield first[some : some + most], second[some : some + most]
+        for start in range(0, len(first), most):
+            yield first[start : start + most], second[start : start + most]
 
 
 def _without_rounding(y: Tensor, least: Tensor | None) -> Tensor:

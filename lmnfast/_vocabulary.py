@@ -18,7 +18,7 @@ Linear = tuple[Tensor, Tensor | None]  # weight and bias
 Step = Any  # of a chain: Linear, Affine, Activation, Skip or FLATTEN
 
 
-def _named(name: str):
+def _activation_named(name: str):
     return lambda input, inplace=False: Activation(name)
 
 
@@ -59,22 +59,22 @@ def _unchanged(input):
 # Each reader has the signature of the called function. It turns the arguments of a call into an activation (the identity if
 # the call leaves samples as they are) or FLATTEN. It returns None if the call has no place in a chain.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.relu: _named("relu"),
-    F.relu_: _named("relu"),
-    torch.relu: _named("relu"),
+    F.relu: _activation_named("relu"),
+    F.relu_: _activation_named("relu"),
+    torch.relu: _activation_named("relu"),
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu,
     F.elu: _elu,
     F.elu_: _elu,
-    F.silu: _named("silu"),
+    F.silu: _activation_named("silu"),
     F.gelu: _gelu,
-    torch.tanh: _named("tanh"),
-    torch.tanh_: _named("tanh"),
-    torch.sigmoid: _named("sigmoid"),
-    torch.sigmoid_: _named("sigmoid"),
+    torch.tanh: _activation_named("tanh"),
+    torch.tanh_: _activation_named("tanh"),
+    torch.sigmoid: _activation_named("sigmoid"),
+    torch.sigmoid_: _activation_named("sigmoid"),
     F.softplus: _softplus,
-    torch.sin: _named("sin"),
-    torch.sin_: _named("sin"),
+    torch.sin: _activation_named("sin"),
+    torch.sin_: _activation_named("sin"),
     F.dropout: _dropout(True),
     F.dropout1d: _dropout(True),
     F.dropout2d: _dropout(True),
@@ -84,7 +84,11 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.flatten: _flatten(0),
 }
 TENSOR_METHODS: dict[Any, Callable[..., Any]] = {
-    **{name + suffix: _named(name) for name in ("relu", "tanh", "sigmoid", "sin") for suffix in ("", "_")},
+    **{
+        name + suffix: _activation_named(name)
+        for name in ("relu", "tanh", "sigmoid", "sin")
+        for suffix in ("", "_")
+    },
     "flatten": _flatten(0),
     "contiguous": _unchanged,
     "clone": _unchanged,

@@ -18,7 +18,7 @@ from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_c
 from .grokking.config import Config
 from .grokking.figures import draw, draw_methods, named
 from .grokking.measure import measure
-from .grokking.model import ACTIVATIONS, INITS, LAYERS
+from .grokking.model import ACTIVATION_MODULES, INITS, LAYERS
 from .grokking.run import Run
 from .grokking.tasks import TASKS, training_samples
 from .grokking.train import train
@@ -118,7 +118,9 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
     grok.add_argument("--every", type=int, help=f"steps from one measurement to the next ({Config.every})")
     grok.add_argument("--seed", type=int, help=f"of the split and the weights ({Config.seed})")
     grok.add_argument("--init", choices=INITS, help=f"initialisation of the weights ({Config.init})")
-    grok.add_argument("--activation", choices=ACTIVATIONS, help=f"between the layers ({Config.activation})")
+    grok.add_argument(
+        "--activation", choices=ACTIVATION_MODULES, help=f"between the layers ({Config.activation})"
+    )
     grok.add_argument("--threads", type=int, help="on the CPU (the run's; torch's for a new one)")
     grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
     grok.add_argument(
@@ -230,7 +232,7 @@ def _methods(text: str) -> tuple[str, ...]:
 def _grok(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
-    given = _given(options)
+    given = _given_options(options)
     out, force = given.pop("out", None), given.pop("force", False)
     config = Config(**given)
     run = train(config, out or f"runs/{config.task}-seed{config.seed}", force=force, progress=True)
@@ -261,14 +263,14 @@ def _paper(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
-    path, rows = measure(**_given(options), progress=True)
+    path, rows = measure(**_given_options(options), progress=True)
     _print_rows(rows, [path, draw_methods(path, rows)] if "+" in rows[0]["method"] else [path])
 
 
 def _checkpoints(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
-    given = _given(options)
+    given = _given_options(options)
     inputs, samples = load_inputs(given.pop("inputs")), given.pop("samples", None)
     if samples is not None:
         inputs = first_samples(inputs, samples)
@@ -376,7 +378,7 @@ def _how(config: Config) -> str:
     return config.method + nodes + (", negative eigenvalues clipped" if config.negative == "clip" else "")
 
 
-def _given(options: argparse.Namespace) -> dict:
+def _given_options(options: argparse.Namespace) -> dict:
     return {
         name: value for name, value in vars(options).items() if name not in ("command", "after_interrupt")
     }

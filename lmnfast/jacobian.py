@@ -10,7 +10,7 @@ from . import _native
 from ._chain import IDENTITY, Chain
 from ._checks import Checks, Findings, NotTheChain, is_like
 from ._differentiated import Differentiated, check_jacobian
-from ._features import Kind, of_chain, of_other
+from ._features import Kind, compare_chain, compare_differentiated
 from ._outputs import Calls, first_outputs, gives_outputs
 from ._recognise import recognise, why_no_chain
 from ._route import find_route
@@ -129,11 +129,11 @@ def jacobian_distances(
         chain, y, again, allocated = _prepared(calls, x, kept.in_order)
         if chain is not None:
             try:
-                return of_chain(chain, x, y, kind, affine, again)
+                return compare_chain(chain, x, y, kind, affine, again)
             except NotTheChain:
                 pass
         assert y is not None
-        return of_other(calls, x, y, allocated, kind, affine, Checks(False))
+        return compare_differentiated(calls, x, y, allocated, kind, affine, Checks(False))
 
 
 @alone()

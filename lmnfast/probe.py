@@ -291,7 +291,7 @@ class Probe:
                 if done is not None:
                     done.synchronize()
                 enqueued.check()
-                numbers = {k: v.read() if isinstance(v, _Later) else v for k, v in extra.items()}
+                numbers = {k: v.read() if isinstance(v, _NumberOnDevice) else v for k, v in extra.items()}
                 m = measurement(enqueued, self._settings, self._negative)
                 if layer not in self._warned and (problem := enqueued.offset_problem()):
                     self._problems[layer] = problem
@@ -320,7 +320,7 @@ class Probe:
 
     def _number(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_cuda and value.numel() == 1:
-            return _Later(value, self._streams_on(value.device)[1])
+            return _NumberOnDevice(value, self._streams_on(value.device)[1])
         return value.item() if hasattr(value, "item") else value
 
     @property
@@ -484,7 +484,7 @@ class _Tail:
         return self._chain
 
 
-class _Later:
+class _NumberOnDevice:
     """The present value of a number on a CUDA device. Only `read` waits for it."""
 
     def __init__(self, value: Tensor, stream: torch.cuda.Stream) -> None:

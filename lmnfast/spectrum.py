@@ -206,8 +206,8 @@ class Measurement:
     """sum |w| over the negative eigenvalues, as a share of sum |w| over all eigenvalues."""
 
     def __repr__(self) -> str:
-        shown = (f.name for f in fields(self) if f.type is not Tensor)
-        return f"Measurement({', '.join(f'{name}={_shown(getattr(self, name))}' for name in shown)})"
+        names = (f.name for f in fields(self) if f.type is not Tensor)
+        return f"Measurement({', '.join(f'{name}={_formatted(getattr(self, name))}' for name in names)})"
 
     def __float__(self) -> float:
         return self.lmn
@@ -225,7 +225,7 @@ class Measurement:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
