@@ -78,13 +78,13 @@ def contents(value: Any) -> str:
     """Describes a container in an error message."""
     kind = type(value).__name__
     if isinstance(value, Mapping):
-        return f"a {kind} of {few(map(repr, value)) or 'nothing'}"
+        return f"a {kind} of {first_names(map(repr, value)) or 'nothing'}"
     if isinstance(value, (tuple, list)):
         return f"a {kind} of {len(value)}"
     return f"a {kind}"
 
 
-def few(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
     """The first names of a list, and the number of names left out."""
     names = list(names)
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
