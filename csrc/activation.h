@@ -1,7 +1,7 @@
-// Each activation and its derivative once, for host and device; PyTorch's definitions, also where they have a kink.
+// Each activation and its derivative, written once for host and device. The definitions are PyTorch's, at kinks too.
 //
-// V is a float, a double, or a vector of lanes of either. The including file defines, for V, before it includes
-// this: exp, expm1, log1p_unit (on [0, 1]), erf, sin, cos, tanh, reciprocal, absolute, fma, splat<V>(scalar).
+// V is a float, a double, or a vector of lanes of either. The including file must first define, for V:
+// exp, expm1, log1p_unit (on [0, 1]), erf, sin, cos, tanh, reciprocal, absolute, fma, splat<V>(scalar).
 #pragma once
 #include "common.h"
 
@@ -57,7 +57,7 @@ LMN_FN V derivative(V z, T alpha, T beta) {
     const V t = tanh(kScale * (z + kCubic * z * z * z)), steep = 1 - t * t;
     const V inner = kScale * (1 + 3 * kCubic * z * z);
     const V slope = static_cast<T>(0.5) * z * steep * inner;
-    return static_cast<T>(0.5) * (1 + t) + (steep > V{} ? slope : V{});  // beyond, z * z may be infinite
+    return static_cast<T>(0.5) * (1 + t) + (steep > V{} ? slope : V{});  // for larger |z|, z * z may be infinite
   }
   if constexpr (kKind == ActivationKind::kTanh) {
     const V t = tanh(z);
@@ -74,8 +74,8 @@ LMN_FN V derivative(V z, T alpha, T beta) {
   if constexpr (kKind == ActivationKind::kSin) return cos(z);
 }
 
-/// Calls function(constant) with the activation's kind as `constant.value`, known to the compiler: the one way from a kind to
-/// the code made for it.
+/// Calls function(constant), where `constant.value` is the activation's kind, known to the compiler. Every choice of code by
+/// kind goes through this function.
 template <int kKind>
 struct KindConstant {
   static constexpr ActivationKind value = ActivationKind(kKind);
@@ -88,14 +88,14 @@ LMN_FN void with_kind(ActivationKind kind, const Function& function) {
   function(KindConstant<kKind>{});
 }
 
-/// The chord of z, or of a, between two samples. Written once: both must round alike, so that a linear piece leaves no residual
-/// at all.
+/// The chord of z, or of a, between two samples. Both use this one function and so round alike: a linear piece then has a
+/// residual of exactly 0.
 template <class V, class T>
 LMN_FN V on_chord(V first, V second, T t) {
   return fma(splat<V>(t), second - first, first);
 }
 
-/// Whether the activation is never 0 but where it underflows.
+/// Whether the activation is 0 only where it underflows.
 LMN_FN bool never_zero(ActivationKind kind) {
   return kind == ActivationKind::kSigmoid || kind == ActivationKind::kSilu || kind == ActivationKind::kSoftplus;
 }

@@ -1,5 +1,5 @@
-// What host and device both define stands here once: sizes, the numbers of a dtype, an output's scale, a workspace's pieces,
-// the slots of values that a chain adds. Plain C++: it needs neither a CPU's vectors nor CUDA's header.
+// Definitions that host and device share: sizes, the numbers of a dtype, an output's scale, the pieces of a workspace, the
+// slots of values that a chain adds. Plain C++, without CPU vectors and without CUDA's header.
 #pragma once
 #include <math.h>
 
@@ -33,8 +33,8 @@ template <class V> LMN_FN V larger(V a, V b) { return a < b ? b : a; }  // a NaN
 
 // ---- the outputs' scale ----
 
-/// Power of two that brings the largest |value - value of the first sample| to [0.5, 1): r2 does not see it, but the
-/// squares of very small or large outputs would underflow or overflow.
+/// The power of two that brings the largest |value - value of the first sample| to [0.5, 1). The factor does not change r2.
+/// Without it the squares of very small or large outputs would underflow or overflow.
 template <class T>
 LMN_FN T output_scale(T largest_difference) {
   if (!(largest_difference > 0) || isinf(largest_difference)) return T(1);
@@ -47,7 +47,8 @@ LMN_FN T output_scale(T largest_difference) {
 
 // ---- a workspace ----
 
-/// Hands out pieces of a workspace that begin at multiples of kAlignment bytes; with a null base it only counts.
+/// Hands out pieces of a workspace. Each piece begins at a multiple of kAlignment bytes. With a null base it only counts
+/// bytes.
 template <int kAlignment>
 struct ArenaOf {
   char* const base;
@@ -62,14 +63,14 @@ struct ArenaOf {
 
 // ---- slots ----
 
-/// Slots for the values that a chain adds to later ones; a slot is free again behind the last of those. skips: [values], what
-/// is added to each, or -1. slots: [values], -1 for a value that is added to none. free_from: [as many as values are added],
-/// scratch. Returns the number of slots.
+/// Assigns slots to the values that a chain adds to later values. A slot is free again after the last addition of its value.
+/// skips: [values], the number of the value that is added to each value, or -1. slots: [values], the result; -1 for a value
+/// that is never added. free_from: [number of added values], scratch. Returns the number of slots.
 inline int assign_slots(const std::int32_t* skips, int values, int* slots, int* free_from) {
   int count = 0;
   for (int value = 0; value < values; ++value) slots[value] = -1;
   for (int value = 0; value < values; ++value) {
-    if (skips[value] >= 0) slots[skips[value]] = value;  // at first the last one that it is added to
+    if (skips[value] >= 0) slots[skips[value]] = value;  // for now: the last value it is added to
   }
   for (int value = 0; value < values; ++value) {
     const int last = slots[value];

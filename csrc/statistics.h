@@ -1,39 +1,42 @@
-// The statistics of a path, once, for every kernel and device. V: a scalar, or a vector of lanes. The including file defines,
-// for V, before it includes this: fma, splat<V>(scalar).
+// The statistics of a path, written once for every kernel and device. V is a scalar or a vector of lanes. The including file
+// must first define, for V: fma, splat<V>(scalar).
 #pragma once
 #include "common.h"
 
 namespace lmn {
 namespace {
 
-// What a sum of a few terms, none above its values at a path's ends, loses to rounding, in epsilons of those.
+// Rounding error of a short sum, in epsilons of the larger end value. It holds where no term exceeds the sum's values at the
+// path's ends.
 constexpr int kRoundedUlps = 8;
-// An output whose standard deviation along a path is at most this many epsilons of its magnitude at the ends is
-// constant; the same number as lmnfast.reference.CONSTANT_ULPS.
+// An output is constant if its standard deviation along a path is at most this many epsilons of its magnitude at the ends.
+// The same number as lmnfast.reference.CONSTANT_ULPS.
 constexpr double kConstantUlps = 4.0;
-// An output whose standard deviation along a path is at most this many epsilons of what it is computed from (the root
-// of the sum of squares of all terms, layer by layer) is unresolved: rounding could change its 1 - r2 by more than
-// 1 / 128 or so in float32, 1e-7 in float64. Such a pair is left to float64 without a chord; the price of a larger number is
-// more of them.
+// An output is unresolved if its standard deviation along a path is at most this many epsilons of the terms that the output
+// is computed from (the root of the sum of squares of all terms, layer by layer). Rounding could then change the output's
+// 1 - r2 by more than about 1 / 128 in float32, 1e-7 in float64. The pair is measured again in float64, without a chord. A
+// larger number here means more pairs of this kind.
 constexpr double kResolvedUlps32 = 0x1p8, kResolvedUlps64 = 0x1p24;
-// var(t) var(y) below or above which the squares of a path's own numbers lose digits, or overflow.
+// Range of var(t) var(y). Below it the squares of a path's numbers lose digits; above it they overflow.
 constexpr double kLeastTotal32 = 1e-24, kLargestTotal32 = 1e30, kLeastTotal64 = 1e-280, kLargestTotal64 = 1e290;
-// Samples whose first pre-activations differ by at most this share of their norm are close. Their outputs may be equal
-// to float32 rounding and still bend between them, so the constant rule is not applied to them in float32.
+// Two samples are close if their first pre-activations differ by at most this share of the pre-activations' norm. The
+// outputs of close samples may be equal to float32 rounding and still bend between the samples, so the constant rule does
+// not apply to close samples in float32.
 constexpr double kCloseSamples = 0x1p-10;
-// Where only f's outputs are known, what they are computed from is taken to be as large as they are at the path's ends,
-// and at least this share of their largest value over the samples: an output may be small because terms cancel.
+// Where only f's outputs are known, the size of the terms behind an output is estimated. It is the output's magnitude at the
+// path's ends, and at least this share of the output's largest value over the samples: an output may be small because its
+// terms cancel.
 constexpr double kLeastRounding = 0x1p-6;
-// Outputs of the same operations in another order differ by at most this many epsilons of their magnitude and of the
-// largest: as in same_output in lmnfast/_samples.py.
+// Two results of the same operations in different orders differ by at most this many epsilons of the value's magnitude and
+// of the largest magnitude. The same number as in same_output in lmnfast/_samples.py.
 constexpr double kSameOutputUlps = 32;
-/// Whether an output (its range over the samples, and how far another function's values are apart from it there) is that
-/// function's, too: as in lmnfast.evaluation.Checks.same.
+/// Whether two functions have the same output. high, low: range of the output over the samples; apart: the largest
+/// difference of the two functions there. The same rule as Checks.same in lmnfast/_checks.py.
 LMN_FN bool is_same_output(double high, double low, double apart, double epsilon) {
   const double above = high < 0 ? -high : high, below = low < 0 ? -low : low;
   return apart <= 1e-3 * (high - low) + kRoundedUlps * epsilon * (above < below ? below : above) + 1e-30;
 }
-/// An entry of a connectivity matrix, or of a list of pairs, that is unresolved.
+/// Marks an unresolved entry of a connectivity matrix or of a list of pairs.
 constexpr double kUnresolved = -1.0;
 
 /// Weighted moments over the nodes of the chord residual e(t) = y(t) - (y_i + t (y_j - y_i)).
@@ -50,21 +53,21 @@ LMN_FN void add_moments(Moments<V>& moments, V e, T w, T w_t) {
   moments.ee = fma(weighted, e, moments.ee);
 }
 
-/// What one output comes to along one path.
+/// The contribution of one output to the entry of one pair.
 template <class V>
 struct Share {
   V nonlinear;   // 1 - r2; 0 where the output is constant
   V constant;    // 1 where the output is constant, else 0
-  V unresolved;  // 1 where rounding may decide 1 - r2, else 0
+  V unresolved;  // 1 where rounding may determine 1 - r2, else 0
 };
 
 /// 1 - r2 of one output, from its chord and the moments of its residual.
 /// With cov(y, t) = chord var(t) + te and var(e) = ee - e^2:
 ///   var(t) var(y) = cov^2 + (var(t) var(e) - te^2), so 1 - r2 is the second term's share, and nothing cancels.
-/// magnitude: the larger |y| of the two ends. An output below |least| is never taken for constant, as its own rounding is
-/// unknown; where `least` is negative, an output that is 0 at both ends still is. rounding_squared: of
-/// both ends together, see kResolvedUlps32. All in the units of the chord, in which the outputs' spread over the samples is of
-/// order 1.
+/// magnitude: the larger |y| of the two ends. least: an output below |least| never counts as constant, because its own
+/// rounding is unknown; exception: with a negative `least`, an output that is 0 at both ends does count as constant.
+/// rounding_squared: of both ends together, see kResolvedUlps32. All values are in the units of the chord, in which the
+/// outputs' spread over the samples is of order 1.
 template <class V, class T>
 LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V least, V rounding_squared, T variance_t,
                                 T epsilon) {
@@ -79,37 +82,39 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V lea
   const V resolved_total = rounding_squared * (kResolved * epsilon * (kResolved * epsilon) * variance_t);
   constexpr T kLeast = static_cast<T>(sizeof(T) == 4 ? kLeastTotal32 : kLeastTotal64);
   constexpr T kLargest = static_cast<T>(sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64);
-  // Squares that underflow say nothing, but where there is nothing to square.
+  // Squares that underflow prove nothing. Only if all numbers to be squared are 0 is the output known to be constant.
   const V sizes = chord * chord + m.ee;
   const V moved = (chord < zero ? -chord : chord) + (m.te < zero ? -m.te : m.te) + (m.e < zero ? -m.e : m.e);
   V constant = total <= constant_total ? one : zero;
   constant = constant_total >= zero + kLeast ? constant : moved + sizes > zero ? zero : constant;
   const V known_from = least < zero ? -least : least, zeros_from = least < zero ? zero : least;
   constant = magnitude >= (magnitude > zero ? known_from : zeros_from) ? constant : zero;
-  V resolved = total > resolved_total ? one : zero;  // not where anything is a NaN
+  V resolved = total > resolved_total ? one : zero;  // a NaN makes it 0
   resolved = total > zero + kLeast ? resolved : zero;
   resolved = total < zero + kLargest ? resolved : zero;
   const V share = total > zero ? nonlinear / total : zero;
   return {constant > zero ? zero : share, constant, constant > zero ? zero : one - resolved};
 }
 
-/// Whether an output may only seem to be constant. Activations bend over about 1; where the rounding in what the output is computed
-/// from comes near that, an activation may hide this rounding, and what the rounding covers. rounding: scaled as the output is.
+/// Whether an output may be constant in appearance only. Activations bend over a distance of about 1. If the rounding of the
+/// terms behind the output is nearly as large, an activation may hide this rounding together with any variation below it.
+/// rounding: scaled as the output is.
 template <class V, class T>
 LMN_FN V hides_rounding(V rounding, T scale, T epsilon) {
   return rounding * (4 * epsilon) > V{} + scale ? V{} + T(1) : V{};
 }
 
-/// A polynomial in place of an output's residual along a path, from a few values of it: its slopes at both ends and,
-/// with the midpoint, its value there. e(t) = sum over v of value_v phi_v(t), so its moments come from these sums:
+/// A polynomial that replaces an output's residual along a path. It is given by the residual's slopes at both ends and, with
+/// the midpoint, the residual's value there. e(t) = sum over v of value_v phi_v(t), so its moments follow from these sums:
 template <class T>
 struct Stencil {
   static constexpr int kMost = 3;
-  int size = 0;  // 2, or 3 with the midpoint; 0: none, the residual is evaluated at every node
+  int size = 0;  // 2, or 3 with the midpoint; 0: no polynomial, the residual is evaluated at every node
   T e[kMost] = {}, te[kMost] = {}, ee[kMost][kMost] = {};  // sum w phi_v, sum w (t - mean t) phi_v, sum w phi_v phi_u
 };
 
-/// phi = t (1 - t)^2, -t^2 (1 - t) and 16 t^2 (1 - t)^2, the first two less what they have at the midpoint.
+/// phi = t (1 - t)^2, -t^2 (1 - t) and 16 t^2 (1 - t)^2. With the midpoint, an eighth of the third is
+/// taken from the first and added to the second, so that these two are 0 at the midpoint.
 template <class T>
 inline Stencil<T> make_stencil(const PathNodes& nodes, bool midpoint) {
   Stencil<T> stencil;

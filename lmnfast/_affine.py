@@ -1,4 +1,4 @@
-"""The affine maps that a traced tail begins with."""
+"""Finds the affine maps at the beginning of a traced tail."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ AFFINE_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 def affine_start(f: Any) -> tuple[fx.GraphModule, fx.GraphModule] | None:
-    """What a traced tail does to its samples first, as long as it is affine, and what it does then.
+    """Splits a traced tail into the affine maps at its beginning and the rest.
 
-    An affine map commutes with the path: applied to N samples it need not be applied to all points between them.
-    None where f is no traced tail, or does not begin so.
+    An affine map commutes with the path. If it is applied to the N samples, it need not be applied to the points between
+    them. Returns None if f is no traced tail, or does not begin with an affine map.
     """
     if not isinstance(f, fx.GraphModule) or not is_plain(f):
         return None
@@ -61,7 +61,10 @@ def affine_start(f: Any) -> tuple[fx.GraphModule, fx.GraphModule] | None:
 
 
 def _affine_step(node: fx.Node, before: fx.Node, root: nn.Module) -> int | None:
-    """1 for an affine map of the result before and of parameters alone, 0 for one that only moves values; None else."""
+    """Counts the affine maps in a step: 1 for an affine map, 0 for a step that only moves values, None for other steps.
+
+    The step may work on the result `before` and on parameters only.
+    """
     if not node.args or node.args[0] is not before:
         return None
     if any(other is not before and other.op != "get_attr" for other in node.all_input_nodes):
@@ -71,6 +74,7 @@ def _affine_step(node: fx.Node, before: fx.Node, root: nn.Module) -> int | None:
         if not is_plain(module):
             return None
         if type(module) in AFFINE_MODULES:
+            # Batch norm without running statistics uses those of the batch, so it is not affine.
             return 1 if getattr(module, "running_mean", True) is not None else None
         return 0 if type(module) in MODULES and MODULES[type(module)](module) in (IDENTITY, FLATTEN) else None
     if node.target in AFFINE_FUNCTIONS:
@@ -83,6 +87,6 @@ def _affine_step(node: fx.Node, before: fx.Node, root: nn.Module) -> int | None:
 
 
 def _keeps_rows(index: Any) -> bool:
-    """Whether an index takes the same elements of every sample: [:, -1]."""
+    """Whether an index takes the same elements of every sample, as [:, -1] does."""
     fixed = isinstance(index, tuple) and index[:1] == (slice(None),)
     return fixed and all(type(i) in (int, slice, type(None), type(...)) for i in index)

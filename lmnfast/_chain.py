@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The order is that of ActivationKind in csrc/ops.h: the kernels get the index.
+# In the order of ActivationKind in csrc/ops.h: the kernels receive the index.
 ACTIVATIONS = (
     "identity",
     "relu",
@@ -45,7 +45,7 @@ class Activation:
             raise ValueError(f"name: expected one of {', '.join(ACTIVATIONS)}, got {self.name!r}")
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The activation of z, any shape and floating dtype, by torch.nn.functional."""
+        """Applies the activation to z, of any shape and floating dtype, by torch.nn.functional."""
         if self.name == "identity":
             return z
         if self.name == "leaky_relu":
@@ -74,16 +74,17 @@ IDENTITY = Activation("identity")
 class Chain:
     """Linear maps with pointwise activations between: a_n(W_n ... a_1(W_1 a_0(x) + b_1) ... + b_n).
 
-    weights: (out, in) each, detached; they share memory with the model's, so they follow its training.
-    biases: (out,) or None, one per weight. activations: len(weights) + 1, identity where there is none.
+    weights: (out, in) each, detached. They share memory with the model's weights, so they follow the model's training.
+    biases: (out,) or None, one per weight.
+    activations: len(weights) + 1, the identity where the network has no activation.
     flattens: whether the network flattens its samples before the first weight.
-    skips: (into, source) of earlier values that are added to later ones, one each, as residual blocks do. Value 2 n is
-        what activation n works on, value 2 n + 1 what it gives, both with what is added to them; where it is the identity,
-        2 n alone counts.
+    skips: pairs (into, source) of value numbers: the earlier value `source` is added to the later value `into`, as in residual
+        blocks. Each value has at most one source. Value 2 n is the input of activation n, value 2 n + 1 its output, both with
+        their skips added. If activation n is the identity, only value 2 n has a number.
 
     Raises:
-        TypeError: weights or biases of several dtypes or devices, or of a dtype that is not in CHAIN_DTYPES.
-        ValueError: numbers of weights, biases, activations, or shapes, or skips, that do not fit together.
+        TypeError: weights or biases have several dtypes or devices, or a dtype that is not in CHAIN_DTYPES.
+        ValueError: the numbers of weights, biases and activations, the shapes, or the skips do not fit together.
     """
 
     weights: tuple[Tensor, ...]
@@ -121,12 +122,12 @@ class Chain:
     def __call__(self, x: Tensor) -> Tensor:
         """The chain in plain torch: x (B, D) or (B, *in), flattened to D = weights[0].shape[1] -> (B, K).
 
-        Raises ValueError when a sample has not D elements.
+        Raises ValueError if a sample does not have D elements.
         """
         return self.values(x)[-1]
 
     def values(self, x: Tensor) -> list[Tensor]:
-        """Every value of the chain, as `skips` counts them."""
+        """All values of the chain, numbered as in `skips`."""
         width = self.weights[0].shape[1]
         if x.ndim < 2 or math.prod(x.shape[1:]) != width:
             raise ValueError(f"x: expected samples of {width} elements, got shape {tuple(x.shape)}")
@@ -136,7 +137,7 @@ class Chain:
 def values_of(
     chain: Any, z: Tensor, linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 ) -> list[Tensor]:
-    """Every value of a chain, or of a stack of chains, on flattened samples, as `Chain.skips` counts the values."""
+    """All values of a chain, or of a stack of chains, on flattened samples, numbered as in `Chain.skips`."""
     skips = dict(chain.skips)
     values: list[Tensor] = []
     for n, activation in enumerate(chain.activations):
@@ -155,9 +156,9 @@ def check_layers(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> list[int]:
-    """Raises what does not fit in the Linear layers of a chain on samples (N, inputs); returns all widths.
+    """Checks the Linear layers of a chain on samples (N, inputs), and returns all widths.
 
-    TypeError for another dtype or device, ValueError for a number or a shape.
+    Raises TypeError for another dtype or device, ValueError for a wrong number or shape.
     """
     if len(biases) != len(weights):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What may be wrong with samples, outputs and matrices, found at once or read from the device later."""
+"""Checks of samples, outputs and matrices, made at once, or enqueued on a device and read later."""
 
 import math
 import struct
@@ -15,24 +15,25 @@ from .ops.check_outputs import find
 
 
 class NotTheChain(RuntimeError):
-    """What f was taken for, a chain or one that f begins with, does not give f's outputs."""
+    """The chain that f was recognised as, or the affine maps at its beginning, give other outputs than f."""
 
 
 def is_like(values: Tensor, ends: Tensor) -> bool:
-    """Whether one pass can compare them."""
+    """Whether one pass can compare the two: they have the same shape, dtype and device."""
     return (values.shape, values.dtype, values.device) == (ends.shape, ends.dtype, ends.device)
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether there is no NaN or Inf among them; waits for their device."""
+    """Whether the values have no NaN and no Inf. Waits for their device."""
     if values.numel() == 0:
         return True
-    low, high = torch.aminmax(values.detach())  # both NaN where a value is; 20 times faster than isfinite()
+    # 20 times faster than isfinite(). Both are NaN if any value is.
+    low, high = torch.aminmax(values.detach())
     return math.isfinite(low) and math.isfinite(high)
 
 
 class Findings:
-    """What is found in one pass behind a chain's kernels, to be read all together: the errors of `Checks`, and the counts."""
+    """The results of one pass behind a chain's kernels: all errors of `Checks`, and the kernels' counts, read together."""
 
     def __init__(
         self,
@@ -43,12 +44,13 @@ class Findings:
         matrix: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> None:
-        """Enqueues the pass over samples (N, *in), outputs (N, K), those of the chain and of the model, and a matrix (N, M); in
-        the matrix's dtype, which theirs fits in. counts: (2,) int64 or float64, to be read with what is found."""
-        if matrix is None:
-            dtype = torch.promote_types(torch.promote_types(x.dtype, ends.dtype), torch.float32)
-        else:
-            dtype = matrix.dtype
+        """Enqueues the pass, in the matrix's dtype, which is as wide as the others.
+
+        x: (N, *in), the samples. ends: (N, K), f's outputs. again: (N, K), the chain's outputs. expected: (N, K), the
+        model's outputs. matrix: (N, M), a connectivity or Jacobians. counts: (2,) int64 or float64, read with the results.
+        """
+        widest = torch.promote_types(torch.promote_types(x.dtype, ends.dtype), torch.float32)
+        dtype = widest if matrix is None else matrix.dtype
         counts = counts.view(torch.int64) if counts is not None and counts.is_floating_point() else counts
 
         def cast(values: Tensor | None) -> Tensor | None:
@@ -61,7 +63,7 @@ class Findings:
         self._numbers: list[int] | None = None
 
     def read(self) -> list[int]:
-        """The numbers, see `reference.check_outputs`; waits for the device, once."""
+        """The numbers of `reference.check_outputs`. The first call waits for the device."""
         if self._numbers is None:
             found = self.found.tolist()
             differ = int(found[4] > 0 or _as_float(found[5]) > _as_float(found[6]))
@@ -69,7 +71,7 @@ class Findings:
         return self._numbers
 
     def check(self) -> None:
-        """Raises what is wrong with samples and outputs; waits for the device."""
+        """Raises the first error in samples and outputs. Waits for the device."""
         in_x, x_reach, in_y, y_reach, differ, others, *_ = self.read()
         if in_x:
             raise _not_finite("x", in_x, self._samples - x_reach)
@@ -81,14 +83,14 @@ class Findings:
             raise _other_chain()
 
     def check_entries(self) -> None:
-        """Raises what is wrong with a connectivity."""
+        """Raises ValueError for a connectivity that is not finite."""
         failing, reach = self.read()[6:8]
         if failing:
             raise _not_finite_entry(self._samples**2 - reach, self._samples)
 
     @property
     def finite(self) -> bool:
-        """Whether all of the matrix is."""
+        """Whether all entries of the matrix are finite."""
         return self.read()[6] == 0
 
     @property
@@ -101,21 +103,27 @@ class Findings:
 
     @property
     def count(self) -> float:
-        """The first of the counts, where they are float64."""
+        """The first of the counts, for counts in float64."""
         return _as_float(self.read()[8])
 
 
 class StackFindings:
-    """`Findings` of several networks, from one pass over all of them. Where the pass finds anything, each network is looked at alone."""
+    """`Findings` of several networks, from one pass over all of them.
+
+    If that pass finds an error, each network gets a pass of its own.
+    """
 
     def __init__(
         self, x: Tensor, ends: Tensor, again: Tensor | None, matrices: Tensor, counts: Tensor
     ) -> None:
-        """Enqueues the pass over samples (B, N, *in), outputs (B, N, K), those of the chains or None, connectivities (B, N, N), and
-        counts (B, 2) int64."""
+        """Enqueues the pass.
+
+        x: (B, N, *in), the samples. ends: (B, N, K), the networks' outputs. again: (B, N, K), the chains' outputs, or None.
+        matrices: (B, N, N), the connectivities. counts: (B, 2) int64.
+        """
         self._x, self._ends, self._again, self._matrices, self._counts = x, ends, again, matrices, counts
         rows = x.shape[1]
-        # Whether all is finite does not depend on what stands where. The chains' outputs are compared one by one over the samples.
+        # The check for finite values accepts any layout. The chains' outputs need one column per output.
         y = ends.reshape(rows, -1) if again is None else _side_by_side(ends)
         other = None if again is None else _side_by_side(again)
         found = Findings(x.reshape(rows, -1), y, other, None, matrices.reshape(rows, -1)).found
@@ -123,7 +131,7 @@ class StackFindings:
         self._numbers: list[list[int]] = []
 
     def counts(self) -> list[list[int]] | None:
-        """Of each network, where nothing is wrong with any; else None. Waits for the device, once."""
+        """The counts of each network; None if any network has an error. The first call waits for the device."""
         if self._found is not None:
             numbers = self._found.tolist()
             self._found, first = None, len(numbers) - 2 * len(self._counts)
@@ -132,22 +140,22 @@ class StackFindings:
         return self._numbers or None
 
     def of_network(self, number: int) -> Findings:
-        """As if the network had been looked at alone."""
-        return _OfNetwork(self, number)
+        """The findings of one network, as from a pass of its own."""
+        return _NetworkFindings(self, number)
 
     def alone(self, number: int) -> Findings:
-        """A pass over one network."""
+        """Enqueues a pass over one network."""
         again = None if self._again is None else self._again[number]
         own = self._matrices[number], self._counts[number]
         return Findings(self._x[number], self._ends[number], again, None, *own)
 
 
 def _side_by_side(values: Tensor) -> Tensor:
-    """(B, N, K) as (N, B K)."""
+    """Reshapes (B, N, K) to (N, B K)."""
     return values.transpose(0, 1).flatten(1)
 
 
-class _OfNetwork(Findings):
+class _NetworkFindings(Findings):
     def __init__(self, stack: StackFindings, number: int) -> None:
         self._stack, self._number, self._samples = stack, number, stack._x.shape[1]
         self._numbers = None
@@ -188,7 +196,7 @@ def _other_chain() -> NotTheChain:
 
 
 class Checks:
-    """Raises at once, or collects what fails on the device, to be read there all together."""
+    """Checks that raise at once, or, deferred, are collected on the device and read together later."""
 
     def __init__(self, deferred: bool) -> None:
         self.deferred = deferred
@@ -214,14 +222,16 @@ class Checks:
         return self.same(chain(x), ends)
 
     def same(self, y: Tensor, ends: Tensor) -> bool:
-        """Whether these are f's outputs on the samples, to 1e-3 of each output's spread over them and to rounding: an
-        offset of the outputs is no measure of how they vary. On the device, where they are not, NotTheChain is raised later.
+        """Whether y are f's outputs on the samples, to rounding and 1e-3 of each output's spread over the samples.
+
+        The spread is the yardstick, not the size: an offset does not change how outputs vary. A deferred check returns True
+        and raises NotTheChain later.
         """
         if y.shape != ends.shape:
             return False
-        if not self.deferred and torch.equal(y, ends):  # of a chain they mostly are
+        if not self.deferred and torch.equal(y, ends):  # true of most chains
             return True
-        # max and min, which are faster than amax and amin along rows
+        # Along rows max and min are faster than amax and amin.
         high, low = ends.max(0).values, ends.min(0).values
         rounding = 8 * torch.finfo(ends.dtype).eps * torch.maximum(high.abs(), low.abs())
         same = ((y - ends).abs_().max(0).values <= 1e-3 * (high - low) + rounding + 1e-30).all()
@@ -242,14 +252,15 @@ class Checks:
         rows: list[int],
         called: str,
     ) -> None:
-        """Whether f(x) is `ends` for these rows of x in another call, too: `again` are its outputs there.
+        """Checks that f gives the same outputs for these rows of x in another call.
 
-        They may differ by rounding, which other batches have in another way. Where they differ by more, how much rounding can
-        do is measured: f is called again on x, where a function gives the same, and on x moved by some of its last bits.
+        ends: f(x). again: the outputs of `rows` in the other call. called: how that call was made, for the error message.
+        The two may differ by rounding, as another batch rounds in another way. If they differ by more, the effect of rounding
+        is measured: f is called again on x, where a function must repeat itself, and on x with some last bits changed.
         """
         index = torch.tensor(rows, device="cpu")
         difference = (again - ends[on_device(index, ends.device)]).abs().amax(1)
-        # Of all samples and outputs, as single ones may happen to be small.
+        # The largest over all samples and outputs, as a single output may happen to be small.
         magnitude = ends.abs().amax()
         epsilon = _epsilon(x, ends)
         if self.deferred:
@@ -265,15 +276,16 @@ class Checks:
                 signs = torch.arange(x.numel(), device=x.device).sin().sign().to(x.dtype).reshape(x.shape)
                 moved = x + 8 * epsilon * x.abs().amax() * signs
                 rounding = (outputs_of(f, moved) - first).abs().amax()
-                # Rounding may move a value to the next one of a quantised layer: beyond 1 % it is no excuse.
+                # Rounding may move a value to the next level of a quantised layer. It does not excuse more than 1 %.
                 good = difference <= torch.clamp(16 * rounding, 1e-4 * magnitude, 1e-2 * magnitude)
                 most, within = difference.max(), bool((difference <= 16 * rounding).all())
                 if not good.all() and _rounds(f, x, ends, rows, most, within):
                     good = difference <= 1e-2 * magnitude
                     if not good.all():
                         raise ValueError(
-                            f"f: rounding decides its outputs: called on {called}, it gives others by {most / magnitude:.1%} of "
-                            f"their largest; expected samples and weights of a size that {ends.dtype} resolves"
+                            f"f: rounding decides its outputs: called on {called}, it gives others by "
+                            f"{most / magnitude:.1%} of their largest; expected samples and weights of a size that "
+                            f"{ends.dtype} resolves"
                         )
         self._expect(
             good,
@@ -306,7 +318,7 @@ class Checks:
 
 
 def _epsilon(x: Tensor, y: Tensor) -> float:
-    """Of the coarsest type that f is known to compute in."""
+    """The machine epsilon of the coarsest dtype that f is known to compute in."""
     kinds = [x.dtype, y.dtype]
     if torch.is_autocast_enabled(x.device.type):
         kinds.append(torch.get_autocast_dtype(x.device.type))
@@ -321,14 +333,17 @@ def _rounds(
     difference: Tensor,
     otherwise: bool,
 ) -> bool:
-    """Whether it is by rounding that f(x), which is `ends`, differs by so much for these rows in another call: f's rounding
-    errors are as large, and in float64 the rows do not differ. `otherwise` where f cannot be evaluated there."""
+    """Whether rounding explains that f's outputs for these rows differ by `difference` between two calls.
+
+    It does if f's rounding errors are as large, and the outputs agree in float64. ends: f(x). otherwise: the answer if f cannot
+    be evaluated in float64.
+    """
     if x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
         return otherwise
     try:
         y = in_double(f, x)
         alone = in_double(f, torch.stack([x[row] for row in rows]))
-    except Exception:  # the user's code, on a dtype that it was not written for
+    except Exception:  # the user's code may fail on a dtype that it was not written for
         return otherwise
-    is_function = (alone - y[rows]).abs().max() <= 1e-5 * difference  # an epsilon is 2e-9 of float32's
+    is_function = (alone - y[rows]).abs().max() <= 1e-5 * difference  # float64's epsilon is 2e-9 of float32's
     return bool(is_function and difference <= 16 * (y - ends).abs().max())

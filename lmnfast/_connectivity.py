@@ -29,47 +29,49 @@ def connectivity(
     stacked: Stacked | None = None,
     progress: bool | Progress = False,
 ) -> Tensor:
-    """Linear connectivity matrix: how straight is f's output along the line between every two samples.
+    """Linear connectivity matrix: how straight f's outputs run along the line between every two samples.
 
     ``L[i, j] = mean_k cov(y_k, t)^2 / (var(t) var(y_k))`` over the nodes t of the path ``x_i + t (x_j - x_i)``.
     An output that is constant to rounding counts 1. Chains of Linear and pointwise activations, also with residual
-    blocks, run in one fused kernel; any other f is called on tiles of path points. An ``nn.Module`` is measured in eval
-    mode and left as it was. The result carries no graph, whatever requires grad.
+    blocks, run in one fused kernel. Any other f is called on tiles of path points. An ``nn.Module`` is measured in eval
+    mode and left as it was. The result carries no autograd graph.
 
-    The other methods stand in for it where f is dear, and are always to be named with the number; see docs/methods.md
-    for how well each follows:
-    "hermite" takes the cubic that has f's outputs and its slopes ``J_i (x_j - x_i)``, ``J_j (x_j - x_i)`` at both
-    ends of the path, so f is differentiated at the samples and never evaluated between them. "hermite-midpoint" takes
-    the quartic that also has f's outputs half way. "jacobian" compares the linear maps at the ends alone:
-    ``L[i, j] = 1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2)``, Frobenius, from -1 to 1; 1 where both are zero.
+    The other methods are stand-ins for an f that is expensive to call. Always name the method with the number.
+    docs/methods.md says how well each follows the definition.
+    "hermite" replaces f on the path by the cubic that has f's outputs and its slopes ``J_i (x_j - x_i)``,
+    ``J_j (x_j - x_i)`` at both ends. It differentiates f at the samples and never evaluates f between them.
+    "hermite-midpoint" replaces f by the quartic that also has f's outputs at the midpoint. "jacobian" compares only the
+    linear maps at the ends: ``L[i, j] = 1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2)``, in the Frobenius norm, from -1 to 1; 1 if
+    both Jacobians are zero.
 
     Args:
-        f: maps a batch (B, *in) to (B, *out), one row independent of the others; outputs are flattened.
+        f: maps a batch (B, *in) to (B, *out), each row independent of the others. Outputs are flattened.
         x: (N, *in), floating point, the samples.
         method: "path", "hermite", "hermite-midpoint" or "jacobian".
-        points: nodes on a path, ends included; of no effect on "jacobian".
-        rule: "uniform" (the definition, with 21 points) or "lobatto" (approximates the 21-point sums with fewer).
-        budget: bytes a tile of path points, or of Jacobians, and f's intermediate results may take together. None: 256 MiB on
-            the CPU; on CUDA a quarter of the card's free memory, what torch's allocator holds for later included, and 4 GiB
-            at most. On the CPU a tile of path points has 24 MiB at most, as caches are faster. A tile is whole pairs, one at
-            least. Where a device has no memory left all the same, tiles are halved until it has.
-        stacked: parameters and buffers of B networks like the module f, as torch.func.stack_module_state returns them;
-            x is then (B, N, *in), each network's own samples. On CUDA chains are measured together, with the same bits.
-        progress: True shows a bar (needs tqdm); a function is told the share that is done, from 0 to 1, about ten times a
-            second, or after a tile of paths. It runs in this thread, and what it raises ends the measurement. A fused
-            kernel on CUDA and method "jacobian" tell the end alone.
+        points: nodes on a path, ends included. No effect on "jacobian".
+        rule: "uniform" (the definition, with 21 points) or "lobatto" (approximates the 21-point sums with fewer points).
+        budget: bytes for a tile of path points or Jacobians together with f's intermediate results. None: 256 MiB on the CPU.
+            On CUDA a quarter of the card's free memory, at most 4 GiB; memory that torch's allocator holds unused counts as
+            free. On the CPU a tile of path points has at most 24 MiB, so that it stays near the caches. A tile has whole pairs,
+            at least one. If a device still runs out of memory, tiles are halved until they fit.
+        stacked: parameters and buffers of B networks with the structure of the module f, as torch.func.stack_module_state
+            returns them. x is then (B, N, *in), samples for each network. On CUDA chains are measured together, with the
+            same bits.
+        progress: True shows a bar (needs tqdm). A function receives the share that is done, from 0 to 1, about ten times a
+            second, or after each tile of paths. It runs in this thread, and an exception from it ends the measurement. A
+            fused kernel on CUDA and method "jacobian" report only the end.
 
     Returns:
-        (N, N), symmetric, ones on the diagonal; float64 for float64 samples, else float32. (B, N, N) with `stacked`.
+        (N, N), symmetric, ones on the diagonal; float64 for float64 samples, otherwise float32. (B, N, N) with `stacked`.
 
     Raises:
-        TypeError: x is not a floating-point tensor, f does not return one, or their dtypes do not fit.
-        ValueError: no samples, unknown method or rule, points or budget out of range, x and f on different
-            devices, or a NaN or Inf in samples, outputs or Jacobians (names the first sample); on CUDA, f may be
-            called on samples that are not finite before it is raised; an f that is no chain and gives a sample other
-            outputs when called on fewer; for the other methods, an f that cannot be differentiated.
+        TypeError: x is not a floating-point tensor, f does not return a floating-point tensor, or the dtypes do not fit.
+        ValueError: no samples; unknown method or rule; points or budget out of range; x and f on different devices; a NaN or
+            Inf in samples, outputs or Jacobians (the message names the first sample; on CUDA, f may be called before this
+            check); an f that is no chain and gives a sample other outputs in a smaller batch; with a method other than
+            "path", an f that cannot be differentiated.
         ImportError: progress is True and tqdm is missing.
-        KeyboardInterrupt: Ctrl-C, also while a kernel is at work.
+        KeyboardInterrupt: Ctrl-C, also while a kernel runs.
 
     Source:
         arXiv 2310.05918, Eq. 1-2. "hermite" and "hermite-midpoint": docs/methods.md.
@@ -89,7 +91,7 @@ def connectivity(
 
 
 def stacked_matrices(each: Sequence[Enqueued]) -> Tensor:
-    """(networks, N, N); where one launch has measured all networks, what it has written."""
+    """Connectivities as (networks, N, N). If one launch has measured all networks, its result without a copy."""
     together = each[0].together
     if together is not None and all(one.together is together for one in each):
         return together
@@ -104,9 +106,9 @@ def measured(
     stacked: Stacked | None = None,
     progress: bool | Progress = False,
 ) -> list[Enqueued]:
-    """Checked connectivities with what is known of them: one, or one for each of the stacked networks.
+    """Checked connectivities: one, or one for each of the stacked networks.
 
-    Arguments and errors as :func:`connectivity`.
+    Arguments and errors as in :func:`connectivity`.
     """
     with _reported(progress) as report:
         if stacked is not None:
@@ -129,7 +131,10 @@ def _measured_stack(
     stacked: Stacked,
     report: Progress | None,
 ) -> list[Enqueued]:
-    """As `measured`. A device gets the work of all networks before anybody waits for that of one, of chains in one launch."""
+    """As `measured`. A device gets the work of all networks before this function waits for any of them.
+
+    Chains go in one launch.
+    """
     f, networks = _stacked_networks(f, x, stacked)
 
     def one(number: int, fuse: bool = True) -> Enqueued:
@@ -153,9 +158,9 @@ def _measured_stack(
 
 
 def warn_of_offsets(each: Sequence[Enqueued], name: str = "f", stacklevel: int = 3) -> None:
-    """Warns once where an offset hides the outputs of some of these connectivities.
+    """Warns once if an offset hides the outputs in some of these connectivities.
 
-    The stacklevel is that of the caller's caller.
+    The default stacklevel names the caller of the caller.
     """
     if problems := [problem for enqueued in each if (problem := enqueued.offset_problem())]:
         warnings.warn(f"{name}: {problems[0]}", stacklevel=stacklevel)
@@ -163,7 +168,7 @@ def warn_of_offsets(each: Sequence[Enqueued], name: str = "f", stacklevel: int =
 
 @contextmanager
 def _reported(progress: bool | Progress) -> Iterator[Progress | None]:
-    """What is told the share that is done; None where nobody asked."""
+    """The function that receives the share that is done; None if no progress is asked for."""
     if callable(progress) or progress is False:
         yield progress or None
         return
@@ -178,12 +183,12 @@ def _reported(progress: bool | Progress) -> Iterator[Progress | None]:
 
 
 def _share_of(report: Progress | None, number: int, count: int) -> Progress | None:
-    """Tells `report` the share of all, where one of them after the other is measured."""
+    """Turns the share done of one network into the share done of all, for networks measured one after the other."""
     return None if report is None else lambda done: report((number + done) / count)
 
 
 def _stacked_networks(f: Callable[[Tensor], Tensor], x: Tensor, stacked: Stacked) -> tuple[nn.Module, int]:
-    """f, and how many networks there are, with samples for each."""
+    """f, and the number of networks. Checks that x has samples for each network."""
     if not isinstance(f, nn.Module):
         raise TypeError(f"f: expected an nn.Module to load stacked parameters into, got {type(f).__name__}")
     networks = networks_in(stacked)

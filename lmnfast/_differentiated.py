@@ -19,7 +19,7 @@ def check_jacobian(J: Tensor, begin: int = 0) -> None:
     raise ValueError(f"f: NaN or Inf in the Jacobian of sample {first}, the first of {int((~good).sum())}")
 
 
-def other_features(
+def differentiated_features(
     f: Calls, x: Tensor, y: Tensor, allocated: int, affine: bool, checks: Checks
 ) -> Callable[[int, int], Tensor]:
     differentiated = Differentiated(f, x, y, allocated, CPU_TILE // 4, checks)
@@ -29,20 +29,20 @@ def other_features(
         check_jacobian(J, begin)
         if not affine:
             return J.flatten(1)
-        some = x[begin:end].flatten(1).double()
-        offsets = y[begin:end].double() - (J @ some[:, :, None]).squeeze(2)
+        samples = x[begin:end].flatten(1).double()
+        offsets = y[begin:end].double() - (J @ samples[:, :, None]).squeeze(2)
         return torch.cat((J.flatten(1), offsets), 1)
 
     return rows
 
 
 class Differentiated:
-    """Jacobians of any f at samples from begin to end, (end - begin, K, D), by whichever way works."""
+    """Jacobians of any f at samples from begin to end, (end - begin, K, D), by the first way of torch that works."""
 
     def __init__(self, f: Calls, x: Tensor, y: Tensor, allocated: int, budget: int, checks: Checks) -> None:
         self.f, self.x, self.y, self.checks = f, x.clone() if x.is_inference() else x, y, checks
         self.inputs, self.outputs = x[0].numel(), y.shape[1]
-        sample = -(-allocated // len(x))  # bytes that one sample takes
+        sample = -(-allocated // len(x))  # bytes per sample
         directions = min(self.inputs, self.outputs)
         self.chunk = max(1, budget // (sample * (directions + 1)))
         self.chunk_outputs = max(1, budget // sample)
@@ -55,15 +55,15 @@ class Differentiated:
         if self.constant:
             return J.zero_()
         for start in range(begin, end, self.chunk):
-            some = self.x[start : min(start + self.chunk, end)]
-            J[start - begin : start - begin + len(some)], y = self._differentiate(some)
+            samples = self.x[start : min(start + self.chunk, end)]
+            J[start - begin : start - begin + len(samples)], y = self._differentiate(samples)
             self.checks.repeats(
-                self.f, self.x, self.y, y, list(range(start, start + len(some))), "it alone, or on a few"
+                self.f, self.x, self.y, y, list(range(start, start + len(samples))), "it alone, or on a few"
             )
         return J
 
     def _differentiate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Jacobians, and f's outputs, by the same calls."""
+        """Jacobians and f's outputs, from the same calls."""
         while True:
             try:
                 with torch.inference_mode(False):
@@ -74,10 +74,10 @@ class Differentiated:
             except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
                 if len(self.ways) == 1:
                     raise ValueError(f"f: cannot be differentiated: {error}") from error
-                self.ways.pop(0)  # for good: the next chunk would fail as well
+                self.ways.pop(0)  # never tried again: the next chunk would fail as well
 
     def _is_constant(self) -> bool:
-        """Whether nothing leads back from the outputs to the samples; an error where they do depend on them."""
+        """Whether no autograd graph leads from the outputs to the samples. Raises ValueError if the outputs still vary."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = self.x[:1].clone().requires_grad_()
             y = self._with_graph(leaf)
@@ -108,7 +108,7 @@ class Differentiated:
 
     def _forwards(self, x: Tensor) -> tuple[Tensor, Tensor]:
         jacobian = torch.func.jacfwd(self._of_one, has_aux=True, randomness="different")
-        with warnings.catch_warnings():  # torch's own, where it first differentiates forwards
+        with warnings.catch_warnings():  # torch warns about itself at its first forward differentiation
             warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
             return torch.func.vmap(jacobian, randomness="different")(x)
 

@@ -1,4 +1,4 @@
-"""A connectivity on its way: prepares a function and its samples, runs the route, checks what came out."""
+"""Enqueues a connectivity: prepares a function and its samples, runs the route, and checks the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import _native
 from ._chain import Chain
 from ._checks import Checks, Findings, NotTheChain, is_like
-from ._features import of_chain, of_other
+from ._features import compare_chain, compare_differentiated
 from ._generic import generic_paths
 from ._native import Progress
 from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
@@ -27,17 +27,17 @@ from ._undisturbed import evaluating
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .reference import CONSTANT_ULPS
 
-# Share of constant outputs from which on an offset is warned of. Measured on an MLP with 5 outputs and 200 samples, by the
-# size of the offset: LMN is 1 % low at a share of 0.1 %, 3 % at 0.8 %, 12 % at 2.7 %, 89 % at 50 %.
+# A warning comes if the share of constant outputs is at least this and an offset explains it. Measured on an MLP with 5
+# outputs and 200 samples, with growing offsets: LMN is 1 % low at a share of 0.1 %, 3 % at 0.8 %, 12 % at 2.7 %, 89 % at 50 %.
 WARNED_SHARE = 0.002
 
-# Share of the outputs that an offset must have, and above which one dead output among hundreds stays silent.
+# Share of the outputs that must have the offset. One dead output among hundreds is below it and gives no warning.
 OFFSET_SHARE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class Enqueued:
-    """A connectivity matrix on its way. Its values count once `check` has returned."""
+    """A connectivity matrix that is enqueued. Its values are valid after `check` has returned."""
 
     measured: ChainConnectivity
     precision: str
@@ -45,14 +45,14 @@ class Enqueued:
     outputs: int
     """K, after flattening."""
     verdicts: Tensor | None = None
-    """(checks, 2) int64, how many values fail a check and which is the first; None where all was looked at."""
+    """(checks, 2) int64, for each check how many values fail, and the first of them. None: all checks are made already."""
     errors: tuple[Callable[[int, int], Exception], ...] = ()
     offset: Tensor | Callable[[], Tensor] | None = None
-    """0-dim float64, as `offset_of` gives it, or what gives it; None: of no interest, as next to no output counts as constant."""
+    """0-dim float64 from `offset_of`, or a function that computes it. None: not needed, as hardly any output is constant."""
     findings: Findings | None = None
-    """In place of verdicts, of a chain on a device."""
+    """For a chain on a device: takes the place of verdicts."""
     together: Tensor | None = None
-    """(networks, N, N), of which L is one, where several networks were measured together."""
+    """(networks, N, N), if several networks were measured together. L is a part of it."""
 
     @property
     def L(self) -> Tensor:
@@ -66,9 +66,9 @@ class Enqueued:
         return int(self.measured.counts[0])
 
     def check(self) -> None:
-        """Raises what is wrong with samples, outputs or L, as `connectivity` does; waits for the device.
+        """Raises the errors of `connectivity` in samples, outputs or L. Waits for the device.
 
-        Pairs that the samples' dtype cannot resolve are measured here, where that was not done before.
+        Also measures the pairs that the samples' dtype cannot resolve, if that is not done yet.
         """
         if self.findings is not None:
             self.findings.check()
@@ -87,12 +87,12 @@ class Enqueued:
         Checks(False).entries(self.L)
 
     def constant_share(self) -> float:
-        """Share of the pairs i < j, over all outputs, that count as constant; waits for the device."""
+        """Share of the pairs i < j, over all outputs, that count as constant. Waits for the device."""
         pairs = len(self.L) * (len(self.L) - 1) // 2
         return self.constants / (pairs * self.outputs) if pairs else 0.0
 
     def offset_problem(self) -> str | None:
-        """What is wrong where outputs vary so little beside their size that rounding hides it; waits for the device."""
+        """The warning for outputs that vary so little against their size that rounding hides it. Waits for the device."""
         share = self.constant_share()
         if share < WARNED_SHARE or self.offset is None:
             return None
@@ -123,31 +123,31 @@ def enqueue(
     stream: torch.cuda.Stream | None = None,
     progress: Progress | None = None,
 ) -> Enqueued:
-    """:func:`lmnfast.connectivity` without waiting for a CUDA device, where f is a chain.
+    """:func:`lmnfast.connectivity`. For a chain it does not wait for a CUDA device.
 
-    Of other functions it waits for the number of unresolved pairs, which are measured with the parameters of now. What a check
-    has to read from the device is left to :meth:`Enqueued.check`. Elsewhere every check is made at once, before the work that
-    follows it.
+    For other functions it waits for the number of unresolved pairs, as these are measured with the parameters of now. Checks
+    that must read values from the device are left to :meth:`Enqueued.check`. On other devices every check is made at once,
+    before the work that depends on it.
 
     Args:
-        f, x: as there.
-        settings: how it is measured.
+        f, x: as in :func:`lmnfast.connectivity`.
+        settings: how to measure.
         fuse: use the fused kernel for a chain.
-        expected: f(x), where that is known.
-        known: what `recognise` gives for f, where that is known.
-        deferred: leave the checks to `check`; None: on CUDA.
-        stream: CUDA, another than the current one, that takes the work; see `_Prepared.on`. x itself must not change.
-        progress: is told the share that is done.
+        expected: f(x), if known.
+        known: the result of `recognise` for f, if known.
+        deferred: leave the checks to `check`. None: only on CUDA.
+        stream: a CUDA stream for the work, in place of the current one; see `_Prepared.on`. x itself must not change.
+        progress: receives the share that is done.
 
     Raises:
-        As connectivity; RuntimeError when f(x) is not what was expected; NotTheChain in `check` only, as
-        elsewhere the chain is just not used.
+        As connectivity; RuntimeError if f(x) is not `expected`; NotTheChain only in `check`: on other devices the chain is
+        simply not used.
     """
     x = checked_samples(f, x)
     checks = Checks(x.is_cuda if deferred is None else deferred)
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)
-        if not checks.deferred:  # of not finite samples f may say anything
+        if not checks.deferred:  # f may do anything on samples that are not finite
             checks.finite("x", x)
         ends: Tensor | None = None
         if kept.in_order:
@@ -170,23 +170,22 @@ def enqueue(
 
 @dataclass
 class _Prepared:
-    """A function with all that its measurement needs, the function's outputs on the samples included."""
+    """A function with everything that its measurement needs, including its outputs on the samples."""
 
     calls: Calls
     x: Tensor
     own_ends: Tensor | None
-    """f(x), (N, K); None where the kernels give these outputs."""
+    """f(x), (N, K). None if the kernels compute these outputs."""
     route: Route
     settings: Settings
     checks: Checks
     in_order: bool
-    """Whether f is made of torch's own modules without a state, one after the other: nothing but what the chain gives can
-    come out."""
+    """Whether f is a sequence of torch's own modules without a state. Its outputs are then certain to be the chain's."""
     expected: Tensor | None
     progress: Progress | None
     setting: str = field(default_factory=torch.get_float32_matmul_precision)
     allocated: int = 0
-    """Bytes of f's results for all samples; of a chain nobody asks."""
+    """Bytes of f's results for all samples. Not needed for a chain."""
 
     @property
     def ends(self) -> Tensor:
@@ -195,10 +194,10 @@ class _Prepared:
 
     @contextmanager
     def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
-        """Makes a stream the current one for the work that follows. None: the current stream takes the work.
+        """Makes a stream the current stream for the work that follows. None: the current stream stays.
 
-        What the stream of before is given next may change f's parameters. A chain's weights are therefore copied first; for
-        any other f that stream waits for this one.
+        Later work on the previous stream may change f's parameters. A chain's weights are therefore copied first. For any
+        other f the previous stream waits for this one.
         """
         if stream is None:
             yield
@@ -209,7 +208,8 @@ class _Prepared:
             chain = _copied(chain)
             self.route = replace(self.route, chain=chain)
             for tensor in (self.x, self.own_ends, self.expected, *chain.weights, *chain.biases):
-                if tensor is not None:  # else its memory may be used again before `stream` has read it
+                # Without this, the memory could be used again before `stream` has read it.
+                if tensor is not None:
                     tensor.record_stream(stream)
         stream.wait_stream(before)
         try:
@@ -222,7 +222,8 @@ class _Prepared:
     def checked(self, measured: ChainConnectivity) -> Enqueued:
         """The connectivity with its checks made, but for those that are left to `Enqueued.check`."""
         deferred = self.checks.deferred
-        if not (deferred and self.route.chain is not None):  # else by `check`, on the chain's own weights
+        # Deferred, `check` does this for a chain, on the chain's own weights.
+        if not (deferred and self.route.chain is not None):
             measured.resolve()
             self.checks.entries(measured.L)
         enqueued = Enqueued(
@@ -239,10 +240,10 @@ class _Prepared:
         return enqueued
 
     def run_behind_kernels(self) -> Enqueued | None:
-        """The connectivity of a chain on a device, where one pass behind the kernels checks everything.
+        """Runs a chain on a device, where one pass behind the kernels makes all checks.
 
-        None for what is no chain, elsewhere, where that pass cannot compare the outputs, and where the chain has other outputs
-        than f.
+        Returns None for a function that is no chain, on other devices, if that pass cannot compare the outputs, and if the chain
+        has other outputs than f.
         """
         chain, of_jacobians = self.route.chain, self.settings.method == "jacobian"
         if chain is None or not (_native.on_cuda(self.x) if of_jacobians else self.checks.deferred):
@@ -253,7 +254,7 @@ class _Prepared:
             return None
         if of_jacobians:
             try:
-                L = of_chain(
+                L = compare_chain(
                     chain, self.x, self.own_ends, "connectivity", again=again, expected=self.expected
                 )
             except NotTheChain:
@@ -275,7 +276,7 @@ class _Prepared:
         )
 
     def check_outputs(self) -> None:
-        """Looks at samples and outputs, and takes another route where the recognised parts have other outputs."""
+        """Checks samples and outputs. Takes another route if the recognised parts have other outputs than f."""
         checks, x, ends = self.checks, self.x, self.ends
         if checks.deferred:
             checks.finite("x", x)
@@ -294,10 +295,10 @@ class _Prepared:
             self._hoist(*self.route.parts)
 
     def _hoist(self, first: nn.Module, rest: nn.Module) -> None:
-        """Puts the samples behind the affine maps that f begins with, where the rest then gives f's outputs."""
+        """Applies the affine maps at f's beginning to the samples, if the rest of f then gives f's outputs."""
         x = first(self.x).detach()
         if torch.is_autocast_enabled(x.device.type) and x.dtype != self.x.dtype:
-            x = x.to(self.x.dtype)  # paths between them need not be in low precision
+            x = x.to(self.x.dtype)  # the paths between these samples need not be in low precision
         calls = Calls(rest, self.calls.begin_anew, self.calls.shape)
         if self.checks.same(outputs_of(calls, x.clone()), self.ends):
             self.calls, self.x = calls, x
@@ -309,9 +310,11 @@ class _Prepared:
         chain, settings = self.route.chain, self.settings
         if settings.method == "jacobian":
             if chain is not None:
-                return _resolved(of_chain(chain, self.x, self.ends, "connectivity"))
+                return _resolved(compare_chain(chain, self.x, self.ends, "connectivity"))
             return _resolved(
-                of_other(self.calls, self.x, self.ends, self.allocated, "connectivity", False, self.checks)
+                compare_differentiated(
+                    self.calls, self.x, self.ends, self.allocated, "connectivity", False, self.checks
+                )
             )
         nodes, weights = settings.nodes()
         if chain is not None:
@@ -325,11 +328,12 @@ class _Prepared:
 
 
 def offset_of(chain: Chain | None, ends: Tensor) -> Tensor:
-    """The size of outputs (N, K) in units of their range over the samples, which a hundredth of the outputs exceed.
+    """The size of outputs (N, K), in units of their range over the samples; a hundredth of the outputs are at least this large.
 
-    0 where the size is below ten ranges, or where rounding it hides less than a ten-thousandth of the range: saturated and
-    dead units are constant by right. An output that is the same for all samples is dead, too, unless it is so large that
-    rounding would hide as much of a range of 1: inf. The kernels of a chain leave its last bias out, so that is no offset.
+    The result is 0 if the size is below ten ranges, or if its rounding hides less than a ten-thousandth of the range: saturated
+    and dead units are constant by right. An output that is the same for all samples counts as dead, too. It counts as
+    infinitely offset if it is so large that rounding would hide a ten-thousandth of a range of 1. The kernels leave out a
+    chain's last bias, so that bias is no offset.
     """
     if chain is not None and chain.biases[-1] is not None:
         ends = ends - chain.biases[-1]
@@ -343,7 +347,7 @@ def offset_of(chain: Chain | None, ends: Tensor) -> Tensor:
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager:
-    """Makes a stream the current one; None leaves CUDA alone, where torch's own context would initialise it."""
+    """Makes a stream the current stream. None does not touch CUDA; torch's own context would initialise it."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
@@ -361,7 +365,7 @@ def _resolved(L: Tensor) -> ChainConnectivity:
 
 
 def precision_of(setting: str, fused: bool, x: Tensor) -> str:
-    """As `Measurement.precision`; the setting is torch's."""
+    """The value of `Measurement.precision`. setting: torch.get_float32_matmul_precision() at the time of the measurement."""
     if x.dtype == torch.float64:
         return "float64"
     if fused:

@@ -24,15 +24,15 @@ from .cutting import cut, why_not_traced
 
 @dataclass(frozen=True)
 class LayerRoute:
-    """How a measurement from one layer on is made."""
+    """The route of a measurement from one layer on."""
 
     layer: str
     route: str
     """"fused", "hoisted" or "generic", see docs/methods.md."""
     reason: str
-    """Why the route is not "fused"; for "fused" what the chain is."""
+    """Why the route is not "fused". For "fused": a drawing of the chain."""
     hooked: bool = False
-    """Whether a forward hook replaces the layer's output, as torch.fx cannot trace the model."""
+    """Whether a forward hook replaces the layer's output, because torch.fx cannot trace the model."""
     samples: tuple[int, ...] | None = None
     """Shape of the samples, (N, *in); None without inputs."""
     dtype: str | None = None
@@ -40,7 +40,7 @@ class LayerRoute:
     tile_paths: int | None = None
     """Paths of 21 points in one tile; None for "fused"."""
     tile_points: int | None = None
-    """Points in one call of the layers behind this one."""
+    """Points in one call of the layers after this one."""
     tile_bytes: int | None = None
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class LayerRoute:
             lines.append(
                 f"{self.samples[0]} samples of shape {self.samples[1:]}, {self.dtype} on {self.device}"
             )
-        lines.append(self._said())
+        lines.append(self._route_line())
         if self.tile_bytes is not None:
             lines.append(
                 f"tiles of {self.tile_paths} paths of 21 points, {self.tile_points} points a call, "
@@ -57,7 +57,7 @@ class LayerRoute:
             )
         return "\n  ".join(lines)
 
-    def _said(self) -> str:
+    def _route_line(self) -> str:
         if self.route == "fused":
             return f"fused kernel: {self.reason}"
         if self.hooked:
@@ -83,7 +83,7 @@ class Explanation:
         return "\n".join(map(str, self.layers))
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """For each layer the fields of its `LayerRoute`, plain values that json takes."""
+        """The fields of each layer's `LayerRoute`, by layer, as plain values that json accepts."""
         return {
             each.layer: {**asdict(each), "samples": each.samples and list(each.samples)}
             for each in self.layers
@@ -96,12 +96,12 @@ def explain(
     """Prints which route a measurement from a layer on takes, and why.
 
     Args:
-        model, layer, inputs, forward, output: as in :func:`lmnfast.cut`; the layer may be a pattern, as in `match_layers`.
-            Without inputs nothing is run: what only samples show (a branch on their shape, a layer called twice) is left
-            open, and the model is taken to have one argument.
+        model, layer, inputs, forward, output: as in :func:`lmnfast.cut`. The layer may be a pattern, as in `match_layers`.
+            Without inputs the model is not run. Facts that only samples show (a branch on their shape, a layer called twice)
+            then stay unknown, and the model is assumed to have one argument.
 
     Returns:
-        What was printed, as an object: ``explain(model, "0")["0"].route`` is "fused", "hoisted" or "generic".
+        The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "hoisted" or "generic".
 
     Raises:
         As :func:`lmnfast.cut`.
@@ -157,7 +157,7 @@ def _of_route(layer: str, route: Route, **about: Any) -> LayerRoute:
 
 
 def _tiles(tail: nn.Module, samples: Tensor) -> dict[str, int]:
-    """How much a tile has by default."""
+    """The default size of a tile."""
     x, interior = checked_samples(tail, samples), DEFAULT.points - 2
     with evaluating(tail):
         _, allocated = bytes_of(tail, x, rows_again(len(x))[-1])
@@ -168,7 +168,7 @@ def _tiles(tail: nn.Module, samples: Tensor) -> dict[str, int]:
 
 
 def _drawn(chain: Chain) -> str:
-    """Widths, the activations between, and + for what an earlier result is added to: 100 -> 31 silu -> 100 +."""
+    """Draws a chain: widths, activations, and + after a value that an earlier value is added to: 100 -> 31 silu -> 100 +."""
     parts = [str(chain.weights[0].shape[1])]
     into = dict(chain.skips)
     for n, (weight, activation) in enumerate(zip((None, *chain.weights), chain.activations, strict=True)):

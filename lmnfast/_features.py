@@ -1,4 +1,4 @@
-"""Rows of features that are as far apart as the Jacobians of a network, and what is made of every two of them."""
+"""Compares the Jacobians of a network by rows of features that are exactly as far apart as the Jacobians are."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _native, ops
 from ._chain import IDENTITY, Activation, Chain
 from ._checks import Checks, Findings
-from ._differentiated import check_jacobian, other_features
+from ._differentiated import check_jacobian, differentiated_features
 from ._outputs import Calls
 from ._threads import lapack_on_one_core
 from .ops._checks import KERNEL_DTYPES
@@ -23,20 +23,20 @@ from .ops.jacobian_distance import (
     jacobian_connectivity,
 )
 
-# Bytes of features held at a time; the kernel packs the second samples' once more. All at once, or two tiles of them.
+# Bytes of features held at a time: all features at once, or two tiles. The kernel packs the second samples' features once more.
 ALL_FEATURES = 24 * 2**20
 TILE_FEATURES = 8 * 2**20
-TILE_ROWS = 1024  # more would only make the tile of the result larger than those of the features
+TILE_ROWS = 1024  # more rows would only make the tile of the result larger than the tiles of the features
 
-# What the features of `_isometry` may lose of a squared distance, for the 1e-4 of a distance that is promised.
+# Largest relative error of a squared distance by the features of `_isometry`; a distance is promised to 1e-4.
 ISOMETRY_ERROR = 1e-6
 
-# What is made of every two Jacobians: |J_i - J_j|, its square, or 1 less the share of that in |J_i|^2 + |J_j|^2.
+# The number computed for every two Jacobians: |J_i - J_j|, its square, or 1 - |J_i - J_j|^2 / (|J_i|^2 + |J_j|^2).
 Kind = Literal["distance", "squared", "connectivity"]
 
 
 def merged(chain: Chain) -> Chain:
-    """The chain in float64, Linear layers with nothing between them multiplied."""
+    """The chain in float64. Linear layers without an activation between them are multiplied into one."""
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     activations = [chain.activations[0]]
@@ -54,7 +54,7 @@ def merged(chain: Chain) -> Chain:
     return replace(chain, weights=tuple(weights), biases=tuple(biases), activations=tuple(activations))
 
 
-def of_chain(
+def compare_chain(
     chain: Chain,
     x: Tensor,
     y: Tensor | None,
@@ -63,10 +63,12 @@ def of_chain(
     again: Tensor | None = None,
     expected: Tensor | None = None,
 ) -> Tensor:
-    """What is made of every two Jacobians of a chain, (N, N). CUDA is waited for once, for the checks of samples x and outputs y,
-    too, and of the chain's outputs and the model's, see `Findings`; elsewhere these have been made. y: as of `Prepared`.
+    """The number of `Kind` for every two Jacobians of a chain, (N, N).
 
-    Raises NotTheChain, on CUDA, where y are others than the chain's.
+    On CUDA it waits once, and makes the checks of `Findings`: of samples x, outputs y, the chain's outputs `again` and the
+    model's outputs `expected`. On other devices the caller has made these checks. y: as in `Prepared`.
+
+    Raises NotTheChain, on CUDA, if y are not the chain's outputs.
     """
     on_cuda = _native.on_cuda(x)
     if all(a == IDENTITY for a in chain.activations):
@@ -76,38 +78,38 @@ def of_chain(
         return torch.full((len(x), len(x)), value, dtype=_result_dtype(x), device=x.device)
     if not on_cuda:
         rows, width = chain_features(chain, x, affine)
-        return of_rows(_checked(rows), x, width, kind)
+        return compare_rows(_checked(rows), x, width, kind)
     hidden = _one_hidden(chain, x)
     if hidden is not None:
-        made, lost, own = _of_one_hidden(hidden, x, affine, kind, with_outputs=y is None)
+        matrix, lost, own = _of_one_hidden(hidden, x, affine, kind, with_outputs=y is None)
         y = y if own is None else own
         y = chain(x) if y is None else y
-        found = Findings(x, y, again, expected, made, lost)
+        found = Findings(x, y, again, expected, matrix, lost)
         found.check()
         if abs(found.count) <= ISOMETRY_ERROR:
             if not found.finite:
-                _name_what_is_not_finite(*_features_on_device(hidden, x, affine)[:2], x, made, kind)
-            return made
+                _name_what_is_not_finite(*_features_on_device(hidden, x, affine)[:2], x, matrix, kind)
+            return matrix
     y = chain(x) if y is None else y
     rows, width = chain_features(chain, x, affine, with_isometry=hidden is None)
-    made = of_rows(rows, x, width, kind)
-    found = Findings(x, y, again, expected, made)
+    matrix = compare_rows(rows, x, width, kind)
+    found = Findings(x, y, again, expected, matrix)
     found.check()
     if not found.finite:
-        _name_what_is_not_finite(rows, width, x, made, kind)
-    return made
+        _name_what_is_not_finite(rows, width, x, matrix, kind)
+    return matrix
 
 
-def of_other(
+def compare_differentiated(
     f: Calls, x: Tensor, y: Tensor, allocated: int, kind: Kind, affine: bool, checks: Checks
 ) -> Tensor:
-    """The same of any f, which took so many bytes for all samples."""
-    rows = other_features(f, x, y, allocated, affine, checks)
-    return of_rows(rows, x, y.shape[1] * (x[0].numel() + affine), kind)
+    """The same for any f. allocated: bytes that f takes for all samples."""
+    rows = differentiated_features(f, x, y, allocated, affine, checks)
+    return compare_rows(rows, x, y.shape[1] * (x[0].numel() + affine), kind)
 
 
-def of_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind: Kind) -> Tensor:
-    """The same of rows of features, in place of Jacobians."""
+def compare_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind: Kind) -> Tensor:
+    """The same for rows of features, in place of Jacobians."""
     dtype = _result_dtype(x)
     if kind == "connectivity" and not _native.on_cuda(x):
         return _connectivity(rows, x, width, dtype)
@@ -134,20 +136,25 @@ def _checked(rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]
 
 
 def _name_what_is_not_finite(
-    rows: Callable[[int, int], Tensor], width: int, x: Tensor, made: Tensor, kind: Kind
+    rows: Callable[[int, int], Tensor], width: int, x: Tensor, matrix: Tensor, kind: Kind
 ) -> None:
-    """Raises what is wrong with a matrix that is not finite: a row of which it is made, or in a connectivity an entry. A distance
-    may be beyond what there is."""
+    """Raises the error behind a matrix that is not finite: a row of features, or in a connectivity an entry.
+
+    Does not raise for a distance that overflows though its rows are finite.
+    """
     tile = _tile_rows(len(x), width)
     for begin in range(0, len(x), tile):
         check_jacobian(rows(begin, min(begin + tile, len(x))), begin)
     if kind == "connectivity":
-        made.fill_diagonal_(1)
-        Checks(False).entries(made)
+        matrix.fill_diagonal_(1)
+        Checks(False).entries(matrix)
 
 
 def _one_hidden(chain: Chain, x: Tensor) -> Chain | None:
-    """The chain as two Linear layers, where there are kernels for features of its slopes, and Jacobians are no smaller."""
+    """The chain as two Linear layers with one activation between; None if the kernels for that case do not take the chain.
+
+    They take it if its Jacobians are not smaller than the features of its slopes.
+    """
     if len(chain.weights) != 2 or not x.dtype == chain.weights[0].dtype in KERNEL_DTYPES:
         chain = merged(chain)
     bent = [a != IDENTITY for a in chain.activations]
@@ -157,12 +164,14 @@ def _one_hidden(chain: Chain, x: Tensor) -> Chain | None:
 def _of_one_hidden(
     chain: Chain, x: Tensor, affine: bool, kind: Kind, with_outputs: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`of_chain` by CUDA's kernels for one hidden layer, without waiting, what `isometry` says about B, and where they give them
-    the chain's outputs."""
+    """`compare_chain` by CUDA's kernels for one hidden layer, without a wait.
+
+    Returns the matrix, the error of B as `isometry` gives it, and the chain's outputs if the kernels compute them.
+    """
     first, last = chain.weights
     if affine or first.dtype != _result_dtype(x) or _tile_rows(len(x), len(first)) < len(x):
         rows, width, lost = _features_on_device(chain, x, affine)
-        return of_rows(rows, x, width, kind), lost, None
+        return compare_rows(rows, x, width, kind), lost, None
     return isometry_distance(
         x.flatten(1),
         first,
@@ -179,14 +188,14 @@ def _of_one_hidden(
 def _features_on_device(
     chain: Chain, x: Tensor, affine: bool
 ) -> tuple[Callable[[int, int], Tensor], int, Tensor]:
-    """`chain_features` of these kernels, and what `isometry` says about B."""
+    """`chain_features` by these kernels, and the error of B as `isometry` gives it."""
     first, last = chain.weights
     B, lost = isometry(first, last)
 
     def rows(begin: int, end: int) -> Tensor:
-        some = x[begin:end].flatten(1).to(first.dtype)
-        features = isometric_features(some, first, chain.biases[0], chain.activations[1], B)
-        return torch.cat((features, _offsets(chain, some.double())), 1) if affine else features
+        samples = x[begin:end].flatten(1).to(first.dtype)
+        features = isometric_features(samples, first, chain.biases[0], chain.activations[1], B)
+        return torch.cat((features, _offsets(chain, samples.double())), 1) if affine else features
 
     return rows, len(first) + affine * len(last), lost
 
@@ -194,10 +203,13 @@ def _features_on_device(
 def chain_features(
     chain: Chain, x: Tensor, affine: bool, with_isometry: bool = True
 ) -> tuple[Callable[[int, int], Tensor], int]:
-    """Rows of features, as far apart as the Jacobians of a chain, for samples from begin to end; and their number."""
+    """A function that gives the features of a chain for samples from begin to end; and the number of features.
+
+    Two rows of features are as far apart as the samples' Jacobians.
+    """
     chain = merged(chain)
     if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
-        # W = Q R: a last Linear with more outputs than inputs keeps every distance as R.
+        # W = Q R: if the last Linear has more outputs than inputs, R in place of W keeps every distance.
         with lapack_on_one_core():
             R = torch.linalg.qr(chain.weights[-1], mode="r").R
         chain = replace(chain, weights=(*chain.weights[:-1], R), biases=(*chain.biases[:-1], None))
@@ -209,24 +221,24 @@ def chain_features(
     width = (inputs * outputs if B is None else len(B)) + affine * outputs
 
     def rows(begin: int, end: int) -> Tensor:
-        some = x[begin:end].flatten(1).double()
+        samples = x[begin:end].flatten(1).double()
         if B is None:
-            features = ops.jacobian(chain, some).flatten(1)
+            features = ops.jacobian(chain, samples).flatten(1)
         else:
-            # The nonlinearity is on the input, or after the first Linear.
+            # The only nonlinearity is on the input or after the first Linear.
             on_input = chain.activations[0].name != "identity"
-            z = some if on_input else _native.linear(some, chain.weights[0], chain.biases[0])
+            z = samples if on_input else _native.linear(samples, chain.weights[0], chain.biases[0])
             features = _native.linear(_slope(chain.activations[0 if on_input else 1], z)[1], B, None)
-        return torch.cat((features, _offsets(chain, some)), 1) if affine else features
+        return torch.cat((features, _offsets(chain, samples)), 1) if affine else features
 
     return rows, width
 
 
 def _isometry(chain: Chain) -> Tensor | None:
-    """B (F, H) with ``|J_i - J_j| = |B s_i - B s_j|`` for slopes s of the only nonlinearity.
+    """B (F, H) with ``|J_i - J_j| = |B s_i - B s_j|``, where s are the slopes of the only nonlinearity.
 
-    None where there are more, where Jacobians are no larger than the features, and where M is so close to singular
-    that B would lose digits of them.
+    None if there are more nonlinearities, if Jacobians are no larger than the features, or if M is so close to singular that
+    distances would lose digits. docs/mathematics.md derives B and M.
     """
     if sum(a.name != "identity" for a in chain.activations) > 1:
         return None
@@ -238,7 +250,7 @@ def _isometry(chain: Chain) -> Tensor | None:
     else:
         M = _native.linear(last.mT, last.mT, None) * _native.linear(first, first, None)
     norms = M.diagonal().sqrt()
-    used = norms > 0  # the others change no Jacobian
+    used = norms > 0  # units with norm 0 change no Jacobian
     units = int(used.sum())
     if units == 0:
         return M.new_zeros(1, len(M))
@@ -252,7 +264,7 @@ def _isometry(chain: Chain) -> Tensor | None:
     inverse = torch.linalg.solve_triangular(
         root, torch.eye(units, dtype=root.dtype, device=root.device), upper=False
     )
-    # Rounding changes M by about H epsilon, a squared distance by as much over the least eigenvalue.
+    # Rounding changes M by about H epsilon, and a squared distance by that number over the least eigenvalue of M.
     if not units * torch.finfo(torch.float64).eps * inverse.square().sum() <= ISOMETRY_ERROR:
         return None
     B = root.mT * norms
@@ -260,7 +272,7 @@ def _isometry(chain: Chain) -> Tensor | None:
 
 
 def _slope(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
-    """a(z) and a'(z), PyTorch's also at a kink."""
+    """a(z) and a'(z), at a kink PyTorch's derivative."""
     if activation == IDENTITY:
         return z, torch.ones_like(z)
     with torch.inference_mode(False), torch.enable_grad():
@@ -271,21 +283,23 @@ def _slope(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _offsets(chain: Chain, x: Tensor) -> Tensor:
-    """f(x) - J x up to f's last bias, from layer to layer: where a unit is linear, ``a(z) - a'(z) z`` is exactly 0, so
-    the offset depends on the linear piece alone."""
+    """f(x) - J x without f's last bias, computed from layer to layer.
+
+    If a unit is linear, ``a(z) - a'(z) z`` is exactly 0, so the offset depends on the linear piece alone.
+    """
     a, slope = _slope(chain.activations[0], x)
     offsets = a - slope * x
     for n, (weight, bias, activation) in enumerate(zip(chain.weights, chain.biases, chain.activations[1:])):
         z = _native.linear(a, weight, bias)
         if n + 1 == len(chain.weights) and activation.name == "identity":
-            return _native.linear(offsets, weight, None)  # the last bias is the same for all
+            return _native.linear(offsets, weight, None)  # the last bias is the same for all samples
         a, slope = _slope(activation, z)
         offsets = _native.linear(offsets, weight, bias) * slope + (a - slope * z)
     return offsets
 
 
 def _tile_rows(samples: int, width: int) -> int:
-    """How many rows of features exist at a time, of as many numbers."""
+    """How many rows of features exist at a time. width: numbers in a row."""
     if 8 * samples * width <= ALL_FEATURES:
         return samples
     return max(1, min(TILE_FEATURES // (8 * width), TILE_ROWS))
@@ -298,7 +312,7 @@ def tiled(
     dtype: torch.dtype,
     measure: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """What is measured of every two rows of features, of which two tiles exist at a time."""
+    """Applies `measure` to every two rows of features, (samples, samples). Two tiles of features exist at a time."""
     tile = _tile_rows(samples, width)
     if tile == samples:
         features = rows(0, samples)
@@ -318,7 +332,7 @@ def tiled(
 
 
 def _connectivity(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """`jacobian_connectivity` in torch's arithmetic, for devices without that kernel."""
+    """`jacobian_connectivity` in plain torch, for devices without that kernel."""
     norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     def with_norms(begin: int, end: int) -> Tensor:
@@ -327,16 +341,18 @@ def _connectivity(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dty
         return features
 
     L = tiled(with_norms, len(x), width, dtype, partial(_distance, squared=False, dtype=dtype))
-    # Distances over norms, and squared only then: squares of tiny or huge Jacobians would not be finite.
+    # Distances are divided by norms before they are squared: squares of tiny or huge Jacobians would not be finite.
     for begin in range(0, len(x), 256):
         end = min(begin + 256, len(x))
-        least, largest = (of(norms[begin:end, None], norms[begin:]) for of in (torch.minimum, torch.maximum))
-        # Not torch's hypot, which has other last bits where it is not vectorised.
+        least, largest = (
+            choose(norms[begin:end, None], norms[begin:]) for choose in (torch.minimum, torch.maximum)
+        )
+        # torch's hypot is not used, as its last bits differ where it is not vectorised.
         both = largest * (1 + (least / torch.where(largest > 0, largest, 1.0)).square()).sqrt()
         share = L[begin:end, begin:] / torch.where(both > 0, both, 1.0)
-        some = 1 - share.square()
-        own = some[:, : end - begin]
-        own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
-        L[begin:end, begin:] = some
-        L[end:, begin:end] = some[:, end - begin :].mT
+        entries = 1 - share.square()
+        diagonal = entries[:, : end - begin]
+        diagonal.copy_(diagonal.triu(1) + diagonal.triu(1).mT).fill_diagonal_(1)
+        L[begin:end, begin:] = entries
+        L[end:, begin:end] = entries[:, end - begin :].mT
     return L

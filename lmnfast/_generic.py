@@ -1,4 +1,4 @@
-"""Paths of a function that is no chain: the function is called on tiles of their points."""
+"""Measures paths of a function that is no chain by calling the function on tiles of path points."""
 
 from collections.abc import Iterator
 
@@ -14,8 +14,11 @@ from .ops.path_connectivity import ChainConnectivity
 
 
 def outputs_between(f: Calls, points: Tensor, x: Tensor, ends: Tensor, checks: Checks) -> Tensor:
-    """f's outputs (B, K) at points (B + B', *in), of which the last B' are left to samples that have to come out as before:
-    f may depend on how many rows there are, or on the calls before."""
+    """f's outputs (B, K) at the first B of the points (B + B', *in).
+
+    The last B' places are filled with samples, whose outputs must be as before: f may depend on the number of rows or on
+    earlier calls.
+    """
     rows = rows_between(len(x))
     samples = points[len(points) - len(rows) :]
     for place, row in zip(samples, rows):
@@ -36,8 +39,10 @@ def generic_paths(
     checks: Checks,
     progress: Progress | None,
 ) -> ChainConnectivity:
-    """Calls f on tiles of points of paths; the paths' ends are f's outputs on the samples. f took ``allocated`` bytes for all
-    of these."""
+    """The connectivity of f by calls on tiles of path points. At the paths' ends f's outputs on the samples are used.
+
+    ends: (N, K), f(x). tile: bytes of a tile. allocated: bytes that f takes for all samples.
+    """
     original, ends = ends, widened(ends)
     L = torch.ones(len(x), len(x), dtype=ends.dtype, device=x.device)
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
@@ -50,11 +55,11 @@ def generic_paths(
     finished = 0
     for first, second in _pairs(len(x), most, x.device):
         pairs = len(first)
-        # A path between close samples has few points in their own dtype.
+        # In their own dtype the path between two close samples has few distinct points.
         apart = ~_indistinct(x[first], x[second])
         if not apart.all():
             i, j = first[~apart], second[~apart]
-            near = (x[i] != x[j]).flatten(1).any(1)  # the others are equal, and their entry is 1
+            near = (x[i] != x[j]).flatten(1).any(1)  # other pairs are equal samples, and their entry is 1
             L[i[near], j[near]] = L[j[near], i[near]] = UNRESOLVED
             counts[1] += near.sum()
             first, second = first[apart], second[apart]
@@ -77,7 +82,7 @@ def generic_paths(
             except RuntimeError as error:
                 if most == 1 or not out_of_memory(error):
                     raise
-                most = -(-most // 2)  # for good; what has been measured stays
+                most = -(-most // 2)  # also for later tiles; finished pairs keep their results
                 continue
             done += most
         L[first, second] = r2
@@ -96,19 +101,19 @@ def generic_paths(
 
 
 def _indistinct(first: Tensor, second: Tensor) -> Tensor:
-    """Which pairs of samples are close, see `are_close`; in float64 only those that are equal."""
+    """Which pairs of samples are close, see `are_close`. In float64 only equal samples are."""
     if first.dtype == torch.float64:
         return (first == second).flatten(1).all(1)
     return are_close(first, second)
 
 
 def _like(x: Tensor, values: Tensor) -> Tensor:
-    """values in x's dtype on x's device."""
+    """The values in x's dtype on x's device."""
     return on_device(values.to(x.dtype), x.device)
 
 
 def _pairs(samples: int, tile: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs i < j, row by row, in tiles; never all their indices at once."""
+    """All pairs i < j, row by row, in tiles. The indices of all pairs never exist at once."""
     row_starts = torch.arange(samples, device=device).neg().add(samples - 1).cumsum(0)
     for start in range(0, samples * (samples - 1) // 2, tile):
         pair = torch.arange(start, min(start + tile, samples * (samples - 1) // 2), device=device)

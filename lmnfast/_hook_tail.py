@@ -1,4 +1,4 @@
-"""The network behind a layer where torch.fx cannot trace the model: the model with the layer's output replaced."""
+"""The network behind a layer of a model that torch.fx cannot trace: the model with the layer's output replaced by a hook."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def reproduces_output(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
 
 
 class HookTail(nn.Module):
-    """The model with one layer's output replaced. Everything before the layer is computed in vain, on the
-    first input repeated.
+    """The model with one layer's output replaced. The layers before it still run, on copies of the first input.
 
-    repeated: for each tensor of the inputs whether it has a row per sample, of which the first is taken; others are
-        the same for every sample. in_place: writes into the layer's output, so that what shares memory with it changes too.
+    call, layer, number, path: as in `hook_tail`. inputs: of the model.
+    repeated: for each tensor of the inputs, whether it has a row per sample. The tail then repeats the first row. Other
+        tensors are the same for every sample.
+    in_place: write into the layer's output, so that tensors which share memory with it change too.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class HookTail(nn.Module):
     ) -> None:
         super().__init__()
         self.model = call.model
-        self.call = (call,)  # in tuples, as they are registered under the model already
+        self.call = (call,)  # in tuples: the modules must not be registered a second time
         self.layer = (layer,)
         self.number = number
         self.path = path
@@ -75,7 +76,8 @@ class HookTail(nn.Module):
             own.copy_(x)
             return None
 
-        handle = nn.Module.register_forward_hook(self.layer[0], replace)  # a scripted one's own only raises
+        # A scripted module's own method only raises.
+        handle = nn.Module.register_forward_hook(self.layer[0], replace)
         try:
             return self.call[0](mapped(self.first, repeated))
         finally:
@@ -85,11 +87,14 @@ class HookTail(nn.Module):
 def hook_tail(
     call: Call, layer: nn.Module, number: int | None, path: list, inputs: Any, samples: Tensor, output: Tensor
 ) -> tuple[HookTail | None, list[int]]:
-    """The tail by a forward hook; or None, and the numbers of the inputs that matter by another way than the layer.
+    """The tail by a forward hook; or None, and the numbers of the inputs that reach the output on a way around the layer.
 
-    Where the first row of the inputs in place of all does not give the model's output, there may be memory that the
-    layer's output shares with an earlier result, or an input that has by chance as many rows as there are samples and
-    is the same for all: a mask of tokens by tokens.
+    call, layer: the model's call and the layer. number: which call of the layer. path: keys to the tensor in the layer's
+    output. samples, output: the layer's output and the model's for the inputs.
+
+    If the tail on the repeated first row does not give the model's output, there are two possible reasons. The layer's output
+    may share memory with an earlier result. Or an input that is the same for all samples (a mask of tokens by tokens) has by
+    chance as many rows as there are samples.
     """
     tensors = list(tensors_in(inputs))
     per_sample = [bool(i.ndim and len(i) == len(samples)) for i in tensors]
@@ -100,7 +105,7 @@ def hook_tail(
     def fits(candidate: HookTail) -> bool:
         try:
             return reproduces_output(candidate, samples, output)
-        except Exception:  # of the model, on inputs that it never gets
+        except Exception:  # the model may fail on inputs that it normally never receives
             return False
 
     plain, failure = tail(per_sample), None
@@ -127,7 +132,7 @@ def hook_tail(
 
 
 def _is_fresh(call: Call, layer: nn.Module, number: int, path: list, inputs: Any) -> bool:
-    """Whether every forward pass has new memory for the layer's output: to write there changes nothing that lasts."""
+    """Whether every forward pass puts the layer's output in new memory, so that writing there has no lasting effect."""
     results: list[Any] = []
     handle = nn.Module.register_forward_hook(layer, lambda module, args, result: results.append(result))
     try:
@@ -141,7 +146,7 @@ def _is_fresh(call: Call, layer: nn.Module, number: int, path: list, inputs: Any
 
 
 def _takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
-    """Whether the tail gives each sample its output also in a larger batch, and at another place of it."""
+    """Whether the tail gives each sample the same output in a larger batch and at another place in it."""
     try:
         with evaluating(tail):
             again = tail(torch.cat([samples.flip(0), samples])).clone()
@@ -149,14 +154,14 @@ def _takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
         return again.shape == expected.shape and bool(
             (again - expected).abs().max() <= 1e-3 * expected.abs().max()
         )
-    except Exception:  # of the model: it does not take them
+    except Exception:  # the model does not accept the larger batch
         return False
 
 
 def other_ways(
     model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, ways: list[int]
 ) -> str:
-    """That the output depends on the inputs by other ways than through the layer, and what to do."""
+    """The error message for an output that depends on the inputs on ways around the layer, with advice."""
     named = named_inputs(model, inputs, forward)
     rows = len(next(tensors_in(inputs)))
     varying = [i for i, (_, t) in enumerate(named) if t.ndim and len(t) == rows and bool((t != t[:1]).any())]
@@ -184,7 +189,7 @@ def other_ways(
 def _measurable_around(
     model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
 ) -> str | None:
-    """The innermost part of the model around a layer that can be cut at, if there is one."""
+    """The innermost part of the model that contains the layer and can be cut at; None if no part can."""
     name = layer.partition("@")[0]
     while name := name.rpartition(".")[0]:
         try:
@@ -193,6 +198,6 @@ def _measurable_around(
             call = Call(called_model(model, forward), inputs, forward, output)
             if hook_tail(call, part, number, path, inputs, samples, result)[0] is not None:
                 return name
-        except Exception:  # it is not called itself, say
+        except Exception:  # for example, the part is never called itself
             continue
     return None

@@ -1,4 +1,4 @@
-"""What a model is called with, and what is wrong with it."""
+"""Checks of a model's inputs, and error messages that help."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._tracing import Forward
 
 
 def check_rows(what: str, value: Tensor, rows: int, inputs: Any, forward: Forward, model: nn.Module) -> None:
-    """Raises ValueError where a tensor has not one row per sample, the first dimension, with what may help."""
+    """Raises ValueError, with advice, if the first dimension of a tensor is not one row per sample."""
     if value.shape[:1] == (rows,):
         return
     shape, of_model = tuple(value.shape), what.startswith("model")
@@ -34,7 +34,7 @@ def check_rows(what: str, value: Tensor, rows: int, inputs: Any, forward: Forwar
 
 
 def rows_of(inputs: Any, forward: Forward) -> int:
-    """How many samples the inputs are."""
+    """The number of samples in the inputs."""
     tensors = list(tensors_in(inputs))
     plain = isinstance(inputs, (Tensor, Mapping)) or (
         isinstance(inputs, (tuple, list)) and not any(entries_of(i) for i in inputs)
@@ -53,7 +53,7 @@ def rows_of(inputs: Any, forward: Forward) -> int:
 
 
 def check_devices(model: nn.Module) -> None:
-    """Raises where a model has no values, or has them in several places."""
+    """Raises ValueError if a model's parameters have no values, or are on several devices."""
     check_made(model, "model")
     devices: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
@@ -69,7 +69,7 @@ def check_devices(model: nn.Module) -> None:
 
 
 def check_fit(model: nn.Module, inputs: Any, forward: Forward, error: Exception) -> None:
-    """Raises where model and inputs cannot be run together and that is why they were not, which torch says at length."""
+    """Raises a short error if the model failed because model and inputs do not fit together. torch's own message is long."""
     if forward is not None:
         return
     device = next((parameter.device for parameter in model.parameters()), None)
@@ -82,7 +82,7 @@ def check_fit(model: nn.Module, inputs: Any, forward: Forward, error: Exception)
         return
     try:
         fits = inspect.signature(model.forward).bind
-    except (TypeError, ValueError):  # a scripted one has none
+    except (TypeError, ValueError):  # a scripted module has no signature
         return
     try:
         fits(**inputs) if isinstance(inputs, Mapping) else fits(*inputs)
@@ -94,7 +94,7 @@ def check_fit(model: nn.Module, inputs: Any, forward: Forward, error: Exception)
 
 
 def named_inputs(model: nn.Module, inputs: Any, forward: Forward) -> list[tuple[str, Tensor]]:
-    """The tensors that the inputs are made of, in their order, each as a reader knows it."""
+    """The tensors in the inputs, in order, each with the name by which an error message calls it."""
     names: dict[Any, str] = {}
     if forward is None and isinstance(inputs, (tuple, list)):
         with suppress(TypeError, ValueError):  # a scripted module has no signature

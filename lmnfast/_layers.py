@@ -11,7 +11,7 @@ from torch import nn
 from ._tracing import Forward, wrapped_as
 from ._undisturbed import hooked
 
-MOST_NAMES = 20  # of layers in an error message
+MOST_NAMES = 20  # layers listed in an error message
 
 
 def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -19,15 +19,15 @@ def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
 
     Args:
         model: any module.
-        patterns: names as in `cut`, or shell patterns (fnmatch) of whole names, in which * also stands for dots: "blocks.?" is
-            each of ten blocks, "blocks.*" also matches the parts of each block.
+        patterns: names as in `cut`, or shell patterns (fnmatch) of whole names. * also matches dots: "blocks.?" is each of ten
+            blocks, "blocks.*" also matches the parts of each block.
 
     Returns:
         Each name once.
 
     Raises:
-        TypeError: the model is no module, or a pattern no string.
-        ValueError: nothing matches a pattern; the message has the names that come close.
+        TypeError: the model is no module, or a pattern is no string.
+        ValueError: no layer matches a pattern. The message lists similar names.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
@@ -58,7 +58,7 @@ def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
 
 
 def names_near(wanted: str, names: list[str]) -> str:
-    """Names that come close, or the first ones; for a reader."""
+    """Similar names, or the first names, as part of an error message."""
     if not names:
         return "the model has no layers"
     close = difflib.get_close_matches(wanted, names, 5, 0.5)
@@ -69,9 +69,10 @@ def names_near(wanted: str, names: list[str]) -> str:
 
 
 def called_model(model: nn.Module, forward: Forward) -> nn.Module:
-    """The module to call in place of a wrapper, which would compile again at each hook, or talk to other processes.
+    """The module to call in place of a wrapper. The wrapper would compile again at each hook, or talk to other processes.
 
-    Where the user calls it, only what torch.compile wrapped, which has the wrapper's attributes; and none with hooks.
+    A wrapper with hooks stays. If the user's `forward` calls the model, only the wrapper of torch.compile is taken off, as the
+    wrapped module has the same attributes.
     """
     while (name := wrapped_as(model)) and not hooked(model) and (forward is None or name == "_orig_mod"):
         model = getattr(model, name)
@@ -79,7 +80,7 @@ def called_model(model: nn.Module, forward: Forward) -> nn.Module:
 
 
 def layers_of(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The model's parts by their names without what wrappers put in (0 for module.0), and by those with it."""
+    """The model's parts by their names without the parts of wrappers ("0" for "module.0"), and by their full names."""
     full = dict(model.named_modules(remove_duplicate=False))
     names: dict[str, str] = {}
     short: dict[str, nn.Module] = {}
@@ -89,13 +90,14 @@ def layers_of(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Modu
             names[name] = names[above]
         else:
             names[name] = f"{names[above]}.{last}".removeprefix(".") if name else ""
-        short.setdefault(names[name], part)  # of a wrapper and its part the wrapper: it is what is called
+        # A wrapper and its part have the same short name. It means the wrapper, which is the one that is called.
+        short.setdefault(names[name], part)
     del short[""], full[""]
     return short, full
 
 
 def find_layer(model: nn.Module, layer: str) -> tuple[nn.Module, int | None]:
-    """The module of that name, and which of its calls is meant; None for its only one."""
+    """The module of that name, and the number of the call that is meant; None for the only call."""
     if not isinstance(layer, str):
         raise TypeError(f"layer: expected a name, got {type(layer).__name__}")
     short, full = layers_of(model)

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-NAMED = 4  # names in an error message: enough to see a pattern, and one line
+NAMED = 4  # names listed in an error message: enough to show a pattern, few enough for one line
 
 
 def entries_of(value: Any) -> list[tuple[Any, Any]]:
-    """A container's keys and values; nothing of what is none."""
+    """The keys and values of a container; [] for any other value."""
     if isinstance(value, (tuple, list)):
         return list(enumerate(value))
     if isinstance(value, Mapping):
@@ -43,7 +43,7 @@ def _with(value: Any, changes: dict[Any, Any]) -> Any:
 
 
 def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same containers with every tensor replaced by a function of it."""
+    """The same containers with `function` applied to every tensor."""
     if isinstance(value, Tensor):
         return function(value)
     entries = entries_of(value)
@@ -51,7 +51,7 @@ def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def path_to_tensor(value: Any) -> list | None:
-    """Keys that lead to the first floating-point tensor; [] where the value is one, None where there is none."""
+    """Keys that lead to the first floating-point tensor; [] if the value itself is one, None if there is none."""
     if isinstance(value, Tensor):
         return [] if value.is_floating_point() else None
     for key, entry in entries_of(value):
@@ -68,23 +68,23 @@ def at_path(value: Any, path: list) -> Any:
 
 
 def replaced(value: Any, path: list, tensor: Tensor) -> Any:
-    """The value with another tensor at the end of the path."""
+    """A copy of the value with another tensor at the end of the path."""
     if not path:
         return tensor
     return _with(value, {path[0]: replaced(at_path(value, path[:1]), path[1:], tensor)})
 
 
 def contents(value: Any) -> str:
-    """A container, for a reader."""
+    """Describes a container in an error message."""
     kind = type(value).__name__
     if isinstance(value, Mapping):
-        return f"a {kind} of {few(map(repr, value)) or 'nothing'}"
+        return f"a {kind} of {first_names(map(repr, value)) or 'nothing'}"
     if isinstance(value, (tuple, list)):
         return f"a {kind} of {len(value)}"
     return f"a {kind}"
 
 
-def few(names: Iterable[str]) -> str:
-    """The first names of a list, and how many there are more."""
+def first_names(names: Iterable[str]) -> str:
+    """The first names of a list, and the number of names left out."""
     names = list(names)
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

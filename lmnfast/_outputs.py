@@ -1,4 +1,4 @@
-"""Calling the user's network on samples: what it returns, and on which samples it is called again."""
+"""Calls the user's network on samples, checks its outputs, and chooses the samples for repeated calls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from .ops._checks import KERNEL_DTYPES
 
 
 class Calls:
-    """f as it is measured: every call is like the first one, and on any number of samples.
+    """The function f as it is measured: every call behaves like the first call, on any number of samples.
 
-    begin_anew: of `_undisturbed.evaluating`, which puts back what f keeps between calls. shape: of its outputs on all samples, once
-        they are known.
+    begin_anew: puts back the state that f keeps between calls; `put_back` of `_undisturbed.evaluating`.
+    shape: the shape of f's outputs on all samples, once it is known.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Calls:
     def __call__(self, x: Tensor) -> Tensor:
         self.begin_anew()
         if self.shape is None or len(x) == self.shape[0] or torch.is_grad_enabled():
-            return self.f(x)  # whoever differentiates it explains what fails
+            return self.f(x)  # with gradients on, the caller explains errors
         try:
             return self.f(x)
         except Exception as error:
@@ -39,10 +39,10 @@ class Calls:
 
 
 def first_outputs(f: Calls, x: Tensor, chain: Chain | None) -> Tensor:
-    """`outputs_of` f on all samples; f may work in place, and may return a buffer that its next call overwrites.
+    """`outputs_of` f on all samples. f may work in place, and may return a buffer that its next call overwrites.
 
-    chain: what f is, where it is made of torch's own modules in order: then only an activation on the input may write into
-    anything but a result of its own. Else None.
+    chain: the chain that f is, if f is a sequence of torch's own modules, otherwise None. Without an activation on the input
+    such a chain overwrites nothing but its own results, and needs no copies.
     """
     if chain is not None and chain.activations[0] == IDENTITY:
         return outputs_of(f, x)
@@ -50,9 +50,10 @@ def first_outputs(f: Calls, x: Tensor, chain: Chain | None) -> Tensor:
 
 
 def gives_outputs(chain: Chain, x: Tensor) -> bool:
-    """Whether a chain's kernels give f's outputs on these samples, to rounding, where f is made of torch's own modules in order.
+    """Whether a chain's kernels give f's outputs on these samples, to rounding, if f is a sequence of torch's own modules.
 
-    Then nobody need call f, which on CUDA takes as long as the kernels. Elsewhere f has another precision, or says what is wrong.
+    f then need not be called; on CUDA a call takes as long as the kernels. If not, f computes in another precision, or raises
+    an error that the user should see.
     """
     return (
         x.dtype == chain.weights[0].dtype in KERNEL_DTYPES
@@ -62,7 +63,7 @@ def gives_outputs(chain: Chain, x: Tensor) -> bool:
 
 
 def outputs_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """f's outputs (B, K) on a batch; raises what is wrong with them."""
+    """f's outputs (B, K) on a batch. Raises TypeError or ValueError if they are not usable."""
     y = f(x)
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise TypeError(f"f: expected a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}")
@@ -83,23 +84,23 @@ def outputs_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def rows_again(samples: int) -> tuple[list[int], list[int]]:
-    """Samples to call f on once more: the last quarter and the first, each in reversed order.
+    """Samples on which f is called again: the last quarter and the first quarter, each in reversed order.
 
-    Rows that depend on those before or behind them, or on all of them, then have other outputs; so have those that depend on
-    an extreme sample, which one of the quarters is without. Both calls have the same shape, so the second one goes on with a
-    state that the first one has left.
+    The outputs change if rows depend on the rows before or after them, or on all rows. They also change if rows depend on one
+    extreme sample, as at least one quarter lacks it. Both calls have the same shape, so a state that the first call leaves
+    shows in the second.
     """
     quarter = max(1 if samples < 4 else 2, samples // 4)
     return list(range(samples - 1, samples - 1 - quarter, -1)), list(range(quarter - 1, -1, -1))
 
 
 def rows_between(samples: int) -> list[int]:
-    """Samples that are among the points of every batch: the first, the middle and the last one, in reversed order."""
+    """Samples that are added to the points of every batch: the first, the middle and the last, in reversed order."""
     return sorted({0, samples // 2, samples - 1}, reverse=True)
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for a GPU: a copy from memory that is not page-locked would."""
+    """Copies the values to the device without waiting for a GPU. A copy from memory that is not page-locked would wait."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 

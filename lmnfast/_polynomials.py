@@ -25,10 +25,10 @@ def generic_polynomials(
     checks: Checks,
     progress: Progress | None,
 ) -> ChainConnectivity:
-    """The polynomials' r2 from Jacobians of two tiles of samples at a time; f took ``allocated`` bytes for all samples.
+    """The polynomials' r2, from Jacobians of two tiles of samples at a time. allocated: bytes that f takes for all samples.
 
-    With A and B the slopes at both ends less the chord's and C the midpoint's distance from the chord, the residual is
-    ``e(t) = A t (1-t)^2 - B t^2 (1-t) + 16 t^2 (1-t)^2 (C - (A - B)/8)``, without C the first two terms.
+    A and B are the slopes at both ends minus the slope of the chord. C is the distance of the midpoint from the chord. The
+    residual is ``e(t) = A t (1-t)^2 - B t^2 (1-t) + 16 t^2 (1-t)^2 (C - (A - B)/8)``; without C only the first two terms.
     """
     y, outputs, inputs = widened(ends), ends.shape[1], x[0].numel()
     L = torch.ones(len(x), len(x), dtype=y.dtype, device=x.device)
@@ -37,10 +37,11 @@ def generic_polynomials(
     differentiated = Differentiated(f, x, ends, allocated, tile // 2, checks)
     moments = _PolynomialMoments(nodes, weights, midpoint)
     widened_f = Widened(f, x, ends)
-    # What outputs are computed from, and below what nothing is known of an output; see csrc/statistics.h.
+    # rounding: size of the terms behind each output. least: magnitude below which an output may be rounding alone. Both as in
+    # csrc/statistics.h.
     errors = torch.zeros_like(y) if widened_f.errors is None else widened_f.errors.to(y.dtype)
     rounding, least = y.abs().amax(0) * LEAST_ROUNDING + errors.amax(0), errors / CONSTANT_ULPS
-    # A quarter of the tile for each of two tiles of Jacobians, half of it for what the pairs of them take.
+    # Two tiles of Jacobians take a quarter of the bytes each, the work on their pairs takes half.
     pair = y.element_size() * (inputs + 8 * outputs) + (-(-allocated // len(x)) if midpoint else 0)
     most = max(1, tile // max(4 * y.element_size() * outputs * inputs, 2 * pair))
     flat = widened(x.flatten(1))
@@ -52,7 +53,7 @@ def generic_polynomials(
             for i in range(begin, begin + len(J_first), together):
                 first = slice(i, min(i + together, begin + len(J_first)))
                 second = slice(max(i, other), other + len(J_second))
-                # Differences before products: close samples keep their digits.
+                # Differences are taken before products, so that close samples keep their digits.
                 step = flat[second] - flat[first, None]  # [first, second, inputs]
                 chord = y[second] - y[first, None]  # [first, second, outputs]
                 A = step @ J_first[first.start - begin : first.stop - begin].mT - chord
@@ -62,7 +63,7 @@ def generic_polynomials(
                     values.append(_half_way(f, x, ends, first, second, checks))
                 magnitude = torch.maximum(y[first, None].abs(), y[second].abs())
                 length = step.abs().amax(-1)
-                # The slopes of an output that is 0 at both ends may be rounding alone, as GELU's far below zero.
+                # The slopes of an output that is 0 at both ends may be rounding alone. GELU far below zero is an example.
                 slight = torch.where(magnitude == 0, torch.maximum(length[..., None], rounding), rounding)
                 share, constant, unresolved = moments.nonlinear_share(
                     chord, values, magnitude, slight, torch.maximum(least[first, None], least[second])
@@ -77,12 +78,12 @@ def generic_polynomials(
                 above = ~equal & (sample[second] > sample[first, None])
                 counts[0] += (constant & (above & ~left)[..., None]).sum()
                 counts[1] += (left & above).sum()
-                if second.start == i:  # the samples' own paths, and those of one another twice
-                    own = r2[:, : len(r2)]
-                    own.copy_(own.triu(1) + own.triu(1).mT).fill_diagonal_(1)
+                if second.start == i:  # this block holds the diagonal, and every pair twice
+                    diagonal = r2[:, : len(r2)]
+                    diagonal.copy_(diagonal.triu(1) + diagonal.triu(1).mT).fill_diagonal_(1)
                 L[first, second], L[second, first] = r2, r2.mT
         if progress is not None:
-            later = len(x) - begin - len(J_first)  # samples whose pairs among themselves are to come
+            later = len(x) - begin - len(J_first)  # samples whose pairs with one another are not measured yet
             progress(1 - (later / len(x)) ** 2)
 
     def resolved() -> None:
@@ -95,7 +96,7 @@ def generic_polynomials(
 
 
 def _half_way(f: Calls, x: Tensor, ends: Tensor, first: slice, second: slice, checks: Checks) -> Tensor:
-    """f's distance from the chord at the midpoints of the paths with i < j; 0 for the other pairs."""
+    """Distance of f from the chord at the midpoint of each path with i < j; 0 for the other pairs."""
     y = widened(ends)
     sample = torch.arange(len(x), device=x.device)
     i, j = (sample[second] > sample[first, None]).nonzero(as_tuple=True)
@@ -110,7 +111,7 @@ def _half_way(f: Calls, x: Tensor, ends: Tensor, first: slice, second: slice, ch
 
 
 class _PolynomialMoments:
-    """Sums over the nodes of the polynomials that carry A, B and C, once; see csrc/statistics.h."""
+    """Sums over the nodes of the polynomials that belong to A, B and C, computed once; see csrc/statistics.h."""
 
     def __init__(self, nodes: Tensor, weights: Tensor, midpoint: bool) -> None:
         t = nodes - weights @ nodes
@@ -130,7 +131,7 @@ class _PolynomialMoments:
     def nonlinear_share(
         self, chord: Tensor, values: list[Tensor], magnitude: Tensor, rounding: Tensor, least: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """1 - r2, 0 for what is constant to rounding; what is constant; what is unresolved. ``values`` are overwritten."""
+        """1 - r2 (0 for a constant output), which outputs are constant, and which are unresolved. Overwrites ``values``."""
         scale = chord.abs()
         for value in values:
             torch.maximum(scale, value.abs(), out=scale)
@@ -148,6 +149,6 @@ class _PolynomialMoments:
         epsilon = torch.finfo(chord.dtype).eps * self.variance_t**0.5
         variation = total.sqrt() * scale
         constant = (variation <= magnitude * (CONSTANT_ULPS * epsilon)) & (magnitude >= least)
-        share = torch.where(constant, 0.0, nonlinear / total)  # of no use where it is unresolved
+        share = torch.where(constant, 0.0, nonlinear / total)  # the caller drops unresolved values
         ulps = RESOLVED_ULPS[chord.dtype]
         return share, constant, ~(variation > torch.hypot(magnitude, rounding) * (ulps * epsilon)) & ~constant

@@ -1,4 +1,4 @@
-"""What a cut makes constants of, to be compared with the model of later."""
+"""The state of a model that a cut turns into constants, to be compared with the model's later state."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 from ._undisturbed import torchs_own
 
-# Entries of an attribute up to which it is compared from one measurement to the next: a few hundred microseconds.
+# An attribute with more entries is not compared. Up to this size the comparison takes a few hundred microseconds.
 LARGE = 1000
 PLAIN = {type(None), bool, int, float, complex, str, bytes}
 
 
 def python_state(model: nn.Module, inputs: Any) -> list:
-    """What a cut makes constants of, to be compared by ==: which modules, forwards, hooks and tensors a model has, of
-    what dtypes, its attributes, which inputs they are, and what was changed in torch itself. Left out are training flags,
-    which a tail does not read, and values of parameters, which it follows. Other tensors, where the forward is the
-    user's, count with how often they were changed: what is computed of them alone is a constant to torch.fx.
+    """The state that a cut turns into constants, to be compared by ==.
 
-    Attributes are followed two levels deep; below, an object counts by its identity alone.
+    It includes the model's modules, forwards, hooks, tensors and their dtypes, its attributes, the inputs, and changes in torch
+    itself. It leaves out training flags, which a tail does not read, and values of parameters, which a tail follows. Other
+    tensors in modules with the user's own forward count with their version, that is, how often they were changed: torch.fx
+    makes a constant of anything computed from these tensors alone.
+
+    Attributes are followed two levels deep. Deeper objects count by their identity alone.
     """
     state = [_frozen(inputs, 1, False), torchs_own()]
     for part in model.modules():
@@ -31,13 +33,15 @@ def python_state(model: nn.Module, inputs: Any) -> list:
 
 
 class _Same:
-    """Equal to the very same object; holding it keeps its id from being used again."""
+    """Equal only if it holds the same object. It keeps the object alive, so that the object's id is not used again."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]  # states are compared, never keys
 
 
 def _frozen(value: Any, levels: int, versions: bool) -> Any:

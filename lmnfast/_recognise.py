@@ -1,4 +1,4 @@
-"""Recognises a network that is a chain of Linear layers and activations. The user's model stays as it is."""
+"""Recognises a network that is a chain of Linear layers and activations. The user's model is not changed."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from ._vocabulary import (
 
 
 class NotAChain(Exception):
-    """Why a module is no chain of Linear maps and activations, in a few words."""
+    """The reason why a module is no chain of Linear maps and activations, in a few words."""
 
 
 def recognise(f: Any) -> Chain | None:
     """The chain of Linear maps and activations that an nn.Module is in eval mode, or None.
 
-    None for anything else, for what cannot be told for sure, and where hooks are involved. No sample is seen
-    here, and branches on the input's type or shape are not: compare chain(x) with f(x) on samples before use.
-    Weights that are computed (parametrisations, a frozen batch norm folded into its neighbour) are as they are now.
+    Returns None for anything else, for modules with hooks, and in case of doubt. This function sees no samples, so it does
+    not see branches on the input's type or shape: compare chain(x) with f(x) on samples before use. Computed weights
+    (parametrisations, a frozen batch norm folded into its neighbour) have their present values.
     """
     try:
         return chain_or_reason(f)
@@ -48,7 +48,7 @@ def recognise(f: Any) -> Chain | None:
 
 
 def why_no_chain(f: Any) -> str:
-    """The reason of :func:`chain_or_reason`, or that what it found has other outputs."""
+    """The reason that :func:`chain_or_reason` gives; if it finds a chain, that the chain has other outputs."""
     try:
         chain_or_reason(f)
     except NotAChain as reason:
@@ -57,9 +57,10 @@ def why_no_chain(f: Any) -> str:
 
 
 def chain_or_reason(f: Any, put_back: Callable[[], None] | None = None) -> Chain:
-    """:func:`recognise`; raises NotAChain with the reason where there is none.
+    """:func:`recognise`, but raises NotAChain with the reason in place of None.
 
-    put_back: undoes what a trace of f's forward has changed, for a caller that is inside `evaluating` already; None: nobody is.
+    put_back: undoes the changes that a trace of f's forward makes, for a caller that is inside `evaluating` already. None: the
+    caller is not.
     """
     if not isinstance(f, nn.Module):
         raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
@@ -94,7 +95,7 @@ def _afterwards(call: Callable[[], None]) -> Iterator[None]:
 
 
 def _in_order(f: nn.Module) -> list[nn.Module] | None:
-    """The parts of nested nn.Sequential, where there is nothing else: what tracing them would find, at once."""
+    """The parts of nested nn.Sequential containers, in order; None if f has anything else. Faster than a trace."""
     if type(f) is not nn.Sequential:
         return [f] if is_known(f) else None
     if not is_plain(f):
@@ -109,9 +110,12 @@ def _in_order(f: nn.Module) -> list[nn.Module] | None:
 
 
 def _read_graph(graph: fx.Graph, root: nn.Module) -> list[Step]:
-    """The steps of a graph in which each node works on the result of the one before, and on nothing else but, to be
-    added, an earlier one."""
-    results: dict[fx.Node, int] = {}  # how many steps lead to each, as long as no other overwrites it
+    """The steps of a graph whose nodes each work on the result of the node before, and may add an earlier result.
+
+    Raises NotAChain for any other graph.
+    """
+    # The number of steps that lead to each result. Overwritten results are removed.
+    results: dict[fx.Node, int] = {}
     steps: list[Step] = []
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -128,13 +132,13 @@ def _read_graph(graph: fx.Graph, root: nn.Module) -> list[Step]:
         else:
             before = _steps_to(_input(node), results)
             if before is None:
-                raise NotAChain(f"{_said(node, root)} does not work on the result before it alone")
+                raise NotAChain(f"{_described(node, root)} does not work on the result before it alone")
             step = _read_step(node, root)
             if step == IDENTITY or (step == FLATTEN and any(isinstance(s, tuple) for s in steps[:before])):
                 results[node] = before
                 continue
             if before != len(steps):
-                raise NotAChain(f"{_said(node, root)} does not work on the result before it alone")
+                raise NotAChain(f"{_described(node, root)} does not work on the result before it alone")
         if _in_place(node, root):
             overwritten = {results.get(operand) for operand in node.all_input_nodes}
             results = {n: number for n, number in results.items() if number not in overwritten}
@@ -158,22 +162,22 @@ def _read_sum(node: fx.Node, root: nn.Module, results: dict[fx.Node, int], last:
     operands = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
     known = [steps for operand in operands if (steps := _steps_to(operand, results)) is not None]
     if len(known) != 2 or len(operands) != 2 or node.kwargs.keys() - {"input", "other"}:
-        raise NotAChain(f"{_said(node, root)} has other operands than two results of the chain")
+        raise NotAChain(f"{_described(node, root)} has other operands than two results of the chain")
     if max(known) != last or min(known) == last:
-        raise NotAChain(f"{_said(node, root)} does not add an earlier result to the last one")
+        raise NotAChain(f"{_described(node, root)} does not add an earlier result to the last one")
     return Skip(min(known))
 
 
 def _in_place(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a call may overwrite what it works on."""
+    """Whether a call may overwrite its input."""
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "_")
     return name.endswith("_") or name == "iadd" or any(a is True for a in (*node.args, *node.kwargs.values()))
 
 
-def _said(node: fx.Node, root: nn.Module) -> str:
-    """A node, for a reader."""
+def _described(node: fx.Node, root: nn.Module) -> str:
+    """Describes a node in an error message."""
     if node.op == "call_module":
         name = str(node.target).removeprefix("model.")
         return f"{type(root.get_submodule(str(node.target))).__name__} {name!r}"
@@ -181,17 +185,17 @@ def _said(node: fx.Node, root: nn.Module) -> str:
 
 
 def _chain_of(steps: list[Step]) -> Chain:
-    """Steps in a row as a chain."""
-    building = _Building({step.source for step in steps if isinstance(step, Skip)})
+    """Joins steps into a chain."""
+    building = _ChainBuilder({step.source for step in steps if isinstance(step, Skip)})
     for step in steps:
         building.add(step)
     return building.chain()
 
 
-class _Building:
-    """A chain as far as its steps have been read.
+class _ChainBuilder:
+    """A chain under construction, from the steps read so far.
 
-    sources: numbers of steps whose results are added later.
+    sources: numbers of steps whose results are added to later results.
     """
 
     def __init__(self, sources: set[int]) -> None:
@@ -200,10 +204,11 @@ class _Building:
         self.biases: list[Tensor | None] = []
         self.activations = [IDENTITY]
         self.flattens = False
-        self.scale: Affine | None = None  # waits for the Linear after it
+        self.scale: Affine | None = None  # a batch norm that waits for the Linear after it
         self.skips: dict[int, int] = {}
         self.values: list[int | None] = [0]
-        """The chain's value after each number of steps. None: the result is no value of the chain, or no longer one."""
+        """For each number of steps, the number of the chain's value after them. None: the result is not, or no longer, a value
+        of the chain."""
 
     @property
     def last(self) -> int:
@@ -250,7 +255,7 @@ class _Building:
         self._overwrite_last()
 
     def _add_flatten(self) -> None:
-        if not self.weights:  # samples of another shape
+        if not self.weights:  # values from before are samples of another shape
             self.flattens = True
             self.values = [None] * len(self.values)
 
@@ -262,7 +267,7 @@ class _Building:
         self.activations[-1] = step
 
     def _overwrite_last(self) -> None:
-        """What the last value was before is no value any more."""
+        """Records that the last value has changed: earlier results with its number are no values any more."""
         self.values = [None if earlier == self.last else earlier for earlier in self.values]
 
     def chain(self) -> Chain:
@@ -305,7 +310,7 @@ def _read_step(node: fx.Node, root: nn.Module) -> Step:
     step = table[node.target](*node.args, **node.kwargs) if node.target in table else None
     if step is None:
         raise NotAChain(
-            f"{_said(node, root)} is neither a Linear nor a pointwise activation that the kernels know"
+            f"{_described(node, root)} is neither a Linear nor a pointwise activation that the kernels know"
         )
     return step
 
@@ -318,19 +323,19 @@ class Affine:
     shift: Tensor
 
     def after(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """The Linear whose outputs this works on, and this, as one."""
+        """One Linear for a Linear followed by this map."""
         shift = self.shift if bias is None else self.shift + self.scale * bias.detach()
         return (self.scale[:, None] * weight.detach()).to(weight.dtype), shift.to(weight.dtype)
 
     def before(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """This, and the Linear that works on its outputs, as one."""
+        """One Linear for this map followed by a Linear."""
         shift = weight.detach().double() @ self.shift
         shift = shift if bias is None else shift + bias.detach()
         return (weight.detach() * self.scale).to(weight.dtype), shift.to(weight.dtype)
 
 
 def _frozen_batch_norm(module: Any) -> Affine:
-    """A BatchNorm1d in eval mode, parametrised or not."""
+    """The affine map of a BatchNorm1d in eval mode, parametrised or not."""
     scale = (module.running_var.double() + module.eps).rsqrt()
     if module.weight is not None:
         scale = scale * module.weight.detach()
@@ -354,7 +359,7 @@ def _checked_chain(
     flattens: bool,
     skips: dict[int, int],
 ) -> Chain:
-    """The chain, if all of it is plain dense matrices of one dtype and device that fit together."""
+    """The chain. Raises NotAChain unless all tensors are plain and dense, have one dtype and device, and fit together."""
     tensors = weights + [b for b in biases if b is not None]
     if not weights:
         raise NotAChain("it has no Linear")

@@ -13,7 +13,7 @@ from ._affine import affine_start
 from ._chain import Chain
 from ._recognise import NotAChain, chain_or_reason
 
-# Methods that look at Jacobians. The kernels differentiate no residual sums, and a Jacobian depends on the coordinates of the
+# Methods that use Jacobians. The kernels do not differentiate residual sums. A Jacobian depends on the coordinates of the
 # samples, so no affine map may be taken out of the function.
 DIFFERENTIATING = ("jacobian", "jacobians")
 OTHER_OUTPUTS = "the chain of Linear and activations that they look like has other outputs"
@@ -30,15 +30,15 @@ class Route:
 
     kind: Literal["fused", "hoisted", "generic"]
     reason: str = ""
-    """Why the route is not "fused", in words that follow "as"."""
+    """Why the route is not "fused", in words that can follow "as"."""
     chain: Chain | None = None
-    """What a fused kernel measures."""
+    """For "fused": the chain that the kernel measures."""
     parts: tuple[fx.GraphModule, fx.GraphModule] | None = None
-    """Of a hoisted function: the affine maps, and the rest."""
+    """For "hoisted": the affine maps, and the rest of the function."""
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether this build has kernels for the device that the samples are on."""
+    """Whether this build has kernels for the device of the samples."""
     return x.device.type == "cpu" or (x.is_cuda and _native.cuda_built())
 
 
@@ -51,14 +51,14 @@ def find_route(
     known: Chain | None = None,
     put_back: Callable[[], None] | None = None,
 ) -> Route:
-    """The route for f on samples x, without a call of f.
+    """The route for f on samples x, found without a call of f.
 
     Args:
-        f: what is measured.
-        x: (N, *in), the samples. None: unknown; the route then counts for vectors on a device with kernels.
+        f: the function to measure.
+        x: (N, *in), the samples. None: unknown; the route is then the one for vectors on a device with kernels.
         method: as in :func:`lmnfast.connectivity`, or "jacobians".
         fuse: False leaves out "fused" and "hoisted".
-        known: the chain that f is, where the caller knows it.
+        known: the chain that f is, if the caller knows it.
         put_back: as in `chain_or_reason`.
     """
     if not fuse:
@@ -72,7 +72,7 @@ def find_route(
 
 
 def refuted(route: Route, f: Callable[[Tensor], Tensor], method: str) -> Route:
-    """The route for f where the chain, or the affine maps, that the route rests on have turned out to have other outputs."""
+    """The next route for f after the chain, or the affine maps, of this route turned out to have other outputs than f."""
     if route.kind == "fused":
         return _unfused(f, method, OTHER_OUTPUTS)
     return replace(route, kind="generic", parts=None)
@@ -84,7 +84,7 @@ def _unfused(f: Callable[[Tensor], Tensor], method: str, reason: str) -> Route:
 
 
 def why_no_kernel(chain: Chain, x: Tensor | None, method: str) -> str | None:
-    """Why no kernel measures a chain; None where one does."""
+    """The reason why no kernel measures a chain; None if a kernel does."""
     if x is not None and not has_kernels(x):
         return f"there is no kernel for {x.device}"
     if x is not None and x.dim() != 2 and not chain.flattens:

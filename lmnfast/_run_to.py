@@ -1,4 +1,4 @@
-"""A layer's output and the model's, checked."""
+"""Runs a model, and returns the output of a layer and of the model, both checked."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ._undisturbed import evaluating, refuse_sharded
 def run_to(
     model: nn.Module, layer: str, inputs: Any, forward: Forward = None, output: Output = None
 ) -> tuple[Tensor, Tensor]:
-    """The layer's output and the model's for `inputs`, all checked as `cut` does; never waits for a device."""
+    """The layer's output and the model's for `inputs`, checked as in `cut`. Never waits for a device."""
     return run_to_path(model, layer, inputs, forward, output)[:2]
 
 
 def run_to_path(
     model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
 ) -> tuple[Tensor, Tensor, list]:
-    """As run_to, and where in the layer's output its tensor is."""
+    """As run_to, and the path of keys to the tensor in the layer's output."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     refuse_sharded(model)
@@ -45,7 +45,7 @@ def run_to_path(
         if call is None or calls == call + 1:
             path = path_to_tensor(result)
             tensor = None if path is None else at_path(result, path)
-            # What follows may work in place.
+            # Later layers may work in place on this tensor.
             seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
 
     try:
@@ -81,13 +81,14 @@ def run_to_path(
 def run_on_copies(
     run: Call, inputs: Any, part: nn.Module | None = None, hook: Callable[..., Any] = lambda *_: None
 ) -> Any:
-    """The output on copies of the inputs; the hook is called behind the part."""
-    with evaluating(run):  # which the hook would have keep the state of torch's own modules
+    """The model's output on copies of the inputs. The hook is called after the part."""
+    # `evaluating` comes first: with a hook in place, it would save the state of torch's own modules as well.
+    with evaluating(run):
         # A scripted module's own method only raises.
         handle = None if part is None else nn.Module.register_forward_hook(part, hook)
         try:
             result = run(mapped(inputs, lambda tensor: tensor.detach().clone()))
-            # It may be a tensor of the model's, which is put back, or overwritten by the next call.
+            # The result may be a tensor of the model, which is put back, or overwritten by the next call.
             return result.clone() if isinstance(result, Tensor) else result
         finally:
             if handle is not None:
@@ -95,7 +96,7 @@ def run_on_copies(
 
 
 class _Uses(TorchFunctionMode):
-    """Whether any of some tensors is an argument of a torch function."""
+    """Records whether any of the given tensors becomes an argument of a torch function."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class _Uses(TorchFunctionMode):
 
 
 def _why_never_called(model: nn.Module, layer: str, part: nn.Module, run: Call, inputs: Any) -> str:
-    """Why a forward pass shows no call of a layer, and what to do."""
+    """The end of an error message: why a forward pass shows no call of a layer, with advice."""
     layer = layer.partition("@")[0]
     names = [layer.rsplit(".", n)[0] for n in range(1, layer.count(".") + 1)]
     above = [model, *(find_layer(model, name)[0] for name in names)]

@@ -1,4 +1,4 @@
-"""What a function and its samples must be to be measured."""
+"""Checks of a function and its samples before a measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._undisturbed import evaluating
 
 
 def _runs(f: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether a module takes samples in the dtype of some of its parameters, and itself casts to that of others."""
+    """Whether a module with parameters of several dtypes accepts these samples, that is, does the casts itself."""
     with evaluating(f):
         try:
             f(x.clone())  # f may work in place
@@ -23,7 +23,7 @@ def _runs(f: Callable[[Tensor], Tensor], x: Tensor) -> bool:
 
 
 def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The samples as they are measured, detached, and under autocast float32; raises what is wrong with them."""
+    """The samples to measure: checked, detached, and under autocast in float32. Raises TypeError or ValueError."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor of samples, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -44,7 +44,8 @@ def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = x.detach()
     autocast = torch.is_autocast_enabled(x.device.type)
     if autocast and x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()  # an output of a layer in low precision; paths between such need not be in it
+        # Samples may be a layer's output in low precision. The paths between them need not be in low precision.
+        x = x.float()
     for name, p in parameters.items():
         if p.device != x.device:
             raise ValueError(
@@ -60,8 +61,11 @@ def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def same_output(again: Any, output: Tensor) -> bool | Tensor:
-    """Whether two outputs are equal up to the rounding of the same operations in another order (the shapes are
-    the same, so mostly to the bit); a 0-dim bool on their device where that takes their values."""
+    """Whether two outputs are equal up to the rounding of the same operations in another order.
+
+    Returns a bool if shape, dtype or device settle it, otherwise a 0-dim bool tensor on the outputs' device. Mostly the
+    outputs are equal to the bit, as the shapes are the same.
+    """
     if (
         not isinstance(again, Tensor)
         or again.device != output.device
@@ -80,7 +84,7 @@ def same_output(again: Any, output: Tensor) -> bool | Tensor:
 
 
 def check_made(model: nn.Module, what: str) -> None:
-    """Raises ValueError where lazy modules have no parameters yet, which a measure must not make."""
+    """Raises ValueError if lazy modules have no parameters yet. A measurement must not create them."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _check_values(name, tensor, what)
 
@@ -93,8 +97,11 @@ def _check_values(name: str, tensor: Tensor, what: str) -> None:
 
 
 def check_function(f: nn.Module, samples: int) -> dict[str, Tensor]:
-    """Raises ValueError for a module of which can be told without a call that it is no function of single samples, or that
-    has no values yet. Returns its parameters by name, from one walk over its parts."""
+    """Returns the parameters of a module by name, from one walk over its parts.
+
+    Raises ValueError if a parameter has no values yet, or if the module is certainly no function of single samples. All this
+    is known without a call.
+    """
     parameters: dict[str, Tensor] = {}
     for name, part in f.named_modules():
         for own in (part._parameters, part._buffers):
@@ -106,25 +113,26 @@ def check_function(f: nn.Module, samples: int) -> dict[str, Tensor]:
                         parameters[path] = tensor
         if ".quantized.dynamic." in type(part).__module__:
             raise ValueError(
-                f"f: {_said_of(name)} is quantised dynamically: no scale is part of its state, each call takes it from all rows of "
-                "the batch, so a sample's outputs depend on the other samples; expected the float network, or static quantisation"
+                f"f: {_part_name(name)} is quantised dynamically: no scale is part of its state, each call takes it from all "
+                "rows of the batch, so a sample's outputs depend on the other samples; expected the float network, or static "
+                "quantisation"
             )
         if _exported_for(part) == samples:
             raise ValueError(
-                f"f: {_said_of(name)} was exported by torch.export for batches of {samples} samples alone, and is to be called on other "
-                "numbers of them; export it with a dynamic first dimension: "
+                f"f: {_part_name(name)} was exported by torch.export for batches of {samples} samples alone, and is to be "
+                "called on other numbers of them; export it with a dynamic first dimension: "
                 'torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("samples")},))'
             )
     return parameters
 
 
-def _said_of(name: str) -> str:
-    """A part by its name, for a reader."""
+def _part_name(name: str) -> str:
+    """Names a part of f in an error message."""
     return f"its part {name.removeprefix('model.')!r}" if name else "it"
 
 
 def _exported_for(part: nn.Module) -> int | None:
-    """The first dimension of the only inputs that a program of torch.export takes; None where others are taken, too."""
+    """The fixed batch size of a program of torch.export; None if the program takes other sizes, too."""
     hooks = part._forward_pre_hooks
     checks = [getattr(hook, "__name__", "") for hook in hooks.values()] if hooks else []
     is_program = "_check_input_constraints_pre_hook" in checks or type(part).__name__ == "UnflattenedModule"

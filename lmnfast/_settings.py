@@ -1,4 +1,4 @@
-"""How a connectivity is measured: the arguments that `connectivity`, `measure`, `lmn` and `Probe` have in common."""
+"""The settings of a measurement: the arguments that `connectivity`, `measure`, `lmn` and `Probe` have in common."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments as :func:`lmnfast.connectivity` describes them, checked.
+    """Checked arguments, as :func:`lmnfast.connectivity` describes them.
 
     Raises:
-        ValueError: unknown method or rule, points or budget out of range.
-        TypeError: points is no integer.
+        ValueError: unknown method or rule; points or budget out of range.
+        TypeError: points is not an integer.
     """
 
     method: str = "path"
@@ -34,17 +34,17 @@ class Settings:
         check_budget(self.budget)
 
     def nodes(self) -> tuple[Tensor, Tensor]:
-        """Nodes on a path and their weights, (points,) float64 on the CPU each."""
+        """Nodes on a path and their weights, each (points,) float64 on the CPU."""
         return path_nodes(self.rule, self.points)
 
     @property
     def midpoint(self) -> bool | None:
-        """Whether a polynomial stands in for the path, with a midpoint or without; None: no polynomial does."""
+        """Whether the method's polynomial uses the midpoint; None if the method uses no polynomial."""
         return self.method == "hermite-midpoint" if self.method.startswith("hermite") else None
 
 
 def check_budget(budget: int | None) -> None:
-    """Raises ValueError for what is no number of bytes."""
+    """Raises ValueError if the budget is not a positive number of bytes."""
     if budget is not None and budget <= 0:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
 

@@ -14,11 +14,11 @@ from ._chain import Activation, Chain, values_of
 from ._undisturbed import evaluating
 
 Stacked = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # parameters and buffers of several networks
-WHOLE = "_lmnfast_whole"  # of a tail to be measured with stacked parameters: the model it was cut from, in a tuple
+WHOLE = "_lmnfast_whole"  # attribute of a tail with stacked parameters: the model it was cut from, in a tuple
 
 
 def networks_in(stacked: Stacked) -> int:
-    """How many networks; ValueError for none, or numbers that differ."""
+    """The number of networks. Raises ValueError for no networks, or for stacks of different lengths."""
     counts = {len(value) for values in stacked for value in values.values()}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(
@@ -29,14 +29,14 @@ def networks_in(stacked: Stacked) -> int:
 
 @contextmanager
 def loaded(f: nn.Module, stacked: Stacked, number: int) -> Iterator[None]:
-    """f with the parameters and buffers of one of several networks, for as long as the context lasts.
+    """Gives f the parameters and buffers of one of several networks, for as long as the context lasts.
 
-    stacked: as torch.func.stack_module_state returns them, (B, ...) each, by the names in f, or in the model that f was
-        cut from. number: from 0 to B - 1.
-    Raises ValueError for a parameter or buffer that is missing, or has another shape than f's.
+    stacked: as torch.func.stack_module_state returns them, (B, ...) each. The names are those in f, or in the model that f
+        was cut from. number: from 0 to B - 1.
+    Raises ValueError for a parameter or buffer that is missing, or that has another shape than f's.
     """
     values = {**stacked[0], **stacked[1]}
-    names: dict[int, str] = {}  # the first of those that share a tensor
+    names: dict[int, str] = {}  # by tensor; the first name if several share a tensor
     whole = getattr(f, WHOLE, (f,))[0]
     for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
         names[id(tensor)] = name if name in values else name.removeprefix("model.")
@@ -51,13 +51,13 @@ def loaded(f: nn.Module, stacked: Stacked, number: int) -> Iterator[None]:
                         got = "nothing of that name" if value is None else f"shape {tuple(value.shape)}"
                         expected = ", ".join(("networks", *map(str, tensor.shape)))
                         raise ValueError(f"stacked: {names[id(tensor)]!r}: expected ({expected}), got {got}")
-                    own[key] = value[number].detach()  # type: ignore[assignment]  # for the time being no Parameter
+                    own[key] = value[number].detach()  # type: ignore[assignment]  # a plain tensor meanwhile
         yield
 
 
 @dataclass(frozen=True, eq=False)
 class ChainStack:
-    """Several chains of one structure: all as in `Chain`, and each tensor with one more dimension in front, of the networks."""
+    """Several chains of one structure. As `Chain`, but each tensor has one more dimension in front, for the networks."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
@@ -79,10 +79,10 @@ class ChainStack:
 
 
 def stack_of(chain: Chain, stacked: Stacked) -> ChainStack | None:
-    """The chains that networks with stacked parameters are, as views of the stacks.
+    """The chains of networks with stacked parameters, as views of the stacks.
 
     chain: the chain with the parameters of the first network, see `loaded`.
-    Returns None where a tensor of the chain is not one of the stacked ones, as one that is computed from the parameters.
+    Returns None if a tensor of the chain is not in the stacks, for example because it is computed from the parameters.
     """
     stacks = {_place(value[0]): value.detach() for values in stacked for value in values.values()}
     weights = [stacks.get(_place(w)) for w in chain.weights]
@@ -96,5 +96,5 @@ def stack_of(chain: Chain, stacked: Stacked) -> ChainStack | None:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor has its values; the same for all views of the same values."""
+    """The place of a tensor's values in memory, equal for all views of the same values."""
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()

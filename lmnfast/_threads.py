@@ -1,4 +1,4 @@
-"""The cores, threads and locks of a measurement, and Ctrl-C while a model is measured."""
+"""Cores, threads and locks of a measurement, and the handling of Ctrl-C meanwhile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _forked = False
 
 def _after_fork() -> None:
     global _lock, _forked
-    _lock, _forked = threading.RLock(), True  # whichever thread held the lock is not in the child
+    _lock, _forked = threading.RLock(), True  # the thread that held the lock does not exist in the child
 
 
 if hasattr(os, "register_at_fork"):
@@ -29,14 +29,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def on_one_core() -> None:
-    """Runs first in a thread beside a training, which then computes on one core.
+    """Limits this thread to one core. To be called first in a thread that runs beside a training.
 
     With its own OpenMP pool there would be more threads than cores, and the runtime would put the training's threads to
     sleep between operations: measured on 2 cores, a training step of 1.5 ms takes 3.6 ms, for as long as the process
@@ -51,9 +51,11 @@ def on_one_core() -> None:
 
 
 def cores_to_use() -> int:
-    """As many as torch uses, but no more than this thread may run on, where they would wait for one another; 1 in a forked
-    process. The threads of an OpenMP runtime are not copied by a fork, and the child that goes on with more than one thread
-    waits for them for ever."""
+    """The number of cores for a kernel: torch's number, but at most the cores that this thread may run on; 1 after a fork.
+
+    With more threads than cores, threads would wait for one another. A fork does not copy the threads of an OpenMP runtime: a
+    child that continues with more than one thread waits for them for ever.
+    """
     return 1 if _forked else min(torch.get_num_threads(), cores())
 
 
@@ -73,8 +75,10 @@ def one_core_after_fork() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """One thread of the process at a time is in here, as modes, hooks and attributes of a model are one for all threads;
-    the same one again, too. In a forked process on one core."""
+    """Admits one thread of the process at a time, as all threads share the modes, hooks and attributes of a model.
+
+    The same thread may enter again. In a forked process the block runs on one core.
+    """
     with _lock:
         if not _forked:
             yield
@@ -85,9 +89,9 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def lapack_on_one_core() -> Iterator[None]:
-    """Torch's LAPACK uses one thread when this thread calls it, so that its results have the same bits for any thread count.
+    """Makes torch's LAPACK use one thread in calls from this thread: the results then have the same bits for any thread count.
 
-    Other threads go on as they are. Of no effect where torch's LAPACK is neither MKL nor OpenBLAS.
+    Other threads are not affected. Without effect if torch's LAPACK is neither MKL nor OpenBLAS.
     """
     set_threads = _lapack_threads()
     if set_threads is None:
@@ -102,10 +106,10 @@ def lapack_on_one_core() -> Iterator[None]:
 
 @cache
 def _lapack_threads() -> Callable[[int], int] | None:
-    """Sets how many threads LAPACK uses for the calling thread, and returns how many it did; 0: as many as the process."""
+    """LAPACK's function that sets its number of threads for the calling thread and returns the old number; 0: the process's."""
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), os.RTLD_NOLOAD)
-    except (AttributeError, OSError):  # on another system
+    except (AttributeError, OSError):  # systems other than Linux
         return None
     for name in ("MKL_Set_Num_Threads_Local", "openblas_set_num_threads_local"):
         if (function := getattr(torch_cpu, name, None)) is not None:
@@ -115,7 +119,7 @@ def _lapack_threads() -> Callable[[int], int] | None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: what changes the model, or torch, is done or put back as a whole."""
+    """Delays Ctrl-C until the end of the block, so that changes of the model or of torch are made or undone as a whole."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python runs the handlers of signals on the main thread alone
         return

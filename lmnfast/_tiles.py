@@ -1,4 +1,4 @@
-"""How much a tile of path points may hold, and what a function takes."""
+"""The size of a tile of path points, and the memory that a function takes."""
 
 import weakref
 from collections.abc import Callable
@@ -12,38 +12,40 @@ from ._outputs import outputs_of, rows_between
 
 DEFAULT_BUDGET = 256 * 2**20
 
-# On a CPU a tile is to stay near the caches, and off fresh pages, which the C library maps for large results, and for
-# many at once. Fastest of seven runs in turns, residual, convolutional and transformer network of bench_connectivity:
-# 0.23, 0.23, 0.43 s with 4 MB, 0.18, 0.18, 0.29 with 16, 0.17, 0.17, 0.27 with 24, 0.23, 0.17, 0.27 with 64.
+# On a CPU a tile should stay near the caches. It should also avoid fresh pages, which the C library maps for large results and
+# for many results at once. Fastest of seven alternating runs of the residual, convolutional and transformer network of
+# bench_connectivity: 0.23, 0.23, 0.43 s with 4 MB; 0.18, 0.18, 0.29 s with 16; 0.17, 0.17, 0.27 s with 24; 0.23, 0.17, 0.27 s
+# with 64.
 CPU_TILE = 24 * 2**20
 
-# On CUDA a tile is to keep the card busy, and to be large enough for the fast algorithms of convolutions, beside a training that
-# needs memory, too. Measured on an H200 with a residual network and a transformer: 1.1 to 2.8 times faster with 4 GiB than with
-# 256 MiB, and no faster beyond.
+# On CUDA a tile should keep the card busy and be large enough for the fast convolution algorithms, but leave memory for a
+# training. Measured on an H200 with a residual network and a transformer: 4 GiB is 1.1 to 2.8 times faster than 256 MiB, and
+# more than 4 GiB is no faster.
 CUDA_SHARE, CUDA_MOST = 0.25, 4 * 2**30
 
 
 @cache
 def keep_freed_pages() -> None:
-    """Has the C library keep what tiles free, for the next tile, and not give it back to the system.
+    """Makes the C library keep the memory of freed tiles for the next tile, in place of giving it back to the system.
 
-    glibc learns from the largest block freed so far, up to 32 MB, which is untouched here and costs nothing. Measured on
-    the residual network of bench_connectivity: 144 000 page faults and 0.38 s, 1 000 and 0.22 s after this.
+    glibc keeps blocks up to the size of the largest block freed so far, at most 32 MB. This function frees a block of that
+    size without touching it, which costs nothing. Measured on the residual network of bench_connectivity: 144 000 page faults
+    and 0.38 s before, 1 000 and 0.22 s after.
     """
     torch.empty(2**25 - 2**13, dtype=torch.uint8, device="cpu")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a CUDA device that nobody uses: of the driver's, and of what torch's allocator holds and has not given away."""
+    """Free bytes of a CUDA device: those of the driver, and those that torch's allocator holds but does not use."""
     try:
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    except (RuntimeError, NotImplementedError):  # of another allocator than torch's
+    except (RuntimeError, NotImplementedError):  # the allocator is not torch's
         held = 0
     return torch.cuda.mem_get_info(device)[0] + held
 
 
 def tile_bytes(budget: int | None, device: torch.device) -> int:
-    """Bytes for a tile on a device; None: as many as :func:`lmnfast.connectivity` says."""
+    """Bytes for a tile on a device. budget: as in :func:`lmnfast.connectivity`, which documents the default."""
     if device.type == "cpu":
         return min(DEFAULT_BUDGET if budget is None else budget, CPU_TILE)
     if budget is not None or device.type != "cuda":
@@ -52,21 +54,26 @@ def tile_bytes(budget: int | None, device: torch.device) -> int:
 
 
 def tile_pairs(tile: int, samples: int, allocated: int, interior: int) -> int:
-    """Paths, of so many interior points, in so many bytes, beside samples that have to come out as before, see `rows_between`.
-    allocated: bytes that f takes for all samples."""
+    """The number of paths in a tile, beside the samples of `rows_between`.
+
+    tile: bytes of the tile. allocated: bytes that f takes for all samples. interior: points of a path between its ends.
+    """
     return max(1, (tile * samples // allocated - len(rows_between(samples))) // interior)
 
 
 class AllocationCount(TorchFunctionMode):
-    """Counts the bytes of all results of torch calls: what f holds at a time is hardly ever more, and where it is differentiated
-    hardly less. live: the most that there are at a time."""
+    """Counts the bytes of all results of torch calls.
+
+    f rarely holds more than that at a time, and a differentiated f rarely less. live: count the largest number of bytes that
+    exist at one time instead.
+    """
 
     def __init__(self, live: bool = False) -> None:
         super().__init__()
         self.bytes = 1
         self._follows, self._live = live, 0
         self._tensors: set[int] = set()
-        self._storages: dict[int, int] = {}  # by address, how many tensors there are in it
+        self._storages: dict[int, int] = {}  # by address, the number of tensors in the storage
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -74,7 +81,7 @@ class AllocationCount(TorchFunctionMode):
             if isinstance(value, Tensor):
                 if not self._follows:
                     self.bytes += value.numel() * value.element_size()
-                elif id(value) not in self._tensors:  # else it was worked on in place
+                elif id(value) not in self._tensors:  # otherwise it was changed in place
                     self._follow(value)
         return result
 
@@ -83,11 +90,11 @@ class AllocationCount(TorchFunctionMode):
         try:
             storage = value.untyped_storage()
             address = storage.data_ptr()
-        except (RuntimeError, NotImplementedError):  # of vmap, torch.func, sparse layouts: not accessible
+        except (RuntimeError, NotImplementedError):  # vmap, torch.func and sparse layouts hide the storage
             self._live += size
             self.bytes = max(self.bytes, self._live)
             return
-        size = min(size, storage.nbytes())  # a view of what was there before may have a large one
+        size = min(size, storage.nbytes())  # a view of an older tensor may have a large storage
         if address not in self._storages:
             self._live += size
             self.bytes = max(self.bytes, self._live)
@@ -107,9 +114,12 @@ class AllocationCount(TorchFunctionMode):
 def bytes_of(
     f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int], differentiated: bool = False
 ) -> tuple[Tensor, int]:
-    """f's outputs for some of the samples, and the bytes that it takes for all of them: on CUDA, where f is not
-    differentiated, at a time. CPU_TILE was chosen by all of them together."""
-    some = torch.stack([x[row] for row in rows])
+    """f's outputs for some of the samples, and the bytes that f takes for all samples.
+
+    On CUDA, without differentiation, these are the bytes that exist at one time; otherwise the bytes of all results. CPU_TILE
+    was chosen by the bytes of all results.
+    """
+    chosen = torch.stack([x[row] for row in rows])
     with AllocationCount(live=x.is_cuda and not differentiated) as count:
-        again = outputs_of(f, some)
+        again = outputs_of(f, chosen)
     return again, -(-count.bytes * len(x) // len(rows))

@@ -1,4 +1,4 @@
-"""Several networks of one structure, measured by one launch of each CUDA kernel."""
+"""Measures several networks of one structure by one launch of each CUDA kernel."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .ops.path_connectivity import stack_connectivity
 def enqueue_together(f: nn.Module, x: Tensor, settings: Settings, stacked: Stacked) -> list[Enqueued] | None:
     """`enqueue` of all stacked networks on samples (networks, N, *in).
 
-    Returns None where no CUDA kernel takes them together: for a function that is no chain, for a chain of weights that are computed
-    from the parameters, for method "jacobian", under autocast, and on another device.
+    Returns None if no CUDA kernel takes the networks together: for a function that is no chain, for a chain whose weights are
+    computed from the parameters, for method "jacobian", under autocast, and on other devices.
     """
     if settings.method == "jacobian" or not _native.on_cuda(x) or torch.is_autocast_enabled(x.device.type):
         return None
@@ -60,9 +60,9 @@ def _offset_of_network(chains: ChainStack, y: Tensor, number: int) -> Tensor:
 def _chains_and_outputs(
     f: nn.Module, x: Tensor, settings: Settings, stacked: Stacked
 ) -> tuple[ChainStack, list[Tensor]] | None:
-    """The chains that the networks are, and the networks' outputs, (N, K) each; None where the networks are no such chains.
+    """The networks' chains and outputs, (N, K) each; None if the networks are not chains that one launch can take.
 
-    There are no outputs where nothing else can come out than what the chains give: for torch's own modules in order.
+    The list of outputs is empty if the networks are sequences of torch's own modules: the chains then certainly give them.
     """
     with loaded(f, stacked, 0):
         checked_samples(f, x[0])

@@ -1,4 +1,4 @@
-"""Tracing a model with torch.fx, and cutting a traced graph in two."""
+"""Traces a model with torch.fx, and cuts a traced graph in two."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ._undisturbed import hooked, keeps_nothing
 from ._vocabulary import ADDITIONS, FUNCTIONS, TENSOR_METHODS
 
 Forward = Callable[[nn.Module, Any], Any] | None  # runs the model on inputs
-Output = str | int | Callable[[Any], Any] | None  # selects a tensor of what the model returns
+Output = str | int | Callable[[Any], Any] | None  # selects a tensor in the model's result
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped."""
+    """The module inside a wrapper of torch.compile; any other module itself."""
     return getattr(model, "_orig_mod", model)
 
 
 def wrapped_as(part: nn.Module) -> str | None:
-    """The name of the one part of a wrapper that only calls it: of torch.compile, DataParallel, checkpoint_wrapper."""
+    """The name of the wrapped part, if `part` is a wrapper of torch.compile, DataParallel or checkpoint_wrapper."""
     for name in ("_orig_mod", "_checkpoint_wrapped_module"):
         if name in part._modules:
             return name
@@ -34,8 +34,10 @@ def wrapped_as(part: nn.Module) -> str | None:
 
 
 class Call(nn.Module):
-    """Calls the model as a user does, and selects the output. Tracing this, and not the model, makes the model's
-    default arguments, its own hooks and constants met on the way no special cases."""
+    """Calls the model as a user does, and selects the output.
+
+    A trace of this module, instead of the model, needs no special cases for the model's default arguments, hooks and constants.
+    """
 
     def __init__(self, model: nn.Module, inputs: Any = None, forward: Forward = None, output: Output = None):
         super().__init__()
@@ -73,7 +75,7 @@ def _selected(result: Any, output: Output) -> Any:
 
 
 class OnThread:
-    """True on one thread, false on every other."""
+    """True on one thread, false on all others."""
 
     def __init__(self, thread: int) -> None:
         self.thread = thread
@@ -83,11 +85,11 @@ class OnThread:
 
 
 class Tracer(fx.Tracer):
-    """Keeps whole, beside torch's own modules: the layer to cut at, and every module with hooks, which would
-    else be run on proxies.
+    """An fx.Tracer that does not trace into the layer to cut at, nor into modules with hooks.
 
-    fx.Tracer replaces nn.Module.__call__ and __getattr__ for the whole process and sets a flag that compiled functions
-    refuse to run under. Here both count on the tracing thread alone, so that others can run their models meanwhile.
+    Otherwise the hooks would run on proxies. fx.Tracer replaces nn.Module.__call__ and __getattr__ for the whole process, and
+    sets a flag under which compiled functions refuse to run. Here both apply on the tracing thread alone, so that other threads
+    can run their models meanwhile.
     """
 
     def __init__(self, layer: nn.Module | None = None) -> None:
@@ -96,12 +98,12 @@ class Tracer(fx.Tracer):
         self.here = OnThread(threading.get_ident())
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        # Two traces at once would put back each other's replacements, and one that is interrupted would leave its own.
+        # Two traces at once would undo each other's replacements, and an interrupted trace would leave its replacements.
         with alone(), uninterrupted():
             return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        if hasattr(fx._symbolic_trace, "_is_fx_tracing_flag"):  # which trace() has set, and sets back
+        if hasattr(fx._symbolic_trace, "_is_fx_tracing_flag"):  # trace() has set it and resets it
             fx._symbolic_trace._is_fx_tracing_flag = self.here  # type: ignore[assignment]  # it acts as a bool
         return super().create_args_for_root(root_fn, is_module, concrete_args)
 
@@ -115,22 +117,22 @@ class Tracer(fx.Tracer):
         return module is self.layer or hooked(module) or super().is_leaf_module(module, qualified_name)
 
 
-# Of the functions that the kernels know, those that draw no random numbers whatever their arguments.
+# The functions known to the kernels that never draw random numbers, whatever their arguments.
 COMPUTING = {F.linear, *ADDITIONS} | {f for f in FUNCTIONS if "dropout" not in f.__name__}
 
 
 def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphModule:
-    """What follows the nodes `start`, all of them taken for the samples."""
+    """The part of a graph behind the nodes `start`. The samples take the place of each of these nodes."""
     tail = fx.Graph()
-    # Cloned, as what follows may work in place.
+    # The samples are cloned, as the tail may work in place.
     samples = tail.call_method("clone", (tail.placeholder("samples"),))
     copies = dict.fromkeys(start, samples)
-    fixed = set()  # nodes that depend on parameters only
+    fixed = set()  # nodes that depend on parameters alone
 
     def copied(node: fx.Node) -> fx.Node:
         if node not in copies:
             copies[node] = tail.node_copy(node, copied)
-            copies[node].type = None  # an annotation as text, of which pickle cannot tell the module
+            copies[node].type = None  # a textual annotation, whose module pickle cannot find
         return copies[node]
 
     for node in graph.nodes:
@@ -144,7 +146,7 @@ def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.Gr
     if not any(node.op == "output" for node in tail.nodes):
         raise ValueError("the output depends on more than the layer's output")
     for node in reversed(tail.nodes):
-        if not node.users and _pure(node):  # a loss beside the output, say
+        if not node.users and _pure(node):  # for example a loss beside the output
             tail.erase_node(node)
     result = fx.GraphModule(root, tail)
     if all(map(_only_computes, tail.nodes)):
@@ -153,8 +155,10 @@ def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.Gr
 
 
 def _only_computes(node: fx.Node) -> bool:
-    """Whether a step of a graph gives the same each time and changes nothing but results before it; of a module `evaluating`
-    looks itself."""
+    """Whether a step of a graph always gives the same result and changes nothing but earlier results of the graph.
+
+    True for every module: `evaluating` checks modules itself.
+    """
     if "out" in node.kwargs:
         return False
     if node.op == "get_attr":  # nothing works in place on a parameter
@@ -165,7 +169,7 @@ def _only_computes(node: fx.Node) -> bool:
 
 
 def _pure(node: fx.Node) -> bool:
-    """Whether a call does nothing but return a result, by PyTorch's way of naming what works in place."""
+    """Whether a call only returns a result. Judged by PyTorch's names of functions that work in place."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "_")

@@ -1,4 +1,4 @@
-"""What measuring leaves as it was: everything that a forward pass may change."""
+"""Saves and restores everything that a forward pass may change, so that measuring leaves no trace."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from torch import Tensor, nn
 
 from ._threads import alone, uninterrupted
 
-# What is looked into, beside modules, for containers and tensors that a forward pass may change.
+# Classes, beside modules, in which containers and tensors are searched that a forward pass may change.
 CONTAINERS = (dict, list, set, deque)
 LEVELS = 3  # a module's attributes, the containers among them, and containers in those
 PLAIN = {type(None), bool, int, float, str}
 NOTHING: dict[Any, Any] = {}
 
-# Entries up to which a container is looked into: the larger ones (vocabularies, replay buffers) hold plain values.
+# A container with more entries is not searched: large containers (vocabularies, replay buffers) hold plain values.
 LARGE = 1000
 
-# Bytes up to which a tensor that is no buffer is copied, to be put back: a data set in an attribute is not.
+# A tensor that is no buffer is copied, to be restored, up to this many bytes. A data set in an attribute is larger.
 LARGE_TENSOR = 2**24
 
-# Attributes that have another value while a module is measured, and that value. A hook would make a module compiled in
-# place compile again. DistributedDataParallel would wait in its forward pass for processes that do not measure.
+# Attributes that get another value during a measurement, and that value. Without _compiled_call_impl = None a hook would make
+# a module compiled in place compile again. DistributedDataParallel would wait in its forward pass for processes that do not
+# measure.
 SWITCHES = {
     "training": False,
     "_compiled_call_impl": None,
@@ -41,12 +42,12 @@ SWITCHES = {
 
 
 def _is_torchs(function: Any) -> bool:
-    """Whether a function was written in torch, and is not what a library has put in its place."""
+    """Whether a function comes from torch's own files, and is not a replacement by another library."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename.startswith(os.path.dirname(torch.__file__) + os.sep)
 
 
-# As they were at import: a library may put others in their place, and may have done so before.
+# torch's own functions at the time of import: a library may replace them later, or may have replaced them before.
 FORWARDS = {
     kind: kind.forward
     for kind in vars(nn).values()
@@ -55,18 +56,18 @@ FORWARDS = {
 _CALL = nn.Module.__call__ if _is_torchs(nn.Module.__call__) else None
 _FUNCTIONS = dict(vars(F))
 
-# Where torch has the modules that change nothing in a forward pass in eval mode. The state of a network of such modules alone is
-# not kept: for three of them `evaluating` takes 0.17 ms in place of 0.32.
+# torch's files with modules that change nothing in a forward pass in eval mode. If a network has only such modules, its state
+# is not saved: with three of them `evaluating` then takes 0.17 ms instead of 0.32 ms.
 STATELESS = tuple(
     f"torch.nn.modules.{name}" for name in ("activation", "container", "conv", "dropout", "flatten", "linear")
 )
 
-# Modules whose generated forward only calls torch's functions and its own parts, and that forward; see `keeps_nothing`.
+# Modules whose generated forward only calls torch's functions and the module's parts, and that forward; see `keeps_nothing`.
 _generated: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def sharding_of(model: nn.Module) -> str | None:
-    """By what a model's parameters are distributed over processes, of which none has the whole model; None: they are not."""
+    """The method that distributes a model's parameters over processes, by name; None if this process has the whole model."""
     return _sharding_of(model.modules())
 
 
@@ -85,8 +86,10 @@ def _sharding_of(parts: Iterable[nn.Module]) -> str | None:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """ValueError for a model that no process has whole: its forward pass is one of all processes together, and its modules
-    swap their parameters in it."""
+    """Raises ValueError for a model that no process has whole.
+
+    All processes must run the forward pass of such a model together, and its modules exchange their parameters meanwhile.
+    """
     _refuse_sharded(model.modules())
 
 
@@ -100,23 +103,24 @@ def _refuse_sharded(parts: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
-    """Eval mode without gradients, for as long as the context lasts; afterwards, also after an error, all is
-    as it was. Gives what is kept: its `put_back` puts everything but the random states back at once, so that the next forward
-    pass is like the first.
+    """Eval mode without gradients, for as long as the context lasts. Afterwards, also after an error, everything is restored.
 
-    Restored: every submodule's own training flag, its attributes, its buffers and the other tensors among its attributes (a
-    forward pass may set or count something); lists, dicts, sets and deques among the attributes and in those, in place; the
-    random states of torch on the CPU and CUDA, of Python's `random` and of numpy; the grad mode. Not restored: objects of
-    other classes, containers deeper down or elsewhere (what a hook or a closure fills), tensors over 16 MB that are no
-    buffers, and what lies outside the process.
+    The context gives a `Kept`. Its `put_back` restores everything but the random states at once, so that the next forward pass
+    behaves like the first.
 
-    Flags are set directly, not by train(): some modules rewrite their weights there. Modules compiled in place, and compiled
-    parts of others, run uncompiled; DistributedDataParallel runs without its collectives. Observers of quantisation stand
-    still, and attention runs as in training: see `_without_fast_path`. Arguments that are no nn.Module are ignored. One
-    thread at a time is in here; see `alone`. changed: the caller itself changes what is to be put back.
+    Restored are: the training flag, attributes, buffers and other tensors of every submodule (a forward pass may set or count
+    something); lists, dicts, sets and deques among the attributes, and in these, in place; the random states of torch on the
+    CPU and CUDA, of Python's `random` and of numpy; the grad mode. Not restored are: objects of other classes; containers
+    deeper down or elsewhere (for example a list that a hook or a closure fills); tensors over 16 MB that are no buffers;
+    anything outside the process.
 
-    Raises ValueError for a model whose parameters are sharded, RuntimeError afterwards for a parameter or a large tensor that
-    the forward pass has overwritten.
+    Flags are set directly, not by train(), where some modules rewrite their weights. Modules compiled in place, and compiled
+    parts of other modules, run uncompiled. DistributedDataParallel runs without its collectives. Observers of quantisation
+    stand still. Attention runs as in training, see `_without_fast_path`. Arguments that are no nn.Module are ignored. One
+    thread at a time is in this context, see `alone`. changed: whether the caller itself changes state that must be restored.
+
+    Raises ValueError for a model whose parameters are sharded. Raises RuntimeError at the end if the forward pass has
+    overwritten a parameter or a large tensor.
     """
     roots = [module for module in modules if isinstance(module, nn.Module)]
     parts = list(dict.fromkeys(part for module in roots for part in module.modules()))
@@ -129,7 +133,7 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
                 if name in own:
                     if own[name] != value:
                         switched.append((part, name, own[name]))
-                elif name == "training" and part.training != value:  # a property, as of scripted modules
+                elif name == "training" and part.training != value:  # a property, as in scripted modules
                     switched.append((part, name, part.training))
         kept, stack = Kept(), ExitStack()
         try:
@@ -157,14 +161,17 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
 def _set_all(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
     for part, name, value in values:
         own = vars(part)
-        if name in own:  # a tenth of the time of nn.Module's own __setattr__
+        if name in own:  # takes a tenth of the time of nn.Module's __setattr__
             own[name] = value
-        else:  # a property, as of scripted modules
+        else:  # a property, as in scripted modules
             setattr(part, name, value)
 
 
 def _stand_still(part: nn.Module, inner: bool, stack: ExitStack) -> None:
-    """Turns off what makes a call depend on earlier ones, or hooks fail, until the stack is closed."""
+    """Turns off observers, which make a call depend on earlier calls, and compiled parts, in which hooks fail.
+
+    Lasts until the stack is closed.
+    """
     if isinstance(part._buffers, dict) and "observer_enabled" in part._buffers:  # torch.ao's FakeQuantizeBase
         enabled = part._buffers["observer_enabled"]
         assert enabled is not None
@@ -181,10 +188,10 @@ def _stand_still(part: nn.Module, inner: bool, stack: ExitStack) -> None:
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """Runs transformer layers of torch.nn as in training, which changes their results by rounding alone.
+    """Runs transformer layers of torch.nn as in training. This changes their results by rounding alone.
 
-    In eval mode with a padding mask nn.TransformerEncoder else hands nested tensors from layer to layer, which have no
-    shape, and calls none of a layer's parts. The setting is the process's.
+    In eval mode with a padding mask nn.TransformerEncoder would pass nested tensors, which have no shape, from layer to layer,
+    and would call no part of a layer. The setting applies to the whole process.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -195,7 +202,7 @@ def _without_fast_path() -> Iterator[None]:
 
 
 def hooked(module: nn.Module, backward: bool = False) -> bool:
-    """Whether calling the module runs hooks; with `backward` whether differentiating a call does."""
+    """Whether a call of the module runs hooks; with `backward`, whether its differentiation runs hooks."""
     everywhere = nn.modules.module
     if backward:
         return bool(
@@ -213,30 +220,32 @@ def hooked(module: nn.Module, backward: bool = False) -> bool:
 
 
 def torchs_own() -> tuple[bool, ...]:
-    """Whether torch's functions are as they were at import, and which kinds of hooks run for every module."""
+    """Whether torch's functions are the ones of the import, and whether hooks of each kind run for every module."""
     everywhere = nn.modules.module
     hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
     return vars(F) == _FUNCTIONS, *map(bool, hooks)
 
 
 def keeps_nothing(part: nn.Module) -> None:
-    """Says of a module with a generated forward that a pass through it changes nothing that its parts do not change."""
+    """Declares that the generated forward of a module changes nothing beyond the changes that its parts make."""
     _generated[part] = type(part).forward
 
 
 def _is_stateless(part: nn.Module) -> bool:
-    """Whether a module is one of torch's own, or calls only such, that changes nothing in a forward pass in eval mode, and runs
-    no code of the user's."""
+    """Whether a module changes nothing in a forward pass in eval mode and runs no code of the user.
+
+    This holds for certain modules of torch, and for generated modules that call only those.
+    """
     kind = type(part)
     if part in _generated:
         own_forward = _generated[part] is kind.forward and "forward" not in vars(part)
         return own_forward and not hooked(part) and not hooked(part, backward=True)
     return (
-        (kind.__module__ in STATELESS or kind is nn.Module)  # which a graph has as a folder of parts
+        (kind.__module__ in STATELESS or kind is nn.Module)  # in a graph, nn.Module is a folder of parts
         and kind in FORWARDS
         and kind.forward is FORWARDS[kind]
         and kind.__call__ is _CALL
-        and "max_norm" not in vars(part)  # rows may be renormalised by it
+        and "max_norm" not in vars(part)  # it makes a call renormalise rows of the weight
         and not any(map(callable, vars(part).values()))
         and not hooked(part)
         and not hooked(part, backward=True)
@@ -254,27 +263,30 @@ def _random_states() -> Iterator[None]:
 
 
 def _cuda_devices() -> list[int]:
-    """CUDA devices whose random state may be in use: none before CUDA is first touched."""
+    """CUDA devices whose random state may be in use. Before the first use of CUDA there are none."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 class Kept:
-    """What a forward pass may change in modules."""
+    """Saved state of modules: everything that a forward pass may change and that can be restored."""
 
     def __init__(self) -> None:
         self.stateless = False
-        """Whether there is nothing but torch's own modules that keep no state, and graphs of them."""
+        """Whether all modules are torch's own modules without a state, or graphs of these."""
         self.in_order = False
-        """Whether there is nothing but those modules, so that each forward is the one torch has."""
+        """Whether all modules are torch's own modules without a state, so that every forward is torch's."""
         self._seen: set[int] = set()
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []
-        self._unkept: list[tuple[str, Tensor, int]] = []  # tensors of which there is no copy
+        self._unkept: list[tuple[str, Tensor, int]] = []  # tensors without a copy
         self._storages: list[tuple[Tensor, Tensor, int]] = []
 
     def keep(self, parts: Iterable[nn.Module]) -> None:
-        """Of stateless ones only the versions of parameters, which another thread may overwrite."""
-        with torch._C.DisableTorchFunction():  # a mode around f, as one of float64, is not meant for this
+        """Saves the state of the parts. For stateless parts this is only the versions of parameters.
+
+        Another thread may change the parameters.
+        """
+        with torch._C.DisableTorchFunction():  # a mode around f, for example of float64, must not act here
             for part in parts:
                 self._keep_part(part)
 
@@ -289,7 +301,7 @@ class Kept:
             if buffer is not None:
                 self._keep_tensor(buffer, buffer=True)
         own = vars(part)
-        if isinstance(own, dict):  # a scripted module's is not
+        if isinstance(own, dict):  # in a scripted module it is not a dict
             self._keep(own, LEVELS)
 
     def _keep_parameter(self, part: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -299,7 +311,7 @@ class Kept:
                 self._storages.append(
                     (parameter, data, data.data_ptr() if data.layout == torch.strided else 0)
                 )
-                if getattr(part, "max_norm", None) is not None:  # rows that it renormalises in place
+                if getattr(part, "max_norm", None) is not None:  # calls renormalise rows in place
                     self._tensors.append((parameter, parameter._version, data.clone()))
                     return
             self._unkept.append(
@@ -310,7 +322,7 @@ class Kept:
         if id(tensor) in self._seen or tensor.is_inference() or isinstance(tensor, nn.Parameter):
             return
         self._seen.add(id(tensor))
-        if buffer or tensor.layout == torch.strided and tensor.nbytes <= LARGE_TENSOR:
+        if buffer or (tensor.layout == torch.strided and tensor.nbytes <= LARGE_TENSOR):
             self._tensors.append((tensor, tensor._version, tensor.clone()))
         else:
             self._unkept.append((f"a tensor of shape {tuple(tensor.shape)}", tensor, tensor._version))
@@ -332,13 +344,13 @@ class Kept:
                 elif isinstance(entry, (*CONTAINERS, tuple)):
                     if entry or type(entry) is not OrderedDict:
                         self._keep(entry, levels - 1)
-                    else:  # of hooks, most of what a module has
+                    else:  # an empty dict of hooks; a module has many
                         self._containers.append((entry, NOTHING))
 
     def put_back(self, values: bool = False) -> None:
-        """values: also where only the values show that a tensor has changed, as after a change of its .data."""
+        """Restores the saved state. values: also compare values, as a change of .data does not change a tensor's version."""
         for now, before in self._containers:
-            if now or before:  # most are dicts of hooks, and empty
+            if now or before:  # most are empty dicts of hooks
                 _put_back(now, before)
         with torch._C.DisableTorchFunction():  # see `keep`
             for parameter, data, address in self._storages:
@@ -348,7 +360,7 @@ class Kept:
                 if tensor._version != version:
                     tensor.copy_(value)
                 elif values and not (tensor.device.type == "cpu" and torch.equal(tensor, value)):
-                    tensor.data.copy_(value)  # elsewhere a comparison would wait for the device
+                    tensor.data.copy_(value)  # on other devices a comparison would wait
 
     def check(self) -> None:
         with torch._C.DisableTorchFunction():
@@ -369,7 +381,7 @@ def _copy_of(value: Any) -> Any:
 
 
 def _put_back(now: Any, before: Any) -> None:
-    """Makes a container hold what it held, by its built-in class's own methods, where it does not."""
+    """Restores the entries of a container, if they differ, by the methods of its built-in base class."""
     if isinstance(now, dict):
         if _same(now, before) and _same(now.values(), before.values()):
             return

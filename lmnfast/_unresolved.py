@@ -1,8 +1,8 @@
-"""Pairs of samples whose entry of a connectivity matrix the samples' dtype cannot resolve, measured in float64.
+"""Measures unresolved pairs in float64: pairs whose entry of a connectivity matrix the samples' dtype cannot resolve.
 
-A kernel leaves such a pair as UNRESOLVED: rounding could decide its r2 (an output hardly varies against what it is
-computed from, or leaves the range of the dtype), or the two samples are close to each other and some output is constant to
-rounding. In float64 f is evaluated on the path itself, without a chord, so that a dead unit is exactly dead.
+A kernel marks a pair as UNRESOLVED in two cases. Rounding could determine its r2, because an output hardly varies against the
+terms that it is computed from, or leaves the range of the dtype. Or the two samples are close to each other and some output is
+constant to rounding. In float64 f is evaluated on the path itself, without a chord, so that a dead unit is exactly dead.
 """
 
 import copy
@@ -21,14 +21,14 @@ from .reference import CONSTANT_ULPS, hermite_path, r2_of_outputs
 
 UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
 
-# Samples are close where no coordinate differs by more than this share of the largest: kCloseSamples there.
+# Samples are close if no coordinate differs by more than this share of the largest; kCloseSamples in csrc/statistics.h.
 CLOSE = 2.0**-10
 
-# An output is unresolved where it varies by less than this many epsilons: kResolvedUlps32 and kResolvedUlps64 there.
+# An output that varies by less than this many epsilons is unresolved; kResolvedUlps32, kResolvedUlps64 in csrc/statistics.h.
 RESOLVED_ULPS = {torch.float32: 2.0**8, torch.float64: 2.0**24}
-LEAST_ROUNDING = 2.0**-6  # kLeastRounding there
+LEAST_ROUNDING = 2.0**-6  # kLeastRounding in csrc/statistics.h
 
-# Numbers beyond this are the infinities of masks, and nothing that outputs are computed from.
+# Larger numbers stand for infinity in masks. Outputs are not computed from them.
 LARGE = 1e6
 _DOUBLE_EPSILON = torch.finfo(torch.float64).eps
 
@@ -38,16 +38,17 @@ class Values:
     """f in float64."""
 
     at: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    """From points (B, *in) float64 to f there (B, K), and to the magnitude up to which an output is nothing but rounding
-    (B, K), None where that is not known; both float64."""
+    """From points (B, *in) float64 to f's outputs there (B, K), and to the magnitude up to which an output is nothing but
+    rounding (B, K), or None if that is not known. Both are float64."""
     along: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]] | None = None
-    """The same from points and steps (B, *in), with f's derivative along the steps (B, K) in between; None: by autograd."""
+    """The same from points and steps (B, *in); the second of the three results is f's derivative along the steps (B, K).
+    None: autograd computes it."""
     rounds_as_ends: bool = False
-    """Whether an output's rounding anywhere on a path may be that of its ends."""
+    """Whether an output's rounding anywhere on a path may be as large as at the path's ends."""
 
 
 def are_close(first: Tensor, second: Tensor) -> Tensor:
-    """Whether samples are close to each other; (pairs, *in) each -> (pairs,) bool."""
+    """Whether samples are close to each other. Each (pairs, *in) -> (pairs,) bool."""
     first, second = first.flatten(1), second.flatten(1)
     largest = torch.maximum(first.abs().amax(1), second.abs().amax(1))
     return (second - first).abs().amax(1) <= CLOSE * largest
@@ -69,18 +70,18 @@ def resolve(
     """Replaces the unresolved entries of L in place, and completes the counts. Waits for a CUDA device.
 
     Args:
-        values: f.
+        values: f in float64.
         x: (N, *in), the samples.
-        L: (N, N), UNRESOLVED where a pair is.
-        counts: (2,) int64, outputs counted as constant over the resolved pairs, and the number of unresolved pairs; the
+        L: (N, N), with UNRESOLVED for each unresolved pair.
+        counts: (2,) int64: the number of constant outputs over the resolved pairs, and the number of unresolved pairs. The
             second becomes 0.
         nodes, weights: (nodes,) float64, on the CPU.
-        points: how many points f may be called on at a time.
-        midpoint: None: r2 of f itself; else that of its Hermite polynomials, with or without the midpoint.
-        inputs: (N, *), what x was made from: the same inputs are the same sample, whatever rounding made of them.
-        noise: (N, K), by how much outputs differ from one call of f to another on the same sample; None: not at all.
+        points: the largest number of points in one call of f.
+        midpoint: None: r2 of f itself. A bool: r2 of f's Hermite polynomials, with or without the midpoint.
+        inputs: (N, *), the tensor that x was computed from. Equal inputs are the same sample, whatever rounding did to x.
+        noise: (N, K), the difference of outputs between two calls of f on the same sample. None: 0.
 
-    Whether an output is constant is decided by the machine epsilon of L's dtype; for close samples by that of float64, as
+    The machine epsilon of L's dtype determines which outputs are constant. For close samples the epsilon of float64 does, as
     the samples' own rounding is no property of f.
     """
     if int(counts[1]) == 0:
@@ -90,7 +91,7 @@ def resolve(
     for first, second in _unresolved_pairs(L, max(1, points // len(nodes))):
         same = (inputs[first] == inputs[second]).flatten(1).all(1) | _agree(x[first], x[second])
         L[first, second] = L[second, first] = 1.0
-        others = (~same).nonzero()[:, 0]  # on CUDA one wait
+        others = (~same).nonzero()[:, 0]  # waits once on CUDA
         if len(others) == 0:
             continue
         first, second = first[others], second[others]
@@ -99,7 +100,7 @@ def resolve(
         ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
         close = are_close(*samples)[:, None]
         rounding = ends * torch.where(close, _DOUBLE_EPSILON, epsilon)
-        # Where terms cancel in an output, their rounding stays. Between close samples nothing else may be as large.
+        # If the terms of an output cancel, their rounding remains. Between close samples this rounding may be the largest part.
         if least is not None:
             rounding = torch.where(close, torch.maximum(rounding, least), rounding)
         if noise is not None:
@@ -111,30 +112,32 @@ def resolve(
 
 
 def _agree(first: Tensor, second: Tensor) -> Tensor:
-    """Whether samples agree to float64 rounding in every coordinate: f is straight over so short a path; (pairs, *in) each ->
-    (pairs,) bool."""
+    """Whether samples agree to float64 rounding in every coordinate. f is straight on such a short path.
+
+    Each (pairs, *in) -> (pairs,) bool.
+    """
     first, second = first.double().flatten(1), second.double().flatten(1)
     return ((second - first).abs() <= 16 * _DOUBLE_EPSILON * torch.maximum(first.abs(), second.abs())).all(1)
 
 
 def _unresolved_pairs(L: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs i < j that are unresolved, at most so many at a time."""
-    # Each block of rows is a wait on CUDA. Where all pairs are unresolved, their places take 24 bytes each.
+    """The unresolved pairs i < j, at most `most` at a time."""
+    # Each block of rows waits once on CUDA. If all pairs are unresolved, their indices take 24 bytes per pair.
     rows = max(1, 2**24 // len(L))
     for begin in range(0, len(L), rows):
         first, second = (L[begin : begin + rows] == UNRESOLVED).triu_(begin + 1).nonzero(as_tuple=True)
         first = first + begin
-        for some in range(0, len(first), most):
-            yield first[some : some + most], second[some : some + most]
+        for start in range(0, len(first), most):
+            yield first[start : start + most], second[start : start + most]
 
 
 def _without_rounding(y: Tensor, least: Tensor | None) -> Tensor:
-    """A dead output is exactly dead."""
+    """The outputs, with 0 for those that are nothing but rounding: a dead output is then exactly dead."""
     return y if least is None else torch.where(y.abs() <= least, 0.0, y)
 
 
 def _between(first: Tensor, second: Tensor, t: Tensor | float) -> Tensor:
-    """Points between samples. torch.lerp rounds the last numbers of a thread's share in another way, so it is not used."""
+    """Points between samples. torch.lerp is not used, as it rounds the last numbers of each thread's share differently."""
     t = torch.as_tensor(t, dtype=first.dtype, device=first.device)
     step = second - first
     return torch.where(t < 0.5, first + t * step, second - (1 - t) * step)
@@ -143,9 +146,9 @@ def _between(first: Tensor, second: Tensor, t: Tensor | float) -> Tensor:
 def _without_dead(
     values: Values, first: Tensor, second: Tensor, ends: list[Tensor], slopes: list[Tensor]
 ) -> list[Tensor]:
-    """Slopes at both ends, made 0 for an output that is exactly 0 at both ends and half way and has slopes of rounding's size.
+    """Slopes at both ends, with 0 for dead outputs: exactly 0 at both ends and the midpoint, and slopes as small as rounding.
 
-    PyTorch's GELU is exactly 0 far below zero, but its derivative there is 1e-34 and the like.
+    PyTorch's GELU far below zero is an example. It is exactly 0, but its derivative is about 1e-34.
     """
     size = torch.stack([y.abs().amax(1) for y in ends]).amax(0).clamp(min=1.0)[:, None]
     slight = torch.stack([(y == 0) & (s.abs() <= _DOUBLE_EPSILON * size) for y, s in zip(ends, slopes)]).all(
@@ -164,8 +167,10 @@ def _path(
     midpoint: bool | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """f, or its polynomials, at every node (pairs, nodes, K), and the magnitude up to which an output at the ends is nothing but
-    rounding (pairs, K), None where that is not known. dtype: of L."""
+    """f, or its polynomials, at every node (pairs, nodes, K), and the rounding at the ends (pairs, K) or None.
+
+    The rounding is the magnitude up to which an output is nothing but rounding; None if it is not known. dtype: of L.
+    """
     if midpoint is None:
         t = nodes.reshape(-1, *[1] * (first.dim() - 1))
         y, least = values.at(_between(first[:, None], second[:, None], t).flatten(0, 1))
@@ -174,7 +179,7 @@ def _path(
             return y, None
         least = least.unflatten(0, (len(first), len(nodes)))
         at_ends = least[:, [0, -1]].amax(1)
-        if values.rounds_as_ends:  # between the ends, which are the samples themselves
+        if values.rounds_as_ends:  # only between the ends: the ends are the samples themselves
             least[:, 1:-1] = torch.maximum(least[:, 1:-1], at_ends[:, None])
         return _without_rounding(y, least), at_ends
     step = second - first
@@ -192,11 +197,11 @@ def _path(
             return y
 
         for sample in (first, second):
-            # Twice backwards: torch's forward mode warns of its own use of torch.jit.
+            # jvp differentiates backwards twice. torch's forward mode is not used: it warns about its own use of torch.jit.
             y, slope = torch.autograd.functional.jvp(at, sample, step)
             ends.append(y)
             slopes.append(slope)
-    # At the ends a dead output is exactly dead, and slopes do not cancel as values do.
+    # At the ends a dead output is exactly dead, and the slopes do not cancel as the values do.
     half = _without_rounding(*values.at(_between(first, second, 0.5))) if midpoint else None
     if dtype != torch.float64:
         slopes = _without_dead(values, first, second, ends, slopes)
@@ -205,29 +210,29 @@ def _path(
 
 
 class InDouble(TorchFunctionMode):
-    """Carries out every torch call on floating-point tensors in float64, whatever the dtype of a module's weights."""
+    """Runs every torch call on floating-point tensors in float64, whatever the dtype of a module's weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self._parameters: dict[int, tuple[Tensor, Tensor]] = {}  # a network is called many times
         self._others: dict[int, tuple[Tensor, Tensor]] = {}  # written in place and read again within one call
-        # The largest magnitude of all results up to LARGE; it is followed where it is not None.
+        # The largest magnitude of all results, not counting values above LARGE. None: not recorded.
         self.largest: float | None = None
 
     def begin_anew(self) -> None:
-        """Forgets what a call of the network has written into tensors that outlive it."""
+        """Forgets the values that a call of the network has written into tensors that outlive the call."""
         self._others.clear()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             return self._wide(args[0])
         args, kwargs = tree_map(self._wide, args), tree_map(self._wide, kwargs or {})
-        # A new tensor too, or what is written into it later would be written into a copy.
+        # New tensors are widened too. Otherwise later writes would go to a copy.
         result = tree_map(self._wide, func(*args, **kwargs))
         if self.largest is not None and isinstance(result, Tensor) and result.dtype == torch.float64:
             with torch._C.DisableTorchFunction():
                 size = result.detach().abs()
-                size = torch.where(size <= LARGE, size, 0.0)  # masks are not meant, nor NaN
+                size = torch.where(size <= LARGE, size, 0.0)  # leaves out masks and NaN
                 self.largest = max(self.largest, float(size.max()) if size.numel() else 0.0)
         return result
 
@@ -243,7 +248,7 @@ class InDouble(TorchFunctionMode):
 
 
 class Widened:
-    """f in float64, as far as it can be evaluated there.
+    """Evaluates f in float64, if f can be evaluated there.
 
     f: (B, *in) -> (B, *out), made for x's dtype. x: (N, *in), the samples. ends: (N, K), f(x).
     """
@@ -253,30 +258,30 @@ class Widened:
         self._wide: Callable[[Tensor], Tensor] | None = None
         self._problem, self._largest = "autocast is on", 0.0
         self.errors: Tensor | None = None
-        """(N, K), a quarter of each output's rounding error, in machine epsilons of x's dtype. None where it is not known."""
+        """(N, K), a quarter of each output's rounding error, in machine epsilons of x's dtype. None: not known."""
         if x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
             return
         mode = InDouble()
         mode.largest = 0.0
         ways: list[Callable[[Tensor], Tensor]] = [partial(_by_mode, mode, f)]
         if isinstance(module := getattr(f, "f", f), nn.Module):
-            ways.append(_by_copy(module))  # a scripted one sees no mode
+            ways.append(_by_copy(module))  # a mode has no effect on a scripted module
         tolerance = max(1e-3, 8 * torch.finfo(ends.dtype).eps)
         largest = ends.abs().amax(0)
         for number, way in enumerate(ways):
             try:
                 difference = (way(x.double()).flatten(1) - ends).abs()
-            except Exception as error:  # the user's code, on a dtype that it was not written for
+            except Exception as error:  # the user's code may fail on a dtype that it was not written for
                 if number == 0:
                     self._problem = next(iter(f"{type(error).__name__}: {error}".splitlines()))
                 continue
-            # Small outputs may be computed from large numbers, as a loss is from logits.
+            # Small outputs may be computed from large numbers, as a loss from logits.
             self._largest = mode.largest or self._largest
             rounding = 16 * torch.finfo(ends.dtype).eps * self._largest
             allowed = torch.clamp(tolerance * largest, min=rounding) + 1e-30
             mode.largest = None
             if difference.dtype == torch.float64 and not bool((difference > allowed).any()):
-                self._wide = way  # a NaN is another check's
+                self._wide = way  # another check finds a NaN
                 break
             self._problem = "its outputs are others there"
         if self._wide is not None and x.dtype == torch.float32:
@@ -285,17 +290,17 @@ class Widened:
 
     @property
     def rounding(self) -> Tensor | None:
-        """(2, K), as `torch.ops.lmnfast.path_r2` takes it."""
+        """The rounding of the outputs, (2, K), as `torch.ops.lmnfast.path_r2` takes it."""
         if self.errors is None:
             return None
         own = self.errors.amax(0)
         least = own / CONSTANT_ULPS
-        # Behind a ReLU, what is 0 is 0 in float64, too.
+        # Behind a ReLU, an output that is 0 is 0 in float64, too.
         zeros_are_exact = ((self._ends != 0) | (self.errors == 0)).all(0)
         return torch.stack([own, torch.where(zeros_are_exact, -least, least)])
 
     def values(self) -> Values:
-        """Warns where f is evaluated as it is, in x's dtype."""
+        """f in float64. Warns if f must be evaluated in x's dtype instead."""
         if self._x.dtype == torch.float64:
             return Values(lambda points: (self._f(points).flatten(1), None))
         if (wide := self._wide) is not None and not self._ends_in_float32():
@@ -308,8 +313,11 @@ class Widened:
         return Values(lambda points: (self._f(points.to(self._x.dtype)).flatten(1).double(), None))
 
     def noise(self) -> Tensor | None:
-        """(N, K) float64, as `resolve` takes it. Products round by their place in a batch, so an output that is constant differs by
-        that from point to point; beside float32 it is nothing."""
+        """The noise of float64 outputs, (N, K), as `resolve` takes it; None for other dtypes.
+
+        The rounding of a product depends on its place in the batch, so a constant output varies from point to point. Against
+        the rounding of float32 this is negligible.
+        """
         if self._x.dtype != torch.float64:
             return None
         copies = -(-64 // len(self._x))
@@ -317,11 +325,11 @@ class Widened:
         return (again.unflatten(0, (copies, -1)) - self._ends).abs().amax(0)
 
     def _ends_in_float32(self) -> bool:
-        """Whether all outputs are float32 numbers, also where no sample is: then f converts what it returns."""
+        """Whether f converts its outputs to float32: all outputs are float32 numbers, also at points between samples."""
         assert self._wide is not None
         x = self._x.double()
         y = self._wide(torch.lerp(x, x.roll(1, 0), 0.3))
-        # Where y is far below what it is computed from, float64 has no more digits of it than float32.
+        # If y is far smaller than the terms behind it, float64 has no more digits of y than float32.
         telling = y[y.abs() > self._largest * (4 * _DOUBLE_EPSILON / torch.finfo(torch.float32).eps)]
         converted = bool((telling == telling.float()).all()) and not bool((telling == telling.round()).all())
         if converted:
@@ -330,13 +338,13 @@ class Widened:
 
 
 def in_double(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """f on the samples x, widened to float64; raises what f raises there."""
+    """f on the samples x, in float64. Raises the errors of f."""
     return _by_mode(InDouble(), f, x.double()).flatten(1)
 
 
 def _by_mode(mode: InDouble, f: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     mode.begin_anew()
-    # Compiled functions run as they are written: their compiler would see another dtype, and compile again.
+    # Compiled functions run uncompiled: their compiler would see another dtype and compile again.
     with torch.compiler.set_stance("force_eager"), mode:
         return f(points)
 

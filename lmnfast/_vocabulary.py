@@ -1,4 +1,4 @@
-"""The modules, functions and methods of torch that a chain may be made of, and how each one is read."""
+"""The modules, functions and methods of torch that a chain may consist of, and a reader for each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Linear = tuple[Tensor, Tensor | None]  # weight and bias
 Step = Any  # of a chain: Linear, Affine, Activation, Skip or FLATTEN
 
 
-def _named(name: str):
+def _activation_named(name: str):
     return lambda input, inplace=False: Activation(name)
 
 
@@ -56,25 +56,25 @@ def _unchanged(input):
     return IDENTITY
 
 
-# Each reads the arguments of a call, by the called function's own signature, into an activation (identity for
-# what leaves a sample as it is) or FLATTEN, or None for what has no place in a chain.
+# Each reader has the signature of the called function. It turns the arguments of a call into an activation (the identity if
+# the call leaves samples as they are) or FLATTEN. It returns None if the call has no place in a chain.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    F.relu: _named("relu"),
-    F.relu_: _named("relu"),
-    torch.relu: _named("relu"),
+    F.relu: _activation_named("relu"),
+    F.relu_: _activation_named("relu"),
+    torch.relu: _activation_named("relu"),
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu,
     F.elu: _elu,
     F.elu_: _elu,
-    F.silu: _named("silu"),
+    F.silu: _activation_named("silu"),
     F.gelu: _gelu,
-    torch.tanh: _named("tanh"),
-    torch.tanh_: _named("tanh"),
-    torch.sigmoid: _named("sigmoid"),
-    torch.sigmoid_: _named("sigmoid"),
+    torch.tanh: _activation_named("tanh"),
+    torch.tanh_: _activation_named("tanh"),
+    torch.sigmoid: _activation_named("sigmoid"),
+    torch.sigmoid_: _activation_named("sigmoid"),
     F.softplus: _softplus,
-    torch.sin: _named("sin"),
-    torch.sin_: _named("sin"),
+    torch.sin: _activation_named("sin"),
+    torch.sin_: _activation_named("sin"),
     F.dropout: _dropout(True),
     F.dropout1d: _dropout(True),
     F.dropout2d: _dropout(True),
@@ -84,7 +84,11 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.flatten: _flatten(0),
 }
 TENSOR_METHODS: dict[Any, Callable[..., Any]] = {
-    **{name + suffix: _named(name) for name in ("relu", "tanh", "sigmoid", "sin") for suffix in ("", "_")},
+    **{
+        name + suffix: _activation_named(name)
+        for name in ("relu", "tanh", "sigmoid", "sin")
+        for suffix in ("", "_")
+    },
     "flatten": _flatten(0),
     "contiguous": _unchanged,
     "clone": _unchanged,
@@ -110,14 +114,14 @@ MODULES: dict[type[nn.Module], Callable[[Any], Any]] = {
 }
 
 _READ: tuple[Any, ...] = (F.linear, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, *FUNCTIONS)
-# As they were at import, as `FORWARDS`.
+# torch's functions at the time of import, like `FORWARDS`.
 FUNCTIONALS: dict[str, Any] = {
     f.__name__: f for f in _READ if hasattr(F, f.__name__) and getattr(F, f.__name__) is f
 }
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module means just its class's forward, and for a class of torch's own, torch's."""
+    """Whether a call of the module runs its class's forward and nothing else; for torch's classes, torch's own forward."""
     if hooked(module) or "forward" in vars(module):
         return False
     kind = class_of(module)
@@ -131,13 +135,13 @@ def is_known(module: nn.Module) -> bool:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The module's class; of a parametrised one that before."""
+    """The module's class; for a parametrised module, its class before the parametrisation."""
     return type(module).__bases__[0] if is_parametrised(module) else type(module)
 
 
 def is_parametrised(module: nn.Module) -> bool:
-    """As torch.nn.utils.parametrize says it, in a tenth of the time: an attribute that is missing costs a search."""
-    parts = module._modules  # of a scripted module no dict
+    """As torch.nn.utils.parametrize.is_parametrized, in a tenth of the time: there the missing attribute costs a search."""
+    parts = module._modules  # no dict in a scripted module
     if "parametrizations" not in parts:
         return False
     return isinstance(parts["parametrizations"], nn.ModuleDict) and len(parts["parametrizations"]) > 0

@@ -18,7 +18,7 @@ from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_c
 from .grokking.config import Config
 from .grokking.figures import draw, draw_methods, named
 from .grokking.measure import measure
-from .grokking.model import ACTIVATIONS, INITS, LAYERS
+from .grokking.model import ACTIVATION_MODULES, INITS, LAYERS
 from .grokking.run import Run
 from .grokking.tasks import TASKS, training_samples
 from .grokking.train import train
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _in_new_spelling(arguments: list[str]) -> list[str]:
-    """``measure --model`` as ``checkpoints --model``, with a note."""
+    """Turns ``measure --model``, the old name, into ``checkpoints --model``, with a note."""
     names = {argument.partition("=")[0] for argument in arguments}
     if arguments[:1] != ["measure"] or not names & {"--model", "--mode", "--mod", "--mo"}:
         return arguments
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(
         name: str, run: Callable, description: str, after_interrupt: str = ""
     ) -> argparse.ArgumentParser:
-        # An option that is not given stays out of the options, so that every default is written once: in Config.
+        # An option that the user leaves out does not appear in the options. Every default is thus written once, in Config.
         added = commands.add_parser(
             name, help=description, description=description, argument_default=argparse.SUPPRESS
         )
@@ -118,7 +118,9 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
     grok.add_argument("--every", type=int, help=f"steps from one measurement to the next ({Config.every})")
     grok.add_argument("--seed", type=int, help=f"of the split and the weights ({Config.seed})")
     grok.add_argument("--init", choices=INITS, help=f"initialisation of the weights ({Config.init})")
-    grok.add_argument("--activation", choices=ACTIVATIONS, help=f"between the layers ({Config.activation})")
+    grok.add_argument(
+        "--activation", choices=ACTIVATION_MODULES, help=f"between the layers ({Config.activation})"
+    )
     grok.add_argument("--threads", type=int, help="on the CPU (the run's; torch's for a new one)")
     grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
     grok.add_argument(
@@ -230,7 +232,7 @@ def _methods(text: str) -> tuple[str, ...]:
 def _grok(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
-    given = _given(options)
+    given = _given_options(options)
     out, force = given.pop("out", None), given.pop("force", False)
     config = Config(**given)
     run = train(config, out or f"runs/{config.task}-seed{config.seed}", force=force, progress=True)
@@ -261,14 +263,14 @@ def _paper(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
-    path, rows = measure(**_given(options), progress=True)
+    path, rows = measure(**_given_options(options), progress=True)
     _print_rows(rows, [path, draw_methods(path, rows)] if "+" in rows[0]["method"] else [path])
 
 
 def _checkpoints(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
-    given = _given(options)
+    given = _given_options(options)
     inputs, samples = load_inputs(given.pop("inputs")), given.pop("samples", None)
     if samples is not None:
         inputs = first_samples(inputs, samples)
@@ -289,7 +291,7 @@ def _checkpoints(options: argparse.Namespace) -> None:
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], written: Sequence[Path]) -> None:
-    """The LMN of each row, and the files that have more."""
+    """Prints the LMN of each row, and the names of the written files."""
     columns = [name for name in rows[0] if name == "step" or name.startswith("lmn_")]
     widths = [max(16, len(name)) for name in columns]
     print(*(f"{name:>{width}}" for name, width in zip(columns, widths)))
@@ -379,7 +381,7 @@ def _how(config: Config) -> str:
     return config.method + nodes + (", negative eigenvalues clipped" if config.negative == "clip" else "")
 
 
-def _given(options: argparse.Namespace) -> dict:
+def _given_options(options: argparse.Namespace) -> dict:
     return {
         name: value for name, value in vars(options).items() if name not in ("command", "after_interrupt")
     }

@@ -1,4 +1,4 @@
-"""The network behind a layer, and its samples. The user's model stays as it is, see `_undisturbed.evaluating`."""
+"""Cuts a model: gives the network behind a layer, and its samples. The model is not changed, see `_undisturbed.evaluating`."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ def cut(
     """The network behind a layer, and the layer's output: ``tail(samples) == model(inputs)``.
 
     Args:
-        model: is measured in eval mode and left as it was. The tail shares the model's parameters, so the tail follows the
-            model's training. Python values and branches in the model's forward are as at the moment of the cut.
-        layer: a name in model.named_modules(), called once per forward pass; "name@k" is its k-th call, from 0 on. What
-            torch.compile, DataParallel and checkpoint_wrapper put into names may be left out ("0" for "module.0"). Where the
-            layer returns a tuple, dict or dataclass (LSTM, transformer blocks), its first floating-point tensor is taken.
-        inputs: (N, ...), any dtype; or a tuple or a dict of tensors passed as arguments. Tensors that have not N rows, as the
-            first one has, are taken to be the same for every sample; so are those with N rows where only that gives
-            the model's output (a mask of tokens by tokens).
-        forward: is called as forward(model, inputs) in place of model(inputs), for models that take something else; inputs then
-            are whatever it takes, tensors somewhere in tuples, lists and dicts.
-        output: what of the model's output counts, where the output is no tensor or not all of it matters: a key or an
-            attribute, an index, or a function of the output.
-        stacked: parameters and buffers of B networks like the model, as torch.func.stack_module_state returns them. The samples
-            are then (B, N, ...), and the tail is to be measured with the same `stacked`.
+        model: any module. It runs in eval mode and is left as it was. The tail shares the model's parameters, so the tail
+            follows the model's training. Python values and branches in the model's forward stay as at the moment of the cut.
+        layer: a name in model.named_modules() that is called once per forward pass; "name@k" is its k-th call, from 0 on. The
+            parts of names that torch.compile, DataParallel and checkpoint_wrapper add may be left out ("0" for "module.0"). If
+            the layer returns a tuple, dict or dataclass (LSTM, transformer blocks), its first floating-point tensor is taken.
+        inputs: (N, ...), any dtype; or a tuple or a dict of tensors, passed as arguments. The first tensor must have N rows. A
+            tensor without N rows is the same for every sample. A tensor with N rows belongs to the samples, unless only the
+            other reading gives the model's output (a mask of tokens by tokens).
+        forward: called as forward(model, inputs) in place of model(inputs), for models that are called in another way. inputs
+            may then be any tuples, lists and dicts that contain tensors.
+        output: selects the part of the model's output that counts, if the output is no tensor or not all of it matters: a key,
+            an attribute, an index, or a function of the output.
+        stacked: parameters and buffers of B networks with the model's structure, as torch.func.stack_module_state returns them.
+            The samples are then (B, N, ...). Measure the tail with the same `stacked`.
 
     Returns:
-        (tail, samples): a module, and the layer's output (N, ...), detached. Where torch.fx cannot isolate what follows the
-        layer, the tail is the model with the layer's output replaced by a forward hook.
+        (tail, samples): a module, and the layer's output (N, ...), detached. If torch.fx cannot isolate the part of the model
+        behind the layer, the tail is the model with a forward hook that replaces the layer's output.
 
     Raises:
-        ValueError: the layer does not exist, is not called exactly once, or does not give one row per input; the output depends
-            on the inputs also by another way than through the layer; the model's output has not one row per input; the
-            model is on several devices or on meta, or has lazy parameters without values.
-        TypeError: model, inputs, the layer's output or the model's are no (floating-point) tensors, or inputs do not fit
-            the model's forward.
+        ValueError: the layer does not exist, is not called exactly once, or does not give one row per input; the output also
+            depends on the inputs on a way around the layer; the model's output does not have one row per input; the model is on
+            several devices or on meta, or has lazy parameters without values.
+        TypeError: the model is no module; inputs, the layer's output or the model's output are no (floating-point) tensors; or
+            inputs do not fit the model's forward.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
@@ -72,7 +72,7 @@ def cut(
             with loaded(model, stacked, number):
                 samples.append(run_to(model, layer, inputs, forward, output)[0])
         tail, _ = cut(model, layer, inputs, forward=forward, output=output)
-        setattr(tail, WHOLE, (model,))  # whose names `stacked` has, where modules share a tensor
+        setattr(tail, WHOLE, (model,))  # if modules share a tensor, `stacked` has the model's names
         return tail, torch.stack(samples)
     seen, result, path = run_to_path(model, layer, inputs, forward, output)
     part, call_number = find_layer(model, layer)
@@ -93,7 +93,7 @@ def cut(
 def why_not_traced(
     model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
 ) -> tuple[nn.Module | None, str]:
-    """The tail by torch.fx, not compared with the model; or None, and why there is none."""
+    """The tail by torch.fx, not compared with the model; or None, and the reason why torch.fx gives no tail."""
     part, number = find_layer(model, layer)
     check_made(model, "model")
     path = [] if inputs is None else run_to_path(model, layer, inputs, forward, output)[2]
@@ -101,16 +101,16 @@ def why_not_traced(
         return _traced_tail(
             Call(called_model(model, forward), inputs, forward, output), part, number, path
         ), ""
-    except Exception as error:  # of the user's forward, on proxies
+    except Exception as error:  # the user's forward may fail on proxies
         return None, f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0]})"
 
 
 def _traced_tail(call: Call, layer: nn.Module, number: int | None, path: list) -> fx.GraphModule:
-    """What follows a call of the layer as a GraphModule of its own.
+    """The part of the model behind a call of the layer, as a GraphModule.
 
-    Raises whatever the user's forward raises on proxies; ValueError where the layer cannot be separated.
+    Raises the errors of the user's forward on proxies, and ValueError if the layer cannot be separated.
     """
-    with evaluating(call, changed=True):  # afterwards `call` has no longer the constants that tracing met
+    with evaluating(call, changed=True):  # removes the constants that tracing adds to `call`
         return _after_layer(call, layer, number, path)
 
 
@@ -120,6 +120,6 @@ def _after_layer(call: Call, layer: nn.Module, number: int | None, path: list) -
     if not cuts or (number is None and len(cuts) > 1) or (number or 0) >= len(cuts):
         raise ValueError(f"torch.fx sees {len(cuts)} calls of the layer")
     start = [cuts[number or 0]]
-    for key in path:  # of a layer that returns a tuple, say, only the entry that is measured is replaced
+    for key in path:  # if the layer returns a tuple, for example, only the measured entry is replaced
         start = [n for last in start for n in last.users if n.target is operator.getitem and n.args[1] == key]
     return graph_after(graph, call, start)

@@ -1,4 +1,4 @@
-"""Jacobians of a network at its samples: the linear maps themselves, how far apart they are, how many there are."""
+"""Jacobians of a network at its samples: the linear maps themselves, their distances, and their number."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from . import _native
 from ._chain import IDENTITY, Chain
 from ._checks import Checks, Findings, NotTheChain, is_like
 from ._differentiated import Differentiated, check_jacobian
-from ._features import Kind, of_chain, of_other
+from ._features import Kind, compare_chain, compare_differentiated
 from ._outputs import Calls, first_outputs, gives_outputs
 from ._recognise import recognise, why_no_chain
 from ._route import find_route
@@ -28,23 +28,23 @@ PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
 def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = None) -> Tensor:
     """Jacobian of f at every sample; ``torch.func.vmap(torch.func.jacrev(f))(x)`` to rounding, flattened.
 
-    Chains of Linear and pointwise activations without residual blocks run in one fused kernel. Any other f is
-    differentiated by torch.func, forwards where it has more outputs than inputs and backwards elsewhere, on as many
-    samples at a time as the budget allows; where that cannot run one of f's layers, by torch.autograd, output after
-    output. An ``nn.Module`` is measured in eval mode and left as it was. The result carries no graph.
-    On CUDA a chain of torch's own modules in order, in float32 or float64 and without autocast, is not called: the kernels give
-    its outputs, which are only looked at.
+    Chains of Linear and pointwise activations without residual blocks run in one fused kernel. Any other f is differentiated
+    by torch.func: forwards if f has more outputs than inputs, otherwise backwards, on as many samples at a time as the budget
+    allows. If torch.func cannot run one of f's layers, torch.autograd differentiates one output after the other. An
+    ``nn.Module`` is measured in eval mode and left as it was. The result carries no autograd graph. On CUDA a sequence of
+    torch's own modules that forms a chain, in float32 or float64 and without autocast, is not called: the kernels compute its
+    outputs, which are needed for checks only.
 
     Args:
-        f: maps a batch (B, *in) to (B, *out), one row independent of the others, differentiable.
+        f: maps a batch (B, *in) to (B, *out), each row independent of the others, differentiable.
         x: (N, *in), floating point, the samples.
-        budget: bytes that f's intermediate results and their derivatives may take together, None: 256 MiB; not for chains.
+        budget: bytes for f's intermediate results and their derivatives together. None: 256 MiB. No effect on chains.
 
     Returns:
-        (N, K, D) with K outputs and D inputs; float64 for float64 samples, else float32.
+        (N, K, D) with K outputs and D inputs; float64 for float64 samples, otherwise float32.
 
     Raises:
-        TypeError, ValueError: as :func:`lmnfast.connectivity`; a NaN or Inf in a Jacobian, or an f that cannot be
+        TypeError, ValueError: as :func:`lmnfast.connectivity`. A NaN or Inf in a Jacobian, or an f that cannot be
             differentiated, is a ValueError.
 
     Example:
@@ -76,7 +76,7 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
                     check_jacobian(J)
                 return J
         assert y is not None
-        # Samples and outputs have been looked at.
+        # Samples and outputs are checked already.
         J = Differentiated(calls, x, y, allocated, budget, Checks(False))(0, len(x))
         check_jacobian(J)
     return J
@@ -86,25 +86,28 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
 def jacobian_distances(
     f: Callable[[Tensor], Tensor], x: Tensor, *, affine: bool = False, squared: bool = False
 ) -> Tensor:
-    """Frobenius distances of f's Jacobians: ``d[i, j] = |J_i - J_j|``, right for close pairs, too.
+    """Frobenius distances of f's Jacobians: ``d[i, j] = |J_i - J_j|``, also accurate for close pairs.
 
     Distances of close pairs, and of every pair of float64 samples, are sums of squared differences in float64; see
-    ``lmnfast.ops.jacobian_distance``. For chains the subtracted numbers are float64 throughout, whatever f's dtype. Samples in one
-    linear region of a piecewise-linear chain are therefore exactly 0 apart: distances of at most 32 epsilons of the larger
-    Jacobian's norm are 0. With one nonlinearity, ``f = W3 a(W2 x + b2) + b3`` and ``s = a'(W2 x + b2)``, no Jacobian is formed:
-    ``<J_i, J_j> = s_i^T M s_j`` with ``M = (W3^T W3) o (W2 W2^T) = B^T B``, and ``d[i, j] = |B s_i - B s_j|``. For other networks
-    Jacobians are taken for two tiles of samples at a time, again and again, and never all held. Networks that are no chain
-    are differentiated in their own dtype, as :func:`jacobians` does; below the rounding of that dtype a distance is noise.
-    Memory beyond the result: under 64 MB, but for what f itself needs. CUDA is waited for once, at the end, where f is a chain.
+    ``lmnfast.ops.jacobian_distance``. For chains the subtracted numbers are float64, whatever f's dtype. A distance of at most
+    32 epsilons of the larger Jacobian's norm counts as 0, so samples in one linear region of a piecewise-linear chain are
+    exactly 0 apart.
+
+    With one nonlinearity, ``f = W3 a(W2 x + b2) + b3`` and ``s = a'(W2 x + b2)``, no Jacobian is formed:
+    ``<J_i, J_j> = s_i^T M s_j`` with ``M = (W3^T W3) o (W2 W2^T) = B^T B``, and ``d[i, j] = |B s_i - B s_j|``. For other
+    networks Jacobians are computed for two tiles of samples at a time, some of them repeatedly, and never all stored. Networks
+    that are no chain are differentiated in their own dtype, as in :func:`jacobians`; a distance below the rounding of that
+    dtype is noise. Memory beyond the result: under 64 MB, plus the memory that f itself needs. For a chain, CUDA is waited for
+    once, at the end.
 
     Args:
         f: as in :func:`jacobians`.
         x: (N, *in), floating point, the samples.
         affine: compare the affine maps ``x -> J_i x + o_i``: the offset ``o_i = f(x_i) - J_i x_i`` is one more column.
-        squared: d^2 in place of d.
+        squared: return d^2 in place of d.
 
     Returns:
-        (N, N), symmetric, zeros on the diagonal; float64 for float64 samples, else float32.
+        (N, N), symmetric, zeros on the diagonal; float64 for float64 samples, otherwise float32.
 
     Raises:
         TypeError, ValueError: as :func:`jacobians`.
@@ -126,29 +129,29 @@ def jacobian_distances(
         chain, y, again, allocated = _prepared(calls, x, kept.in_order)
         if chain is not None:
             try:
-                return of_chain(chain, x, y, kind, affine, again)
+                return compare_chain(chain, x, y, kind, affine, again)
             except NotTheChain:
                 pass
         assert y is not None
-        return of_other(calls, x, y, allocated, kind, affine, Checks(False))
+        return compare_differentiated(calls, x, y, allocated, kind, affine, Checks(False))
 
 
 @alone()
 def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Number of linear regions of a piecewise-linear chain that the samples lie in.
+    """Number of linear regions of a piecewise-linear chain in which the samples lie.
 
-    Counts the distinct patterns ``z > 0`` over all units before an activation, z in f's own dtype. This is what the linear
-    mapping number generalises: regions count here, however alike their linear maps are.
+    Counts the distinct patterns ``z > 0`` over all inputs z of activations, with z in f's own dtype. The linear mapping number
+    generalises this count. Here every region counts as one, no matter how similar its linear map is to the others.
 
     Args:
-        f: Linear layers with ReLU, leaky ReLU or nothing between them, also in residual blocks.
+        f: Linear layers with ReLU, leaky ReLU or no activation between them, also in residual blocks.
         x: (N, *in), floating point, the samples.
 
     Returns:
         From 1 to N.
 
     Raises:
-        TypeError, ValueError: as :func:`lmnfast.connectivity`; another f is a ValueError.
+        TypeError, ValueError: as :func:`lmnfast.connectivity`. Any other f is a ValueError.
 
     Example:
         >>> f = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())  # bent at 0
@@ -174,20 +177,20 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
 
 class Prepared(NamedTuple):
     chain: Chain | None
-    """What f is, if so."""
+    """The chain that f is; None if f is no chain."""
     y: Tensor | None
-    """f(x), (N, K); None, on CUDA, where the chain's kernels give it."""
+    """f(x), (N, K). None, on CUDA, if the chain's kernels compute f(x)."""
     again: Tensor | None
-    """What the chain gives, where nobody has compared that with y yet: on CUDA, where f is not in order."""
+    """The chain's outputs, if they must still be compared with y: on CUDA, unless f is a sequence of torch's own modules."""
     allocated: int
-    """Bytes that f's results took, of a chain in order 0."""
+    """Bytes of f's results. 0 for a chain that is a sequence of torch's own modules."""
 
 
 def _prepared(calls: Calls, x: Tensor, in_order: bool, with_kernels: bool = True) -> Prepared:
-    """f on all samples. These and its outputs are checked, but of a chain on CUDA, where `Findings` behind its kernels do it, and
-    the device is waited for once.
+    """Calls f on all samples, and checks samples and outputs.
 
-    in_order: whether f is made of torch's own modules, one after the other.
+    For a chain on CUDA `Findings` makes these checks behind the kernels, so that the device is waited for once.
+    in_order: whether f is a sequence of torch's own modules. with_kernels: whether kernels will measure the chain.
     """
     checks, on_cuda = Checks(False), with_kernels and _native.on_cuda(x)
 
@@ -210,7 +213,7 @@ def _prepared(calls: Calls, x: Tensor, in_order: bool, with_kernels: bool = True
                 y = first_outputs(calls, x, None)
             allocated = count.bytes
     except Exception:
-        checks.finite("x", x)  # of not finite samples f may say anything
+        checks.finite("x", x)  # f may raise anything on samples that are not finite
         raise
     if on_cuda and chain is not None:
         return Prepared(chain, y, None, 0)

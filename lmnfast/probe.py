@@ -1,4 +1,4 @@
-"""Watch the linear mapping number of a network while it trains."""
+"""Measures the linear mapping number of a network while it trains."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ._tracing import Forward, Output
 from .cutting import cut
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
 
-# Bounds the memory of waiting connectivity matrices when solving falls behind measuring: 64 MB at N = 1000.
+# Limits the memory of waiting connectivity matrices if solving is slower than measuring: 64 MB at N = 1000.
 MOST_PENDING = 16
 
 COLUMNS = ("step", "layer", "lmn", "complexity_bits", *SETTINGS, *SHARES)
 
 
 class Writer(Protocol):
-    """Where a probe's rows go; see `lmnfast.integrations.writers`."""
+    """Receives a probe's rows; see `lmnfast.integrations.writers`."""
 
     def write(self, row: dict[str, Any]) -> None: ...
 
@@ -43,37 +43,30 @@ class Writer(Protocol):
 class Probe:
     """Measures a model's linear mapping number every so many training steps.
 
-        probe = Probe(model, inputs, "hidden.1", every=100)
-        for step in range(steps):
-            probe(step, loss=loss.item())
-            ...
-        probe.history       # [{"step": 0, "layer": "hidden.1", "lmn": 22.9, ..., "loss": 3.4}, ...]
+    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The probe keeps the tail. It
+    cuts again when anything in the model except the parameters' values has changed (see `python_state`), or when the tail's
+    outputs on the samples are no longer the model's. The connectivity is computed on the calling thread. A background thread
+    solves the eigenproblem, on one core, or on the CUDA device that has the matrix; only numbers are copied from that device.
 
-    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The tail is kept. It
-    is cut anew when anything in the model but its parameters' values has changed (see `python_state`), or when its
-    outputs on the samples are no longer the model's. The connectivity is computed on the calling thread, the
-    eigenproblem on one background thread and one core, or from that thread on the CUDA device that has the matrix; only
-    numbers are copied from there.
+    Training with a probe is bit-identical to training without a probe. The exception is a forward pass in eval mode that
+    changes things which `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files,
+    objects of other classes. A copy of a probe (copy.deepcopy, pickle) has the rows and no writers. A probe works only in the
+    process that made it.
 
-    Training with a probe is bit-identical to training without, unless a forward pass in eval mode has an
-    effect on what `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files, objects of
-    other classes. A copy of a probe (copy.deepcopy, pickle) has its rows and no writers. A probe works in the process
-    that made it.
+    On CUDA the connectivity is computed on a stream of the probe, while the current stream continues. The weights of a fused
+    chain are copied first. For any other network the current stream waits until the connectivity is done. The calling thread
+    does not wait for the device, unless it cuts, measures a network that is no chain, or has too many rows pending. Errors in
+    values on the device are therefore raised later, by `history`: NaN or Inf, or outputs that are no longer the model's after a
+    change that only outputs show.
 
-    On CUDA the connectivity is computed on a stream of the probe's own while the current one goes on. The
-    weights of a fused chain are copied first; for any other network the current stream waits until its
-    connectivity is done. The calling thread does not wait for the device, unless it cuts, measures a network that is no
-    chain, or has too many rows pending. So `history` raises what is found wrong with the values there: NaN or Inf, or
-    outputs that are not the model's, by a change that only they show.
-
-    It warns as `lmn` does, once for each layer, with its name: at the first call, or reading of rows, after the row is
-    there.
+    A probe warns as `lmn` does, once for each layer, with the layer's name: at the first call, or reading of rows, after the
+    row is ready.
 
     Args:
         model: as in `cut`.
         inputs: as in `cut`.
-        layers: names or patterns as in `match_layers`, one or several; the attribute `layers` has the names.
-        every: measures when step % every == 0.
+        layers: names or patterns as in `match_layers`, one or several. The attribute `layers` has the matching names.
+        every: the probe measures when step % every == 0.
         method: as in `connectivity`.
         points: as in `connectivity`.
         rule: as in `connectivity`.
@@ -81,21 +74,23 @@ class Probe:
         forward: as in `cut`.
         output: as in `cut`.
         negative: as in `lmn`.
-        writers: take finished rows, in order, on the thread that calls the probe: at its next calls, and when it is
+        writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
 
     Raises:
-        ValueError: as `cut`; no layers, a layer named twice, every < 1, an unknown rule or negative, points out of
-            range.
-        TypeError: as `cut`; points that are no integer.
+        ValueError: as `cut`; no layers, a layer named twice, every < 1, an unknown rule or negative, or points out of range.
+        TypeError: as `cut`; points is not an integer.
 
     Example:
-        >>> model, inputs = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 3)), torch.randn(20, 4)
-        >>> with lmnfast.Probe(model, inputs, ["0", "1"], every=100) as probe:
-        ...     for step in range(101):
-        ...         measured = probe(step, loss=0.5)
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> probe = lmnfast.Probe(model, torch.randn(30, 8), "0", every=100)
+        >>> for step in range(150):
+        ...     measured = probe(step, loss=0.5)  # and a training step
+        >>> probe.close()
         >>> [(row["step"], row["layer"], row["loss"]) for row in probe.history]
-        [(0, '0', 0.5), (0, '1', 0.5), (100, '0', 0.5), (100, '1', 0.5)]
+        [(0, '0', 0.5), (100, '0', 0.5)]
+        >>> 1 < probe.history[0]["lmn"] < 30
+        True
     """
 
     def __init__(
@@ -125,17 +120,17 @@ class Probe:
         self.model = model
         self.inputs = inputs
         self.every = every
-        self.seconds = 0.0  # wall time the calling thread has spent in here, waiting included
+        self.seconds = 0.0  # wall time of the calling thread in this class, waiting included
         self._settings = settings
         self._negative = negative
-        self._problems: dict[str, str] = {}  # by layer, of offsets, until they are warned of
+        self._problems: dict[str, str] = {}  # warnings about offsets that are not given yet, by layer
         self._warned: set[str] = set()
         self._call: dict[str, Any] = {"forward": forward, "output": output}
         self._writers = tuple(writers)
-        self.next_step = 0  # what a call without a step measures as
-        self._before: list[dict[str, Any]] = []  # rows of a run that this one goes on with
+        self.next_step = 0  # the step of a call without a step
+        self._before: list[dict[str, Any]] = []  # rows of the earlier run that this probe continues
         self._rows: dict[int, list[Future]] = {}
-        self._unread: deque[Future] = deque()  # not yet given away by new_rows
+        self._unread: deque[Future] = deque()  # rows that new_rows has not returned yet
         self._waiting: deque[Future] = deque()  # one thread solves them, so they end in order
         self._start()
         with self._timed(), alone():
@@ -144,16 +139,16 @@ class Probe:
             self._tails |= {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
 
     def _start(self) -> None:
-        """Makes what belongs to this process."""
+        """Creates everything that belongs to this process: the thread, the streams, the tails."""
         self._process = os.getpid()
         self._solver: ThreadPoolExecutor | None = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="lmnfast-probe", initializer=on_one_core
         )
         self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
-        self._tails: dict[str, tuple[_Tail, list]] = {}  # by layer, with the state they were cut in
+        self._tails: dict[str, tuple[_Tail, list]] = {}  # by layer, each with the model's state at its cut
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, deep or by pickle, is a probe of the copied model. It goes on with the rows, and has no writers."""
+        """A copy, deep or by pickle, is a probe of the copied model. It continues with the rows, and has no writers."""
         own = ("_solver", "_streams", "_tails", "_process", "_rows", "_unread", "_waiting")
         kept = {name: value for name, value in vars(self).items() if name not in own}
         return {**kept, "_before": self.history, "_writers": (), "open": self._solver is not None}
@@ -177,18 +172,18 @@ class Probe:
         """Call once per training step; measures when step % every == 0.
 
         Args:
-            step: None counts on from the last call, from 0 at first.
+            step: the number of the step. None: one more than in the last call, 0 in the first.
             extra: numbers for the rows of this step.
 
         Returns:
-            Whether it measured.
+            Whether the probe measured.
 
         Raises:
-            Exception: as `cut` and `connectivity` do, on CUDA but for what depends on values there. The step then
-                has no row.
-            ValueError: an extra is named like a column.
-            RuntimeError: the probe is closed, or was made before this process was forked; a row failed, and there are
-                writers to miss it.
+            Exception: the errors of `cut` and `connectivity`; on CUDA not those that depend on values. The step then has no
+                row.
+            ValueError: an extra has the name of a column.
+            RuntimeError: the probe is closed, or was made before this process was forked; or a row failed, and there are
+                writers that lack it.
         """
         self._check_process()
         if step is None:
@@ -202,15 +197,16 @@ class Probe:
         return due
 
     def reach(self, step: int) -> bool:
-        """A call for a count of steps that may jump or stand still, as that of a trainer with several optimisers.
+        """Call in place of the probe itself if the step number may jump or repeat, as with several optimisers.
 
-        Measures at the first step seen of every `every`. Writers get nothing before the next `flush`.
+        Measures at the first step that reaches or passes a new multiple of `every`. Writers get nothing before the next
+        `flush`.
 
         Args:
-            step: how many steps there were.
+            step: the number of steps so far.
 
         Returns:
-            Whether it measured.
+            Whether the probe measured.
 
         Raises:
             RuntimeError: the measurement failed; the message has the step and the layers.
@@ -227,7 +223,7 @@ class Probe:
         return due
 
     def _measure_all(self, step: int, extra: dict[str, Any]) -> None:
-        """Measures all layers; their rows are there once the solver's thread has solved them."""
+        """Measures all layers. The rows are ready when the solver's thread has solved them."""
         if clash := set(extra) & set(COLUMNS):
             raise ValueError(f"extra: expected names not the probe's own, got {', '.join(sorted(clash))}")
         if self._solver is None:
@@ -245,14 +241,14 @@ class Probe:
                 self._waiting[0].exception()
 
     def _enqueue(self, layer: str, state: list[Any], step: int) -> tuple[Enqueued, torch.cuda.Event | None]:
-        """The connectivity, and on CUDA the event that it is done."""
+        """Enqueues the connectivity of a layer. On CUDA it also returns the event that the connectivity is done."""
         kept = self._tails.get(layer)
         try:
             if kept is not None and kept[1] == state:
                 samples, output = run_to(self.model, layer, self.inputs, **self._call)
                 try:
                     return self._measure(kept[0], samples, output)
-                except Exception:  # this tail may be outdated; an error of a fresh one counts
+                except Exception:  # this tail may be outdated; only an error with a new tail counts
                     pass
             tail, samples = cut(self.model, layer, self.inputs, **self._call)
             self._tails[layer] = _Tail(tail), state
@@ -263,7 +259,7 @@ class Probe:
     def _measure(
         self, tail: _Tail, samples: Tensor, output: Tensor | None
     ) -> tuple[Enqueued, torch.cuda.Event | None]:
-        """The connectivity of a tail whose outputs are to be `output`, where that is given."""
+        """Enqueues the connectivity of a tail. output: the expected outputs; None: not compared."""
         stream = self._streams_on(samples.device)[0] if samples.is_cuda else None
         enqueued = enqueue(
             tail.module,
@@ -288,20 +284,20 @@ class Probe:
         extra: dict[str, Any],
     ) -> dict[str, Any]:
         L = enqueued.L
-        # A stream of its own: the next connectivity, and a training that waits for it, do not wait for this.
+        # Solving has its own stream, so that the next connectivity, and a training that waits for it, do not wait for this.
         stream = self._streams_on(L.device)[1] if L.is_cuda else None
         try:
             with on_stream(stream):
                 if done is not None:
                     done.synchronize()
                 enqueued.check()
-                numbers = {k: v.read() if isinstance(v, _Later) else v for k, v in extra.items()}
+                numbers = {k: v.read() if isinstance(v, _NumberOnDevice) else v for k, v in extra.items()}
                 m = measurement(enqueued, self._settings, self._negative)
                 if layer not in self._warned and (problem := enqueued.offset_problem()):
                     self._problems[layer] = problem
         except Exception as error:
-            self._tails.pop(layer, None)  # if the tail was outdated, the next row need not fail too
-            del L, enqueued  # the traceback keeps this frame, which must not keep the matrix
+            self._tails.pop(layer, None)  # if the tail was outdated, the next row need not fail as well
+            del L, enqueued  # the traceback keeps this frame; the frame must not keep the matrix
             raise RuntimeError(
                 f"probe: solving layer {layer!r} at step {step} failed: {error}"
             ) from error.with_traceback(None)
@@ -309,7 +305,7 @@ class Probe:
         return {"step": step, "layer": layer, **measured, **numbers}
 
     def _warn(self) -> None:
-        """Warns on the thread of the training, whose filters may turn warnings into errors."""
+        """Gives the warnings, on the training's thread: its filters may turn warnings into errors."""
         for layer, problem in list(self._problems.items()):
             del self._problems[layer]
             if layer not in self._warned:
@@ -317,21 +313,21 @@ class Probe:
                 warnings.warn(f"layer {layer!r}: {problem}", stacklevel=3)
 
     def _streams_on(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        """For connectivities, and for solving."""
+        """The stream for connectivities, and the stream for solving."""
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device), torch.cuda.Stream(device)
         return self._streams[device]
 
     def _number(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_cuda and value.numel() == 1:
-            return _Later(value, self._streams_on(value.device)[1])
+            return _NumberOnDevice(value, self._streams_on(value.device)[1])
         return value.item() if hasattr(value, "item") else value
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """One row per step and layer, in order.
 
-        A row has step, layer, lmn, complexity_bits, everything else of a `Measurement` but its tensors, and the step's
+        A row has step, layer, lmn, complexity_bits, all other fields of a `Measurement` except its tensors, and the step's
         extra. Waits for pending rows.
 
         Raises:
@@ -349,10 +345,10 @@ class Probe:
     def new_rows(self, wait: bool = False) -> list[dict[str, Any]]:
         """Rows that were finished since the last call, in order.
 
-        Where there are writers, they get the rows, and this has none.
+        If the probe has writers, they receive the rows, and this method returns none.
 
         Args:
-            wait: also those still pending.
+            wait: also wait for pending rows.
 
         Raises:
             RuntimeError: a row failed. It is raised once, by the call after the one that returns the rows before it.
@@ -370,10 +366,10 @@ class Probe:
         """Gives the writers the rows that were finished since the last time, in order.
 
         Args:
-            wait: also those still pending.
+            wait: also wait for pending rows.
 
         Raises:
-            RuntimeError: a row failed; the writers have those before it.
+            RuntimeError: a row failed. The writers have the rows before it.
         """
         while self._writers and (rows := self.new_rows(wait)):
             for row in rows:
@@ -381,20 +377,20 @@ class Probe:
                     writer.write(row)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the training needs for the probe to go on: its rows and the next step, as plain values.
+        """The probe's part of a training checkpoint: its rows and the next step, as plain values.
 
-        Waits for pending rows. Writers get the rows first, as those that are loaded go to none.
+        Waits for pending rows. Writers receive the rows first, as loaded rows go to no writer.
         """
         self.flush(wait=True)
         return {"next_step": self.next_step, "rows": self.history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`. The rows of this probe are dropped; those loaded go to no writer.
+        """Continues from a `state_dict`. The rows of this probe are dropped. The loaded rows go to no writer.
 
-        Writers that have a resume() are called with it: they go on with the rows of the run before.
+        Calls resume() of every writer that has it: the writers then continue with the rows of the earlier run.
 
         Args:
-            state: of `state_dict`.
+            state: a result of `state_dict`.
         """
         self._check_process()
         for writer in self._writers:
@@ -416,16 +412,16 @@ class Probe:
         return len(self._waiting)
 
     def ready(self, step: int) -> bool:
-        """Whether the rows of a step are all there or failed. False for a step that was not measured."""
+        """Whether all rows of a step are ready or failed. False for a step that was not measured."""
         return step in self._rows and all(row.done() for row in self._rows[step])
 
     def close(self) -> None:
-        """Waits for pending rows, gives them to the writers, closes those, and ends the thread. The history stays.
+        """Waits for pending rows, gives them to the writers, closes the writers, and ends the thread. The history stays.
 
-        Does nothing in a process that was forked after the probe was made: thread, rows and writers are the parent's.
+        Does nothing in a process that was forked after the probe was made: thread, rows and writers belong to the parent.
 
         Raises:
-            RuntimeError: a row failed, and there are writers to miss it. The writers have the others.
+            RuntimeError: a row failed, and there are writers that lack it. The writers have the other rows.
         """
         if self._solver is not None and self._process == os.getpid():
             with self._timed():
@@ -436,7 +432,7 @@ class Probe:
                 while self._writers and self._unread:
                     try:
                         self.flush(wait=True)
-                    except RuntimeError as error:  # of a row; those after it are to be written
+                    except RuntimeError as error:  # a row failed; the rows after it are still written
                         failure = failure or error
             finally:
                 for writer in self._writers:
@@ -461,7 +457,7 @@ class Probe:
 
 
 class _Tail:
-    """A tail, and the chain that it is, for as long as `python_state` stays the same."""
+    """A tail, and the chain that it is. Valid as long as `python_state` stays the same."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -472,13 +468,14 @@ class _Tail:
         parameters = {p.data_ptr(): p for p in module.parameters()}
         values = [value for value in (*chain.weights, *chain.biases) if value is not None]
         sources = [parameters.get(value.data_ptr()) for value in values]
-        # Weights that are computed (parametrisations, a frozen batch norm) do not follow: the chain is recognised anew.
+        # Computed weights (parametrisations, a frozen batch norm) do not follow the training. The chain is then recognised
+        # at every measurement.
         follows = all(p is not None and p.shape == v.shape for p, v in zip(sources, values, strict=True))
         self._chain = chain if follows else None
         self._pairs = [(p, value) for p, value in zip(sources, values, strict=True) if p is not None]
 
     def chain(self) -> Chain | None:
-        """The chain, where its weights still are the parameters' values; None: it has to be recognised anew."""
+        """The chain, if its weights still are the parameters' values; None: the chain must be recognised again."""
         if self._chain is None or any(
             p.data_ptr() != value.data_ptr() or p.shape != value.shape or p.stride() != value.stride()
             for p, value in self._pairs
@@ -487,11 +484,12 @@ class _Tail:
         return self._chain
 
 
-class _Later:
-    """A number on a CUDA device as it is now. Only `read` waits for it."""
+class _NumberOnDevice:
+    """The present value of a number on a CUDA device. Only `read` waits for it."""
 
     def __init__(self, value: Tensor, stream: torch.cuda.Stream) -> None:
-        self._value = value.detach().clone()  # training may overwrite it: a CUDA graph does, at every replay
+        # The training may overwrite the tensor, as a CUDA graph does at every replay.
+        self._value = value.detach().clone()
         self._stream = stream
         self._ready = torch.cuda.Event(blocking=True)
         self._ready.record(torch.cuda.current_stream(value.device))

@@ -15,13 +15,13 @@ def path_nodes(rule: str, points: int) -> tuple[Tensor, Tensor]:
     """Nodes on a path and their weights.
 
     Args:
-        rule: "uniform": equal weights on equidistant points; 21 of them are the paper's, and the definition. "lobatto": the
-            Gauss-Lobatto rule of the discrete uniform measure on the paper's 21 points, so M nodes give the 21-point sums
-            exactly for polynomials up to degree 2 M - 3, and approximate them for anything else.
-        points: any integer type; 3 at least, as two points always lie on a line, so that every network would have LMN 1.
+        rule: "uniform": equal weights on equidistant points; 21 points are the definition in the paper. "lobatto": the
+            Gauss-Lobatto rule of the discrete uniform measure on the paper's 21 points. M nodes give the 21-point sums exactly
+            for polynomials up to degree 2 M - 3, and approximately for other functions.
+        points: any integer type, at least 3: two points always lie on a line, so every network would have LMN 1.
 
     Returns:
-        Nodes t in [0, 1], both ends among them, and weights that sum to 1; (points,) float64 each, on the CPU.
+        Nodes t in [0, 1], including both ends, and weights that sum to 1; each (points,) float64 on the CPU.
 
     Raises:
         TypeError: points is not an integer.
@@ -63,8 +63,8 @@ def _lobatto(points: int) -> tuple[np.ndarray, np.ndarray]:
     """Interior nodes: the Gauss nodes of the measure weighted by t (1 - t) (Golub and Welsch, 1969)."""
     grid = _uniform(PAPER_POINTS)[0][1:-1]
     density = grid * (1 - grid) / PAPER_POINTS
-    # Stieltjes' recurrence in the Lanczos form, each vector orthogonalised against all before it: the plain
-    # three-term recurrence on an equidistant grid loses its digits once the degree passes 2 sqrt(21).
+    # Stieltjes' recurrence in the Lanczos form. Each vector is orthogonalised against all earlier vectors: the plain
+    # three-term recurrence on an equidistant grid loses its digits when the degree exceeds 2 sqrt(21).
     basis = np.sqrt(density / density.sum())[None]
     for _ in range(points - 3):
         product = (2 * grid - 1) * basis[-1]
@@ -76,7 +76,8 @@ def _lobatto(points: int) -> tuple[np.ndarray, np.ndarray]:
     gauss, vectors = np.linalg.eigh(jacobi)
     interior = (1 + gauss) / 2
     weights = density.sum() * vectors[0] ** 2 / (interior * (1 - interior))
-    # The measure is symmetric; making the rule so to the last bit keeps L[i, j] = L[j, i] whichever way one walks.
+    # The measure is symmetric. The rule is made symmetric to the last bit, so that both directions of a path give the same
+    # entry: L[i, j] = L[j, i].
     interior, weights = (interior + 1 - interior[::-1]) / 2, (weights + weights[::-1]) / 2
     end = (1 - weights.sum()) / 2
     return np.concatenate([[0.0], interior, [1.0]]), np.concatenate([[end], weights, [end]])

@@ -101,7 +101,7 @@ def path_connectivity(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, w
     Example:
         >>> rule = lmnfast.quadrature.path_nodes("uniform", 21)
         >>> L = lmnfast.reference.path_connectivity(torch.square, torch.tensor([[-1.0], [0.0], [1.0]]), *rule)
-        >>> [round(abs(float(v)), 3) for v in L[0]]  # a parabola from -1 to 0 is nearly straight, from -1 to 1 level on the whole
+        >>> [round(abs(float(v)), 3) for v in L[0]]  # a parabola is nearly straight from -1 to 0, and level from -1 to 1
         [1.0, 0.932, 0.0]
     """
     result = torch.ones(len(x), len(x), dtype=f(x[:1]).dtype, device=x.device)

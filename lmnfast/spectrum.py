@@ -21,7 +21,7 @@ from .ops.symmetric_eigenvalues import fits
 
 SOLVERS = ("auto", "cpu", "cuda")
 NEGATIVE = ("absolute", "clip")
-# What a number depends on, beside the network and the samples: columns of every table, by the names in `Measurement`.
+# A number also depends on these, beside network and samples. Every table has them as columns, named as in `Measurement`.
 SETTINGS = ("samples", "outputs", "points", "rule", "method", "precision", "solver", "negative")
 SHARES = ("constant_share", "negative_share")
 
@@ -29,14 +29,14 @@ SHARES = ("constant_share", "negative_share")
 def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
     """Eigenvalues of a connectivity matrix, by falling magnitude; equal to a sorted ``torch.linalg.eigvalsh``.
 
-    Always solved in float64: near rank one, hundreds of eigenvalues lie below float32 rounding, and their noise
-    counts (measured: an affine network's LMN of 1 comes out as 1.0001 at N = 768 and 4096).
+    Always solved in float64. Near rank one hundreds of eigenvalues lie below float32 rounding, and their noise adds up:
+    measured, in float32 an affine network has an LMN of 1.0001 instead of 1 at N = 768 and 4096.
 
     Args:
         L: (..., N, N), floating point, symmetric.
-        solver: where a matrix on a CUDA device is solved. "cuda": there, by the package's kernel where it fits (up to
-            N = 2304 on an H200), else by cuSOLVER, and on the CPU where that fails; "cpu"; "auto" is "cuda". A matrix on
-            the CPU is solved there.
+        solver: where a matrix on a CUDA device is solved. "cuda": on that device, by the package's kernel if the matrix fits
+            (up to N = 2304 on an H200), otherwise by cuSOLVER; if cuSOLVER fails, on the CPU. "cpu": on the CPU. "auto": as
+            "cuda". A matrix on the CPU is always solved on the CPU.
 
     Returns:
         (..., N) float64 on L's device.
@@ -56,7 +56,7 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
 
 @one_core_after_fork()
 def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
-    """The eigenvalues of a matrix known to be one, where they were solved for, and where that was."""
+    """The eigenvalues of a matrix that is checked already, on the device of the solver, and the solver's name."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if solver == "cuda" and not L.is_cuda:
@@ -68,10 +68,10 @@ def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
         if fits(L):
             try:
                 values, used = ops.symmetric_eigenvalues(L), "cuda"
-                values = (
-                    None if bool(values.isnan().any()) else values
-                )  # given up: not all of its blocks ran at once
-            except RuntimeError:  # a launch of all blocks at once that is refused, by a share of the card say
+                # NaN: the kernel has given up, as not all of its blocks ran at once.
+                values = None if bool(values.isnan().any()) else values
+            # The launch of all blocks at once may be refused, for example on a share of a card.
+            except RuntimeError:
                 values = None
         if values is None:
             try:
@@ -88,8 +88,10 @@ def _by_magnitude(values: Tensor) -> Tensor:
 
 
 def _spectrum(L: Tensor, negative: str) -> tuple[Tensor, str, Tensor]:
-    """Eigenvalues of a connectivity (..., N, N) whose checks have passed, in any order where solved by "cuda"; where they were
-    solved; their entropy in bits. A CUDA device is waited for once: the entropy is NaN where an eigenvalue is, or nothing is left.
+    """Eigenvalues of a connectivity (..., N, N) whose checks have passed, the solver's name, and their entropy in bits.
+
+    Eigenvalues of solver "cuda" are in any order. A CUDA device is waited for once, for the entropy: it is NaN if an eigenvalue
+    is NaN or no eigenvalue is left.
     """
     if _native.on_cuda(L) and fits(L):
         try:
@@ -107,18 +109,18 @@ def _spectrum(L: Tensor, negative: str) -> tuple[Tensor, str, Tensor]:
 def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
     """Nonlinear complexity S_NL in bits: the von Neumann entropy of a connectivity matrix.
 
-    ``S_NL = -sum p log2 p`` with ``p = |w| / sum |w|`` over the eigenvalues w; 0 log 0 = 0. In float64 throughout.
+    ``S_NL = -sum p log2 p`` with ``p = |w| / sum |w|`` over the eigenvalues w; 0 log 0 = 0. All of it in float64.
 
     Args:
-        L: (..., N, N), floating point, symmetric; no unit, as r2 has none.
-        negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
+        L: (..., N, N), floating point, symmetric; without a unit, as r2 has none.
+        negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
 
     Returns:
         (...) float64 on L's device, in bits, from 0 to log2 N.
 
     Raises:
-        TypeError, ValueError: as :func:`eigenvalues`; ValueError also for another `negative`, and where nothing is left
-            to take the entropy of: all eigenvalues are 0, or with "clip" none is above 0.
+        TypeError, ValueError: as :func:`eigenvalues`. ValueError also for another `negative`, and if the entropy is not
+            defined: all eigenvalues are 0, or with "clip" none is above 0.
 
     Source:
         arXiv 2310.05918, Eq. 3.
@@ -132,11 +134,11 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
 
 
 def linear_mapping_number(L: Tensor, *, negative: str = "absolute") -> Tensor:
-    """Linear mapping number ``2 ** S_NL`` of a connectivity matrix: 1 for one linear map, N for N unrelated ones.
+    """Linear mapping number ``2 ** S_NL`` of a connectivity matrix: 1 for one linear map, N for N unrelated linear maps.
 
     Args:
-        L: (..., N, N), floating point, symmetric; no unit, as r2 has none.
-        negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
+        L: (..., N, N), floating point, symmetric; without a unit, as r2 has none.
+        negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
 
     Returns:
         (...) float64 on L's device, from 1 to N.
@@ -156,11 +158,11 @@ def linear_mapping_number(L: Tensor, *, negative: str = "absolute") -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """A linear mapping number with all that it depends on; :func:`measure` returns it.
+    """A linear mapping number with everything that it depends on; :func:`measure` returns it.
 
-    ``float(m)`` is ``m.lmn``. Two are equal where all their values are, those of the tensors too. To keep one, save its
-    dict, which holds plain values and tensors, so that torch.load reads it without running code.
-    The value of some of the samples is no estimate of that of all: LMN grows with their number.
+    ``float(m)`` is ``m.lmn``. Two measurements are equal if all their values are equal, including the tensors' values. To keep
+    a measurement, save its dict: it has plain values and tensors, so that torch.load reads it without running code. The LMN of
+    some of the samples is no estimate of the LMN of all samples: LMN grows with their number.
 
     Example:
         >>> m = lmnfast.measure(nn.Sequential(nn.Linear(8, 16), nn.SiLU()), torch.randn(30, 8))
@@ -170,42 +172,42 @@ class Measurement:
     """
 
     lmn: float
-    """2 ** complexity_bits; by another method than "path" that method's stand-in for LMN."""
+    """2 ** complexity_bits. With a method other than "path", that method's stand-in for LMN."""
     complexity_bits: float
     """S_NL in bits."""
     eigenvalues: Tensor
     """(samples,) float64, by falling magnitude, with their signs."""
     connectivity: Tensor
-    """(samples, samples); float64 for float64 samples, else float32."""
+    """(samples, samples); float64 for float64 samples, otherwise float32."""
     samples: int
     """N."""
     outputs: int
-    """K: r2 is averaged over as many outputs, those of f flattened. LMN depends on it."""
+    """K, the number of f's outputs after flattening. r2 is a mean over them, so LMN depends on K."""
     points: int
-    """Nodes on a path, ends included; "jacobian" looks at none."""
+    """Nodes on a path, ends included. "jacobian" uses no nodes."""
     rule: str
-    """Where on the path they lie, as in :func:`connectivity`."""
+    """The places of the nodes on the path, as in :func:`connectivity`."""
     method: str
     """As in :func:`connectivity`."""
     precision: str
-    """What f's products were computed in. "highest", "high", "medium": float32. A fused kernel on the CPU is "highest",
-    whatever torch says. Elsewhere it is ``torch.get_float32_matmul_precision()`` at the time: fused kernels on CUDA
-    follow it ("highest" splits residuals from the chord and weights into two halves each, "high" and "medium" round each to
-    one, of 11 bits), and so do torch's own products in any other f, where the device has units for that. "float64",
-    "bfloat16", "float16": the samples' dtype, or the one that autocast computes in."""
+    """The precision of f's products. "highest", "high", "medium": float32. A fused kernel on the CPU is always "highest".
+    Otherwise this is ``torch.get_float32_matmul_precision()`` at the time. Fused kernels on CUDA follow that setting:
+    "highest" splits chord residuals and weights into two halves each, "high" and "medium" round each to one half of 11 bits.
+    torch's own products in any other f follow it, too, if the device has units for it. "float64", "bfloat16", "float16": the
+    samples' dtype, or the dtype that autocast computes in."""
     solver: str
-    """What solved the eigenproblem, in float64: "cpu" (LAPACK), "cuda" (the package's kernel) or "cusolver"."""
+    """The solver of the eigenproblem, in float64: "cpu" (LAPACK), "cuda" (the package's kernel) or "cusolver"."""
     negative: str
-    """What negative eigenvalues count: "absolute" or "clip"."""
+    """The treatment of negative eigenvalues: "absolute" or "clip"."""
     constant_share: float
-    """Share of the pairs of two samples, over all outputs, whose path is constant to rounding and so counts as straight;
-    0 for "jacobian", which looks at no path."""
+    """Share of the paths, over all pairs and outputs, that are constant to rounding and so count as straight. 0 for
+    "jacobian", which uses no path."""
     negative_share: float
-    """sum |w| over the negative eigenvalues, of sum |w| over all of them."""
+    """sum |w| over the negative eigenvalues, as a share of sum |w| over all eigenvalues."""
 
     def __repr__(self) -> str:
-        shown = (f.name for f in fields(self) if f.type is not Tensor)
-        return f"Measurement({', '.join(f'{name}={_shown(getattr(self, name))}' for name in shown)})"
+        names = (f.name for f in fields(self) if f.type is not Tensor)
+        return f"Measurement({', '.join(f'{name}={_formatted(getattr(self, name))}' for name in names)})"
 
     def __float__(self) -> float:
         return self.lmn
@@ -219,11 +221,11 @@ class Measurement:
         return hash(tuple(value for value in self.to_dict().values() if not isinstance(value, Tensor)))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by their names: plain values, and the two tensors as they are, no copies."""
+        """All fields by their names: plain values, and the two tensors without a copy."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
@@ -238,7 +240,7 @@ def measurement(enqueued: Enqueued, settings: Settings, negative: str = "absolut
     values, solver, bits = _spectrum(enqueued.L, negative)
     values = _by_magnitude(values) if solver == "cuda" else values
     below_zero = values.clamp(max=0).abs().sum() / values.abs().sum()
-    # Three numbers in one copy: from a card each waits for it.
+    # Three numbers in one copy: each copy from a card would wait for it.
     lmn, complexity_bits, negative_share = torch.stack([torch.exp2(bits), bits, below_zero]).tolist()
     return Measurement(
         lmn=lmn,
@@ -272,20 +274,20 @@ def measure(
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
 
     Args:
-        f: maps a batch (B, *in) to (B, *out), one row independent of the others; outputs are flattened to K.
+        f: maps a batch (B, *in) to (B, *out), each row independent of the others. Outputs are flattened to K.
         x: (N, *in), floating point, the samples, of f's dtype and on its device.
         method, points, rule, budget: as in :func:`connectivity`.
-        negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
+        negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
         progress: a bar (True), or a function of the share done, as in :func:`connectivity`.
 
     Returns:
-        The `Measurement`; LMN has no unit and lies between 1 and N. It carries no graph.
+        The `Measurement`. LMN has no unit and lies between 1 and N. It carries no autograd graph.
 
     Raises:
-        TypeError, ValueError: as :func:`connectivity`; ValueError also for another `negative`.
+        TypeError, ValueError: as :func:`connectivity`. ValueError also for another `negative`.
 
     Warns:
-        UserWarning: outputs vary so little beside their size that rounding hides it in 0.2 % of the paths or more.
+        UserWarning: in 0.2 % of the paths or more, outputs vary so little against their size that rounding hides it.
 
     Source:
         arXiv 2310.05918, Eq. 1-3.
@@ -318,21 +320,21 @@ def lmn(
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
     Args:
-        f: maps a batch (B, *in) to (B, *out), one row independent of the others; outputs are flattened to K.
+        f: maps a batch (B, *in) to (B, *out), each row independent of the others. Outputs are flattened to K.
         x: (N, *in), floating point, the samples, of f's dtype and on its device; (B, N, *in) with `stacked`.
-        method: as in :func:`connectivity`; with another than "path" the number is that method's stand-in for LMN, and
-            goes by the method's name.
-        points, rule, budget, stacked: as there.
-        negative: what a negative eigenvalue counts: "absolute" (the paper's) its magnitude, "clip" 0.
+        method: as in :func:`connectivity`. With a method other than "path" the number is that method's stand-in for LMN; name
+            the method with it.
+        points, rule, budget, stacked: as in :func:`connectivity`.
+        negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
 
     Returns:
-        0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no graph.
+        0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no autograd graph.
 
     Raises:
-        TypeError, ValueError: as :func:`connectivity`; ValueError also for another `negative`.
+        TypeError, ValueError: as :func:`connectivity`. ValueError also for another `negative`.
 
     Warns:
-        UserWarning: outputs vary so little beside their size that rounding hides it in 0.2 % of the paths or more.
+        UserWarning: in 0.2 % of the paths or more, outputs vary so little against their size that rounding hides it.
 
     Source:
         arXiv 2310.05918, Eq. 1-3.
@@ -362,7 +364,7 @@ def _complexity(values: Tensor, negative: str) -> Tensor:
 
 
 def check_negative(negative: str) -> None:
-    """Raises ValueError for what `lmn` does not take."""
+    """Raises ValueError if `lmn` does not accept this `negative`."""
     if negative not in NEGATIVE:
         raise ValueError(f"negative: expected one of {', '.join(NEGATIVE)}, got {negative!r}")
 
@@ -381,7 +383,10 @@ def _check_matrix(L: Tensor) -> None:
 
 
 def _symmetric(L: Tensor) -> bool:
-    """To 1e-4 of the largest entry. In tiles: at N = 2048 9 ms on 2 cores, where torch.allclose takes 66."""
+    """Whether L is symmetric to 1e-4 of its largest entry.
+
+    By tiles this takes 9 ms at N = 2048 on 2 cores; torch.allclose takes 66 ms.
+    """
     L = L.detach()
     tolerance = 1e-4 * L.abs().amax()
     return all(

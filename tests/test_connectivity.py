@@ -729,7 +729,7 @@ def stack_of(make, networks: int, n: int = 12, dtype=torch.float32):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How many networks each stack had that was measured together, in a list that a number of -1 says one was enqueued alone."""
+    """How many networks each stack had that was measured together, in a list; -1 stands for one that was enqueued alone."""
     seen = []
 
     def together(chains, *rest):

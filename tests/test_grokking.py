@@ -23,7 +23,7 @@ from lmnfast.grokking.config import Config, start
 from lmnfast.grokking.figures import draw, draw_methods, paper_curves
 from lmnfast.grokking.gradients import Gradients
 from lmnfast.grokking.measure import measure
-from lmnfast.grokking.model import ACTIVATIONS, LAYERS, make_model
+from lmnfast.grokking.model import ACTIVATION_MODULES, LAYERS, make_model
 from lmnfast.grokking.run import METRICS, Run, load_checkpoint, read_run, write_rows
 from lmnfast.grokking.tasks import answers, make_task
 from lmnfast.grokking.train import train
@@ -116,7 +116,7 @@ def test_the_model_can_be_cut_at_every_named_layer(layer):
     torch.testing.assert_close(tail(samples), model(tokens))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_MODULES)
 @pytest.mark.parametrize("name, sizes", [("modular-addition", {"p": 7}), ("s4", {}), ("xor", {"bits": 1})])
 def test_the_gradients_are_autograds(name, sizes, activation):
     generator = seeded()

@@ -227,6 +227,7 @@ def test_one_version_of_cmake_and_one_of_torch_are_asked_for():
 def test_the_version_is_the_same_wherever_it_stands():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
-    assert f": {version}\n" in (ROOT / "CHANGELOG.md").read_text() or f"## [{version}]" in (
-        ROOT / "CHANGELOG.md"
-    ).read_text()
+    assert (
+        f": {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+        or f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    )

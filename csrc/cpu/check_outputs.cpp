@@ -1,4 +1,4 @@
-// A row at a time: all of it is read once, and a count and the largest of positive numbers do not depend on the order.
+// Every row is read once. The results are counts and maxima of positive numbers, so they do not depend on the order.
 #include "level.h"
 
 namespace lmn {
@@ -15,7 +15,7 @@ struct Failing {
 template <class T>
 bool all_finite(const T* values, std::int64_t count) {
   T sum = 0;
-  for (std::int64_t n = 0; n < count; ++n) sum += values[n] * 0;  // NaN for what is not finite
+  for (std::int64_t n = 0; n < count; ++n) sum += values[n] * 0;  // value * 0 is NaN if the value is not finite
   return sum == 0;
 }
 

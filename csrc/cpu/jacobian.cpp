@@ -1,6 +1,6 @@
-// Per sample a product of matrices that fit into L1 and L2: J = diag(a_L') W_L ... diag(a_1') W_1 diag(a_0'), from the
-// side with fewer rows or columns. Every product runs lanes over the columns of its right factor, and the last one
-// writes the result.
+// The Jacobian of each sample is a product of matrices that fit into L1 and L2:
+// J = diag(a_L') W_L ... diag(a_1') W_1 diag(a_0'). The multiplication begins at the side with fewer rows or columns. In
+// every product lanes run over the columns of the right factor. The last product writes the result.
 #include "level.h"
 
 #include "../activation.h"  // after level.h, whose functions it uses
@@ -8,11 +8,11 @@
 namespace lmn {
 namespace {
 
-constexpr int kUnits = 4;  // of a layer at a time, in the forward pass
-constexpr std::int64_t kTaskSamples = 128, kTaskPanels = 4;  // of the one product that one hidden layer takes
+constexpr int kUnits = 4;  // units of a layer computed at a time in the forward pass
+constexpr std::int64_t kTaskSamples = 128, kTaskPanels = 4;  // size of a task in multiply_at_once()
 template <class T> constexpr int kPanel = kBlockColumns * kLanes<T>;
 
-/// Row stride of a right factor: whole vectors, and no multiple of 512 bytes, whose rows would share few sets of L1.
+/// Row stride of a right factor: whole vectors, but no multiple of 512 bytes, as the rows would then share few sets of L1.
 template <class T>
 std::int64_t padded(std::int64_t columns) {
   const std::int64_t stride = (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -24,12 +24,12 @@ struct Plan {
   const Jacobian<T>& op;
   bool one_product;        // one hidden layer and no other activation: all samples in one product
   bool from_outputs;       // multiply from the outputs' side
-  T** right = nullptr;     // [layers], weights as right factors, rows padded with zeros; from the outputs' side
+  T** right = nullptr;     // [layers], weights as right factors, rows padded with zeros; used from the outputs' side
   T* slopes = nullptr;     // [threads][slope_size]
   T* sample = nullptr;     // [threads][total_width], one sample's slopes, layer after layer
-  T* hidden = nullptr;     // [samples][widths[1]], slopes, of one product only
+  T* hidden = nullptr;     // [samples][widths[1]], slopes; used with one product only
   T* values = nullptr;     // [threads][2][widest][kLanes]
-  T* panels = nullptr;     // [threads][panel_size]: two of a sample's, or one product's [widths[1]][kPanel]
+  T* panels = nullptr;     // [threads][panel_size]: two panels of a sample, or with one product [widths[1]][kPanel]
   std::int64_t widest = 0, total_width = 0, panel_size = 0;
 };
 
@@ -77,8 +77,8 @@ __attribute__((noinline)) void values_and_slopes(T* values, T* slopes, std::int6
   }
 }
 
-/// slopes: [total_width][kLanes] of the samples from begin on; lanes beyond the last sample repeat it.
-/// Sums in double: a slope is as right as its argument, and a kink is on the right side of it.
+/// slopes: [total_width][kLanes] of the samples from begin on; lanes beyond the last sample repeat the last sample.
+/// The sums are in double: a slope is only as right as its argument, and the argument must be on the right side of a kink.
 template <class T>
 void slopes_of(const Plan<T>& plan, std::int64_t begin, T* values, T* next, T* slopes) {
   constexpr int kParts = kLanes<T> / kLanes<double>;
@@ -94,7 +94,7 @@ void slopes_of(const Plan<T>& plan, std::int64_t begin, T* values, T* next, T* s
     });
     if (l == op.layers) return;
     slopes += width * kLanes<T>;
-    if (l + 1 == op.layers && is_identity(op, op.layers)) {  // whatever the outputs are
+    if (l + 1 == op.layers && is_identity(op, op.layers)) {  // slope 1, whatever the outputs are
       for (std::int64_t n = 0; n < op.widths[op.layers] * kLanes<T>; ++n) slopes[n] = T(1);
       return;
     }
@@ -122,15 +122,15 @@ void slopes_of(const Plan<T>& plan, std::int64_t begin, T* values, T* next, T* s
         for (int lane = 0; lane < kLanes<T>; ++lane) next[(unit + u) * kLanes<T> + lane] = T(wide[lane]);
       }
     }
-    T* const free = values;
+    T* const swapped = values;
     values = next;
-    next = free;
+    next = swapped;
   }
 }
 
 // ---- products ----
 
-/// A block of diag(row) left right diag(column).
+/// The factors of a product out = diag(row) left right diag(column).
 template <class T>
 struct Factors {
   const T* left;       // [rows][left_stride]
@@ -149,7 +149,7 @@ inline void block(const Factors<T>& f, std::int64_t row, std::int64_t column) {
   for (int r = 0; r < kBlockRows; ++r) {
     left[r] = f.left + at_most(row + r, f.rows - 1) * f.left_stride;
     for (int c = 0; c < kC; ++c) sums[r][c] = V{};
-    // Stores that miss the cache retire one after the other; the product's time is enough to fetch their lines.
+    // Stores that miss the cache retire one after the other. The product takes long enough to fetch their lines meanwhile.
     const char* const out = reinterpret_cast<const char*>(f.out + at_most(row + r, f.rows - 1) * f.out_stride + column);
     for (int line = 0; line <= kC * kVectorBytes / 64; ++line) __builtin_prefetch(out + line * 64, 1);
   }
@@ -184,8 +184,9 @@ inline void block(const Factors<T>& f, std::int64_t row, std::int64_t column) {
 template <class T>
 void product(const Factors<T>& f) {
   std::int64_t column = 0, vectors = (f.columns + kLanes<T> - 1) / kLanes<T>;
-  for (; vectors > 0;) {
-    // Not three and one: a block of one vector has too few sums to hide the latency of a multiply-add.
+  while (vectors > 0) {
+    // Four vectors are taken as two and two, not as three and one: a block of one vector has too few sums to hide the
+    // latency of a multiply-add.
     const int step = vectors > kBlockColumns + 1 || vectors == kBlockColumns ? kBlockColumns : vectors > 1 ? 2 : 1;
     for (std::int64_t row = 0; row < f.rows; row += kBlockRows) {
       if (step == kBlockColumns) {
@@ -201,7 +202,7 @@ void product(const Factors<T>& f) {
   }
 }
 
-/// diag(row) weights diag(column), null: ones.
+/// to = diag(row) weights diag(column); null stands for ones.
 template <class T>
 void scale(const T* weights, std::int64_t rows, std::int64_t columns, const T* row, const T* column, T* to,
            std::int64_t stride) {
@@ -232,9 +233,9 @@ void jacobian_of(const Plan<T>& plan, const T* slopes, T* panel, T* next, T* res
       product<T>({panel, plan.right[l], nullptr, slope, l == 0 ? result : next, outputs, op.widths[l + 1], width, stride,
                   right_stride, l == 0 ? inputs : right_stride});
       stride = right_stride;
-      T* const free = panel;
+      T* const swapped = panel;
       panel = next;
-      next = free;
+      next = swapped;
     }
   } else {
     const std::int64_t stride = padded<T>(inputs);
@@ -245,9 +246,9 @@ void jacobian_of(const Plan<T>& plan, const T* slopes, T* panel, T* next, T* res
       slope += op.widths[l];
       product<T>({op.weights[l], panel, slope, nullptr, ends ? result : next, op.widths[l + 1], op.widths[l], inputs,
                   op.widths[l], stride, ends ? inputs : stride});
-      T* const free = panel;
+      T* const swapped = panel;
       panel = next;
-      next = free;
+      next = swapped;
     }
   }
 }
@@ -258,8 +259,8 @@ std::int64_t tasks_at_once(const Plan<T>& plan) {
   return (plan.op.samples + kTaskSamples - 1) / kTaskSamples * ((columns + chunk - 1) / chunk);
 }
 
-/// J[n] = sum_h slope[n, h] W_2[:, h] W_1[h, :]: samples as rows against (outputs, inputs) as columns, a panel of which
-/// is made where it is used.
+/// All Jacobians of a network with one hidden layer, in one product: J[n] = sum_h slope[n, h] W_2[:, h] W_1[h, :]. Rows are
+/// samples, columns are pairs (output, input). Each panel of columns is made just before its use.
 template <class T>
 void multiply_at_once(const Plan<T>& plan, Tasks& tasks, int threads) {
   const Jacobian<T>& op = plan.op;
@@ -302,7 +303,7 @@ void jacobian_on(const Jacobian<T>& op, int threads) {
       for (std::int64_t c = width; c < stride; ++c) to[c] = 0;
     }
   }
-  memset(plan.panels, 0, std::size_t(threads * plan.panel_size) * sizeof(T));  // what pads a right factor
+  memset(plan.panels, 0, std::size_t(threads * plan.panel_size) * sizeof(T));  // the padding of right factors
   Tasks tasks(op.watch, plan.one_product ? tasks_at_once(plan) : op.samples);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (std::int64_t begin = 0; begin < op.samples; begin += kLanes<T>) {

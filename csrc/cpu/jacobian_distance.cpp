@@ -1,7 +1,8 @@
-// Distances as sums of squared differences: the Gram form |u|^2 + |v|^2 - 2 u v has no digits left for close rows. In
-// float32 it serves the others, at half the work, about a centre that makes the close ones few.
+// Distances are sums of squared differences, because the Gram form |u|^2 + |v|^2 - 2 u v has no digits left for close rows.
+// In float32 the Gram form serves all pairs that are not close, at half the work. The rows are then taken from a centre, so
+// that few pairs count as close.
 //
-// One lane per second sample. A panel of second samples, packed, stays in L1 while blocks of first samples pass by it.
+// One lane per second sample. A packed panel of second samples stays in L1 while blocks of first samples pass by it.
 #include "level.h"
 
 namespace lmn {
@@ -12,38 +13,39 @@ constexpr int kRows = kBlockRows, kColumns = kDifferenceColumns;
 template <class T> constexpr int kPanel = kColumns * kLanes<T>;
 static_assert(kDistanceGroup % kPanel<float> == 0 && kDistanceGroup % kPanel<double> == 0, "whole panels only");
 
-// Features summed in one go: a longer float32 sum would lose digits, and a longer panel would leave L1.
+// Number of features per sum: a longer float32 sum would lose digits, and a longer panel would leave L1.
 constexpr std::int64_t kFeatures = 256;
 
-// Samples of a task. Its tile of the result is buffered, so that the mirrored half is written in long stretches, too.
+// Samples of a task. The task's tile of the result is buffered, so that the mirrored half is also written in long runs.
 constexpr int kTaskRows = 64, kTaskColumns = 2 * int(kDistanceGroup);
 static_assert(kTaskRows % kRows == 0, "blocks of rows do not leave the buffer");
 
-// In float32 rows are taken from a centre. A squared distance of at most this share of the larger row's squared norm
-// from there is taken again in float64; of the others the Gram form loses 3 * 2^-24 * 2 / kClose by its last two sums.
+// In float32 rows are taken from a centre. A pair is close if its squared distance is at most this share of the larger
+// row's squared norm about the centre. Close pairs are computed again in float64. For the other pairs the Gram form has a
+// relative error of 3 * 2^-24 * 2 / kClose from its last two sums.
 constexpr double kClose = 0x1p-2;
-// Of the largest squared norm: a smaller squared distance would lose digits in float32, or all of them.
+// Share of the largest squared norm: a smaller squared distance would lose some or all of its digits in float32.
 constexpr double kTiny = 0x1p-100;
-constexpr std::int64_t kCentreRows = 256;  // second samples that the centre is the mean of: it need not be the middle
+constexpr std::int64_t kCentreRows = 256;  // the centre is the mean of this many second samples; an estimate suffices
 
 template <class T> struct IntegerOf { using type = std::int64_t; };
 template <> struct IntegerOf<float> { using type = std::int32_t; };
 
 template <class T>
 struct Workspace {
-  T* panels;               // [panels][features][kPanel], second samples; beyond the last one zeros
+  T* panels;               // [panels][features][kPanel], second samples; zeros beyond the last sample
   const T* rows;           // [first_samples][features]
   double* first_norms;     // [first_samples], squared
   double* second_norms;    // [second_samples]
   // In float32 only:
   double* centre;          // [features]
-  double* first_centred;   // [first_samples], norms about it, squared
+  double* first_centred;   // [first_samples], squared norms about the centre
   double* second_centred;  // [second_samples]
-  T* first_squares;        // [first_samples], the same scaled
+  T* first_squares;        // [first_samples], first_centred times scale^2
   T* second_squares;       // [second_samples]
-  T* first_limits;         // [first_samples], squared distances up to the larger one of two are close
+  T* first_limits;         // [first_samples], a pair is close up to the larger of its two limits, a squared distance
   T* second_limits;        // [second_samples]
-  T scale;                 // of panels and rows, a power of two
+  T scale;                 // factor of panels and rows, a power of two
 };
 
 template <class T>
@@ -71,7 +73,7 @@ inline double squared_norm(const double* row, std::int64_t features) {
   return sum;
 }
 
-/// |first - second|^2 of two rows, lanes over their features.
+/// |first - second|^2 of two rows; lanes run over features.
 inline double squared_difference(const double* first, const double* second, std::int64_t features) {
   constexpr int kL = kLanes<double>, kSums = 4;
   D sums[kSums] = {};
@@ -94,14 +96,14 @@ inline double squared_difference(const double* first, const double* second, std:
   return sum;
 }
 
-/// What a panel's block adds up: squared differences in float64, products in float32.
+/// Adds one term of a panel's block: a squared difference in float64, a product in float32.
 inline D term(D row, D column, D sum) {
   const D difference = column - row;
   return fma(difference, difference, sum);
 }
 inline F term(F row, F column, F sum) { return fma(row, column, sum); }
 
-/// Sums of kRows first samples and a panel of second ones.
+/// Sums the terms of kRows first samples and a panel of second samples.
 template <class T>
 inline void add_up(const T* const (&rows)[kRows], const T* panel, std::int64_t features, T* to) {
   using V = Vector<T>;
@@ -130,24 +132,24 @@ inline void add_up(const T* const (&rows)[kRows], const T* panel, std::int64_t f
   }
 }
 
-/// From sums of first sample i and `columns` second ones from j on, to what the result holds.
-inline void finish(const JacobianDistance<double>& op, const Workspace<double>& w, std::int64_t i, std::int64_t j,
-                   std::int64_t columns, bool, double* squares, double* to) {
+/// Turns the sums of first sample i and `columns` second samples from j on into distances, or squared distances.
+inline void write_distances(const JacobianDistance<double>& op, const Workspace<double>& w, std::int64_t i, std::int64_t j,
+                            std::int64_t columns, bool, double* squares, double* to) {
   const double norm = w.first_norms[i], *norms = w.second_norms + j;
   for (std::int64_t c = 0; c < columns; ++c) {
     const double rest = squares[c] <= kSameFeatures * larger_of(norm, norms[c]) ? 0.0 : squares[c];  // a NaN stays
     to[c] = op.squared ? rest : __builtin_sqrt(rest);
   }
 }
-inline void finish(const JacobianDistance<float>& op, const Workspace<float>& w, std::int64_t i, std::int64_t j,
-                   std::int64_t columns, bool symmetric, float* products, float* to) {
+inline void write_distances(const JacobianDistance<float>& op, const Workspace<float>& w, std::int64_t i, std::int64_t j,
+                            std::int64_t columns, bool symmetric, float* products, float* to) {
   const float limit = w.first_limits[i], *limits = w.second_limits + j, unit = 1 / w.scale;
   const float square = w.first_squares[i], *squares = w.second_squares + j;
   std::int32_t close = 0;
   for (std::int64_t c = 0; c < columns; ++c) {
     const float rest = (square + squares[c]) - 2 * products[c], larger = limit < limits[c] ? limits[c] : limit;
     close |= rest <= larger;
-    products[c] = rest;  // now a squared distance
+    products[c] = rest;  // from here on a squared distance
     to[c] = op.squared ? rest * unit * unit : __builtin_sqrtf(rest) * unit;
   }
   if (!close) return;
@@ -162,7 +164,8 @@ inline void finish(const JacobianDistance<float>& op, const Workspace<float>& w,
   }
 }
 
-/// 4 x 4 values of a tile's buffer, to be columns of the result. With `fetch` it saves 15 % (N = 4096, 100 features).
+/// Writes 4 x 4 values of a tile's buffer as columns of the result. Together with `fetch` this saves 15 % of the time
+/// (N = 4096, 100 features).
 template <class T>
 inline void transpose_4(const T* from, T* to, std::int64_t stride) {
 #if defined(__clang__)
@@ -182,14 +185,14 @@ inline void transpose_4(const T* from, T* to, std::int64_t stride) {
 #undef LMN_PICK
 }
 
-/// Asks for lines that are about to be written: stores that miss the cache retire one after the other.
+/// Prefetches cache lines that are about to be written: stores that miss the cache retire one after the other.
 template <class T>
 inline void fetch(const T* to, std::int64_t count) {
   constexpr std::int64_t kLine = 64 / std::int64_t(sizeof(T));
   for (std::int64_t n = 0; n < count + kLine - 1; n += kLine) __builtin_prefetch(to + at_most(n, count - 1), 1);
 }
 
-/// The tile of the result that begins at (i, j), and in a symmetric one its mirror image.
+/// Computes the tile of the result that begins at (i, j), and in a symmetric result its mirror image.
 template <class T>
 void tile(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t i, std::int64_t j, bool symmetric,
           Tasks& tasks) {
@@ -203,7 +206,7 @@ void tile(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t i, 
     for (std::int64_t r = block; r < at_most(block + kRows, rows); ++r) {
       fetch(op.distance + (i + r) * op.second_samples + j, columns);
     }
-    constexpr int kShare = kTaskColumns * kRows / kTaskRows;  // of the mirrored half's rows, with this block
+    constexpr int kShare = kTaskColumns * kRows / kTaskRows;  // rows of the mirrored half to prefetch with this block
     for (std::int64_t c = block / kRows * kShare; symmetric && c < at_most((block / kRows + 1) * kShare, columns); ++c) {
       fetch(op.distance + (j + c) * op.second_samples + i, rows);
     }
@@ -212,8 +215,8 @@ void tile(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t i, 
       add_up<T>(row, w.panels + (j + column) * op.features, op.features, sums + column);
     }
     for (std::int64_t r = 0; r < at_most(kRows, rows - block); ++r) {
-      finish(op, w, i + block + r, j, columns, symmetric, sums + r * kTaskColumns,
-             distances + (block + r) * kTaskColumns);
+      write_distances(op, w, i + block + r, j, columns, symmetric, sums + r * kTaskColumns,
+                      distances + (block + r) * kTaskColumns);
     }
   }
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -249,7 +252,7 @@ void pack(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t pan
   }
 }
 
-/// Norms, and rows as the products read them.
+/// Prepares norms, and rows in the layout that the products read.
 void prepare(const JacobianDistance<double>& op, Workspace<double>& w, bool symmetric, int threads) {
   w.rows = op.first;
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.second_samples * op.features))
@@ -267,7 +270,7 @@ void prepare(const JacobianDistance<double>& op, Workspace<double>& w, bool symm
     w.first_norms[n] = squared_norm(op.first + n * op.features, op.features);
   }
 }
-/// Of samples in float32: norms as they are, and about the centre.
+/// Squared norms of samples in float32: about 0, and about the centre.
 void norms_of(const double* rows, const double* centre, std::int64_t samples, std::int64_t features, double* norms,
               double* centred, int threads) {
 #pragma omp parallel for num_threads(threads) if (worth_threads(samples * features))
@@ -276,7 +279,7 @@ void norms_of(const double* rows, const double* centre, std::int64_t samples, st
     centred[n] = squared_difference(rows + n * features, centre, features);
   }
 }
-/// From those to squares and limits, scaled.
+/// Turns these norms into scaled squares and limits.
 void limits_of(std::int64_t samples, double scale, const double* norms, const double* centred, float* squares,
                float* limits) {
   for (std::int64_t n = 0; n < samples; ++n) {
@@ -285,8 +288,8 @@ void limits_of(std::int64_t samples, double scale, const double* norms, const do
     limits[n] = float(larger_of(larger_of(kClose * square, same), kTiny));
   }
 }
-/// A mean of second samples, rounded to a multiple of a power of two that is neither much smaller nor larger than
-/// they are: integers less it are exact in float32.
+/// The mean of some second samples, rounded to a multiple of a power of two that is close to their magnitude. Integers minus
+/// this centre are exact in float32.
 void find_centre(const JacobianDistance<float>& op, double* centre) {
   const std::int64_t rows = at_most(op.second_samples, kCentreRows);
   double largest = 0;
@@ -344,7 +347,8 @@ void jacobian_distance_on(const JacobianDistance<T>& op, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (std::int64_t task = 0; task < tile_rows * tile_columns; ++task) {
     const std::int64_t i = task / tile_columns * kTaskRows, j = task % tile_columns * kTaskColumns;
-    if (!tasks.go_on() || (symmetric && j + kTaskColumns <= i)) continue;  // wholly below the diagonal: another tile's mirror image
+    // A tile wholly below the diagonal is the mirror image of another tile.
+    if (!tasks.go_on() || (symmetric && j + kTaskColumns <= i)) continue;
     tile(op, w, i, j, symmetric, tasks);
     tasks.count_one();
   }

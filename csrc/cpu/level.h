@@ -11,7 +11,7 @@ namespace {
 
 using Arena = ArenaOf<64>;  // a cache line
 
-/// Calls function(constant) with the size as `constant.value`, known to the compiler, where it is 1 to kMost; above with kMost.
+/// Calls function(constant), where `constant.value` is the size, known to the compiler. Sizes above kMost count as kMost.
 template <int kSize>
 struct SizeConstant {
   static constexpr int value = kSize;
@@ -24,16 +24,16 @@ inline void with_size(std::int64_t size, const Function& function) {
   function(SizeConstant<kMost>{});
 }
 
-/// Whether a loop over so many values is worth waking other threads: they take longer than its 0.1 ms to come, and, where
-/// another process has their core, milliseconds.
+/// Whether a loop over this many values is worth waking other threads. At the limit the loop takes 0.1 ms on one thread.
+/// Other threads take longer to start, and milliseconds if another process has their core.
 inline bool worth_threads(std::int64_t values) { return values >= 1 << 17; }
 
-/// The tasks of a kernel's parallel loops. The calling thread, which is OpenMP's thread 0, asks the watch; once it says
-/// stop, no thread begins another task.
+/// The tasks of a kernel's parallel loops. The calling thread, OpenMP's thread 0, asks the watch. After the watch says stop,
+/// no thread begins another task.
 class Tasks {
  public:
   Tasks(const Watch* watch, std::int64_t count) : watch_(watch), count_(count), asked_(watch ? omp_get_wtime() : 0.0) {}
-  /// Before every task, and now and then within a long one; costs the calling thread a look at the clock.
+  /// To be called before every task, and at intervals within a long task. It costs the calling thread a look at the clock.
   bool go_on() {
     if (!watch_) return true;
     if (omp_get_thread_num() == 0) ask();
@@ -51,15 +51,15 @@ class Tasks {
     const double done = double(__atomic_load_n(&finished_, __ATOMIC_RELAXED)) / double(count_);
     if (watch_->stop(watch_->state, done)) __atomic_store_n(&stopped_, true, __ATOMIC_RELAXED);
   }
-  static constexpr double kSecondsBetween = 0.1;  // each time it takes Python's lock
+  static constexpr double kSecondsBetween = 0.1;  // between two questions; each takes Python's lock
   const Watch* const watch_;
   const std::int64_t count_;
-  double asked_;  // of the calling thread alone
+  double asked_;  // time of the last question; only the calling thread uses it
   std::int64_t finished_ = 0;
   bool stopped_ = false;
 };
 
-/// Sum with the rounding error of each addition carried along (Kahan).
+/// Sum that carries the rounding error of each addition along (Kahan).
 template <class V>
 struct CompensatedSum {
   V sum{}, lost{};

@@ -1,12 +1,12 @@
-// A Linear at the samples in double: a panel of samples at a time against blocks of outputs, by the product of a chain's
-// layers.
+// A Linear applied to the samples in double. It multiplies one panel of samples at a time with blocks of weight rows, by the
+// same product as a chain's layers (chain/product.h).
 #include "chain/product.h"
 
 namespace lmn {
 namespace {
 
 struct LinearScratch {
-  double* packed;           // weights, as a layer's
+  double* packed;           // weights, packed as in chain/product.h
   Vector<double>* panels;   // [threads][inputs + outputs][kBlockColumns]
 };
 

@@ -1,17 +1,17 @@
-// One pass over f's outputs. Lanes run over the outputs of a pair, or, where those fill less than half a vector, over
-// the outputs of several pairs.
+// One pass over f's outputs. Lanes run over the outputs of a pair. If these fill less than half a vector, lanes run over the
+// outputs of several pairs.
 #include "level.h"
 
 namespace lmn {
 namespace {
 
-// Vectors of outputs at a time: whole cache lines of every node's row, or a long row's nodes would fall into the same
-// few sets of L1.
+// Vectors of outputs at a time: whole cache lines of every node's row. Otherwise the nodes of a long row would fall into the
+// same few sets of L1.
 constexpr int kGroup = 4;
 constexpr std::int64_t kChunk = 1 << 16;  // values that a thread takes at a time
 constexpr int kNodeChunk = 32;  // nodes gathered at a time, 2 kB
 
-/// What the kernel needs of one vector of outputs, and the moments it collects.
+/// One vector of outputs of a path: the values that the statistics need, and the moments collected so far.
 template <class T>
 struct Lane {
   using V = Vector<T>;
@@ -38,7 +38,7 @@ struct Node {
       : t(T(nodes.t[m])), weight(T(nodes.weights[m])), weight_t(T(nodes.weights[m] * (nodes.t[m] - nodes.mean_t))) {}
 };
 
-/// A vector that may run on into the next row, but not beyond the end of the array.
+/// Loads a vector. It may reach into the next row, but not beyond the end of the array.
 template <class T>
 inline Vector<T> load_row(const T* from, const T* end) {
   return from + kLanes<T> <= end ? load<Vector<T>>(from) : load_partial<Vector<T>>(from, end - from);
@@ -51,12 +51,12 @@ struct PairSums {
   Vector<T> constants{}, unresolved{};
 };
 
-/// What the op counts.
+/// The op's counts, see ops.h.
 struct Counts {
   std::int64_t constants = 0, unresolved = 0;
 };
 
-/// Entry of a pair from its sums.
+/// The entry of a pair, from its sums.
 template <class T>
 inline T entry_of(T nonlinear, T constants, T unresolved, std::int64_t outputs, Counts& counts) {
   if (unresolved > 0) {
@@ -87,7 +87,7 @@ inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t star
     const Node<T> node(op.nodes, m);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      // Rows are long here, one node's a page from the next's: the hardware does not see the stream.
+      // Rows are long here: the rows of two nodes are a page apart, and the hardware prefetcher does not follow.
       if constexpr (kVectors == kGroup) __builtin_prefetch(y + (v + 2 * kGroup) * kLanes<T>);
       lanes[v].add(load_row(y + v * kLanes<T>, interior_end), node.t, node.weight, node.weight_t);
     }
@@ -120,13 +120,13 @@ T wide_pair(const PathR2<T>& op, std::int64_t pair, Counts& counts) {
   return entry_of(nonlinear, constants, unresolved, op.outputs, counts);
 }
 
-/// As many pairs as fit into a vector.
+/// Handles as many pairs as fit into one vector.
 template <class T>
 void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, Counts& counts) {
   using V = Vector<T>;
   T first[kLanes<T>] = {}, second[kLanes<T>] = {}, scale[kLanes<T>] = {}, rounding[kLanes<T>] = {}, least[kLanes<T>] = {};
   const T* y[kLanes<T>];
-  for (const T*& row : y) row = op.interior;  // lanes without an output: any number will do
+  for (const T*& row : y) row = op.interior;  // lanes without an output read any number
   int lane = 0;
   for (std::int64_t pair = begin; pair < begin + pairs; ++pair) {
     for (std::int64_t k = 0; k < op.outputs; ++k, ++lane) {
@@ -180,7 +180,7 @@ void path_r2_on(const PathR2<T>& op, int threads) {
     op.workspace[2 * op.outputs + k] = op.rounding ? op.rounding[op.outputs + k] * op.workspace[k] : 0;
   }
   std::int64_t constants = 0, unresolved = 0;
-  // Chunks short enough that a thread whose core another process has taken keeps the others waiting for one alone.
+  // Chunks are short. If another process takes the core of a thread, the other threads wait for one chunk at most.
   const std::int64_t values = op.nodes.interior * op.outputs;
   if (2 * op.outputs > kLanes<T>) {
     const std::int64_t chunk = 1 + kChunk / (1 + values);

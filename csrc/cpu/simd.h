@@ -1,8 +1,8 @@
-// Vectors of lanes at the width of the instruction set this file is compiled for, and their mathematics.
+// Vectors of lanes, as wide as the instruction set that this file is compiled for, and their mathematics.
 //
-// Everything here is in an anonymous namespace and free of standard-library templates: an inline function compiled
-// for AVX-512 could otherwise be the copy that the linker keeps for every level. Contraction is off
-// (-ffp-contract=off); where a multiply-add is meant, fma() says so.
+// Everything here is in an anonymous namespace and uses no standard-library templates. Otherwise the linker could keep an
+// inline function compiled for AVX-512 as the copy for every level. Contraction is off (-ffp-contract=off): only fma() is a
+// fused multiply-add.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -38,10 +38,10 @@ using F = Vector<float>;
 using D = Vector<double>;
 template <class T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-// Accumulators of a matrix product: kBlockRows rows of one factor x kBlockColumns vectors of the other. Beside them a step
-// holds the vectors and one broadcast value: 28 of 32 registers, 16 of 16, or, without a fused multiply-add, 12 of 16 with a
-// product. Where a term is a squared difference (jacobian_distance), the difference takes one register more: 29 of 32,
-// but of 16 three columns would leave none for it.
+// Accumulators of a matrix product: kBlockRows rows of one factor x kBlockColumns vectors of the other. A step also holds
+// the vectors and one broadcast value. This takes 28 of 32 registers, 16 of 16, or, without a fused multiply-add, 12 of 16
+// including a product. A squared difference (jacobian_distance) takes one register more: 29 of 32. With 16 registers three
+// columns would leave none for the difference, so it has two.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kBlockRows = 8, kBlockColumns = 3, kDifferenceColumns = 3;
 #elif defined(__AVX2__)
@@ -85,7 +85,7 @@ inline F fma(F a, F b, F c) { return a * b + c; }
 inline D fma(D a, D b, D c) { return a * b + c; }
 #endif
 
-/// 1 / v to about an ulp for 2^-126 <= |v| < 2^126; a larger |v| gives 0 or 1 / v.
+/// 1 / v to about one ulp for 2^-126 <= |v| < 2^126. A larger |v| gives 0 or 1 / v.
 inline F reciprocal(F v) {
 #if defined(__AVX512F__)
   const F guess = _mm512_maskz_rcp14_ps(__mmask16(-1), v);
@@ -100,9 +100,9 @@ template <class V> inline V absolute(V v) { return v < V{} ? -v : v; }
 template <class V> inline V smaller(V a, V b) { return b < a ? b : a; }
 
 template <class V> inline bool any(Bits<V> mask) {
-  Scalar<V> zero = 0;
-  for (int lane = 0; lane < kLanes<Scalar<V>>; ++lane) zero += mask[lane] ? 1 : 0;
-  return zero > 0;
+  Scalar<V> lanes_set = 0;
+  for (int lane = 0; lane < kLanes<Scalar<V>>; ++lane) lanes_set += mask[lane] ? 1 : 0;
+  return lanes_set > 0;
 }
 
 template <class V> inline V from_bits(Bits<V> bits) { return (V)bits; }
@@ -155,7 +155,7 @@ inline V exp_parts(V x, V& r, V& tail) {
   return from_bits<V>(power);
 }
 
-/// e^x; 0 below the normal numbers, and e^88 (e^709 in double) for all above.
+/// e^x. Results below the normal numbers are 0. Above x = 88 (709 in double) the result stays e^88 (e^709).
 template <class V>
 inline V exp(V x) {
   V r, tail;
@@ -186,9 +186,9 @@ inline V twice_atanh(V s) {
 /// log(1 + u) for 0 <= u <= 1.
 template <class V> inline V log1p_unit(V u) { return twice_atanh(u / (2 + u)); }
 
-/// log2(v) for normal v > 0; 0 for any other, which is what p log p needs for v = 0.
+/// log2(v) for normal v > 0; 0 for any other v, so that p log p is 0 for p = 0.
 inline D log2_(D v) {
-  const Bits<D> bits = (Bits<D>)(v > D{} ? v : splat<D>(1.0));  // the difference below overflows for those of -0
+  const Bits<D> bits = (Bits<D>)(v > D{} ? v : splat<D>(1.0));  // with the bits of -0 the difference below would overflow
   // Exponent such that the mantissa lies in [sqrt(1/2), sqrt(2)): subtract the bits of sqrt(1/2) first.
   const Bits<D> exponent = (bits - 0x3FE6A09E667F3BCDLL) >> 52;
   const D mantissa = from_bits<D>(bits - (exponent << 52));
@@ -231,7 +231,7 @@ inline D erf(D x) {
   return per_lane(x, [](double v) { return ::erf(v); });
 }
 
-// (e^2a - 1) / (e^2a + 1) for a = |x|, which tells 1 from 1 - epsilon but not x from x + x^3; tanh(20) rounds to 1.
+// (e^2a - 1) / (e^2a + 1) for a = |x|. It distinguishes 1 from 1 - epsilon, but not x from x + x^3. tanh(20) rounds to 1.
 template <class V>
 inline V tanh_by_exp(V x) {
   const V m = expm1(smaller(2 * absolute(x), splat<V>(40)));
@@ -239,8 +239,8 @@ inline V tanh_by_exp(V x) {
   return x < V{} ? -magnitude : magnitude;
 }
 inline D tanh(D x) { return tanh_by_exp(x); }
-// Near 0 a Chebyshev interpolation of (tanh(x) / x - 1) / x^2 in x^2: within an ulp, as the curvature there is what
-// r2 looks at.
+// Near 0: Chebyshev interpolation of (tanh(x) / x - 1) / x^2 in x^2, right within one ulp. r2 measures curvature, so the
+// curvature near 0 must be right.
 inline F tanh(F x) {
   const F u = x * x;
   F q = splat<F>(0.0022695018f);
@@ -252,7 +252,8 @@ inline F tanh(F x) {
   return u < splat<F>(0.4f) ? fma(x * u, q, x) : tanh_by_exp(x);
 }
 
-// The sine of r = x - n pi, with pi in three parts, exact products for |n| < 2^11; a Chebyshev interpolation in r^2: 1e-7.
+// The sine of r = x - n pi. pi has three parts, whose products with n are exact for |n| < 2^11. Chebyshev interpolation in
+// r^2: 1e-7.
 inline F sin_from(F x, F n) {
   F r = fma(n, splat<F>(-3.140625f), x);
   r = fma(n, splat<F>(-9.67502593994140625e-4f), r);
@@ -265,7 +266,7 @@ inline F sin_from(F x, F n) {
   q = fma(q, u, splat<F>(-0.16666667f));
   return fma(q * u, r, r);
 }
-/// The sign bit of an odd integer n, of which `rounded` is n + kRound.
+/// A set sign bit if the integer n is odd, given `rounded` = n + kRound.
 inline Bits<F> odd_sign(F rounded) { return (Bits<F>)rounded << 31; }
 inline F sin(F x) {
   if (any<F>(absolute(x) > splat<F>(6000.0f))) return per_lane(x, [](float v) { return ::sinf(v); });

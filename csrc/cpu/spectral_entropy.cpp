@@ -1,4 +1,4 @@
-// A row of eigenvalues at a time, double lanes along it; float eigenvalues are widened as they are read.
+// One row of eigenvalues at a time, with lanes of double along the row. Float eigenvalues are widened when they are read.
 #include "level.h"
 
 namespace lmn {
@@ -13,7 +13,7 @@ inline D widened(const double* from, std::int64_t count) {
   return count == kLanes<double> ? load<D>(from) : load_partial<D>(from, count);
 }
 
-/// Sum over the row of function(|eigenvalue|); function(0) = 0.
+/// Sum of function(|eigenvalue|) over the row; function(0) must be 0.
 template <class T, class Function>
 inline double sum_over(const T* row, std::int64_t samples, Function function) {
   D sum{};
@@ -28,11 +28,11 @@ inline double sum_over(const T* row, std::int64_t samples, Function function) {
 
 template <class T>
 void spectral_entropy_on(const SpectralEntropy<T>& op, int threads) {
-#pragma omp parallel for num_threads(threads) if (worth_threads(8 * op.batch * op.samples))  // a logarithm each
+#pragma omp parallel for num_threads(threads) if (worth_threads(8 * op.batch * op.samples))  // 8: a logarithm per value
   for (std::int64_t b = 0; b < op.batch; ++b) {
     const T* row = op.eigenvalues + b * op.samples;
     double scale = 1, mass = sum_over(row, op.samples, [](D w) { return w; });
-    if (!isfinite(mass)) {  // a sum that overflows; a NaN and an Inf give a NaN again
+    if (!isfinite(mass)) {  // the sum overflowed; with a NaN or an Inf among the values the new sum is NaN
       scale = 0x1p-1000;
       mass = sum_over(row, op.samples, [scale](D w) { return w * scale; });
     }
@@ -40,7 +40,8 @@ void spectral_entropy_on(const SpectralEntropy<T>& op, int threads) {
       const D p = w * scale / mass;
       return p * log2_(p);
     });
-    op.bits[b] = bits < 0 ? -bits : bits == bits ? 0.0 : bits;  // one eigenvalue: 0, not -0 or a rounding below it
+    // A single eigenvalue gives 0, not -0 or a rounding error below 0.
+    op.bits[b] = bits < 0 ? -bits : bits == bits ? 0.0 : bits;
   }
 }
 

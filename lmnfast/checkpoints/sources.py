@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._nested import contents, entries_of, few, mapped, tensors_in
+from .._nested import contents, entries_of, first_names, mapped, tensors_in
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
 # The first bytes of what is found in the place of weights.
@@ -88,7 +88,7 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
     if len(found) > 1:
         keys = [".".join((*([key] if key else []), *where)) for where in found]
         raise ValueError(f"{'key' if key else 'checkpoint'}: {path} holds several state dicts; choose with --key "
-                         f"among {few(keys)}")  # fmt: skip
+                         f"among {first_names(keys)}")  # fmt: skip
     if not found:
         for where, value in [("", state), *(_entries(state))]:
             if isinstance(value, _Unread) and value.is_module:
@@ -273,7 +273,7 @@ def _read_tensors(path: Path, argument: str) -> Any:
         if not unread:
             raise ValueError(f"{argument}: cannot read {path}: {in_one_line(error)}") from error
         raise ValueError(
-            _not_plain(argument, path, few(unread), "['state_dict']")
+            _not_plain(argument, path, first_names(unread), "['state_dict']")
             + ", with the key that is there for 'state_dict'"
         ) from None
 

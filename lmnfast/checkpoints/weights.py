@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._nested import few
+from .._nested import first_names
 from .sources import in_one_line
 
 # Names that torch.compile, DataParallel, Opacus, activation checkpointing and FSDP put into those of the weights.
@@ -131,7 +131,7 @@ def load_state(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
         missing = [n for n in missing if not isinstance(own.get(n), Tensor) or _place(own[n]) not in there]
     if missing or unexpected:
         problems = [("lacks", missing), ("has, unexpected,", unexpected)]
-        said = "; it ".join(f"{verb} {few(names)}" for verb, names in problems if names)
+        said = "; it ".join(f"{verb} {first_names(names)}" for verb, names in problems if names)
         raise ValueError(f"checkpoint: {path} does not fit the model: it {said}")
 
 

@@ -11,7 +11,7 @@ from ..probe import Probe
 from ..quadrature import path_nodes
 from ..runs.device import check_device, settled_device
 from ..spectrum import check_negative
-from .model import ACTIVATIONS, INITS, LAYERS, make_model
+from .model import ACTIVATION_MODULES, INITS, LAYERS, make_model
 from .tasks import Task, make_task, task_sizes, training_samples
 
 
@@ -60,7 +60,7 @@ class Config:
             )
         object.__setattr__(self, "points", len(path_nodes(self.rule, self.points)[0]))
         check_negative(self.negative)
-        for name, known in (("method", METHODS), ("init", INITS), ("activation", tuple(ACTIVATIONS))):
+        for name, known in (("method", METHODS), ("init", INITS), ("activation", tuple(ACTIVATION_MODULES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         check_device(self.device)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 INITS = ("default", "lecun-first")
-ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU}  # the paper's first
+ACTIVATION_MODULES = {"silu": nn.SiLU, "relu": nn.ReLU}  # the paper's first
 LAYERS = ("embedding", "hidden_1_pre", "hidden_1", "hidden_2_pre", "hidden_2")  # those that can be cut at
 EMBEDDING, HIDDEN = 32, 100  # the paper's widths
 
@@ -25,7 +25,7 @@ def make_model(
         init: "default" is PyTorch's. "lecun-first" scales the first linear layer's weights to standard
             deviation 1/8 = 1/sqrt(fan in): the LMN at step 0 is then the paper's 32, not 22 to 24. The
             paper does not state its initialisation.
-        activation: one of ACTIVATIONS.
+        activation: one of ACTIVATION_MODULES.
 
     Returns:
         maps tokens (batch, 2) int64 to logits (batch, vocabulary).
@@ -35,17 +35,17 @@ def make_model(
     """
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation not in ACTIVATION_MODULES:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATION_MODULES)}, got {activation!r}")
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator.get_state())  # torch's layers draw from the global generator only
         model = nn.Sequential(
             OrderedDict(
                 embedding=nn.Sequential(nn.Embedding(vocabulary, EMBEDDING), nn.Flatten()),
                 hidden_1_pre=nn.Linear(2 * EMBEDDING, HIDDEN),
-                hidden_1=ACTIVATIONS[activation](),
+                hidden_1=ACTIVATION_MODULES[activation](),
                 hidden_2_pre=nn.Linear(HIDDEN, HIDDEN),
-                hidden_2=ACTIVATIONS[activation](),
+                hidden_2=ACTIVATION_MODULES[activation](),
                 output=nn.Linear(HIDDEN, vocabulary),
             )
         )

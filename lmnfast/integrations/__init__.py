@@ -1,7 +1,6 @@
 """lmnfast in training loops: writers for the rows of a probe, and callbacks for Lightning and Hugging Face.
 
-The callbacks are in `lmnfast.integrations.lightning` and `lmnfast.integrations.transformers`, each with the
-package that it is for.
+The callbacks are in `lmnfast.integrations.lightning` and `lmnfast.integrations.transformers`. Each module imports its package.
 """
 
 from .writers import CSVWriter, TensorBoardWriter, WandbWriter

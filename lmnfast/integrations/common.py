@@ -1,4 +1,4 @@
-"""What the writers and the callbacks share."""
+"""Code shared by the writers and the callbacks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from .._nested import mapped, tensors_in
 from .._undisturbed import sharding_of
 from ..probe import Probe, Writer
 
-NOT_IDENTITY = ("model", "inputs", "every", "budget", "writers")  # they change no number of a row
+# Arguments of a Probe that change no number of a row, or that `Plan.identity` records in another way (inputs).
+NOT_IDENTITY = ("model", "inputs", "every", "budget", "writers")
 
 
 def required(names: str | tuple[str, ...], extra: str) -> ModuleType:
     """The first of these modules that is installed.
 
     Args:
-        names: one or several.
-        extra: of lmnfast, that installs it.
+        names: one or several module names.
+        extra: the extra of lmnfast that installs the module.
 
     Raises:
-        ImportError: none is installed; says how to get it. A module that is there and fails to import raises its own
-            error.
+        ImportError: no module is installed; the message says how to install it. A module that is installed and fails to
+            import raises its own error.
     """
     names = (names,) if isinstance(names, str) else names
     for name in names:
@@ -37,28 +38,28 @@ def required(names: str | tuple[str, ...], extra: str) -> ModuleType:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            # torch.utils.tensorboard is there also without tensorboard, which it then does not find.
+            # torch.utils.tensorboard exists without tensorboard, and then fails because tensorboard is missing.
             if error.name is None or error.name.partition(".")[0] not in {package, extra}:
                 raise
     raise ImportError(f"{names[0]}: not installed; pip install lmnfast[{extra}]")
 
 
 def key(layer: str, before: int = 0) -> str:
-    """The name a layer's LMN is logged under.
+    """The name under which a layer's LMN is logged.
 
     Args:
-        layer: its name.
-        before: how many others that log to the same place measure the layer as well.
+        layer: the layer's name.
+        before: number of earlier callbacks that log the same layer to the same place.
     """
     return f"lmn-{before + 1}/{layer}" if before else f"lmn/{layer}"
 
 
 def refuse_sharded(model: nn.Module, strategy: str | None = None) -> None:
-    """Raises ValueError where no process has the whole model: one process alone cannot gather the weights of a layer.
+    """Raises ValueError if no process has the whole model: a single process cannot gather the weights of a layer.
 
     Args:
-        model: of the training.
-        strategy: the trainer's name for how it shards, where that is known before the model shows it.
+        model: the model in training.
+        strategy: the trainer's name of the sharding method, if it is known before the model shows it.
     """
     if (strategy := strategy or sharding_of(model)) is not None:
         raise ValueError(
@@ -68,12 +69,12 @@ def refuse_sharded(model: nn.Module, strategy: str | None = None) -> None:
 
 
 def new_state() -> dict[str, Any]:
-    """The `state_of` a callback that has seen no step."""
+    """The `state_of` of a callback that has seen no step."""
     return {"step": None, "rows": []}
 
 
 class Plan:
-    """What a callback measures: the arguments of a `Probe` before there is a model, checked.
+    """The checked arguments of a callback's `Probe`, before the model exists.
 
     Args:
         inputs: as in `Probe`.
@@ -96,7 +97,8 @@ class Plan:
         given = {name: value for name, value in bound.arguments.items() if name not in NOT_IDENTITY}
         given["layers"] = [layers] if isinstance(layers, str) else list(layers)
         self.identity = {name: _plain(value) for name, value in given.items()} | {"inputs": _digest(inputs)}
-        """What tells the rows of this plan from those of others: what is measured, and how; plain values."""
+        """Identifies the rows of this plan among those of other callbacks: the measured layers, inputs and settings, as plain
+        values."""
         self._inputs = inputs
         self._layers = layers
         self._every = every
@@ -111,14 +113,14 @@ class Plan:
         state: dict[str, Any],
         log: Callable[[int, dict[str, float]], None],
     ) -> Probe:
-        """The probe of a training that begins, or goes on, after this many steps.
+        """The probe of a training that begins, or continues, after this many steps.
 
         Args:
-            model: of the training.
+            model: the model in training.
             prepare: brings a tensor of the inputs to the model's device and dtype.
-            step: how many optimizer steps there were.
-            state: of `state_of` or `new_state`. One with a later step is of another training, and dropped.
-            log: gets the LMN by layer of each step, in order.
+            step: number of optimizer steps so far.
+            state: from `state_of` or `new_state`. A state with a later step belongs to another training, and is dropped.
+            log: receives each step and its LMN by layer, in order.
         """
         last, rows = state["step"], state["rows"]
         if last is None or last > step:
@@ -138,7 +140,7 @@ class Plan:
 
 
 def state_of(probe: Probe) -> dict[str, Any]:
-    """What a training that is resumed needs to know: the last step seen, and the rows; plain values."""
+    """The state that a resumed training needs: the last step seen, and the rows, as plain values."""
     state = probe.state_dict()
     return {"step": state["next_step"] - 1, "rows": state["rows"]}
 
@@ -161,18 +163,18 @@ class _StepWriter:
             self.close()
 
     def close(self) -> None:
-        """Logs what has come of a step, where not all of it has: another layer's row failed."""
+        """Logs the rows of an incomplete step. A step is incomplete if the row of another layer failed."""
         if self._values:
             values, self._values = self._values, {}
             self._log(self._step, values)
 
 
 def names(probe: Probe, probes: Iterable[Probe | None]) -> dict[str, str]:
-    """What each layer's LMN is logged under, by layer.
+    """The name under which each layer's LMN is logged, by layer.
 
     Args:
-        probe: of one callback.
-        probes: of all callbacks that log to the same place, in their order; None for one that does not measure.
+        probe: the probe of one callback.
+        probes: the probes of all callbacks that log to the same place, in order; None for a callback that does not measure.
     """
     before: list[str] = []
     for other in probes:
@@ -183,7 +185,7 @@ def names(probe: Probe, probes: Iterable[Probe | None]) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as a value that is equal from process to process: a function by its name."""
+    """A setting as a value that is the same in every process; a function becomes its name."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, (list, tuple)):
@@ -193,7 +195,7 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(inputs: Any) -> str:
-    """Of the values, shapes and dtypes of all tensors in the inputs."""
+    """A digest of the values, shapes and dtypes of all tensors in the inputs."""
     found = hashlib.sha256()
     for tensor in tensors_in(inputs):
         found.update(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode())

@@ -35,29 +35,28 @@ def _remove(file: Path, process: int) -> None:
 class LMNCallback(Callback):
     """Measures a LightningModule's linear mapping number every so many optimizer steps.
 
-    A `Probe` of the module, counted by trainer.global_step: with accumulated gradients that is one per
-    optimizer step. Each LMN goes to the trainer's loggers as lmn/<layer>, at the step it was measured at,
-    some steps later; the rest at the end of the fit. It is no metric to monitor: only rank 0 has it.
-    Checkpoints carry the history: a fit that resumes goes on with it and measures no step twice. Training
-    with it ends in the same weights, bit for bit.
+    The callback has a `Probe` of the module. Steps are those of trainer.global_step, which counts one per optimizer step, also
+    with accumulated gradients. Each LMN goes to the trainer's loggers as lmn/<layer>, some steps later, under the step at which
+    it was measured; the last ones at the end of the fit. Do not use it as a metric to monitor: only rank 0 has it. Checkpoints
+    carry the history: a resumed fit continues with it and measures no step twice. Training with the callback ends in the same
+    weights, bit for bit.
 
-    Several callbacks of one trainer go side by side, each with its own rows, which a checkpoint tells apart by inputs,
-    layers and settings (a function counts by its name). Those after the first that measures a layer log
+    One trainer may have several callbacks, each with its own rows. A checkpoint distinguishes them by inputs, layers and
+    settings (a function counts by its name). The first callback that measures a layer logs lmn/<layer>, the next ones log
     lmn-2/<layer>, lmn-3/<layer> and so on, in the trainer's order.
 
-    Only rank 0 measures. It measures the module itself, not its DDP wrapper, without any collective; the others
-    wait for it at the next one. Where a strategy spawns or forks its processes, rank 0 hands the history back at the
-    end of the fit.
+    Only rank 0 measures. It measures the module itself, not the DDP wrapper, without a collective. The other ranks wait for it
+    at their next collective. If a strategy spawns or forks its processes, rank 0 hands the history back at the end of the fit.
 
     Args:
-        inputs: samples for the module's forward, on any device; floating-point ones are brought to the dtype that the
+        inputs: samples for the module's forward, on any device. Floating-point samples are converted to the dtype that the
             trainer's precision gives its batches.
-        layers: as in `Probe`, names from the LightningModule on.
+        layers: as in `Probe`; names begin at the LightningModule.
         every: in optimizer steps.
-        settings: the others of `Probe` (method, points, rule, negative, budget, forward, output, writers).
+        settings: the other arguments of `Probe` (method, points, rule, negative, budget, forward, output, writers).
 
     Raises:
-        ValueError: every < 1; at the start of a fit, where the strategy shards parameters (FSDP, DeepSpeed).
+        ValueError: every < 1; at the start of a fit, if the strategy shards parameters (FSDP, DeepSpeed).
 
     Example:
         Whole in examples/lightning_callback.py::
@@ -71,23 +70,23 @@ class LMNCallback(Callback):
         super().__init__()
         self._plan = Plan(inputs, layers, every, settings)
         self._probe: Probe | None = None
-        self._state = new_state()  # until there is a probe
+        self._state = new_state()  # used until the probe exists
         self._expect_return()
 
     def _expect_return(self) -> None:
-        """The file in which a process of the strategy leaves its rows for this one, before it ends."""
+        """Chooses the file in which a process of the strategy leaves its rows for this process before it ends."""
         self._made_in = os.getpid()
         self._returned = Path(tempfile.gettempdir()) / f"lmnfast-{uuid.uuid4().hex}.json"
         weakref.finalize(self, _remove, self._returned, self._made_in)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._made_in == os.getpid():  # a copy with rows of its own; not one for a process of the strategy
+        if self._made_in == os.getpid():  # a copy in the same process has its own rows and needs its own file
             self._expect_return()
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """As `Probe.history` on rank 0; elsewhere the rows that a checkpoint brought."""
+        """As `Probe.history` on rank 0; on other ranks the rows of the checkpoint."""
         self._take_returned()
         return self._probe.history if self._probe else [dict(row) for row in self._state["rows"]]
 
@@ -112,7 +111,7 @@ class LMNCallback(Callback):
                 return trainer.precision_plugin.convert_input(tensor.to(pl_module.device))
 
             step = trainer.global_step
-            if self._probe is not None:  # of a fit before this one
+            if self._probe is not None:  # the probe of an earlier fit
                 self._state = state_of(self._probe) if self._probe.next_step <= step + 1 else new_state()
             self._probe = self._plan.probe(pl_module, prepare, step, self._state, partial(self._log, trainer))
             self._probe.reach(step)
@@ -127,7 +126,8 @@ class LMNCallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._probe is not None:  # a fit that resumes from the checkpoint does not log these rows again
+        # Pending rows are logged first: a fit that resumes from the checkpoint does not log them again.
+        if self._probe is not None:
             self._probe.flush(wait=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -138,7 +138,7 @@ class LMNCallback(Callback):
             self._hand_back(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        with suppress(Exception):  # the exception under way is the one to see
+        with suppress(Exception):  # the user must see the original exception
             self.on_train_end(trainer, pl_module)
 
     def _hand_back(self, trainer: Trainer) -> None:

@@ -26,28 +26,26 @@ HISTORY = "lmn_history.json"
 class LMNCallback(TrainerCallback):
     """Measures a model's linear mapping number every so many optimizer steps of a Trainer.
 
-    A `Probe` of the model, counted by the trainer's global_step. Each LMN goes, as lmn/<layer> and with the
-    step it was measured at, to state.log_history, and to what args.report_to names. A callback is not told
-    its trainer, so the latter takes `attach` in place of Trainer(callbacks=[callback]): it then calls on_log
-    of the trainer's callbacks with a state at that step (Trainer.log would give the present one). Some of
-    them rename: TensorBoard and W&B show train/lmn/<layer>.
+    The callback has a `Probe` of the model. Steps are the trainer's global_step. Each LMN goes to state.log_history, as
+    lmn/<layer> with the step at which it was measured, and to the reporters in args.report_to. A callback does not know its
+    trainer, so reporting needs `attach` in place of Trainer(callbacks=[callback]). The callback then calls on_log of the
+    trainer's callbacks with a state at the measured step (Trainer.log would give the present step). TensorBoard and W&B add a
+    prefix: they show train/lmn/<layer>.
 
-    The history is kept in output_dir/lmn_history.json, written anew before each checkpoint is. A run that
-    resumes takes from there what was measured up to its step, and measures no step twice. Training with the
-    callback ends in the same weights, bit for bit. Only the process with is_world_process_zero measures,
-    without any collective.
+    The history is kept in output_dir/lmn_history.json, which is rewritten before each checkpoint. A resumed run takes the rows
+    up to its step from that file, and measures no step twice. Training with the callback ends in the same weights, bit for
+    bit. Only the process with is_world_process_zero measures, without a collective.
 
-    Several callbacks go side by side, each with its own rows, which the file tells apart by inputs, layers and settings
-    (a function counts by its name). Those attached after the first that measures a layer log lmn-2/<layer>,
-    lmn-3/<layer> and so on.
+    One trainer may have several callbacks, each with its own rows. The file distinguishes them by inputs, layers and settings
+    (a function counts by its name). The first callback that measures a layer logs lmn/<layer>, those attached later log
+    lmn-2/<layer>, lmn-3/<layer> and so on.
 
     Args:
-        inputs: samples, on any device: a dict is called as model(**inputs), a tensor as model(inputs); no labels
-            needed.
+        inputs: samples, on any device. A dict is passed as model(**inputs), a tensor as model(inputs). Labels are not needed.
         layers: as in `Probe`.
         every: in optimizer steps.
-        output: which of the model's outputs counts.
-        settings: the others of `Probe` (method, points, rule, negative, budget, forward, writers).
+        output: selects the output of the model that counts, as in `cut`.
+        settings: the other arguments of `Probe` (method, points, rule, negative, budget, forward, writers).
 
     Raises:
         ValueError: every < 1; at the start of a training that shards parameters (FSDP, DeepSpeed).
@@ -72,20 +70,20 @@ class LMNCallback(TrainerCallback):
         self._plan = Plan(inputs, layers, every, {"output": output, **settings})
         self._probe: Probe | None = None
         self._trainer: Trainer | None = None
-        # Of the event in which rows are logged.
+        # The arguments of the present event. Rows are logged within it.
         self._now: tuple[TrainingArguments, TrainerState, TrainerControl]
 
     def attach(self, trainer: Trainer) -> LMNCallback:
-        """Adds itself to the trainer, behind the callback that says when to save and before those that report.
+        """Adds the callback to the trainer, after the callback that decides when to save and before those that report.
 
         Args:
-            trainer: its callbacks are changed.
+            trainer: its list of callbacks is changed.
 
         Returns:
-            Itself.
+            The callback itself.
 
         Raises:
-            ValueError: the trainer has another one that lmn_history.json could not tell from it.
+            ValueError: the trainer already has a callback that lmn_history.json could not distinguish from this one.
         """
         for other in trainer.callback_handler.callbacks:
             if isinstance(other, LMNCallback) and other._key == self._key:
@@ -102,7 +100,7 @@ class LMNCallback(TrainerCallback):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """As `Probe.history`; empty where the process is not the first."""
+        """As `Probe.history`; empty in all processes but the first."""
         return self._probe.history if self._probe else []
 
     def on_train_begin(
@@ -150,7 +148,8 @@ class LMNCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._flush(args, state, control, saving=True)  # of the best model, say, which no step's end tells
+        # on_step_end does not announce every save, for example not that of the best model.
+        self._flush(args, state, control, saving=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,7 +161,7 @@ class LMNCallback(TrainerCallback):
     def _flush(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, saving: bool = False
     ) -> None:
-        """Logs the rows that are there. Before a checkpoint is saved, all of them; they are then kept beside it."""
+        """Logs the rows that are ready. Before a checkpoint is saved, it waits for all rows and writes them to the file."""
         if self._probe is None or not state.is_world_process_zero:
             return
         saving = saving or control.should_save or control.should_training_stop
@@ -182,7 +181,7 @@ class LMNCallback(TrainerCallback):
         if self._trainer is not None:
             then = copy.copy(state)
             then.global_step = step
-            # A copy of control, as on_log takes back a log of the trainer's own that is due.
+            # on_log may reset should_log, and so drop a log of the trainer that is due. It gets a copy of control.
             self._trainer.callback_handler.on_log(args, then, copy.copy(control), values)
 
     @property
@@ -196,7 +195,7 @@ def _history_file(args: TrainingArguments) -> Path:
 
 
 def _read(args: TrainingArguments) -> dict[str, dict[str, Any]]:
-    """The states of the callbacks in lmn_history.json, by what they measure."""
+    """The states of the callbacks in lmn_history.json, by the callbacks' keys."""
     file = _history_file(args)
     if not file.exists():
         return {}

@@ -1,11 +1,11 @@
-"""Where a probe's rows go while it trains: a CSV file, TensorBoard, Weights & Biases.
+"""Writers that receive a probe's rows during training: a CSV file, TensorBoard, Weights & Biases.
 
     with Probe(model, inputs, "hidden.*", writers=[CSVWriter("lmn.csv"), TensorBoardWriter("runs")]) as probe:
         ...
 
-A writer has write(row) and close(); a probe calls both. Where it logs values, the key is lmn/<layer>.
-The rows of an earlier run are never mixed with those of a new one: a writer goes on with them only when told to, by
-resume=True, or by a call of its resume(), which a probe makes when it loads a state.
+A writer has write(row) and close(), which a probe calls. Writers that log values use the key lmn/<layer>. The rows of an
+earlier run are never mixed with those of a new run by accident. A writer continues an earlier run only with resume=True or
+after a call of its resume(), which a probe makes when it loads a state.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from .common import key, required
 class CSVWriter:
     """Appends each row to a CSV file, in one write.
 
-    Columns are the row's own, in its order; a row with a new one has the file written anew, with that column
-    empty before. Every row is written, those of steps that begin anew, too.
+    The columns are the row's columns, in its order. If a row has a new column, the file is rewritten with that column empty in
+    the earlier rows. Every row is written, also if the step numbers begin again at 0.
 
-    The writer appends to the rows of an earlier run only where `resume` says so. It then cuts off an unfinished last
-    line, left by a run that was killed, and does not write a row that is in the file already, equal in every column. A
-    step measured again with another result has both rows, the later one last.
+    The writer appends to the rows of an earlier run only with `resume`. It then cuts off an unfinished last line, which a
+    killed run may leave. It does not write a row that is in the file already, equal in every column. If a step is measured
+    again with another result, the file has both rows, the later result last.
 
     Args:
-        path: the file; folders on the way are made at the first row.
-        resume: go on with the rows that are there.
+        path: the file. Missing folders are made at the first row.
+        resume: continue after the rows in the file.
 
     Raises:
-        ValueError: the file lacks the columns step and layer; at the first row: it has rows already, without `resume`.
+        ValueError: the file lacks the columns step and layer; at the first row: the file has rows, and `resume` is False.
 
     Example:
         >>> from pathlib import Path
@@ -53,18 +53,18 @@ class CSVWriter:
     def __init__(self, path: str | os.PathLike[str], *, resume: bool = False) -> None:
         self.path = Path(path)
         self._always = self._resume = resume
-        self._columns: list[str] | None = None  # None: not begun
-        # Lines of the run before that have not come again yet.
+        self._columns: list[str] | None = None  # None: no row written yet
+        # Lines of the earlier run that were not measured again yet.
         self._there: Counter[tuple[str, ...]] = Counter()
         self._read()
 
     def resume(self) -> None:
-        """Go on with the rows that are there."""
+        """Continues after the rows in the file."""
         self._resume = True
 
     def write(self, row: dict[str, Any]) -> None:
         """row: as in `Probe.history`."""
-        # Begun at the first row: other processes of the same training may open the file, and only one writes.
+        # The file is prepared at the first row: several processes of a training may make a writer, but only one writes.
         if self._columns is None:
             self._columns = self._begin()
         if self._there:
@@ -90,7 +90,7 @@ class CSVWriter:
         return columns, rows, len(whole) if len(whole) < len(text) else None
 
     def _begin(self) -> list[str]:
-        """The columns that are there."""
+        """Prepares the file for the first row, and returns its columns."""
         columns, rows, whole = self._read()
         if (rows or whole is not None) and not self._resume:
             raise ValueError(
@@ -110,24 +110,23 @@ class CSVWriter:
         self._there = Counter({(*line, *[""] * len(new)): count for line, count in self._there.items()})
 
     def close(self) -> None:
-        """Ends the run: a row that comes after this is one of a new run. No file is open between rows."""
+        """Ends the run. A later row begins a new run. No file is open between rows."""
         self._columns, self._resume = None, self._always
 
 
 class TensorBoardWriter:
     """Adds each row's LMN as a scalar lmn/<layer> at its step.
 
-    A folder that holds what this writer wrote in an earlier run is added to only where `resume` says so: TensorBoard
-    would draw both runs as one curve.
+    The writer adds to a folder with its curves of an earlier run only with `resume`: TensorBoard would draw both runs as one
+    curve.
 
     Args:
-        to: a folder; or a SummaryWriter of yours, which `close` leaves open, and to which rows are added whatever its
-            folder holds.
-        resume: go on with the curves in the folder.
+        to: a folder; or your own SummaryWriter, which `close` leaves open. Its folder is not checked for earlier curves.
+        resume: continue the curves in the folder.
 
     Raises:
         ImportError: tensorboard is not installed.
-        ValueError: at the first row: the folder has curves of an earlier run, without `resume`.
+        ValueError: at the first row: the folder has curves of an earlier run, and `resume` is False.
 
     Example:
         >>> from lmnfast.integrations import TensorBoardWriter
@@ -137,7 +136,7 @@ class TensorBoardWriter:
         ...     measured = probe(0)  # the scalar lmn/0 at step 0
     """
 
-    SUFFIX = ".lmn"  # ends the names of its files
+    SUFFIX = ".lmn"  # the end of the names of this writer's files
 
     def __init__(self, to: str | os.PathLike[str] | Any, *, resume: bool = False) -> None:
         own = isinstance(to, (str, os.PathLike))
@@ -147,12 +146,12 @@ class TensorBoardWriter:
         self._writer: Any = None if own else to
 
     def resume(self) -> None:
-        """Go on with the curves that are there."""
+        """Continues the curves in the folder."""
         self._resume = True
 
     def write(self, row: dict[str, Any]) -> None:
         """row: as in `Probe.history`."""
-        # Opened at the first row: other processes of the same training may make a writer, and only one writes.
+        # The folder is opened at the first row: several processes of a training may make a writer, but only one writes.
         if self._writer is None:
             assert self._folder is not None
             if not self._resume and any(self._folder.glob(f"events.out.tfevents.*{self.SUFFIX}")):
@@ -172,18 +171,18 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Logs each row's LMN as lmn/<layer> to a Weights & Biases run, over an axis of its own, lmn_step.
+    """Logs each row's LMN as lmn/<layer> to a Weights & Biases run, over its own axis, lmn_step.
 
-    An LMN is there some time after its step, when the run has logged later ones, and W&B drops what is logged
-    to an earlier step than the last. So these values are drawn over lmn_step (define_metric), and join
-    whatever W&B step is current when they come. They never start a new W&B step: W&B would drop a step= of yours
-    that is not later. A W&B step takes the values of one lmn_step; the others wait until something else is logged, or
-    for `close`. An earlier run of W&B goes on only by wandb.init(resume=...).
+    An LMN is ready some time after its step, when the run has logged later steps. W&B drops values for a step before the last
+    logged step. These values are therefore drawn over lmn_step (define_metric), and are added to the W&B step that is current
+    when they arrive. They never start a new W&B step, as W&B would then drop a later log of yours with a step= that is not
+    larger. One W&B step takes the values of one lmn_step. Values of other steps wait until something else is logged, or until
+    `close`. Only wandb.init(resume=...) continues an earlier run of W&B.
 
     Args:
-        run: what wandb.init() returned, online or offline; `close` leaves it open, and is to come before its finish.
-        commit: W&B's word: whether values move the W&B step on and so never wait. For runs that log nothing else
-            with an explicit step=.
+        run: the result of wandb.init(), online or offline. `close` leaves it open. Call `close` before the run's finish().
+        commit: as in W&B: the values advance the W&B step, and so never wait. For runs that log nothing else with an explicit
+            step=.
 
     Raises:
         ImportError: wandb is not installed.
@@ -202,15 +201,15 @@ class WandbWriter:
         required("wandb", "wandb")
         self._run = run
         self._commit = commit
-        self._waiting: list[tuple[int, dict[str, float]]] = []  # values by their step, as they came
-        # The last W&B step that values joined, their own step, their keys.
+        self._waiting: list[tuple[int, dict[str, float]]] = []  # (step, values), in order of arrival
+        # The last W&B step with values of this writer, the values' own step, and their keys.
         self._joined: tuple[int, int, set[str]] | None = None
         run.define_metric("lmn_step", hidden=True)
         run.define_metric("lmn/*", step_metric="lmn_step")
 
     def write(self, row: dict[str, Any]) -> None:
         """row: as in `Probe.history`."""
-        # A key that comes twice for a step, as where steps begin anew, is another entry: one would replace the other.
+        # A key that comes twice for one step (step numbers may begin again) makes a new entry, so that no value is replaced.
         name = key(row["layer"])
         if not self._waiting or self._waiting[-1][0] != row["step"] or name in self._waiting[-1][1]:
             self._waiting.append((row["step"], {}))
@@ -226,7 +225,7 @@ class WandbWriter:
 
     def close(self) -> None:
         if self._waiting and self._joined is not None:
-            self._run.log({}, commit=True)  # ends the W&B step that values joined
+            self._run.log({}, commit=True)  # ends the W&B step that has the last values
         for step, values in self._waiting:
             self._run.log({**values, "lmn_step": step}, commit=True)
         self._waiting.clear()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._nested import few
+from .._nested import first_names
 from ..spectrum import SETTINGS, SHARES
 from .files import write_file
 
@@ -89,7 +89,7 @@ def _check_head(head: Sequence[str], columns: Sequence[str] | None) -> None:
             f"lacks the columns {', '.join(lacking)}, another version of lmnfast wrote it, or it is damaged"
         )
     if columns is not None and list(head) != list(columns):
-        raise ValueError(f"expected the columns {few(columns)}, got {few(head)}")
+        raise ValueError(f"expected the columns {first_names(columns)}, got {first_names(head)}")
 
 
 def _typed(name: str, text: str, optional: Collection[str]) -> int | float | str:
@@ -136,4 +136,4 @@ def check_continues(
 
 
 def _brief(value: Any) -> str:
-    return few(map(str, value)) if isinstance(value, list) else str(value)
+    return first_names(map(str, value)) if isinstance(value, list) else str(value)

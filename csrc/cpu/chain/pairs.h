@@ -1,14 +1,15 @@
-// The pairs: r2 along the paths from a first sample to a vector of second ones, one lane for each of these. At a few nodes at
-// a time the chord residuals of the hidden units make a panel in L1, the packed weights carry it from layer to layer, and the
-// last layer's products go from the accumulators straight into the moments of each output. connectivity_on() is what
-// path_connectivity and hermite_connectivity call.
+// The pairs: r2 along the paths from one first sample to a vector of second samples, one lane per second sample. A few nodes
+// are handled at a time. The chord residuals of the hidden units form a panel in L1. The packed weights carry the panel from
+// layer to layer. The last layer's products go from the accumulators straight into the moments of each output.
+// path_connectivity and hermite_connectivity call connectivity_on().
 #pragma once
 #include "samples.h"
 
 namespace lmn {
 namespace {
 
-/// Adds to a value's residuals those of the earlier value that the network adds, and keeps them where a later one wants them.
+/// Adds the residuals of the skip input, if the value has one, to the value's residuals. Keeps the sum if a later value needs
+/// it.
 template <class T>
 void join_residuals(const Plan<T>& plan, const Scratch<T>& s, int value, Vector<T>* panel, std::int64_t size) {
   if (!plan.op.skips) return;
@@ -20,7 +21,7 @@ void join_residuals(const Plan<T>& plan, const Scratch<T>& s, int value, Vector<
   if (plan.kept[value] >= 0) memcpy(s.kept + plan.kept[value] * slot, panel, std::size_t(size) * sizeof(Vector<T>));
 }
 
-/// A layer at both ends of the paths from s's first sample to the block's lanes. before: units of the layers before.
+/// A layer at both ends of the paths from s's first sample to the block's lanes. before: number of units in earlier layers.
 template <class T>
 Ends<T> ends_of(const Plan<T>& plan, const Scratch<T>& s, int l, std::int64_t before, std::int64_t block) {
   const Layer<T>& layer = plan.layers[l];
@@ -37,13 +38,13 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
   const int interior = op.nodes.interior;
   const int node_blocks = int(blocks_of(interior, kBlockColumns));
   for (std::int64_t k = 0; k < plan.outputs; ++k) s.moments[k] = Moments<Vector<T>>{};
-  for (int part = 0; part < node_blocks; ++part) {  // of nearly equal sizes: a lone node would waste the registers
+  for (int part = 0; part < node_blocks; ++part) {  // parts of nearly equal size: a single node would waste registers
     const int begin = int(std::int64_t(interior) * part / node_blocks);
     const int columns = int(std::int64_t(interior) * (part + 1) / node_blocks) - begin;
     const T* t = plan.t + begin;
     const T *w = plan.w + begin, *w_t = plan.w_t + begin;
     Vector<T> *panel = s.panel, *next = s.next_panel;
-    std::int64_t before = 0;  // units of the layers before
+    std::int64_t before = 0;  // number of units in earlier layers
     for (int l = 0; l <= op.layers; ++l) {
       const Layer<T>& layer = plan.layers[l];
       const Ends<T> ends = ends_of(plan, s, l, before, block);
@@ -92,7 +93,7 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
   }
 }
 
-/// path_moments() of the stencil's polynomials.
+/// Moments as path_moments() computes them, but of the stencil's polynomials.
 template <class T>
 void polynomial_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
   using V = Vector<T>;
@@ -172,7 +173,7 @@ void fill_first_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t beg
   }
 }
 
-/// 1 in each lane whose sample is close to the first sample, see kCloseSamples; else 0.
+/// 1 in each lane whose sample is close to the first sample (see kCloseSamples), 0 in the other lanes.
 template <class T>
 Vector<T> close_samples(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
   using V = Vector<T>;
@@ -197,7 +198,7 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
   const T *first_y = plan.row_y + i * plan.outputs, *first_y_low = plan.row_y_low + i * plan.outputs;
   const T* first_rounding = plan.row_rounding + i * plan.outputs;
   const std::int64_t start_j = block * plan.outputs * kLanes<T>;
-  // An activation that is never 0 underflows: an output near 0 at an end has done so, or is about to.
+  // An activation that is never 0 can underflow. An output near 0 at an end has underflowed, or nearly so.
   const T vanishing = never_zero(plan.last().activation.kind) ? Vanishing<T>::value : T(0);
   CompensatedSum<V> nonlinear;
   V constants{}, unresolved{};
@@ -218,8 +219,8 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
     const V least = splat<V>(vanishing * plan.scale[k]);
     unresolved += smaller(absolute(first), absolute(second)) < least ? splat<V>(T(1)) : V{};
   }
-  // Outputs of close samples may be equal to rounding and still bend between them. Only float32 has this rule: for float64
-  // there is no wider dtype that could measure such a pair.
+  // Outputs of close samples may be equal to rounding and still bend between the samples. Only float32 has this rule: no
+  // dtype wider than float64 could measure the pair again.
   if (sizeof(T) == 4 && any<V>(constants > V{})) {
     unresolved += constants > V{} ? close_samples(plan, s, block) : V{};
   }
@@ -237,7 +238,7 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
 
 template <bool kStencil, class T>
 void run_task(const Plan<T>& plan, Scratch<T>& s, std::int64_t task, std::int64_t block, Tasks& tasks) {
-  constexpr std::int64_t kRowsBetween = 8;  // two looks at the clock: a task of a wide, deep chain may take seconds
+  constexpr std::int64_t kRowsBetween = 8;  // between two looks at the clock: a task of a wide, deep chain may take seconds
   const std::int64_t begin = task * kTaskRows, end = at_most(begin + kTaskRows, plan.op.samples);
   if (plan.separable) {
     fill_second_table(plan, s, block);
@@ -271,8 +272,8 @@ void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, i
     pack_weights(op.weights[l - 1], op.widths[l], op.widths[l - 1], plan.layers[l].packed);
   }
 
-  // Tasks: kTaskRows first samples x one block of lanes, on and above the diagonal, row after row of tasks, so that
-  // a thread mostly keeps its table of first samples. Every pair is computed alike whichever thread takes it.
+  // A task is kTaskRows first samples x one block of lanes, on or above the diagonal. Tasks come row after row, so a thread
+  // mostly keeps its table of first samples. Every pair gives the same bits on any thread.
   static_assert(kTaskRows % kLanes<T> == 0);
   constexpr std::int64_t kBlocksPerTask = kTaskRows / kLanes<T>;
   const std::int64_t task_rows = blocks_of(op.samples, kTaskRows);

@@ -1,12 +1,12 @@
-// What a call needs to know before it begins: the layers, the nodes, and where everything lies in the workspace. make_plan()
-// takes all of it from one arena, so that the size of the workspace and the places in it cannot disagree.
+// The plan of a call: the layers, the nodes, and the place of every array in the workspace. make_plan() takes all arrays from
+// one arena, so the size of the workspace always fits the places in it.
 #pragma once
 #include "residuals.h"
 
 namespace lmn {
 namespace {
 
-// First samples per task: their tables of exponentials stay in L2 at 100 units and 19 nodes.
+// First samples per task. Their tables of exponentials stay in L2 at 100 units and 19 nodes.
 constexpr std::int64_t kTaskRows = 64;
 
 /// Values of one layer at the samples: [blocks of lanes][width][lanes].
@@ -16,13 +16,13 @@ struct Layer {
   Activation activation;
   T* z = nullptr;       // before the activation
   T* a = nullptr;       // after it; the same memory for the identity
-  T* v = nullptr;       // what the next layer takes: a, or memory of its own where an earlier value is added to a
-  T* slope = nullptr;   // its derivative, for a stencil alone
-  T* rounding = nullptr;  // root of the sum of squares of all that v is computed from; epsilons of it are v's rounding
+  T* v = nullptr;       // input of the next layer: a, or its own memory where an earlier value is added to a
+  T* slope = nullptr;   // derivative of the activation; only with a stencil
+  T* rounding = nullptr;  // root of the sum of squares of all terms behind v; v's rounding error is some epsilons of it
   T* packed = nullptr;  // weights into this layer, [blocks of kBlockRows][width of the layer before][rows of the block]
 };
 
-/// What one thread works on.
+/// Memory of one thread.
 template <class T>
 struct Scratch {
   using V = Vector<T>;
@@ -30,11 +30,11 @@ struct Scratch {
   V* kept;                  // [slots] panels of values that are added to later ones
   Moments<V>* moments;      // [outputs]
   V* values;                // [outputs][nodes of the stencil]
-  const T *first_z, *first_a, *first_slope;  // [sum of widths], the layers of sample i, one after the other
+  const T *first_z, *first_a, *first_slope;  // [sum of widths], all layers at the first sample, one after the other
   V* second_table;          // [widths[0]][nodes], exp(-t z_j)
   T* first_table;           // [kTaskRows][widths[0]][nodes], exp(-(1 - t) z_i)
-  std::int64_t table_task;  // whose rows first_table holds; none: -1
-  std::int64_t counts[2];   // this thread's share of the op's
+  std::int64_t table_task;  // the task whose rows first_table holds; -1: no task
+  std::int64_t counts[2];   // this thread's share of the op's counts
 };
 
 template <class T>
@@ -43,19 +43,22 @@ struct Plan {
   Stencil<T> stencil;
   std::int64_t lane_blocks = 0, outputs = 0, total_width = 0, widest = 0;
   Layer<T>* layers = nullptr;
-  int *added = nullptr, *kept = nullptr;         // [values], slot of what is added to each and is kept of it, none: -1
+  int *added = nullptr, *kept = nullptr;         // [values], slot of the value added to each, slot that keeps each; or -1
   T *t = nullptr, *w = nullptr, *w_t = nullptr;  // [interior] nodes, weights, weights times t - mean t
   T* scale = nullptr;                            // [outputs]
-  T *y = nullptr, *y_low = nullptr;  // scaled outputs, laid out as a layer; what rounding linear ones to T lost
-  T *row_z = nullptr, *row_a = nullptr, *row_slope = nullptr;  // [samples][sum of widths], the layers again
+  // Scaled outputs, laid out as a layer. y + y_low is a two-term representation of linear outputs: y_low is the rounding
+  // error of y in T.
+  T *y = nullptr, *y_low = nullptr;
+  T *row_z = nullptr, *row_a = nullptr, *row_slope = nullptr;  // [samples][sum of widths], copies of the layers
   T *row_y = nullptr, *row_y_low = nullptr;      // [samples][outputs]
   T *rounding = nullptr, *row_rounding = nullptr;  // of the scaled outputs, laid out as y and as row_y
   Scratch<T>* scratch = nullptr;                 // [threads]
-  bool separable = false;  // the first layer comes from two exponentials
+  bool separable = false;  // the first layer is computed from two exponentials
 
   const Layer<T>& last() const { return layers[op.layers]; }
   bool ends_linear() const { return op.layers > 0 && last().activation.kind == ActivationKind::kIdentity; }
-  /// Whether the outputs' residuals are the last products alone: their scale is in the weights, and none is stored.
+  /// Whether the outputs' residuals are the last product and nothing else. Their scale is then in the weights, and the
+  /// residuals are not stored.
   bool ends_in_product() const { return ends_linear() && (!op.skips || op.skips[2 * op.layers] < 0); }
 };
 

@@ -1,5 +1,5 @@
-// The product of a layer's weights with a panel. It carries the values of many columns from one layer to the next: the chord
-// residuals of a few nodes for a vector of second samples, or samples themselves (csrc/cpu/linear.cpp).
+// The product of a layer's weights with a panel. It carries many columns from one layer to the next. The columns are chord
+// residuals of a few nodes for a vector of second samples, or the samples themselves (csrc/cpu/linear.cpp).
 //
 // A panel is [depth][columns] vectors. Weights are packed in the order in which the product reads them: blocks of kBlockRows
 // rows, each [depth][rows of the block].
@@ -50,8 +50,8 @@ inline void multiply(const T* w, const Vector<T>* panel, std::int64_t depth, Vec
   }
 }
 
-/// One block of rows: into the moments of the outputs (out null), or to a panel. Not inlined, so that the compiler gives the
-/// registers to the block alone.
+/// One block of rows. Adds to the moments of the outputs (out null), or writes to a panel. Not inlined: the compiler then
+/// gives all registers to the block.
 template <class T, int kR, int kC>
 __attribute__((noinline)) void product(const T* w, const Vector<T>* panel, std::int64_t depth, Vector<T>* out,
                                        Moments<Vector<T>>* moments, const T* node_w, const T* node_wt) {
@@ -70,7 +70,7 @@ __attribute__((noinline)) void product(const T* w, const Vector<T>* panel, std::
   }
 }
 
-/// All rows of a layer: kC columns of the layer before's panel -> moments of the outputs (out null), or the layer's own panel.
+/// All rows of a layer: kC columns of the previous layer's panel -> moments of the outputs (out null), or this layer's panel.
 template <class T, int kC>
 void multiply_columns(const T* packed, std::int64_t rows, std::int64_t depth, const Vector<T>* panel, Vector<T>* out,
                       Moments<Vector<T>>* moments, const T* node_w, const T* node_wt) {
@@ -82,7 +82,7 @@ void multiply_columns(const T* packed, std::int64_t rows, std::int64_t depth, co
   }
 }
 
-/// The same of at most kBlockColumns columns.
+/// multiply_columns() for a number of columns known at run time, at most kBlockColumns.
 template <class T>
 void multiply_layer(const T* packed, std::int64_t rows, std::int64_t depth, int columns, const Vector<T>* panel, Vector<T>* out,
                     Moments<Vector<T>>* moments, const T* node_w, const T* node_wt) {

@@ -1,7 +1,7 @@
-// Residuals from the chord behind an activation: how far a hidden unit's activation on the path is from the chord of that
-// activation, for one first sample and a vector of second ones. Three ways to the same number: the activation itself at every
-// node; a product of two exponentials, for the first layer where it may be used; and for a stencil the slopes at both ends and
-// the midpoint.
+// Chord residuals behind an activation: the distance of a hidden unit's activation on the path from the chord of that
+// activation, for one first sample and a vector of second samples. There are three ways to compute it: the activation itself
+// at every node; a product of two exponentials, where the first layer allows it; and for a stencil the slopes at both ends
+// and the midpoint.
 #pragma once
 #include "../level.h"
 
@@ -13,15 +13,16 @@ namespace {
 /// The units of one layer at both ends of the paths.
 template <class T>
 struct Ends {
-  const T *first_z, *first_a, *first_slope;     // [width], before and after the activation; its derivative, for a stencil alone
+  const T *first_z, *first_a, *first_slope;     // [width], before and after the activation; slope only with a stencil
   const T *second_z, *second_a, *second_slope;  // [width][lanes]
   std::int64_t width;
 };
 
 // ---- at every node ----
 
-/// z on the path, from its chord and its distance from it. ReLU turns what rounding leaves of a zero into an output: where
-/// all units before it are off, z is 0, or the bias, and there may be nothing else along a path.
+/// z on the path, from its chord and its residual. For ReLU a z of the size of rounding becomes exactly 0: if all units that
+/// feed this ReLU are off, z is 0 plus rounding noise (or the bias). Without the 0 that noise would become an output, and if
+/// the path has no other output, r2 would be random.
 template <ActivationKind kKind, class V>
 inline V off_chord(V on_chord, V residual, V first, V second) {
   const V z = on_chord + residual;
@@ -30,8 +31,8 @@ inline V off_chord(V on_chord, V residual, V first, V second) {
   return absolute(z) <= rounding ? V{} : z;
 }
 
-/// panel[unit][node] = act(z(t)) - chord of act, with z(t) the chord of z plus what the panel holds (kDeviates). Not inlined,
-/// as no function made for one activation is: the compiler gives the registers to its loop alone.
+/// panel[unit][node] = act(z(t)) - chord of act. z(t) is the chord of z, plus the residual in the panel (kDeviates). Not
+/// inlined, like every function made for one activation: the compiler then gives all registers to its loop.
 template <class T, ActivationKind kKind, bool kDeviates>
 __attribute__((noinline)) void residuals(const Ends<T>& ends, Activation activation, const T* t, int columns,
                                          Vector<T>* panel) {
@@ -51,13 +52,13 @@ __attribute__((noinline)) void residuals(const Ends<T>& ends, Activation activat
 
 // ---- from two exponentials ----
 //
-// SiLU, sigmoid and tanh from exp(-z(t)) = exp(-(1 - t) z_i) exp(-t z_j), for tanh of 2 z. The first factor comes from a
-// table of the first samples, the second from one of the second samples, and a pair takes a product in place of an
-// exponential.
+// SiLU, sigmoid and tanh from exp(-z(t)) = exp(-(1 - t) z_i) exp(-t z_j); for tanh with 2 z in place of z. The first factor
+// comes from a table of the first samples, the second from a table of the second samples. A pair then takes a product
+// instead of an exponential.
 
-/// Beyond this |z| a product of two exponentials could overflow or lose its digits, and the activation is evaluated itself.
+/// Beyond this |z| a product of two exponentials could overflow or lose its digits. The activation itself is then evaluated.
 template <class T> constexpr T kSeparableLimit = sizeof(T) == 4 ? T(80) : T(700);
-/// 1 - 2 / (1 + exp(2 z)) is right to an absolute epsilon, and no better near 0. Below this mean |z| tanh is evaluated itself.
+/// 1 - 2 / (1 + exp(2 z)) has an absolute error of an epsilon, also near 0. Below this mean |z| tanh itself is evaluated.
 template <class T> constexpr T kTanhSeparableMean = T(0.25);
 
 constexpr bool is_separable(ActivationKind kind) {
@@ -69,7 +70,7 @@ inline T exponent_factor(ActivationKind kind) {
   return kind == ActivationKind::kTanh ? T(2) : T(1);
 }
 
-/// Whether the first layer may be taken from two exponentials at these samples, whose activation is_separable. z: [count].
+/// Whether the first layer may be computed from two exponentials at these samples. Its activation is_separable. z: [count].
 template <class T>
 bool separates(ActivationKind kind, const T* z, std::int64_t count) {
   T largest = 0;
@@ -83,8 +84,8 @@ bool separates(ActivationKind kind, const T* z, std::int64_t count) {
   return kind != ActivationKind::kTanh || sum >= double(kTanhSeparableMean<T>) * double(count);
 }
 
-/// panel[unit][node] as `residuals` has it without deviations. first_table: [width][stride], exp(-(1 - t) z_i); second_table:
-/// the same, exp(-t z_j); both from the first of the kC nodes on.
+/// panel[unit][node] as `residuals` computes it without kDeviates. first_table: [width][stride], exp(-(1 - t) z_i).
+/// second_table: [width][stride], exp(-t z_j). Both begin at the first of the kC nodes.
 template <class T, ActivationKind kKind, int kC>
 __attribute__((noinline)) void separated_residuals(const Ends<T>& ends, const T* t, const T* first_table,
                                                    const Vector<T>* second_table, std::int64_t stride, Vector<T>* panel) {
@@ -108,16 +109,16 @@ __attribute__((noinline)) void separated_residuals(const Ends<T>& ends, const T*
       } else {
         residual = fma(splat<V>(T(2)), logistic, T(-1) - chord);
       }
-      // A unit that does not move has no residual; the two exponentials' rounding would leave one.
+      // A unit that does not move has residual 0. The rounding of the two exponentials would give another number.
       panel[unit * kC + c] = z_second == z_first ? V{} : residual;
     }
   }
 }
 
-// ---- of a stencil ----
+// ---- for a stencil ----
 
-/// panel[unit][node]: the residual's slopes at both ends, then its value at the midpoint, those from `begin` on; from what the
-/// panel holds (kDeviates).
+/// panel[unit][node]: the residual's slopes at both ends, then its value at the midpoint; of these three the ones from
+/// `begin` on. With kDeviates the panel holds the same numbers of z.
 template <class T, ActivationKind kKind, bool kDeviates>
 __attribute__((noinline)) void stencil_residuals(const Ends<T>& ends, Activation activation, int begin, int columns,
                                                  Vector<T>* panel) {

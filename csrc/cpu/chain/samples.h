@@ -1,5 +1,5 @@
-// The network at the samples: every layer's values and, from the same sums, how large the terms are that they are computed
-// from. Pairs read both at the ends of their paths.
+// The network at the samples: the values of every layer, and from the same sums the size of the terms behind each value.
+// Pairs read both at the ends of their paths.
 #pragma once
 #include "plan.h"
 #include "product.h"
@@ -7,7 +7,7 @@
 namespace lmn {
 namespace {
 
-/// a = act(z), and its slope where there is a place for it. [count]
+/// a = act(z), and the slope act'(z) if `slope` is not null. All [count].
 template <class T, ActivationKind kKind>
 __attribute__((noinline)) void values(T* a, T* slope, const T* z, std::int64_t count, Activation activation) {
   using V = Vector<T>;
@@ -18,8 +18,8 @@ __attribute__((noinline)) void values(T* a, T* slope, const T* z, std::int64_t c
   }
 }
 
-/// Adds to one unit of a value what the network adds there, at the samples of a block. `squares` is the sum of the squares of
-/// all that the value is computed from.
+/// Adds the network's skip inputs of a value to one unit of that value, at the samples of a block. squares: the sum of the
+/// squares of all terms behind the value.
 template <class T>
 void add_earlier(const Plan<T>& plan, int value, std::int64_t block, std::int64_t unit, double (&sums)[kLanes<T>],
                  double (&squares)[kLanes<T>]) {
@@ -44,8 +44,9 @@ void add_earlier(const Plan<T>& plan, int value, std::int64_t block, std::int64_
   }
 }
 
-/// Fills z, a, v and rounding of every layer for one block of lanes; lanes beyond the last sample repeat it.
-/// Products are summed in double: a node's rounding averages out along a path, and that of an end would tilt all of it.
+/// Fills z, a, v and rounding of every layer for one block of lanes. Lanes beyond the last sample repeat the last sample.
+/// Products are summed in double: the rounding of a node averages out along a path, but the rounding of an end would tilt
+/// the whole path.
 template <class T>
 void forward_block(const Plan<T>& plan, std::int64_t block) {
   const PathConnectivity<T>& op = plan.op;
@@ -111,7 +112,7 @@ void forward_block(const Plan<T>& plan, std::int64_t block) {
   }
 }
 
-/// Scales each output to order 1. A last product takes the factor into its weights.
+/// Scales each output to order 1. If the chain ends in a product, the weights of that product take the factor.
 template <class T>
 void scale_outputs(const Plan<T>& plan) {
   const Layer<T>& last = plan.last();
@@ -138,7 +139,7 @@ void scale_outputs(const Plan<T>& plan) {
   scale_packed(last.packed, plan.outputs, plan.layers[plan.op.layers - 1].width, plan.scale);
 }
 
-/// Copies a sample's values side by side: so they are read where it is the first of a pair.
+/// Copies a sample's values side by side, the layout in which they are read if the sample is the first of a pair.
 template <class T>
 void fill_rows(const Plan<T>& plan, std::int64_t i) {
   const std::int64_t lane_block = i / kLanes<T>, lane = i % kLanes<T>;
