@@ -242,8 +242,8 @@ class _Prepared:
     def run_behind_kernels(self) -> Enqueued | None:
         """Runs a chain on a device, where one pass behind the kernels makes all checks.
 
-        Returns None for a function that is no chain, on other devices, if that pass cannot compare the outputs, and if the chain
-        has other outputs than f.
+        Returns None for a function that is no chain, on other devices, if that pass cannot compare the outputs, and if the
+        chain has other outputs than f.
         """
         chain, of_jacobians = self.route.chain, self.settings.method == "jacobian"
         if chain is None or not (_native.on_cuda(self.x) if of_jacobians else self.checks.deferred):
