@@ -1,4 +1,6 @@
-// A row of eigenvalues at a time, double lanes along it; float eigenvalues are widened as they are read.
+// A row of eigenvalues at a time, double lanes along it; float eigenvalues are widened as they are read. A row has the same bits
+// in any batch and for any thread count, which sums by PyTorch do not promise. Measured with AVX2 on one core: a batch takes two
+// thirds of the time of PyTorch's functions, one row of 768 as long as the op would take with these.
 #include "level.h"
 
 namespace lmn {
@@ -47,8 +49,8 @@ void spectral_entropy_on(const SpectralEntropy<T>& op, int threads) {
 }  // namespace
 
 namespace LMN_LEVEL {
-void spectral_entropy(const SpectralEntropy<float>& op, int threads) { spectral_entropy_on(op, threads); }
-void spectral_entropy(const SpectralEntropy<double>& op, int threads) { spectral_entropy_on(op, threads); }
+void run(const SpectralEntropy<float>& op, int threads) { spectral_entropy_on(op, threads); }
+void run(const SpectralEntropy<double>& op, int threads) { spectral_entropy_on(op, threads); }
 }  // namespace LMN_LEVEL
 
 }  // namespace lmn
