@@ -6,9 +6,10 @@ Everything the kernels must be able to trust is checked before this point, by ``
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ FRESH_PAGES = 4 * 2**20
 Progress = Callable[[float], object]  # is told the share that is done, from 0 to 1
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
+_has_emulator = "emulated-cuda" in _C.isas()
 _isa = os.environ.get("LMNFAST_ISA")
 if _isa and not _C.use_isa(_isa):
     raise RuntimeError(f"LMNFAST_ISA: expected one of {', '.join(_C.isas())} on this machine, got {_isa!r}")
@@ -47,7 +49,7 @@ def on_cuda(tensor: Tensor) -> bool:
 
 def emulates_cuda(tensor: Tensor) -> bool:
     """Whether the CUDA kernels take this tensor on the CPU, in a build for their tests."""
-    return tensor.device.type == "cpu" and _C.isa() == "emulated-cuda"
+    return _has_emulator and tensor.device.type == "cpu" and _C.isa() == "emulated-cuda"
 
 
 def address(tensor: Tensor | None) -> int:
@@ -79,30 +81,17 @@ def cuda_built() -> bool:
     return bool(_C.cuda_archs)
 
 
-@contextmanager
-def cuda_stream(device: torch.device) -> Iterator[int]:
-    """Makes the device of a tensor current for a kernel, and gives the address of torch's current stream on it.
+_HERE = nullcontext()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which the CUDA device of a tensor is the current one, for a kernel.
 
     Raises RuntimeError where the kernels cannot run there.
     """
     if problem := cuda_problem(device):
         raise RuntimeError(f"no CUDA kernel for {device}: {problem}")
-    # Public ways to the same address make a Stream, and take ten times as long; code that torch.compile makes calls this one.
-    if torch.cuda.current_device() == device.index:
-        yield torch._C._cuda_getCurrentRawStream(device.index)
-        return
-    with torch.cuda.device(device):
-        yield torch._C._cuda_getCurrentRawStream(device.index)
-
-
-@contextmanager
-def stream_of(tensor: Tensor) -> Iterator[int]:
-    """`cuda_stream` of the tensor's device; 0 for the emulated kernels, which take it on the CPU."""
-    if tensor.is_cuda:
-        with cuda_stream(tensor.device) as stream:
-            yield stream
-    else:
-        yield 0
+    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
 @cache
@@ -146,17 +135,27 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     return result
 
 
-def run(call, result: Tensor, *more: Tensor | None) -> Tensor:
-    """Runs a call that is kept while its workspace is allocated, on the device of its results; returns the first."""
-    addresses = [address(result), *map(address, more)]
+def run(call: Any, result: Tensor, *more: Tensor | None, reports: bool = True) -> Tensor:
+    """Runs a call, an object of the compiled core that holds an op's arguments, on the device of its results; returns the first.
+
+    The call says how much memory it needs there, which is kept until it has run; so must be the tensors that it was made of.
+    reports: whether it tells `reporting`'s function how much is done.
+    """
+    results = [0 if one is None else one.data_ptr() for one in (result, *more)]
     if result.is_cuda:
-        with cuda_stream(result.device) as stream:
-            workspace = result.new_empty(call.workspace_cuda(), dtype=torch.uint8)
-            call.run_cuda(*addresses, address(workspace), stream)
+        with on_device(result.device):
+            size = call.workspace_cuda()
+            memory = result.new_empty(size, dtype=torch.uint8) if size else None
+            # Public ways to this address make a Stream, and take ten times as long; code that torch.compile makes calls this one.
+            stream = torch._C._cuda_getCurrentRawStream(result.device.index)
+            call.run_cuda(*results, 0 if memory is None else memory.data_ptr(), stream)
     else:
         count = cores_to_use()
-        workspace = result.new_empty(call.workspace(count), dtype=torch.uint8)
-        call.run(*addresses, address(workspace), *attention(count))
+        size = call.workspace(count)
+        memory = result.new_empty(size, dtype=torch.uint8) if size else None
+        # Signals are handled on the main thread alone.
+        signals, progress = threading.current_thread() is threading.main_thread(), _progress.get() if reports else None
+        call.run(*results, 0 if memory is None else memory.data_ptr(), count, signals, progress)
     return result
 
 
@@ -172,38 +171,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Also of several networks, with one more dimension in front of all: the same bits as of one after the other."""
     alike = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
     if alike and on_cuda(x) and x.shape[-2:].numel() * weight.shape[-2] <= SMALL_LINEAR:
-        return _wide_linear(plain(x), plain(weight), None if bias is None else plain(bias))
+        return _linear(x, weight, bias)
     if x.dim() == 3:
         biases = [None] * len(x) if bias is None else bias
         return torch.stack([linear(*one) for one in zip(x, weight, biases)])
-    x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
     if x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-    (samples, inputs), outputs, count = x.shape, len(weight), cores_to_use()
-    z = x.new_empty(samples, outputs)
-    workspace = x.new_empty(_C.linear_workspace(samples, inputs, outputs, count), dtype=torch.uint8)
-    sizes = (samples, inputs, outputs, address(z), address(workspace))
-    _C.linear(address(x), address(weight), address(bias), *sizes, *attention(count)[:2], None)
-    return z
+        return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if not alike:
+        x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
+    return _linear(x, weight, bias)
 
 
-def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    samples, inputs = x.shape[-2:]
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, weight, bias = plain(x), plain(weight), None if bias is None else plain(bias)
+    *networks, samples, inputs = x.shape
     outputs = weight.shape[-2]
-    z = x.new_empty(*x.shape[:-1], outputs, dtype=torch.float64)
-    with stream_of(x) as stream:
-        _C.wide_linear_cuda(
-            x.dtype == torch.float64,
-            *map(address, (x, weight, bias)),
-            x.shape[:-2].numel(),
-            samples,
-            inputs,
-            outputs,
-            address(z),
-            stream,
-        )
-    return z
+    arrays = x.data_ptr(), weight.data_ptr(), address(bias)
+    call = _C.Linear(x.dtype == torch.float64, *arrays, *(networks or (1,)), samples, inputs, outputs)
+    return run(call, x.new_empty((*networks, samples, outputs), dtype=torch.float64), reports=False)
 
 
 # Torch gives each thread an equal share of a pointwise function's numbers: of GELU's from more than SERIAL numbers on, of the others'
@@ -226,12 +211,6 @@ def pointwise(function: Callable[..., Tensor], *z: Tensor) -> Tensor:
 
     values = [function(*part) for part in zip(*map(parts, z))]
     return (values[0] if len(values) == 1 else torch.cat(values))[:count].reshape(z[0].shape)
-
-
-def attention(count: int) -> tuple[int, bool, Progress | None]:
-    """The last arguments of a kernel that may run for long: its threads, whether it may run the handlers of signals, which
-    Python does on the main thread alone, and whom it tells how much is done."""
-    return count, threading.current_thread() is threading.main_thread(), _progress.get()
 
 
 @contextmanager

@@ -76,5 +76,5 @@ def test_many_spectra(last_blocks):
     batch = BEYOND // samples + 9
     eigenvalues, bits = untouched(batch, samples), torch.zeros(batch, dtype=torch.float64)
     eigenvalues[-some:] = torch.rand(some, samples, generator=torch.Generator().manual_seed(0))
-    _native._C.spectral_entropy(False, eigenvalues.data_ptr(), bits.data_ptr(), batch, samples, 1)
+    _native.run(_native._C.SpectralEntropy(False, eigenvalues.data_ptr(), batch, samples), bits)
     assert (bits[-some:] - reference.spectral_entropy(eigenvalues[-some:])).abs().max() < 1e-9 < bits[-1]

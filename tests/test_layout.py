@@ -31,8 +31,11 @@ def test_an_op_has_its_kernel_reference_test_and_bench(name):
     ):
         assert (ROOT / place).is_file(), place
     assert callable(getattr(reference, name))
-    for entry in (f"{name}_cuda", *([] if name in LAPACKS else [f"{name}_cpu"])):
-        assert entry in (ROOT / "csrc/ops.h").read_text(), entry
+    struct = "".join(word.capitalize() for word in name.split("_"))
+    on_both = f"#define LMN_ON_{'CUDA_ALONE' if name in LAPACKS else 'BOTH'}(N, X)"
+    listed = (ROOT / "csrc/ops.h").read_text().partition(on_both)[2].partition("\n\n")[0]
+    assert f"N(X, {struct})" in listed, f"csrc/ops.h does not list {struct}"
+    assert hasattr(_native._C, struct)
     assert hasattr(torch.ops.lmnfast, name)
     tests = (ROOT / f"tests/test_{name}.py").read_text()
     for part in (f"reference.{name}", "opcheck", "torch.compile"):
@@ -50,7 +53,7 @@ def test_no_kernel_file_is_without_an_op():
     files = {
         p.stem for folder in folders for p in (ROOT / folder).iterdir() if p.suffix in (".cpp", ".cu", ".py")
     }
-    parts = {"linear"}  # of path_connectivity, on the CPU alone: the first Linear, in float64
+    parts = {"linear"}  # of path_connectivity: its first Linear, in float64
     assert files - {"__init__", "_checks"} - parts == set(ops.__all__)
 
 

@@ -744,14 +744,13 @@ def test_the_compiled_core_looks_at_lengths_too():
         0.1,
         2,
         False,
-        None,
         1,
         1,
         5,
         0,
         1,
     ]
-    _native._C.Connectivity(*right)
+    _native._C.PathConnectivity(*right)
     for position, value in [
         (2, [1]),
         (3, [0]),
@@ -763,17 +762,19 @@ def test_the_compiled_core_looks_at_lengths_too():
         (7, [-1] * 6),
         (9, [0.5, 0.6]),
         (0, True),
-        (17, 0),
-        (18, 4),
-        (19, -1),
-        (20, 0),
+        (16, 0),
+        (17, 4),
+        (18, -1),
+        (19, 0),
     ]:
         wrong = list(right)
         wrong[position] = value
         with pytest.raises(ValueError, match="a length or a value that does not fit"):
-            _native._C.Connectivity(*wrong)
+            _native._C.PathConnectivity(*wrong)
+        with pytest.raises(ValueError, match="a length or a value that does not fit"):
+            _native._C.HermiteConnectivity(*wrong, False)
     with pytest.raises(ValueError, match="skips"):
-        _native._C.Connectivity(*right[:7], [-1, 9, *[-1] * 4], [0] * 6, *right[9:])
+        _native._C.PathConnectivity(*right[:7], [-1, 9, *[-1] * 4], [0] * 6, *right[9:])
     jacobian = [False, 0, [1, 1], [0, 0], [5, 7, 3], [4, 1, 0], [0.0] * 6, 2]
     _native._C.Jacobian(*jacobian)
     for position, value in [(2, []), (3, [0]), (4, [5]), (5, []), (6, [])]:

@@ -75,8 +75,8 @@ void check_outputs_on(const CheckOutputs<T>& op, int threads) {
 }  // namespace
 
 namespace LMN_LEVEL {
-void check_outputs(const CheckOutputs<float>& op, int threads) { check_outputs_on(op, threads); }
-void check_outputs(const CheckOutputs<double>& op, int threads) { check_outputs_on(op, threads); }
+void run(const CheckOutputs<float>& op, int threads) { check_outputs_on(op, threads); }
+void run(const CheckOutputs<double>& op, int threads) { check_outputs_on(op, threads); }
 }  // namespace LMN_LEVEL
 
 }  // namespace lmn

@@ -340,10 +340,10 @@ std::size_t workspace_of(const Jacobian<T>& op, int threads) {
 }  // namespace
 
 namespace LMN_LEVEL {
-std::size_t jacobian_workspace(const Jacobian<float>& op, int threads) { return workspace_of(op, threads); }
-std::size_t jacobian_workspace(const Jacobian<double>& op, int threads) { return workspace_of(op, threads); }
-void jacobian(const Jacobian<float>& op, int threads) { jacobian_on(op, threads); }
-void jacobian(const Jacobian<double>& op, int threads) { jacobian_on(op, threads); }
+std::size_t workspace(const Jacobian<float>& op, int threads) { return workspace_of(op, threads); }
+std::size_t workspace(const Jacobian<double>& op, int threads) { return workspace_of(op, threads); }
+void run(const Jacobian<float>& op, int threads) { jacobian_on(op, threads); }
+void run(const Jacobian<double>& op, int threads) { jacobian_on(op, threads); }
 }  // namespace LMN_LEVEL
 
 }  // namespace lmn

@@ -11,14 +11,14 @@ namespace {
 // Register block: kRows first samples x kColumns vectors of second ones in accumulators.
 constexpr int kRows = kBlockRows, kColumns = kDifferenceColumns;
 template <class T> constexpr int kPanel = kColumns * kLanes<T>;
-static_assert(kDistanceGroup % kPanel<float> == 0 && kDistanceGroup % kPanel<double> == 0, "whole panels only");
 
 // Number of features per sum: a longer float32 sum would lose digits, and a longer panel would leave L1.
 constexpr std::int64_t kFeatures = 256;
 
 // Samples of a task. The task's tile of the result is buffered, so that the mirrored half is also written in long runs.
-constexpr int kTaskRows = 64, kTaskColumns = 2 * int(kDistanceGroup);
+constexpr int kTaskRows = 64, kTaskColumns = 96;
 static_assert(kTaskRows % kRows == 0, "blocks of rows do not leave the buffer");
+static_assert(kTaskColumns % kPanel<float> == 0 && kTaskColumns % kPanel<double> == 0, "whole panels only");
 
 // In float32 rows are taken from a centre. A pair is close if its squared distance is at most this share of the larger
 // row's squared norm about the centre. Close pairs are computed again in float64. For the other pairs the Gram form has a
@@ -34,7 +34,7 @@ template <> struct IntegerOf<float> { using type = std::int32_t; };
 template <class T>
 struct Workspace {
   T* panels;               // [panels][features][kPanel], second samples; zeros beyond the last sample
-  const T* rows;           // [first_samples][features]
+  T* rows;                 // [first_samples][features]
   double* first_norms;     // [first_samples], squared
   double* second_norms;    // [second_samples]
   // In float32 only:
@@ -49,18 +49,23 @@ struct Workspace {
 };
 
 template <class T>
-Workspace<T> split(const JacobianDistance<T>& op) {
+Workspace<T> split(const JacobianDistance<T>& op, Arena& arena) {
   Workspace<T> w{};
-  w.second_norms = op.workspace;
-  w.second_centred = w.second_norms + op.second_samples;
-  w.first_norms = w.second_centred + op.second_samples;
-  w.first_centred = w.first_norms + op.first_samples;
-  w.centre = w.first_centred + op.first_samples;
-  w.first_squares = reinterpret_cast<T*>(w.centre + op.features);
-  w.first_limits = w.first_squares + op.first_samples;
-  w.second_squares = w.first_limits + op.first_samples;
-  w.second_limits = w.second_squares + op.second_samples;
-  w.panels = w.second_limits + op.second_samples;
+  w.second_norms = arena.take<double>(op.second_samples);
+  w.first_norms = arena.take<double>(op.first_samples);
+  w.panels = arena.take<T>(blocks_of(op.second_samples, kPanel<T>) * kPanel<T> * op.features);
+  if constexpr (sizeof(T) == 4) {
+    w.rows = arena.take<T>(op.first_samples * op.features);
+    w.centre = arena.take<double>(op.features);
+    w.second_centred = arena.take<double>(op.second_samples);
+    w.first_centred = arena.take<double>(op.first_samples);
+    w.second_squares = arena.take<T>(op.second_samples);
+    w.first_squares = arena.take<T>(op.first_samples);
+    w.second_limits = arena.take<T>(op.second_samples);
+    w.first_limits = arena.take<T>(op.first_samples);
+  } else {
+    w.rows = const_cast<T*>(op.first);  // as they are, and only read
+  }
   return w;
 }
 
@@ -254,7 +259,6 @@ void pack(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t pan
 
 /// Prepares norms, and rows in the layout that the products read.
 void prepare(const JacobianDistance<double>& op, Workspace<double>& w, bool symmetric, int threads) {
-  w.rows = op.first;
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.second_samples * op.features))
   for (std::int64_t panel = 0; panel < op.second_samples; panel += kPanel<double>) pack<double>(op, w, panel, nullptr);
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.second_samples * op.features))
@@ -306,7 +310,6 @@ void find_centre(const JacobianDistance<float>& op, double* centre) {
   for (std::int64_t f = 0; f < op.features; ++f) centre[f] = __builtin_rint(centre[f] * grain) / grain;
 }
 void prepare(const JacobianDistance<float>& op, Workspace<float>& w, bool symmetric, int threads) {
-  const std::int64_t padded = (op.second_samples + kDistanceGroup - 1) / kDistanceGroup * kDistanceGroup;
   find_centre(op, w.centre);
   norms_of(op.second, w.centre, op.second_samples, op.features, w.second_norms, w.second_centred, threads);
   if (symmetric) {
@@ -323,22 +326,21 @@ void prepare(const JacobianDistance<float>& op, Workspace<float>& w, bool symmet
   w.scale = output_scale(float(__builtin_sqrt(largest)));
   limits_of(op.second_samples, w.scale, w.second_norms, w.second_centred, w.second_squares, w.second_limits);
   if (!symmetric) limits_of(op.first_samples, w.scale, w.first_norms, w.first_centred, w.first_squares, w.first_limits);
-  float* const rows = w.panels + padded * op.features;
-  w.rows = rows;
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.second_samples * op.features))
   for (std::int64_t panel = 0; panel < op.second_samples; panel += kPanel<float>) pack<float>(op, w, panel, w.centre);
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.first_samples * op.features))
   for (std::int64_t n = 0; n < op.first_samples; ++n) {
     const double* row = op.first + n * op.features;
     for (std::int64_t f = 0; f < op.features; ++f) {
-      rows[n * op.features + f] = float((row[f] - w.centre[f]) * double(w.scale));
+      w.rows[n * op.features + f] = float((row[f] - w.centre[f]) * double(w.scale));
     }
   }
 }
 
 template <class T>
 void jacobian_distance_on(const JacobianDistance<T>& op, int threads) {
-  Workspace<T> w = split(op);
+  Arena arena{reinterpret_cast<char*>(op.workspace)};
+  Workspace<T> w = split(op, arena);
   const bool symmetric = op.first == op.second && op.first_samples == op.second_samples;
   prepare(op, w, symmetric, threads);
   const std::int64_t tile_columns = (op.second_samples + kTaskColumns - 1) / kTaskColumns;
@@ -354,11 +356,20 @@ void jacobian_distance_on(const JacobianDistance<T>& op, int threads) {
   }
 }
 
+template <class T>
+std::size_t workspace_of(const JacobianDistance<T>& op) {
+  Arena arena{nullptr};
+  split(op, arena);
+  return arena.used;
+}
+
 }  // namespace
 
 namespace LMN_LEVEL {
-void jacobian_distance(const JacobianDistance<float>& op, int threads) { jacobian_distance_on(op, threads); }
-void jacobian_distance(const JacobianDistance<double>& op, int threads) { jacobian_distance_on(op, threads); }
+std::size_t workspace(const JacobianDistance<float>& op, int) { return workspace_of(op); }
+std::size_t workspace(const JacobianDistance<double>& op, int) { return workspace_of(op); }
+void run(const JacobianDistance<float>& op, int threads) { jacobian_distance_on(op, threads); }
+void run(const JacobianDistance<double>& op, int threads) { jacobian_distance_on(op, threads); }
 }  // namespace LMN_LEVEL
 
 }  // namespace lmn

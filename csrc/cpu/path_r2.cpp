@@ -164,6 +164,12 @@ void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, C
   }
 }
 
+/// Of each output its scale, the rounding of all numbers that it is computed from, and `least` of share_of_output.
+template <class T>
+std::size_t workspace_of(const PathR2<T>& op) {
+  return 3 * std::size_t(op.outputs) * sizeof(T);
+}
+
 template <class T>
 void path_r2_on(const PathR2<T>& op, int threads) {
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * op.outputs))
@@ -210,8 +216,10 @@ void path_r2_on(const PathR2<T>& op, int threads) {
 }  // namespace
 
 namespace LMN_LEVEL {
-void path_r2(const PathR2<float>& op, int threads) { path_r2_on(op, threads); }
-void path_r2(const PathR2<double>& op, int threads) { path_r2_on(op, threads); }
+std::size_t workspace(const PathR2<float>& op, int) { return workspace_of(op); }
+std::size_t workspace(const PathR2<double>& op, int) { return workspace_of(op); }
+void run(const PathR2<float>& op, int threads) { path_r2_on(op, threads); }
+void run(const PathR2<double>& op, int threads) { path_r2_on(op, threads); }
 }  // namespace LMN_LEVEL
 
 }  // namespace lmn

@@ -138,7 +138,7 @@ const char* run(const CheckOutputs<T>& op, CUstream_st* stream) {
 
 }  // namespace
 
-const char* check_outputs_cuda(const CheckOutputs<float>& op, CUstream_st* stream) { return run(op, stream); }
-const char* check_outputs_cuda(const CheckOutputs<double>& op, CUstream_st* stream) { return run(op, stream); }
+const char* cuda_run(const CheckOutputs<float>& op, CUstream_st* stream) { return run(op, stream); }
+const char* cuda_run(const CheckOutputs<double>& op, CUstream_st* stream) { return run(op, stream); }
 
 }  // namespace lmn

@@ -9,12 +9,12 @@ namespace {
 
 template <class T>
 Stencil<T> stencil_of(const HermiteConnectivity<T>& op) {
-  return make_stencil<T>(op.path.nodes, op.midpoint);
+  return make_stencil<T>(op.nodes, op.midpoint);
 }
 
 chained::Kernel find_chained(const HermiteConnectivity<float>& op) {
   using Any = chained::Curve<ActivationKind::kCount>;  // slopes at the ends are known, so one kernel is for all activations
-  const PathConnectivity<float>& path = op.path;
+  const PathConnectivity<float>& path = op;
   chained::Kernel found;
   if (!chained::takes(path)) return found;
   if (path.layers == 1) {
@@ -32,33 +32,33 @@ struct Bytes {
 Bytes bytes_of(const HermiteConnectivity<float>& op) {
   const chained::Kernel kernel = find_chained(op);
   const Stencil<float> stencil = stencil_of(op);
-  const std::size_t paths = kernel.run ? chained::workspace(op.path, kernel) : panels::workspace_by_panels(op.path, stencil);
-  return {paths, paths + unresolved::workspace(op.path, stencil.size)};
+  const std::size_t paths = kernel.run ? chained::workspace(op, kernel) : panels::workspace_by_panels(op, stencil);
+  return {paths, paths + unresolved::workspace(op, stencil.size)};
 }
 
 }  // namespace
 
-std::size_t hermite_connectivity_cuda_workspace(const HermiteConnectivity<float>& op) {
+std::size_t cuda_workspace(const HermiteConnectivity<float>& op) {
   const std::size_t own = bytes_of(op).all;
-  return own * std::size_t(networks_at_once(op.path.networks, own));
+  return own * std::size_t(networks_at_once(op.networks, own));
 }
-std::size_t hermite_connectivity_cuda_workspace(const HermiteConnectivity<double>& op) {
-  return op.midpoint ? float64::workspace64<3>(op.path, stencil_of(op)) : float64::workspace64<2>(op.path, stencil_of(op));
+std::size_t cuda_workspace(const HermiteConnectivity<double>& op) {
+  return op.midpoint ? float64::workspace64<3>(op, stencil_of(op)) : float64::workspace64<2>(op, stencil_of(op));
 }
-const char* hermite_connectivity_cuda(const HermiteConnectivity<float>& op, CUstream_st* stream) {
+const char* cuda_run(const HermiteConnectivity<float>& op, CUstream_st* stream) {
   const chained::Kernel kernel = find_chained(op);
   const Stencil<float> stencil = stencil_of(op);
   const Bytes own = bytes_of(op);
-  return in_parts(op.path, own.all, [&](const PathConnectivity<float>& part) {
+  return in_parts(op, own.all, [&](const PathConnectivity<float>& part) {
     const char* error = kernel.run ? chained::enqueue(part, kernel, stencil, own.all, stream)
                                    : panels::enqueue_by_panels<true>(part, stencil, own.all, stream);
     void* const behind = static_cast<char*>(part.workspace) + own.paths;
     return error ? error : unresolved::enqueue(part, stencil.size, behind, own.all, stream);
   });
 }
-const char* hermite_connectivity_cuda(const HermiteConnectivity<double>& op, CUstream_st* stream) {
-  return op.midpoint ? float64::connectivity64<3>(op.path, stencil_of(op), stream)
-                     : float64::connectivity64<2>(op.path, stencil_of(op), stream);
+const char* cuda_run(const HermiteConnectivity<double>& op, CUstream_st* stream) {
+  return op.midpoint ? float64::connectivity64<3>(op, stencil_of(op), stream)
+                     : float64::connectivity64<2>(op, stencil_of(op), stream);
 }
 
 }  // namespace lmn

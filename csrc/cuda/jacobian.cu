@@ -133,9 +133,9 @@ const char* jacobian_on(const Jacobian<T>& op, CUstream_st* stream) {
 
 }  // namespace
 
-std::size_t jacobian_cuda_workspace(const Jacobian<float>& op) { return Plan<float>(op).bytes(); }
-std::size_t jacobian_cuda_workspace(const Jacobian<double>& op) { return Plan<double>(op).bytes(); }
-const char* jacobian_cuda(const Jacobian<float>& op, CUstream_st* stream) { return jacobian_on(op, stream); }
-const char* jacobian_cuda(const Jacobian<double>& op, CUstream_st* stream) { return jacobian_on(op, stream); }
+std::size_t cuda_workspace(const Jacobian<float>& op) { return Plan<float>(op).bytes(); }
+std::size_t cuda_workspace(const Jacobian<double>& op) { return Plan<double>(op).bytes(); }
+const char* cuda_run(const Jacobian<float>& op, CUstream_st* stream) { return jacobian_on(op, stream); }
+const char* cuda_run(const Jacobian<double>& op, CUstream_st* stream) { return jacobian_on(op, stream); }
 
 }  // namespace lmn

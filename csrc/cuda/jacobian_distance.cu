@@ -105,6 +105,12 @@ const char* measure(const JacobianDistance<T>& op, const double* first_norms, co
   return launch(kernel, blocks, kThreads, 0, stream, op, first_norms, second_norms, symmetric);
 }
 
+/// Of norms; a symmetric matrix has those of one side alone.
+template <class T>
+std::size_t distance_workspace(const JacobianDistance<T>& op) {
+  return std::size_t(op.first_samples + op.second_samples) * sizeof(double);
+}
+
 template <class T>
 const char* jacobian_distance_on(const JacobianDistance<T>& op, CUstream_st* stream) {
   const bool symmetric = op.first == op.second && op.first_samples == op.second_samples;
@@ -156,7 +162,13 @@ __global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsom
   gram[row * op.units + column] = first * last;
 }
 
-constexpr int kFactorThreads = 1024, kRows = int(kIsometryRows);
+constexpr int kFactorThreads = 1024, kRows = 4;  // of B at a time
+
+inline std::int64_t isometry_stride(std::int64_t units) {  // of the rows of B's factor
+  return blocks_of(units, kRows) * kRows;
+}
+/// M and its factor.
+inline std::int64_t isometry_doubles(std::int64_t units) { return units * (isometry_stride(units) + units); }
 
 /// How the one block's threads are divided among the units: `parts` threads share the sum for one unit.
 struct FactorShape {
@@ -295,13 +307,13 @@ const char* jacobian_isometry_on(const JacobianIsometry<T>& op, CUstream_st* str
 /// values: [samples, units], the activation's values, or null.
 template <class T>
 const char* slopes_on(const JacobianFeatures<T>& op, T* values, CUstream_st* stream) {
-  return forward<T, double, T>({op.x, op.first, op.bias, values, op.slopes, op.samples, op.inputs, op.units, op.units,
+  return forward<T, double, T>({op.x, op.first, op.bias, values, op.workspace, op.samples, op.inputs, op.units, op.units,
                                 op.activation}, stream);
 }
 
 template <class T>
 const char* rows_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
-  const Product<double> product{{op.slopes, op.units}, {op.isometry, 0}, nullptr, nullptr, nullptr, op.features,
+  const Product<double> product{{op.workspace, op.units}, {op.isometry, 0}, nullptr, nullptr, nullptr, op.features,
                                 op.samples, 1, op.units, op.units, 0};
   return multiply(product, true, stream);
 }
@@ -314,9 +326,16 @@ const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* str
 
 constexpr Activation kNoActivation{ActivationKind::kIdentity, 0, 0};
 
+/// Of JacobianIsometry and what it makes, then features, slopes and norms.
+template <class T>
+std::size_t isometry_distance_workspace(const IsometryDistance<T>& op) {
+  const std::int64_t doubles = isometry_doubles(op.units) + op.units * op.units + 2 * op.samples * op.units + op.samples;
+  return std::size_t(doubles) * sizeof(double);
+}
+
 template <class T>
 const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* stream) {
-  double* const isometry = op.workspace + isometry_workspace(op.units);
+  double* const isometry = op.workspace + isometry_doubles(op.units);
   double* const features = isometry + op.units * op.units;
   double* const slopes = features + op.samples * op.units;
   double* const norms = slopes + op.samples * op.units;
@@ -339,53 +358,23 @@ const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* str
                                   op.distance, norms, nullptr}, stream);
 }
 
-// wide_linear is here because this file compiles the layer's kernel with sums in double anyway.
-template <class T>
-const char* wide_linear_on(const WideLinear<T>& op, CUstream_st* stream) {
-  constexpr ActivationKind kNone = ActivationKind::kIdentity;
-  const ForwardLayer<T, double, double> layer{op.x, op.weight, op.bias, op.z, nullptr, op.samples, op.inputs, op.outputs, 0,
-                                              kNoActivation};
-  if (op.networks == 1) return forward_as<T, double, double, kNone>(layer, stream);
-  const std::int64_t blocks = blocks_of(op.samples, kForwardTile) * blocks_of(op.outputs, kForwardTile);
-  for (std::int64_t first = 0; first < op.networks; first += kMostNetworks) {
-    ForwardLayer<T, double, double> part = layer;
-    part.in += first * op.samples * op.inputs, part.weights += first * op.outputs * op.inputs;
-    if (op.bias) part.bias += first * op.outputs;
-    part.values += first * op.samples * op.outputs;
-    const Grid grid(blocks, at_most(kMostNetworks, op.networks - first));
-    const char* error = launch(forward_kernel<T, double, double, kNone, true>, grid, kForwardThreads, 0, stream, part);
-    if (error) return error;
-  }
-  return nullptr;
-}
-
 }  // namespace
 
-const char* wide_linear_cuda(const WideLinear<float>& op, CUstream_st* stream) { return wide_linear_on(op, stream); }
-const char* wide_linear_cuda(const WideLinear<double>& op, CUstream_st* stream) { return wide_linear_on(op, stream); }
-const char* jacobian_distance_cuda(const JacobianDistance<float>& op, CUstream_st* stream) {
-  return jacobian_distance_on(op, stream);
-}
-const char* jacobian_distance_cuda(const JacobianDistance<double>& op, CUstream_st* stream) {
-  return jacobian_distance_on(op, stream);
-}
-const char* jacobian_isometry_cuda(const JacobianIsometry<float>& op, CUstream_st* stream) {
-  return jacobian_isometry_on(op, stream);
-}
-const char* jacobian_isometry_cuda(const JacobianIsometry<double>& op, CUstream_st* stream) {
-  return jacobian_isometry_on(op, stream);
-}
-const char* jacobian_features_cuda(const JacobianFeatures<float>& op, CUstream_st* stream) {
-  return jacobian_features_on(op, stream);
-}
-const char* jacobian_features_cuda(const JacobianFeatures<double>& op, CUstream_st* stream) {
-  return jacobian_features_on(op, stream);
-}
-const char* isometry_distance_cuda(const IsometryDistance<float>& op, CUstream_st* stream) {
-  return isometry_distance_on(op, stream);
-}
-const char* isometry_distance_cuda(const IsometryDistance<double>& op, CUstream_st* stream) {
-  return isometry_distance_on(op, stream);
-}
+std::size_t cuda_workspace(const JacobianDistance<float>& op) { return distance_workspace(op); }
+std::size_t cuda_workspace(const JacobianDistance<double>& op) { return distance_workspace(op); }
+const char* cuda_run(const JacobianDistance<float>& op, CUstream_st* stream) { return jacobian_distance_on(op, stream); }
+const char* cuda_run(const JacobianDistance<double>& op, CUstream_st* stream) { return jacobian_distance_on(op, stream); }
+std::size_t cuda_workspace(const JacobianIsometry<float>& op) { return isometry_doubles(op.units) * sizeof(double); }
+std::size_t cuda_workspace(const JacobianIsometry<double>& op) { return isometry_doubles(op.units) * sizeof(double); }
+const char* cuda_run(const JacobianIsometry<float>& op, CUstream_st* stream) { return jacobian_isometry_on(op, stream); }
+const char* cuda_run(const JacobianIsometry<double>& op, CUstream_st* stream) { return jacobian_isometry_on(op, stream); }
+std::size_t cuda_workspace(const JacobianFeatures<float>& op) { return std::size_t(op.samples * op.units) * sizeof(double); }
+std::size_t cuda_workspace(const JacobianFeatures<double>& op) { return std::size_t(op.samples * op.units) * sizeof(double); }
+const char* cuda_run(const JacobianFeatures<float>& op, CUstream_st* stream) { return jacobian_features_on(op, stream); }
+const char* cuda_run(const JacobianFeatures<double>& op, CUstream_st* stream) { return jacobian_features_on(op, stream); }
+std::size_t cuda_workspace(const IsometryDistance<float>& op) { return isometry_distance_workspace(op); }
+std::size_t cuda_workspace(const IsometryDistance<double>& op) { return isometry_distance_workspace(op); }
+const char* cuda_run(const IsometryDistance<float>& op, CUstream_st* stream) { return isometry_distance_on(op, stream); }
+const char* cuda_run(const IsometryDistance<double>& op, CUstream_st* stream) { return isometry_distance_on(op, stream); }
 
 }  // namespace lmn

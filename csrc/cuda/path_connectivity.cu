@@ -46,14 +46,14 @@ Bytes bytes_of(const PathConnectivity<float>& op) {
 
 }  // namespace
 
-std::size_t path_connectivity_cuda_workspace(const PathConnectivity<float>& op) {
+std::size_t cuda_workspace(const PathConnectivity<float>& op) {
   const std::size_t own = bytes_of(op).all;
   return own * std::size_t(networks_at_once(op.networks, own));
 }
-std::size_t path_connectivity_cuda_workspace(const PathConnectivity<double>& op) {
+std::size_t cuda_workspace(const PathConnectivity<double>& op) {
   return float64::workspace64<0>(op, Stencil<double>{});
 }
-const char* path_connectivity_cuda(const PathConnectivity<float>& op, CUstream_st* stream) {
+const char* cuda_run(const PathConnectivity<float>& op, CUstream_st* stream) {
   const chained::Kernel kernel = find_chained(op);
   const Bytes own = bytes_of(op);
   return in_parts(op, own.all, [&](const PathConnectivity<float>& part) {
@@ -62,7 +62,7 @@ const char* path_connectivity_cuda(const PathConnectivity<float>& op, CUstream_s
     return error ? error : unresolved::enqueue(part, 0, static_cast<char*>(part.workspace) + own.paths, own.all, stream);
   });
 }
-const char* path_connectivity_cuda(const PathConnectivity<double>& op, CUstream_st* stream) {
+const char* cuda_run(const PathConnectivity<double>& op, CUstream_st* stream) {
   return float64::connectivity64<0>(op, Stencil<double>{}, stream);
 }
 

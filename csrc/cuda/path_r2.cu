@@ -307,6 +307,12 @@ const char* large_pairs(const PathR2<T>& op, const DeviceNodes<T>& nodes, CUstre
 
 // ---- launcher ----
 
+/// The scales of the outputs, as on the CPU, and behind them the nodes.
+template <class T>
+std::size_t workspace_of(const PathR2<T>& op) {
+  return 3 * std::size_t(op.outputs + op.nodes.interior) * sizeof(T);
+}
+
 template <class T>
 const char* path_r2_on(const PathR2<T>& op, CUstream_st* stream) {
   int columns = 1;
@@ -328,7 +334,9 @@ const char* path_r2_on(const PathR2<T>& op, CUstream_st* stream) {
 
 }  // namespace
 
-const char* path_r2_cuda(const PathR2<float>& op, CUstream_st* stream) { return path_r2_on(op, stream); }
-const char* path_r2_cuda(const PathR2<double>& op, CUstream_st* stream) { return path_r2_on(op, stream); }
+std::size_t cuda_workspace(const PathR2<float>& op) { return workspace_of(op); }
+std::size_t cuda_workspace(const PathR2<double>& op) { return workspace_of(op); }
+const char* cuda_run(const PathR2<float>& op, CUstream_st* stream) { return path_r2_on(op, stream); }
+const char* cuda_run(const PathR2<double>& op, CUstream_st* stream) { return path_r2_on(op, stream); }
 
 }  // namespace lmn

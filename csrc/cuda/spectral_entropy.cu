@@ -45,7 +45,7 @@ const char* run(const SpectralEntropy<T>& op, CUstream_st* stream) {
 
 }  // namespace
 
-const char* spectral_entropy_cuda(const SpectralEntropy<float>& op, CUstream_st* stream) { return run(op, stream); }
-const char* spectral_entropy_cuda(const SpectralEntropy<double>& op, CUstream_st* stream) { return run(op, stream); }
+const char* cuda_run(const SpectralEntropy<float>& op, CUstream_st* stream) { return run(op, stream); }
+const char* cuda_run(const SpectralEntropy<double>& op, CUstream_st* stream) { return run(op, stream); }
 
 }  // namespace lmn

@@ -60,9 +60,9 @@ const char* run(const SymmetricEigenvalues<T>& op, CUstream_st* stream) {
 
 }  // namespace
 
-std::size_t symmetric_eigenvalues_cuda_workspace(const SymmetricEigenvalues<float>& op) { return workspace(op); }
-std::size_t symmetric_eigenvalues_cuda_workspace(const SymmetricEigenvalues<double>& op) { return workspace(op); }
-const char* symmetric_eigenvalues_cuda(const SymmetricEigenvalues<float>& op, CUstream_st* stream) { return run(op, stream); }
-const char* symmetric_eigenvalues_cuda(const SymmetricEigenvalues<double>& op, CUstream_st* stream) { return run(op, stream); }
+std::size_t cuda_workspace(const SymmetricEigenvalues<float>& op) { return workspace(op); }
+std::size_t cuda_workspace(const SymmetricEigenvalues<double>& op) { return workspace(op); }
+const char* cuda_run(const SymmetricEigenvalues<float>& op, CUstream_st* stream) { return run(op, stream); }
+const char* cuda_run(const SymmetricEigenvalues<double>& op, CUstream_st* stream) { return run(op, stream); }
 
 }  // namespace lmn

@@ -79,22 +79,15 @@ def find(
     kernel."""
     # Kept until the call: an address does not keep its tensor.
     tensors = [None if t is None else plain(t) for t in (x, y, again, expected, matrix, counts)]
-    found = x.new_empty(_native._C.findings, dtype=torch.int64)
-    arguments = (
+    call = _native._C.CheckOutputs(
         x.dtype == torch.float64,
         *map(_native.address, tensors),
         *x.shape,
         y.shape[1],
         0 if matrix is None else matrix.shape[1],
         epsilon,
-        found.data_ptr(),
     )
-    if x.is_cuda:
-        with _native.cuda_stream(x.device) as stream:
-            _native._C.check_outputs_cuda(*arguments, stream)
-    else:
-        _native._C.check_outputs(*arguments, _native.cores_to_use())
-    return found
+    return _native.run(call, x.new_empty(_native._C.findings, dtype=torch.int64))
 
 
 @torch.library.register_fake("lmnfast::check_outputs")

@@ -1,6 +1,6 @@
 """``lmnfast::hermite_connectivity``: path connectivity of the polynomials through ends, end slopes and midpoints."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,39 +49,13 @@ torch.library.define(
 )
 
 
+# The midpoint comes before what path_connectivity has by default, too.
 @torch.library.impl("lmnfast::hermite_connectivity", "default")
-def _hermite_connectivity(
-    z: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[int],
-    parameters: Sequence[float],
-    skips: Sequence[int],
-    shifts: Sequence[Tensor | None],
-    nodes: Tensor,
-    node_weights: Tensor,
-    midpoint: bool,
-    exact: Tensor | None = None,
-    inputs: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    chain = z, weights, biases, activations, parameters, skips, shifts
-    return run(*chain, nodes, node_weights, midpoint, exact, inputs)
+def _hermite_connectivity(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *chain_and_rule, midpoint = arguments[:10]
+    return run(*chain_and_rule, *arguments[10:], midpoint=midpoint)
 
 
 @torch.library.register_fake("lmnfast::hermite_connectivity")
-def _(
-    z,
-    weights,
-    biases,
-    activations,
-    parameters,
-    skips,
-    shifts,
-    nodes,
-    node_weights,
-    midpoint,
-    exact=None,
-    inputs=None,
-):
-    chain = z, weights, biases, activations, parameters, skips, shifts
-    return fake(*chain, nodes, node_weights, exact, inputs)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return fake(*arguments[:9], *arguments[10:])

@@ -91,47 +91,20 @@ def _largest(*features: Tensor) -> float:
     return float(extremes.abs().max())
 
 
-def _measured(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) -> Tensor:
-    if first.is_cuda:
-        return _on_cuda(first, second, squared, False, dtype)
-    result = _native.empty(first, len(first), len(second), dtype=dtype)
-    group = _native._C.distance_group
-    rows = -(-len(second) // group) * group + (len(first) if dtype == torch.float32 else 0)
-    norms = 8 * (4 * (len(first) + len(second)) + first.shape[1])
-    packed = rows * first.shape[1] * dtype.itemsize
-    workspace = torch.empty(norms + packed, dtype=torch.uint8, device=first.device)
-    _native._C.jacobian_distance(
+def _measured(
+    first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype, connectivity: bool = False
+) -> Tensor:
+    """connectivity: by the CUDA kernels, also emulated, alone."""
+    call = _native._C.JacobianDistance(
         dtype == torch.float64,
-        _native.address(first),
-        _native.address(second),
-        len(first),
+        first.data_ptr(),
+        second.data_ptr(),
+        first.shape[0],
         *second.shape,
         squared,
-        _native.address(result),
-        _native.address(workspace),
-        *_native.attention(_native.cores_to_use()),
+        connectivity,
     )
-    return result
-
-
-def _on_cuda(first: Tensor, second: Tensor, squared: bool, connectivity: bool, dtype: torch.dtype) -> Tensor:
-    """Also the emulated kernels, which take neither signals nor progress here."""
-    result = first.new_empty(first.shape[0], second.shape[0], dtype=dtype)
-    workspace = first.new_empty(first.shape[0] + second.shape[0])  # of norms
-    with _native.stream_of(first) as stream:
-        _native._C.jacobian_distance_cuda(
-            dtype == torch.float64,
-            first.data_ptr(),
-            second.data_ptr(),
-            first.shape[0],
-            *second.shape,
-            squared,
-            connectivity,
-            result.data_ptr(),
-            workspace.data_ptr(),
-            stream,
-        )
-    return result
+    return _native.run(call, _native.empty(first, first.shape[0], second.shape[0], dtype=dtype))
 
 
 @torch.library.register_fake("lmnfast::jacobian_distance")
@@ -155,7 +128,7 @@ def jacobian_connectivity(first: Tensor, second: Tensor, dtype: torch.dtype) -> 
         (M, N) of that dtype.
     """
     rows = plain(first)
-    return _on_cuda(rows, rows if second is first else plain(second), False, True, dtype)
+    return _measured(rows, rows if second is first else plain(second), False, dtype, connectivity=True)
 
 
 # Features on CUDA ------------------------------------------------------------------------------------------
@@ -184,19 +157,11 @@ def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     first, last = plain(first), plain(last)
     units, inputs = first.shape
     result = first.new_empty(units, units, dtype=torch.float64)
-    lost, workspace = result.new_empty(2), result.new_empty(_native._C.isometry_workspace(units))
-    with _native.stream_of(first) as stream:
-        _native._C.jacobian_isometry_cuda(
-            first.dtype == torch.float64,
-            _native.address(first),
-            _native.address(last),
-            units,
-            inputs,
-            len(last),
-            *map(_native.address, (result, lost, workspace)),
-            stream,
-        )
-    return result, lost
+    lost = result.new_empty(2)
+    call = _native._C.JacobianIsometry(
+        first.dtype == torch.float64, first.data_ptr(), last.data_ptr(), units, inputs, len(last)
+    )
+    return _native.run(call, result, lost), lost
 
 
 def isometric_features(
@@ -216,21 +181,16 @@ def isometric_features(
     """
     x, first, bias, isometry = plain(x), plain(first), None if bias is None else plain(bias), plain(isometry)
     (codes, parameters), (samples, inputs), units = activation_arguments([activation]), x.shape, len(first)
-    result = x.new_empty(samples, units, dtype=torch.float64)
-    slopes = torch.empty_like(result)
-    with _native.stream_of(x) as stream:
-        _native._C.jacobian_features_cuda(
-            x.dtype == torch.float64,
-            *map(_native.address, (x, first, bias, isometry)),
-            samples,
-            inputs,
-            units,
-            codes[0],
-            *parameters,
-            *map(_native.address, (result, slopes)),
-            stream,
-        )
-    return result
+    call = _native._C.JacobianFeatures(
+        x.dtype == torch.float64,
+        *map(_native.address, (x, first, bias, isometry)),
+        samples,
+        inputs,
+        units,
+        codes[0],
+        *parameters,
+    )
+    return _native.run(call, x.new_empty(samples, units, dtype=torch.float64))
 
 
 def isometry_distance(
@@ -260,25 +220,20 @@ def isometry_distance(
         first.shape[0],
     )
     result, lost = x.new_empty(samples, samples), x.new_empty(2, dtype=torch.int64)
-    size = _native._C.isometry_distance_workspace(samples, units)
-    workspace = x.new_empty(size, dtype=torch.float64)
     y = x.new_empty(samples, last.shape[0]) if with_outputs else None
-    with _native.stream_of(x) as stream:
-        _native._C.isometry_distance_cuda(
-            x.dtype == torch.float64,
-            *map(_native.address, (x, first, bias, last, last_bias)),
-            samples,
-            inputs,
-            units,
-            last.shape[0],
-            codes[0],
-            *parameters,
-            squared,
-            connectivity,
-            *map(_native.address, (result, y, lost, workspace)),
-            stream,
-        )
-    return result, lost, y
+    call = _native._C.IsometryDistance(
+        x.dtype == torch.float64,
+        *map(_native.address, (x, first, bias, last, last_bias)),
+        samples,
+        inputs,
+        units,
+        last.shape[0],
+        codes[0],
+        *parameters,
+        squared,
+        connectivity,
+    )
+    return _native.run(call, result, lost, y), lost, y
 
 
 def _check(first: Tensor, second: Tensor, dtype: torch.dtype) -> None:

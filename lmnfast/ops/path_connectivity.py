@@ -314,34 +314,8 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lmnfast::path_connectivity", "default")
-def _path_connectivity(
-    z: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[int],
-    parameters: Sequence[float],
-    skips: Sequence[int],
-    shifts: Sequence[Tensor | None],
-    nodes: Tensor,
-    node_weights: Tensor,
-    exact: Tensor | None = None,
-    inputs: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    chain = z, weights, biases, activations, parameters, skips, shifts
-    return run(*chain, nodes, node_weights, None, exact, inputs)
-
-
-@torch.library.register_fake("lmnfast::path_connectivity")
-def _(
-    z, weights, biases, activations, parameters, skips, shifts, nodes, node_weights, exact=None, inputs=None
-):
-    chain = z, weights, biases, activations, parameters, skips, shifts
-    return fake(*chain, nodes, node_weights, exact, inputs)
-
-
 def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`run` of all its arguments but the midpoint, without the values of tensors."""
+    """`run` of its arguments in that order, without the values of tensors and without a midpoint."""
     z = arguments[0]
     _check(*arguments, fake=True)
     return z.new_empty(*z.shape[:-1], z.shape[-2]), z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
@@ -357,8 +331,8 @@ def _check(
     shifts: Sequence[Tensor | None],
     nodes: Tensor,
     node_weights: Tensor,
-    exact: Tensor | None,
-    inputs: Tensor | None,
+    exact: Tensor | None = None,
+    inputs: Tensor | None = None,
     *,
     fake: bool = False,
 ) -> list[int]:
@@ -414,9 +388,9 @@ def run(
     shifts: Sequence[Tensor | None],
     nodes: Tensor,
     node_weights: Tensor,
-    midpoint: bool | None,
     exact: Tensor | None = None,
     inputs: Tensor | None = None,
+    midpoint: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """path_connectivity, or with a midpoint that is not None hermite_connectivity: L and counts, see ChainConnectivity.
 
@@ -434,13 +408,14 @@ def run(
         for n in range(len(z)):
             own_z, own_weights, own_biases, own_shifts = _of_network(n, z, weights, biases, shifts)
             own = own_z, own_weights, own_biases, activations, parameters, skips, own_shifts
-            L[n], counts[n] = run(*own, nodes, node_weights, midpoint)
+            L[n], counts[n] = run(*own, nodes, node_weights, midpoint=midpoint)
         return L, counts
     shifts = [None if s is None else plain(s) for s in shifts]
     z, weights = plain(z), [plain(w) for w in weights]
     biases = [None if b is None else plain(b) for b in biases]
     exact, inputs = None if exact is None else plain(exact), None if inputs is None else plain(inputs)
-    call = _native._C.Connectivity(
+    op = _native._C.PathConnectivity if midpoint is None else _native._C.HermiteConnectivity
+    call = op(
         z.dtype == torch.float64,
         _native.address(z),
         [_native.address(w) for w in weights],
@@ -453,12 +428,16 @@ def run(
         *_native.path_nodes(nodes, node_weights),
         z.shape[-2],
         torch.get_float32_matmul_precision() != "highest",
-        midpoint,
         _native.address(exact),
         _native.address(inputs),
         0 if exact is None else exact.shape[-1],
         0 if inputs is None else inputs.shape[-1],
         z.shape[:-2].numel(),
+        *(() if midpoint is None else (midpoint,)),
     )
     counts = z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
     return _native.run(call, _native.empty(z, *z.shape[:-1], z.shape[-2]), counts), counts
+
+
+torch.library.impl("lmnfast::path_connectivity", "default", run)
+torch.library.register_fake("lmnfast::path_connectivity", fake)

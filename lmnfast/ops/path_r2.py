@@ -81,21 +81,15 @@ def _path_r2(
     interior, ends, first, second = map(plain, (interior, ends, first, second))
     rounding = None if rounding is None else plain(rounding)
     result, counts = interior.new_empty(len(interior)), interior.new_empty(2, dtype=torch.int64)
-    workspace = interior.new_empty(3 * ends.shape[1] + 3 * (len(nodes) - 2))
-    arguments = (
+    call = _native._C.PathR2(
         interior.dtype == torch.float64,
         *map(_native.address, (interior, ends, first, second)),
         *_native.path_nodes(nodes, weights),
         len(interior),
         *ends.shape,
-        *map(_native.address, (result, counts, rounding, workspace)),
+        _native.address(rounding),
     )
-    if on_cuda:
-        with _native.cuda_stream(interior.device) as stream:
-            _native._C.path_r2_cuda(*arguments, stream)
-    else:
-        _native._C.path_r2(*arguments, _native.cores_to_use())
-    return result, counts
+    return _native.run(call, result, counts), counts
 
 
 @torch.library.register_fake("lmnfast::path_r2")

@@ -40,18 +40,10 @@ def _spectral_entropy(eigenvalues: Tensor) -> Tensor:
         return reference.spectral_entropy(eigenvalues)
     eigenvalues = plain(eigenvalues)
     result = eigenvalues.new_empty(eigenvalues.shape[:-1], dtype=torch.float64)
-    sizes = (
-        eigenvalues.dtype == torch.float64,
-        _native.address(eigenvalues),
-        _native.address(result),
-        result.numel(),
-        eigenvalues.shape[-1],
-    )
+    is_double, sizes = eigenvalues.dtype == torch.float64, (result.numel(), eigenvalues.shape[-1])
+    _native.run(_native._C.SpectralEntropy(is_double, eigenvalues.data_ptr(), *sizes), result)
     if eigenvalues.is_cuda:
-        with _native.cuda_stream(eigenvalues.device) as stream:
-            _native._C.spectral_entropy_cuda(*sizes, stream)
         return result
-    _native._C.spectral_entropy(*sizes, _native.cores_to_use())
     undefined = result.isnan()
     if undefined.any() and bool((eigenvalues[undefined] == 0).all(-1).any()):
         raise ValueError("eigenvalues: expected one or more in a row that are not 0; all 0 have no shares")

@@ -1,6 +1,7 @@
 """``lmnfast::symmetric_eigenvalues``: eigenvalues of symmetric matrices in float64, on the device they are on."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,18 +47,18 @@ def fits(matrices: Tensor) -> bool:
     Its blocks hold a matrix between them, and have to be there all at once: an H200 takes N up to 2304; by arithmetic an A100
     does, too.
     """
-    return _workspace_bytes(matrices) > 0
+    if not matrices.is_cuda:
+        return _native.emulates_cuda(matrices) and _call(matrices, 0).workspace(1) > 0
+    if _native.cuda_problem(matrices.device) is not None:
+        return False
+    with _native.on_device(matrices.device):
+        return _call(matrices, 0).workspace_cuda() > 0
 
 
-def _workspace_bytes(matrices: Tensor) -> int:
-    n = matrices.shape[-1]
-    batch = matrices.shape[:-2].numel()
-    if matrices.is_cuda and _native.cuda_problem(matrices.device) is None:
-        with _native.cuda_stream(matrices.device):
-            return _native._C.symmetric_eigenvalues_workspace(batch, n)
-    if _native.emulates_cuda(matrices):
-        return _native._C.symmetric_eigenvalues_workspace(batch, n)
-    return 0
+def _call(matrices: Tensor, address: int) -> Any:
+    """For their number and size, and for numbers of their dtype at that address."""
+    is_double, batch = matrices.dtype == torch.float64, matrices.shape[:-2].numel()
+    return _native._C.SymmetricEigenvalues(is_double, address, batch, matrices.shape[-1])
 
 
 torch.library.define("lmnfast::symmetric_eigenvalues", "(Tensor matrices) -> Tensor")
@@ -67,25 +68,14 @@ torch.library.define("lmnfast::symmetric_eigenvalues", "(Tensor matrices) -> Ten
 def _symmetric_eigenvalues(matrices: Tensor) -> Tensor:
     _check(matrices)
     n = matrices.shape[-1]
-    if matrices.numel() == 0 or not (size := _workspace_bytes(matrices)):
+    if matrices.numel() == 0 or not fits(matrices):
         on_cpu = matrices.device.type == "cpu"
         same_bits = on_cpu and (n <= SAME_BITS_TO or torch.are_deterministic_algorithms_enabled())
         with lapack_on_one_core() if same_bits else nullcontext():
             return torch.linalg.eigvalsh(matrices.double())
     matrices = plain(matrices)
     result = matrices.new_empty(matrices.shape[:-1], dtype=torch.float64)
-    workspace = matrices.new_empty(size, dtype=torch.uint8)
-    arguments = (
-        matrices.dtype == torch.float64,
-        _native.address(matrices),
-        _native.address(result),
-        result.numel() // n,
-        n,
-        _native.address(workspace),
-    )
-    with _native.stream_of(matrices) as stream:
-        _native._C.symmetric_eigenvalues_cuda(*arguments, stream)
-    return result
+    return _native.run(_call(matrices, matrices.data_ptr()), result)
 
 
 @torch.library.register_fake("lmnfast::symmetric_eigenvalues")

@@ -9,8 +9,8 @@
 namespace lmn {
 namespace {
 
-template <class T>
-void pack_weights(const T* weights, std::int64_t rows, std::int64_t depth, T* packed) {
+template <class W, class T>
+void pack_weights(const W* weights, std::int64_t rows, std::int64_t depth, T* packed) {
   for (std::int64_t row = 0; row < rows; row += kBlockRows) {
     const std::int64_t height = at_most(kBlockRows, rows - row);
     for (std::int64_t d = 0; d < depth; ++d) {
