@@ -26,7 +26,10 @@ namespace {
 /// An integer from Python, as a pointer of the type that is asked for.
 struct Address {
   std::uintptr_t number = 0;
-  template <class T> operator T*() const { return reinterpret_cast<T*>(number); }
+  template <class T>
+  operator T*() const {
+    return reinterpret_cast<T*>(number);
+  }
 };
 
 }  // namespace
@@ -85,7 +88,8 @@ class Attention {
 
 struct Arguments {
   /// Throws for what the kernels of csrc/cpu do not take.
-  template <class Op> static void expect_for_cpu(const Op&) {}
+  template <class Op>
+  static void expect_for_cpu(const Op&) {}
 };
 
 struct CheckOutputsArguments : Arguments {
@@ -95,7 +99,10 @@ struct CheckOutputsArguments : Arguments {
                           double epsilon) {
     return {x, y, again, expected, matrix, counts, samples, inputs, outputs, columns, epsilon};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.found); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.found);
+  }
 };
 
 /// A quadrature rule: the interior t and weights with mean and variance of t over all nodes.
@@ -114,8 +121,8 @@ struct Layers {
   std::vector<std::int64_t> widths;
   std::vector<lmn::Activation> activations;
 
-  void keep(std::vector<std::uintptr_t>&& weights_, std::vector<std::uintptr_t>&& biases_,
-            std::vector<std::int64_t>&& widths_, const std::vector<int>& kinds, const std::vector<double>& parameters) {
+  void keep(std::vector<std::uintptr_t>&& weights_, std::vector<std::uintptr_t>&& biases_, std::vector<std::int64_t>&& widths_,
+            const std::vector<int>& kinds, const std::vector<double>& parameters) {
     expect(biases_.size() == weights_.size() && widths_.size() == weights_.size() + 1 && kinds.size() == widths_.size(),
            "weights, biases, widths, activations");
     expect(parameters.size() == 2 * kinds.size(), "parameters");
@@ -146,12 +153,11 @@ struct ConnectivityArguments : Arguments {
   std::vector<std::uintptr_t> shifts;
 
   template <class T>
-  Op<T> op(Address z, std::vector<std::uintptr_t> weights, std::vector<std::uintptr_t> biases,
-           std::vector<std::int64_t> widths, const std::vector<int>& kinds, const std::vector<double>& parameters,
-           std::vector<std::int32_t> skips_, std::vector<std::uintptr_t> shifts_, std::vector<double> t,
-           std::vector<double> node_weights, double mean_t, double variance_t, std::int64_t samples, bool halves_alone,
-           Address exact, Address inputs, std::int64_t exact_width, std::int64_t input_width, std::int64_t networks,
-           More... more) {
+  Op<T> op(Address z, std::vector<std::uintptr_t> weights, std::vector<std::uintptr_t> biases, std::vector<std::int64_t> widths,
+           const std::vector<int>& kinds, const std::vector<double>& parameters, std::vector<std::int32_t> skips_,
+           std::vector<std::uintptr_t> shifts_, std::vector<double> t, std::vector<double> node_weights, double mean_t,
+           double variance_t, std::int64_t samples, bool halves_alone, Address exact, Address inputs, std::int64_t exact_width,
+           std::int64_t input_width, std::int64_t networks, More... more) {
     layers.keep(std::move(weights), std::move(biases), std::move(widths), kinds, parameters);
     const lmn::PathNodes rule = nodes.keep(std::move(t), std::move(node_weights), mean_t, variance_t);
     skips = std::move(skips_), shifts = std::move(shifts_);
@@ -165,13 +171,18 @@ struct ConnectivityArguments : Arguments {
     const bool sums = !skips.empty();
     return {lmn::PathConnectivity<T>{z, pointers<T>(layers.weights), pointers<T>(layers.biases), layers.widths.data(),
                                      layers.activations.data(), sums ? skips.data() : nullptr,
-                                     sums ? pointers<T>(shifts) : nullptr, rule, samples,
-                                     std::int32_t(layers.weights.size()), halves_alone, exact, inputs, exact_width,
-                                     input_width, networks},
+                                     sums ? pointers<T>(shifts) : nullptr, rule, samples, std::int32_t(layers.weights.size()),
+                                     halves_alone, exact, inputs, exact_width, input_width, networks},
             more...};
   }
-  template <class Any> static auto results(Any& op) { return std::tie(op.connectivity, op.counts); }
-  template <class Any> static void expect_for_cpu(const Any& op) { expect(op.networks == 1, "networks"); }
+  template <class Any>
+  static auto results(Any& op) {
+    return std::tie(op.connectivity, op.counts);
+  }
+  template <class Any>
+  static void expect_for_cpu(const Any& op) {
+    expect(op.networks == 1, "networks");
+  }
 };
 using PathConnectivityArguments = ConnectivityArguments<lmn::PathConnectivity>;
 using HermiteConnectivityArguments = ConnectivityArguments<lmn::HermiteConnectivity, bool>;  // midpoint
@@ -181,14 +192,22 @@ struct JacobianArguments : Arguments {
 
   template <class T>
   lmn::Jacobian<T> op(Address x, std::vector<std::uintptr_t> weights, std::vector<std::uintptr_t> biases,
-                      std::vector<std::int64_t> widths, const std::vector<int>& kinds,
-                      const std::vector<double>& parameters, std::int64_t samples) {
+                      std::vector<std::int64_t> widths, const std::vector<int>& kinds, const std::vector<double>& parameters,
+                      std::int64_t samples) {
     expect(!weights.empty(), "weights");
     layers.keep(std::move(weights), std::move(biases), std::move(widths), kinds, parameters);
-    return {x, pointers<T>(layers.weights), pointers<T>(layers.biases), layers.widths.data(), layers.activations.data(),
-            samples, std::int32_t(layers.weights.size())};
+    return {x,
+            pointers<T>(layers.weights),
+            pointers<T>(layers.biases),
+            layers.widths.data(),
+            layers.activations.data(),
+            samples,
+            std::int32_t(layers.weights.size())};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.jacobian, op.outputs); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.jacobian, op.outputs);
+  }
 };
 
 struct JacobianDistanceArguments : Arguments {
@@ -197,8 +216,14 @@ struct JacobianDistanceArguments : Arguments {
                               std::int64_t features, bool squared, bool connectivity) {
     return {first, second, first_samples, second_samples, features, squared, connectivity};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.distance); }
-  template <class Op> static void expect_for_cpu(const Op& op) { expect(!op.connectivity, "connectivity"); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.distance);
+  }
+  template <class Op>
+  static void expect_for_cpu(const Op& op) {
+    expect(!op.connectivity, "connectivity");
+  }
 };
 
 struct JacobianIsometryArguments : Arguments {
@@ -206,7 +231,10 @@ struct JacobianIsometryArguments : Arguments {
   lmn::JacobianIsometry<T> op(Address first, Address last, std::int64_t units, std::int64_t inputs, std::int64_t outputs) {
     return {first, last, units, inputs, outputs};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.isometry, op.lost); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.isometry, op.lost);
+  }
 };
 
 struct JacobianFeaturesArguments : Arguments {
@@ -215,28 +243,40 @@ struct JacobianFeaturesArguments : Arguments {
                               std::int64_t inputs, std::int64_t units, int kind, double alpha, double beta) {
     return {x, first, bias, isometry, samples, inputs, units, Layers::activation(kind, alpha, beta)};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.features); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.features);
+  }
 };
 
 struct IsometryDistanceArguments : Arguments {
   template <class T>
-  lmn::IsometryDistance<T> op(Address x, Address first, Address bias, Address last, Address last_bias,
-                              std::int64_t samples, std::int64_t inputs, std::int64_t units, std::int64_t outputs,
-                              int kind, double alpha, double beta, bool squared, bool connectivity) {
-    return {x, first, bias, last, last_bias, samples, inputs, units, outputs, Layers::activation(kind, alpha, beta),
+  lmn::IsometryDistance<T> op(Address x, Address first, Address bias, Address last, Address last_bias, std::int64_t samples,
+                              std::int64_t inputs, std::int64_t units, std::int64_t outputs, int kind, double alpha,
+                              double beta, bool squared, bool connectivity) {
+    return {x,       first,       bias, last, last_bias, samples, inputs, units, outputs, Layers::activation(kind, alpha, beta),
             squared, connectivity};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.distance, op.lost, op.y); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.distance, op.lost, op.y);
+  }
 };
 
 struct LinearArguments : Arguments {
   template <class T>
-  lmn::Linear<T> op(Address x, Address weight, Address bias, std::int64_t networks, std::int64_t samples,
-                    std::int64_t inputs, std::int64_t outputs) {
+  lmn::Linear<T> op(Address x, Address weight, Address bias, std::int64_t networks, std::int64_t samples, std::int64_t inputs,
+                    std::int64_t outputs) {
     return {x, weight, bias, networks, samples, inputs, outputs};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.z); }
-  template <class Op> static void expect_for_cpu(const Op& op) { expect(op.networks == 1, "networks"); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.z);
+  }
+  template <class Op>
+  static void expect_for_cpu(const Op& op) {
+    expect(op.networks == 1, "networks");
+  }
 };
 
 struct PathR2Arguments : Arguments {
@@ -244,12 +284,15 @@ struct PathR2Arguments : Arguments {
 
   template <class T>
   lmn::PathR2<T> op(Address interior, Address ends, Address first, Address second, std::vector<double> t,
-                    std::vector<double> weights, double mean_t, double variance_t, std::int64_t pairs,
-                    std::int64_t samples, std::int64_t outputs, Address rounding) {
-    return {interior, ends, first, second, nodes.keep(std::move(t), std::move(weights), mean_t, variance_t), pairs,
-            samples, outputs, rounding};
+                    std::vector<double> weights, double mean_t, double variance_t, std::int64_t pairs, std::int64_t samples,
+                    std::int64_t outputs, Address rounding) {
+    return {interior, ends,    first,   second,  nodes.keep(std::move(t), std::move(weights), mean_t, variance_t),
+            pairs,    samples, outputs, rounding};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.r2, op.counts); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.r2, op.counts);
+  }
 };
 
 struct SpectralEntropyArguments : Arguments {
@@ -257,7 +300,10 @@ struct SpectralEntropyArguments : Arguments {
   lmn::SpectralEntropy<T> op(Address eigenvalues, std::int64_t batch, std::int64_t samples) {
     return {eigenvalues, batch, samples};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.bits); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.bits);
+  }
 };
 
 struct SymmetricEigenvaluesArguments : Arguments {
@@ -265,13 +311,18 @@ struct SymmetricEigenvaluesArguments : Arguments {
   lmn::SymmetricEigenvalues<T> op(Address matrices, std::int64_t batch, std::int64_t samples) {
     return {matrices, batch, samples};
   }
-  template <class Op> static auto results(Op& op) { return std::tie(op.eigenvalues); }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.eigenvalues);
+  }
 };
 
 // ---- a call ----
 
-template <class Op, class = void> constexpr bool kHasWatch = false;
-template <class Op> constexpr bool kHasWatch<Op, decltype(void(Op::watch))> = true;
+template <class Op, class = void>
+constexpr bool kHasWatch = false;
+template <class Op>
+constexpr bool kHasWatch<Op, decltype(void(Op::watch))> = true;
 
 template <class OpArguments, class Op, class... Values>
 Op made_by(Op (OpArguments::*)(Values...));
@@ -279,8 +330,8 @@ Op made_by(Op (OpArguments::*)(Values...));
 /// An op in one of both dtypes, kept while Python asks for its workspace and allocates it.
 template <class OpArguments>
 class Call {
-  using Op = std::variant<decltype(made_by(&OpArguments::template op<float>)),
-                          decltype(made_by(&OpArguments::template op<double>))>;
+  using Op =
+      std::variant<decltype(made_by(&OpArguments::template op<float>)), decltype(made_by(&OpArguments::template op<double>))>;
   using Members = decltype(OpArguments::results(std::declval<std::variant_alternative_t<0, Op>&>()));
 
  public:
@@ -355,27 +406,26 @@ void raise(const char* name, const char* error) {
   throw std::runtime_error(message + ": " + error);
 }
 
-template <std::size_t> using Each = Address;
+template <std::size_t>
+using Each = Address;
 
-/// The class of one op in Python: made of the dtype and the op's arguments; `workspace` and `run` on the CPU, and in a build with
-/// CUDA `workspace_cuda` and `run_cuda`.
+/// The class of one op in Python: made of the dtype and the op's arguments; `workspace` and `run` on the CPU, and in a build
+/// with CUDA `workspace_cuda` and `run_cuda`.
 template <class OpArguments, class Op, class... Values, std::size_t... n>
 void bind(py::module_& m, const char* name, Op (OpArguments::*)(Values...), std::index_sequence<n...>) {
   using OfOp = Call<OpArguments>;
   py::class_<OfOp>(m, name)
-      .def(py::init([](bool is_double, Values... values) {
-        return std::make_unique<OfOp>(is_double, std::forward<Values>(values)...);
-      }))
+      .def(py::init(
+          [](bool is_double, Values... values) { return std::make_unique<OfOp>(is_double, std::forward<Values>(values)...); }))
       .def("workspace", &OfOp::workspace)
-      .def("run", [name](const OfOp& call, Each<n>... results, Address workspace, int threads, bool signals,
-                         py::object progress) {
-        raise(name, call.run({results...}, workspace, threads, signals, std::move(progress)));
-      })
+      .def("run",
+           [name](const OfOp& call, Each<n>... results, Address workspace, int threads, bool signals, py::object progress) {
+             raise(name, call.run({results...}, workspace, threads, signals, std::move(progress)));
+           })
 #if defined(LMN_CUDA)
       .def("workspace_cuda", &OfOp::workspace_cuda)
-      .def("run_cuda", [name](const OfOp& call, Each<n>... results, Address workspace, Address stream) {
-        raise(name, call.run_cuda({results...}, workspace, stream));
-      })
+      .def("run_cuda", [name](const OfOp& call, Each<n>... results, Address workspace,
+                              Address stream) { raise(name, call.run_cuda({results...}, workspace, stream)); })
 #endif
       ;
 }

@@ -21,15 +21,32 @@ LMN_FN std::int64_t blocks_of(std::int64_t count, std::int64_t size) { return (c
 
 // ---- numbers of a dtype ----
 
-template <class T> struct Epsilon;
-template <> struct Epsilon<float> { static constexpr float value = 0x1p-23f; };
-template <> struct Epsilon<double> { static constexpr double value = 0x1p-52; };
-template <class T> struct Vanishing;  // near the smallest normal number
-template <> struct Vanishing<float> { static constexpr float value = 0x1p-120f; };
-template <> struct Vanishing<double> { static constexpr double value = 0x1p-1000; };
+template <class T>
+struct Epsilon;
+template <>
+struct Epsilon<float> {
+  static constexpr float value = 0x1p-23f;
+};
+template <>
+struct Epsilon<double> {
+  static constexpr double value = 0x1p-52;
+};
+template <class T>
+struct Vanishing;  // near the smallest normal number
+template <>
+struct Vanishing<float> {
+  static constexpr float value = 0x1p-120f;
+};
+template <>
+struct Vanishing<double> {
+  static constexpr double value = 0x1p-1000;
+};
 
 /// V: a scalar, or a vector of lanes.
-template <class V> LMN_FN V larger(V a, V b) { return a < b ? b : a; }  // a NaN in a stays
+template <class V>
+LMN_FN V larger(V a, V b) {
+  return a < b ? b : a;
+}  // a NaN in a stays
 
 // ---- the outputs' scale ----
 
@@ -54,7 +71,8 @@ struct ArenaOf {
   char* const base;
   std::size_t used = 0;
   ArenaOf(char* base_) : base(base_) {}
-  template <class U> U* take(std::int64_t count) {
+  template <class U>
+  U* take(std::int64_t count) {
     U* const piece = base ? reinterpret_cast<U*>(base + used) : nullptr;
     used += (std::size_t(count) * sizeof(U) + kAlignment - 1) / kAlignment * kAlignment;
     return piece;

@@ -136,7 +136,8 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
 
 
 def run(call: Any, result: Tensor, *more: Tensor | None, reports: bool = True) -> Tensor:
-    """Runs a call, an object of the compiled core that holds an op's arguments, on the device of its results; returns the first.
+    """Runs a call, an object of the compiled core that holds an op's arguments, on the device of its results; returns the
+    first.
 
     The call says how much memory it needs there, which is kept until it has run; so must be the tensors that it was made of.
     reports: whether it tells `reporting`'s function how much is done.
@@ -146,7 +147,8 @@ def run(call: Any, result: Tensor, *more: Tensor | None, reports: bool = True) -
         with on_device(result.device):
             size = call.workspace_cuda()
             memory = result.new_empty(size, dtype=torch.uint8) if size else None
-            # Public ways to this address make a Stream, and take ten times as long; code that torch.compile makes calls this one.
+            # Public ways to this address make a Stream, and take ten times as long; code that torch.compile makes calls this
+            # one.
             stream = torch._C._cuda_getCurrentRawStream(result.device.index)
             call.run_cuda(*results, 0 if memory is None else memory.data_ptr(), stream)
     else:
@@ -154,19 +156,23 @@ def run(call: Any, result: Tensor, *more: Tensor | None, reports: bool = True) -
         size = call.workspace(count)
         memory = result.new_empty(size, dtype=torch.uint8) if size else None
         # Signals are handled on the main thread alone.
-        signals, progress = threading.current_thread() is threading.main_thread(), _progress.get() if reports else None
+        signals, progress = (
+            threading.current_thread() is threading.main_thread(),
+            _progress.get() if reports else None,
+        )
         call.run(*results, 0 if memory is None else memory.data_ptr(), count, signals, progress)
     return result
 
 
-# Multiply-adds up to which a product in float64 is one kernel of the package's on CUDA, which converts as it loads. Torch launches
-# four kernels for it, three of them to convert. For larger products torch's kernel should be the faster one (an estimate).
+# Multiply-adds up to which a product in float64 is one kernel of the package's on CUDA, which converts as it loads. Torch
+# launches four kernels for it, three of them to convert. For larger products torch's kernel should be the faster one (an
+# estimate).
 SMALL_LINEAR = 2**25
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of rows x (B, D) in float64. On the CPU the same bits for any thread count and any number of rows: the products
-    of torch's BLAS are summed in parts that depend on both. No autograd there.
+    """``F.linear`` of rows x (B, D) in float64. On the CPU it has the same bits for any thread count and any number of rows,
+    which torch's BLAS does not: it sums products in parts that depend on both. No autograd there.
 
     Also of several networks, with one more dimension in front of all: the same bits as of one after the other."""
     alike = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
@@ -191,14 +197,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return run(call, x.new_empty((*networks, samples, outputs), dtype=torch.float64), reports=False)
 
 
-# Torch gives each thread an equal share of a pointwise function's numbers: of GELU's from more than SERIAL numbers on, of the others'
-# from STRETCH on, at least STRETCH to a thread. Measured with torch 2.13: their bits follow the thread count from there on.
+# Torch gives each thread an equal share of a pointwise function's numbers: for GELU from more than SERIAL numbers on, for the
+# others from STRETCH on, at least STRETCH to a thread. Measured with torch 2.13: from there on the bits follow the thread
+# count.
 SERIAL, STRETCH = 2**14, 2**15
 
 
 def pointwise(function: Callable[..., Tensor], *z: Tensor) -> Tensor:
-    """A pointwise function of torch's, of tensors of one shape. On the CPU the same bits for any thread count: torch computes the last
-    numbers of a thread's share, fewer than its loop over vectors takes, by other code. Here all shares are whole vectors."""
+    """A pointwise function of torch's, of tensors of one shape. On the CPU it has the same bits for any thread count: torch
+    computes the last numbers of a thread's share, fewer than its loop over vectors takes, by other code. Here all shares are
+    whole vectors."""
     if z[0].device.type != "cpu":
         return function(*z)
     count, block = z[0].numel(), STRETCH * torch.get_num_threads()

@@ -34,8 +34,10 @@ void check_outputs_on(const CheckOutputs<T>& op, int threads) {
       if (isfinite(expected)) {
         const double size = expected < 0 ? -expected : expected, difference = found - expected;
         const double over = (difference < 0 ? -difference : difference) / tolerance - size;
-        if (!isfinite(over)) ++unlike;
-        else excess = over > excess ? over : excess;
+        if (!isfinite(over))
+          ++unlike;
+        else
+          excess = over > excess ? over : excess;
         magnitude = size > magnitude ? size : magnitude;
       } else if (!(found == expected) && !(found != found && expected != expected)) {
         ++unlike;
@@ -66,8 +68,18 @@ void check_outputs_on(const CheckOutputs<T>& op, int threads) {
     others += !known || !isfinite(apart) || !is_same_output(double(high), double(low), double(apart), op.epsilon);
   }
   const double largest[] = {excess, magnitude};
-  const std::int64_t found[] = {x.count, x.reach, y.count, y.reach, unlike, 0, 0, others, entries.count, entries.reach,
-                                op.counts ? op.counts[0] : 0, op.counts ? op.counts[1] : 0};
+  const std::int64_t found[] = {x.count,
+                                x.reach,
+                                y.count,
+                                y.reach,
+                                unlike,
+                                0,
+                                0,
+                                others,
+                                entries.count,
+                                entries.reach,
+                                op.counts ? op.counts[0] : 0,
+                                op.counts ? op.counts[1] : 0};
   for (int n = 0; n < kFindings; ++n) op.found[n] = found[n];
   __builtin_memcpy(op.found + 5, largest, sizeof(largest));
 }

@@ -12,9 +12,7 @@ Stencil<T> stencil_of(const HermiteConnectivity<T>& op) {
 
 namespace LMN_LEVEL {
 
-std::size_t workspace(const HermiteConnectivity<float>& op, int threads) {
-  return lmn::workspace(op, stencil_of(op), threads);
-}
+std::size_t workspace(const HermiteConnectivity<float>& op, int threads) { return lmn::workspace(op, stencil_of(op), threads); }
 std::size_t workspace(const HermiteConnectivity<double>& op, int threads) {
   return lmn::workspace(op, stencil_of(op), threads);
 }

@@ -1,16 +1,16 @@
 // The Jacobian of each sample is a product of matrices that fit into L1 and L2:
 // J = diag(a_L') W_L ... diag(a_1') W_1 diag(a_0'). The multiplication begins at the side with fewer rows or columns. In
 // every product lanes run over the columns of the right factor. The last product writes the result.
-#include "level.h"
-
 #include "../activation.h"  // after level.h, whose functions it uses
+#include "level.h"
 
 namespace lmn {
 namespace {
 
-constexpr int kUnits = 4;  // units of a layer computed at a time in the forward pass
+constexpr int kUnits = 4;                                    // units of a layer computed at a time in the forward pass
 constexpr std::int64_t kTaskSamples = 128, kTaskPanels = 4;  // size of a task in multiply_at_once()
-template <class T> constexpr int kPanel = kBlockColumns * kLanes<T>;
+template <class T>
+constexpr int kPanel = kBlockColumns * kLanes<T>;
 
 /// Row stride of a right factor: whole vectors, but no multiple of 512 bytes, as the rows would then share few sets of L1.
 template <class T>
@@ -22,14 +22,14 @@ std::int64_t padded(std::int64_t columns) {
 template <class T>
 struct Plan {
   const Jacobian<T>& op;
-  bool one_product;        // one hidden layer and no other activation: all samples in one product
-  bool from_outputs;       // multiply from the outputs' side
-  T** right = nullptr;     // [layers], weights as right factors, rows padded with zeros; used from the outputs' side
-  T* slopes = nullptr;     // [threads][slope_size]
-  T* sample = nullptr;     // [threads][total_width], one sample's slopes, layer after layer
-  T* hidden = nullptr;     // [samples][widths[1]], slopes; used with one product only
-  T* values = nullptr;     // [threads][2][widest][kLanes]
-  T* panels = nullptr;     // [threads][panel_size]: two panels of a sample, or with one product [widths[1]][kPanel]
+  bool one_product;     // one hidden layer and no other activation: all samples in one product
+  bool from_outputs;    // multiply from the outputs' side
+  T** right = nullptr;  // [layers], weights as right factors, rows padded with zeros; used from the outputs' side
+  T* slopes = nullptr;  // [threads][slope_size]
+  T* sample = nullptr;  // [threads][total_width], one sample's slopes, layer after layer
+  T* hidden = nullptr;  // [samples][widths[1]], slopes; used with one product only
+  T* values = nullptr;  // [threads][2][widest][kLanes]
+  T* panels = nullptr;  // [threads][panel_size]: two panels of a sample, or with one product [widths[1]][kPanel]
   std::int64_t widest = 0, total_width = 0, panel_size = 0;
 };
 
@@ -89,9 +89,8 @@ void slopes_of(const Plan<T>& plan, std::int64_t begin, T* values, T* next, T* s
   }
   for (int l = 0;; ++l) {
     const std::int64_t width = op.widths[l];
-    with_kind(op.activations[l].kind, [&](auto kind) {
-      values_and_slopes<T, kind.value>(values, slopes, width * kLanes<T>, op.activations[l]);
-    });
+    with_kind(op.activations[l].kind,
+              [&](auto kind) { values_and_slopes<T, kind.value>(values, slopes, width * kLanes<T>, op.activations[l]); });
     if (l == op.layers) return;
     slopes += width * kLanes<T>;
     if (l + 1 == op.layers && is_identity(op, op.layers)) {  // slope 1, whatever the outputs are
@@ -133,11 +132,11 @@ void slopes_of(const Plan<T>& plan, std::int64_t begin, T* values, T* next, T* s
 /// The factors of a product out = diag(row) left right diag(column).
 template <class T>
 struct Factors {
-  const T* left;       // [rows][left_stride]
-  const T* right;      // [depth][right_stride], whole vectors
-  const T* row;        // [rows], null: ones
-  const T* column;     // [columns], null: ones
-  T* out;              // [rows][out_stride]
+  const T* left;    // [rows][left_stride]
+  const T* right;   // [depth][right_stride], whole vectors
+  const T* row;     // [rows], null: ones
+  const T* column;  // [columns], null: ones
+  T* out;           // [rows][out_stride]
   std::int64_t rows, depth, columns, left_stride, right_stride, out_stride;
 };
 

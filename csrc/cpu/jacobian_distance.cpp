@@ -10,7 +10,8 @@ namespace {
 
 // Register block: kRows first samples x kColumns vectors of second ones in accumulators.
 constexpr int kRows = kBlockRows, kColumns = kDifferenceColumns;
-template <class T> constexpr int kPanel = kColumns * kLanes<T>;
+template <class T>
+constexpr int kPanel = kColumns * kLanes<T>;
 
 // Number of features per sum: a longer float32 sum would lose digits, and a longer panel would leave L1.
 constexpr std::int64_t kFeatures = 256;
@@ -28,15 +29,21 @@ constexpr double kClose = 0x1p-2;
 constexpr double kTiny = 0x1p-100;
 constexpr std::int64_t kCentreRows = 256;  // the centre is the mean of this many second samples; an estimate suffices
 
-template <class T> struct IntegerOf { using type = std::int64_t; };
-template <> struct IntegerOf<float> { using type = std::int32_t; };
+template <class T>
+struct IntegerOf {
+  using type = std::int64_t;
+};
+template <>
+struct IntegerOf<float> {
+  using type = std::int32_t;
+};
 
 template <class T>
 struct Workspace {
-  T* panels;               // [panels][features][kPanel], second samples; zeros beyond the last sample
-  T* rows;                 // [first_samples][features]
-  double* first_norms;     // [first_samples], squared
-  double* second_norms;    // [second_samples]
+  T* panels;             // [panels][features][kPanel], second samples; zeros beyond the last sample
+  T* rows;               // [first_samples][features]
+  double* first_norms;   // [first_samples], squared
+  double* second_norms;  // [second_samples]
   // In float32 only:
   double* centre;          // [features]
   double* first_centred;   // [first_samples], squared norms about the centre
@@ -162,8 +169,8 @@ inline void write_distances(const JacobianDistance<float>& op, const Workspace<f
     if (!(products[c] <= (limit < limits[c] ? limits[c] : limit))) continue;
     const bool itself = symmetric && i == j + c;
     const double norm = larger_of(w.first_norms[i], w.second_norms[j + c]);
-    const double again = itself ? 0.0 : squared_difference(op.first + i * op.features,
-                                                           op.second + (j + c) * op.features, op.features);
+    const double again =
+        itself ? 0.0 : squared_difference(op.first + i * op.features, op.second + (j + c) * op.features, op.features);
     const double rest = again <= kSameFeatures * norm ? 0.0 : again;
     to[c] = float(op.squared ? rest : __builtin_sqrt(rest));
   }
@@ -184,8 +191,8 @@ inline void transpose_4(const T* from, T* to, std::int64_t stride) {
   for (int n = 0; n < 4; ++n) memcpy(&rows[n], from + n * kTaskColumns, sizeof(V));
   const V low = LMN_PICK(rows[0], rows[1], 0, 4, 1, 5), high = LMN_PICK(rows[0], rows[1], 2, 6, 3, 7);
   const V low_2 = LMN_PICK(rows[2], rows[3], 0, 4, 1, 5), high_2 = LMN_PICK(rows[2], rows[3], 2, 6, 3, 7);
-  const V columns[4] = {LMN_PICK(low, low_2, 0, 1, 4, 5), LMN_PICK(low, low_2, 2, 3, 6, 7),
-                        LMN_PICK(high, high_2, 0, 1, 4, 5), LMN_PICK(high, high_2, 2, 3, 6, 7)};
+  const V columns[4] = {LMN_PICK(low, low_2, 0, 1, 4, 5), LMN_PICK(low, low_2, 2, 3, 6, 7), LMN_PICK(high, high_2, 0, 1, 4, 5),
+                        LMN_PICK(high, high_2, 2, 3, 6, 7)};
   for (int n = 0; n < 4; ++n) memcpy(to + n * stride, &columns[n], sizeof(V));
 #undef LMN_PICK
 }
@@ -199,8 +206,7 @@ inline void fetch(const T* to, std::int64_t count) {
 
 /// Computes the tile of the result that begins at (i, j), and in a symmetric result its mirror image.
 template <class T>
-void tile(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t i, std::int64_t j, bool symmetric,
-          Tasks& tasks) {
+void tile(const JacobianDistance<T>& op, const Workspace<T>& w, std::int64_t i, std::int64_t j, bool symmetric, Tasks& tasks) {
   T sums[kRows * kTaskColumns];
   T distances[kTaskRows * kTaskColumns];
   const std::int64_t rows = at_most(kTaskRows, op.first_samples - i);
@@ -284,8 +290,7 @@ void norms_of(const double* rows, const double* centre, std::int64_t samples, st
   }
 }
 /// Turns these norms into scaled squares and limits.
-void limits_of(std::int64_t samples, double scale, const double* norms, const double* centred, float* squares,
-               float* limits) {
+void limits_of(std::int64_t samples, double scale, const double* norms, const double* centred, float* squares, float* limits) {
   for (std::int64_t n = 0; n < samples; ++n) {
     const double square = centred[n] * scale * scale, same = 2 * kSameFeatures * norms[n] * scale * scale;
     squares[n] = float(square);

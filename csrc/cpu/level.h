@@ -1,10 +1,9 @@
 // Common to the kernels of one instruction-set level: LMN_LEVEL is the level's namespace, set by the build.
 #pragma once
-#include "simd.h"
+#include <omp.h>
 
 #include "../statistics.h"  // after simd.h, whose functions it uses
-
-#include <omp.h>
+#include "simd.h"
 
 namespace lmn {
 namespace {

@@ -6,8 +6,8 @@ namespace lmn {
 namespace {
 
 struct LinearScratch {
-  double* packed;           // weights, packed as in chain/product.h
-  Vector<double>* panels;   // [threads][inputs + outputs][kBlockColumns]
+  double* packed;          // weights, packed as in chain/product.h
+  Vector<double>* panels;  // [threads][inputs + outputs][kBlockColumns]
 };
 
 template <class T>

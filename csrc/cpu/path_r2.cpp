@@ -9,7 +9,7 @@ namespace {
 // same few sets of L1.
 constexpr int kGroup = 4;
 constexpr std::int64_t kChunk = 1 << 16;  // values that a thread takes at a time
-constexpr int kNodeChunk = 32;  // nodes gathered at a time, 2 kB
+constexpr int kNodeChunk = 32;            // nodes gathered at a time, 2 kB
 
 /// One vector of outputs of a path: the values that the statistics need, and the moments collected so far.
 template <class T>
@@ -20,14 +20,18 @@ struct Lane {
 
   Lane() = default;
   Lane(V y_first, V y_second, V y_scale, V y_rounding, V y_least)
-      : first(y_first), chord(y_second - y_first), magnitude(larger(absolute(y_first), absolute(y_second)) * y_scale),
-        scale(y_scale), rounding(y_rounding), least(y_least) {}
+      : first(y_first),
+        chord(y_second - y_first),
+        magnitude(larger(absolute(y_first), absolute(y_second)) * y_scale),
+        scale(y_scale),
+        rounding(y_rounding),
+        least(y_least) {}
   inline void add(V y, T t, T weight, T weight_t) {
     add_moments(moments, (y - fma(splat<V>(t), chord, first)) * scale, weight, weight_t);
   }
   inline Share<V> share(const PathNodes& nodes) const {
-    return share_of_output<V, T>(chord * scale, moments, magnitude, least,
-                                 fma(magnitude, magnitude, rounding * rounding), T(nodes.variance_t), Epsilon<T>::value);
+    return share_of_output<V, T>(chord * scale, moments, magnitude, least, fma(magnitude, magnitude, rounding * rounding),
+                                 T(nodes.variance_t), Epsilon<T>::value);
   }
 };
 
@@ -70,7 +74,7 @@ inline T entry_of(T nonlinear, T constants, T unresolved, std::int64_t outputs, 
 /// Adds the shares of kVectors vectors of a pair's outputs from start on.
 template <class T, int kVectors>
 inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t start, PairSums<T>& sums) {
-  const T *interior_end = op.interior + op.pairs * op.nodes.interior * op.outputs;
+  const T* interior_end = op.interior + op.pairs * op.nodes.interior * op.outputs;
   const T *ends_end = op.ends + op.samples * op.outputs, *scale_end = op.workspace + 3 * op.outputs;
   const T* y = op.interior + pair * op.nodes.interior * op.outputs + start;
   const T* first = op.ends + op.first[pair] * op.outputs + start;
@@ -78,10 +82,10 @@ inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t star
   Lane<T> lanes[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const int at = v * kLanes<T>;
-    lanes[v] = Lane<T>(load_row(first + at, ends_end), load_row(second + at, ends_end),
-                       load_row(op.workspace + start + at, scale_end),
-                       load_row(op.workspace + op.outputs + start + at, scale_end),
-                       load_row(op.workspace + 2 * op.outputs + start + at, scale_end));
+    lanes[v] =
+        Lane<T>(load_row(first + at, ends_end), load_row(second + at, ends_end), load_row(op.workspace + start + at, scale_end),
+                load_row(op.workspace + op.outputs + start + at, scale_end),
+                load_row(op.workspace + 2 * op.outputs + start + at, scale_end));
   }
   for (int m = 0; m < op.nodes.interior; ++m, y += op.outputs) {
     const Node<T> node(op.nodes, m);

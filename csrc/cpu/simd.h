@@ -24,19 +24,24 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <class T> struct VectorOf;
-template <> struct VectorOf<float> {
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
 };
-template <> struct VectorOf<double> {
+template <>
+struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
   typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
 };
-template <class T> using Vector = typename VectorOf<T>::type;
+template <class T>
+using Vector = typename VectorOf<T>::type;
 using F = Vector<float>;
 using D = Vector<double>;
-template <class T> constexpr int kLanes = kVectorBytes / int(sizeof(T));
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
 // Accumulators of a matrix product: kBlockRows rows of one factor x kBlockColumns vectors of the other. A step also holds
 // the vectors and one broadcast value. This takes 28 of 32 registers, 16 of 16, or, without a fused multiply-add, 12 of 16
@@ -50,22 +55,39 @@ constexpr int kBlockRows = 4, kBlockColumns = 3, kDifferenceColumns = 2;
 constexpr int kBlockRows = 4, kBlockColumns = 2, kDifferenceColumns = 2;
 #endif
 
-template <class V> struct ScalarOf;
-template <> struct ScalarOf<F> { using type = float; };
-template <> struct ScalarOf<D> { using type = double; };
-template <class V> using Scalar = typename ScalarOf<V>::type;
-template <class V> using Bits = typename VectorOf<Scalar<V>>::bits;
+template <class V>
+struct ScalarOf;
+template <>
+struct ScalarOf<F> {
+  using type = float;
+};
+template <>
+struct ScalarOf<D> {
+  using type = double;
+};
+template <class V>
+using Scalar = typename ScalarOf<V>::type;
+template <class V>
+using Bits = typename VectorOf<Scalar<V>>::bits;
 
-template <class V> inline V splat(Scalar<V> value) { return value - V{}; }
+template <class V>
+inline V splat(Scalar<V> value) {
+  return value - V{};
+}
 
-template <class V> inline V load(const Scalar<V>* from) {  // unaligned
+template <class V>
+inline V load(const Scalar<V>* from) {  // unaligned
   V v;
   memcpy(&v, from, sizeof(V));
   return v;
 }
-template <class V> inline void store(Scalar<V>* to, V v) { memcpy(to, &v, sizeof(V)); }
+template <class V>
+inline void store(Scalar<V>* to, V v) {
+  memcpy(to, &v, sizeof(V));
+}
 
-template <class V> inline V load_partial(const Scalar<V>* from, int64_t count) {
+template <class V>
+inline V load_partial(const Scalar<V>* from, int64_t count) {
   V v{};
   memcpy(&v, from, size_t(count) * sizeof(Scalar<V>));
   return v;
@@ -96,25 +118,38 @@ inline F reciprocal(F v) {
 }
 inline D reciprocal(D v) { return 1.0 / v; }
 
-template <class V> inline V absolute(V v) { return v < V{} ? -v : v; }
-template <class V> inline V smaller(V a, V b) { return b < a ? b : a; }
+template <class V>
+inline V absolute(V v) {
+  return v < V{} ? -v : v;
+}
+template <class V>
+inline V smaller(V a, V b) {
+  return b < a ? b : a;
+}
 
-template <class V> inline bool any(Bits<V> mask) {
+template <class V>
+inline bool any(Bits<V> mask) {
   Scalar<V> lanes_set = 0;
   for (int lane = 0; lane < kLanes<Scalar<V>>; ++lane) lanes_set += mask[lane] ? 1 : 0;
   return lanes_set > 0;
 }
 
-template <class V> inline V from_bits(Bits<V> bits) { return (V)bits; }
+template <class V>
+inline V from_bits(Bits<V> bits) {
+  return (V)bits;
+}
 
-template <class V> struct ExpConstants;
-template <> struct ExpConstants<F> {
+template <class V>
+struct ExpConstants;
+template <>
+struct ExpConstants<F> {
   static constexpr float kHighest = 88.0f, kLowest = -87.0f;  // e^x stays a normal number
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int kMantissaBits = 23, kBias = 127;
 };
-template <> struct ExpConstants<D> {
+template <>
+struct ExpConstants<D> {
   static constexpr double kHighest = 709.0, kLowest = -708.0;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
@@ -184,7 +219,10 @@ inline V twice_atanh(V s) {
 }
 
 /// log(1 + u) for 0 <= u <= 1.
-template <class V> inline V log1p_unit(V u) { return twice_atanh(u / (2 + u)); }
+template <class V>
+inline V log1p_unit(V u) {
+  return twice_atanh(u / (2 + u));
+}
 
 /// log2(v) for normal v > 0; 0 for any other v, so that p log p is 0 for p = 0.
 inline D log2_(D v) {

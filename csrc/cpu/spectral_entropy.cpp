@@ -1,6 +1,7 @@
 // One row of eigenvalues at a time, with lanes of double along the row. Float eigenvalues are widened when they are read. A row
-// has the same bits in any batch and for any thread count, which sums by PyTorch do not promise. Measured with AVX2 on one core:
-// a batch takes two thirds of the time of PyTorch's functions; one row of 768 takes as long as the op would take with these.
+// has the same bits in any batch and for any thread count, which sums by PyTorch do not promise. Measured with AVX2 on one
+// core: a batch takes two thirds of the time of PyTorch's functions; one row of 768 takes as long as the op would take with
+// these.
 #include "level.h"
 
 namespace lmn {

@@ -25,8 +25,7 @@ Layer<T> layer_of(const PathConnectivity<T>& op, int l, bool slopes, Arena& aren
   layer.beta = T(op.activations[l].beta);
   layer.z = arena.take<T>(op.samples * layer.stride);
   layer.a = arena.take<T>(op.samples * layer.stride);
-  layer.v = op.skips && (op.skips[2 * l + 1] >= 0 || op.shifts[2 * l + 1]) ? arena.take<T>(op.samples * layer.stride)
-                                                                          : layer.a;
+  layer.v = op.skips && (op.skips[2 * l + 1] >= 0 || op.shifts[2 * l + 1]) ? arena.take<T>(op.samples * layer.stride) : layer.a;
   layer.slope = slopes ? arena.take<T>(op.samples * layer.stride) : nullptr;
   layer.rounding = arena.take<T>(op.samples * layer.stride);
   layer.added[0] = layer.added[1] = layer.kept[0] = layer.kept[1] = -1;
@@ -172,9 +171,7 @@ inline double spacing_of(const PathNodes& nodes) {
   return spacing;
 }
 
-inline std::size_t shared_limit() {
-  return std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-}
+inline std::size_t shared_limit() { return std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
 
 }  // namespace
 }  // namespace lmn

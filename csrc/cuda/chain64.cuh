@@ -32,9 +32,8 @@ inline Range shallow_range(const PathConnectivity<double>& op, std::size_t share
   const ActivationKind kind = op.activations[0].kind;
   const bool tanh = kind == ActivationKind::kTanh;
   if (op.layers != 1 || op.activations[1].kind != ActivationKind::kIdentity || (op.skips && op.skips[2] >= 0) ||
-      !(kind == ActivationKind::kSilu || kind == ActivationKind::kSigmoid || tanh) ||
-      op.nodes.interior > kGroup * kGroups || spacing_of(op.nodes) < 0 ||
-      op.widths[1] > 8 * kShallowTiles64 * kShallowChunks64 || shared > shared_limit()) {
+      !(kind == ActivationKind::kSilu || kind == ActivationKind::kSigmoid || tanh) || op.nodes.interior > kGroup * kGroups ||
+      spacing_of(op.nodes) < 0 || op.widths[1] > 8 * kShallowTiles64 * kShallowChunks64 || shared > shared_limit()) {
     return {0, 0};
   }
   const double past = op.nodes.t[0] + double(blocks_of(op.nodes.interior, kGroup) * kGroup - 1) * spacing_of(op.nodes);
@@ -169,9 +168,8 @@ std::size_t workspace64(const PathConnectivity<double>& op, const Stencil<double
 template <int kStencil>
 const char* connectivity64(const PathConnectivity<double>& op, const Stencil<double>& stencil, CUstream_st* stream) {
   const std::size_t own = own_workspace64<kStencil>(op, stencil);
-  return in_parts(op, own, [&](const PathConnectivity<double>& part) {
-    return enqueue64<kStencil>(part, stencil, own, stream);
-  });
+  return in_parts(op, own,
+                  [&](const PathConnectivity<double>& part) { return enqueue64<kStencil>(part, stencil, own, stream); });
 }
 
 }  // namespace float64

@@ -125,8 +125,7 @@ inline const char* enqueue(const PathConnectivity<float>& op, const Kernel& kern
   chained.range = problem.range;
   chained.connectivity = problem.connectivity, chained.counts = problem.counts;
   chained.apart = problem.apart;
-  const std::int64_t blocks =
-      at_most(blocks_of(chained.units, kernel.warps), device_attribute(cudaDevAttrMultiProcessorCount));
+  const std::int64_t blocks = at_most(blocks_of(chained.units, kernel.warps), device_attribute(cudaDevAttrMultiProcessorCount));
   const std::size_t shared = common_bytes(op, kernel) + std::size_t(kernel.warps) * kernel.warp_bytes;
   return launch(kernel.run, Grid(blocks, op.networks), kernel.warps * kWarp, shared, stream, chained);
 }

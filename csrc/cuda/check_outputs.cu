@@ -1,6 +1,5 @@
-#include "device.h"
-
 #include "../statistics.h"  // after device.h, whose functions it uses
+#include "device.h"
 
 namespace lmn {
 namespace {
@@ -57,8 +56,10 @@ __device__ void check_row(const CheckOutputs<T>& op, std::int64_t row) {
     const double found = double(values[k]), expected = double(op.expected[n * width + k]);
     if (isfinite(expected)) {
       const double size = absolute(expected), over = absolute(found - expected) / tolerance - size;
-      if (!isfinite(over)) ++unlike;
-      else excess = over > excess ? over : excess;
+      if (!isfinite(over))
+        ++unlike;
+      else
+        excess = over > excess ? over : excess;
       magnitude = size > magnitude ? size : magnitude;
     } else if (!(found == expected) && !(found != found && expected != expected)) {
       ++unlike;
@@ -122,8 +123,10 @@ __global__ void __launch_bounds__(kBlock)
   const std::int64_t step = (gridDim.x - column_blocks) * kWarps;
   const std::int64_t rows = 2 * op.samples;
   for (std::int64_t at = block * kWarps + threadIdx.x / kWarp; at < rows + parts; at += step) {
-    if (at < rows) check_row(op, at);
-    else check_entries(op, at - rows);
+    if (at < rows)
+      check_row(op, at);
+    else
+      check_entries(op, at - rows);
   }
 }
 

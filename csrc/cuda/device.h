@@ -137,8 +137,9 @@ __device__ inline void multiply_add_halves(float (&c)[4], const std::uint32_t (&
 #if defined(LMN_EMULATED)
   emulator::mma_m16n8_f16(c, a, 4, b0, b1);
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
@@ -149,8 +150,8 @@ __device__ inline void multiply_add_halves(float (&c)[4], const std::uint32_t (&
   emulator::mma_m16n8_f16(c, a, 2, b0, 0);
 #else
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0));
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b0));
 #endif
 }
 
@@ -160,8 +161,7 @@ __device__ inline void copy_async16(void* to, const void* from) {
 #if defined(LMN_EMULATED)
   emulator::copy_async16(to, from);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from) : "memory");
 #endif
 }
 
@@ -176,7 +176,10 @@ __device__ inline void copy_async_wait() {
 
 // ---- functions that activation.h uses ----
 
-template <class V> __device__ inline V splat(V value) { return value; }
+template <class V>
+__device__ inline V splat(V value) {
+  return value;
+}
 __device__ inline float absolute(float v) { return ::fabsf(v); }
 __device__ inline double absolute(double v) { return ::fabs(v); }
 __device__ inline float fma(float a, float b, float c) { return ::fmaf(a, b, c); }

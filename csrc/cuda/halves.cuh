@@ -134,10 +134,10 @@ __global__ void finish_kernel(Problem<float> problem) {
 
 /// What a kernel of halves needs from the layers.
 struct Dialect {
-  bool tails;   // whether hidden widths may end in a step of 8 units
-  int blocks;   // blocks of 8 units to which hidden widths are padded; 0: as many as each width needs
+  bool tails;  // whether hidden widths may end in a step of 8 units
+  int blocks;  // blocks of 8 units to which hidden widths are padded; 0: as many as each width needs
   bool silu;  // whether z and a are in units of -log2(e), and `units` holds 1 / scale, so that SiLU's exponentials are ex2 of z
-  bool slopes;  // whether records have slopes
+  bool slopes;        // whether records have slopes
   bool ends = false;  // whether the samples' outputs are also stored in the layout of write_end
 };
 

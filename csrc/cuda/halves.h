@@ -18,7 +18,7 @@ namespace lmn {
 namespace {
 
 constexpr int kStepUnits = 16, kTailUnits = 8;
-constexpr int kGroup = 8;            // second samples of a tile
+constexpr int kGroup = 8;          // second samples of a tile
 constexpr int kScaleExponent = 8;  // the largest value becomes a half of 2^8 to 2^9, so a residual may be 128 times its samples
 constexpr int kExponentLimit = 120;  // largest exponent of a scale
 // Steps of the smallest halves are 2^-24. So a residual, and a weight beside the row's largest weight, are exact to 2^-33 of
@@ -44,14 +44,14 @@ enum Array { kZ, kA, kSlope };
 /// A layer as the kernels of halves see it. All pointers are to global memory.
 struct HalfLayer {
   Steps steps;
-  int arrays;       // 2, or 3 with slopes
-  int parts;        // parts of the weights: 1, or 2 with the part that rounding to halves lost
-  float factor;     // factor of z, a and unscale: -log2(e) if SiLU's exponentials use ex2 directly, otherwise 1
-  bool inverse;     // whether `units` holds 1 / scale in place of the scale
-  float* largest;   // [units], the largest |a| and |v| over the samples
-  float* records;   // [groups of 8 samples][steps][arrays][32 lanes][4, in a tail 2]; null for outputs without an activation
-  float* units;     // [steps][2][16, in a tail 8]: the unit's scale; the factor from a sum of products to units of z
-  uint2* weights;   // [parts][steps][steps of the layer before][32 lanes][2 tiles of 8 of this layer's units]
+  int arrays;      // 2, or 3 with slopes
+  int parts;       // parts of the weights: 1, or 2 with the part that rounding to halves lost
+  float factor;    // factor of z, a and unscale: -log2(e) if SiLU's exponentials use ex2 directly, otherwise 1
+  bool inverse;    // whether `units` holds 1 / scale in place of the scale
+  float* largest;  // [units], the largest |a| and |v| over the samples
+  float* records;  // [groups of 8 samples][steps][arrays][32 lanes][4, in a tail 2]; null for outputs without an activation
+  float* units;    // [steps][2][16, in a tail 8]: the unit's scale; the factor from a sum of products to units of z
+  uint2* weights;  // [parts][steps][steps of the layer before][32 lanes][2 tiles of 8 of this layer's units]
 
   LMN_FN std::int64_t group_floats() const { return arrays * steps.units() * kGroup; }
   /// Where a step's part of a group begins, in floats.

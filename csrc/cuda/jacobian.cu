@@ -69,10 +69,11 @@ const char* chunk_of(const Plan<T>& plan, std::int64_t begin, std::int64_t sampl
   for (int l = 0; l <= last_asked; ++l) {
     T* const to = l < last_asked ? next : op.outputs ? op.outputs + begin * outputs : nullptr;
     if (l > 0 || !is_linear(l)) {
-      const char* error = forward<T, T, T>({in, l == 0 ? nullptr : op.weights[l - 1], l == 0 ? nullptr : op.biases[l - 1], to,
-                                      is_linear(l) ? nullptr : slopes + offset, samples,
-                                      l == 0 ? inputs : op.widths[l - 1], op.widths[l], plan.total_width,
-                                      op.activations[l]}, stream);
+      const char* error =
+          forward<T, T, T>({in, l == 0 ? nullptr : op.weights[l - 1], l == 0 ? nullptr : op.biases[l - 1], to,
+                            is_linear(l) ? nullptr : slopes + offset, samples, l == 0 ? inputs : op.widths[l - 1], op.widths[l],
+                            plan.total_width, op.activations[l]},
+                           stream);
       if (error) return error;
       in = to;
       next = values;

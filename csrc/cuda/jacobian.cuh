@@ -1,9 +1,8 @@
 // What jacobian.cu and jacobian_distance.cu share: values and slopes of a layer at the samples, and products in which one
 // matrix is common to all samples and the other belongs to each sample.
 #pragma once
-#include "device.h"
-
 #include "../activation.h"  // after device.h, because it uses its functions
+#include "device.h"
 
 namespace lmn {
 namespace {
@@ -11,17 +10,17 @@ namespace {
 // ---- the network at the samples ----
 
 constexpr int kForwardThreads = 256;
-constexpr int kForwardTile = 32;   // samples, units and inputs that a block takes at a time
-constexpr int kForwardSide = 16;   // side of the threads' square; each thread takes two samples and two units
+constexpr int kForwardTile = 32;  // samples, units and inputs that a block takes at a time
+constexpr int kForwardSide = 16;  // side of the threads' square; each thread takes two samples and two units
 static_assert(kForwardSide * kForwardSide == kForwardThreads && 2 * kForwardSide == kForwardTile, "a thread has 2 x 2 sums");
 
 /// In: type of the inputs. T: type of the slopes, at least as wide. V: type of the values, which are computed in T.
 template <class In, class T, class V>
 struct ForwardLayer {
-  const In* in;                  // [samples][depth]
-  const In *weights, *bias;      // [width][depth], null: `in` is the activation's argument; [width], null: no bias
-  V* values;                     // [samples][width], null: not needed
-  T* slopes;                     // [samples][slope_stride], null: not needed
+  const In* in;              // [samples][depth]
+  const In *weights, *bias;  // [width][depth], null: `in` is the activation's argument; [width], null: no bias
+  V* values;                 // [samples][width], null: not needed
+  T* slopes;                 // [samples][slope_stride], null: not needed
   std::int64_t samples, depth, width, slope_stride;
   Activation activation;
 };
@@ -109,9 +108,9 @@ struct Matrices {
 /// matrices.
 template <class T>
 struct Product {
-  Matrices<T> left, right;             // [rows][depth], [depth][columns]
+  Matrices<T> left, right;  // [rows][depth], [depth][columns]
   const T *row, *middle, *column;
-  T* out;                              // [samples][rows][columns]
+  T* out;  // [samples][rows][columns]
   std::int64_t samples, rows, depth, columns, slope_stride;
 };
 
@@ -126,7 +125,8 @@ struct alignas(16) Quad {
 // the others multiply.
 constexpr int kProductThreads = 128, kProductLanes = 16, kProductDepth = 16, kUnrolled = 4;
 constexpr int kQuadRows = 4 * kProductThreads / kProductLanes, kQuadColumns = 4 * kProductLanes;
-template <class T> constexpr int kRowQuads = sizeof(T) == 4 ? 2 : 1;
+template <class T>
+constexpr int kRowQuads = sizeof(T) == 4 ? 2 : 1;
 
 /// A stacked row or column: its sample, and its number within the sample. Without stacking: 0, and the row or column itself.
 struct Place {

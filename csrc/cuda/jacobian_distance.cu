@@ -10,12 +10,12 @@ namespace {
 
 // kSide: side of the threads' square; each thread takes kSums x kSums distances of a tile
 constexpr int kThreads = 256, kSide = 16;
-constexpr int kDepth = 16;                 // features in shared memory at a time
+constexpr int kDepth = 16;  // features in shared memory at a time
 constexpr int kNormWarps = kThreads / kWarp;
 
 // One warp per row, lanes over the row's features: neighbouring lanes read neighbouring values.
-__global__ void __launch_bounds__(kThreads) norm_kernel(const double* features, std::int64_t samples, std::int64_t width,
-                                                        double* norms) {
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(const double* features, std::int64_t samples, std::int64_t width, double* norms) {
   const std::int64_t row = (std::int64_t(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   if (row >= samples) return;  // whole warps leave together, so the warp sum stays legal
   double sum = 0;
@@ -79,9 +79,7 @@ __global__ void __launch_bounds__(kThreads)
       if (column >= op.second_samples) continue;
       const double norm = first_norms[row], other_norm = second_norms[column], larger_norm = larger(norm, other_norm);
       const bool counts = larger_norm <= 0x1.fffffffffffffp1023;  // false for a NaN, for an Inf, and for a sum that overflowed
-      const double square = !counts                                  ? larger_norm - larger_norm
-                            : sums[r][c] <= kSameFeatures * larger_norm ? 0.0
-                                                                     : sums[r][c];
+      const double square = !counts ? larger_norm - larger_norm : sums[r][c] <= kSameFeatures * larger_norm ? 0.0 : sums[r][c];
       T distance;
       if constexpr (kConnectivity) {
         // A sum of two norms may overflow where each norm does not, so the smaller norm is divided first. If both norms are 0,
@@ -195,12 +193,12 @@ struct alignas(16) RowPair {
 // one column. Every thread computes the square on the diagonal for itself, because that costs less than a barrier. So kRows
 // rows take three barriers.
 __global__ void __launch_bounds__(kFactorThreads)
-    factor_kernel(const double* gram, std::int64_t width, double* memory, FactorShape shape, bool in_shared,
-                  double* isometry, double* lost) {
+    factor_kernel(const double* gram, std::int64_t width, double* memory, FactorShape shape, bool in_shared, double* isometry,
+                  double* lost) {
   const int padded = shape.padded, parts = shape.parts, stride = shape.stride;
   double* const norms = reinterpret_cast<double*>(dynamic_shared());  // [padded], 0 beyond the units
-  double* const left = norms + padded;  // [kRows][padded]: rows of A minus what the earlier rows take
-  double* const partial = left + kRows * padded;                      // [parts][kRows][padded]
+  double* const left = norms + padded;            // [kRows][padded]: rows of A minus what the earlier rows take
+  double* const partial = left + kRows * padded;  // [parts][kRows][padded]
   double* const factor = in_shared ? partial + parts * kRows * padded : memory;  // [units][stride]
   const int units = int(width), h = int(threadIdx.x) % padded, part = int(threadIdx.x) / padded;
   const bool works = h < units && part < parts;
@@ -307,14 +305,14 @@ const char* jacobian_isometry_on(const JacobianIsometry<T>& op, CUstream_st* str
 /// values: [samples, units], the activation's values, or null.
 template <class T>
 const char* slopes_on(const JacobianFeatures<T>& op, T* values, CUstream_st* stream) {
-  return forward<T, double, T>({op.x, op.first, op.bias, values, op.workspace, op.samples, op.inputs, op.units, op.units,
-                                op.activation}, stream);
+  return forward<T, double, T>(
+      {op.x, op.first, op.bias, values, op.workspace, op.samples, op.inputs, op.units, op.units, op.activation}, stream);
 }
 
 template <class T>
 const char* rows_on(const JacobianFeatures<T>& op, CUstream_st* stream) {
-  const Product<double> product{{op.workspace, op.units}, {op.isometry, 0}, nullptr, nullptr, nullptr, op.features,
-                                op.samples, 1, op.units, op.units, 0};
+  const Product<double> product{
+      {op.workspace, op.units}, {op.isometry, 0}, nullptr, nullptr, nullptr, op.features, op.samples, 1, op.units, op.units, 0};
   return multiply(product, true, stream);
 }
 
@@ -341,21 +339,21 @@ const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* str
   double* const norms = slopes + op.samples * op.units;
   // these are read before the features are written to the same place
   T* const values = op.y ? reinterpret_cast<T*>(features) : nullptr;
-  const JacobianFeatures<T> rows{op.x, op.first, op.bias, isometry, op.samples, op.inputs, op.units, op.activation, features,
-                                 slopes};
+  const JacobianFeatures<T> rows{op.x,      op.first, op.bias,       isometry, op.samples,
+                                 op.inputs, op.units, op.activation, features, slopes};
   const char* error = slopes_on(rows, values, stream);
   if (!error && op.y) {
-    error = forward_as<T, T, T, ActivationKind::kIdentity>({values, op.last, op.last_bias, op.y, nullptr, op.samples,
-                                                            op.units, op.outputs, 0, kNoActivation}, stream);
+    error = forward_as<T, T, T, ActivationKind::kIdentity>(
+        {values, op.last, op.last_bias, op.y, nullptr, op.samples, op.units, op.outputs, 0, kNoActivation}, stream);
   }
   if (!error) {
-    error = jacobian_isometry_on<T>({op.first, op.last, op.units, op.inputs, op.outputs, isometry, op.lost, op.workspace},
-                                    stream);
+    error =
+        jacobian_isometry_on<T>({op.first, op.last, op.units, op.inputs, op.outputs, isometry, op.lost, op.workspace}, stream);
   }
   if (!error) error = rows_on(rows, stream);
   if (error) return error;
-  return jacobian_distance_on<T>({features, features, op.samples, op.samples, op.units, op.squared, op.connectivity,
-                                  op.distance, norms, nullptr}, stream);
+  return jacobian_distance_on<T>(
+      {features, features, op.samples, op.samples, op.units, op.squared, op.connectivity, op.distance, norms, nullptr}, stream);
 }
 
 }  // namespace

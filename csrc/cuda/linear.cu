@@ -7,8 +7,8 @@ namespace {
 template <class T>
 const char* linear_on(const Linear<T>& op, CUstream_st* stream) {
   constexpr ActivationKind kNone = ActivationKind::kIdentity;
-  const ForwardLayer<T, double, double> layer{op.x, op.weight, op.bias, op.z, nullptr, op.samples, op.inputs, op.outputs, 0,
-                                              Activation{kNone, 0, 0}};
+  const ForwardLayer<T, double, double> layer{op.x,       op.weight, op.bias,    op.z, nullptr,
+                                              op.samples, op.inputs, op.outputs, 0,    Activation{kNone, 0, 0}};
   if (op.networks == 1) return forward_as<T, double, double, kNone>(layer, stream);
   const std::int64_t blocks = blocks_of(op.samples, kForwardTile) * blocks_of(op.outputs, kForwardTile);
   for (std::int64_t first = 0; first < op.networks; first += kMostNetworks) {

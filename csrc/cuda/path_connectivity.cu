@@ -1,5 +1,5 @@
-// Float32: chains of one or two hidden layers by the kernel of chained.cuh where it takes them, all others by panels.cuh's; then
-// unresolved.cuh. Float64: chain64.cuh.
+// Float32: chains of one or two hidden layers by the kernel of chained.cuh where it takes them, all others by panels.cuh's;
+// then unresolved.cuh. Float64: chain64.cuh.
 #include "chain64.cuh"
 #include "chained.cuh"
 #include "panels.cuh"
@@ -20,14 +20,27 @@ chained::Kernel find_chained(const PathConnectivity<float>& op) {
   } else {
     const auto of = [&](auto curve) { return chained::kernel_of<decltype(curve), 0, 0>(op.halves_alone); };
     switch (kind) {
-      case ActivationKind::kSilu: found = of(Curve<ActivationKind::kSilu>{}); break;
-      case ActivationKind::kSigmoid: found = of(Curve<ActivationKind::kSigmoid>{}); break;
-      case ActivationKind::kTanh: found = of(Curve<ActivationKind::kTanh>{}); break;
+      case ActivationKind::kSilu:
+        found = of(Curve<ActivationKind::kSilu>{});
+        break;
+      case ActivationKind::kSigmoid:
+        found = of(Curve<ActivationKind::kSigmoid>{});
+        break;
+      case ActivationKind::kTanh:
+        found = of(Curve<ActivationKind::kTanh>{});
+        break;
       case ActivationKind::kRelu:
-      case ActivationKind::kLeakyRelu: found = of(Curve<ActivationKind::kLeakyRelu>{}); break;  // ReLU leaks 0
-      case ActivationKind::kGelu: found = of(Curve<ActivationKind::kGelu>{}); break;
-      case ActivationKind::kGeluTanh: found = of(Curve<ActivationKind::kGeluTanh>{}); break;
-      default: break;
+      case ActivationKind::kLeakyRelu:
+        found = of(Curve<ActivationKind::kLeakyRelu>{});
+        break;  // ReLU leaks 0
+      case ActivationKind::kGelu:
+        found = of(Curve<ActivationKind::kGelu>{});
+        break;
+      case ActivationKind::kGeluTanh:
+        found = of(Curve<ActivationKind::kGeluTanh>{});
+        break;
+      default:
+        break;
     }
   }
   return chained::if_it_fits(op, found);
@@ -39,8 +52,7 @@ struct Bytes {
 };
 Bytes bytes_of(const PathConnectivity<float>& op) {
   const chained::Kernel kernel = find_chained(op);
-  const std::size_t paths =
-      kernel.run ? chained::workspace(op, kernel) : panels::workspace_by_panels(op, Stencil<float>{});
+  const std::size_t paths = kernel.run ? chained::workspace(op, kernel) : panels::workspace_by_panels(op, Stencil<float>{});
   return {paths, paths + unresolved::workspace(op, 0)};
 }
 
@@ -50,9 +62,7 @@ std::size_t cuda_workspace(const PathConnectivity<float>& op) {
   const std::size_t own = bytes_of(op).all;
   return own * std::size_t(networks_at_once(op.networks, own));
 }
-std::size_t cuda_workspace(const PathConnectivity<double>& op) {
-  return float64::workspace64<0>(op, Stencil<double>{});
-}
+std::size_t cuda_workspace(const PathConnectivity<double>& op) { return float64::workspace64<0>(op, Stencil<double>{}); }
 const char* cuda_run(const PathConnectivity<float>& op, CUstream_st* stream) {
   const chained::Kernel kernel = find_chained(op);
   const Bytes own = bytes_of(op);

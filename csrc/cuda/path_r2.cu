@@ -1,9 +1,8 @@
 // path_r2 on CUDA: one pass over f's outputs. Memory bandwidth bounds it, so the number of bytes on their way to a
 // multiprocessor decides its speed. Three kernels: the outputs' scale, then the pairs, by one kernel for small and one for
 // large pairs.
-#include "device.h"
-
 #include "../statistics.h"  // after device.h, because it uses its functions
+#include "device.h"
 
 namespace lmn {
 namespace {
@@ -26,8 +25,8 @@ struct Output {
     add_moments(moments, (y - fma(t, chord, first)) * scale, weight, weight_t);
   }
   __device__ Share<T> share(T rounding, T least, T variance_t) const {
-    return share_of_output<T, T>(chord * scale, moments, magnitude, least,
-                                 fma(magnitude, magnitude, rounding * rounding), variance_t, Epsilon<T>::value);
+    return share_of_output<T, T>(chord * scale, moments, magnitude, least, fma(magnitude, magnitude, rounding * rounding),
+                                 variance_t, Epsilon<T>::value);
   }
 };
 
@@ -109,20 +108,21 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int 
 // ---- small pairs, through shared memory ----
 
 constexpr int kThreads = 128;
-constexpr int kItems = 2;                     // outputs of pairs per thread; they share the loads of the nodes
-constexpr int kTileBytes = 24 * 1024;         // nine blocks on an sm_90 multiprocessor: some blocks load while others add
+constexpr int kItems = 2;              // outputs of pairs per thread; they share the loads of the nodes
+constexpr int kTileBytes = 24 * 1024;  // nine blocks on an sm_90 multiprocessor: some blocks load while others add
 constexpr int kSmallPairBytes = kTileBytes / 3;
 // stands for a constant output; a share is never negative, and kUnresolved is another number
 constexpr double kConstantShare = -2.0;
 
 /// The layout of a block's values in shared memory.
 struct Tile {
-  std::int32_t pairs;     // pairs of a block
-  std::int32_t padding;   // values between two pairs' values
-  std::int32_t width;     // lanes that add up a pair's shares, a power of two
+  std::int32_t pairs;    // pairs of a block
+  std::int32_t padding;  // values between two pairs' values
+  std::int32_t width;    // lanes that add up a pair's shares, a power of two
 };
 
-template <class T> constexpr int kChunk = int(16 / sizeof(T));  // values in 16 bytes
+template <class T>
+constexpr int kChunk = int(16 / sizeof(T));  // values in 16 bytes
 
 /// Copies op.interior[begin .. begin + count) to `to`. The first value goes to to[head], where head is the distance of begin
 /// from a 16-byte boundary in global memory.
@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
       y[n] += pair * (pair_values + tile.padding) + k;
       const std::int64_t i = op.first[begin + pair], j = op.second[begin + pair];
       const bool known = is_sample(op, i) && is_sample(op, j);
-      items[n].start(known ? op.ends[i * outputs + k] : not_a_number<T>(),
-                     known ? op.ends[j * outputs + k] : not_a_number<T>(), op.workspace[k]);
+      items[n].start(known ? op.ends[i * outputs + k] : not_a_number<T>(), known ? op.ends[j * outputs + k] : not_a_number<T>(),
+                     op.workspace[k]);
     }
   }
   copy_async_wait();
@@ -184,8 +184,7 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
 #pragma unroll
   for (int n = 0; n < kItems; ++n) {
     const int item = thread + n * kThreads, k = item % outputs;
-    const Share<T> share =
-        items[n].share(op.workspace[outputs + k], op.workspace[2 * outputs + k], nodes.variance_t);
+    const Share<T> share = items[n].share(op.workspace[outputs + k], op.workspace[2 * outputs + k], nodes.variance_t);
     shares[item] = share.unresolved > 0 ? T(kUnresolved) : share.constant > 0 ? T(kConstantShare) : share.nonlinear;
   }
   __syncthreads();
@@ -221,7 +220,7 @@ const char* small_pairs(const PathR2<T>& op, const DeviceNodes<T>& nodes, CUstre
   const int fitting = stride > 0 ? int(kTileBytes / sizeof(T)) / stride : kItems * kThreads;
   tile.pairs = int(at_most(fitting, kItems * kThreads / outputs));
   for (tile.width = 1; tile.width < kWarp && tile.width < outputs;) tile.width *= 2;
-  const std::size_t shared = (kItems * kThreads + kChunk<T> + std::size_t(tile.pairs) * stride + kChunk<T>) * sizeof(T);
+  const std::size_t shared = (kItems * kThreads + kChunk<T> + std::size_t(tile.pairs) * stride + kChunk<T>)*sizeof(T);
   return launch(small_pairs_kernel<T>, blocks_of(op.pairs, tile.pairs), kThreads, shared, stream, op, nodes, tile);
 }
 
@@ -317,8 +316,8 @@ template <class T>
 const char* path_r2_on(const PathR2<T>& op, CUstream_st* stream) {
   int columns = 1;
   while (columns < kScaleColumns && columns < op.outputs) columns *= 2;
-  const char* error = launch(scale_kernel<T>, blocks_of(op.outputs, columns), kScaleThreads,
-                             2 * kScaleThreads * sizeof(T), stream, op, columns);
+  const char* error = launch(scale_kernel<T>, blocks_of(op.outputs, columns), kScaleThreads, 2 * kScaleThreads * sizeof(T),
+                             stream, op, columns);
   if (error) return error;
   DeviceNodes<T> nodes;
   error = store_nodes(op.nodes, op.workspace + 3 * op.outputs, nodes, stream);

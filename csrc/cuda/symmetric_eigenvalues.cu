@@ -30,12 +30,12 @@ const char* run(const SymmetricEigenvalues<T>& op, CUstream_st* stream) {
   const auto doubles = [&](std::size_t place) { return reinterpret_cast<double*>(memory + place); };
   const auto words = [&](std::size_t place) { return reinterpret_cast<unsigned long long*>(memory + place); };
   const Matrices matrices{op.matrices, sizeof(T) == 8, int(op.samples), int(op.batch)};
-  const Work work{nullptr, words(at.largest), words(at.failed), doubles(at.diagonal), doubles(at.off_diagonal),
+  const Work work{nullptr, words(at.largest),  words(at.failed), doubles(at.diagonal), doubles(at.off_diagonal),
                   nullptr, doubles(at.distant)};
   if (const char* error = message(cudaMemsetAsync(op.workspace, 0, at.zeros, stream))) return error;
   const std::int64_t rows = op.batch * op.samples;
-  if (const char* error = launch(largest_kernel, blocks_of(rows, kRowsPerBlock), kRowsPerBlock * kWarp, 0, stream, matrices,
-                                 work)) {
+  if (const char* error =
+          launch(largest_kernel, blocks_of(rows, kRowsPerBlock), kRowsPerBlock * kWarp, 0, stream, matrices, work)) {
     return error;
   }
   double* exchange = doubles(at.exchange);
@@ -45,8 +45,13 @@ const char* run(const SymmetricEigenvalues<T>& op, CUstream_st* stream) {
     for (std::size_t k = 0; k < plan.phases.size(); ++k) {
       Shape shape = plan.phases[k].shape;
       shape.batch = count;
-      const Work part{exchange, work.largest + begin, work.failed + begin, work.diagonal + begin * op.samples,
-                      work.off_diagonal + begin * op.samples, doubles(at.left[k % 2]), work.distant};
+      const Work part{exchange,
+                      work.largest + begin,
+                      work.failed + begin,
+                      work.diagonal + begin * op.samples,
+                      work.off_diagonal + begin * op.samples,
+                      doubles(at.left[k % 2]),
+                      work.distant};
       if (const char* error = plan.phases[k].run(from, shape, part, stream)) return error;
       exchange += std::size_t(count) * 4 * std::size_t(shape.words());
       from = {part.left, true, shape.left(), count};

@@ -14,21 +14,21 @@ namespace lmn {
 namespace {
 namespace unresolved {
 
-constexpr int kMostLayers = 48, kMostNodes = 64;      // as many as fit the kernel's parameters
-constexpr int kMostPairs = 1 << 14;                   // most pairs of a block, because a launch cannot be interrupted
-constexpr std::int64_t kMostPanelBytes = 64 << 20;    // most bytes of panels outside shared memory, of all blocks
+constexpr int kMostLayers = 48, kMostNodes = 64;    // as many as fit the kernel's parameters
+constexpr int kMostPairs = 1 << 14;                 // most pairs of a block, because a launch cannot be interrupted
+constexpr std::int64_t kMostPanelBytes = 64 << 20;  // most bytes of panels outside shared memory, of all blocks
 // if the panels of so few blocks do not fit there, one pair is enough work for torch
 constexpr std::int64_t kFewestBlocks = 16;
-constexpr int kTaskUnits = 4;                         // units of a layer for which a lane reads a value once
-constexpr int kEndPoints = 3;                         // points of a polynomial's path: both ends and the middle
-constexpr double kAgreeingUlps = 16;                  // samples that differ by at most this agree, as in lmnfast/_unresolved.py
+constexpr int kTaskUnits = 4;         // units of a layer for which a lane reads a value once
+constexpr int kEndPoints = 3;         // points of a polynomial's path: both ends and the middle
+constexpr double kAgreeingUlps = 16;  // samples that differ by at most this agree, as in lmnfast/_unresolved.py
 
 struct Unit {
   const float *weights, *biases;  // [width, width before], [width] or null
   double alpha, beta;
   int width, kind;
-  int shift[2];                   // first column of `exact` that is added to the value before and after the activation
-  std::int16_t added[2], kept[2]; // slots, as in Layer; none: -1
+  int shift[2];                    // first column of `exact` that is added to the value before and after the activation
+  std::int16_t added[2], kept[2];  // slots, as in Layer; none: -1
 };
 
 /// The kernel's parameters. With several networks the pointers are those of the first one; the arrays of the others follow it.
@@ -36,17 +36,17 @@ struct Unresolved {
   Unit layers[kMostLayers + 1];
   double t[kMostNodes], w[kMostNodes];  // all nodes and their weights
   double mean_t, variance_t;
-  const double* exact;            // [samples, exact_width]
-  const float* inputs;            // [samples, input_width]
+  const double* exact;  // [samples, exact_width]
+  const float* inputs;  // [samples, input_width]
   float* connectivity;
   std::int64_t* counts;
-  double* panels;                 // [blocks][block_panels]; null: in shared memory
+  double* panels;  // [blocks][block_panels]; null: in shared memory
   std::int64_t samples, exact_width, input_width;
   std::int64_t panel, block_panels;  // sizes in doubles
   int last, nodes, midpoint;
   int points, pairs_at_once, columns;
-  bool has_least;                 // whether outputs after the last activation have a least magnitude, see _Hoisted.values
-  std::int64_t apart;             // bytes between the workspaces of two networks
+  bool has_least;      // whether outputs after the last activation have a least magnitude, see _Hoisted.values
+  std::int64_t apart;  // bytes between the workspaces of two networks
 
   __device__ const double* own_exact() const { return exact + blockIdx.y * samples * exact_width; }
   __device__ const float* own_inputs() const { return inputs + blockIdx.y * samples * input_width; }
@@ -320,8 +320,8 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
   // Other blocks decrease the count meanwhile, so threads may read different values.
   if (!__syncthreads_or(p.own_counts()[1] != 0)) return;
   const int warp = int(threadIdx.x) / kWarp;
-  double* const panels = p.panels ? in_network(p.panels, p.apart) + blockIdx.x * p.block_panels
-                                  : reinterpret_cast<double*>(dynamic_shared());
+  double* const panels =
+      p.panels ? in_network(p.panels, p.apart) + blockIdx.x * p.block_panels : reinterpret_cast<double*>(dynamic_shared());
   const float* const connectivity = p.own_connectivity();
   const auto measure = [&](int begin, int here) {
     bool any = false;

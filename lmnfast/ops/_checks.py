@@ -3,6 +3,7 @@
 The fake implementations call the same functions without the checks of values.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -120,7 +121,7 @@ def check_rule(nodes: Tensor, weights: Tensor, name: str = "weights", *, fake: b
     if fake:
         return
     t, w = nodes.tolist(), weights.tolist()
-    if t[0] != 0 or t[-1] != 1 or not all(before < after for before, after in zip(t, t[1:])):
+    if t[0] != 0 or t[-1] != 1 or not all(before < after for before, after in itertools.pairwise(t)):
         raise ValueError(
             f"nodes: expected rising numbers from 0 to 1, got {t[0]} to {t[-1]}, or another order"
         )

@@ -12,8 +12,8 @@ from .path_connectivity import chain_connectivity, fake, run
 def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool) -> Tensor:
     """``reference.hermite_connectivity(chain, x, nodes, weights, midpoint)``, fused.
 
-    Devices and precision are those of ``path_connectivity``. Slopes are carried from layer to layer as their difference from the
-    chord's, at both ends of every path. Nothing but the midpoint is evaluated along the path, and no Jacobian is formed.
+    Devices and precision are those of ``path_connectivity``. Slopes are carried from layer to layer as their difference from
+    the chord's, at both ends of every path. Nothing but the midpoint is evaluated along the path, and no Jacobian is formed.
 
     Args:
         chain: weights on the samples' device, of their dtype.

@@ -205,12 +205,12 @@ def isometry_distance(
     connectivity: bool = False,
     with_outputs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`isometry`, `isometric_features` and :func:`jacobian_distance` of those with themselves, or `jacobian_connectivity`, by one
-    call.
+    """`isometry`, `isometric_features` and :func:`jacobian_distance` of those with themselves, or `jacobian_connectivity`, by
+    one call.
 
     Returns:
-        (N, N) of x's dtype; (2,) int64, the bits of what `isometry` says about B; and with_outputs (N, K) of x's dtype, what the
-        chain gives, each sum in float64.
+        (N, N) of x's dtype; (2,) int64, the bits of what `isometry` says about B; and with_outputs (N, K) of x's dtype, what
+        the chain gives, each sum in float64.
     """
     x, first, last = plain(x), plain(first), plain(last)
     bias, last_bias = (None if b is None else plain(b) for b in (bias, last_bias))

@@ -23,10 +23,10 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
     to float32 first. Pairs that float32 cannot resolve are measured in float64 afterwards, see docs/mathematics.md.
     On CUDA float32 products follow ``torch.get_float32_matmul_precision()``. At "highest" residuals from the chord and weights
     are each split into two halves, which keeps 22 of float32's 24 bits. At "high" and "medium" each is one half, of 11 bits, as
-    in TF32. That moves r2 by at most about 2^-11 of the last hidden units' residuals over the output's spread: most entries move
-    by less than 1e-4; a path whose chord is short against its way moves by some 1e-3 where tens of outputs level the error, and
-    by 0.02 with one output. A power of two for each unit brings values into a half's range; where that fails, the pair is
-    measured in float64.
+    in TF32. That moves r2 by at most about 2^-11 of the last hidden units' residuals over the output's spread: most entries
+    move by less than 1e-4; a path whose chord is short against its way moves by some 1e-3 where tens of outputs level the
+    error, and by 0.02 with one output. A power of two for each unit brings values into a half's range; where that fails, the
+    pair is measured in float64.
 
     Args:
         chain: weights on the samples' device, of their dtype.
@@ -82,8 +82,9 @@ def chain_connectivity(
 def stack_connectivity(
     chains: ChainStack, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None = None
 ) -> tuple[Tensor, Tensor, list[ChainConnectivity]]:
-    """`chain_connectivity` of several networks, x (networks, N, *in): L (networks, N, N), counts (networks, 2), and what these are
-    of each. On CUDA one launch for all; the same bits as one after the other."""
+    """`chain_connectivity` of several networks on x (networks, N, *in), on CUDA by one launch for all, with the same bits.
+
+    Returns L (networks, N, N), counts (networks, 2), and the parts of these that belong to each network."""
     parts = _hoisted(chains, x)
     L, counts = _measured(parts, x, nodes, weights, midpoint)
     return (
@@ -148,8 +149,8 @@ def _resolved(
 
 @dataclass(frozen=True, eq=False)
 class _Hoisted:
-    """A chain behind the affine maps that it begins with, and the samples there, as far as possible in float64; or several, with
-    one more dimension in front of all."""
+    """A chain behind the affine maps that it begins with, and the samples there, as far as possible in float64; or several
+    chains, with one more dimension in front of all tensors."""
 
     z: Tensor  # (N, D) float64
     weights: list[Tensor]
@@ -297,7 +298,7 @@ def _hoisted(chain: Chain | ChainStack, x: Tensor) -> _Hoisted:
         [b for _, b in linears],
         activations,
         [-1 if source is None or source in affine else source - first for source in sources],
-        [affine[source] if source in affine else None for source in sources],
+        [affine.get(source) for source in sources],
     )
 
 

@@ -13,15 +13,16 @@ def path_r2(
 ) -> Tensor:
     """:func:`lmnfast.reference.path_r2` in one pass over memory, without temporaries; float32 or float64.
 
-    The statistics are those of the residual from the chord ``y(t) - (y_i + t (y_j - y_i))``, so an offset of y costs no digits.
-    Pairs that the kernel leaves unresolved (docs/mathematics.md) follow in float64, from the same outputs; to find them the call
-    waits for CUDA.
+    The statistics are those of the residual from the chord ``y(t) - (y_i + t (y_j - y_i))``, so an offset of y costs no
+    digits.
+    Pairs that the kernel leaves unresolved (docs/mathematics.md) follow in float64, from the same outputs; to find them the
+    call waits for CUDA.
 
-    ``torch.ops.lmnfast.path_r2`` leaves such pairs as UNRESOLVED. It returns r2 and two counts, (2,) int64: the outputs that are
-    constant, over all resolved pairs, and the unresolved pairs. Its argument `rounding`, (2, outputs) of interior's dtype, is
-    f's own rounding of each output in machine epsilons, and the magnitude below which nothing is known of that output, negative
-    where an output is known if it is 0. The op enqueues on the current stream and never waits. Indices of samples can therefore
-    not be checked on CUDA: a pair of samples that do not exist gets NaN.
+    ``torch.ops.lmnfast.path_r2`` leaves such pairs as UNRESOLVED. It returns r2 and two counts, (2,) int64: the outputs that
+    are constant, over all resolved pairs, and the unresolved pairs. Its argument `rounding`, (2, outputs) of interior's
+    dtype, is f's own rounding of each output in machine epsilons, and the magnitude below which nothing is known of that
+    output, negative where an output is known if it is 0. The op enqueues on the current stream and never waits. Indices of
+    samples can therefore not be checked on CUDA: a pair of samples that do not exist gets NaN.
 
     Args:
         interior: (pairs, nodes - 2, outputs), float32 or float64.

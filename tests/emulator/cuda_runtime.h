@@ -21,14 +21,22 @@
 
 // ---- types ----
 
-struct uint3 { unsigned x, y, z; };
-struct dim3 { unsigned x, y, z; };
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+};
 
-#define EMULATOR_VECTOR2(name, T, bytes)            \
-  struct __align__(bytes) name { T x, y; };         \
+#define EMULATOR_VECTOR2(name, T, bytes) \
+  struct __align__(bytes) name {         \
+    T x, y;                              \
+  };                                     \
   inline name make_##name(T x, T y) { return {x, y}; }
-#define EMULATOR_VECTOR4(name, T)                   \
-  struct __align__(16) name { T x, y, z, w; };      \
+#define EMULATOR_VECTOR4(name, T) \
+  struct __align__(16) name {     \
+    T x, y, z, w;                 \
+  };                              \
   inline name make_##name(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMULATOR_VECTOR2(float2, float, 8)
 EMULATOR_VECTOR2(double2, double, 16)
@@ -91,8 +99,14 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
 }
 
 // Blocks of a grid are on several operating-system threads.
-template <class T> T atomicAdd(T* to, T value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
-template <class T> T atomicOr(T* to, T value) { return __atomic_fetch_or(to, value, __ATOMIC_RELAXED); }
+template <class T>
+T atomicAdd(T* to, T value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+template <class T>
+T atomicOr(T* to, T value) {
+  return __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
+}
 template <class T>
 T atomicMax(T* to, T value) {
   T before = __atomic_load_n(to, __ATOMIC_RELAXED);
@@ -118,4 +132,7 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&v, &bits, sizeof(v));
   return v;
 }
-template <class T> T __ldg(const T* from) { return *from; }
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}

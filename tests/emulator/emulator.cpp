@@ -53,8 +53,7 @@ void run_blocks(int columns, int rows, int threads, std::size_t shared, void (*b
   for (int n = begin; n < blocks; ++n) run_block(n);
 }
 
-void run_cooperative_blocks(int blocks, int threads, std::size_t shared, void (*body)(const void*),
-                            const void* kernel) {
+void run_cooperative_blocks(int blocks, int threads, std::size_t shared, void (*body)(const void*), const void* kernel) {
   int limit = 0, multiprocessors = 0;
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
@@ -203,10 +202,14 @@ cudaError_t cudaGetLastError() {
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
   }
   return "unknown error";
 }
@@ -224,11 +227,21 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   // few, because the tests' grids are small
   const char* const multiprocessors = std::getenv("LMNFAST_EMULATED_MULTIPROCESSORS");
   switch (attribute) {
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = optin; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = optin + kReserved; return cudaSuccess;
-    case cudaDevAttrReservedSharedMemoryPerBlock: *value = kReserved; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = multiprocessors ? std::atoi(multiprocessors) : 3; return cudaSuccess;
-    case cudaDevAttrCooperativeLaunch: *value = 1; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = optin;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = optin + kReserved;
+      return cudaSuccess;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      *value = kReserved;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = multiprocessors ? std::atoi(multiprocessors) : 3;
+      return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 1;
+      return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
@@ -244,8 +257,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStre
   return cudaSuccess;
 }
 
-cudaError_t cudaMemset2DAsync(void* memory, std::size_t pitch, int value, std::size_t width, std::size_t height,
-                              cudaStream_t) {
+cudaError_t cudaMemset2DAsync(void* memory, std::size_t pitch, int value, std::size_t width, std::size_t height, cudaStream_t) {
   if (width > pitch) return cudaErrorInvalidValue;
   for (std::size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(memory) + row * pitch, value, width);
   return cudaSuccess;

@@ -92,9 +92,7 @@ void multiply_add_halves(const Fragments* const* lanes) {
     }
   }
   for (int row = 0; row < kRows; ++row) {
-    const auto c = [&](int column) -> float& {
-      return lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2];
-    };
+    const auto c = [&](int column) -> float& { return lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2]; };
     Floats sum;
     for (int column = 0; column < kColumns; ++column) sum[column] = c(column);
     for (int begin = 0; begin < depth; begin += kStep) {

@@ -30,11 +30,10 @@ constexpr int kMaxThreads = 1024;
 constexpr std::size_t kStack = 256 * 1024;  // pages that are not touched cost nothing
 constexpr std::size_t kGuard = 1024;        // bytes of NaN before and after the dynamic shared memory
 
-enum class Wait {
-  kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiplyHalves, kMultiply64, kNamed, kStore
-};
-const char* const kWaitNames[] = {"nothing", "__syncthreads", "__syncwarp", "vote", "shuffle", "mma of halves",
-                                  "mma in float64", "bar.sync", "store of another block"};
+enum class Wait { kNothing, kBlock, kBarrier, kBallot, kShuffle, kMultiplyHalves, kMultiply64, kNamed, kStore };
+const char* const kWaitNames[] = {"nothing",        "__syncthreads", "__syncwarp",
+                                  "vote",           "shuffle",       "mma of halves",
+                                  "mma in float64", "bar.sync",      "store of another block"};
 
 struct Fragments {
   float* c;
@@ -409,8 +408,8 @@ bool Machine::run(bool cooperative) {
 
 void Machine::print_waits() {
   for (int n = 0; n * kWarp < threads_; ++n) {
-    std::fprintf(stderr, "block %d, warp %d: lanes at __syncthreads %08x, at a warp collective %08x, returned %08x", block_,
-                 n, warps_[n].at_barrier, warps_[n].at_collective, warps_[n].exited);
+    std::fprintf(stderr, "block %d, warp %d: lanes at __syncthreads %08x, at a warp collective %08x, returned %08x", block_, n,
+                 warps_[n].at_barrier, warps_[n].at_collective, warps_[n].exited);
     std::fprintf(stderr, ", at bar.sync %08x, at a load of another block's store %08x\n", warps_[n].at_named,
                  warps_[n].at_store | warps_[n].ready);
   }
@@ -418,8 +417,8 @@ void Machine::print_waits() {
 
 void Machine::end() {
   for (int number = 0; number < kNamedBarriers; ++number) {
-    if (named_[number].arrived > 0) fail("%d threads have arrived at barrier %d, and nobody has met them there",
-                                         named_[number].arrived, number);
+    if (named_[number].arrived > 0)
+      fail("%d threads have arrived at barrier %d, and nobody has met them there", named_[number].arrived, number);
   }
   const unsigned char *const begin = memory_.data(), *const end = begin + memory_.size();
   const auto untouched = [](unsigned char byte) { return byte == 0xff; };

@@ -43,7 +43,7 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
     const int columns = int(std::int64_t(interior) * (part + 1) / node_blocks) - begin;
     const T* t = plan.t + begin;
     const T *w = plan.w + begin, *w_t = plan.w_t + begin;
-    Vector<T> *panel = s.panel, *next = s.next_panel;
+    Vector<T>*panel = s.panel, *next = s.next_panel;
     std::int64_t before = 0;  // number of units in earlier layers
     for (int l = 0; l <= op.layers; ++l) {
       const Layer<T>& layer = plan.layers[l];
@@ -60,9 +60,8 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
           }
         });
       } else if (l == 0) {
-        with_kind(layer.activation.kind, [&](auto kind) {
-          residuals<T, kind.value, false>(ends, layer.activation, t, columns, panel);
-        });
+        with_kind(layer.activation.kind,
+                  [&](auto kind) { residuals<T, kind.value, false>(ends, layer.activation, t, columns, panel); });
       } else {
         const std::int64_t depth = plan.layers[l - 1].width;
         if (l == op.layers && plan.ends_in_product()) {
@@ -72,9 +71,8 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
         multiply_layer<T>(layer.packed, layer.width, depth, columns, panel, next, nullptr, nullptr, nullptr);
         join_residuals(plan, s, 2 * l, next, layer.width * columns);
         if (layer.activation.kind != ActivationKind::kIdentity) {
-          with_kind(layer.activation.kind, [&](auto kind) {
-            residuals<T, kind.value, true>(ends, layer.activation, t, columns, next);
-          });
+          with_kind(layer.activation.kind,
+                    [&](auto kind) { residuals<T, kind.value, true>(ends, layer.activation, t, columns, next); });
         }
         Vector<T>* const swapped = panel;
         panel = next;
@@ -109,17 +107,15 @@ void polynomial_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t b
       const Layer<T>& layer = plan.layers[l];
       const Ends<T> ends = ends_of(plan, s, l, before, block);
       if (l == 0) {
-        with_kind(layer.activation.kind, [&](auto kind) {
-          stencil_residuals<T, kind.value, false>(ends, layer.activation, begin, columns, panel);
-        });
+        with_kind(layer.activation.kind,
+                  [&](auto kind) { stencil_residuals<T, kind.value, false>(ends, layer.activation, begin, columns, panel); });
       } else {
         const std::int64_t depth = plan.layers[l - 1].width;
         multiply_layer<T>(layer.packed, layer.width, depth, columns, panel, next, nullptr, nullptr, nullptr);
         join_residuals(plan, s, 2 * l, next, layer.width * columns);
         if (layer.activation.kind != ActivationKind::kIdentity) {
-          with_kind(layer.activation.kind, [&](auto kind) {
-            stencil_residuals<T, kind.value, true>(ends, layer.activation, begin, columns, next);
-          });
+          with_kind(layer.activation.kind,
+                    [&](auto kind) { stencil_residuals<T, kind.value, true>(ends, layer.activation, begin, columns, next); });
         }
         V* const swapped = panel;
         panel = next;
@@ -209,8 +205,8 @@ void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64
     const V magnitude = larger(absolute(first), absolute(second));
     const V chord = (second - first) + (load<V>(plan.y_low + at_j) - first_y_low[k]);
     const V rounding_squared = fma(rounding, rounding, splat<V>(first_rounding[k] * first_rounding[k]));
-    const Share<V> share = share_of_output<V, T>(chord, s.moments[k], magnitude, V{}, rounding_squared,
-                                                 T(op.nodes.variance_t), Epsilon<T>::value);
+    const Share<V> share =
+        share_of_output<V, T>(chord, s.moments[k], magnitude, V{}, rounding_squared, T(op.nodes.variance_t), Epsilon<T>::value);
     nonlinear.add(share.nonlinear);
     constants += share.constant;
     unresolved += share.unresolved;

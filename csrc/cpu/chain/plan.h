@@ -14,27 +14,27 @@ template <class T>
 struct Layer {
   std::int64_t width;
   Activation activation;
-  T* z = nullptr;       // before the activation
-  T* a = nullptr;       // after it; the same memory for the identity
-  T* v = nullptr;       // input of the next layer: a, or its own memory where an earlier value is added to a
-  T* slope = nullptr;   // derivative of the activation; only with a stencil
+  T* z = nullptr;         // before the activation
+  T* a = nullptr;         // after it; the same memory for the identity
+  T* v = nullptr;         // input of the next layer: a, or its own memory where an earlier value is added to a
+  T* slope = nullptr;     // derivative of the activation; only with a stencil
   T* rounding = nullptr;  // root of the sum of squares of all terms behind v; v's rounding error is some epsilons of it
-  T* packed = nullptr;  // weights into this layer, [blocks of kBlockRows][width of the layer before][rows of the block]
+  T* packed = nullptr;    // weights into this layer, [blocks of kBlockRows][width of the layer before][rows of the block]
 };
 
 /// Memory of one thread.
 template <class T>
 struct Scratch {
   using V = Vector<T>;
-  V *panel, *next_panel;    // [width][nodes of the block]
-  V* kept;                  // [slots] panels of values that are added to later ones
-  Moments<V>* moments;      // [outputs]
-  V* values;                // [outputs][nodes of the stencil]
+  V *panel, *next_panel;                     // [width][nodes of the block]
+  V* kept;                                   // [slots] panels of values that are added to later ones
+  Moments<V>* moments;                       // [outputs]
+  V* values;                                 // [outputs][nodes of the stencil]
   const T *first_z, *first_a, *first_slope;  // [sum of widths], all layers at the first sample, one after the other
-  V* second_table;          // [widths[0]][nodes], exp(-t z_j)
-  T* first_table;           // [kTaskRows][widths[0]][nodes], exp(-(1 - t) z_i)
-  std::int64_t table_task;  // the task whose rows first_table holds; -1: no task
-  std::int64_t counts[2];   // this thread's share of the op's counts
+  V* second_table;                           // [widths[0]][nodes], exp(-t z_j)
+  T* first_table;                            // [kTaskRows][widths[0]][nodes], exp(-(1 - t) z_i)
+  std::int64_t table_task;                   // the task whose rows first_table holds; -1: no task
+  std::int64_t counts[2];                    // this thread's share of the op's counts
 };
 
 template <class T>
@@ -50,10 +50,10 @@ struct Plan {
   // error of y in T.
   T *y = nullptr, *y_low = nullptr;
   T *row_z = nullptr, *row_a = nullptr, *row_slope = nullptr;  // [samples][sum of widths], copies of the layers
-  T *row_y = nullptr, *row_y_low = nullptr;      // [samples][outputs]
-  T *rounding = nullptr, *row_rounding = nullptr;  // of the scaled outputs, laid out as y and as row_y
-  Scratch<T>* scratch = nullptr;                 // [threads]
-  bool separable = false;  // the first layer is computed from two exponentials
+  T *row_y = nullptr, *row_y_low = nullptr;                    // [samples][outputs]
+  T *rounding = nullptr, *row_rounding = nullptr;              // of the scaled outputs, laid out as y and as row_y
+  Scratch<T>* scratch = nullptr;                               // [threads]
+  bool separable = false;                                      // the first layer is computed from two exponentials
 
   const Layer<T>& last() const { return layers[op.layers]; }
   bool ends_linear() const { return op.layers > 0 && last().activation.kind == ActivationKind::kIdentity; }

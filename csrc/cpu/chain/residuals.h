@@ -3,9 +3,8 @@
 // at every node; a product of two exponentials, where the first layer allows it; and for a stencil the slopes at both ends
 // and the midpoint.
 #pragma once
-#include "../level.h"
-
 #include "../../activation.h"  // after level.h, whose functions it uses
+#include "../level.h"
 
 namespace lmn {
 namespace {
@@ -57,9 +56,11 @@ __attribute__((noinline)) void residuals(const Ends<T>& ends, Activation activat
 // instead of an exponential.
 
 /// Beyond this |z| a product of two exponentials could overflow or lose its digits. The activation itself is then evaluated.
-template <class T> constexpr T kSeparableLimit = sizeof(T) == 4 ? T(80) : T(700);
+template <class T>
+constexpr T kSeparableLimit = sizeof(T) == 4 ? T(80) : T(700);
 /// 1 - 2 / (1 + exp(2 z)) has an absolute error of an epsilon, also near 0. Below this mean |z| tanh itself is evaluated.
-template <class T> constexpr T kTanhSeparableMean = T(0.25);
+template <class T>
+constexpr T kTanhSeparableMean = T(0.25);
 
 constexpr bool is_separable(ActivationKind kind) {
   return kind == ActivationKind::kSilu || kind == ActivationKind::kSigmoid || kind == ActivationKind::kTanh;

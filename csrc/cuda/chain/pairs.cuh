@@ -1,10 +1,9 @@
 // The statistics of a pair from the outputs' moments, the pair's entry in the matrix, and the order of the units of work. The
 // kernels of the paths call these at the end of each path.
 #pragma once
-#include "problem.cuh"
-
 #include "../../activation.h"  // these two after device.h, because they use its functions
 #include "../../statistics.h"
+#include "problem.cuh"
 
 namespace lmn {
 namespace {
@@ -48,8 +47,8 @@ __device__ inline float bend_of(const Moments<float>& m, float variance_t) {
 /// Adds output k between samples i and j. scale: of the output. least: an output below it has underflowed or is about to.
 template <class T>
 __device__ inline void add_output(PairSums& sums, const T* y, const T* y_low, const T* rounding, std::int64_t outputs,
-                                  std::int64_t i, std::int64_t j, std::int64_t k, const Moments<T>& moments,
-                                  T scale, T least, T variance_t) {
+                                  std::int64_t i, std::int64_t j, std::int64_t k, const Moments<T>& moments, T scale, T least,
+                                  T variance_t) {
   const std::int64_t at_i = i * outputs + k, at_j = j * outputs + k;
   const T first = y[at_i], second = y[at_j];
   const T chord = (second - first) + (y_low[at_j] - y_low[at_i]);
@@ -77,9 +76,9 @@ __device__ inline bool are_close(const T* z, std::int64_t stride, std::int64_t w
 
 /// Writes both halves of a pair's entry, and counts. z: [samples, stride], of the first layer.
 template <class T>
-__device__ inline void store_entry(T* connectivity, std::int64_t* counts, const PairSums& sums, const T* z,
-                                   std::int64_t stride, std::int64_t width, std::int64_t samples, std::int64_t outputs,
-                                   std::int64_t i, std::int64_t j) {
+__device__ inline void store_entry(T* connectivity, std::int64_t* counts, const PairSums& sums, const T* z, std::int64_t stride,
+                                   std::int64_t width, std::int64_t samples, std::int64_t outputs, std::int64_t i,
+                                   std::int64_t j) {
   T entry = T(1 - sums.nonlinear / double(outputs));
   if (i == j) {
     entry = T(1);

@@ -41,12 +41,12 @@ struct Layer {
   std::int64_t width, stride;  // stride: length of a sample's row in z and a, padded with zeros
   ActivationKind kind;
   T alpha, beta;
-  T *z, *a, *slope;          // [samples, stride] before the activation, after it, and the activation's derivative or null
-  T* v;                      // [samples, stride], the input of the next layer: a, or a plus what the network adds to it
-  T* rounding;               // [samples, stride], root of the sum of squares of everything that v is computed from
-  const T *weights, *biases; // [width, width of the layer before], [width] or null
-  HalfLayer half;            // used in float
-  double2* fragments;        // used in double: weights as fragments, see chain64/samples.cuh
+  T *z, *a, *slope;           // [samples, stride] before the activation, after it, and the activation's derivative or null
+  T* v;                       // [samples, stride], the input of the next layer: a, or a plus what the network adds to it
+  T* rounding;                // [samples, stride], root of the sum of squares of everything that v is computed from
+  const T *weights, *biases;  // [width, width of the layer before], [width] or null
+  HalfLayer half;             // used in float
+  double2* fragments;         // used in double: weights as fragments, see chain64/samples.cuh
   int added[2], kept[2];  // slots of the residuals that are added to z and v, and in which those of z and v are kept; none: -1
 };
 
@@ -60,20 +60,20 @@ constexpr float kTinyUnit = 1e-10f, kHugeUnit = 0x1p40f;
 /// The kernels' view of the problem. All pointers are to global memory.
 template <class T>
 struct Problem {
-  Layer<T>* layers;     // [last + 1]
+  Layer<T>* layers;  // [last + 1]
   int last;
-  bool ends_linear;     // whether the last layer has no activation
-  bool halves_alone;    // float: products may round residuals and weights to one half; otherwise each is two halves
+  bool ends_linear;   // whether the last layer has no activation
+  bool halves_alone;  // float: products may round residuals and weights to one half; otherwise each is two halves
   DeviceNodes<T> nodes;
   std::int64_t samples, outputs;
   // [samples, outputs] scaled; [samples, outputs], the part of linear outputs that rounding to T lost; [outputs]
   T *y, *y_low, *scale;
-  T* rounding;          // [samples, outputs], scaled; y's rounding is some epsilons of it
+  T* rounding;   // [samples, outputs], scaled; y's rounding is some epsilons of it
   float4* ends;  // float: the same in the layout of write_end, for kernels of at most kEndOutputs outputs; otherwise null
   T* connectivity;
   std::int64_t* counts;
-  RangeFlags* range;    // used in float
-  std::int64_t apart;   // bytes between the workspaces of two networks
+  RangeFlags* range;   // used in float
+  std::int64_t apart;  // bytes between the workspaces of two networks
 
   __device__ Layer<T>* own_layers() const { return in_network(layers, apart); }
   __device__ T* own_connectivity() const { return in_network(connectivity, samples * samples * std::int64_t(sizeof(T))); }

@@ -78,8 +78,8 @@ __device__ inline void note_range(const Problem<float>& problem, const Layer<flo
 /// the sum is infinite if some |z| is not below the limit.
 template <class T>
 __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, const T* z, const T* before,
-                               const T* before_rounding, std::int64_t depth, std::int64_t before_stride,
-                               Earlier<T> into_z, Earlier<T> into_v, double limit, double* sums) {
+                               const T* before_rounding, std::int64_t depth, std::int64_t before_stride, Earlier<T> into_z,
+                               Earlier<T> into_v, double limit, double* sums) {
   problem = of_network(problem);
   layer = of_network(layer, depth, problem.apart);
   z = in_network(z, problem.samples * layer.width * std::int64_t(sizeof(T)));  // of the first layer

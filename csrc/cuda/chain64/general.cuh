@@ -20,10 +20,10 @@ struct General64 {
   int passes, second_blocks;           // passes over the nodes; blocks of 8 second samples
   int chunk;                           // tiles of 8 outputs at a time
   int slots;
-  double2* panels;                     // [blocks of the grid, 2, panel_size], null: in shared memory
-  double2* kept;                       // [blocks of the grid, slots, slot_size]
-  double* moments;                     // [blocks of the grid, outputs / 8, 6, lanes], null: in shared memory
-  const int* skip;                     // 1: the shallow kernel measures this network
+  double2* panels;  // [blocks of the grid, 2, panel_size], null: in shared memory
+  double2* kept;    // [blocks of the grid, slots, slot_size]
+  double* moments;  // [blocks of the grid, outputs / 8, 6, lanes], null: in shared memory
+  const int* skip;  // 1: the shallow kernel measures this network
 };
 
 /// What a block works on. A row tile is a block of 8 second samples at one node, [second_blocks][nodes].
@@ -53,8 +53,8 @@ __device__ inline double slope_residual(double slope, double z_first, double z_s
 /// Residuals of 8 units at row tiles [begin, begin + rows), by one warp. out: the lane's fragments of these tiles; they hold
 /// the deviations if `deviates` is set. This function also adds and keeps the residuals that the network's sums need.
 template <int kStencil>
-__device__ void make_residuals64(const General64& p, const Layer<double>& layer, const Work64& work, int tile,
-                                 double2* out, int begin, int rows, bool deviates) {
+__device__ void make_residuals64(const General64& p, const Layer<double>& layer, const Work64& work, int tile, double2* out,
+                                 int begin, int rows, bool deviates) {
   const bool affine = layer.kind == ActivationKind::kIdentity;
   const int added_z = layer.added[0], added_v = layer.added[1], kept_z = layer.kept[0], kept_v = layer.kept[1];
   if (deviates && affine && added_z < 0 && added_v < 0 && kept_z < 0 && kept_v < 0) return;
@@ -99,8 +99,8 @@ __device__ void make_residuals64(const General64& p, const Layer<double>& layer,
 #pragma unroll 1
           for (int half = 0; half < 2; ++half) {
             const auto of = [half](const double2& v) { return half == 0 ? v.x : v.y; };
-            const double residual = residual_at<kind.value>(layer, t, of(z_first), of(z_second), of(a_first), of(a_second),
-                                                            of(e), deviates);
+            const double residual =
+                residual_at<kind.value>(layer, t, of(z_first), of(z_second), of(a_first), of(a_second), of(e), deviates);
             e = half == 0 ? make_double2(residual, e.y) : make_double2(e.x, residual);
           }
         }
@@ -149,7 +149,7 @@ __device__ void multiply64(const double2* weights, int steps, int units, const d
 #pragma unroll
     for (int row = 0; row < kTaskRows64; ++row) {
       if (row >= rows) break;
-      const double(&c)[4] = sums[row / 2][n];
+      const double (&c)[4] = sums[row / 2][n];
       out[(n * tiles + row) * kWarp] = make_double2(c[2 * (row % 2)], c[2 * (row % 2) + 1]);
     }
   }

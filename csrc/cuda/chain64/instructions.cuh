@@ -14,15 +14,16 @@ __device__ inline void multiply_add64(double (&c)[4], double a0, double a1, doub
 #if defined(LMN_EMULATED)
   emulator::mma_m16n8k8_f64(c, a0, a1, a2, a3, b0, b1);
 #elif __CUDA_ARCH__ >= 900
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
       : "d"(a0), "d"(a1), "d"(a2), "d"(a3), "d"(b0), "d"(b1));
 #else
   const auto small = [](double& c0, double& c1, double a, double b) {
     asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-        : "+d"(c0), "+d"(c1)
-        : "d"(a), "d"(b));
+                 : "+d"(c0), "+d"(c1)
+                 : "d"(a), "d"(b));
   };
   small(c[0], c[1], a0, b0);
   small(c[2], c[3], a1, b0);

@@ -9,7 +9,7 @@ namespace float64 {
 
 /// The input and the result of the choice between the general and the shallow kernel.
 struct Choice {
-  const double* sums;     // [blocks], sums of |z| of the first layer
+  const double* sums;  // [blocks], sums of |z| of the first layer
   std::int64_t blocks;
   // The shallow kernel needs a sum of |z| of at least `least`, and every |z| below `limit`; a limit of 0: never the shallow
   // kernel.
@@ -70,8 +70,7 @@ inline Plan make_plan(const PathConnectivity<double>& op, bool slopes, Range els
   plan.flag = arena.take<int>(1);
   const std::int64_t first_blocks = blocks_of(op.samples, kForwardTile) * padded(op.widths[0]) / kForwardTile;
   plan.sums = arena.take<double>(first_blocks);
-  plan.choice = {plan.sums, first_blocks, elsewhere.least_mean * double(op.samples * op.widths[0]), elsewhere.limit,
-                 plan.flag};
+  plan.choice = {plan.sums, first_blocks, elsewhere.least_mean * double(op.samples * op.widths[0]), elsewhere.limit, plan.flag};
   return plan;
 }
 
@@ -80,15 +79,15 @@ inline const char* enqueue_samples(const PathConnectivity<double>& op, Plan& pla
   if (device_attribute(cudaDevAttrMultiProcessorCount) == 0) return "no CUDA device";
   if (const char* error = store_nodes(op.nodes, plan.nodes, plan.problem.nodes, stream)) return error;
   const auto layer_at = [&](int l) { return layer_of(op, l, plan.slopes, arena); };
-  const char* error = enqueue_forward(op, plan.problem, plan.choice.limit, plan.sums, stream, layer_at,
-                                      [&](int l, const Layer<double>& layer) -> const char* {
-    if (l == 0) plan.first = layer;
-    plan.last = layer;
-    if (l == 0) return nullptr;
-    const std::int64_t count = blocks_of(layer.width, 8) * blocks_of(op.widths[l - 1], 8) * kWarp;
-    return launch(pack_kernel, Grid(blocks_of(count, kThreads), op.networks), kThreads, 0, stream, layer, op.widths[l - 1],
-                  count, plan.problem.apart);
-  });
+  const char* error = enqueue_forward(
+      op, plan.problem, plan.choice.limit, plan.sums, stream, layer_at, [&](int l, const Layer<double>& layer) -> const char* {
+        if (l == 0) plan.first = layer;
+        plan.last = layer;
+        if (l == 0) return nullptr;
+        const std::int64_t count = blocks_of(layer.width, 8) * blocks_of(op.widths[l - 1], 8) * kWarp;
+        return launch(pack_kernel, Grid(blocks_of(count, kThreads), op.networks), kThreads, 0, stream, layer, op.widths[l - 1],
+                      count, plan.problem.apart);
+      });
   if (error) return error;
   return launch(scale_kernel, Grid(plan.problem.outputs + 1, op.networks), kThreads, 0, stream, plan.problem, plan.choice);
 }

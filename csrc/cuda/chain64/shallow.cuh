@@ -12,8 +12,8 @@ constexpr int kShallowThreads64 = 384;  // 12 warps of 168 registers fill a mult
 constexpr int kShallowWarps64 = kShallowThreads64 / kWarp;
 constexpr int kShallowTiles64 = 4;  // tiles of 8 outputs whose products the registers hold; the moments are in shared memory
 constexpr int kShallowMoments64 = 6 * kShallowTiles64 * kShallowThreads64;  // doubles
-constexpr int kShallowChunks64 = 3;     // most chunks of so many tiles; each chunk evaluates all activations again
-constexpr int kGroup = 4;               // nodes at a time
+constexpr int kShallowChunks64 = 3;  // most chunks of so many tiles; each chunk evaluates all activations again
+constexpr int kGroup = 4;            // nodes at a time
 // exp(-f z(t)) = exp(-f (1 - t) z_i) exp(-f t z_j), where f is 2 for tanh and 1 otherwise. At the first of four nodes each
 // factor comes from a table for its sample. From one node to the next the product changes by exp(f h z_i) exp(-f h z_j), where
 // h is the nodes' spacing.
@@ -30,8 +30,8 @@ struct Shallow64 {
   const double2* fragments;       // of the weights
   const double* z;                // [samples, stride]
   std::int64_t stride, width, units;
-  int steps, groups, chunks;      // blocks of 8 hidden units, groups of nodes, chunks of outputs
-  const int* take;                // 0: the general kernel measures this network
+  int steps, groups, chunks;  // blocks of 8 hidden units, groups of nodes, chunks of outputs
+  const int* take;            // 0: the general kernel measures this network
 
   LMN_FN int arrays() const { return kBefore + groups; }
 };
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
   const std::int64_t samples = problem.samples, outputs = problem.outputs;
   double2* const weights = reinterpret_cast<double2*>(dynamic_shared());  // [chunks][steps][tiles][lanes], scaled
   const int fragments = p.chunks * p.steps * kShallowTiles64 * kWarp;
-  double* const nodes = reinterpret_cast<double*>(weights + fragments);   // [t, weight, weight times t - mean t][4 groups]
+  double* const nodes = reinterpret_cast<double*>(weights + fragments);  // [t, weight, weight times t - mean t][4 groups]
   for (int n = int(threadIdx.x); n < fragments; n += kShallowThreads64) {
     const int tile = n / (kShallowTiles64 * kWarp) / p.steps * kShallowTiles64 + n / kWarp % kShallowTiles64;
     const int step = n / (kShallowTiles64 * kWarp) % p.steps, k = 8 * tile + n % kWarp / 4;

@@ -75,7 +75,7 @@ __device__ __noinline__ bool one_unit(int i, int block) {
 }
 
 template <class Curve, int kBlocks, int kStencil, bool kSplit>
-__global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMostWarps * kWarp, 1)
+__global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMostWarps* kWarp, 1)
     chained_kernel(const __grid_constant__ Chained p) {
   using S = Shape<Curve, kBlocks, kStencil, kSplit>;
   for (unsigned n = threadIdx.x; n < sizeof(Chained) / sizeof(unsigned); n += blockDim.x) {

@@ -102,9 +102,8 @@ __device__ inline void fetch(float (&values)[kCount], const float* from) {
 /// 1 - r2 of an output that ordinary_share does not decide, a NaN if the output is unresolved; and 1 if the output is constant.
 /// Not inline, because such outputs are rare.
 __device__ __noinline__ float2 share_of_odd(float chord, Moments<float> m, float4 first, float4 second, float variance_t) {
-  const Share<float> share =
-      share_of_output<float, float>(chord, m, larger(absolute(first.x), absolute(second.x)), 0.0f, first.z + second.z,
-                                    variance_t, Epsilon<float>::value);
+  const Share<float> share = share_of_output<float, float>(chord, m, larger(absolute(first.x), absolute(second.x)), 0.0f,
+                                                           first.z + second.z, variance_t, Epsilon<float>::value);
   const bool hides = share.constant > 0 && first.w + second.w > 0;
   return make_float2(hides || share.unresolved > 0 ? NAN : share.nonlinear, share.constant);
 }

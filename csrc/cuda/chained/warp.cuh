@@ -28,7 +28,7 @@ struct ChainedWarp {
   __device__ explicit ChainedWarp(const Chained& parameters) : p(parameters) {}
 
   const Chained& p;
-  const uint4* weights;         // this lane's, in shared memory: into the second hidden layer, and into the outputs
+  const uint4* weights;  // this lane's, in shared memory: into the second hidden layer, and into the outputs
   int lane, q;
   float4* moments;  // this lane's, in shared memory: [e, te, ee][2][lanes], four outputs each; read and written once in a pass
   unsigned first, second[kPaths];  // where the groups' records begin, in floats; the same in all hidden layers
@@ -63,8 +63,7 @@ struct ChainedWarp {
   /// Residuals of one step of a layer as fragments. deviation(unit, node) is in units of the products.
   template <int kUnits, bool kFirst, class Deviation>
   __device__ inline void make_fragments(const Records<kUnits>& at, const Deviation& deviation,
-                                        std::uint32_t (&high)[kTiles][kUnits],
-                                        std::uint32_t (&low)[kTiles][kUnits]) const {
+                                        std::uint32_t (&high)[kTiles][kUnits], std::uint32_t (&low)[kTiles][kUnits]) const {
     constexpr int kArray = kWarp * kUnits;
     float t[kPass] = {};
     if constexpr (kStencil == 0) read(t, p.t + node);

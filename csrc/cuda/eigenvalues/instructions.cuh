@@ -75,9 +75,11 @@ __device__ inline double whole_warp_sum(double v) {
   double even, odd, sum;
   [[maybe_unused]] double same;
   asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%4, %4};"
-               : "=d"(even), "=d"(odd) : "d"(1.0), "d"(v), "d"(0.0));
+               : "=d"(even), "=d"(odd)
+               : "d"(1.0), "d"(v), "d"(0.0));
   asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%4, %4};"
-               : "=d"(sum), "=d"(same) : "d"(even + odd), "d"(1.0), "d"(0.0));
+               : "=d"(sum), "=d"(same)
+               : "d"(even + odd), "d"(1.0), "d"(0.0));
   return sum;
 #endif
 }

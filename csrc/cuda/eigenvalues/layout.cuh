@@ -21,8 +21,8 @@ struct Layout {
   // kEntries: entries of a vector for each vector thread
   static constexpr int kVectorWarps = kVectorWarps_, kEntries = kEntries_;
   static constexpr int kColumnLanes = kWarp / kRowLanes, kColumnWarps = kMatrixWarps / kRowWarps;
-  static constexpr int kRowStep = kRowLanes * kRowWarps;        // distance between two rows of a lane, in rows of the block
-  static constexpr int kSlots = kRows * kRowStep;               // rows of a block
+  static constexpr int kRowStep = kRowLanes * kRowWarps;  // distance between two rows of a lane, in rows of the block
+  static constexpr int kSlots = kRows * kRowStep;         // rows of a block
   static constexpr int kChunk = kColumnLanes * kColumnWarps;
   static constexpr int kVectorThreads = kVectorWarps * kWarp, kThreads = kMatrixThreads + kVectorThreads;
   static constexpr bool kDistant = kDistant_;
@@ -34,21 +34,21 @@ struct Layout {
 // The sizes of one launch. Rows and columns go by index = padding + row, so that the last chunk is full.
 struct Shape {
   int samples, batch;
-  int whole;    // samples before the first phase
-  int steps;    // columns of this phase
-  int blocks;   // blocks of one matrix
-  int groups;   // groups of blocks, which is the number of matrices at a time
-  int padded;   // number of indices, a multiple of a chunk
+  int whole;   // samples before the first phase
+  int steps;   // columns of this phase
+  int blocks;  // blocks of one matrix
+  int groups;  // groups of blocks, which is the number of matrices at a time
+  int padded;  // number of indices, a multiple of a chunk
   int padding;
   int absent;   // rows of a lane that hold nothing; these are the lane's first rows
   int spilled;  // chunks that are not in registers
   int distant;  // the part of `spilled` that is in global memory
   int skipped;  // indices without a row that the exchange leaves out, an even number
   __host__ __device__ int words() const { return padded - skipped; }  // words of one vector in the exchange
-  __host__ __device__ int left() const { return samples - steps; }      // rows after this phase; 1: the matrix is finished
+  __host__ __device__ int left() const { return samples - steps; }    // rows after this phase; 1: the matrix is finished
   int sums, partial, w, x, chunks, bytes;  // places in shared memory, in doubles; `bytes`: its whole size
-  int distant_columns;         // columns of the matrix in global memory
-  std::int64_t distant_bytes;  // bytes in global memory, of all blocks
+  int distant_columns;                     // columns of the matrix in global memory
+  std::int64_t distant_bytes;              // bytes in global memory, of all blocks
 };
 
 }  // namespace

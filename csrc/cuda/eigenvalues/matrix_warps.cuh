@@ -8,9 +8,9 @@ namespace {
 
 // What changes from step to step for the matrix warps.
 struct Step {
-  int next;        // first index that is left after this step's column
-  int chunk;       // chunk of column `next`
-  bool owns;       // whether this lane holds column `next`
+  int next;   // first index that is left after this step's column
+  int chunk;  // chunk of column `next`
+  bool owns;  // whether this lane holds column `next`
   int tag;
   double *column, *products;  // where they go in the exchange
   const double *x, *v;
@@ -18,14 +18,16 @@ struct Step {
 
 struct Lane {
   int warp, lane;
-  int column;         // the lane's column in each chunk
-  int row, stride;    // its rows have the indices row + q stride
+  int column;       // the lane's column in each chunk
+  int row, stride;  // its rows have the indices row + q stride
   const double* w;
   double *chunks, *distant;  // its entries in shared and in global memory
-  template <class L> __device__ double* spilled(const Shape& shape, int chunk) const {
+  template <class L>
+  __device__ double* spilled(const Shape& shape, int chunk) const {
     return at<L>(chunks, shape, L::kDistant ? chunk - shape.distant : chunk);
   }
-  template <class L> __device__ double* at(double* of, const Shape& shape, int chunk) const {
+  template <class L>
+  __device__ double* at(double* of, const Shape& shape, int chunk) const {
     return of + ((chunk * kMatrixWarps + warp) * (L::kRows - shape.absent) - shape.absent) * kWarp + lane;
   }
 };
@@ -162,14 +164,19 @@ __device__ inline void hand_over(const double (&held)[L::kRows][L::kHeld], const
 }
 
 // Calls function(First<kFirst>()) with kFirst = the largest even number that is not above the first row that is left.
-template <int kFirst> struct First { static constexpr int value = kFirst; };
+template <int kFirst>
+struct First {
+  static constexpr int value = kFirst;
+};
 template <class L, int kFirst = 0, class Function>
 __device__ inline void from_row(int first, const Function& function) {
   if constexpr (kFirst + 2 >= L::kRows) {
     function(First<kFirst>());
   } else {
-    if (first < kFirst + 2) function(First<kFirst>());
-    else from_row<L, kFirst + 2>(first, function);
+    if (first < kFirst + 2)
+      function(First<kFirst>());
+    else
+      from_row<L, kFirst + 2>(first, function);
   }
 }
 
@@ -203,8 +210,8 @@ __device__ inline int sum_row(int lane) {
 
 // The matrix warps' part for one matrix. This block has a row left for `last` steps; if `stays` is set, it has one at the end.
 template <class L>
-__device__ void hold_matrix(const Matrices& A, int matrix, const Scale& scale, const Shape& shape, const Work& work,
-                            int last, bool stays, double* memory) {
+__device__ void hold_matrix(const Matrices& A, int matrix, const Scale& scale, const Shape& shape, const Work& work, int last,
+                            bool stays, double* memory) {
   const int block = int(blockIdx.x) % shape.blocks;
   Lane lane;
   lane.warp = int(threadIdx.x) / kWarp;

@@ -18,8 +18,8 @@ constexpr int kPatience = 1 << 22;
 // The vector warps' part for one matrix; the arguments are those of hold_matrix. has_last_row: this block has the matrix's last
 // row, and writes the diagonals.
 template <class L>
-__device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, const Shape& shape, const Work& work,
-                             int last, bool stays, bool has_last_row, double* memory) {
+__device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, const Shape& shape, const Work& work, int last,
+                             bool stays, bool has_last_row, double* memory) {
   constexpr int kEntries = L::kEntries, kWarps = L::kVectorWarps;
   const int thread = int(threadIdx.x) - kMatrixThreads, warp = thread / kWarp, padding = shape.padding, padded = shape.padded;
   const bool first_lane = thread % kWarp == 0, writes = thread == 0 && has_last_row;
@@ -99,16 +99,17 @@ __device__ void make_vectors(const Matrices& A, int matrix, const Scale& scale, 
     const double v_next = alpha - beta;
     if (writes) off_diagonal[n] = beta;
 
-    const double* const products =
-        work.exchange + (std::int64_t(matrix) * 2 + (n & 1)) * 2 * shape.words() - shape.skipped;
+    const double* const products = work.exchange + (std::int64_t(matrix) * 2 + (n & 1)) * 2 * shape.words() - shape.skipped;
     const double* const column = products + shape.words();
     double z[kEntries];
     const auto fetch = [&](const double* from) {
       unsigned missing = 0;
 #pragma unroll
       for (int e = 0; e < kEntries; e += 2) {
-        if (index_of(e + 1) >= next && index_of(e) < padded) missing |= 1u << e;
-        else z[e] = z[e + 1] = 0.0;
+        if (index_of(e + 1) >= next && index_of(e) < padded)
+          missing |= 1u << e;
+        else
+          z[e] = z[e + 1] = 0.0;
       }
       while (missing) {
 #pragma unroll

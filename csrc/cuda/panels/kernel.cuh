@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
       find_unit(work_of_warp().unit, std::int64_t(kGroup), i, group);
       work_of_warp().i = int(i), work_of_warp().group = int(group);
     }
-    for (work_of_warp().first_tile = 0; work_of_warp().first_tile < p.tiles;
-         advance(&Work::first_tile, p.pass_tiles)) {
+    for (work_of_warp().first_tile = 0; work_of_warp().first_tile < p.tiles; advance(&Work::first_tile, p.pass_tiles)) {
       if (work_of_warp().first_tile > 0) __syncthreads();  // all warps have finished with the panels of the pass before
       const int left = p.tiles - work_of_warp().first_tile;
       work_of_warp().here = left < p.pass_tiles ? left : p.pass_tiles;
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
             }
 #pragma unroll
             for (int n = 0; n < 2 * kTiles; ++n) {
-              const float(&v)[4] = y[n / 2][n % 2];
+              const float (&v)[4] = y[n / 2][n % 2];
               to[(n / 2 * p.output_steps * 2 + n % 2) * kWarp] = make_float4(v[0], v[1], v[2], v[3]);
             }
           }
@@ -157,8 +156,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
             const int set = tile / kTiles;
             const float2 w = at_tile(problem.nodes.w, work_of_warp().first_tile + tile);
             const float2 w_t = at_tile(problem.nodes.w_t, work_of_warp().first_tile + tile);
-            const float4* const from =
-                partial() + set * own_sums + ((tile - set * kTiles) * p.output_steps + out) * 2 * kWarp;
+            const float4* const from = partial() + set * own_sums + ((tile - set * kTiles) * p.output_steps + out) * 2 * kWarp;
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
               float e[4];
@@ -207,8 +205,8 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
                 const int g = output / 4, x = output / 2 % 2, b = output % 2;
                 const float value[3] = {sums[g * kTiles][x][b], sums[g * kTiles][x][2 + b],
                                         sums[g * kTiles + kTiles - 1][x][b]};
-                moments[output] = p.stencil.size == 3 ? stencil_moments<3>(p.stencil, value)
-                                                      : stencil_moments<2>(p.stencil, value);
+                moments[output] =
+                    p.stencil.size == 3 ? stencil_moments<3>(p.stencil, value) : stencil_moments<2>(p.stencil, value);
               }
             } else {
               const int first_tile = work_of_warp().first_tile, here = work_of_warp().here;
@@ -219,7 +217,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
                 const float2 w_t = at_tile(problem.nodes.w_t, first_tile + set_tile + m);
 #pragma unroll
                 for (int output = 0; output < kLaneOutputs; ++output) {
-                  const float(&e)[4] = sums[output / 4 * kTiles + m][output / 2 % 2];
+                  const float (&e)[4] = sums[output / 4 * kTiles + m][output / 2 % 2];
                   add_moments(moments[output], e[output % 2], w.x, w_t.x);
                   add_moments(moments[output], e[2 + output % 2], w.y, w_t.y);
                 }

@@ -60,11 +60,11 @@ __device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, 
     factor[c] *= scale[c];
     float share = 0;
     const float first = absolute(y[c]), second = absolute(y[4 + c]);
-    const bool plain = ordinary_share(moments[c].te, bend_of(moments[c], problem.nodes.variance_t), factor[c],
-                                      (y[4 + c] - y[c]) + (y_low[4 + c] - y_low[c]),
-                                      ::fmaxf(first, second), fma(rounding[c], rounding[c], rounding[4 + c] * rounding[4 + c]),
-                                      problem.nodes.variance_t, share) &&
-                       ::fminf(first, second) >= vanishing * scale[c];
+    const bool plain =
+        ordinary_share(moments[c].te, bend_of(moments[c], problem.nodes.variance_t), factor[c],
+                       (y[4 + c] - y[c]) + (y_low[4 + c] - y_low[c]), ::fmaxf(first, second),
+                       fma(rounding[c], rounding[c], rounding[4 + c] * rounding[4 + c]), problem.nodes.variance_t, share) &&
+        ::fminf(first, second) >= vanishing * scale[c];
     if (k + c < problem.outputs) ordinary = ordinary && plain, nonlinear += share;
   }
   if (ordinary) {

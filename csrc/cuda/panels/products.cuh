@@ -9,7 +9,8 @@ namespace panels {
 
 /// The sums of a warp's chunk. The sums of step g and tile m are at [g * kTiles + m]; the next index is one of two tiles of 8
 /// units.
-template <int kTiles> using Sums = float[kTiles * kChunkSteps][2][4];
+template <int kTiles>
+using Sums = float[kTiles * kChunkSteps][2][4];
 
 template <int kTiles>
 __device__ inline void clear(Sums<kTiles>& sums) {
@@ -82,7 +83,7 @@ __device__ inline void multiply_chunk_in(Sums<kTiles>& sums, const Panels& p, in
     at[m] = block_memory<kShared>(p) + (panel_begin(p, work_of_warp().layer - 1) + tile * steps * kWarp + lane);
   }
   uint4 w[kSets][kChunkSteps][kParts] = {};  // initialised, so that the compiler does not see values of an earlier call as live
-  const auto ask = [&](uint4 (&to)[kChunkSteps][kParts], int step) {
+  const auto ask = [&](uint4(&to)[kChunkSteps][kParts], int step) {
 #pragma unroll
     for (int g = 0; g < kChunkSteps; ++g) {
 #pragma unroll
@@ -112,7 +113,7 @@ __device__ inline void multiply_chunk_in(Sums<kTiles>& sums, const Panels& p, in
         }
 #pragma unroll
         for (int g = 0; g < kChunkSteps; ++g) {
-          float(&to)[2][4] = sums[g * kTiles + m];
+          float (&to)[2][4] = sums[g * kTiles + m];
           multiply_fragment<kSplit>(to[0], to[1], a, w[turn][g][0], w[turn][g][kParts - 1]);
         }
       }

@@ -118,7 +118,7 @@ __device__ inline void short_residuals(const Panels& p, Sums<kTiles>& sums, int 
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       if (set_tile + m >= here) break;
-      float(&sum)[4] = sums[g * kTiles + m][x];  // [node][unit]
+      float (&sum)[4] = sums[g * kTiles + m][x];  // [node][unit]
       float e[2][2];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
@@ -154,8 +154,7 @@ __device__ inline void short_residuals(const Panels& p, Sums<kTiles>& sums, int 
 
 /// Residuals of unit u of a step at a tile's two nodes, from the products. This form also adds and keeps earlier values.
 template <bool kPolynomial>
-__device__ inline void slow_residuals(const Panels& p, int tile, int step, int u, float& first,
-                                      float& second) {
+__device__ inline void slow_residuals(const Panels& p, int tile, int step, int u, float& first, float& second) {
   const Layer<float>& layer = *layer_here(p);
   const bool deviates = work_of_warp().layer > 0;
   const HalfLayer& half = layer.half;
@@ -311,9 +310,9 @@ __device__ inline void any_residuals(const Panels& p, Sums<kTiles>& sums, int se
 /// The activations that curve_residuals takes. The other activations have large code or no residual, or short_residuals takes
 /// them.
 template <ActivationKind kKind>
-constexpr bool kIsCurve = kKind == ActivationKind::kLeakyRelu || kKind == ActivationKind::kElu ||
-                          kKind == ActivationKind::kGelu || kKind == ActivationKind::kGeluTanh ||
-                          kKind == ActivationKind::kTanh || kKind == ActivationKind::kSigmoid;
+constexpr bool kIsCurve =
+    kKind == ActivationKind::kLeakyRelu || kKind == ActivationKind::kElu || kKind == ActivationKind::kGelu ||
+    kKind == ActivationKind::kGeluTanh || kKind == ActivationKind::kTanh || kKind == ActivationKind::kSigmoid;
 
 /// Residuals of the warp's current layer, as fragments in place of the sums.
 template <int kTiles, bool kSplit, bool kPolynomial>
@@ -343,7 +342,7 @@ __device__ inline void residuals_of(const Panels& p, Sums<kTiles>& sums, int set
   for (int n = 0; n < kTiles * kChunkSteps; ++n) {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
-      const float(&of)[4] = sums[n][x];
+      const float (&of)[4] = sums[n][x];
       const float e[2][2] = {{of[0], of[1]}, {of[2], of[3]}};
       pack<kSplit>(sums[n][x], e);
     }
