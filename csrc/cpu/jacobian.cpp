@@ -1,8 +1,9 @@
 // The Jacobian of each sample is a product of matrices that fit into L1 and L2:
 // J = diag(a_L') W_L ... diag(a_1') W_1 diag(a_0'). The multiplication begins at the side with fewer rows or columns. In
 // every product lanes run over the columns of the right factor. The last product writes the result.
-#include "../activation.h"  // after level.h, whose functions it uses
 #include "level.h"
+
+#include "../activation.h"  // after level.h, whose functions it uses
 
 namespace lmn {
 namespace {

@@ -1,9 +1,10 @@
 // Common to the kernels of one instruction-set level: LMN_LEVEL is the level's namespace, set by the build.
 #pragma once
-#include <omp.h>
+#include "simd.h"
 
 #include "../statistics.h"  // after simd.h, whose functions it uses
-#include "simd.h"
+
+#include <omp.h>
 
 namespace lmn {
 namespace {

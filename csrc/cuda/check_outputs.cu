@@ -1,5 +1,6 @@
-#include "../statistics.h"  // after device.h, whose functions it uses
 #include "device.h"
+
+#include "../statistics.h"  // after device.h, whose functions it uses
 
 namespace lmn {
 namespace {

@@ -1,8 +1,9 @@
 // What jacobian.cu and jacobian_distance.cu share: values and slopes of a layer at the samples, and products in which one
 // matrix is common to all samples and the other belongs to each sample.
 #pragma once
-#include "../activation.h"  // after device.h, because it uses its functions
 #include "device.h"
+
+#include "../activation.h"  // after device.h, because it uses its functions
 
 namespace lmn {
 namespace {

@@ -1,8 +1,9 @@
 // path_r2 on CUDA: one pass over f's outputs. Memory bandwidth bounds it, so the number of bytes on their way to a
 // multiprocessor decides its speed. Three kernels: the outputs' scale, then the pairs, by one kernel for small and one for
 // large pairs.
-#include "../statistics.h"  // after device.h, because it uses its functions
 #include "device.h"
+
+#include "../statistics.h"  // after device.h, because it uses its functions
 
 namespace lmn {
 namespace {

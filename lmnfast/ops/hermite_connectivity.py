@@ -52,8 +52,8 @@ torch.library.define(
 # The midpoint comes before what path_connectivity has by default, too.
 @torch.library.impl("lmnfast::hermite_connectivity", "default")
 def _hermite_connectivity(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *chain_and_rule, midpoint = arguments[:10]
-    return run(*chain_and_rule, *arguments[10:], midpoint=midpoint)
+    exact, inputs = (*arguments[10:], None, None)[:2]
+    return run(*arguments[:9], exact, inputs, arguments[9])
 
 
 @torch.library.register_fake("lmnfast::hermite_connectivity")

@@ -298,7 +298,7 @@ def _hoisted(chain: Chain | ChainStack, x: Tensor) -> _Hoisted:
         [b for _, b in linears],
         activations,
         [-1 if source is None or source in affine else source - first for source in sources],
-        [affine.get(source) for source in sources],
+        [None if source is None else affine.get(source) for source in sources],
     )
 
 

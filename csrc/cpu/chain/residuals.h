@@ -3,8 +3,9 @@
 // at every node; a product of two exponentials, where the first layer allows it; and for a stencil the slopes at both ends
 // and the midpoint.
 #pragma once
-#include "../../activation.h"  // after level.h, whose functions it uses
 #include "../level.h"
+
+#include "../../activation.h"  // after level.h, whose functions it uses
 
 namespace lmn {
 namespace {

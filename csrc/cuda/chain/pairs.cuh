@@ -1,9 +1,10 @@
 // The statistics of a pair from the outputs' moments, the pair's entry in the matrix, and the order of the units of work. The
 // kernels of the paths call these at the end of each path.
 #pragma once
+#include "problem.cuh"
+
 #include "../../activation.h"  // these two after device.h, because they use its functions
 #include "../../statistics.h"
-#include "problem.cuh"
 
 namespace lmn {
 namespace {
