@@ -1,5 +1,6 @@
 """``lmnfast::hermite_connectivity``: path connectivity of the polynomials through ends, end slopes and midpoints."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ torch.library.define(
 # The midpoint comes before what path_connectivity has by default, too.
 @torch.library.impl("lmnfast::hermite_connectivity", "default")
 def _hermite_connectivity(*arguments: Any) -> tuple[Tensor, Tensor]:
-    exact, inputs = (*arguments[10:], None, None)[:2]
-    return run(*arguments[:9], exact, inputs, arguments[9])
+    path: Callable[..., tuple[Tensor, Tensor]] = run
+    return path(*arguments[:9], *arguments[10:], midpoint=arguments[9])
 
 
 @torch.library.register_fake("lmnfast::hermite_connectivity")
