@@ -52,8 +52,7 @@ torch.library.define(
 # The midpoint comes before what path_connectivity has by default, too.
 @torch.library.impl("lmnfast::hermite_connectivity", "default")
 def _hermite_connectivity(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *chain_and_rule, midpoint = arguments[:10]
-    return run(*chain_and_rule, *arguments[10:], midpoint=midpoint)
+    return run(*arguments[:9], *arguments[10:], midpoint=arguments[9])
 
 
 @torch.library.register_fake("lmnfast::hermite_connectivity")
