@@ -155,11 +155,8 @@ def run(call: Any, result: Tensor, *more: Tensor | None, reports: bool = True) -
         count = cores_to_use()
         size = call.workspace(count)
         memory = result.new_empty(size, dtype=torch.uint8) if size else None
-        # Signals are handled on the main thread alone.
-        signals, progress = (
-            threading.current_thread() is threading.main_thread(),
-            _progress.get() if reports else None,
-        )
+        signals = threading.current_thread() is threading.main_thread()  # Python handles them there alone
+        progress = _progress.get() if reports else None
         call.run(*results, 0 if memory is None else memory.data_ptr(), count, signals, progress)
     return result
 

@@ -784,6 +784,19 @@ def test_the_compiled_core_looks_at_lengths_too():
             _native._C.Jacobian(*wrong)
 
 
+def test_the_core_refuses_on_the_cpu_what_cuda_kernels_alone_take():
+    core, result = _native._C, torch.zeros(4, 4)
+    several = core.Linear(False, *[result.data_ptr()] * 3, 2, 1, 1, 1)
+    ratios = core.JacobianDistance(False, *[result.data_ptr()] * 2, 1, 1, 1, False, True)
+    for call, argument in ((several, "networks"), (ratios, "connectivity")):
+        with pytest.raises(ValueError, match=f"{argument}: a length or a value that does not fit"):
+            _native.run(call, result)
+    isometry = core.JacobianIsometry(False, *[result.data_ptr()] * 2, 1, 1, 1)
+    assert isometry.workspace(1) == 0
+    with pytest.raises(RuntimeError, match="^jacobian_isometry: no kernel on the CPU$"):
+        _native.run(isometry, result, result)
+
+
 @pytest.mark.parametrize("skips", [((2, 2),), ((2, 4),), ((4, 1),), ((5, 2),), ((2, 0), (2, 0))])
 def test_a_chain_refuses_sums_with_no_earlier_value(skips):
     with pytest.raises(ValueError, match="skips: .* is no earlier value for a later one, once"):

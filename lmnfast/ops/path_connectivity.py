@@ -391,6 +391,7 @@ def run(
     node_weights: Tensor,
     exact: Tensor | None = None,
     inputs: Tensor | None = None,
+    *,
     midpoint: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """path_connectivity, or with a midpoint that is not None hermite_connectivity: L and counts, see ChainConnectivity.

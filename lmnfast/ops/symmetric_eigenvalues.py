@@ -47,12 +47,16 @@ def fits(matrices: Tensor) -> bool:
     Its blocks hold a matrix between them, and have to be there all at once: an H200 takes N up to 2304; by arithmetic an A100
     does, too.
     """
-    if not matrices.is_cuda:
-        return _native.emulates_cuda(matrices) and _call(matrices, 0).workspace(1) > 0
-    if _native.cuda_problem(matrices.device) is not None:
-        return False
+    return _workspace_bytes(matrices) > 0
+
+
+def _workspace_bytes(matrices: Tensor) -> int:
+    if _native.emulates_cuda(matrices):
+        return _call(matrices, 0).workspace(1)
+    if not matrices.is_cuda or _native.cuda_problem(matrices.device) is not None:
+        return 0
     with _native.on_device(matrices.device):
-        return _call(matrices, 0).workspace_cuda() > 0
+        return _call(matrices, 0).workspace_cuda()
 
 
 def _call(matrices: Tensor, address: int) -> Any:
@@ -68,7 +72,7 @@ torch.library.define("lmnfast::symmetric_eigenvalues", "(Tensor matrices) -> Ten
 def _symmetric_eigenvalues(matrices: Tensor) -> Tensor:
     _check(matrices)
     n = matrices.shape[-1]
-    if matrices.numel() == 0 or not fits(matrices):
+    if matrices.numel() == 0 or not _workspace_bytes(matrices):
         on_cpu = matrices.device.type == "cpu"
         same_bits = on_cpu and (n <= SAME_BITS_TO or torch.are_deterministic_algorithms_enabled())
         with lapack_on_one_core() if same_bits else nullcontext():
