@@ -16,8 +16,8 @@ from lmnfast._settings import Settings
 F64 = torch.float64
 
 
-def network(*widths, activation=nn.SiLU, end=None):
-    return nn.Sequential(*support.mlp(*widths, activation=activation), *([end()] if end else []))
+def network(*widths, activation=nn.SiLU, end=None, seed=0):
+    return nn.Sequential(*support.mlp(*widths, activation=activation, seed=seed), *([end()] if end else []))
 
 
 def samples(n, *shape, seed=1):

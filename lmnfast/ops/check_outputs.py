@@ -16,10 +16,10 @@ def check_outputs(
     counts: Tensor | None,
     epsilon: float,
 ) -> Tensor:
-    """:func:`lmnfast.reference.check_outputs`, to the last bit: samples, outputs and entries that are not finite, outputs that
-    another function does not give, and the counts of a connectivity.
+    """:func:`lmnfast.reference.check_outputs`, to the last bit.
 
-    On CUDA one kernel, and nothing that waits: the result is for one copy to the host.
+    It counts samples, outputs and entries that are not finite and outputs that another function does not give. It passes on
+    the counts of a connectivity. On CUDA one kernel, and nothing that waits: the result is for one copy to the host.
 
     Args:
         x: (N, D) float32 or float64, the samples.
