@@ -12,6 +12,7 @@ from torch import nn
 import lmnfast
 from lmnfast import reference, spectrum
 from lmnfast._enqueue import Enqueued
+from lmnfast._settings import DEFAULT
 from lmnfast.ops.path_connectivity import ChainConnectivity
 from lmnfast.spectrum import Measurement, measurement
 
@@ -342,7 +343,7 @@ def test_solvers_agree_and_the_result_is_on_the_matrix_device(solver, shape, dty
 def test_the_card_solves_its_own_matrices_and_is_named():
     for n in (1, 7, 300):
         L = symmetric(n, n)
-        m = measurement(enqueued(L.cuda()), points=21, rule="uniform")
+        m = measurement(enqueued(L.cuda()), DEFAULT)
         assert m.solver == "cuda" and m.eigenvalues.device.type == "cuda"
         assert m.lmn == pytest.approx(lmnfast.linear_mapping_number(L).item(), rel=1e-9)
 
@@ -353,7 +354,7 @@ def test_the_emulated_kernel_gives_what_lapack_gives_and_what_it_gives_up_is_sol
     for n in (1, 7, 60):
         L = symmetric(n, n)
         expected = lmnfast.eigenvalues(L)
-        m = measurement(enqueued(L), points=21, rule="uniform")
+        m = measurement(enqueued(L), DEFAULT)
         assert m.solver == "cuda" and m.lmn == pytest.approx(
             lmnfast.linear_mapping_number(L).item(), rel=1e-9
         )
@@ -367,15 +368,15 @@ def test_the_emulated_kernel_gives_what_lapack_gives_and_what_it_gives_up_is_sol
         return solve(matrices) * (torch.nan if len(calls) == 1 else 1)
 
     monkeypatch.setattr(spectrum.ops, "symmetric_eigenvalues", gives_up_once)
-    again = measurement(enqueued(L), points=21, rule="uniform")
+    again = measurement(enqueued(L), DEFAULT)
     assert len(calls) == 2 and again.solver == "cpu" and again.lmn == pytest.approx(m.lmn, rel=1e-9)
 
 
 def test_a_spectrum_of_which_nothing_is_left_is_refused_by_the_emulated_kernel_too(emulated):
     L = -torch.eye(5)
-    assert measurement(enqueued(L), points=21, rule="uniform").lmn == pytest.approx(5)
+    assert measurement(enqueued(L), DEFAULT).lmn == pytest.approx(5)
     with pytest.raises(ValueError, match="all 0 have no shares"):
-        measurement(enqueued(L), points=21, rule="uniform", negative="clip")
+        measurement(enqueued(L), DEFAULT, "clip")
 
 
 def in_place_of_the_kernel(monkeypatch, kernel):
@@ -393,7 +394,7 @@ def test_where_the_kernel_does_not_solve_cusolver_does_and_is_named(given_up, mo
     L = symmetric(9, 9).cuda()
     expected = lmnfast.eigenvalues(L)
     in_place_of_the_kernel(monkeypatch, (lambda L: expected * torch.nan) if given_up else None)
-    m = measurement(enqueued(L), points=21, rule="uniform")
+    m = measurement(enqueued(L), DEFAULT)
     assert m.solver == "cusolver" and torch.allclose(m.eigenvalues, expected, rtol=0, atol=1e-12)
 
 
@@ -410,7 +411,7 @@ def test_where_the_card_fails_the_cpu_solves_and_is_named(monkeypatch):
 
     in_place_of_the_kernel(monkeypatch, None)
     monkeypatch.setattr(torch.linalg, "eigvalsh", failing)
-    m = measurement(enqueued(L), points=21, rule="uniform")
+    m = measurement(enqueued(L), DEFAULT)
     assert calls == ["cuda", "cpu"] and m.solver == "cpu"
     assert m.eigenvalues.device == L.device
 
