@@ -240,8 +240,9 @@ def test_the_connectivity_of_a_chain_is_that_of_the_network(case):
     """The fused route and the generic one, both in float64: what float32 loses of a small bump depends on the network."""
     model, width = case
     x = 2 * torch.randn(9, width, dtype=torch.float64)
-    generic = enqueue(model, x, fuse=False).L
-    assert recognise(model) is not None and (connectivity(model, x) - generic).abs().max() < 1e-7
+    # Not by connectivity, which warns where a drawn network hides its outputs beside an offset.
+    fused, generic = enqueue(model, x).L, enqueue(model, x, fuse=False).L
+    assert recognise(model) is not None and (fused - generic).abs().max() < 1e-7
 
 
 @settings(max_examples=25, deadline=None)
