@@ -42,11 +42,11 @@ struct Vanishing<double> {
   static constexpr double value = 0x1p-1000;
 };
 
-/// V: a scalar, or a vector of lanes.
+/// V: a scalar, or a vector of lanes. A NaN in a stays.
 template <class V>
 LMN_FN V larger(V a, V b) {
   return a < b ? b : a;
-}  // a NaN in a stays
+}
 
 // ---- the outputs' scale ----
 

@@ -183,7 +183,7 @@ class _Prepared:
     """Whether f is a sequence of torch's own modules without a state. Its outputs are then certain to be the chain's."""
     expected: Tensor | None
     progress: Progress | None
-    setting: str = field(default_factory=torch.get_float32_matmul_precision)
+    matmul_precision: str = field(default_factory=torch.get_float32_matmul_precision)
     allocated: int = 0
     """Bytes of f's results for all samples. Not needed for a chain."""
 
@@ -191,6 +191,10 @@ class _Prepared:
     def ends(self) -> Tensor:
         assert self.own_ends is not None
         return self.own_ends
+
+    @property
+    def precision(self) -> str:
+        return precision_of(self.matmul_precision, self.route.chain is not None, self.x)
 
     @contextmanager
     def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
@@ -228,7 +232,7 @@ class _Prepared:
             self.checks.entries(measured.L)
         enqueued = Enqueued(
             measured,
-            precision_of(self.setting, self.route.chain is not None, self.x),
+            self.precision,
             self.ends.shape[1],
             self.checks.pending(),
             tuple(self.checks.errors),
@@ -262,14 +266,14 @@ class _Prepared:
                 return None
             return Enqueued(
                 _resolved(L),
-                precision_of(self.setting, self.route.chain is not None, self.x),
+                self.precision,
                 len(chain.weights[-1]),
             )
-        nodes, weights = self.settings.nodes()
+        nodes, weights = self.settings.nodes
         measured = chain_connectivity(chain, self.x, nodes, weights, self.settings.midpoint)
         return Enqueued(
             measured,
-            precision_of(self.setting, self.route.chain is not None, self.x),
+            self.precision,
             self.ends.shape[1],
             offset=partial(offset_of, chain, self.ends),
             findings=Findings(self.x, self.ends, again, self.expected, measured.L, measured.counts),
@@ -316,7 +320,7 @@ class _Prepared:
                     self.calls, self.x, self.ends, self.allocated, "connectivity", False, self.checks
                 )
             )
-        nodes, weights = settings.nodes()
+        nodes, weights = settings.nodes
         if chain is not None:
             with _native.reporting(self.progress):
                 return chain_connectivity(chain, self.x, nodes, weights, settings.midpoint)

@@ -28,7 +28,7 @@ class LayerRoute:
 
     layer: str
     route: str
-    """"fused", "hoisted" or "generic", see docs/methods.md."""
+    """"fused", "hoisted" or "generic", see docs/architecture.md."""
     reason: str
     """Why the route is not "fused". For "fused": a drawing of the chain."""
     hooked: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -29,10 +30,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
-        self.nodes()
+        _ = self.nodes
         object.__setattr__(self, "points", operator.index(self.points))
         check_budget(self.budget)
 
+    @cached_property
     def nodes(self) -> tuple[Tensor, Tensor]:
         """Nodes on a path and their weights, each (points,) float64 on the CPU."""
         return path_nodes(self.rule, self.points)

@@ -36,7 +36,7 @@ def enqueue_together(f: nn.Module, x: Tensor, settings: Settings, stacked: Stack
         outputs = chains(x)
         if not all(is_like(y, outputs[0]) for y in ends):
             return None
-        nodes, weights = settings.nodes()
+        nodes, weights = settings.nodes
         L, counts, each = stack_connectivity(chains, x, nodes, weights, settings.midpoint)
         y, again = (torch.stack(ends), outputs) if ends else (outputs, None)
         findings = StackFindings(x, y, again, L, counts)

@@ -28,7 +28,7 @@ def path_nodes(rule: str, points: int) -> tuple[Tensor, Tensor]:
         ValueError: unknown rule, points < 3, or more than 21 points for "lobatto".
 
     Source:
-        The 21 points: arXiv 2310.05918, section 2. The discrete rule: docs/mathematics.md.
+        The 21 points: arXiv 2310.05918. The discrete rule: docs/mathematics.md.
 
     Example:
         >>> nodes, weights = lmnfast.quadrature.path_nodes("lobatto", 3)

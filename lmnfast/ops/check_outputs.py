@@ -1,5 +1,7 @@
 """``lmnfast::check_outputs``: what a call has to know of its numbers before they count, in one pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,17 +55,9 @@ torch.library.define(
 
 
 @torch.library.impl("lmnfast::check_outputs", "default")
-def _check_outputs(
-    x: Tensor,
-    y: Tensor,
-    again: Tensor | None,
-    expected: Tensor | None,
-    matrix: Tensor | None,
-    counts: Tensor | None,
-    epsilon: float,
-) -> Tensor:
-    _check(x, y, again, expected, matrix, counts, epsilon)
-    return find(x, y, again, expected, matrix, counts, epsilon)
+def _check_outputs(*arguments: Any) -> Tensor:
+    _check(*arguments)
+    return find(*arguments)
 
 
 def find(
@@ -91,8 +85,8 @@ def find(
 
 
 @torch.library.register_fake("lmnfast::check_outputs")
-def _(x, y, again, expected, matrix, counts, epsilon):
-    _check(x, y, again, expected, matrix, counts, epsilon)
+def _(x: Tensor, *others: Any) -> Tensor:
+    _check(x, *others)
     return x.new_empty(_native._C.findings, dtype=torch.int64)
 
 
