@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._checks import Checks, all_finite
 from ._outputs import Calls, out_of_memory, outputs_of, widened
-from ._tiles import CPU_TILE
+from ._tiles import CPU_TILE_DIFFERENTIATED
 
 
 def check_jacobian(J: Tensor, begin: int = 0) -> None:
@@ -22,7 +22,7 @@ def check_jacobian(J: Tensor, begin: int = 0) -> None:
 def differentiated_features(
     f: Calls, x: Tensor, y: Tensor, allocated: int, affine: bool, checks: Checks
 ) -> Callable[[int, int], Tensor]:
-    differentiated = Differentiated(f, x, y, allocated, CPU_TILE // 4, checks)
+    differentiated = Differentiated(f, x, y, allocated, CPU_TILE_DIFFERENTIATED // 4, checks)
 
     def rows(begin: int, end: int) -> Tensor:
         J = differentiated(begin, end).double()

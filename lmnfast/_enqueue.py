@@ -324,7 +324,7 @@ class _Prepared:
         if chain is not None:
             with _native.reporting(self.progress):
                 return chain_connectivity(chain, self.x, nodes, weights, settings.midpoint)
-        tile = tile_bytes(settings.budget, self.x.device)
+        tile = tile_bytes(settings.budget, self.x.device, settings.method != "path")
         how = tile, self.allocated, self.checks, self.progress
         if settings.midpoint is None:
             return generic_paths(self.calls, self.x, self.ends, nodes, weights, *how)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ._inputs import named_inputs
 from ._layers import called_model, find_layer
 from ._nested import at_path, mapped, replaced, tensors_in
+from ._recorded import Recording, repeated
 from ._run_to import run_on_copies, run_to_path
 from ._samples import same_output
 from ._tracing import Call, Forward, Output
-from ._undisturbed import evaluating
+from ._undisturbed import evaluating, measurement_of
 
 
 def reproduces_output(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
@@ -23,11 +24,20 @@ def reproduces_output(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
         return bool(same_output(tail(samples), output))
 
 
+# What a tail replays during a measurement: results whose rows share memory; results with memory for each row, as some models
+# write into them or reshape them; nothing, and then all modules run.
+Replays = Literal["views", "copies"] | None
+REPLAYS: tuple[Replays, ...] = ("views", "copies", None)
+
+
 class HookTail(nn.Module):
-    """The model with one layer's output replaced. The layers before it still run, on copies of the first input.
+    """The model with one layer's output replaced. Its inputs are copies of the first sample.
+
+    During a measurement the modules before the layer do not run: they return what they returned for the first sample, see
+    `_recorded`. Otherwise they run for each row.
 
     call, layer, number, path: as in `hook_tail`. inputs: of the model.
-    repeated: for each tensor of the inputs, whether it has a row per sample. The tail then repeats the first row. Other
+    has_rows: for each tensor of the inputs, whether it has a row per sample. The tail then repeats the first row. Other
         tensors are the same for every sample.
     in_place: write into the layer's output, so that tensors which share memory with it change too.
     """
@@ -39,7 +49,7 @@ class HookTail(nn.Module):
         number: int,
         path: list,
         inputs: Any,
-        repeated: Sequence[bool],
+        has_rows: Sequence[bool],
         in_place: bool = False,
     ) -> None:
         super().__init__()
@@ -48,22 +58,31 @@ class HookTail(nn.Module):
         self.layer = (layer,)
         self.number = number
         self.path = path
-        self.repeated = repeated
+        self.has_rows = has_rows
         self.in_place = in_place
-        rows = iter(repeated)
+        self.replays: Replays = None if in_place else "views"
+        self.recording = Recording()
+        rows = iter(has_rows)
         self.first = mapped(inputs, lambda i: (i[:1] if next(rows) else i).detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) in place of the layer's output -> the model's output."""
-        rows, calls = iter(self.repeated), 0
+        measured = measurement_of(self)
+        if measured is None or self.replays is None:
+            return self._run(x, self.number, copies=True)
+        self.recording.begin(measured, self._pass, self.model, self.layer[0], self.number)
+        copies = self.replays == "copies"
+        with self.recording.replayed(len(x), copies):
+            return self._run(x, self.recording.calls_of_layer - 1, copies)
 
-        def repeated(tensor: Tensor) -> Tensor:
-            return (tensor.expand(len(x), *tensor.shape[1:]) if next(rows) else tensor).clone()
+    def _run(self, x: Tensor, number: int, copies: bool) -> Tensor:
+        """Calls the model. number: which call of the layer gets x as its result."""
+        calls = 0
 
         def replace(module: nn.Module, args: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls != self.number + 1:
+            if calls != number + 1:
                 return None
             if not self.in_place:
                 return replaced(output, self.path, x.clone())
@@ -79,9 +98,17 @@ class HookTail(nn.Module):
         # A scripted module's own method only raises.
         handle = nn.Module.register_forward_hook(self.layer[0], replace)
         try:
-            return self.call[0](mapped(self.first, repeated))
+            return self.call[0](self._inputs(len(x), copies))
         finally:
             handle.remove()
+
+    def _inputs(self, rows: int, copies: bool) -> Any:
+        has_rows = iter(self.has_rows)
+        return mapped(self.first, lambda i: repeated(i, 0 if next(has_rows) else None, rows, copies))
+
+    def _pass(self, rows: int) -> None:
+        """Runs the model on copies of the first sample."""
+        self.call[0](self._inputs(rows, copies=True))
 
 
 def hook_tail(
@@ -99,18 +126,18 @@ def hook_tail(
     tensors = list(tensors_in(inputs))
     per_sample = [bool(i.ndim and len(i) == len(samples)) for i in tensors]
 
-    def tail(repeated: Sequence[bool], in_place: bool = False) -> HookTail:
-        return HookTail(call, layer, number or 0, path, inputs, repeated, in_place)
+    def tail(has_rows: Sequence[bool], in_place: bool = False) -> HookTail:
+        return HookTail(call, layer, number or 0, path, inputs, has_rows, in_place)
 
     def fits(candidate: HookTail) -> bool:
         try:
-            return reproduces_output(candidate, samples, output)
+            return _settle(candidate, samples, output)
         except Exception:  # the model may fail on inputs that it normally never receives
             return False
 
     plain, failure = tail(per_sample), None
     try:
-        if reproduces_output(plain, samples, output):
+        if _settle(plain, samples, output):
             return plain, []
     except Exception as error:
         if sum(per_sample) < 2:
@@ -129,6 +156,19 @@ def hook_tail(
     if failure is not None and not ways:
         raise failure
     return None, ways
+
+
+def _settle(tail: HookTail, samples: Tensor, output: Tensor) -> bool:
+    """Whether a tail gives the model's output. Chooses what it replays: as much as gives that output."""
+    for replays in REPLAYS[REPLAYS.index(tail.replays) :]:
+        tail.replays = replays
+        try:
+            if reproduces_output(tail, samples, output):
+                return True
+        except Exception:
+            if replays is None:
+                raise
+    return False
 
 
 def _is_fresh(call: Call, layer: nn.Module, number: int, path: list, inputs: Any) -> bool:

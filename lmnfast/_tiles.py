@@ -12,11 +12,14 @@ from ._outputs import outputs_of, rows_between
 
 DEFAULT_BUDGET = 256 * 2**20
 
-# On a CPU a tile should stay near the caches. It should also avoid fresh pages, which the C library maps for large results and
-# for many results at once. Fastest of seven alternating runs of the residual, convolutional and transformer network of
-# bench_connectivity: 0.23, 0.23, 0.43 s with 4 MB; 0.18, 0.18, 0.29 s with 16; 0.17, 0.17, 0.27 s with 24; 0.23, 0.17, 0.27 s
-# with 64.
-CPU_TILE = 24 * 2**20
+# On a CPU the results that exist at one time should stay near the caches, and a tile should hold many points, as a deep network
+# calls many small operations. Time per point with 0.5, 1, 2, 4, 8, 16, 32 MB, as a multiple of the best, on one core that also
+# had other work: residual 1.2 1.0 1.3 1.1 1.1 1.5 3.9, convolutional 1.6 1.3 1.4 1.4 1.1 1.0 2.4, transformer of 2 blocks
+# 2.0 1.1 1.0 1.0 1.1 1.4 1.2, of 10 blocks 2.4 3.2 1.6 1.8 1.0 1.3 1.8, ResNet of 8 blocks 1.9 1.5 1.1 1.1 1.0 1.0 1.2.
+CPU_TILE = 8 * 2**20
+
+# Differentiation keeps results. All of them are counted, and a tile may hold more.
+CPU_TILE_DIFFERENTIATED = 24 * 2**20
 
 # On CUDA a tile should keep the card busy and be large enough for the fast convolution algorithms, but leave memory for a
 # training. Measured on an H200 with a residual network and a transformer: 4 GiB is 1.1 to 2.8 times faster than 256 MiB, and
@@ -44,10 +47,14 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + held
 
 
-def tile_bytes(budget: int | None, device: torch.device) -> int:
-    """Bytes for a tile on a device. budget: as in :func:`lmnfast.connectivity`, which documents the default."""
+def tile_bytes(budget: int | None, device: torch.device, differentiated: bool = False) -> int:
+    """Bytes for a tile on a device, as `bytes_of` counts them.
+
+    budget: as in :func:`lmnfast.connectivity`, which documents the default.
+    """
     if device.type == "cpu":
-        return min(DEFAULT_BUDGET if budget is None else budget, CPU_TILE)
+        most = CPU_TILE_DIFFERENTIATED if differentiated else CPU_TILE
+        return min(DEFAULT_BUDGET if budget is None else budget, most)
     if budget is not None or device.type != "cuda":
         return DEFAULT_BUDGET if budget is None else budget
     return max(1, min(int(CUDA_SHARE * free_memory(device)), CUDA_MOST))
@@ -116,10 +123,9 @@ def bytes_of(
 ) -> tuple[Tensor, int]:
     """f's outputs for some of the samples, and the bytes that f takes for all samples.
 
-    On CUDA, without differentiation, these are the bytes that exist at one time; otherwise the bytes of all results. CPU_TILE
-    was chosen by the bytes of all results.
+    These are the bytes that exist at one time; with differentiation, which keeps results, the bytes of all results.
     """
     chosen = torch.stack([x[row] for row in rows])
-    with AllocationCount(live=x.is_cuda and not differentiated) as count:
+    with AllocationCount(live=not differentiated) as count:
         again = outputs_of(f, chosen)
     return again, -(-count.bytes * len(x) // len(rows))

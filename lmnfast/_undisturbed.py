@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import sys
+import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from operator import is_
 from typing import Any
@@ -61,6 +62,9 @@ _FUNCTIONS = dict(vars(F))
 STATELESS = tuple(
     f"torch.nn.modules.{name}" for name in ("activation", "container", "conv", "dropout", "flatten", "linear")
 )
+
+# On each thread, what the measurements in progress have saved, the innermost last.
+_measuring = threading.local()
 
 # Modules whose generated forward only calls torch's functions and the module's parts, and that forward; see `keeps_nothing`.
 _generated: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -123,7 +127,7 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
     overwritten a parameter or a large tensor.
     """
     roots = [module for module in modules if isinstance(module, nn.Module)]
-    parts = list(dict.fromkeys(part for module in roots for part in module.modules()))
+    parts = dict.fromkeys(part for module in roots for part in module.modules())
     with alone():
         _refuse_sharded(parts)
         switched = []
@@ -135,9 +139,12 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
                         switched.append((part, name, own[name]))
                 elif name == "training" and part.training != value:  # a property, as in scripted modules
                     switched.append((part, name, part.training))
-        kept, stack = Kept(), ExitStack()
+        kept, stack = Kept(parts), ExitStack()
+        measuring = _measuring.__dict__.setdefault("kept", [])
         try:
             with uninterrupted():
+                measuring.append(kept)
+                stack.callback(measuring.remove, kept)
                 if not changed and len(roots) == len(modules) > 0 and vars(F) == _FUNCTIONS:
                     kept.stateless = all(map(_is_stateless, parts))
                     kept.in_order = kept.stateless and not any(part in _generated for part in parts)
@@ -156,6 +163,15 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
             with uninterrupted():
                 stack.close()
         kept.check()
+
+
+def measurement_of(part: nn.Module) -> Kept | None:
+    """The innermost measurement in progress on this thread that covers the module; None if there is none.
+
+    During a measurement the module's parameters stay as they are, and its state is put back between calls.
+    """
+    measuring = _measuring.__dict__.get("kept", [])
+    return next((kept for kept in reversed(measuring) if part in kept.parts), None)
 
 
 def _set_all(values: Iterable[tuple[nn.Module, str, Any]]) -> None:
@@ -270,7 +286,9 @@ def _cuda_devices() -> list[int]:
 class Kept:
     """Saved state of modules: everything that a forward pass may change and that can be restored."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Collection[nn.Module] = ()) -> None:
+        self.parts = parts
+        """All modules that are covered."""
         self.stateless = False
         """Whether all modules are torch's own modules without a state, or graphs of these."""
         self.in_order = False
