@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ._inputs import named_inputs
 from ._layers import called_model, find_layer
@@ -14,6 +14,7 @@ from ._nested import at_path, mapped, replaced, tensors_in
 from ._recorded import Recording, repeated
 from ._run_to import run_on_copies, run_to_path
 from ._samples import same_output
+from ._taped import ROWS, Tape, taped_tail
 from ._tracing import Call, Forward, Output
 from ._undisturbed import evaluating, measurement_of
 
@@ -69,13 +70,13 @@ class HookTail(nn.Module):
         """x (B, ...) in place of the layer's output -> the model's output."""
         measured = measurement_of(self)
         if measured is None or self.replays is None:
-            return self._run(x, self.number, copies=True)
+            return self._run(x, self.number, self._inputs(len(x), copies=True))
         self.recording.begin(measured, self._pass, self.model, self.layer[0], self.number)
         copies = self.replays == "copies"
         with self.recording.replayed(len(x), copies):
-            return self._run(x, self.recording.calls_of_layer - 1, copies)
+            return self._run(x, self.recording.calls_of_layer - 1, self._inputs(len(x), copies))
 
-    def _run(self, x: Tensor, number: int, copies: bool) -> Tensor:
+    def _run(self, x: Tensor, number: int, inputs: Any) -> Tensor:
         """Calls the model. number: which call of the layer gets x as its result."""
         calls = 0
 
@@ -98,7 +99,7 @@ class HookTail(nn.Module):
         # A scripted module's own method only raises.
         handle = nn.Module.register_forward_hook(self.layer[0], replace)
         try:
-            return self.call[0](self._inputs(len(x), copies))
+            return self.call[0](inputs)
         finally:
             handle.remove()
 
@@ -109,6 +110,21 @@ class HookTail(nn.Module):
     def _pass(self, rows: int) -> None:
         """Runs the model on copies of the first sample."""
         self.call[0](self._inputs(rows, copies=True))
+
+
+def taped(tail: HookTail, samples: Tensor) -> fx.GraphModule:
+    """The tail as a graph of torch's functions. Raises `NotTaped`; and the model's errors."""
+    tapes, outputs, inputs = [], [], []
+    with evaluating(tail, changed=True) as kept, torch.compiler.set_stance("force_eager"):
+        for rows in ROWS:
+            kept.put_back()
+            x, given = samples[torch.arange(rows) % len(samples)], tail._inputs(rows, copies=True)
+            with Tape(x) as tape:
+                outputs.append(tail._run(x, tail.number, given))
+            tapes.append(tape)
+            inputs.append(list(tensors_in(given)))
+        constants = dict([*tail.named_parameters(), *tail.named_buffers()])
+        return taped_tail(tapes, outputs, constants, inputs)
 
 
 def hook_tail(
@@ -151,7 +167,7 @@ def hook_tail(
         i for i, own in enumerate(per_sample) if own and not fits(tail([j == i for j in range(len(tensors))]))
     ]
     shared = tail([own and i not in ways for i, own in enumerate(per_sample)])
-    if ways and _takes_any_rows(shared, samples, output):
+    if ways and takes_any_rows(shared, samples, output):
         return shared, []
     if failure is not None and not ways:
         raise failure
@@ -185,7 +201,7 @@ def _is_fresh(call: Call, layer: nn.Module, number: int, path: list, inputs: Any
     return storages[0].data_ptr() != storages[1].data_ptr()
 
 
-def _takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
+def takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
     """Whether the tail gives each sample the same output in a larger batch and at another place in it."""
     try:
         with evaluating(tail):

@@ -149,12 +149,12 @@ def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.Gr
         if not node.users and _pure(node):  # for example a loss beside the output
             tail.erase_node(node)
     result = fx.GraphModule(root, tail)
-    if all(map(_only_computes, tail.nodes)):
+    if all(map(only_computes, tail.nodes)):
         keeps_nothing(result)
     return result
 
 
-def _only_computes(node: fx.Node) -> bool:
+def only_computes(node: fx.Node) -> bool:
     """Whether a step of a graph always gives the same result and changes nothing but earlier results of the graph.
 
     True for every module: `evaluating` checks modules itself.

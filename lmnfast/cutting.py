@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ._hook_tail import hook_tail, other_ways, reproduces_output
+from ._hook_tail import hook_tail, other_ways, reproduces_output, takes_any_rows, taped
 from ._layers import called_model, find_layer
 from ._run_to import run_to, run_to_path
 from ._samples import check_made
@@ -86,6 +86,14 @@ def cut(
     replacing, ways = hook_tail(call, part, call_number, path, inputs, seen, result)
     if replacing is None:
         raise ValueError(other_ways(model, layer, inputs, forward, output, ways))
+    try:
+        graph = taped(replacing, seen)
+        if reproduces_output(graph, seen, result) and takes_any_rows(graph, seen, result):
+            return graph, seen
+    except (
+        Exception
+    ):  # the model's Python code depends on values, or runs differently for other numbers of rows
+        pass
     return replacing, seen
 
 

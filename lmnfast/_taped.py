@@ -1,0 +1,483 @@
+"""The network behind a layer as a graph of torch's functions, written down while the model runs.
+
+torch.fx runs a model's code on proxies, and fails where the code looks at shapes or at Python objects of its own. A tape runs
+the model on tensors, on two and on three samples, and writes down each call of a function of torch. A number in the arguments
+that differs between the two runs follows the number of rows. Python code between the calls is left out, so the tail costs what
+its functions cost. The tape refuses a model whose Python code depends on values of the samples.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+from ._nested import entries_of
+from ._tracing import only_computes
+from ._undisturbed import keeps_nothing
+
+# Rows of the two runs. Not 1, as code may treat one row in another way.
+ROWS = (2, 3)
+
+# Methods that give Python code facts of a tensor that do not depend on its values.
+FACTS = {
+    *(
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "storage_offset",
+        "element_size",
+        "__len__",
+        "get_device",
+    ),
+    *(
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "is_signed",
+        "is_same_size",
+        "is_inference",
+        "__hash__",
+        "type",
+    ),
+}
+
+# Attributes of tensors of the same kind.
+ATTRIBUTES = {
+    *(
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "requires_grad",
+        "is_cuda",
+        "is_cpu",
+        "is_mps",
+        "is_meta",
+        "is_sparse",
+    ),
+    *(
+        "is_quantized",
+        "is_nested",
+        "is_leaf",
+        "grad_fn",
+        "grad",
+        "itemsize",
+        "nbytes",
+        "_version",
+        "names",
+        "is_mkldnn",
+    ),
+}
+
+# Functions whose result has as many rows as values say. Python code could read these numbers.
+SHAPED_BY_VALUES = {
+    *(
+        "nonzero",
+        "argwhere",
+        "masked_select",
+        "unique",
+        "unique_consecutive",
+        "bincount",
+        "histogram",
+        "_unique2",
+    ),
+    *("repeat_interleave", "combinations", "nonzero_static"),
+}
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "__getitem__": operator.getitem,
+    "__setitem__": operator.setitem,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "matmul": operator.matmul,
+    "add_": operator.iadd,
+}
+
+
+DIFFERENT = "the model runs differently on two samples and on three"
+
+
+class NotTaped(Exception):
+    """The tape has no graph for a model. The message can follow "as"."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor in the arguments of a call. number: in the order in which the tensors of a run appear."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An integer in the arguments of a call that follows the number of rows: each * rows + more."""
+
+    each: int
+    more: int
+
+
+@dataclass
+class Step:
+    """A call of a function of torch."""
+
+    function: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    results: list[tuple[list, int]] = field(default_factory=list)
+    """Keys that lead to each tensor in the result, and the number of its value."""
+    writes: list[int] = field(default_factory=list)
+    """The values that the call has written into."""
+
+
+class Tape(TorchFunctionMode):
+    """Writes down the calls of torch's functions. samples: the tensor that the tail takes; its value has the number 0."""
+
+    def __init__(self, samples: Tensor) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self.tensors: list[Tensor] = []  # they stay alive, so an id means one tensor
+        self._numbers: dict[int, int] = {}
+        self.autocast = False
+        self.number_of(samples)
+
+    def number_of(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+        return self._numbers[id(tensor)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in FACTS or (name == "__get__" and getattr(func.__self__, "__name__", "") in ATTRIBUTES):
+            return func(*args, **kwargs)
+        given = [*_tensors(args), *_tensors(kwargs)]
+        versions = [_version(tensor) for tensor in given]
+        step = Step(func, self._taken(args), self._taken(kwargs))
+        result = func(*args, **kwargs)
+        step.writes = [
+            self.number_of(t) for t, version in zip(given, versions, strict=True) if _version(t) != version
+        ]
+        step.results = [(path, self.number_of(tensor)) for path, tensor in _paths(result)]
+        self.autocast |= any(torch.is_autocast_enabled(self.tensors[n].device.type) for _, n in step.results)
+        self.steps.append(step)
+        return result
+
+    def _taken(self, value: Any) -> Any:
+        """The arguments with a `Value` for each tensor."""
+        return Value(self.number_of(value)) if isinstance(value, Tensor) else _mapped(value, self._taken)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors with the same memory have in common; a negative number for a tensor without memory."""
+    try:
+        return tensor.untyped_storage()._cdata if tensor.numel() else -id(tensor)
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _tensors(entry)
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)
+
+
+def _paths(value: Any, path: list | None = None) -> Iterator[tuple[list, Tensor]]:
+    """The tensors in the result of a function, with the keys that lead to them."""
+    if isinstance(value, Tensor):
+        yield path or [], value
+    for key, entry in entries_of(value):
+        yield from _paths(entry, [*(path or []), key])
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The containers that functions of torch take, with `function` applied to their entries."""
+    if isinstance(value, slice):
+        return slice(*map(function, (value.start, value.stop, value.step)))
+    if isinstance(value, (tuple, list)):
+        entries = [function(entry) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
+    if isinstance(value, dict):
+        return {key: function(entry) for key, entry in value.items()}
+    return value
+
+
+def _why_refused(step: Step, tensors: list[Tensor]) -> str:
+    """What a call on values that depend on the samples does that a graph cannot repeat; empty if there is nothing."""
+    name = getattr(step.function, "__name__", str(step.function))
+    if name == "__set__":
+        return "sets an attribute of a tensor"
+    if not step.results and not step.writes:
+        return f"reads values of the samples ({name})"
+    given = [tensors[value.number] for value in _values((step.args, step.kwargs))]
+    by_mask = name == "__getitem__" and any(t.dtype in (torch.bool, torch.uint8) for t in given[1:])
+    if name in SHAPED_BY_VALUES or by_mask or (name == "where" and len(given) == 1):
+        return f"has shapes that follow values of the samples ({name})"
+    return ""
+
+
+def merged(one: Any, two: Any) -> Any:
+    """An argument of both runs. Raises NotTaped if the runs differ in more than the number of rows."""
+    if type(one) is not type(two):
+        raise NotTaped(DIFFERENT)
+    if isinstance(one, (tuple, list, dict, slice)):
+        if isinstance(one, slice):
+            one, two = (one.start, one.stop, one.step), (two.start, two.stop, two.step)
+            return slice(*merged(one, two))
+        if len(one) != len(two) or (isinstance(one, dict) and list(one) != list(two)):
+            raise NotTaped(DIFFERENT)
+        if isinstance(one, dict):
+            return {key: merged(value, two[key]) for key, value in one.items()}
+        entries = [merged(a, b) for a, b in zip(one, two, strict=True)]
+        return entries if isinstance(one, list) else tuple(entries)
+    if one is two or one == two or (one != one and two != two):
+        return one
+    if type(one) is int:
+        return Rows(two - one, one - ROWS[0] * (two - one))
+    raise NotTaped(f"the model runs differently on two samples and on three, with {one!r} and {two!r}")
+
+
+def merged_steps(one: Tape, two: Tape) -> list[Step]:
+    if len(one.steps) != len(two.steps):
+        raise NotTaped(DIFFERENT)
+    steps = []
+    for a, b in zip(one.steps, two.steps, strict=True):
+        same = (a.function is b.function or a.function == b.function) and (a.results, a.writes) == (
+            b.results,
+            b.writes,
+        )
+        if not same:
+            raise NotTaped(DIFFERENT)
+        steps.append(
+            Step(a.function, merged(a.args, b.args), merged(a.kwargs, b.kwargs), a.results, a.writes)
+        )
+    return steps
+
+
+def row_dimension(one: Tensor, two: Tensor) -> tuple[int, int] | None:
+    """The dimension of the rows of a tensor in both runs, and its length for one row; None if it has no rows.
+
+    The rows must be equal, as those of everything that does not depend on the samples are.
+    """
+    if one.dim() != two.dim() or one.dtype != two.dtype:
+        raise NotTaped("a tensor has other dimensions on two samples than on three")
+    longer = [d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
+    if not longer:
+        return None
+    dimension, length = longer[0], two.shape[longer[0]] - one.shape[longer[0]]
+    if len(longer) > 1 or one.shape[dimension] != ROWS[0] * length:
+        raise NotTaped("a tensor has a shape that does not follow the number of samples")
+    row, other = one.narrow(dimension, 0, length), one.narrow(dimension, length, length)
+    if not torch.allclose(row.double(), other.double(), 1e-3, 1e-6, equal_nan=True):
+        raise NotTaped("samples are mixed in what does not depend on the layer")
+    return dimension, length
+
+
+def _values(template: Any) -> Iterator[Value]:
+    if isinstance(template, Value):
+        yield template
+    elif isinstance(template, slice):
+        yield from _values((template.start, template.stop, template.step))
+    elif isinstance(template, (tuple, list, dict)):
+        for entry in template.values() if isinstance(template, dict) else template:
+            yield from _values(entry)
+
+
+def taped_tail(
+    tapes: Sequence[Tape],
+    outputs: Sequence[Tensor],
+    constants: dict[str, Tensor],
+    inputs: Sequence[Sequence[Tensor]],
+) -> fx.GraphModule:
+    """The tail that two tapes show.
+
+    Args:
+        tapes, outputs: of runs on `ROWS` samples.
+        constants: parameters and buffers by name.
+        inputs: for both runs the tensors in the model's inputs, in order. All their rows are equal.
+
+    Raises NotTaped.
+    """
+    return _Tail(tapes, outputs, constants, inputs).graph_module()
+
+
+class _Tail:
+    def __init__(
+        self,
+        tapes: Sequence[Tape],
+        outputs: Sequence[Tensor],
+        constants: dict[str, Tensor],
+        inputs: Sequence[Sequence[Tensor]],
+    ) -> None:
+        if any(tape.autocast for tape in tapes):
+            raise NotTaped("the model runs in autocast")
+        self.one, self.two = tapes
+        self.steps = merged_steps(self.one, self.two)
+        numbers = {tape.number_of(output) for tape, output in zip(tapes, outputs, strict=True)}
+        if len(numbers) != 1:
+            raise NotTaped(DIFFERENT)
+        self.output = numbers.pop()
+        self.storages = [storage_of(tensor) for tensor in self.one.tensors]
+        self.sources = self._sources()
+        self.names = {id(tensor): name for name, tensor in constants.items()}
+        self.inputs = {id(tensor): n for n, tensor in enumerate(inputs[0])}
+        self.moved = self._moved()
+        self.needed = self._needed()
+
+    def _sources(self) -> set[int]:
+        """The values that no call has made, beside the samples."""
+        sources, made = set(), {0}
+        for step in self.steps:
+            sources |= {value.number for value in _values((step.args, step.kwargs))} - made
+            made |= {number for _, number in step.results}
+        return sources
+
+    def _moved(self) -> set[int]:
+        """The values that depend on the samples."""
+        moved, storages, size = {0}, {self.storages[0]}, 0
+        while size != len(moved) + len(storages):
+            size = len(moved) + len(storages)
+            for step in self.steps:
+                taken = {value.number for value in _values((step.args, step.kwargs))}
+                results = {number for _, number in step.results}
+                if taken & moved or any(self.storages[n] in storages for n in taken | results):
+                    moved |= results
+                    storages |= {self.storages[n] for n in step.writes}
+        for step in self.steps:
+            numbers = [value.number for value in _values((step.args, step.kwargs))]
+            if moved.intersection(numbers) and (why := _why_refused(step, self.one.tensors)):
+                raise NotTaped(f"the model {why}")
+        if any(self.storages[number] in storages for number in self.sources):
+            raise NotTaped("the model writes into a tensor that outlives a call")
+        if self.output not in moved:
+            raise NotTaped("the output does not depend on the layer")
+        return moved
+
+    def _needed(self) -> list[Step]:
+        """The calls that the output needs, in order."""
+        needed, storages, size = {self.output}, {self.storages[self.output]}, 0
+        while size != len(needed):
+            size = len(needed)
+            for step in reversed(self.steps):
+                if self._serves(step, needed, storages):
+                    for value in _values((step.args, step.kwargs)):
+                        needed.add(value.number)
+                        storages.add(self.storages[value.number])
+        return [step for step in self.steps if self._serves(step, needed, storages)]
+
+    def _serves(self, step: Step, needed: set[int], storages: set[int]) -> bool:
+        return any(number in needed for _, number in step.results) or any(
+            self.storages[number] in storages for number in step.writes
+        )
+
+    def graph_module(self) -> fx.GraphModule:
+        """Emits the calls. Those that do not depend on the samples are made for one row, whose results are repeated."""
+        self.graph = fx.Graph()
+        self.root: dict[str, Tensor] = {}
+        self.nodes: dict[int, fx.Node] = {0: self.graph.placeholder("samples")}
+        self.rows = self.graph.call_method("size", (self.nodes[0], 0))
+        for step in self.needed:
+            numbers = {value.number for value in _values((step.args, step.kwargs))}
+            moves = bool(self.moved & ({n for _, n in step.results} | numbers | set(step.writes)))
+            args = self._emitted(step.args, moves)
+            kwargs = {key: self._emitted(value, moves) for key, value in step.kwargs.items()}
+            node = _call(self.graph, step.function, args, kwargs)
+            for path, number in step.results:
+                result = node
+                for key in path:
+                    result = self.graph.call_function(operator.getitem, (result, key))
+                self.nodes[number] = result
+        self.graph.output(self.nodes[self.output])
+        if not self.rows.users:
+            self.graph.erase_node(self.rows)
+        module = fx.GraphModule(self.root, self.graph)
+        if all(map(only_computes, self.graph.nodes)):
+            keeps_nothing(module)
+        return module
+
+    def _emitted(self, value: Any, moves: bool) -> Any:
+        """An argument in the graph. moves: of a call that depends on the samples, with all rows."""
+        if isinstance(value, Rows):
+            if not moves:
+                return value.each + value.more
+            product = self.rows
+            if value.each != 1:
+                product = self.graph.call_function(operator.mul, (self.rows, value.each))
+            return self.graph.call_function(operator.add, (product, value.more)) if value.more else product
+        if not isinstance(value, Value):
+            return _mapped(value, lambda entry: self._emitted(entry, moves))
+        if value.number not in self.nodes:
+            self.nodes[value.number] = self._source(value.number)
+        node = self.nodes[value.number]
+        return self._repeated(value.number, node) if moves and value.number not in self.moved else node
+
+    def _source(self, number: int) -> fx.Node:
+        """A tensor that no call has made."""
+        tensor = self.one.tensors[number]
+        if id(tensor) in self.names:
+            name = self.names[id(tensor)]
+        elif id(tensor) in self.inputs:
+            name = f"input_{self.inputs[id(tensor)]}"
+            if (found := row_dimension(tensor, self.two.tensors[number])) is not None:
+                tensor = tensor.narrow(found[0], 0, found[1])
+            tensor = tensor.clone()
+        elif tensor is self.two.tensors[number]:  # the same in both runs, so the model keeps it
+            name = f"constant_{number}"
+        else:
+            raise NotTaped("a part of the model computes in other ways than by functions of torch")
+        self.root[name] = tensor
+        with self.graph.inserting_after(self.rows):
+            return self.graph.get_attr(name)
+
+    def _repeated(self, number: int, node: fx.Node) -> fx.Node:
+        found = row_dimension(self.one.tensors[number], self.two.tensors[number])
+        if found is None:
+            return node
+        dimension, length = found
+        size: list[Any] = [1 if length > 1 else -1] * self.one.tensors[number].dim()
+        size[dimension] = self.rows
+        return self.graph.call_method("repeat" if length > 1 else "expand", (node, *size))
+
+
+def _call(graph: fx.Graph, function: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:
+    """A call in the graph, as torch.fx would trace it."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return graph.call_function(getattr, (args[0], function.__self__.__name__))
+    if name in OPERATORS and len(args) in (2, 3) and not kwargs and _is_method(function, name):
+        return graph.call_function(OPERATORS[name], args)
+    if _is_method(function, name):
+        return graph.call_method(name, args, kwargs)
+    if not isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        home = fx.node._get_qualified_name(function).rpartition(".")[0]
+        if getattr(sys.modules.get(home, torch), name, None) is not function:
+            raise NotTaped(f"the model calls {name}, which has no name of its own")
+    return graph.call_function(function, args, kwargs)
+
+
+def _is_method(function: Any, name: str) -> bool:
+    return getattr(Tensor, name, None) == function
