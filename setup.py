@@ -54,7 +54,7 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         try:
-            # A cache made by another Python or in another build environment would point into a folder that is gone.
+            # --fresh: a cache from another Python or another build environment would point into a folder that is gone.
             self._run([cmake, "--fresh", "-S", str(ROOT), "-B", str(build), *generator, *definitions])
             self._run([cmake, "--build", str(build), "--parallel", str(jobs)])
             self._run([cmake, "--install", str(build)])
