@@ -1,8 +1,9 @@
-"""A thousand random networks, on every instruction set and route, against the truth of tests/fuzz.py."""
+"""A thousand random networks, on every instruction set and route, against the truth of tests/fuzz_truth.py."""
 
 import pytest
 import torch
-from fuzz import Case, Expected, Verdict, check, draw, judge, measured
+from fuzz_cases import Case, draw
+from fuzz_verdicts import Expected, Verdict, check, judge, measured
 from support import LEVELS
 
 from lmnfast import _native
