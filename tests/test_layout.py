@@ -171,6 +171,51 @@ def test_documents_for_developers_name_files_that_exist(name):
         assert place.exists(), place
 
 
+FILE = r"`((?:lmnfast|csrc|tests|bench|docs|examples)/[\w./-]+\.\w+)`"
+NAMES = r"`[\w.]+(?:\([^`]*\))?`"
+
+
+def files_of(cell: str) -> list[str]:
+    """The files and folders of a table's cell; a name without a folder is beside the first."""
+    names = re.findall(r"`([\w./]+)`", cell)
+    folder = names[0].rpartition("/")[0] if names else ""
+    return [name if "/" in name.rstrip("/") else f"{folder}/{name}" for name in names]
+
+
+def names_and_files(text: str) -> list[tuple[str, list[str]]]:
+    """What a document quotes together with files: "`name`, `name` in `folder/file`", and the rows of a table of files."""
+    text = re.sub("```.*?```", "", text, flags=re.DOTALL)
+    found = []
+    for names, file in re.findall(rf"({NAMES}(?:(?:, |,? and ){NAMES})*)\s+(?:in|of)\s+{FILE}", text):
+        found += [(name, [file]) for name in re.findall(r"`(\w[\w.]*)", names)]
+    for files, words in re.findall(r"^\| \*\*.*\*\* \| (`\w+/[^|]*) \| ([^|]*) \|$", text, re.MULTILINE):
+        row = [file for file in files_of(files) if file.endswith((".py", ".h", ".cpp", ".cuh"))]
+        found += [(name, row) for name in re.findall(r"`(\w+)`", words) if row]
+    return found
+
+
+@pytest.mark.parametrize("name", ["docs/architecture.md", "docs/mathematics.md", "CONTRIBUTING.md"])
+def test_a_name_that_a_document_quotes_with_a_file_occurs_in_it(name):
+    found = names_and_files((ROOT / name).read_text())
+    for word, files in found:
+        texts = [(ROOT / file).read_text() for file in files]
+        last = word.rpartition(".")[2]
+        assert any(re.search(rf"\b{last}\b", text) for text in texts), f"{name}: {word} is not in {files}"
+    least = {"docs/architecture.md": 10, "docs/mathematics.md": 10}
+    assert len(found) >= least.get(name, 0)
+
+
+def test_a_name_that_is_not_in_its_file_is_found():
+    assert names_and_files("(`a_name` in `lmnfast/cli.py`)") == [("a_name", ["lmnfast/cli.py"])]
+    assert names_and_files("`one` and `two.three(4)`\nof `csrc/ops.h`") == [
+        ("one", ["csrc/ops.h"]),
+        ("two.three", ["csrc/ops.h"]),
+    ]
+    assert names_and_files("| **role** | `lmnfast/a.py`, `b.py` | what `c` is |") == [
+        ("c", ["lmnfast/a.py", "lmnfast/b.py"])
+    ]
+
+
 FAKE_CMAKE = """#!{python}
 import sys
 print("called", sys.argv[1:], flush=True)
