@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -61,52 +62,112 @@ def test_the_reference_does_not_know_the_compiled_core():
     assert "_native" not in inspect.getsource(reference) and "_C" not in inspect.getsource(reference)
 
 
-# Each part of the package, and the parts that it may import; "" is the library.
-PARTS = {
-    "": {"ops"},
-    "ops": {""},
-    "runs": {""},
-    "integrations": {"", "runs"},
-    "checkpoints": {"", "runs"},
-    "grokking": {"", "runs"},
-    "paper": {"", "ops", "runs", "grokking"},
-    "cli": {"", "checkpoints", "grokking", "paper", "runs"},
-}
+def files_of(cell: str) -> list[str]:
+    """The files and folders of a table's cell; a name without a folder is beside the first."""
+    names = re.findall(r"`([\w./<>]+)`", cell)
+    folder = names[0].rpartition("/")[0] if names else ""
+    return [name if "/" in name.rstrip("/") else f"{folder}/{name}" for name in names]
 
 
-def part_of(module: str) -> str:
-    """Of lmnfast.runs.files "runs", of lmnfast.probe ""."""
-    name = module.split(".")[1] if "." in module else ""
-    return name if name in PARTS else ""
+def modules() -> dict[str, Path]:
+    """The files of the package's modules, by the modules' names."""
+    files = (ROOT / "lmnfast").rglob("*.py")
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in files
+    }
 
 
-def imports_of(file: Path) -> set[str]:
-    """The modules of the package that a file of it imports."""
-    package = ["lmnfast", *file.relative_to(ROOT / "lmnfast").parts[:-1]]
+def imports_of(file: Path, known: set[str]) -> set[str]:
+    """Those of the known modules that a file of the package imports, anywhere in it."""
+    package = file.relative_to(ROOT).parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-            base = [name for name in base if name]
-            found |= {
-                ".".join([*base, alias.name]) if node.module is None else ".".join(base)
-                for alias in node.names
-            }
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            full = [f"{module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else module for name in full}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("lmnfast")}
+            found |= {alias.name for alias in node.names}
+    return found & known
+
+
+def roles(root: str) -> dict[Path, str]:
+    """The role of each source file whose place begins like this, by the table of section 1 of architecture.md."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    found: dict[Path, str] = {}
+    for role, cell in re.findall(rf"^\| \*\*(.*)\*\* \| (`(?:{root})/[^|]*) \|", text, re.MULTILINE):
+        for place in files_of(cell):
+            for file in ROOT.glob(
+                f"{place}**/*.*" if place.endswith("/") else re.sub("<.*>", "[!_]*", place)
+            ):
+                if file.suffix in (".py", ".h", ".cpp", ".cuh", ".cu"):
+                    assert found.setdefault(file, role) == role, f"{file} has two roles"
     return found
 
 
-def test_the_library_knows_nothing_of_the_application():
-    wrong = []
-    for file in (ROOT / "lmnfast").rglob("*.py"):
-        here = part_of(".".join(["lmnfast", *file.relative_to(ROOT / "lmnfast").with_suffix("").parts]))
-        wrong += [
-            f"{file.relative_to(ROOT)} imports {module}"
-            for module in imports_of(file)
-            if part_of(module) not in PARTS[here] | {here}
-        ]
+def order(first: str) -> dict[str, int]:
+    """The line of each role in the list of section 2 of architecture.md that begins with this role, counted from above."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    lines = re.search(rf"```text\n({first}\n.*?)```", text, re.DOTALL)[1].splitlines()
+    named = [(n, role) for n, line in enumerate(lines) for role in re.split(" {2,}", line)[0].split(", ")]
+    found = {role: n for n, role in named}
+    assert len(found) == len(named), "a role stands twice"
+    return found
+
+
+def test_modules_import_from_below_alone():
+    files, of_file, line = modules(), roles("lmnfast"), order("command line")
+    role = {name: of_file[file] for name, file in files.items() if file in of_file}
+    assert set(role) == set(files) - {"lmnfast"}, "every module has a role"
+    assert set(role.values()) == set(line), "every role has its line"
+    core = "lmnfast._C"
+    graph = {name: imports_of(file, {core, *files}) - {core, name} for name, file in files.items()}
+    assert len(graph["lmnfast.probe"]) > 5 and "lmnfast.ops._checks" in graph["lmnfast.ops.path_r2"]
+    # The surface of the library: its names come from it, and the application may take them.
+    place = {"lmnfast": line["probe"] - 0.5, **{name: line[of] for name, of in role.items()}}
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in graph.items()
+        for other in others
+        if place[other] <= place[name] and role.get(name) != role.get(other)
+    ]
     assert not wrong, wrong
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_sources_include_from_below_alone():
+    role, line = roles("csrc|tests/emulator"), order("binding")
+    files = {file for file in (ROOT / "csrc").rglob("*.*") if file.suffix in (".h", ".cpp", ".cuh", ".cu")}
+    assert files <= set(role), "every source has a role"
+    assert set(role.values()) == set(line), "every role has its line"
+    graph = {
+        file: {
+            (ROOT / "tests" / name if name.startswith("emulator/") else file.parent / name).resolve()
+            for name in re.findall(r'^#include "(.*)"', file.read_text(), re.MULTILINE)
+        }
+        for file in role
+    }
+    assert sum(map(len, graph.values())) > 50
+    wrong = [
+        f"{file.relative_to(ROOT)} includes {other.relative_to(ROOT)}"
+        for file, others in graph.items()
+        for other in others
+        if (line[role[other]] <= line[role[file]] and role[other] != role[file])
+        or {"CPU", "CUDA"} == {role[file].split()[0], role[other].split()[0]}
+    ]
+    assert not wrong, wrong
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_the_compiled_core_is_used_by_its_seam_and_by_the_ops_alone():
+    users = {
+        name
+        for name, file in modules().items()
+        if re.search(r"(?<!torch\.)\b_C\b", file.read_text()) and not name.startswith("lmnfast.ops.")
+    }
+    assert users == {"lmnfast._native"}
 
 
 def test_every_package_is_installed():
@@ -173,13 +234,6 @@ def test_documents_for_developers_name_files_that_exist(name):
 
 FILE = r"`((?:lmnfast|csrc|tests|bench|docs|examples)/[\w./-]+\.\w+)`"
 NAMES = r"`[\w.]+(?:\([^`]*\))?`"
-
-
-def files_of(cell: str) -> list[str]:
-    """The files and folders of a table's cell; a name without a folder is beside the first."""
-    names = re.findall(r"`([\w./]+)`", cell)
-    folder = names[0].rpartition("/")[0] if names else ""
-    return [name if "/" in name.rstrip("/") else f"{folder}/{name}" for name in names]
 
 
 def names_and_files(text: str) -> list[tuple[str, list[str]]]:
