@@ -49,6 +49,17 @@ def test_an_op_has_its_kernel_reference_test_and_bench(name):
     assert name in on_cuda.replace(",", " ").split(), f"tests/test_cuda.py leaves {name} out"
 
 
+def test_every_kernel_has_one_name():
+    """A struct of csrc/ops.h, and the function that calls it, in a registered op's file or for `Linear` in the seam."""
+    lists = (ROOT / "csrc/ops.h").read_text().partition("#define LMN_ON_BOTH")[2].partition("\n\n")[0]
+    structs = re.findall(r"N\(X, (\w+)\)", lists)
+    assert len(structs) > len(ops.__all__)
+    homes = [_native, *(sys.modules[f"lmnfast.ops.{name}"] for name in ops.__all__)]
+    for struct in structs:
+        name = re.sub("(?<!^)(?=[A-Z])", "_", struct).lower().replace("path_r_2", "path_r2")
+        assert any(inspect.isfunction(getattr(home, name, None)) for home in homes), name
+
+
 def test_no_kernel_file_is_without_an_op():
     folders = ("csrc/cpu", "csrc/cuda", "lmnfast/ops")
     files = {
