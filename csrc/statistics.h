@@ -19,7 +19,7 @@ constexpr double kConstantUlps = 4.0;
 constexpr double kResolvedUlps32 = 0x1p8, kResolvedUlps64 = 0x1p24;
 // Range of var(t) var(y). Below it the squares of a path's numbers lose digits; above it they overflow.
 constexpr double kLeastTotal32 = 1e-24, kLargestTotal32 = 1e30, kLeastTotal64 = 1e-280, kLargestTotal64 = 1e290;
-// Two samples are close if their first pre-activations differ by at most this share of the pre-activations' norm. The
+// Two samples are close if none of their first pre-activations differs by more than this share of the largest one. The
 // outputs of close samples may be equal to float32 rounding and still bend between the samples, so the constant rule does
 // not apply to close samples in float32.
 constexpr double kCloseSamples = 0x1p-10;
