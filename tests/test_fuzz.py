@@ -1,4 +1,5 @@
-"""A thousand random networks, on every instruction set and route, against the truth of tests/fuzz.py; and what tests/fuzz_ops.py calls."""
+"""A thousand random networks, on every instruction set and route, against the truth of tests/fuzz.py; the list of
+tests/fuzz_ops.py."""
 
 import fuzz_ops
 import pytest
