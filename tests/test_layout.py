@@ -340,7 +340,30 @@ def test_one_version_of_cmake_and_one_of_torch_are_asked_for():
 def test_the_version_is_the_same_wherever_it_stands():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [heading for heading in headings if heading != "Unreleased"]
+    assert headings and (not released or released[0] == version)
+
+
+def test_the_changelog_has_the_headings_of_keep_a_changelog():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    for part in re.split(r"^## \[(?:Unreleased|[\d.]+\] - \d{4}-\d\d-\d\d)\]?$", text, flags=re.MULTILINE)[
+        1:
+    ]:
+        found = re.findall(r"^##+ (.*)$", part, re.MULTILINE)
+        assert found and len(set(found)) == len(found) and set(found) <= kinds, found
+
+
+def test_one_sentence_says_what_the_package_is():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^description = "(.*)"$', text, re.MULTILINE)[1] == lmnfast.__doc__
+
+
+def test_the_metadata_name_the_pythons_that_are_tested():
+    classifiers = re.findall(
+        r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text()
+    )
     assert (
-        f": {version}\n" in (ROOT / "CHANGELOG.md").read_text()
-        or f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+        classifiers == re.search(r"set -- (3.*)$", (ROOT / ".ci/matrix").read_text(), re.MULTILINE)[1].split()
     )
