@@ -111,12 +111,25 @@ def _run(
 
 
 @torch.library.register_fake("lmnfast::jacobian")
-def _(x, weights, biases, activations, parameters):
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+) -> Tensor:
     _check(x, weights, biases, activations, parameters, fake=True)
     return x.new_empty(x.shape[0], weights[-1].shape[0], x.shape[1])
 
 
-def _check(x, weights, biases, activations, parameters, fake: bool = False) -> list[int]:
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    fake: bool = False,
+) -> list[int]:
     """Raises what does not fit; returns the widths."""
     if not weights:
         raise ValueError("weights: expected one or more, got none")

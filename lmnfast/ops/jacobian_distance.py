@@ -108,7 +108,7 @@ def _measured(
 
 
 @torch.library.register_fake("lmnfast::jacobian_distance")
-def _(first, second, squared, dtype):
+def _(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) -> Tensor:
     _check(first, second, dtype)
     return first.new_empty(first.shape[0], second.shape[0], dtype=dtype)
 
