@@ -28,7 +28,7 @@ constexpr double kCloseSamples = 0x1p-10;
 // terms cancel.
 constexpr double kLeastRounding = 0x1p-6;
 // Two results of the same operations in different orders differ by at most this many epsilons of the value's magnitude and
-// of the largest magnitude. The same number as in same_output in lmnfast/_samples.py.
+// of the largest magnitude. The same number as SAME_OUTPUT_ULPS in lmnfast/_samples.py.
 constexpr double kSameOutputUlps = 32;
 /// Whether two functions have the same output. high, low: range of the output over the samples; apart: the largest
 /// difference of the two functions there. The same rule as Checks.same in lmnfast/_checks.py.
