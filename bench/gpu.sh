@@ -65,8 +65,8 @@ sanitize() {
     return
   fi
   for tool in memcheck racecheck; do
-    # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows. With five of the eight ops
-    # racecheck took 52 s on an H200 with nothing beside it.
+    # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows. The limit is an estimate: on an
+    # H200 with nothing beside it racecheck took 52 s when tests/smoke_gpu.py called five ops; it calls more now.
     stage $tool 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
       "$python" -P tests/smoke_gpu.py "$only"
   done

@@ -1,5 +1,5 @@
-// The only pybind11 file: integers to pointers, GIL released, errors to Python. It checks the lengths of what it is given,
-// so that no kernel reads past an end; lmnfast/ops checks all else.
+// The only pybind11 file: integers to pointers, GIL released, errors to Python. It checks the lengths of the lists that it is
+// given, so that no kernel reads past their ends. It sees tensors as addresses alone; lmnfast/_native.py says who checks them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #if defined(__linux__)

@@ -1,6 +1,7 @@
 """The seam: loads the compiled core and turns tensors into addresses.
 
-Everything the kernels must be able to trust is checked before this point, by ``lmnfast.ops``.
+The kernels trust what they get. Arguments of `linear` are checked here. All others are checked by ``lmnfast.ops`` before they
+come here, with one exception: `find` of ``lmnfast/ops/check_outputs.py`` trusts its one caller and says why.
 """
 
 import os
@@ -171,8 +172,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of rows x (B, D) in float64. On the CPU it has the same bits for any thread count and any number of rows,
     which torch's BLAS does not: it sums products in parts that depend on both. No autograd there.
 
-    Also of several networks, with one more dimension in front of all: the same bits as of one after the other."""
-    alike = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    Also of several networks, with one more dimension in front of all: the same bits as of one after the other.
+
+    Raises ValueError for shapes or devices that do not fit."""
+    _check_linear(x, weight, bias)
+    alike = x.dtype in (torch.float32, torch.float64) and all(
+        t is None or t.dtype == x.dtype for t in (weight, bias)
+    )
     if alike and on_cuda(x) and x.shape[-2:].numel() * weight.shape[-2] <= SMALL_LINEAR:
         return _linear(x, weight, bias)
     if x.dim() == 3:
@@ -183,6 +189,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not alike:
         x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
     return _linear(x, weight, bias)
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    networks, inputs = x.shape[:-2], x.shape[-1:]
+    outputs = weight.shape[-2:-1]
+    fits = x.dim() in (2, 3) and weight.dim() == x.dim() and weight.device == x.device
+    if not fits or weight.shape != networks + outputs + inputs:
+        raise ValueError(
+            f"weight: expected (outputs, inputs) of samples {tuple(x.shape)} on {x.device}, "
+            f"got shape {tuple(weight.shape)} on {weight.device}"
+        )
+    if bias is not None and (bias.shape != networks + outputs or bias.device != x.device):
+        raise ValueError(
+            f"bias: expected {tuple(networks + outputs)} on {x.device}, "
+            f"got shape {tuple(bias.shape)} on {bias.device}"
+        )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

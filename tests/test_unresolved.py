@@ -1,6 +1,8 @@
 """Pairs that a dtype cannot resolve: dead and cancelling outputs, paths of another scale, samples that nearly agree."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,35 @@ from torch import nn
 import lmnfast
 from lmnfast import _generic, _polynomials, ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
-from lmnfast._unresolved import CLOSE, UNRESOLVED, are_close
+from lmnfast._samples import SAME_OUTPUT_ULPS
+from lmnfast._unresolved import (
+    CLOSE,
+    LEAST_ROUNDING,
+    RESOLVED_ULPS,
+    UNRESOLVED,
+    are_close,
+)
 from lmnfast.ops.path_connectivity import _hoisted, chain_connectivity
+
+CONSTANTS = {
+    "kUnresolved": UNRESOLVED,
+    "kConstantUlps": reference.CONSTANT_ULPS,
+    "kResolvedUlps32": RESOLVED_ULPS[torch.float32],
+    "kResolvedUlps64": RESOLVED_ULPS[torch.float64],
+    "kCloseSamples": CLOSE,
+    "kLeastRounding": LEAST_ROUNDING,
+    "kSameOutputUlps": SAME_OUTPUT_ULPS,
+}
+
+
+def test_python_has_the_numbers_of_the_kernels():
+    text = (Path(__file__).parent.parent / "csrc/statistics.h").read_text()
+    numbers = {
+        name: float.fromhex(value) if value.startswith("0x") else float(value)
+        for line in re.findall(r"^constexpr (?:int|double) ([^;]*);", text, re.MULTILINE)
+        for name, value in re.findall(r"(k\w+) = ([^,]+)", line)
+    }
+    assert {name: numbers.get(name) for name in CONSTANTS} == CONSTANTS
 
 
 def chain_of(weights, activations, biases=None) -> Chain:

@@ -23,6 +23,17 @@ def draw_checkpoints(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> 
 
     Returns:
         The path of the figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: `out` cannot be written.
+
+    Example:
+        >>> from lmnfast.checkpoints import draw_checkpoints
+        >>> columns = ("step", "checkpoint", "method", "lmn_1")
+        >>> values = (0, "step_0.pt", "path", 6.2), (10, "step_10.pt", "path", 4.1)
+        >>> draw_checkpoints(".", [dict(zip(columns, row)) for row in values]).name
+        'lmn.png'
     """
     import matplotlib
     from matplotlib.figure import Figure

@@ -94,8 +94,14 @@ def measure_checkpoints(
         OSError: `out` cannot be written; processes died again and again.
 
     Example:
-        >>> rows = measure_checkpoints("digits:make", "step_*.pt", "x.npy", ["1", "3"])  # doctest: +SKIP
-        >>> [(row["step"], row["lmn_1"]) for row in rows]  # doctest: +SKIP
+        >>> from lmnfast.checkpoints import measure_checkpoints
+        >>> def make():
+        ...     return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> for step in (0, 10):
+        ...     torch.save(make().state_dict(), f"step_{step}.pt")
+        >>> rows = measure_checkpoints(make, "step_*.pt", torch.randn(30, 8), ["0", "2"])
+        >>> [(row["step"], 1 < row["lmn_0"] < 30, row["lmn_2"]) for row in rows]  # layer 2 is the last: nothing is behind it
+        [(0, True, 1.0), (10, True, 1.0)]
     """
     if jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {jobs}")

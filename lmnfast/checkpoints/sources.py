@@ -28,9 +28,22 @@ IMPOSTORS = {
 def find_checkpoints(patterns: Sequence[str | os.PathLike]) -> list[str]:
     """The files of paths and glob patterns, each once. Numbers in names count by their value: step_2 before step_10.
 
+    Args:
+        patterns: paths of files, or patterns of them (glob, ** too).
+
+    Returns:
+        The paths, in the order of their names.
+
     Raises:
         ValueError: a pattern without files, a directory, or a file whose first bytes say that `read_state` cannot read
             it.
+
+    Example:
+        >>> from lmnfast.checkpoints import find_checkpoints
+        >>> for step in (10, 2):
+        ...     torch.save(nn.Linear(3, 4).state_dict(), f"step_{step}.pt")
+        >>> find_checkpoints(["step_*.pt"])
+        ['step_2.pt', 'step_10.pt']
     """
     found: dict[str, str] = {}
     for pattern in (os.fspath(given) for given in patterns):
@@ -74,6 +87,12 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
     Raises:
         ValueError: the file cannot be read that way; it holds no state dict, or several; it is of safetensors, and the
             package is missing.
+
+    Example:
+        >>> from lmnfast.checkpoints import read_state
+        >>> torch.save({"model": nn.Linear(3, 4).state_dict(), "step": 10}, "step_10.pt")
+        >>> list(read_state("step_10.pt"))
+        ['weight', 'bias']
     """
     state = _read_tensors(Path(path), "checkpoint")
     for part in key.split(".") if key else ():
@@ -167,8 +186,20 @@ def load_inputs(path: str | os.PathLike) -> Any:
     .npy: the array. .npz and .safetensors: one array is passed alone, several by their names, or in their
     order where np.savez was given no names. .pt: as it is, by ``torch.load(weights_only=True)``.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The tensor, or the tuple or dict of tensors, on the CPU.
+
     Raises:
         ValueError: no such file, of another kind, not readable that way, or holds something else.
+
+    Example:
+        >>> from lmnfast.checkpoints import load_inputs
+        >>> torch.save({"ids": torch.zeros(20, 5), "mask": torch.ones(20, 5)}, "inputs.pt")
+        >>> {name: tuple(tensor.shape) for name, tensor in load_inputs("inputs.pt").items()}
+        {'ids': (20, 5), 'mask': (20, 5)}
     """
     path = Path(path)
     if path.suffix not in (".npy", ".npz", ".pt", ".safetensors"):
@@ -207,8 +238,21 @@ def load_inputs(path: str | os.PathLike) -> Any:
 def first_samples(inputs: Any, count: int) -> Any:
     """The first samples of `load_inputs`: of each tensor that has as many rows as the first one.
 
+    Args:
+        inputs: a tensor, or tensors in tuples, lists and dicts.
+        count: the number of samples.
+
+    Returns:
+        The same containers. Other tensors are in them as they are.
+
     Raises:
         ValueError: there are fewer samples than `count`.
+
+    Example:
+        >>> from lmnfast.checkpoints import first_samples
+        >>> x, scale = first_samples((torch.zeros(20, 5), torch.tensor(2.0)), 8)
+        >>> x.shape, scale
+        (torch.Size([8, 5]), tensor(2.))
     """
     tensors = list(tensors_in(inputs))
     rows = len(tensors[0]) if tensors[0].ndim else 0

@@ -33,6 +33,17 @@ def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], devic
         raise TypeError(f"{name}: expected {expected} on {device}, got {tensor.dtype} on {tensor.device}")
 
 
+def check_array(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises what `check_tensor` does, and ValueError for another shape; None fits."""
+    if tensor is None:
+        return
+    check_tensor(name, tensor, (dtype,), device)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected {shape}, got shape {tuple(tensor.shape)}")
+
+
 def check_chain(
     name: str,
     x: Tensor,

@@ -70,7 +70,9 @@ def find(
     epsilon: float,
 ) -> Tensor:
     """:func:`check_outputs` for arguments that are known to fit: torch's dispatcher, and a look at them, take longer than the
-    kernel."""
+    kernel. It trusts its one caller, `Findings` in lmnfast/_checks.py, which brings all to one dtype. There x is f's input on
+    its one device and y f's outputs there, again and expected have been compared with y's shape, and matrix and counts are a
+    kernel's results for x."""
     # Kept until the call: an address does not keep its tensor.
     tensors = [None if t is None else plain(t) for t in (x, y, again, expected, matrix, counts)]
     call = _native._C.CheckOutputs(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._chain import Activation
-from ._checks import KERNEL_DTYPES, check_tensor, plain
+from ._checks import KERNEL_DTYPES, check_array, check_tensor, plain
 from .path_connectivity import activation_arguments
 
 # Features whose largest magnitude lies between these are taken as they are: squares of larger ones overflow, sums of
@@ -108,7 +108,7 @@ def _measured(
 
 
 @torch.library.register_fake("lmnfast::jacobian_distance")
-def _(first, second, squared, dtype):
+def _(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) -> Tensor:
     _check(first, second, dtype)
     return first.new_empty(first.shape[0], second.shape[0], dtype=dtype)
 
@@ -126,7 +126,11 @@ def jacobian_connectivity(first: Tensor, second: Tensor, dtype: torch.dtype) -> 
 
     Returns:
         (M, N) of that dtype.
+
+    Raises:
+        TypeError, ValueError: as `jacobian_distance`.
     """
+    _check(first, second, dtype)
     rows = plain(first)
     return _measured(rows, rows if second is first else plain(second), False, dtype, connectivity=True)
 
@@ -135,13 +139,13 @@ def jacobian_connectivity(first: Tensor, second: Tensor, dtype: torch.dtype) -> 
 
 
 def has_isometry(first: Tensor, last: Tensor) -> bool:
-    """Whether `isometry` takes these weights, and its features are fewer than the Jacobians' numbers."""
+    """Whether `jacobian_isometry` takes these weights, and its features are fewer than the Jacobians' numbers."""
     units = len(first)
     fits = first.dtype in KERNEL_DTYPES and units < len(last) * first.shape[1]
     return fits and _native.on_cuda(first) and units <= _native._C.isometry_units
 
 
-def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def jacobian_isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """B with ``|J_i - J_j| = |B s_i - B s_j|`` for ``J_i = last diag(s_i) first``, by CUDA kernels, without waiting.
 
     ``B^T B = M = (last^T last) o (first first^T)``, by Cholesky's method on M with a diagonal of ones, all in float64.
@@ -153,7 +157,12 @@ def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         B^T (H, H) float64, and (2,) float64: a bound for the share of a squared distance that rounding of M and B takes, a NaN
         or Inf where M is singular to rounding, and a 0. B is of use only where the bound is small.
+
+    Raises:
+        TypeError, ValueError: a dtype, a device or a shape that does not fit.
+        RuntimeError: more units than the kernel takes, or no CUDA kernels for that device.
     """
+    _check_layers(first, last)
     first, last = plain(first), plain(last)
     units, inputs = first.shape
     result = first.new_empty(units, units, dtype=torch.float64)
@@ -164,7 +173,7 @@ def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     return _native.run(call, result, lost), lost
 
 
-def isometric_features(
+def jacobian_features(
     x: Tensor, first: Tensor, bias: Tensor | None, activation: Activation, isometry: Tensor
 ) -> Tensor:
     """Rows ``B s_i`` with ``s_i = a'(first x_i + bias)``, by CUDA kernels, without waiting; all in float64.
@@ -178,9 +187,18 @@ def isometric_features(
 
     Returns:
         (N, H) float64.
+
+    Raises:
+        TypeError, ValueError: a dtype, a device or a shape that does not fit.
+        RuntimeError: no CUDA kernels for that device.
     """
+    _check_layers(first)
+    units = len(first)
+    check_array("x", x, (len(x), first.shape[1]), first.dtype, first.device)
+    check_array("bias", bias, (units,), first.dtype, first.device)
+    check_array("isometry", isometry, (units, units), torch.float64, first.device)
     x, first, bias, isometry = plain(x), plain(first), None if bias is None else plain(bias), plain(isometry)
-    (codes, parameters), (samples, inputs), units = activation_arguments([activation]), x.shape, len(first)
+    (codes, parameters), (samples, inputs) = activation_arguments([activation]), x.shape
     call = _native._C.JacobianFeatures(
         x.dtype == torch.float64,
         *map(_native.address, (x, first, bias, isometry)),
@@ -205,13 +223,20 @@ def isometry_distance(
     connectivity: bool = False,
     with_outputs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`isometry`, `isometric_features` and :func:`jacobian_distance` of those with themselves, or `jacobian_connectivity`, by
-    one call.
+    """`jacobian_isometry`, `jacobian_features` and :func:`jacobian_distance` of those with themselves, or
+    `jacobian_connectivity`, by one call.
 
     Returns:
-        (N, N) of x's dtype; (2,) int64, the bits of what `isometry` says about B; and with_outputs (N, K) of x's dtype, what
-        the chain gives, each sum in float64.
+        (N, N) of x's dtype; (2,) int64, the bits of what `jacobian_isometry` says about B; and with_outputs (N, K) of x's
+        dtype, what the chain gives, each sum in float64.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `jacobian_isometry`.
     """
+    _check_layers(first, last)
+    check_array("x", x, (len(x), first.shape[1]), first.dtype, first.device)
+    check_array("bias", bias, (len(first),), first.dtype, first.device)
+    check_array("last_bias", last_bias, (len(last),), first.dtype, first.device)
     x, first, last = plain(x), plain(first), plain(last)
     bias, last_bias = (None if b is None else plain(b) for b in (bias, last_bias))
     (codes, parameters), (samples, inputs), units = (
@@ -234,6 +259,17 @@ def isometry_distance(
         connectivity,
     )
     return _native.run(call, result, lost, y), lost, y
+
+
+def _check_layers(first: Tensor, last: Tensor | None = None) -> None:
+    """Raises what does not fit in the weights of Linear layers (H, D) and (K, H), on the CPU or on CUDA."""
+    on = first.device if first.device.type in ("cpu", "cuda") else torch.device("cuda")
+    check_tensor("first", first, KERNEL_DTYPES, on)
+    if first.dim() != 2 or first.numel() == 0:
+        raise ValueError(f"first: expected (H, D), both above 0, got shape {tuple(first.shape)}")
+    if last is not None:
+        outputs = len(last) if last.dim() and last.numel() else 1
+        check_array("last", last, (outputs, len(first)), first.dtype, on)
 
 
 def _check(first: Tensor, second: Tensor, dtype: torch.dtype) -> None:

@@ -94,7 +94,15 @@ def _path_r2(
 
 
 @torch.library.register_fake("lmnfast::path_r2")
-def _(interior, ends, first, second, nodes, weights, rounding=None):
+def _(
+    interior: Tensor,
+    ends: Tensor,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    rounding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     _check(interior, ends, first, second, nodes, weights, rounding, fake=True)
     return interior.new_empty(interior.shape[0]), interior.new_empty(2, dtype=torch.int64)
 

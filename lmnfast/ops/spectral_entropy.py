@@ -51,7 +51,7 @@ def _spectral_entropy(eigenvalues: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("lmnfast::spectral_entropy")
-def _(eigenvalues):
+def _(eigenvalues: Tensor) -> Tensor:
     _check(eigenvalues)
     return eigenvalues.new_empty(eigenvalues.shape[:-1], dtype=torch.float64)
 

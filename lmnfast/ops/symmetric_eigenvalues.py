@@ -83,7 +83,7 @@ def _symmetric_eigenvalues(matrices: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("lmnfast::symmetric_eigenvalues")
-def _(matrices):
+def _(matrices: Tensor) -> Tensor:
     _check(matrices)
     return matrices.new_empty(matrices.shape[:-1], dtype=torch.float64)
 

@@ -55,7 +55,7 @@ class Study:
     relu_steps: int = 5000
     relu_every: int = 250
 
-    def config(self, task: str, seed: int, **changes) -> Config:
+    def config(self, task: str, seed: int, **changes: Any) -> Config:
         given = {"steps": self.steps, "every": self.every, "seed": seed, "threads": 1, **changes}
         return Config(task, layers=(LAYER,), **given)
 
