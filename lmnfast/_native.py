@@ -64,8 +64,8 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
-def path_nodes(nodes: Tensor, weights: Tensor) -> tuple[list[float], list[float], float, float]:
-    """A rule as the kernels use it: interior nodes, their weights, and mean and variance of t over all nodes."""
+def rule_arguments(nodes: Tensor, weights: Tensor) -> tuple[list[float], list[float], float, float]:
+    """A rule as the kernels take it: interior nodes, their weights, and mean and variance of t over all nodes."""
     t, w = nodes.tolist(), weights.tolist()
     return t[1:-1], w[1:-1], *_moments(tuple(t), tuple(w))
 

@@ -183,7 +183,7 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
 def _in_this_process(
     work: _Work, model: nn.Module, call: Forward, inputs: Any, paths: Sequence[str]
 ) -> Generator[dict[str, Any], None, None]:
-    model, inputs = _placed(model, inputs, work.device)
+    model, inputs = _on_device(model, inputs, work.device)
     for path in paths:
         yield _measured(work, model, call, inputs, path)
 
@@ -202,7 +202,7 @@ def _in_processes(
     content = io.BytesIO()  # as bytes: torch would move the tensors of the caller to shared memory
     torch.save(mapped(inputs, lambda tensor: tensor.detach().cpu()), content)
     failed: BaseException | None = None
-    with Pool(count, _begin, (work, content.getvalue(), threads)) as pool:
+    with Pool(count, _start_process, (work, content.getvalue(), threads)) as pool:
         for outcome in pool.outcomes(_measure_here, [(path,) for path in paths]):
             if outcome.error is None:
                 yield outcome.result
@@ -213,35 +213,37 @@ def _in_processes(
         raise failed
 
 
-_given: tuple[_Work, bytes]  # a spawned process's own
+# Set in each spawned process by _start_process: the work, and the inputs as torch.save writes them.
+_process_work: tuple[_Work, bytes]
 
 
-def _begin(work: _Work, content: bytes, threads: int) -> None:
-    global _given  # noqa: PLW0603  # a process's initializer has no other way to leave something
-    _given = work, content
+def _start_process(work: _Work, content: bytes, threads: int) -> None:
+    # A global variable is the only way to keep a value that the initializer of a process has made.
+    global _process_work  # noqa: PLW0603
+    _process_work = work, content
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(work.precision)
 
 
 @cache
-def _own() -> tuple[nn.Module, Forward, Any]:
-    """The model, forward and inputs of a spawned process. They are not made in `_begin`: its errors would be lost."""
-    work, content = _given
+def _process_model() -> tuple[nn.Module, Forward, Any]:
+    """The model, forward and inputs of a spawned process. `_start_process` does not make them: its errors would be lost."""
+    work, content = _process_work
     call = imported(work.forward, "forward", "function") if isinstance(work.forward, str) else work.forward
     inputs = torch.load(io.BytesIO(content), weights_only=True)
-    model, inputs = _placed(made(work.factory), inputs, work.device)
+    model, inputs = _on_device(made(work.factory), inputs, work.device)
     return model, call, inputs
 
 
 def _measure_here(path: str) -> dict[str, Any]:
     try:
-        model, call, inputs = _own()
+        model, call, inputs = _process_model()
     except Exception as error:
         raise ValueError(f"checkpoint: {path}: {in_one_line(error)}") from error
-    return _measured(_given[0], model, call, inputs, path)
+    return _measured(_process_work[0], model, call, inputs, path)
 
 
-def _placed(model: nn.Module, inputs: Any, device: str) -> tuple[nn.Module, Any]:
+def _on_device(model: nn.Module, inputs: Any, device: str) -> tuple[nn.Module, Any]:
     """The model and its inputs on the device; floating-point inputs have the model's dtype."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 

@@ -141,9 +141,10 @@ def expected_seconds(model: nn.Module, inputs: Tensor, config: Config) -> float:
     settings: dict[str, Any] = {"method": config.method, "points": config.points, "rule": config.rule}
     total = 0.0
     for layer in config.layers:
-        for few in (16, TRIAL // 2):  # the first loads what a first call loads
-            ratio = len(inputs) / few
-            f, x = cut(model, layer, inputs[:few])
+        # A first call loads libraries, so the trial with 16 samples goes before the one that counts.
+        for count in (16, TRIAL // 2):
+            ratio = len(inputs) / count
+            f, x = cut(model, layer, inputs[:count])
             begin = time.perf_counter()
             L = connectivity(f, x, **settings)
             if L.is_cuda:

@@ -427,7 +427,7 @@ def run(
         list(parameters),
         list(skips),
         [_native.address(s) for s in shifts],
-        *_native.path_nodes(nodes, node_weights),
+        *_native.rule_arguments(nodes, node_weights),
         z.shape[-2],
         torch.get_float32_matmul_precision() != "highest",
         _native.address(exact),

@@ -85,7 +85,7 @@ def _path_r2(
     call = _native._C.PathR2(
         interior.dtype == torch.float64,
         *map(_native.address, (interior, ends, first, second)),
-        *_native.path_nodes(nodes, weights),
+        *_native.rule_arguments(nodes, weights),
         len(interior),
         *ends.shape,
         _native.address(rounding),

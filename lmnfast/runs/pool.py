@@ -43,7 +43,7 @@ class Pool:
         self, processes: int, begin: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
     ) -> None:
         self._processes = processes
-        self._given = begin, arguments
+        self._preparation = begin, arguments
         self._others = multiprocessing.active_children()
         self._executor: ProcessPoolExecutor | None = None
         self._futures: dict[Future[Any], tuple[Any, ...]] = {}
@@ -86,7 +86,7 @@ class Pool:
         """As `outcomes`; takes out of `left` what has one. Raises BrokenProcessPool where a process died."""
         self._end()
         self._executor = ProcessPoolExecutor(
-            self._processes, multiprocessing.get_context("spawn"), _begin_worker, self._given
+            self._processes, multiprocessing.get_context("spawn"), _begin_worker, self._preparation
         )
         self._futures = {self._executor.submit(function, *job): job for job in left}
         waiting, broken = set(self._futures), None
