@@ -12,12 +12,12 @@ from .path_connectivity import activation_arguments
 
 
 def jacobian(chain: Chain, x: Tensor) -> Tensor:
-    """``reference.jacobian(chain, x)``, fused; on the CPU, or on CUDA in a build with it.
+    """``reference.jacobian(chain, x)``, fused; on the CPU, or on CUDA in a build with CUDA.
 
-    ``diag(a_L') W_L ... diag(a_1') W_1 diag(a_0')`` at each sample, multiplied from the side with fewer rows or columns
-    and written once. What the slopes a' are taken at is summed in float64; the slopes themselves and the products are
-    in the samples' dtype, half types widened to float32. At kinks the slopes are PyTorch's: ReLU'(0) = 0.
-    On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
+    ``diag(a_L') W_L ... diag(a_1') W_1 diag(a_0')`` at each sample. The product is computed from the side with fewer rows or
+    columns, and the result is written once. The arguments of the slopes a' are summed in float64. The slopes and the products
+    have the samples' dtype; half types are widened to float32. At kinks the slopes are PyTorch's: ReLU'(0) = 0.
+    On CUDA the op is enqueued on the current stream. It never synchronises, and takes all memory from torch.
 
     Args:
         chain: weights on the samples' device, of their dtype.
@@ -27,7 +27,7 @@ def jacobian(chain: Chain, x: Tensor) -> Tensor:
         (N, K, D), float64 for float64 samples, else float32.
 
     Raises:
-        TypeError: a dtype or device that is neither the samples' nor one of these.
+        TypeError: a dtype or device that the kernels do not take, or that differs from the samples'.
         ValueError: shapes that do not fit.
         RuntimeError: the CUDA kernels do not run on that device.
 
@@ -40,9 +40,16 @@ def jacobian(chain: Chain, x: Tensor) -> Tensor:
 
 
 def at_once(chain: Chain, x: Tensor, with_outputs: bool = False) -> tuple[Tensor, Tensor | None]:
-    """:func:`jacobian` of samples that the chain takes, on the CPU or on CUDA, and with_outputs, on CUDA alone, what the chain
-    gives, (N, K) of the same dtype, each sum in float64. Torch's dispatcher, and another look at the arguments, take longer
-    than the kernel."""
+    """:func:`jacobian` without checks of its arguments and without torch's dispatcher, which take longer than the kernel.
+
+    Args:
+        chain: as in `jacobian`.
+        x: samples that fit the chain, on the CPU or on CUDA.
+        with_outputs: whether to return the chain's outputs too; only on CUDA.
+
+    Returns:
+        The Jacobians, and the outputs (N, K) of the same dtype, each sum in float64, or None.
+    """
     return _run(*_arguments(chain, x), with_outputs)
 
 
@@ -108,7 +115,7 @@ def _(x, weights, biases, activations, parameters):
 
 
 def _check(x, weights, biases, activations, parameters, fake: bool = False) -> list[int]:
-    """Raises what does not fit; returns the widths."""
+    """Raises TypeError or ValueError for arguments that do not fit; returns the widths."""
     if not weights:
         raise ValueError("weights: expected one or more, got none")
     return check_chain("x", x, weights, biases, activations, parameters, fake=fake)
