@@ -71,7 +71,7 @@ def _find_here(name: str, argument: str) -> None:
     elif local is not None and local.origin and installed is not None and local.origin != installed.origin:
         raise ValueError(
             f"{argument}: {name!r} is in the current directory and also {installed.origin}; rename it, or set "
-            "PYTHONPATH=. to take that in the current directory"
+            "PYTHONPATH=. to use the one in the current directory"
         )
 
 

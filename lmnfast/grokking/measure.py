@@ -83,10 +83,10 @@ def measure(
     with claimed(path, "run"), torch_threads(config.threads):
         steps = [step for step in steps_of(path) if step % every == 0]
         if not steps:
-            raise ValueError(f"run: no checkpoints of such steps in {path}")
+            raise ValueError(f"run: no checkpoints at multiples of {every} steps in {path}")
         if not force and (lost := _steps_in(table) - set(steps)):
             raise ValueError(
-                f"run: {table} has {len(lost)} more steps than this would have, {min(lost)} for one; move it away, or "
+                f"run: {table} has {len(lost)} more steps than the new table, {min(lost)} for one; move it away, or "
                 "--force to replace it"
             )
         task, model = start(config)

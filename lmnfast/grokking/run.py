@@ -116,7 +116,9 @@ def read_state(path: Path, config: Config) -> dict:
     try:
         step, seconds = state["step"], state["seconds"]
         if type(step) is not int or step % config.every or not 0 <= step <= config.steps:
-            raise ValueError(f"expected a step that is measured, got {step!r}")
+            raise ValueError(
+                f"expected a multiple of {config.every} up to {config.steps} as step, got {step!r}"
+            )
         if set(seconds) != set(ACTIVITIES) or not all(isinstance(value, float) for value in seconds.values()):
             raise ValueError(f"expected seconds of {' and '.join(ACTIVITIES)}, got {seconds!r}")
     except (TypeError, KeyError, ValueError) as error:

@@ -133,7 +133,7 @@ def _read(values: Path) -> list[dict[str, Any]]:
     try:
         return read_table(values, COLUMNS)
     except ValueError as error:
-        raise ValueError(f"values: cannot read {values}: {error}; delete it to make it anew") from None
+        raise ValueError(f"values: cannot read {values}: {error}; delete it to make it again") from None
 
 
 class Values:
@@ -191,7 +191,7 @@ def _table(
         for layer in layers if known == activation else ():
             for method in methods:
                 pairs = [values.pair(run, layer, method) for run in runs]
-                pairs = [pair for pair in pairs if pair.shape[1] > 2]  # Lobatto: of seed 0 alone
+                pairs = [pair for pair in pairs if pair.shape[1] > 2]  # Lobatto rules only have seed 0
                 if not pairs:
                     continue
                 cells = [

@@ -114,7 +114,7 @@ def _check_continues(out: Path, study: Study) -> None:
     file = out / "study.json"
     if not file.exists():
         if strange := [item.name for item in out.iterdir() if item.name != ".lock"]:
-            raise ValueError(f"out: {out} is not empty and no study, it holds {sorted(strange)[0]}")
+            raise ValueError(f"out: {out} is not empty and is not a study: it holds {sorted(strange)[0]}")
         return
     try:
         stored = {
@@ -229,7 +229,7 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
         try:
             train(study.config(task, seed, **change), path)
         except ValueError as error:
-            raise ValueError(f"{error}; the same command without {path} runs it anew") from None
+            raise ValueError(f"{error}; to run it again, delete {path} and repeat the command") from None
     main, _, relu = _runs(out, task, seed)
     answers = _answers_file(out, task, seed)
     rows = read_answers(answers)
@@ -391,5 +391,5 @@ def read_answers(path: Path) -> list[dict]:
         return read_table(path, COLUMNS, optional=OPTIONAL)
     except ValueError:
         raise ValueError(
-            f"out: cannot read {path}; delete it to make it anew (it is damaged, or of another version of lmnfast)"
+            f"out: cannot read {path}; delete it to make it again (it is damaged, or from another version of lmnfast)"
         ) from None

@@ -76,8 +76,8 @@ class Pool:
                     return
                 if death == DEATHS:
                     raise OSError(
-                        "jobs: a process died again and again, perhaps for want of memory, where fewer may do; the same "
-                        "command goes on with what is there"
+                        "jobs: a process died again and again, perhaps because there was not enough memory; try fewer jobs; "
+                        "the same command continues the work"
                     ) from None
                 print("\nlmnfast: a process died; going on with what it left", file=sys.stderr)
 
