@@ -78,7 +78,7 @@ class CSVWriter:
             file.write(csv_line(row.get(name, "") for name in self._columns))
 
     def _read(self) -> tuple[list[str], list[list[str]], int | None]:
-        """The columns, the rows, and None. If the last line is cut, the number of bytes in whole lines takes the place of None."""
+        """The columns, the rows, and None; if the last line is cut, the number of bytes in whole lines instead of None."""
         text = self.path.read_bytes() if self.path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         try:
