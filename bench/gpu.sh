@@ -119,7 +119,7 @@ profile() {
   done
 }
 
-[ $# -gt 0 ] || { sed -n '2,19s/^# \?//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,16s/^# \?//p' "$0"; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     build) build ;;
