@@ -2,6 +2,8 @@
 // multiplication begins at the side with fewer rows or columns.
 #include "jacobian.cuh"
 
+#include <utility>
+
 namespace lmn {
 namespace {
 
@@ -117,9 +119,7 @@ const char* chunk_of(const Plan<T>& plan, std::int64_t begin, std::int64_t sampl
     const char* error = multiply(p, plan.from_outputs, stream);
     if (error) return error;
     product = {panel, p.rows * p.columns};
-    T* const free = panel;
-    panel = next_panel;
-    next_panel = free;
+    std::swap(panel, next_panel);
   }
   return nullptr;
 }

@@ -82,7 +82,7 @@ class CSVWriter:
             file.write(csv_line(row.get(name, "") for name in self._columns))
 
     def _read(self) -> tuple[list[str], list[list[str]], int | None]:
-        """The columns, the rows, and the number of bytes in whole lines where the last line is cut; else None."""
+        """The columns, the rows, and None; if the last line is cut, the number of bytes in whole lines instead of None."""
         text = self.path.read_bytes() if self.path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         try:
@@ -98,7 +98,7 @@ class CSVWriter:
         columns, rows, whole = self._read()
         if (rows or whole is not None) and not self._resume:
             raise ValueError(
-                f"path: expected a new file, got {self.path} with rows of an earlier run; resume=True goes on with it"
+                f"path: expected a new file, got {self.path} with rows of an earlier run; resume=True continues it"
             )
         if whole is not None:
             os.truncate(self.path, whole)
@@ -165,7 +165,7 @@ class TensorBoardWriter:
             if not self._resume and any(self._folder.glob(f"events.out.tfevents.*{self.SUFFIX}")):
                 raise ValueError(
                     f"to: expected a folder without LMN curves, got {self._folder} with those of an earlier run; "
-                    "resume=True goes on with them"
+                    "resume=True continues them"
                 )
             self._writer = self._module.SummaryWriter(self._folder, filename_suffix=self.SUFFIX)
         self._writer.add_scalar(key(row["layer"]), row["lmn"], row["step"])

@@ -12,12 +12,12 @@ from .path_connectivity import activation_arguments
 
 
 def jacobian(chain: Chain, x: Tensor) -> Tensor:
-    """``reference.jacobian(chain, x)``, fused; on the CPU, or on CUDA in a build with it.
+    """``reference.jacobian(chain, x)``, fused; on the CPU, or on CUDA in a build with CUDA.
 
-    ``diag(a_L') W_L ... diag(a_1') W_1 diag(a_0')`` at each sample, multiplied from the side with fewer rows or columns
-    and written once. What the slopes a' are taken at is summed in float64; the slopes themselves and the products are
-    in the samples' dtype, half types widened to float32. At kinks the slopes are PyTorch's: ReLU'(0) = 0.
-    On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
+    ``diag(a_L') W_L ... diag(a_1') W_1 diag(a_0')`` at each sample. The product is computed from the side with fewer rows or
+    columns, and the result is written once. The arguments of the slopes a' are summed in float64. The slopes and the products
+    have the samples' dtype; half types are widened to float32. At kinks the slopes are PyTorch's: ReLU'(0) = 0.
+    On CUDA the op is enqueued on the current stream. It never synchronises, and takes all memory from torch.
 
     Args:
         chain: weights on the samples' device, of their dtype.
