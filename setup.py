@@ -1,4 +1,4 @@
-"""Drives CMakeLists.txt, the only build description; the metadata is in pyproject.toml."""
+"""Builds the extension by CMake. CMakeLists.txt is the only description of the build; the metadata is in pyproject.toml."""
 
 import os
 import shutil
@@ -14,7 +14,11 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def _jobs() -> int:
-    """Compilers at once: MAX_JOBS as for torch's own extensions, else as CMake has it, else the cores allowed."""
+    """The number of compilers that run at the same time.
+
+    It is MAX_JOBS, as for torch's own extensions; else CMAKE_BUILD_PARALLEL_LEVEL; else the number of cores that this process
+    may use.
+    """
     for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
         if given := os.environ.get(name):
             if not given.isdecimal() or int(given) < 1:
@@ -54,7 +58,7 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         try:
-            # A cache made by another Python or in another build environment would point into a folder that is gone.
+            # --fresh: the cache of another Python or of another build environment contains paths to a deleted folder.
             self._run([cmake, "--fresh", "-S", str(ROOT), "-B", str(build), *generator, *definitions])
             self._run([cmake, "--build", str(build), "--parallel", str(jobs)])
             self._run([cmake, "--install", str(build)])

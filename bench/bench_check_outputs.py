@@ -1,4 +1,4 @@
-"""The checks behind a chain's kernel against PyTorch's, and against reading the same values once.
+"""The checks of a call's numbers against the same checks in PyTorch, and against reading the same values once.
 
 pytest bench/bench_check_outputs.py
 """
@@ -11,7 +11,7 @@ from lmnfast import ops, reference
 
 
 def one_by_one(x, y, again, expected, L, counts, epsilon):
-    """The same verdicts from a torch call for each step, nothing read from the device."""
+    """The same results from one torch call per step. Nothing is read from the device."""
 
     def failing(bad):
         return torch.stack((bad.sum(), bad.byte().argmax()))

@@ -1,5 +1,5 @@
-"""The generic route against a loop over chunks written by hand around the same network, and, of a residual network, which
-is a chain on the CPU, against the fused kernel.
+"""The generic route against a hand-written loop over chunks of pairs, with the same network. For a residual network, which is a
+chain on the CPU, also against the fused kernel.
 
 pytest bench/bench_connectivity.py
 """
@@ -30,7 +30,7 @@ class Residual(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The rest of one after its embedding: two blocks, logits at the last position."""
+    """The part of a transformer after its embedding: two blocks, and logits at the last position."""
 
     def __init__(self, width=64) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Transformer(nn.Module):
 
 
 def convolutional() -> nn.Module:
-    """The rest of one after its first convolution."""
+    """The part of a convolutional network after its first convolution."""
     return nn.Sequential(
         nn.BatchNorm2d(8),
         nn.ReLU(),
@@ -58,7 +58,7 @@ def convolutional() -> nn.Module:
     )
 
 
-# Network, shape of a sample, samples on the CPU and on a card.
+# Network, shape of a sample, numbers of samples on the CPU and on a card.
 NETWORKS = {
     "residual": (Residual, (64,), {"cpu": 300, "cuda": 961}),
     "convolutional": (convolutional, (8, 14, 14), {"cpu": 64, "cuda": 512}),
@@ -67,7 +67,8 @@ NETWORKS = {
 
 
 def by_hand(f, x, chunk):
-    """The points of a chunk of pairs through f, the ends but once, then the definition in a few large operations."""
+    """Computes f at the points of a chunk of pairs, at the samples only once, and then the definition in a few large
+    operations."""
     pairs = torch.triu_indices(len(x), len(x), 1, device=x.device)
     t = UNIFORM[0].to(x)
     centred = (t - 0.5)[:, None]
@@ -103,7 +104,8 @@ def definition(f, x):
 
 @functools.cache
 def floor_and_chunk(network: str, device: torch.device) -> tuple[float, int]:
-    """The network's own seconds for all points, nothing interpolated or reduced; and the best chunk by hand."""
+    """The seconds that the network alone takes for all points, without interpolation and reduction; and the fastest chunk of
+    the hand-written loop."""
     f, x, _ = problem(network, device)
     chunks = CHUNKS[device.type]
     points = len(x) * (len(x) - 1) / 2 * 19 + len(x)
@@ -137,7 +139,7 @@ def bench_connectivity(benchmark, measure, precision, device, network, bar):
         call = lmnfast.connectivity
     elif bar.startswith("ours"):
         call = lmnfast.connectivity
-        if network == "residual":  # a function goes the generic route, whatever it calls
+        if network == "residual":  # a function, unlike a module, always takes the generic route
             arguments = (lambda points: run(points), x)
     if "by hand" in bar:
         benchmark.extra_info["chunk"] = chunk
@@ -146,13 +148,14 @@ def bench_connectivity(benchmark, measure, precision, device, network, bar):
     measure(call, arguments, rounds=5)
 
 
-STACK = 8  # networks, the paper's tail, with as many samples each
+STACK = 8  # networks with the shape of the paper's tail, all with the same number of samples
 STACK_SAMPLES = {"cpu": 128, "cuda": 961}
 
 
 @functools.cache
 def stack(device: torch.device):
-    """Networks, what torch stacks of them, samples for each, and the connectivities of a loop over them."""
+    """Networks, the same networks as torch stacks them, samples for each, and the connectivities from a loop over the
+    networks."""
     torch.manual_seed(0)
     models = [
         nn.Sequential(nn.Linear(100, 100), nn.SiLU(), nn.Linear(100, 31))

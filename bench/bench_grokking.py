@@ -1,4 +1,4 @@
-"""A training step of the paper's network on modular addition, all samples: ours without autograd, against autograd.
+"""A training step of the paper's network on all samples of modular addition: ours without autograd, against autograd.
 
 pytest bench/bench_grokking.py
 """
@@ -44,7 +44,7 @@ def bench_grokking(benchmark, threads, sgemm_rate, bar):
         torch.testing.assert_close(parameter, same, rtol=1e-4, atol=1e-5)
     gradients = Gradients(model, task.train_inputs, task.train_labels)
 
-    # Forward once and backward twice, of what cannot be done token by token: the second and the third Linear.
+    # One product forward and two backward, for the layers that cannot work token by token: the second and the third Linear.
     products = (
         3 * len(task.train_inputs) * sum(w.numel() for w in (model.hidden_2_pre.weight, model.output.weight))
     )

@@ -1,4 +1,4 @@
-"""The polynomials' connectivity against our own exact one, and against what PyTorch makes of Jacobians.
+"""The polynomials' connectivity against our exact connectivity, and against the same computation from Jacobians in PyTorch.
 
 pytest bench/bench_hermite_connectivity.py
 """
@@ -27,13 +27,14 @@ BARS = {
 
 
 def eager(net, x: Tensor, block: int = 32) -> Tensor:
-    """N Jacobians, then one product per block of samples for all J_i x_j, and the moments of the cubic at the nodes."""
+    """Computes N Jacobians, all J_i x_j as one product, and then per block of samples the moments of the cubics at the
+    nodes."""
     t = UNIFORM[0].to(x)
     w, centred = 1 / len(t), t - 0.5
     first, second = t * (1 - t) ** 2, -(t**2) * (1 - t)
     y, n = net(x), len(x)
     J = torch.func.vmap(torch.func.jacrev(net))(x)
-    moved = J.flatten(0, 1) @ x.T  # (N K, N): the only thing here that is not done in blocks
+    moved = J.flatten(0, 1) @ x.T  # (N K, N), computed as a whole; everything else is computed in blocks
     moved = moved.view(n, -1, n)
     own = moved.diagonal(dim1=0, dim2=2).T  # J_i x_i
     L = x.new_empty(n, n)
@@ -54,7 +55,7 @@ def eager(net, x: Tensor, block: int = 32) -> Tensor:
 
 @torch.compile(dynamic=False)
 def compiled(net, x: Tensor) -> Tensor:
-    """One block, fused by the compiler; a loop over many would be unrolled."""
+    """All samples as one block, fused by the compiler, which would unroll a loop over blocks."""
     return eager(net, x, len(x))
 
 
@@ -74,7 +75,7 @@ def bench_hermite_connectivity(benchmark, measure, device, precision, n, widths,
     if bar.startswith("jax") and device.type != "cpu":
         pytest.skip("JAX joins on the CPU")
     net, x = tail(*widths, device=device), F.silu(samples(n, device=device))
-    # All J_i x_j, as one product.
+    # The floor: all J_i x_j as one product.
     benchmark.extra_info["floor_s"] = product_s(n * n * widths[0] * widths[-1], device=device)
     if bar in BARS:
         call, rest = BARS[bar]

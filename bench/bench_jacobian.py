@@ -1,4 +1,4 @@
-"""Jacobians of an MLP tail against PyTorch's and against filling the result; the op, and the call of the user.
+"""Jacobians of an MLP tail, by the op and by the user's call, against PyTorch's and against writing the result.
 
 pytest bench/bench_jacobian.py
 """
@@ -33,7 +33,7 @@ def chain_of(widths, device):
 
 
 def one_product(chain, x):
-    """All samples' last layers as one matrix against the first, or layer after layer."""
+    """Multiplies from the last layer backwards, with one product per layer for all samples."""
     z, slopes = x, []
     for weight, bias in list(zip(chain.weights, chain.biases))[:-1]:
         z = torch.nn.functional.linear(z, weight, bias)
@@ -69,7 +69,7 @@ if find_spec("jax"):
 
 
 def floor(chain, x) -> float:
-    """Seconds to write the result, or of its products as one, whichever takes longer."""
+    """Seconds to write the result, or seconds of all products as one product, whichever is longer."""
     sizes = [weight.numel() for weight in chain.weights]
     backwards, forwards = len(chain.weights[-1]) * sum(sizes[:-1]), x.shape[1] * sum(sizes[1:])
     multiply_adds = len(x) * min(backwards, forwards)

@@ -1,4 +1,4 @@
-"""Distances of Jacobians, features included, against PyTorch's Jacobians and cdist or the Gram form.
+"""Distances of Jacobians, including their features, against PyTorch's Jacobians with cdist or the Gram form.
 
 pytest bench/bench_jacobian_distance.py
 """
@@ -13,7 +13,7 @@ from torch import nn
 import lmnfast
 from lmnfast import ops, reference
 
-CLOSENESS = 1e-5  # of every second sample to the one before: what the Gram form has no digits for
+CLOSENESS = 1e-5  # distance of every second sample to the sample before; the Gram form has no correct digits for such pairs
 
 
 def network(device, outputs=31):
@@ -61,21 +61,22 @@ if find_spec("jax"):
 
 
 def floor(x, units=100) -> float:
-    """Seconds to write the result, or of the products, whichever takes longer: the samples' features in float64, and
-    half of their Gram matrix in float32."""
+    """Seconds to write the result, or seconds of the products, whichever is longer. The products are the samples' features in
+    float64 and half of their Gram matrix in float32."""
     n, inputs = x.shape
     features = product_s(n * units * (inputs + units), torch.float64, x.device)
     return max(best_of(lambda: fill(None, x)), features + product_s(n * n * units / 2, device=x.device))
 
 
 def relative_error(d, f, x):
-    """Largest of the first samples' distances, close pairs among them, against float64 Jacobians."""
+    """The largest relative error of the first samples' distances, with close pairs among them, against float64 Jacobians."""
     some = x[:100].double()
     J = reference.jacobian(f.double(), some).flatten(1)
     f.float()
     truth = reference.jacobian_distance(J, J, False)
     error = (d[:100, :100] - truth).abs()
-    assert error.max() < 1e-2 * truth.max()  # the Gram form: about the square root of epsilon, of close pairs
+    # The Gram form has an error of about the square root of epsilon at close pairs.
+    assert error.max() < 1e-2 * truth.max()
     return float((error / truth).nan_to_num(0).max())
 
 
@@ -101,7 +102,7 @@ def squared_differences(first, second):
 
 @torch.compile(dynamic=False)
 def compiled(u, v):
-    """All differences, left to the compiler; the reference's loop over rows would be unrolled."""
+    """All differences at once, fused by the compiler, which would unroll the reference's loop over rows."""
     return (u[:, None] - v).square().sum(-1).sqrt().float()
 
 

@@ -22,7 +22,7 @@ from lmnfast.quadrature import path_nodes
 UNIFORM = path_nodes("uniform", 21)
 LOBATTO = path_nodes("lobatto", 9)
 SIZES = {"cpu": [768, 961], "cuda": [768, 961, 2048, 4096]}
-# What a kernel may do to the matrix products, in PyTorch's words; the CPU kernels are "highest" whatever it says.
+# PyTorch's settings for float32 matrix products. The CPU kernels always compute as with "highest".
 PRECISIONS = {"cpu": ["highest"], "cuda": ["highest", "high"]}
 
 
@@ -35,7 +35,7 @@ def cases(sizes: dict[str, list[int]]):
 
 
 def tail(*widths: int, device: torch.device) -> nn.Sequential:
-    """Linear layers of these widths with SiLU between them, at PyTorch's initialisation."""
+    """Linear layers of these widths with SiLU between them, with PyTorch's initialisation."""
     torch.manual_seed(0)
     layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
     return nn.Sequential(*layers[:-1]).requires_grad_(False).to(device)
@@ -56,19 +56,19 @@ def truth(widths: tuple[int, ...], n: int, device: torch.device) -> tuple[torch.
 def judge(
     benchmark, L: torch.Tensor, widths: tuple[int, ...], rival: bool, lobatto: bool, precision: str
 ) -> None:
-    """Nothing is timed that was not checked: records the errors of L and of its LMN."""
+    """Checks L before it is timed, and records the errors of L and of its LMN."""
     L_true, lmn_true = truth(widths, len(L), L.device)
     error = (L - L_true).abs()
     benchmark.extra_info["L error"] = float(error.max())
     benchmark.extra_info["LMN error"] = abs(float(lmnfast.linear_mapping_number(L)) / lmn_true - 1)
     if (
         rival and precision != "highest"
-    ):  # TF32 on the outputs themselves: an entry of a short path may be anything
+    ):  # the rivals round the outputs themselves to TF32, so an entry of a short path may have any value
         assert error.mean() < 1e-2
-    elif precision != "highest":  # a path whose chord is short against its way may lose more
+    elif precision != "highest":  # a path with a short chord compared with its length may lose more
         assert (error > 1e-3).float().mean() < 1e-3 and benchmark.extra_info["LMN error"] < 1e-4
     else:
-        # One output alone: nothing averages a chord that is short against the way. Float32 PyTorch loses 9e-5 there.
+        # With one output nothing averages the error of a path with a short chord. Float32 PyTorch loses 9e-5 there.
         exact = 2e-5 if widths[-1] > 1 else 5e-5
         assert error.max() < (1e-3 if lobatto else exact)
 
@@ -84,12 +84,12 @@ def filled(r2: torch.Tensor, pairs: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def r2_from_sums(y, ty, yy, t_variance):
-    """From the means of y, (t - mean t) y and y^2 over the nodes; (pairs, outputs) -> (pairs,)."""
+    """r2 from the means of y, (t - mean t) y and y^2 over the nodes; (pairs, outputs) -> (pairs,)."""
     return (ty * ty / (t_variance * (yy - y * y))).mean(1)
 
 
 def eager_whole(net, x, chunk):
-    """All 21 points of each path through the whole tail, chunks of pairs; what one writes first."""
+    """The simplest code: all 21 points of each path go through the whole tail, in chunks of pairs."""
     t = UNIFORM[0].to(x)
     centred = t - t.mean()
     pairs = pairs_of(x)
@@ -103,11 +103,12 @@ def eager_whole(net, x, chunk):
 
 
 def eager_best(net, x, chunk, nodes=UNIFORM[0]):
-    """First layer hoisted, half the pairs, ends from the samples, nodes outermost, buffers reused."""
+    """The fastest eager code that we know: the first layer is applied to the samples, only half of the pairs are computed, the
+    outputs at the ends come from the samples, nodes are the outer loop, and buffers are used again."""
     t = nodes.tolist()
     mean_t, variance_t = 0.5, float((nodes - 0.5).square().mean())
     w, weights = 1 / len(t), [layer.weight.T.contiguous() for layer in net[2::2]]
-    biases = [layer.bias for layer in net[2:-1:2]]  # the last does not change r2
+    biases = [layer.bias for layer in net[2:-1:2]]  # without the last bias, which does not change r2
     z = F.linear(x, net[0].weight, net[0].bias)
     ends = net[1:](z) - net[-1].bias
     pairs = pairs_of(x)
@@ -119,7 +120,7 @@ def eager_best(net, x, chunk, nodes=UNIFORM[0]):
         zs, ys = (
             z[second].sub_(zi),
             ends[second].sub_(yi),
-        )  # relative to the first end: no cancellation by an offset
+        )  # values are relative to the first end, so that an offset costs no digits
         sum_y, sum_ty, sum_yy = ys * w, ys * (w * (1 - mean_t)), (ys * ys).mul_(w)
         for m in range(1, len(t) - 1):
             torch.add(zi, zs, alpha=t[m], out=inner[0])
@@ -147,11 +148,11 @@ def _compiled_chunk(z, ends, weight, first, second, t):
 
 
 def compiled(net, x, chunk):
-    """The same savings, left to the compiler."""
+    """The same savings as in `eager_best`, compiled."""
     z = F.linear(x, net[0].weight, net[0].bias)
     ends, weight, t = F.linear(F.silu(z), net[2].weight), net[2].weight.T.contiguous(), UNIFORM[0].to(x)
     pairs = pairs_of(x)
-    padded = F.pad(pairs, (0, -pairs.shape[1] % chunk))  # one shape to compile for
+    padded = F.pad(pairs, (0, -pairs.shape[1] % chunk))  # all chunks have one shape: one compilation
     parts = [
         _compiled_chunk(z, ends, weight, first, second, t)
         for first, second in zip(padded[0].split(chunk), padded[1].split(chunk))
@@ -160,8 +161,8 @@ def compiled(net, x, chunk):
 
 
 RIVALS = {"eager, whole tail": eager_whole, "eager, best": eager_best, "torch.compile": compiled}
-# Pairs at a time. Those fastest on 2 cores with 1 MB of L2 each, among the powers of 2 from 32 to 8192; on a card they
-# are tried in the run, at N = 961, fewer of them where each is compiled anew.
+# Pairs per chunk. For the CPU: the fastest of the powers of 2 from 32 to 8192 on 2 cores with 1 MB of L2 each. For a card: the
+# sizes that the run tries at N = 961. There are fewer of them for compiled code, because each size is compiled again.
 CHUNKS = {
     "cpu": {"eager, whole tail": [256], "eager, best": [2048], "torch.compile": [512]},
     "cuda": {
@@ -201,14 +202,14 @@ def bench_shallow_tail(benchmark, measure, path_connectivity_floor, device, prec
     benchmark.extra_info.update(path_connectivity_floor(n, len(rule[0]) - 2, widths))
     rival = not bar.startswith("ours")
     if rival:
-        torch.compiler.reset()  # each chunk and N is compiled anew, and there is a limit on how often
+        torch.compiler.reset()  # each chunk and N is compiled again, and torch limits the number of compilations
         chunk = best_chunk(bar, device, precision)
         benchmark.extra_info["chunk"] = chunk
         call, arguments = RIVALS[bar], (net, x, chunk)
     else:
         call, arguments = ops.path_connectivity, (recognise(net), x, *rule)
     judge(benchmark, call(*arguments), widths, rival, "lobatto" in bar, precision)
-    # Which pairs are unresolved has to be asked for: this waits, as the whole call does.
+    # The whole call waits for the device to learn which pairs are unresolved. The enqueued part does not wait.
     enqueued = None if rival else chain_connectivity
     measure(call, arguments, rounds=3 if "whole" in bar else 9, enqueued=enqueued)
 
@@ -216,7 +217,7 @@ def bench_shallow_tail(benchmark, measure, path_connectivity_floor, device, prec
 @pytest.mark.parametrize("bar", ["ours", "matrix product of the same multiply-adds"])
 @cases({"cpu": [768], "cuda": [961, 4096]})
 def bench_deep_tail(benchmark, measure, path_connectivity_floor, device, precision, n, bar):
-    """One more hidden layer: how much of the machine's own large matrix products' rate is left."""
+    """One more hidden layer: shows how close the kernel is to the rate of the machine's large matrix products."""
     widths = 100, 100, 100, 31
     benchmark.group = f"path_connectivity 100-100-100-31 N={n}, {device.type}, {precision}"
     benchmark.extra_info["bar"] = bar
@@ -237,7 +238,7 @@ def bench_deep_tail(benchmark, measure, path_connectivity_floor, device, precisi
 )
 @cases({"cpu": [400], "cuda": [961]})
 def bench_other_sizes(benchmark, measure, path_connectivity_floor, device, precision, n, widths):
-    """Awkward and wide tails: time over the floor."""
+    """Tails of odd and of large widths: time over the floor."""
     if len(widths) > 3 and device.type == "cpu":
         pytest.skip("for a card")
     benchmark.group = f"path_connectivity {'-'.join(map(str, widths))} N={n}, {device.type}, {precision}"

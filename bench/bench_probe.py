@@ -1,7 +1,7 @@
-"""What one value costs the training: a probe's call against the kernel alone and against the whole measurement.
+"""The cost of one value for the training: a probe's call against the kernel alone and against the whole measurement.
 
-On a CUDA device: what a call costs the calling thread, and by how much it delays the training's stream (between two
-events around it; the connectivity itself runs on another stream, and shares the device's units with what follows).
+On a CUDA device: the time of the calling thread, and the delay of the training's stream, between two events around the call.
+The connectivity itself runs on another stream, where it shares the device's units with the kernels that follow.
 
 pytest bench/bench_probe.py
 """
@@ -41,7 +41,7 @@ def bench_one_value(request, benchmark, bar):
         }
         benchmark.extra_info["floor_s"] = best_of(calls["kernel alone"], 3)
         rounds = min(9, request.config.getoption("rounds"))
-        # The solver's thread must not run into the next round's time.
+        # The setup waits until the solver's thread has finished, so that the thread does not disturb the next round.
         benchmark.pedantic(calls[bar], setup=lambda: probe.history and None, rounds=rounds, warmup_rounds=1)
 
 
@@ -76,7 +76,7 @@ def bench_one_call_on_cuda(benchmark, bar):
             settle()
             torch.cuda._sleep(
                 20_000_000
-            )  # the thread runs ahead, so that its own time is not between the events
+            )  # meanwhile the thread runs ahead, so that its own time is not between the events
             before.record()
             calls[bar]()
             after.record()

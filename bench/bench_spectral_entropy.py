@@ -1,4 +1,4 @@
-"""Eigenvalues to bits against PyTorch.
+"""The spectral entropy of eigenvalues against PyTorch.
 
 pytest bench/bench_spectral_entropy.py
 """

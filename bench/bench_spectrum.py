@@ -1,5 +1,5 @@
-"""The eigenproblem in float64, as it is solved, and in float32: time, and what the latter does to the value. On a card:
-bench_symmetric_eigenvalues.py.
+"""The eigenproblem in float64, as the package solves it, and in float32: the time, and the error of the float32 value. The
+benchmark for a card is bench_symmetric_eigenvalues.py.
 
 pytest bench/bench_spectrum.py
 """
@@ -29,7 +29,7 @@ def bench_linear_mapping_number(request, benchmark, n, bar):
     def in_float32(L):
         return 2 ** lmnfast.ops.spectral_entropy(torch.linalg.eigvalsh(L))
 
-    # Two thirds of N^3 multiply-adds make L tridiagonal.
+    # The reduction of L to tridiagonal form takes two thirds of N^3 multiply-adds.
     benchmark.extra_info["floor_s"] = product_s(2 / 3 * n**3, torch.float64)
     call = {"ours": lmnfast.linear_mapping_number, "eager": reference.linear_mapping_number}.get(
         bar, in_float32

@@ -1,5 +1,5 @@
-"""Eigenvalues in float64: on the CPU LAPACK on one core against LAPACK; on a card the package's kernel, cuSOLVER, and
-a copy to the CPU and LAPACK there.
+"""Eigenvalues in float64. On the CPU: LAPACK on one core against LAPACK on all cores. On a card: the package's kernel,
+cuSOLVER, and a copy to the CPU with LAPACK there.
 
 pytest bench/bench_symmetric_eigenvalues.py
 """
@@ -45,6 +45,6 @@ def bench_symmetric_eigenvalues(request, benchmark, device, matrices, n, bar):
         error = float((solve(L).cpu().double() - truth).abs().max() / truth.abs().max())
         assert error < (1e-4 if bar.endswith("float32") else 1e-12)
         benchmark.extra_info["error over the largest"] = error
-    # Two thirds of N^3 multiply-adds make a matrix tridiagonal.
+    # The reduction of a matrix to tridiagonal form takes two thirds of N^3 multiply-adds.
     benchmark.extra_info["floor_s"] = matrices * product_s(2 / 3 * n**3, torch.float64, device)
     benchmark.pedantic(solve, (L,), rounds=min(9, request.config.getoption("rounds")), warmup_rounds=1)

@@ -1,6 +1,6 @@
 """Every CPU kernel against the fastest eager PyTorch of its benchmark, alone and beside one other busy process.
 
-python bench/beside.py prints a table in Markdown. The machine must be quiet otherwise.
+python bench/beside.py prints a table in Markdown. Nothing else may run on the machine.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Call = Callable[[], object]
 
 
 def problems() -> dict[str, tuple[Call, list[Call]]]:
-    """Ours, and PyTorch's eager ways, of each kernel on the sizes of its benchmark."""
+    """For each kernel our call and the eager PyTorch calls, with the sizes of its benchmark."""
     net, x = tail(100, 100, 31, device=CPU), samples(N)
     chain = recognise(net)
     jacobian_chain, inputs = bench_jacobian.chain_of(bench_jacobian.TAIL, CPU), torch.randn(N, 100)

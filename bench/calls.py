@@ -1,9 +1,10 @@
-"""What a public call costs the thread that makes it, counted: torch's calls, kernels, copies, waits, milliseconds.
+"""The cost of public calls for the calling thread: numbers of torch's calls, kernels, copies and waits, and milliseconds.
 
-python bench/calls.py [--samples N] [--device cuda | cpu] [NAME...]      one row of the table for each NAME, all without any
-python bench/calls.py --once NAME       that call alone, once, between cudaProfilerStart and Stop: for ncu or nsys
+python bench/calls.py [--samples N] [--device cuda | cpu] [NAME...]      one row per NAME; without NAME one row per call
+python bench/calls.py --once NAME       makes only this call, once, between cudaProfilerStart and Stop: for ncu or nsys
 
-"call ms" is until the call returns, "with its wait" until the device is done; medians. On a CPU nothing is launched.
+"call ms" is the time until the call returns, "with its wait" the time until the device is done. Both are medians. On a CPU
+nothing is launched.
 """
 
 import argparse
@@ -29,11 +30,11 @@ LAUNCHES = (
 )
 COPIES = ("cudaMemcpyAsync", "cudaMemcpy", "cudaMemsetAsync")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
-ROUNDS, SECONDS = 30, 1.0  # at most
+ROUNDS, SECONDS = 30, 1.0  # upper limits
 
 
 class Own(nn.Module):
-    """A model whose forward is the user's."""
+    """A model with its own forward, as users write it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Own(nn.Module):
 
 
 def calls(samples: int, device: str) -> dict[str, Callable[[], object]]:
-    """By name, each ready to be called again and again."""
+    """The calls by name. Each can be made any number of times."""
     torch.manual_seed(0)
     model, inputs = Own().to(device), torch.randn(samples, 64, device=device)
     tail, x = lmnfast.cut(model, "rest.0", inputs)
@@ -57,7 +58,7 @@ def calls(samples: int, device: str) -> dict[str, Callable[[], object]]:
 
     def probed() -> None:
         probe()
-        probe.history  # noqa: B018  # or the solver's thread would be at work during the next call
+        probe.history  # noqa: B018  # waits, so that the solver's thread is not at work during the next call
 
     return {
         "path_connectivity, the op alone": lambda: lmnfast.ops.path_connectivity(chain, x, *rule),
@@ -84,7 +85,7 @@ def synchronise(device: str) -> None:
 
 
 def counted(call: Callable[[], object], device: str) -> Counter:
-    """How often torch was called, from this thread and not from within its own calls, and the driver."""
+    """Counts the calls of torch from this thread, without those from within torch's calls, and the calls of the driver."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -1,8 +1,8 @@
-"""What every benchmark shares: devices, timing, floors, and the table at the end, all from this run.
+"""Code shared by the benchmarks: devices, timing, floors, and the table at the end. All numbers are from the same run.
 
-A benchmark's group is one problem; in it, the benchmark whose ``extra_info["bar"]`` is "ours" is compared with the
-others. ``floor_s`` in extra_info is a predicted time: work over a rate measured in this run, or, where an execution
-unit of a card is the limit, over that unit's rate by the vendor's tables at the card's highest clock.
+The benchmarks of a group solve the same problem. The one whose ``extra_info["bar"]`` is "ours" is compared with the others.
+``floor_s`` in extra_info is a predicted time: the work divided by a rate that is measured in this run. If an execution unit of
+a card is the limit, the rate is that of the vendor's tables at the card's highest clock.
 """
 
 import functools
@@ -28,8 +28,8 @@ from lmnfast import ops
 from lmnfast._chain import Activation, Chain
 from lmnfast.quadrature import path_nodes
 
-LONG_ENOUGH = 2e-3  # seconds, where a call's launches no longer show
-BAR_SECONDS, FEWEST_ROUNDS = 3.0, 3  # a slow rival gets fewer rounds
+LONG_ENOUGH = 2e-3  # seconds; in a longer call the time of the launches does not matter
+BAR_SECONDS, FEWEST_ROUNDS = 3.0, 3  # a slow rival gets fewer rounds, but at least 3
 
 
 def pytest_addoption(parser):
@@ -42,10 +42,11 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.parent != Path(__file__).parent:  # a test's, where one call collects both
+        # One call of pytest may collect tests too.
+        if item.path.parent != Path(__file__).parent:
             continue
         item.add_marker(pytest.mark.benchmark(timer=synchronised))
-        # torch's own, where it compiles vmap(jacrev)
+        # torch itself causes this warning when it compiles vmap(jacrev)
         item.add_marker(pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning"))
 
 
@@ -56,9 +57,12 @@ def device(request) -> torch.device:
 
 @pytest.fixture
 def measure(request, benchmark, device):
-    """Times a call. On CUDA it is what the device is busy: a short call is replayed from a CUDA graph, back to back,
-    so that neither Python nor a launch shows in it; ``call_ms`` in extra_info is one call and the wait for it.
-    enqueued: the same call but for its own wait, where it has one."""
+    """A function that times a call.
+
+    On CUDA the result is the time for which the device is busy. A short call is replayed from a CUDA graph, back to back, so
+    that the time contains neither Python nor launches. ``call_ms`` in extra_info is the time of one call and the wait for its
+    end. If the call itself waits for the device, `enqueued` is the same call without this wait.
+    """
 
     most = request.config.getoption("rounds")
 
@@ -83,7 +87,7 @@ def measure(request, benchmark, device):
 
 
 def _captured(call, arguments):
-    """The call's work on the device as one launch; None where it cannot be captured because it waits."""
+    """The call's work on the device as one launch; None if it cannot be captured because the call waits."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -96,7 +100,7 @@ def _captured(call, arguments):
 
 @pytest.fixture
 def sgemm_rate() -> float:
-    """Multiply-adds per second of a large float32 matrix product, measured now: these machines drift."""
+    """Multiply-adds per second of a large float32 matrix product. It is measured now, because the machines' rates drift."""
     n = 3072
     a, b, c = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
     return n**3 / best_of(lambda: torch.mm(a, b, out=c))
@@ -104,7 +108,7 @@ def sgemm_rate() -> float:
 
 @pytest.fixture
 def activation_rate() -> float:
-    """SiLUs per second, measured now: of our kernel where the product is next to nothing, or of PyTorch in cache."""
+    """SiLUs per second, measured now: of our kernel with a very small product, or of PyTorch in cache; the higher rate."""
     z, out = torch.randn(2**17), torch.empty(2**17)
     pytorchs = 50 * len(z) / best_of(lambda: [torch.ops.aten.silu.out(z, out=out) for _ in range(50)])
     chain = Chain((torch.randn(1, 100),), (None,), (Activation("silu"), Activation("identity")))
@@ -117,10 +121,10 @@ def activation_rate() -> float:
 
 @pytest.fixture
 def path_connectivity_floor(request, device):
-    """Predicted seconds of the fused kernel, by what limits it, for SiLU between layers of these widths.
+    """A function that predicts the seconds of the fused kernel, for SiLU between layers of these widths.
 
-    The first Linear works on the samples alone. On the CPU the parts add up; on a card they overlap, and the largest
-    counts.
+    The work has one part per execution unit. The first Linear works only on the samples and is left out. On the CPU the parts
+    add up. On a card they overlap, so the floor is the largest part.
     """
 
     def floor(n: int, interior: int, widths: tuple[int, ...]) -> dict[str, float]:

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Everything that only a machine with an NVIDIA card can say. Needs no network: a Python with torch for CUDA, pybind11,
-# cmake, ninja, pytest and pytest-benchmark, and nvcc. Builds and installs lmnfast into that Python.
+# All tests and benchmarks that need a machine with an NVIDIA card. No network is needed, but a Python with torch for CUDA,
+# pybind11, cmake, ninja, pytest and pytest-benchmark, and nvcc. The script builds lmnfast and installs it into that Python.
 #
-#   bench/gpu.sh build test             7 minutes at most; in 8 processes, where there is pytest-xdist
-#   bench/gpu.sh build sanitize         7 minutes at most
-#   bench/gpu.sh build calls bench      10 minutes at most: what public calls cost the host, then the kernels
-#   bench/gpu.sh bench PART...          only these bench/bench_PART.py; without: path_r2 path_connectivity spectral_entropy
-#                                       connectivity symmetric_eigenvalues probe, which fit the time. The others:
+#   bench/gpu.sh build test             at most 7 minutes; in 8 processes if pytest-xdist is installed
+#   bench/gpu.sh build sanitize         at most 7 minutes
+#   bench/gpu.sh build calls bench      at most 10 minutes: the cost of public calls for the host, then the kernels
+#   bench/gpu.sh bench PART...          only these bench/bench_PART.py. Without PART: path_r2 path_connectivity spectral_entropy
+#                                       connectivity symmetric_eigenvalues probe, which fit the time. The others are
 #                                       check_outputs hermite_connectivity jacobian jacobian_distance
-#   bench/gpu.sh profile CALL...        Nsight Compute on the kernels of some of the calls that bench/calls.py names; without:
-#                                       connectivity, and its hermite
+#   bench/gpu.sh profile CALL...        Nsight Compute on the kernels of calls in bench/calls.py. Without CALL: connectivity, and
+#                                       connectivity by hermite
 #
-# "build" is needed once on a machine. The tables come last; each row names the command that makes it alone.
-# RESULTS=DIRECTORY: where the benchmarks' <card>.json and <card>.md go (bench/results). A stage that fails or runs out
-# of time does not keep the next from running; the exit code is 1 then. ONLY=cpu tries the script without a card.
+# "build" is needed once on a machine. The tables are printed last. Each row has the command that makes only this row.
+# RESULTS=DIRECTORY is the place of the benchmarks' <card>.json and <card>.md (bench/results). If a stage fails or runs out of
+# time, the next stages still run, and the exit code is 1. ONLY=cpu tries the script without a card.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${RESULTS:-bench/results}
@@ -25,7 +25,7 @@ failed=()
 tables=()
 command_line="bench/gpu.sh $*"
 
-# stage NAME SECONDS COMMAND...: SIGINT first, so that pytest still writes what it has
+# stage NAME SECONDS COMMAND...: after SECONDS it sends SIGINT first, so that pytest still writes its results so far
 stage() {
   local name=$1 seconds=$2
   shift 2
@@ -42,7 +42,7 @@ build() {
   local cuda=on
   [ "$only" = cuda ] || cuda=off
   stage build 140 env LMNFAST_CUDA=$cuda "$python" -m pip install --no-build-isolation --no-deps .
-  # From elsewhere, or the checkout's own folder would be imported.
+  # From another folder, because in the checkout Python would import the checkout's own folder.
   (cd / && "$python" -m lmnfast.cli info)
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm --format=csv 2>/dev/null || true
 }
@@ -50,9 +50,9 @@ build() {
 tests() {
   local parallel=()
   "$python" -c "import xdist" 2>/dev/null && parallel=(-n 8)
-  # -P: else the checkout's lmnfast, which has no compiled core, comes before the installed one. pytest-benchmark warns beside
-  # pytest-xdist, which the tests' settings make an error. One thread: eight processes with as many threads each as there are cores
-  # wait for one another.
+  # -P: without it the checkout's lmnfast, which has no compiled core, comes before the installed one. pytest-benchmark warns if
+  # pytest-xdist is active, and the tests' settings make this an error. One thread: eight processes with one thread per core each
+  # would wait for one another.
   stage "GPU tests" 260 env OMP_NUM_THREADS=1 "$python" -P -m pytest -p no:cacheprovider -p no:benchmark "${parallel[@]}" \
     -k "$only" --maxfail=20 tests
 }
@@ -65,8 +65,8 @@ sanitize() {
     return
   fi
   for tool in memcheck racecheck; do
-    # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows. With five of the eight ops
-    # racecheck took 52 s on an H200 with nothing beside it.
+    # Without torch's caching every tensor is an allocation of its own, whose end memcheck knows. The limit is an estimate: on an
+    # H200 with nothing beside it racecheck took 52 s when tests/smoke_gpu.py called five ops; it calls more now.
     stage $tool 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
       "$python" -P tests/smoke_gpu.py "$only"
   done
@@ -112,14 +112,14 @@ profile() {
   local names=("$@")
   [ ${#names[@]} -gt 0 ] || names=(connectivity "connectivity, hermite")
   for name in "${names[@]}"; do
-    # lmn:: is the kernels' namespace; torch's own are left out.
+    # Only kernels in the namespace lmn:: are profiled, not torch's.
     stage "profile $name" 120 ncu --profile-from-start off --kernel-name-base demangled --kernel-name "regex:lmn::" \
       --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats \
       "$python" -P bench/calls.py --once "$name"
   done
 }
 
-[ $# -gt 0 ] || { sed -n '2,19s/^# \?//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,16s/^# \?//p' "$0"; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     build) build ;;

@@ -1,6 +1,6 @@
 """The rivals in JAX: jax.jit on the CPU, for tails of Linear layers with SiLU between them.
 
-XLA takes as many threads as the process may use processors, whatever torch is told.
+XLA uses one thread per processor that the process may use. torch.set_num_threads does not change that.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ def _arrays(*tensors: Tensor) -> list[jax.Array]:
 
 
 def _layers(f) -> list[tuple[jax.Array, jax.Array]]:
-    """Weights (out, in) and biases, of a Sequential or a Chain."""
+    """The weights (out, in) and biases of a Sequential or a Chain."""
     if isinstance(f, nn.Sequential):
         return [tuple(_arrays(m.weight, m.bias)) for m in f if isinstance(m, nn.Linear)]
     return [tuple(_arrays(*layer)) for layer in zip(f.weights, f.biases, strict=True)]
@@ -41,7 +41,7 @@ def _mlp(layers, x):
 
 
 def _past_first(layers, z):
-    """Outputs less the last bias, which r2 does not see, from what goes into the first activation."""
+    """The outputs from the arguments z of the first activation, without the last bias, which does not change r2."""
     for weight, bias in layers[1:-1]:
         z = silu(z) @ weight.T + bias
     return silu(z) @ layers[-1][0].T
@@ -49,7 +49,8 @@ def _past_first(layers, z):
 
 @jax.jit
 def _r2_of_pairs(layers, x, first, second):
-    """The first layer on the samples alone, half the pairs, ends from the samples, nodes outermost in a chunk."""
+    """r2 of pairs, with the savings of `eager_best`: the first layer is applied to the samples, the outputs at the ends come
+    from the samples, and nodes are the outer dimension of a chunk."""
     z = x @ layers[0][0].T + layers[0][1]
     ends = _past_first(layers, z)
 
@@ -98,7 +99,7 @@ def _jacobian_distances(layers, x):
 
 
 def jacobian_distances(f, x: Tensor) -> Tensor:
-    """By the Gram form: no digits left for close pairs."""
+    """Distances by the Gram form, which has no correct digits for close pairs."""
     return _tensor(_jacobian_distances(_layers(f), *_arrays(x)))
 
 

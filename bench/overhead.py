@@ -1,9 +1,10 @@
-"""What the checks around a fused kernel cost: a call of connectivity against the same work without a check.
+"""The cost of the checks around a fused kernel: a call of connectivity against the same work without checks.
 
 python bench/overhead.py
 
-Without a check: the chain is recognised, goes through its first Linear, and its pairs are measured. Medians of differences
-in turns, as these machines drift; the least time of each is what it takes undisturbed.
+Without checks: the chain is recognised, its first Linear is applied, and its pairs are measured. The two calls take turns, and
+the cost is the median of their differences, because the machines' rates drift. The least time of each call is its time without
+disturbance.
 """
 
 import statistics
@@ -20,7 +21,7 @@ ROUNDS = {50: 500, 768: 15}
 
 
 def main() -> None:
-    # One thread, so that CPU time, which does not see the machine's other processes, is a call's time.
+    # CPU time does not contain the machine's other processes. With one thread it is the time of a call.
     torch.set_num_threads(1)
     net = tail(100, 100, 31, device=torch.device("cpu"))
     print(

@@ -1,8 +1,8 @@
-"""Registers, stack, spills and static shared memory of every CUDA kernel, from the build's own output:
+"""Registers, stack, spills and static shared memory of every CUDA kernel, from the build's output:
 
 NVCC_APPEND_FLAGS="-Xptxas -v" pip install -v . 2>&1 | python bench/ptxas_table.py
 
-Fails where a kernel spills registers, and where it finds no kernel.
+The exit code is 1 if a kernel spills registers, or if the output has no kernel.
 """
 
 import re
@@ -20,17 +20,17 @@ COLUMNS = ("target", "registers", "stack", "spill stores", "spill loads", "stati
 
 
 def kernels(log: str) -> dict[tuple[str, str], list[int]]:
-    """(mangled name, target) -> registers, stack frame, spill stores, spill loads, static shared memory; bytes."""
+    """From (mangled name, target) to registers, and bytes of stack frame, spill stores, spill loads, static shared memory."""
     found: dict[tuple[str, str], list[int]] = {}
     entry, described = None, None
     for line in log.splitlines():
         if match := LINES["entry"].search(line):
             entry = match.groups()
         elif match := LINES["properties"].search(line):
-            described = match[1]  # a function that a kernel calls is also described, after it
+            described = match[1]  # the kernel, or after it a function that the kernel calls
         elif (match := LINES["stack"].search(line)) and entry and described == entry[0]:
             found[entry] = [0, *map(int, match.groups()), 0]
-        elif match and entry in found:  # what such a function spills, its kernel does
+        elif match and entry in found:  # the spills of such a function count as spills of its kernel
             found[entry][2] += int(match[2])
             found[entry][3] += int(match[3])
         elif (match := LINES["registers"].search(line)) and entry in found:

@@ -1,11 +1,13 @@
-"""Ours, PyTorch's best (eager and compiled), JAX and the floor, for every op; how times scale; as a document.
+"""A document that compares, for every op, our time, PyTorch's best (eager and compiled), JAX and the floor, and shows how times
+scale.
 
 python -m bench.report                          runs everything, from the repository's root; 12 minutes on 2 cores
-python -m bench.report path_r2 scaling --quick  only these parts, one or few rounds: to try it, not to believe it
-python -m bench.report --redraw                 writes the document anew from OUT/benchmarks.json
+python -m bench.report path_r2 scaling --quick  runs only these parts, with one or few rounds; the numbers are not reliable
+python -m bench.report --redraw                 writes the document again from OUT/benchmarks.json
 
-Leaves OUT/benchmarks.md, its figures, and the numbers in OUT/benchmarks.json. Exit code 1 where a part failed; the rest
-is in the document then, and so is what failed. Needs the extra `bench`; JAX joins if it is installed.
+The command writes OUT/benchmarks.md, its figures, and the numbers in OUT/benchmarks.json. If a part fails, the exit code is 1,
+and the document has the other parts and a note about the failure. The extra `bench` is needed; JAX is included if it is
+installed.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from lmnfast.runs.files import write_file
 from .results import machine, table
 
 ROOT = Path(__file__).parent.parent
-PARTS = {  # of bench/bench_PART.py: what the document says of it
+PARTS = {  # the text of the document about each bench/bench_PART.py
     "path_connectivity": "Floor: the kernel's multiply-adds at the run's own large-sgemm rate, plus its activations at "
     "the best rate seen. Below 1 the products ran faster than PyTorch's `mm`.",
     "path_r2": "Floor: a sum of y, which reads as much.",
@@ -64,8 +66,8 @@ PARTS = {  # of bench/bench_PART.py: what the document says of it
     "probe": "Floor: the kernel alone. The eigenproblem runs on another thread.",
 }
 SCALING = "scaling"
-SECONDS = 400  # that a part may take
-KINDS = ("ours", "eager", "torch.compile", "jax.jit")  # what the best bars' names begin with
+SECONDS = 400  # the time limit of a part
+KINDS = ("ours", "eager", "torch.compile", "jax.jit")  # the beginnings of the names of the bars
 MARKS = {
     "ours": ("o", VERMILION),
     "eager": ("s", BLUE),
@@ -77,10 +79,10 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Fit:
-    """time = c value^exponent by least squares in the logarithms; error: of the exponent, one standard deviation."""
+    """time = factor * value^exponent, by least squares of the logarithms. error: one standard deviation of the exponent."""
 
     exponent: float
-    error: float  # NaN of two points
+    error: float  # NaN if there are only two points
     factor: float
     first: float
     last: float
@@ -93,7 +95,7 @@ class Fit:
 
 
 def fit(points: Iterable[tuple[float, float]]) -> Fit:
-    """Of (value, seconds), two values at least."""
+    """The fit of points (value, seconds), with at least two different values."""
     points = sorted(points)
     x, y = np.log(np.asarray(points, dtype=float)).T
     if len(np.unique(x)) < 2:
@@ -107,13 +109,13 @@ def fit(points: Iterable[tuple[float, float]]) -> Fit:
 
 
 def problems(records: list[dict]) -> dict[str, dict[str, dict]]:
-    """By group: the fastest record of every kind, where there is one of ours."""
+    """The fastest record of every kind, by group, for groups with a record of ours."""
     found: dict[str, dict[str, dict]] = {}
     for record in records:
         bar = record["extra_info"].get("bar", record["name"])
         kind = bar.partition(",")[0]
         if kind not in KINDS or (kind == "ours" and bar != "ours"):
-            continue  # our approximations, and what is no rival
+            continue  # an approximation of ours, or not a rival
         best = found.setdefault(record["group"], {})
         if kind not in best or record["stats"]["median"] < best[kind]["stats"]["median"]:
             best[kind] = record
@@ -121,12 +123,12 @@ def problems(records: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def plain(group: str) -> str:
-    """What tells one problem from another on one machine."""
+    """The group's name without the parts that are the same for all problems on one machine."""
     return group.removesuffix(", highest").removesuffix(", cpu")
 
 
 def bars_table(records: list[dict]) -> list[str]:
-    """Lines of Markdown: the bars of every problem; rivals as milliseconds and over ours."""
+    """Lines of Markdown with the bars of every problem. Rivals have their milliseconds and their multiple of our time."""
     lines = [
         f"| problem, ms | ours | {' | '.join(KINDS[1:])} | floor | ours over it |",
         "|---|" + "--:|" * (len(KINDS) + 2),
@@ -145,7 +147,7 @@ def bars_table(records: list[dict]) -> list[str]:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, no exponent."""
+    """Seconds as milliseconds, with three digits and without an exponent."""
     ms = seconds * 1e3
     return f"{ms:.0f}" if ms >= 100 else f"{ms:#.3g}".rstrip(".")
 
@@ -233,7 +235,7 @@ def document(results: dict) -> str:
 
 
 def figures(results: dict) -> dict[str, bytes]:
-    """PNGs by name."""
+    """The figures as PNG files, by name."""
     from matplotlib import rc_context
 
     drawn = {}
@@ -304,7 +306,7 @@ def _draw_scaling(sweeps: list[dict]):
 
 
 def run(part: str, quick: bool, results: dict) -> None:
-    """One part in a process of its own; what it leaves goes to results, and so does the news that it failed."""
+    """Runs one part in its own process, and adds its records to `results`, and a note if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         left, log = Path(folder, "left.json"), Path(folder, "log")
         if part == SCALING:
@@ -313,7 +315,7 @@ def run(part: str, quick: bool, results: dict) -> None:
             arguments = ["-m", "pytest", f"bench/bench_{part}.py", "-p", "no:cacheprovider", "-k", "not cuda"]
             arguments += ["-W", "ignore::pytest_benchmark.logger.PytestBenchmarkWarning", "--tb=short"]
             arguments += [f"--benchmark-json={left}", *(["--rounds=1"] if quick else [])]
-        # The lmnfast of this process, whatever is installed.
+        # The part uses the lmnfast of this process, also if another one is installed.
         known = os.environ.get("PYTHONPATH")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *([known] if known else [])])}
         print(f"{part} ...", file=sys.stderr, flush=True)
@@ -345,7 +347,7 @@ def run(part: str, quick: bool, results: dict) -> None:
 
 
 def stop(child: subprocess.Popen) -> None:
-    """SIGINT first, so that pytest still writes what it has."""
+    """Ends a process. SIGINT comes first, so that pytest still writes its results so far."""
     child.send_signal(signal.SIGINT)
     try:
         child.wait(20)
@@ -354,7 +356,7 @@ def stop(child: subprocess.Popen) -> None:
 
 
 def slim(part: str, record: dict) -> dict:
-    """What tables and figures need of pytest-benchmark's record."""
+    """The parts of pytest-benchmark's record that tables and figures need."""
     return {
         "part": part,
         **{key: record[key] for key in ("group", "name", "extra_info")},

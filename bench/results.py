@@ -1,6 +1,6 @@
-"""The table of a benchmark run, and the machine it is of.
+"""The table of a benchmark run, and the machine on which it ran.
 
-python bench/results.py DIRECTORY COMMAND PART.json...   merges pytest-benchmark's files to DIRECTORY/<card>.json, .md
+python bench/results.py DIRECTORY COMMAND PART.json...   merges pytest-benchmark's files into DIRECTORY/<card>.json and .md
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 
 from lmnfast.runs.device import processor
 
-COLUMNS = {  # of extra_info
+COLUMNS = {  # columns that are computed from extra_info
     "over its floor": lambda stats, info: stats["median"] / info["floor_s"] if info.get("floor_s") else None,
     "one call ms": lambda stats, info: info.get("call_ms"),
     "error of L": lambda stats, info: info.get("L error"),
@@ -24,8 +24,8 @@ COLUMNS = {  # of extra_info
 
 
 def table(records: list[dict], commands: bool = False) -> list[str]:
-    """Lines of Markdown. A record: group, name, extra_info, stats, as pytest-benchmark saves them; for commands fullname, too:
-    what makes the row alone."""
+    """Lines of Markdown. A record has group, name, extra_info and stats, as pytest-benchmark saves them. With `commands` it
+    also has fullname, and each row has the command that makes only this row."""
     groups = defaultdict(list)
     for record in records:
         groups[record["group"]].append(record)
@@ -53,7 +53,7 @@ def table(records: list[dict], commands: bool = False) -> list[str]:
 
 
 def machine() -> dict[str, str]:
-    """What the numbers depend on; the card only where there is one."""
+    """Facts about the machine that affect the numbers, with the card if there is one."""
     facts = {
         "processor": f"{processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -72,7 +72,7 @@ def machine() -> dict[str, str]:
 
 
 def _output(*command: str) -> str:
-    """The first line a command prints; empty where it does not run."""
+    """The first line that a command prints; empty if the command does not run."""
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Time against N, widths, depth, nodes and threads, as bench/report.py fits and draws it.
+"""Time against N, widths, depth, nodes and threads. bench/report.py fits and draws the results.
 
 python bench/scaling.py FILE.json [--quick]
 """
@@ -25,10 +25,10 @@ from lmnfast import ops
 from lmnfast._recognise import recognise
 from lmnfast.quadrature import path_nodes
 
-ROUNDS, SWEEP_SECONDS = 9, 15.0  # whichever is reached first, but at least 3 rounds
-# Multiply-adds that take as long as a SiLU: in the run of docs/benchmarks.md the floors had 93 G/s and 8.4 G/s.
+ROUNDS, SWEEP_SECONDS = 9, 15.0  # a sweep ends at the first of these limits, but after at least 3 rounds
+# One SiLU takes as long as so many multiply-adds: in the run of docs/benchmarks.md the rates were 8.4 G/s and 93 G/s.
 PER_ACTIVATION = 10
-BUFFER = 2048 * 100  # numbers, of the eager rival's chunk of pairs: what is fastest at width 100
+BUFFER = 2048 * 100  # numbers in a chunk of the eager rival; the fastest size at width 100
 TAIL = (100, 100, 31)
 
 
@@ -38,7 +38,7 @@ class Sweep:
     variable: str
     order: str  # of the dominant work
     values: tuple[int, ...]
-    calls: Callable[[int], dict[str, Callable]]  # by bar; a rival is left out where it takes too long
+    calls: Callable[[int], dict[str, Callable]]  # by bar; without rivals that take too long
     work: Callable[[int], float]  # in any unit
 
 
@@ -131,7 +131,7 @@ SWEEPS = (
 
 
 def timed(sweep: Sweep, quick: bool) -> dict:
-    """Least seconds of every bar at every value. All take turns, so that a slow minute of the machine hits all."""
+    """The least seconds of every bar at every value. All calls take turns, so that a slow minute of the machine affects all."""
     threads = torch.get_num_threads()
     values = sweep.values[:3] if quick else sweep.values
     calls = {(bar, value): call for value in values for bar, call in sweep.calls(value).items()}
@@ -171,7 +171,7 @@ def main() -> None:
         for sweep in SWEEPS:
             print(f"  {sweep.name}, against {sweep.variable}", file=sys.stderr, flush=True)
             sweeps.append(timed(sweep, options.quick))
-            options.file.write_text(json.dumps(sweeps))  # what there is, should a later one fail
+            options.file.write_text(json.dumps(sweeps))  # after each sweep, in case a later sweep fails
 
 
 if __name__ == "__main__":

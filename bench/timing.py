@@ -1,4 +1,5 @@
-"""How benchmarks time a call, and the rates that their floors are made of, measured in the same run or a card's own."""
+"""How benchmarks time a call, and the rates from which floors are computed: measured in the same run, or from a card's
+tables."""
 
 import functools
 import subprocess
@@ -7,8 +8,8 @@ import time
 import torch
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-# Per multiprocessor and clock, dense: matrix units' multiply-adds of halves, by compute capability. FP32 lanes and
-# special functions (MUFU) are 128 and 16 on sm_90, 64 and 16 on sm_80.
+# Rates per multiprocessor and clock, by compute capability. HALF_RATE: dense multiply-adds of halves in the matrix units. FP32
+# lanes and special functions (MUFU) are 128 and 16 on sm_90, and 64 and 16 on sm_80.
 HALF_RATE = {(8, 0): 1024, (9, 0): 2048}
 FP32_RATE = {(8, 0): 64, (9, 0): 128}
 MUFU_RATE = 16
@@ -16,14 +17,14 @@ FP32_PER_ACTIVATION = 9  # interpolation, chord, product with the sigmoid, round
 
 
 def synchronised() -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, after the device has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def best_of(call, repeats: int = 5) -> float:
-    """Seconds of the fastest of a few calls, after one to warm up."""
+    """The seconds of the fastest of a few calls, after one call to warm up."""
     call()
     times = []
     for _ in range(repeats):
@@ -34,7 +35,7 @@ def best_of(call, repeats: int = 5) -> float:
 
 
 def product_s(multiply_adds: float, dtype=torch.float32, device="cpu") -> float:
-    """Seconds of one square matrix product of so many multiply-adds, measured now."""
+    """The seconds of one square matrix product with so many multiply-adds, measured now."""
     side = max(1, round(multiply_adds ** (1 / 3)))
     a, b, c = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(3))
     return best_of(lambda: torch.mm(a, b, out=c))
@@ -50,7 +51,7 @@ def copy_rate() -> float:
 
 @functools.cache
 def clock() -> float:
-    """The card's highest, in Hz."""
+    """The card's highest clock rate in Hz."""
     kilohertz = getattr(torch.cuda.get_device_properties(0), "clock_rate", 0)
     if kilohertz:
         return 1e3 * kilohertz

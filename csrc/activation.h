@@ -74,8 +74,11 @@ LMN_FN V derivative(V z, T alpha, T beta) {
   if constexpr (kKind == ActivationKind::kSin) return cos(z);
 }
 
-/// Calls function(constant), where `constant.value` is the activation's kind, known to the compiler. Every choice of code by
-/// kind goes through this function.
+/// Calls function(constant), where `constant.value` is the activation's kind, known to the compiler. All code inside a kernel
+/// that takes every kind chooses by this function. Elsewhere kinds stand by name: where only some have code of their own, as
+/// code for all would be compiled in vain (find_chained in cuda/path_connectivity.cu; shallow_range and enqueue64 in
+/// cuda/chain64.cuh; residuals_of in cuda/panels/residuals.cuh), and in cuda/jacobian.cuh, where `forward` chooses a kernel to
+/// launch, which is for the host alone, and this function is for both.
 template <int kKind>
 struct KindConstant {
   static constexpr ActivationKind value = ActivationKind(kKind);

@@ -1,5 +1,5 @@
-// The only pybind11 file: integers to pointers, GIL released, errors to Python. It checks the lengths of what it is given,
-// so that no kernel reads past an end; lmnfast/ops checks all else.
+// The only pybind11 file: integers to pointers, GIL released, errors to Python. It checks the lengths of the lists that it is
+// given, so that no kernel reads past their ends. It sees tensors as addresses alone; lmnfast/_native.py says who checks them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #if defined(__linux__)
@@ -23,7 +23,7 @@ namespace py = pybind11;
 
 namespace {
 
-/// An integer from Python, as a pointer of the type that is asked for.
+/// An address that comes from Python as an integer. It converts to a pointer of any type.
 struct Address {
   std::uintptr_t number = 0;
   template <class T>
@@ -51,11 +51,11 @@ void expect(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string(what) + ": a length or a value that does not fit");
 }
 
-// While a kernel is at work: runs Python's handlers of signals, so that Ctrl-C reaches it, and tells a callable how much
-// is done. What either raises is raised again once the kernel has returned.
+// While a kernel runs, this object runs Python's signal handlers, so that Ctrl-C stops the kernel, and passes the finished
+// share to a callable. If a handler or the callable raises, the kernel stops, and `raise` raises the error again.
 class Attention {
  public:
-  // signals: whether this is Python's main thread, where alone handlers run.
+  // signals: whether this is Python's main thread. Python runs signal handlers only there.
   Attention(bool signals, py::object progress) : signals_(signals), progress_(std::move(progress)) {}
   const lmn::Watch* watch() const { return signals_ || !progress_.is_none() ? &watch_ : nullptr; }
   void raise() const {
@@ -82,12 +82,12 @@ class Attention {
 
 // ---- the arguments of each op ----
 
-// <Op>Arguments makes an op of what Python passes, by `op`, whose parameters are those of the class in Python behind is_double;
-// it holds what the op's host pointers point at. `results` are the op's members that Python passes last, in this order; their
-// addresses come with each run.
+// <Op>Arguments makes an op from the arguments of the Python class, and holds the arrays that the op's host pointers point at.
+// The parameters of `op` are those of the Python class after is_double. `results` lists the op's members that are results, in
+// the order in which Python passes their addresses to `run`.
 
 struct Arguments {
-  /// Throws for what the kernels of csrc/cpu do not take.
+  /// Throws for arguments that the kernels of csrc/cpu do not take.
   template <class Op>
   static void expect_for_cpu(const Op&) {}
 };
@@ -105,7 +105,7 @@ struct CheckOutputsArguments : Arguments {
   }
 };
 
-/// A quadrature rule: the interior t and weights with mean and variance of t over all nodes.
+/// A quadrature rule: the interior nodes t and their weights, with the mean and variance of t over all nodes.
 struct Nodes {
   std::vector<double> t, weights;
   lmn::PathNodes keep(std::vector<double>&& t_, std::vector<double>&& weights_, double mean_t, double variance_t) {
@@ -137,14 +137,14 @@ struct Layers {
   }
 };
 
-/// Numbers as pointers: both have the same bits.
+/// Addresses as an array of pointers: an integer and a pointer have the same bits.
 template <class T>
 const T* const* pointers(const std::vector<std::uintptr_t>& addresses) {
   static_assert(sizeof(std::uintptr_t) == sizeof(T*));
   return reinterpret_cast<const T* const*>(addresses.data());
 }
 
-/// More: what an op has besides path_connectivity's members.
+/// More: the types of the members that an op has in addition to those of PathConnectivity.
 template <template <class> class Op, class... More>
 struct ConnectivityArguments : Arguments {
   Layers layers;
@@ -327,7 +327,7 @@ constexpr bool kHasWatch<Op, decltype(void(Op::watch))> = true;
 template <class OpArguments, class Op, class... Values>
 Op made_by(Op (OpArguments::*)(Values...));
 
-/// An op in one of both dtypes, kept while Python asks for its workspace and allocates it.
+/// An op in one of the two dtypes. It exists from its creation in Python, over the allocation of its workspace, to its run.
 template <class OpArguments>
 class Call {
   using Op =
@@ -347,7 +347,7 @@ class Call {
   std::size_t workspace(int threads) const {
     return std::visit([&](const auto& op) { return lmn::level_in_use().workspace(op, threads); }, op_);
   }
-  /// Null, or what went wrong.
+  /// Returns null or an error message.
   const char* run(const Results& results, Address workspace, int threads, bool signals, py::object progress) const {
     const lmn::Level& level = lmn::level_in_use();
     const Attention attention(signals, std::move(progress));
@@ -394,7 +394,7 @@ class Call {
   const Op op_;
 };
 
-// "PathR2", "no memory": raises "path_r2: no memory".
+// Throws an error with the op's name in snake case: raise("PathR2", "no memory") throws "path_r2: no memory".
 void raise(const char* name, const char* error) {
   if (!error) return;
   std::string message;
@@ -409,8 +409,8 @@ void raise(const char* name, const char* error) {
 template <std::size_t>
 using Each = Address;
 
-/// The class of one op in Python: made of the dtype and the op's arguments; `workspace` and `run` on the CPU, and in a build
-/// with CUDA `workspace_cuda` and `run_cuda`.
+/// Defines the Python class of one op. Its constructor takes is_double and the op's arguments. Its methods are `workspace` and
+/// `run` for the CPU, and in a build with CUDA `workspace_cuda` and `run_cuda`.
 template <class OpArguments, class Op, class... Values, std::size_t... n>
 void bind(py::module_& m, const char* name, Op (OpArguments::*)(Values...), std::index_sequence<n...>) {
   using OfOp = Call<OpArguments>;
@@ -444,8 +444,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("isa", [] { return std::string(lmn::level_in_use().name); });
   m.def("use_isa", &lmn::use_level);
-  // A large result comes on fresh pages, and faulting them in one by one costs more than writing them: 16 ms of 19 for
-  // 64 MB. Where the system does not have huge pages this does nothing.
+  // A large result lies on fresh pages. The page faults take longer than the writes: 16 ms of 19 for 64 MB. This function does
+  // nothing on a system without huge pages.
   m.def("advise_huge_pages", [](std::uintptr_t address, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr std::uintptr_t kPage = 4096;

@@ -42,7 +42,7 @@ struct Vanishing<double> {
   static constexpr double value = 0x1p-1000;
 };
 
-/// V: a scalar, or a vector of lanes. A NaN in a stays.
+/// The larger of a and b. V: a scalar, or a vector of lanes. If a is NaN, the result is NaN.
 template <class V>
 LMN_FN V larger(V a, V b) {
   return a < b ? b : a;

@@ -16,7 +16,7 @@
   }                                                                          \
   const char* run(const Op& op, int threads) const override { return kernels::run(op, threads), nullptr; }
 
-// Each level is a namespace of its own, filled by csrc/cpu compiled with that level's flags.
+// Each level has its own namespace. csrc/cpu is compiled once per level, with that level's flags, into that namespace.
 #define LMN_DEFINE_LEVEL(level)   \
   namespace lmn::level {          \
   LMN_CPU_OPS(LMN_DECLARE)        \
@@ -36,7 +36,7 @@ LMN_DEFINE_LEVEL(avx512)
 #endif
 
 #if defined(LMN_EMULATED)
-// The CUDA kernels behind the CPU's entries, so that every test of a level is also one of theirs.
+// The CUDA kernels behind the entries of a CPU level, so that every test of the levels also tests the CUDA kernels.
 namespace lmn::emulated {
 namespace {
 

@@ -4,15 +4,16 @@
 
 namespace lmn {
 
-/// The CPU kernels of one level, as overloads: `workspace` says how many bytes an op needs (0: none), `run` returns null, or
-/// what went wrong. An op that the level has no kernel for needs no workspace, and says so when it is run.
+/// The CPU kernels of one level, as overloads. `workspace` returns the number of bytes that an op needs (0: none). `run`
+/// returns null or an error message. If the level has no kernel for an op, `workspace` returns 0, and `run` returns an error
+/// message.
 class Level {
  public:
   constexpr Level(const char* name_, bool supported_, bool emulates_cuda_ = false)
       : name(name_), supported(supported_), emulates_cuda(emulates_cuda_) {}
   const char* const name;
   const bool supported;      // by this machine
-  const bool emulates_cuda;  // its kernels are those for CUDA; it is never in use by itself
+  const bool emulates_cuda;  // it runs the CUDA kernels; only use_level() selects it
 #define LMN_DECLARE(Op)                                             \
   virtual std::size_t workspace(const Op&, int) const { return 0; } \
   virtual const char* run(const Op&, int) const { return "no kernel on the CPU"; }

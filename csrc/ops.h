@@ -1,9 +1,10 @@
-// The whole native surface: per op one plain struct, and one line in the lists at the end, from which the declarations of its
-// kernels, the table of levels and the bindings are made. No torch, no CUDA header, no container.
+// The whole native surface. Each op has one plain struct here, and one line in the lists at the end. The declarations of the
+// kernels, the table of levels and the bindings are made from these lists. This file uses no torch, no CUDA header and no
+// container.
 //
 // Kernels own nothing: results and workspace come from the caller. The one rule for workspaces: an op that needs memory has a
-// member `workspace`, 64-byte aligned, and its kernel on each device has a function that says how many bytes it needs there.
-// The members that a call fills in last (results, workspace, watch) come last and are null before.
+// member `workspace`, 64-byte aligned, and its kernel on each device has a function that returns the number of bytes it needs
+// there. The members that a call fills in last (results, workspace, watch) come last and are null until then.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,26 +35,32 @@ struct Activation {
   double beta;   // softplus: threshold
 };
 
-/// Whom a CPU kernel that may run for long asks about ten times a second, on the thread that called it, whether to stop
-/// (the result is then undefined); done: the share of its work, from 0 to 1.
+/// A function that a long CPU kernel calls about ten times a second, on the thread that called the kernel. The kernel stops
+/// when the function returns true, and its result is then undefined. done: the finished share of the work, from 0 to 1.
 struct Watch {
   bool (*stop)(void* state, double done);
   void* state;
 };
 
-/// A quadrature rule on [0, 1] whose ends are nodes, as the kernels use it: at the ends the chord residual is zero,
-/// so of them only their share in mean_t and variance_t is left.
+/// A quadrature rule on [0, 1], in the form that the kernels use. Both ends of [0, 1] are nodes of the rule, but they are not
+/// in the arrays: the chord residual is zero there, so the ends only contribute to mean_t and variance_t.
 struct PathNodes {
   const double* t;        // [interior], host
-  const double* weights;  // [interior], host; with the ends' they sum to 1
+  const double* weights;  // [interior], host; together with the weights of the ends they sum to 1
   std::int32_t interior;
   double mean_t, variance_t;
 };
 
 /// Linear connectivity of y = act_L(W_L ... act_1(W_1 act_0(z) + b_1) ... + b_L).
-/// Value 2 l is layer l's before its activation, value 2 l + 1 after it; an earlier one of the same width may be added to
-/// either, but to none after the identity. What is affine in the samples has no residual: it comes as a shift.
-/// Of several networks of one shape the arrays of one lie behind those of the network before: z is [networks, samples, width].
+///
+/// Residual networks: the values of the chain are numbered 0 to 2 L + 1. Value 2 l is the value of layer l before its
+/// activation, value 2 l + 1 is the value after it. `skips` adds an earlier value of the same width to a value. `shifts` adds
+/// a tensor [samples, width] to a value: it is for skips from values that are affine in the samples, which have no chord
+/// residual. Nothing can be added to value 0, nor to a value 2 l + 1 whose activation is the identity (it would be the same as
+/// value 2 l).
+///
+/// Several networks: they have the same shape, and the arrays of one network follow those of the network before, so z is
+/// [networks, samples, width].
 template <class T>
 struct PathConnectivity {
   const T* z;                     // [samples, widths[0]]
@@ -61,26 +68,26 @@ struct PathConnectivity {
   const T* const* biases;         // [layers], host, of null or [widths[l + 1]]
   const std::int64_t* widths;     // [layers + 1], host
   const Activation* activations;  // [layers + 1], host
-  const std::int32_t* skips;      // [2 * (layers + 1)], host, the value added to each, none: -1; null: no sums
-  const T* const* shifts;         // [2 * (layers + 1)], host, of null or [samples, width], added to each; null with skips
+  const std::int32_t* skips;      // [2 * (layers + 1)], host, per value the number of the added value or -1; null: no sums
+  const T* const* shifts;         // [2 * (layers + 1)], host, per value null or [samples, width]; null if skips is null
   PathNodes nodes;
   std::int64_t samples;
   std::int32_t layers;
   bool halves_alone;  // CUDA, float: products may round residuals and weights to halves, of 11 bits
-  // CUDA, float: z and the shifts side by side before they were rounded, and what they were made from, where equal rows are one
-  // sample. Unresolved pairs are measured in float64 with these, as far as that is plain; null: none.
-  const double* exact;  // [samples, exact_width]
-  const float* inputs;  // [samples, input_width]
+  // CUDA, float; null or both: with these the kernels measure unresolved pairs in float64, except those that
+  // csrc/cuda/unresolved.cuh leaves to Python.
+  const double* exact;  // [samples, exact_width], z and the shifts side by side, before they were rounded to float
+  const float* inputs;  // [samples, input_width], the network's inputs; equal rows are the same sample
   std::int64_t exact_width, input_width;
   std::int64_t networks;           // 1 or more; on the CPU 1
   T* connectivity = nullptr;       // [samples, samples]; kUnresolved for a pair that T cannot resolve
   std::int64_t* counts = nullptr;  // [2], outputs counted as constant over the resolved pairs; unresolved pairs
   void* workspace = nullptr;
-  const Watch* watch = nullptr;  // CPU; null: nobody
+  const Watch* watch = nullptr;  // CPU; null: the kernel runs to its end
 };
 
-/// Linear connectivity of the polynomials that match each output's ends and end slopes along a path, and with the
-/// midpoint its value there; over the same nodes.
+/// Linear connectivity of polynomials in place of the outputs, over the same nodes. Each polynomial matches an output's values
+/// and slopes at both ends of the path; with `midpoint` it also matches the output's value in the middle.
 template <class T>
 struct HermiteConnectivity : PathConnectivity<T> {
   bool midpoint;
@@ -95,8 +102,8 @@ struct PathR2 {
   const std::int64_t* second;  // [pairs], sample at t = 1
   PathNodes nodes;
   std::int64_t pairs, samples, outputs;
-  const T* rounding;               // [2, outputs] or null: f's own rounding of each output, in epsilons, and `least` of
-                                   // share_of_output
+  const T* rounding;               // [2, outputs] or null. Row 0: f's own rounding of each output, in epsilons. Row 1:
+                                   // `least` of share_of_output (csrc/statistics.h)
   T* r2 = nullptr;                 // [pairs]; kUnresolved for a pair that T cannot resolve
   std::int64_t* counts = nullptr;  // [2], outputs counted as constant over the resolved pairs; unresolved pairs
   T* workspace = nullptr;
@@ -113,41 +120,41 @@ struct Jacobian {
   std::int64_t samples;
   std::int32_t layers;    // 1 or more
   T* jacobian = nullptr;  // [samples, widths[layers], widths[0]]
-  T* outputs = nullptr;   // CUDA: [samples, widths[layers]] or null: the chain's
+  T* outputs = nullptr;   // CUDA: [samples, widths[layers]], the chain's outputs, or null
   void* workspace = nullptr;
-  const Watch* watch = nullptr;  // CPU; null: nobody
+  const Watch* watch = nullptr;  // CPU; null: the kernel runs to its end
 };
 
-/// Rows whose squared distance is at most this share of the larger one's squared norm are the same: (32 epsilon)^2,
-/// the features' own rounding.
+/// Two rows count as the same if their squared distance is at most this share of the larger row's squared norm. The share is
+/// (32 epsilon)^2, the features' own rounding.
 constexpr double kSameFeatures = 0x1p-94;
 
-/// Euclidean distances of rows of features. The same rows as first and second: symmetric, half the work.
-/// On the CPU float32 distances are of the Gram form, but those of close rows.
+/// Euclidean distances of rows of features. If `first` and `second` are the same array, the result is exactly symmetric, for
+/// half the work. On the CPU float32 distances come from the Gram form, except for close rows.
 template <class T>
 struct JacobianDistance {
   const double* first;   // [first_samples, features]
   const double* second;  // [second_samples, features]
   std::int64_t first_samples, second_samples, features;
   bool squared;
-  bool connectivity;      // CUDA: 1 - |f - s|^2 / (|f|^2 + |s|^2) of two rows in place of their distance; of zeros 1
+  bool connectivity;      // CUDA: 1 - |f - s|^2 / (|f|^2 + |s|^2) in place of the distance of rows f and s; 1 if both are 0
   T* distance = nullptr;  // [first_samples, second_samples]
   double* workspace = nullptr;
-  const Watch* watch = nullptr;  // CPU; null: nobody
+  const Watch* watch = nullptr;  // CPU; null: the kernel runs to its end
 };
 
-constexpr std::int64_t kIsometryUnits = 256;  // at most: one block makes B
+constexpr std::int64_t kIsometryUnits = 256;  // the largest number of units, because one block computes B
 
-/// Of a chain whose one nonlinearity is between two Linear layers, J_i = last diag(s_i) first: B with
-/// |J_i - J_j| = |B s_i - B s_j|, so B^T B = M = (last^T last) o (first first^T).
+/// The matrix B of a chain with one nonlinearity between two Linear layers. Its Jacobians are J_i = last diag(s_i) first.
+/// B has |J_i - J_j| = |B s_i - B s_j|, because B^T B = M = (last^T last) o (first first^T).
 template <class T>
 struct JacobianIsometry {
   const T* first;  // [units, inputs]
   const T* last;   // [outputs, units]
   std::int64_t units, inputs, outputs;
   double* isometry = nullptr;  // [units, units], B's transpose
-  double* lost = nullptr;      // [2], a bound for the share of a squared distance that B's rounding takes, a NaN or Inf
-                               // where M has no factor; and a 0
+  double* lost = nullptr;      // [2]: a bound for the share of a squared distance that is lost to B's rounding (NaN or Inf if
+                               // M has no Cholesky factor); and 0
   double* workspace = nullptr;
 };
 
@@ -164,8 +171,8 @@ struct JacobianFeatures {
   double* workspace = nullptr;  // [samples, units], the slopes
 };
 
-/// What jacobian_distance gives of those rows, made and measured in one go: a call from Python for each part, and memory, cost
-/// more than the kernels.
+/// JacobianIsometry, JacobianFeatures and JacobianDistance in one call. Three calls from Python and their allocations take
+/// longer than the kernels.
 template <class T>
 struct IsometryDistance {
   const T* x;          // [samples, inputs]
@@ -178,7 +185,7 @@ struct IsometryDistance {
   bool squared, connectivity;  // as of JacobianDistance
   T* distance = nullptr;       // [samples, samples]
   double* lost = nullptr;      // [2], as of JacobianIsometry
-  T* y = nullptr;              // [samples, outputs] or null: the chain's outputs
+  T* y = nullptr;              // [samples, outputs], the chain's outputs, or null
   double* workspace = nullptr;
 };
 
@@ -190,8 +197,8 @@ struct SpectralEntropy {
   double* bits = nullptr;  // [batch]
 };
 
-/// Eigenvalues of symmetric matrices, rising; of their lower triangles, as LAPACK takes them. NaN for a matrix that is not
-/// finite. On the CPU it is LAPACK, which lmnfast/ops calls. A workspace of 0 bytes: the matrices do not fit on the device.
+/// Eigenvalues of symmetric matrices in rising order, from the lower triangles, as in LAPACK. A matrix that is not finite gives
+/// NaN. On the CPU lmnfast/ops calls LAPACK instead. A workspace of 0 bytes means that the matrices do not fit on the device.
 template <class T>
 struct SymmetricEigenvalues {
   const T* matrices;  // [batch, samples, samples]
@@ -200,25 +207,25 @@ struct SymmetricEigenvalues {
   void* workspace = nullptr;
 };
 
-/// Numbers that check_outputs finds.
+/// The number of results of check_outputs.
 constexpr int kFindings = 12;
 
-/// What a public call has to know of its numbers before they count: one pass over all, for one copy to the host.
+/// All checks of the numbers of a public call, in one pass, so that one copy to the host is enough.
 template <class T>
 struct CheckOutputs {
   const T* x;                  // [samples, inputs]
-  const T* y;                  // [samples, outputs], f's at x
-  const T* again;              // [samples, outputs] or null: the chain's that f is taken for
-  const T* expected;           // [samples, outputs] or null: the model's that f was cut from
-  const T* matrix;             // [samples, columns] or null: a connectivity, Jacobians
-  const std::int64_t* counts;  // [2] or null: as path_connectivity leaves them
+  const T* y;                  // [samples, outputs], f's outputs at x
+  const T* again;              // [samples, outputs] or null: outputs of the chain that f was recognised as
+  const T* expected;           // [samples, outputs] or null: outputs of the model that f was cut from
+  const T* matrix;             // [samples, columns] or null: a connectivity, or Jacobians
+  const std::int64_t* counts;  // [2] or null: counts of path_connectivity
   std::int64_t samples, inputs, outputs, columns;
-  double epsilon;                 // of the dtype that f's outputs come in
-  std::int64_t* found = nullptr;  // [kFindings], as lmnfast/ops/check_outputs.py says
+  double epsilon;                 // of the dtype in which f returns its outputs
+  std::int64_t* found = nullptr;  // [kFindings], as described in lmnfast/reference.py
 };
 
-/// x W^T + b, each sum in float64 from the first input to the last: the same bits for any thread count and any batch, which a
-/// BLAS does not promise. It is what a chain's samples go through once before path_connectivity.
+/// x W^T + b, each sum in float64 from the first input to the last. The bits are the same for any thread count and any batch,
+/// which a BLAS does not promise. A chain's first Linear is applied to its samples by this op, before path_connectivity.
 template <class T>
 struct Linear {
   const T* x;             // [networks, samples, inputs]
@@ -228,15 +235,15 @@ struct Linear {
   std::int64_t samples, inputs, outputs;
   double* z = nullptr;  // [networks, samples, outputs]
   void* workspace = nullptr;
-  const Watch* watch = nullptr;  // CPU; null: nobody
+  const Watch* watch = nullptr;  // CPU; null: the kernel runs to its end
 };
 
 // ---- the lists ----
 
-// Each op of this file once. X is expanded for both dtypes of every op by LMN_BOTH, or as N says.
+// Each op of this file is listed once. The lists apply N(X, Op) to every op. With N = LMN_BOTH, X is expanded for both dtypes.
 #define LMN_BOTH(X, Op) X(Op<float>) X(Op<double>)
 
-// With a kernel in csrc/cpu and one in csrc/cuda:
+// Ops with a kernel in csrc/cpu and one in csrc/cuda.
 #define LMN_ON_BOTH(N, X)   \
   N(X, CheckOutputs)        \
   N(X, HermiteConnectivity) \
@@ -246,7 +253,7 @@ struct Linear {
   N(X, PathConnectivity)    \
   N(X, PathR2)              \
   N(X, SpectralEntropy)
-// In csrc/cuda alone:
+// Ops with a kernel in csrc/cuda only.
 #define LMN_ON_CUDA_ALONE(N, X) \
   N(X, IsometryDistance)        \
   N(X, JacobianFeatures)        \
@@ -256,14 +263,15 @@ struct Linear {
 #define LMN_CPU_OPS(X) LMN_ON_BOTH(LMN_BOTH, X)
 #define LMN_OPS(X) LMN_ON_BOTH(LMN_BOTH, X) LMN_ON_CUDA_ALONE(LMN_BOTH, X)
 
-/// Whether an op needs memory. One that does not has no workspace functions.
+/// Whether an op needs memory. An op that needs none has no workspace functions.
 template <class Op, class = void>
 constexpr bool kHasWorkspace = false;
 template <class Op>
 constexpr bool kHasWorkspace<Op, decltype(void(Op::workspace))> = true;
 
-// The entries in csrc/cuda. They take device pointers (what is marked host stays there) on the current device, on which the
-// workspace depends, enqueue on the stream, and return null, or what went wrong. Those in csrc/cpu: csrc/levels.h.
+// The entries in csrc/cuda. All pointers are device pointers of the current device, except those marked "host". The size of the
+// workspace depends on the current device. cuda_run enqueues on the stream and returns null or an error message. The entries in
+// csrc/cpu are in csrc/levels.h.
 #define LMN_DECLARE(Op)                  \
   std::size_t cuda_workspace(const Op&); \
   const char* cuda_run(const Op&, CUstream_st*);

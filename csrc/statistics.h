@@ -19,7 +19,7 @@ constexpr double kConstantUlps = 4.0;
 constexpr double kResolvedUlps32 = 0x1p8, kResolvedUlps64 = 0x1p24;
 // Range of var(t) var(y). Below it the squares of a path's numbers lose digits; above it they overflow.
 constexpr double kLeastTotal32 = 1e-24, kLargestTotal32 = 1e30, kLeastTotal64 = 1e-280, kLargestTotal64 = 1e290;
-// Two samples are close if their first pre-activations differ by at most this share of the pre-activations' norm. The
+// Two samples are close if none of their first pre-activations differs by more than this share of the largest one. The
 // outputs of close samples may be equal to float32 rounding and still bend between the samples, so the constant rule does
 // not apply to close samples in float32.
 constexpr double kCloseSamples = 0x1p-10;
@@ -28,7 +28,7 @@ constexpr double kCloseSamples = 0x1p-10;
 // terms cancel.
 constexpr double kLeastRounding = 0x1p-6;
 // Two results of the same operations in different orders differ by at most this many epsilons of the value's magnitude and
-// of the largest magnitude. The same number as in same_output in lmnfast/_samples.py.
+// of the largest magnitude. The same number as SAME_OUTPUT_ULPS in lmnfast/_samples.py.
 constexpr double kSameOutputUlps = 32;
 /// Whether two functions have the same output. high, low: range of the output over the samples; apart: the largest
 /// difference of the two functions there. The same rule as Checks.same in lmnfast/_checks.py.

@@ -21,7 +21,7 @@ set_seed(0)
 half = torch.randint(1, 32, (512, 6))
 tokens = torch.cat([half, half], 1)
 labels = tokens.clone()
-labels[:, :6] = -100  # nothing to learn where they come the first time
+labels[:, :6] = -100  # the first occurrence of the tokens is random, so it is left out of the loss
 config = GPT2Config(
     vocab_size=32,
     n_positions=12,
@@ -53,7 +53,7 @@ callback = LMNCallback(
     every=arguments.every,
     output=lambda outputs: outputs.logits[
         :, -1
-    ],  # what follows the last token; "logits" would be all of them
+    ],  # the logits after the last token; output="logits" would take those of all tokens
     rule="lobatto",
     points=9,
 ).attach(trainer)

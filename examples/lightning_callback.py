@@ -43,7 +43,7 @@ class Classifier(L.LightningModule):
 
 L.seed_everything(0, verbose=False)
 inputs = torch.randn(512, 10)
-labels = (inputs[:, :2].prod(1) > 0).long()  # exclusive or of two signs: no linear map tells them apart
+labels = (inputs[:, :2].prod(1) > 0).long()  # exclusive or of two signs: no linear map can learn it
 callback = LMNCallback(inputs[:200], ["network.0", "network.1"], every=arguments.every)
 logger = CSVLogger(arguments.run)
 trainer = L.Trainer(

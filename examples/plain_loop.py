@@ -1,4 +1,4 @@
-"""LMN in a loop of one's own, written to a CSV file; stopped at any moment, the same command resumes.
+"""LMN in a hand-written training loop, logged to a CSV file. If the training is stopped, the same command continues it.
 
 python examples/plain_loop.py --steps 600 --run runs/plain
 """
@@ -22,13 +22,13 @@ arguments = parser.parse_args()
 
 torch.manual_seed(0)
 inputs = torch.randn(256, 10)
-labels = (inputs[:, :2].prod(1) > 0).long()  # exclusive or of two signs: no linear map tells them apart
+labels = (inputs[:, :2].prod(1) > 0).long()  # exclusive or of two signs: no linear map can learn it
 model = nn.Sequential(nn.Linear(10, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 arguments.run.mkdir(parents=True, exist_ok=True)
 checkpoint = arguments.run / "checkpoint.pt"
-writer = CSVWriter(arguments.run / "lmn.csv", resume=True)  # of this run alone, as it is in the run's folder
+writer = CSVWriter(arguments.run / "lmn.csv", resume=True)  # the run's folder has only rows of this run
 start = 0
 with lmnfast.Probe(model, inputs, ["0", "1"], every=arguments.every, writers=[writer]) as probe:
     if checkpoint.exists():

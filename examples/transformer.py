@@ -1,9 +1,9 @@
-"""A one-layer transformer groks modular addition; its linear mapping number (LMN) after attention is watched.
+"""A one-layer transformer groks modular addition. The script measures its linear mapping number (LMN) after attention.
 
-Seen with seeds 0, 1, 2: train accuracy is 1 from step 150, 150, 250, test accuracy first at 1150, 450, 1750
-(0.99 from 1000, 350, 950). LMN rises from 1.4 to 16, 15, 19 while memorising. In the paper's fully connected
-networks it then falls; here it rises on, to 21, 19, 26 when test accuracy is 1, and afterwards goes either
-way: 21.9, 17.8, 27.3 at step 2000. 20 to 22 s each, 5 to 7 of them measuring, on one thread of an AMD EPYC.
+Results with seeds 0, 1, 2: train accuracy is 1 from step 150, 150, 250 on. Test accuracy is first 1 at step 1150, 450, 1750
+(0.99 at 1000, 350, 950). LMN rises from 1.4 to 16, 15, 19 while memorising. In the paper's fully connected networks LMN then
+falls. Here it rises further, to 21, 19, 26 when test accuracy is 1. After that it falls or rises: 21.9, 17.8, 27.3 at step
+2000. A run takes 20 to 22 s, 5 to 7 s of them for measuring, on one thread of an AMD EPYC.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn import functional as F
 import lmnfast
 
 WIDTH, HEADS, HIDDEN = 64, 4, 128
-TRAINED_ON = 0.6  # of all pairs
-MEASURED = 200  # training inputs: the cost grows with their square; 0.13 s for these, on one thread
-RULE, POINTS = "lobatto", 9  # for the paper's 21 uniform points: 19.628 for 19.619, seed 0, 1001 updates
+TRAINED_ON = 0.6  # share of all pairs
+MEASURED = 200  # training inputs; the cost grows with their square: 0.13 s for 200, on one thread
+RULE, POINTS = "lobatto", 9  # LMN is 19.628; with the paper's 21 uniform points 19.619 (seed 0, 1001 updates)
 ROW = "{step:6} {train_loss:11.5f} {test_loss:10.4f} {train_accuracy:11.3f} {test_accuracy:10.3f} {lmn:7.2f}"
 
 
 class Transformer(nn.Module):
-    """The answer to the tokens a, b, =, read at the last one. There is no layer norm."""
+    """Predicts the answer to the tokens a, b, = at the last token. It has no layer norm."""
 
     def __init__(self, p: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         self.key = nn.Linear(WIDTH, WIDTH, bias=False)
         self.value = nn.Linear(WIDTH, WIDTH, bias=False)
         self.project = nn.Linear(WIDTH, WIDTH, bias=False)
-        # A place to cut at: attention alone is no such place, as the residual connection leads around it.
+        # A layer to cut at. Attention itself cannot be cut at, because the residual connection bypasses it.
         self.after_attention = nn.Identity()
         self.mlp = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
         self.unembed = nn.Linear(WIDTH, p, bias=False)
@@ -46,7 +46,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, 3) -> logits (batch, p)."""
         x = self.token(tokens) + self.position.weight
-        # The last position is the only one read, so the only query; it may look at all, so needs no mask.
+        # Only the last position is read, so it is the only query. It may attend to all positions, so no mask is needed.
         last = x[:, -1:]
         q, k, v = (
             y.unflatten(2, (HEADS, -1)).transpose(1, 2)  # (batch, heads, positions, width / heads)
@@ -65,19 +65,19 @@ def modular_addition(p: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Loss and accuracy."""
+    """The loss and the accuracy."""
     logits = model(inputs)
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
 
 def train(p: int, steps: int, every: int, seed: int) -> list[dict]:
-    """One row for every measured step, also printed."""
+    """Trains, and prints and returns one row per measured step."""
     torch.manual_seed(seed)
     model = Transformer(p)
     inputs, labels = modular_addition(p)
     train, test = torch.randperm(p * p).tensor_split([int(TRAINED_ON * p * p)])
-    # The default betas: with 0.98 for the second, seed 0's training loss falls below 5e-6 and then jumps to
-    # 0.04, and LMN falls from 22 to 16.
+    # The betas are the defaults. With 0.98 as the second, the training loss of seed 0 falls below 5e-6 and then jumps to 0.04,
+    # and LMN falls from 22 to 16.
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=2, fused=True)
     sample = inputs[train[:MEASURED]]
 
@@ -132,8 +132,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50, help="steps between measurements")
     parser.add_argument("--out", type=Path, default=Path("transformer.png"), help="the figure")
     options = parser.parse_args()
-    # So the number of cores does not change the numbers. Two threads took 12 s for 21, but minutes where
-    # others used the cores.
+    # With one thread the number of cores does not change the numbers. Two threads took 12 s in place of 21 s, but minutes when
+    # other processes used the cores.
     torch.set_num_threads(1)
     draw(train(options.p, options.steps, options.every, options.seed), options.out)
 

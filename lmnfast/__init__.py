@@ -1,4 +1,4 @@
-"""lmnfast: how many linear maps does a neural network use? (arXiv 2310.05918)"""
+"""How far a neural network is from linear on your samples: the linear mapping number of arXiv 2310.05918, by C++ and CUDA."""
 
 from importlib.metadata import version as _version
 

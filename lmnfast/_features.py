@@ -17,10 +17,10 @@ from ._threads import lapack_on_one_core
 from .ops._checks import KERNEL_DTYPES
 from .ops.jacobian_distance import (
     has_isometry,
-    isometric_features,
-    isometry,
     isometry_distance,
     jacobian_connectivity,
+    jacobian_features,
+    jacobian_isometry,
 )
 
 # Bytes of features held at a time: all features at once, or two tiles. The kernel packs the second samples' features once more.
@@ -166,7 +166,7 @@ def _of_one_hidden(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`compare_chain` by CUDA's kernels for one hidden layer, without a wait.
 
-    Returns the matrix, the error of B as `isometry` gives it, and the chain's outputs if the kernels compute them.
+    Returns the matrix, the error of B as `jacobian_isometry` gives it, and the chain's outputs if the kernels compute them.
     """
     first, last = chain.weights
     if affine or first.dtype != _result_dtype(x) or _tile_rows(len(x), len(first)) < len(x):
@@ -188,13 +188,13 @@ def _of_one_hidden(
 def _features_on_device(
     chain: Chain, x: Tensor, affine: bool
 ) -> tuple[Callable[[int, int], Tensor], int, Tensor]:
-    """`chain_features` by these kernels, and the error of B as `isometry` gives it."""
+    """`chain_features` by these kernels, and the error of B as `jacobian_isometry` gives it."""
     first, last = chain.weights
-    B, lost = isometry(first, last)
+    B, lost = jacobian_isometry(first, last)
 
     def rows(begin: int, end: int) -> Tensor:
         samples = x[begin:end].flatten(1).to(first.dtype)
-        features = isometric_features(samples, first, chain.biases[0], chain.activations[1], B)
+        features = jacobian_features(samples, first, chain.biases[0], chain.activations[1], B)
         return torch.cat((features, _offsets(chain, samples.double())), 1) if affine else features
 
     return rows, len(first) + affine * len(last), lost

@@ -1,6 +1,7 @@
-"""The seam: loads the compiled core and turns tensors into addresses.
+"""The seam between Python and the compiled core: loads the core and turns tensors into addresses.
 
-Everything the kernels must be able to trust is checked before this point, by ``lmnfast.ops``.
+The kernels trust what they get. Arguments of `linear` are checked here. All others are checked by ``lmnfast.ops`` before they
+come here, with one exception: `find` of ``lmnfast/ops/check_outputs.py`` trusts its one caller and says why.
 """
 
 import os
@@ -24,11 +25,12 @@ except ImportError as error:
         f"lmnfast's compiled core is missing or does not load ({error}); build it with: pip install ."
     ) from error
 
-# Bytes from which a result may well lie on pages fresh from the system: from 32 MB on it always does (glibc), and a
-# smaller one where the heap was given back in between, as between two calls of jacobians (12 MB: 9 ms for 8).
+# Results of at least this many bytes get huge pages, because they often lie on pages fresh from the system, whose page faults
+# are slow. With glibc a result of 32 MB or more always lies on fresh pages. A smaller result does if the heap was given back to
+# the system in between, as between two calls of jacobians (12 MB: 9 ms in place of 8).
 FRESH_PAGES = 4 * 2**20
 
-Progress = Callable[[float], object]  # is told the share that is done, from 0 to 1
+Progress = Callable[[float], object]  # a function that receives the finished share of the work, from 0 to 1
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 _has_emulator = "emulated-cuda" in _C.isas()
@@ -38,12 +40,12 @@ if _isa and not _C.use_isa(_isa):
 
 
 def is_native(*tensors: Tensor) -> bool:
-    """Whether a CPU kernel takes these: float32 or float64 in the memory of the CPU."""
+    """Whether a CPU kernel takes these tensors: float32 or float64 in the memory of the CPU."""
     return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
 
 
 def on_cuda(tensor: Tensor) -> bool:
-    """Whether CUDA kernels take this tensor, also emulated."""
+    """Whether CUDA kernels, real or emulated, take this tensor."""
     return (tensor.is_cuda and cuda_built()) or emulates_cuda(tensor)
 
 
@@ -53,19 +55,19 @@ def emulates_cuda(tensor: Tensor) -> bool:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a contiguous tensor's values lie; 0 for none."""
+    """The address of a contiguous tensor's values; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor with its values in memory one after the other, at an address that is a multiple of their size."""
+    """The tensor, copied if needed, with its values one after the other at an address that is a multiple of their size."""
     if tensor.is_neg() or not tensor.is_contiguous():
         tensor = tensor.resolve_neg().contiguous()
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
-def path_nodes(nodes: Tensor, weights: Tensor) -> tuple[list[float], list[float], float, float]:
-    """A rule as the kernels use it: interior nodes, their weights, and mean and variance of t over all nodes."""
+def rule_arguments(nodes: Tensor, weights: Tensor) -> tuple[list[float], list[float], float, float]:
+    """A rule as the kernels take it: interior nodes, their weights, and mean and variance of t over all nodes."""
     t, w = nodes.tolist(), weights.tolist()
     return t[1:-1], w[1:-1], *_moments(tuple(t), tuple(w))
 
@@ -85,9 +87,10 @@ _HERE = nullcontext()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which the CUDA device of a tensor is the current one, for a kernel.
+    """A context for a kernel: the CUDA device of its tensors is the current device.
 
-    Raises RuntimeError where the kernels cannot run there.
+    Raises:
+        RuntimeError: the kernels cannot run on the device.
     """
     if problem := cuda_problem(device):
         raise RuntimeError(f"no CUDA kernel for {device}: {problem}")
@@ -96,8 +99,11 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def cuda_problem(device: torch.device | None = None) -> str | None:
-    """Why the CUDA kernels do not run on a device (None: the current one), in one sentence that says what to do;
-    None where they do."""
+    """The reason why the CUDA kernels do not run on a device, in one sentence that says what to do; None if they do run.
+
+    Args:
+        device: None: the current CUDA device.
+    """
     if not cuda_built():
         return (
             "this build of lmnfast has none; install it again with nvcc on the path, or with LMNFAST_CUDA=on"
@@ -115,7 +121,7 @@ def cuda_problem(device: torch.device | None = None) -> str | None:
 
 
 def no_cuda_device() -> str | None:
-    """Why torch sees no CUDA device; None where it sees one."""
+    """The reason why torch sees no CUDA device; None if it sees one."""
     if torch.cuda.is_available():
         return None
     if not torch.backends.cuda.is_built():
@@ -128,7 +134,7 @@ def no_cuda_device() -> str | None:
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """``like.new_empty(shape)``, for results: a large one on huge pages, where the system has them."""
+    """``like.new_empty(shape)``, for results. A large result on the CPU gets huge pages, if the system has them."""
     result = like.new_empty(shape, dtype=dtype)
     if result.device.type == "cpu" and result.nbytes >= FRESH_PAGES:
         _C.advise_huge_pages(address(result), result.nbytes)
@@ -136,43 +142,59 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
 
 
 def run(call: Any, result: Tensor, *more: Tensor | None, reports: bool = True) -> Tensor:
-    """Runs a call, an object of the compiled core that holds an op's arguments, on the device of its results; returns the
-    first.
+    """Runs an op of the compiled core on the device of its results.
 
-    The call says how much memory it needs there, which is kept until it has run; so must be the tensors that it was made of.
-    reports: whether it tells `reporting`'s function how much is done.
+    Args:
+        call: an object of the compiled core that holds the op's arguments. It holds addresses, not tensors: the caller keeps
+            the tensors until this function returns.
+        result: the first result, which the op writes.
+        more: the other results, or None for a result that is not needed.
+        reports: whether the op reports the finished share to the function of `reporting`.
+
+    Returns:
+        The first result.
     """
     results = [0 if one is None else one.data_ptr() for one in (result, *more)]
     if result.is_cuda:
         with on_device(result.device):
             size = call.workspace_cuda()
             memory = result.new_empty(size, dtype=torch.uint8) if size else None
-            # Public ways to this address make a Stream, and take ten times as long; code that torch.compile makes calls this
-            # one.
+            # The public functions for this address make a Stream object and take ten times as long. The code that torch.compile
+            # generates calls this function too.
             stream = torch._C._cuda_getCurrentRawStream(result.device.index)
             call.run_cuda(*results, 0 if memory is None else memory.data_ptr(), stream)
     else:
         count = cores_to_use()
         size = call.workspace(count)
         memory = result.new_empty(size, dtype=torch.uint8) if size else None
-        signals = threading.current_thread() is threading.main_thread()  # Python handles them there alone
+        # Python runs signal handlers only on its main thread.
+        signals = threading.current_thread() is threading.main_thread()
         progress = _progress.get() if reports else None
         call.run(*results, 0 if memory is None else memory.data_ptr(), count, signals, progress)
     return result
 
 
-# Multiply-adds up to which a product in float64 is one kernel of the package's on CUDA, which converts as it loads. Torch
-# launches four kernels for it, three of them to convert. For larger products torch's kernel should be the faster one (an
-# estimate).
+# A float64 product on CUDA with at most this many multiply-adds is computed by the package's kernel, which converts the values
+# to float64 as it loads them. Torch launches four kernels for such a product, three of them only to convert. For larger
+# products torch's kernel should be faster (an estimate).
 SMALL_LINEAR = 2**25
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of rows x (B, D) in float64. On the CPU it has the same bits for any thread count and any number of rows,
-    which torch's BLAS does not: it sums products in parts that depend on both. No autograd there.
+    """``F.linear`` of rows x (B, D) in float64.
 
-    Also of several networks, with one more dimension in front of all: the same bits as of one after the other."""
-    alike = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    On the CPU the result has the same bits for any thread count and any number of rows. Torch's BLAS does not promise that,
+    because it sums products in parts that depend on both. On the CPU there is no autograd.
+
+    The tensors of several networks may be stacked, with one more dimension in front of all tensors. The result then has the
+    same bits as the results of one network after the other.
+
+    Raises ValueError for shapes or devices that do not fit.
+    """
+    _check_linear(x, weight, bias)
+    alike = x.dtype in (torch.float32, torch.float64) and all(
+        t is None or t.dtype == x.dtype for t in (weight, bias)
+    )
     if alike and on_cuda(x) and x.shape[-2:].numel() * weight.shape[-2] <= SMALL_LINEAR:
         return _linear(x, weight, bias)
     if x.dim() == 3:
@@ -185,6 +207,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _linear(x, weight, bias)
 
 
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    networks, inputs = x.shape[:-2], x.shape[-1:]
+    outputs = weight.shape[-2:-1]
+    fits = x.dim() in (2, 3) and weight.dim() == x.dim() and weight.device == x.device
+    if not fits or weight.shape != networks + outputs + inputs:
+        raise ValueError(
+            f"weight: expected (outputs, inputs) of samples {tuple(x.shape)} on {x.device}, "
+            f"got shape {tuple(weight.shape)} on {weight.device}"
+        )
+    if bias is not None and (bias.shape != networks + outputs or bias.device != x.device):
+        raise ValueError(
+            f"bias: expected {tuple(networks + outputs)} on {x.device}, "
+            f"got shape {tuple(bias.shape)} on {bias.device}"
+        )
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight, bias = plain(x), plain(weight), None if bias is None else plain(bias)
     *networks, samples, inputs = x.shape
@@ -194,16 +232,18 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return run(call, x.new_empty((*networks, samples, outputs), dtype=torch.float64), reports=False)
 
 
-# Torch gives each thread an equal share of a pointwise function's numbers: for GELU from more than SERIAL numbers on, for the
-# others from STRETCH on, at least STRETCH to a thread. Measured with torch 2.13: from there on the bits follow the thread
-# count.
+# Torch splits a pointwise function's numbers into equal shares, one per thread: for GELU if there are more than SERIAL numbers,
+# for other functions if there are at least STRETCH, with at least STRETCH in each share. Measured with torch 2.13: at these
+# sizes the bits begin to depend on the thread count.
 SERIAL, STRETCH = 2**14, 2**15
 
 
 def pointwise(function: Callable[..., Tensor], *z: Tensor) -> Tensor:
-    """A pointwise function of torch's, of tensors of one shape. On the CPU it has the same bits for any thread count: torch
-    computes the last numbers of a thread's share, fewer than its loop over vectors takes, by other code. Here all shares are
-    whole vectors."""
+    """A pointwise function of torch, applied to tensors of one shape; on the CPU with the same bits for any thread count.
+
+    Torch's loop works on vectors. The numbers that are left at the end of a thread's share go through other code, with other
+    bits. Here every share consists of whole vectors.
+    """
     if z[0].device.type != "cpu":
         return function(*z)
     count, block = z[0].numel(), STRETCH * torch.get_num_threads()
@@ -220,8 +260,10 @@ def pointwise(function: Callable[..., Tensor], *z: Tensor) -> Tensor:
 
 @contextmanager
 def reporting(progress: Progress | None) -> Iterator[None]:
-    """Has the kernels called in this context tell `progress` the share that is done; a registered op has no argument for
-    a Python function."""
+    """In this context, kernels report the finished share of their work to `progress`.
+
+    A registered op cannot have a Python function as an argument, so this is a context.
+    """
     token = _progress.set(progress)
     try:
         yield
@@ -230,7 +272,7 @@ def reporting(progress: Progress | None) -> Iterator[None]:
 
 
 def info() -> dict[str, object]:
-    """What was built and what is in use: isa, isas, cuda_built, cuda_archs."""
+    """Facts about the build and its use: isa, isas, cuda_built, cuda_archs."""
     return {
         "isa": _C.isa(),
         "isas": _C.isas(),

@@ -302,7 +302,7 @@ def _read_step(node: fx.Node, root: nn.Module) -> Step:
         return _read_module(root.get_submodule(str(node.target)), str(node.target).removeprefix("model."))
     if node.op == "call_function" and node.target is F.linear:
 
-        def attributes(input, weight, bias=None):
+        def attributes(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any]:
             return _attribute(weight, root), None if bias is None else _attribute(bias, root)
 
         return attributes(*node.args, **node.kwargs)

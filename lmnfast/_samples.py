@@ -60,6 +60,9 @@ def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return x
 
 
+SAME_OUTPUT_ULPS = 32  # kSameOutputUlps in csrc/statistics.h
+
+
 def same_output(again: Any, output: Tensor) -> bool | Tensor:
     """Whether two outputs are equal up to the rounding of the same operations in another order.
 
@@ -75,7 +78,7 @@ def same_output(again: Any, output: Tensor) -> bool | Tensor:
         return False
     if output.numel() == 0:
         return True
-    tolerance = 32 * torch.finfo(output.dtype).eps
+    tolerance = SAME_OUTPUT_ULPS * torch.finfo(output.dtype).eps
     finite = output.isfinite()
     magnitude = torch.where(finite, output.abs(), 0)
     close = (again - output).abs() <= tolerance * magnitude + tolerance * magnitude.amax()

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class AllocationCount(TorchFunctionMode):
         self._tensors: set[int] = set()
         self._storages: dict[int, int] = {}  # by address, the number of tensors in the storage
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(value, Tensor):

@@ -18,41 +18,43 @@ Linear = tuple[Tensor, Tensor | None]  # weight and bias
 Step = Any  # of a chain: Linear, Affine, Activation, Skip or FLATTEN
 
 
-def _activation_named(name: str):
+def _activation_named(name: str) -> Callable[..., Activation]:
     return lambda input, inplace=False: Activation(name)
 
 
-def _leaky_relu(input, negative_slope=0.01, inplace=False):
+def _leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Activation:
     return Activation("leaky_relu", float(negative_slope))
 
 
-def _elu(input, alpha=1.0, inplace=False):
+def _elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Activation:
     return Activation("elu", float(alpha))
 
 
-def _gelu(input, approximate="none"):
+def _gelu(input: Any, approximate: str = "none") -> Activation | None:
     return {"none": Activation("gelu"), "tanh": Activation("gelu_tanh")}.get(approximate)
 
 
-def _softplus(input, beta=1, threshold=20):
+def _softplus(input: Any, beta: float = 1, threshold: float = 20) -> Activation:
     return Activation("softplus", float(beta), float(threshold))
 
 
-def _dropout(training_default: bool):
-    def read(input, p=0.5, training=training_default, inplace=False):
+def _dropout(training_default: bool) -> Callable[..., Activation | None]:
+    def read(
+        input: Any, p: float = 0.5, training: bool = training_default, inplace: bool = False
+    ) -> Activation | None:
         return IDENTITY if training is False or p == 0 else None
 
     return read
 
 
-def _flatten(start_default: int):
-    def read(input, start_dim=start_default, end_dim=-1):
+def _flatten(start_default: int) -> Callable[..., str | None]:
+    def read(input: Any, start_dim: int = start_default, end_dim: int = -1) -> str | None:
         return FLATTEN if (start_dim, end_dim) == (1, -1) else None
 
     return read
 
 
-def _unchanged(input):
+def _unchanged(input: Any) -> Activation:
     return IDENTITY
 
 

@@ -27,17 +27,17 @@ from .quadrature import RULES
 from .runs.device import DEVICES, refuse_unusable
 from .spectrum import NEGATIVE
 
-INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+INTERRUPTED = 130  # the exit code that a shell reports after Ctrl-C
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        arguments: those of the command line; None: of this process.
+        arguments: the arguments of the command line; None: those of this process.
 
     Returns:
-        The exit code: 0; 2 for bad input, named in one line; 130 after Ctrl-C.
+        The exit code: 0; 2 for bad input, which an error message names in one line; 130 after Ctrl-C.
     """
     options = _parser().parse_args(_in_new_spelling(sys.argv[1:] if arguments is None else arguments))
     try:
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _in_new_spelling(arguments: list[str]) -> list[str]:
-    """Turns ``measure --model``, the old name, into ``checkpoints --model``, with a note."""
+    """Turns the old name ``measure --model`` into ``checkpoints --model``, and prints a note."""
     names = {argument.partition("=")[0] for argument in arguments}
     if arguments[:1] != ["measure"] or not names & {"--model", "--mode", "--mod", "--mo"}:
         return arguments
@@ -124,7 +124,7 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
     grok.add_argument("--threads", type=int, help="on the CPU (the run's; torch's for a new one)")
     grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
     grok.add_argument(
-        "--force", action="store_true", help="delete the run that is there (nothing else), start anew"
+        "--force", action="store_true", help="delete the existing run (nothing else), start a new one"
     )
     names = f"some of {', '.join(LAYERS)} ({' '.join(Config.layers)})"
     grok.add_argument("--layers", nargs="+", metavar="LAYER", help=names)
@@ -134,10 +134,10 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
 
 
 def _add_measure(again: argparse.ArgumentParser) -> None:
-    again.add_argument("run", metavar="RUN", help="a directory that grok left")
+    again.add_argument("run", metavar="RUN", help="a directory that grok wrote")
     again.add_argument("--every", type=int, help="only checkpoints at multiples of this step (1)")
     again.add_argument(
-        "--force", action="store_true", help="replace the table that is there, also one with more steps"
+        "--force", action="store_true", help="replace the existing table, also one with more steps"
     )
     _add_layers(again, f"some of {', '.join(LAYERS)} (the run's)")
     _add_samples(again, "of the training samples are measured, a fixed random choice (the run's)")
@@ -174,7 +174,7 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
     _add_settings(other, vars(Config))
     other.add_argument("--jobs", type=int, help="processes (1)")
     other.add_argument("--out", metavar="DIR", help="where lmn.csv and lmn.png go (lmn)")
-    other.add_argument("--force", action="store_true", help="begin the table that is there anew")
+    other.add_argument("--force", action="store_true", help="begin a new table in place of the existing one")
 
 
 def _add_paper(paper: argparse.ArgumentParser) -> None:

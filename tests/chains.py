@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import support
 import torch
+from support import UNIFORM
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from lmnfast import reference
+from lmnfast import ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
 from lmnfast._stacked import ChainStack
 from lmnfast.ops.path_connectivity import chain_connectivity, stack_connectivity
@@ -234,3 +235,83 @@ def assert_refused(op, arguments: list, error: type[Exception], message: str) ->
         fakes = tree_map_only(Tensor, lambda t: t if t.is_meta else mode.from_tensor(t), arguments)
         with pytest.raises(error, match=message):
             op(*fakes)
+
+
+def truth(f, x):
+    """float64, by the definition."""
+    with torch.no_grad():
+        return reference.path_connectivity(f, x.double(), *UNIFORM)
+
+
+def in_dtype(chain: Chain, dtype: torch.dtype) -> tuple:
+    """The chain's weights as they are in a dtype, in float64."""
+    return (
+        tuple(w.to(dtype).double() for w in chain.weights),
+        tuple(None if b is None else b.to(dtype).double() for b in chain.biases),
+        chain.activations,
+    )
+
+
+def nearly_equal(distance: float, width: int = 8) -> torch.Tensor:
+    """Ten float32 samples, and each again a relative `distance` off."""
+    x = samples(10, width).float()
+    return torch.cat([x, x * (1 + distance * samples(10, width, seed=2).float())])
+
+
+def condition(chain: Chain, x: torch.Tensor) -> torch.Tensor:
+    """(N, N): mean over outputs of magnitude over spread along the path, what a rounding of the output costs r2.
+
+    GELU is z (1 + erf(z / sqrt 2)) / 2, whose rounding is that of 1 + erf times z: far below zero there is nothing else
+    of it, in PyTorch, too, and another erf has another one. So the magnitude is z's there.
+    """
+    t = UNIFORM[0][:, None]
+    *_, z, y = (
+        value.unflatten(0, (len(x), len(x), -1))
+        for value in chain.values(torch.lerp(x[:, None, None], x[None, :, None], t).flatten(0, 2))
+    )
+    size = torch.maximum(y.abs(), z.abs()) if chain.activations[-1].name == "gelu" else y.abs()
+    return (size.amax(2) / y.std(2).clamp_min(1e-300)).mean(-1)
+
+
+def measured(
+    chain: Chain, x: torch.Tensor, device: torch.device, dtype: torch.dtype, rule=UNIFORM
+) -> torch.Tensor:
+    """The kernel's matrix, brought to the CPU."""
+    L = ops.path_connectivity(cast(chain, dtype, device), x.to(device, dtype), *rule)
+    assert L.dtype == dtype and L.shape == (len(x), len(x)) and L.device.type == device.type
+    return L.cpu()
+
+
+def assert_as_right_as_pytorch(
+    chain: Chain, x: torch.Tensor, device: torch.device, dtype: torch.dtype, rule=UNIFORM
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most a few roundings of the outputs, and in float32 twice the largest error of the reference beside them.
+
+    Returns the kernel's matrix and the reference's.
+    """
+    truth = reference.path_connectivity(chain, x, *rule)
+    ours = measured(chain, x, device, dtype, rule)
+    assert torch.equal(ours, ours.mT) and (ours.diagonal() == 1).all()
+    error = (ours.double() - truth).abs()
+    allowed = 0.0
+    if dtype == torch.float32:
+        plain = reference.path_connectivity(cast(chain, dtype), x.to(dtype), *rule)
+        allowed = 2 * (plain.double() - truth).abs().max()
+    assert (error <= allowed + 4 * torch.finfo(dtype).eps * (1 + condition(chain, x))).all()
+    return ours, truth
+
+
+def raw(n: int = 12, dtype: torch.dtype = torch.float32):
+    """Arguments of the registered op."""
+    chain = cast(random_chain([5, 7, 3], ["silu", "relu", "identity"]), dtype)
+    codes = [ACTIVATIONS.index(a.name) for a in chain.activations]
+    return [
+        samples(n, 5).to(dtype),
+        list(chain.weights),
+        list(chain.biases),
+        codes,
+        [0.0] * 6,
+        [],
+        [],
+        *UNIFORM,
+    ]

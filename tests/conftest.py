@@ -1,15 +1,22 @@
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from checkpointed import NETS, random_state
+from probed import Network
 from support import EMULATED, LEVELS, has_cuda
+from tiny import TINY
 
 from lmnfast import _native, _threads
+from lmnfast.grokking.train import train
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what a test starts
@@ -103,3 +110,49 @@ def interrupted(threads):
 
     yield check
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def model():
+    """The network that tests of probes train."""
+    torch.manual_seed(0)
+    return Network()
+
+
+@pytest.fixture
+def x():
+    """Samples for it."""
+    return torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run never stopped. Tests only read it."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    return train(TINY, path)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty current directory with the module nets, and what imports leave undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    Path("nets.py").write_text(NETS)
+    yield tmp_path
+    for name in ("nets", "broken", "absent", "digits"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def trained(place):
+    """step_2.pt, step_10.pt, step_100.pt of nets:make, and x.npy."""
+    sys.path.insert(0, str(place))
+    import nets
+
+    generator = torch.Generator().manual_seed(0)
+    states = {}
+    for step in (2, 10, 100):
+        states[step] = random_state(nets.make(), generator)
+        torch.save(states[step], f"step_{step}.pt")
+    np.save("x.npy", torch.randn(12, 6, generator=generator, dtype=torch.float64).numpy())
+    return states

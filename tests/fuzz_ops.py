@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmnfast import _native
+from lmnfast import _native, ops
 from lmnfast._chain import ACTIVATIONS
 from lmnfast.quadrature import path_nodes
 
@@ -209,7 +209,26 @@ def _matrices(case: Case) -> list[Any]:
     return [case.tensor(*[case.size(4) for _ in range(case.random.randint(0, 2))], n, n)]
 
 
+def _outputs(case: Case) -> list[Any]:
+    samples, outputs = case.size(70), case.size(40)
+
+    def maybe(*shape: int) -> Tensor | None:
+        return case.tensor(*shape) if case.random.random() < 0.6 else None
+
+    counts = case.placed(torch.randint(9, (2,), generator=case.generator))
+    return [
+        case.tensor(samples, case.size(70)),
+        case.tensor(samples, outputs),
+        maybe(samples, outputs),
+        maybe(samples, outputs),
+        maybe(samples, case.size(70)),
+        case.random.choice((None, counts)),
+        case.random.choice((2.0**-23, 2.0**-52, 2.0**-10)),
+    ]
+
+
 MAKERS: dict[str, Callable[[Case], list[Any]]] = {
+    "check_outputs": _outputs,
     "path_connectivity": Case.path,
     "hermite_connectivity": lambda case: [*case.path(), case.random.random() < 0.5],
     "jacobian": lambda case: case.layers(1),
@@ -218,6 +237,7 @@ MAKERS: dict[str, Callable[[Case], list[Any]]] = {
     "spectral_entropy": _eigenvalues,
     "symmetric_eigenvalues": _matrices,
 }
+assert set(MAKERS) == set(ops.__all__), "an op of the package is left out"
 WEIGHTS = {"path_connectivity": 2, "hermite_connectivity": 2}
 # What values that fit may be refused for: a row of zeros alone, and by LAPACK a NaN.
 ACCEPTED = {"spectral_entropy": "not 0", "symmetric_eigenvalues": "linalg.eig"}

@@ -1,17 +1,22 @@
-"""What tests share: the levels that were built, networks and samples. Fixtures are in conftest.py."""
+"""What tests share: the levels that were built, nodes, networks and samples. Fixtures are in conftest.py."""
 
 import itertools
 import platform
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lmnfast import _native
+from lmnfast.quadrature import path_nodes
 
 LEVELS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
 EMULATED = "emulated-cuda"  # the CUDA kernels on the CPU, in a build with LMNFAST_CUDA=emulated
 if EMULATED in _native._C.isas():
     LEVELS.append(EMULATED)
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+UNIFORM = path_nodes("uniform", 21)
 
 
 def has_cuda() -> bool:

@@ -66,13 +66,13 @@ def jacobian_distance(x: Tensor) -> Callable[[], Tensor]:
     return lambda: ops.jacobian_distance(x.double(), x[:50].double(), False, torch.float32)
 
 
-def isometric_features(x: Tensor) -> Callable[[], Tensor]:
+def jacobian_features(x: Tensor) -> Callable[[], Tensor]:
     chain = random_chain([12, 40, 7], ["identity", "silu", "identity"], bias=False)
     first, last = (w.to(x.device) for w in chain.weights)
 
     def call() -> Tensor:
-        B, _ = features.isometry(first, last)
-        return features.isometric_features(x.double(), first, None, chain.activations[1], B)
+        B, _ = features.jacobian_isometry(first, last)
+        return features.jacobian_features(x.double(), first, None, chain.activations[1], B)
 
     return call
 
@@ -102,7 +102,7 @@ OPS = (
     spectral_entropy,
     jacobian,
     jacobian_distance,
-    isometric_features,
+    jacobian_features,
     isometry_distance,
     jacobian_connectivity,
     symmetric_eigenvalues,

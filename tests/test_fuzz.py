@@ -1,11 +1,14 @@
-"""A thousand random networks, on every instruction set and route, against the truth of tests/fuzz.py."""
+"""A thousand random networks, on every instruction set and route, against the truth of tests/fuzz_truth.py; the list of
+tests/fuzz_ops.py."""
 
+import fuzz_ops
 import pytest
 import torch
-from fuzz import Case, Expected, Verdict, check, draw, judge, measured
+from fuzz_cases import Case, draw
+from fuzz_verdicts import Expected, Verdict, check, judge, measured
 from support import LEVELS
 
-from lmnfast import _native
+from lmnfast import _native, ops
 
 CASES, PARTS = 1000, 20
 
@@ -23,6 +26,10 @@ def test_matrices_of_random_networks_are_as_right_as_pytorch(part, threads):
         f"python tests/fuzz.py --only {v.seed} --show  # {v.level} {v.dtype} {v.route} {v.method}: {v.failure} {v.text}"
         for v in failures
     )
+
+
+def test_the_fuzzer_of_ops_calls_every_op():
+    assert set(fuzz_ops.MAKERS) == set(ops.__all__)
 
 
 @pytest.mark.parametrize("offset, failure", [(0.0, ""), (2e-5, "error")])

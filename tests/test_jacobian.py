@@ -179,3 +179,21 @@ def test_arguments_that_do_not_fit_are_named(position, value, error, message):
     arguments = raw(torch.float32)
     arguments[position] = value
     assert_refused(torch.ops.lmnfast.jacobian, arguments, error, message)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (5, 11), (10,), (5, 2, 4)])
+def test_samples_that_are_not_the_chains_are_refused_before_the_kernel(shape):
+    chain = random_chain([10, 8, 3], ["identity", "silu", "identity"])
+    with pytest.raises(ValueError, match="^x: expected samples of 10 elements"):
+        at_once(chain, torch.zeros(shape, dtype=torch.float64))
+    with pytest.raises(ValueError, match="on meta"):
+        at_once(chain, torch.zeros(5, 10, device="meta"))
+
+
+def test_a_chain_with_skips_is_refused():
+    """The kernels would leave the skips out."""
+    plain = random_chain([8, 8, 8], ["identity", "silu", "identity"])
+    chain = Chain(plain.weights, plain.biases, plain.activations, skips=((4, 2),))
+    for call in (ops.jacobian, at_once):
+        with pytest.raises(ValueError, match="^chain: expected one without skips"):
+            call(chain, samples(5, 8))

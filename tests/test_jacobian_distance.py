@@ -8,10 +8,10 @@ from lmnfast import _native, ops, reference
 from lmnfast._chain import ACTIVATIONS, IDENTITY, Chain
 from lmnfast.ops.jacobian_distance import (
     has_isometry,
-    isometric_features,
-    isometry,
     isometry_distance,
     jacobian_connectivity,
+    jacobian_features,
+    jacobian_isometry,
 )
 
 F64 = torch.float64
@@ -228,14 +228,14 @@ def test_features_are_as_far_apart_as_the_jacobians(shape, kernels, dtype):
     given = [v.to(dtype) for v in (*weights(*shape), features(37, shape[0], seed=5))]
     first, last, bias, x = (v.double() for v in given)
     on_device = [v.to(kernels) for v in given]
-    B, lost = isometry(*on_device[:2])
+    B, lost = jacobian_isometry(*on_device[:2])
     M = (last.mT @ last) * (first @ first.mT)
     diagonal = M.diagonal().sqrt()
     assert ((B @ B.mT).cpu() - M).abs().div(diagonal * diagonal[:, None]).max() < 1e-13
     inverse_trace = torch.linalg.inv(M / diagonal / diagonal[:, None]).trace()
     assert lost.shape == (2,) and lost[1] == 0
     assert abs(lost[0].cpu() / (shape[1] * 2.0**-52 * inverse_trace) - 1) < 1e-6
-    rows = isometric_features(on_device[3], on_device[0], on_device[2], activation("silu"), B)
+    rows = jacobian_features(on_device[3], on_device[0], on_device[2], activation("silu"), B)
     z = x @ first.mT + bias
     slopes = z.sigmoid() * (1 + z * (1 - z.sigmoid()))
     J = torch.einsum("kh,nh,hd->nkd", last, slopes, first).flatten(1)
@@ -267,7 +267,7 @@ def test_features_of_every_activation(name, with_bias, kernels):
     first, _, bias = (v.to(kernels) for v in weights(6, 13, 5))
     f = activation(name)
     x = features(19, 6, seed=5).to(kernels)
-    rows = isometric_features(
+    rows = jacobian_features(
         x, first, bias if with_bias else None, f, torch.eye(13, dtype=F64, device=kernels)
     )
     z = (x @ first.mT + bias * with_bias).cpu().requires_grad_()
@@ -280,28 +280,28 @@ def test_dead_units_are_left_out(kernels):
     first, last, _ = weights(9, 12, 5)
     first[[0, 7]] = 0
     last[:, [4, 11]] = 0
-    B, lost = isometry(first.to(kernels), last.to(kernels))
+    B, lost = jacobian_isometry(first.to(kernels), last.to(kernels))
     M = (last.mT @ last) * (first @ first.mT)
     assert (B[[0, 4, 7, 11]] == 0).all() and lost[0].item() < 1e-10
     assert ((B @ B.mT).cpu() - M).abs().max() < 1e-13 * M.max()
-    none, lost = isometry(0 * first.to(kernels), last.to(kernels))
+    none, lost = jacobian_isometry(0 * first.to(kernels), last.to(kernels))
     assert (none == 0).all() and lost[0].item() == 0
 
 
 def test_units_that_do_the_same_are_told(kernels):
     first, last, _ = weights(9, 12, 5)
     first[3], last[:, 3] = first[8], last[:, 8]
-    _, lost = isometry(first.to(kernels), last.to(kernels))
+    _, lost = jacobian_isometry(first.to(kernels), last.to(kernels))
     assert not lost[0].item() <= 1e-6
     first[2, 2] = float("nan")
-    assert not isometry(first.to(kernels), last.to(kernels))[1][0].item() <= 1e-6
+    assert not jacobian_isometry(first.to(kernels), last.to(kernels))[1][0].item() <= 1e-6
 
 
 def test_a_factor_that_does_not_fit_into_shared_memory(kernels, monkeypatch):
     first, last, _ = (v.to(kernels) for v in weights(30, 90, 8))
-    whole = isometry(first, last)
+    whole = jacobian_isometry(first, last)
     monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(48 * 1024))
-    for ours, expected in zip(isometry(first, last), whole):
+    for ours, expected in zip(jacobian_isometry(first, last), whole):
         assert torch.equal(ours, expected)
 
 
@@ -312,12 +312,12 @@ def test_weights_that_begin_between_boundaries_of_16_bytes(kernels):
         memory = tensor.new_empty(tensor.numel() + 1)[1:]
         return memory.copy_(tensor.flatten()).view(tensor.shape)
 
-    B, _ = isometry(moved(first), moved(last))
-    assert torch.equal(B, isometry(first, last)[0])
+    B, _ = jacobian_isometry(moved(first), moved(last))
+    assert torch.equal(B, jacobian_isometry(first, last)[0])
     x = features(11, 7).to(kernels)
     f = activation("tanh")
-    moved_rows = isometric_features(moved(x), moved(first), moved(bias), f, moved(B))
-    assert torch.equal(moved_rows, isometric_features(x, first, bias, f, B))
+    moved_rows = jacobian_features(moved(x), moved(first), moved(bias), f, moved(B))
+    assert torch.equal(moved_rows, jacobian_features(x, first, bias, f, B))
     d = ops.jacobian_distance(moved(x), moved(x[:4]), False, F64)
     assert torch.equal(d, ops.jacobian_distance(x, x[:4], False, F64))
 
@@ -365,8 +365,8 @@ def test_one_call_gives_the_bits_of_its_parts(shape, with_bias, kernels, dtype):
     first, last, bias = (v.to(dtype).to(kernels) for v in weights(*shape))
     x, f = features(37, shape[0], seed=5).to(dtype).to(kernels), activation("silu")
     bias, last_bias = (bias, last[:, 0].clone()) if with_bias else (None, None)
-    B, lost = isometry(first, last)
-    rows = isometric_features(x, first, bias, f, B)
+    B, lost = jacobian_isometry(first, last)
+    rows = jacobian_features(x, first, bias, f, B)
     for squared in (False, True):
         d, bits, y = isometry_distance(x, first, bias, last, last_bias, f, squared=squared)
         # Of an emulated card the op is scaled as the CPU's is, which changes no digit here.
@@ -388,4 +388,69 @@ def test_where_there_are_such_features(kernels):
     many = torch.zeros(_native._C.isometry_units + 1, 300, dtype=F64, device=kernels)
     assert not has_isometry(many, many.mT)
     with pytest.raises(RuntimeError, match="jacobian_isometry: a number of units"):
-        isometry(many, many.mT.contiguous())
+        jacobian_isometry(many, many.mT.contiguous())
+
+
+def test_wrong_arguments_of_the_kernels_for_one_hidden_layer_are_refused():
+    """Before any kernel: without these checks a shorter tensor would be read past its end."""
+    first, last, bias = weights(7, 12, 5)
+    x, f, B = features(9, 7), activation("silu"), torch.eye(12, dtype=F64)
+    half = torch.float16
+    for wrong in (
+        lambda: jacobian_isometry(first[0], last),
+        lambda: jacobian_isometry(first[:0], last[:, :0]),
+        lambda: jacobian_isometry(first, last[:, :-1]),
+        lambda: jacobian_isometry(first, last[0]),
+        lambda: jacobian_isometry(first, last[:0]),
+        lambda: jacobian_features(x[:, :-1], first, bias, f, B),
+        lambda: jacobian_features(x[0], first, bias, f, B),
+        lambda: jacobian_features(x, first, bias[:-1], f, B),
+        lambda: jacobian_features(x, first, bias, f, B[:-1]),
+        lambda: isometry_distance(x[:, :-1], first, bias, last, None, f),
+        lambda: isometry_distance(x, first, bias[:-1], last, None, f),
+        lambda: isometry_distance(x, first, bias, last[:, :-1], None, f),
+        lambda: isometry_distance(x, first, bias, last, last[:-1, 0], f),
+        lambda: jacobian_connectivity(x, x[:, :-1], F64),
+        lambda: jacobian_connectivity(x[0], x, F64),
+    ):
+        with pytest.raises(
+            ValueError, match="^(first|second|last|last_bias|x|bias|isometry): expected .* got"
+        ):
+            wrong()
+    for wrong in (
+        lambda: jacobian_isometry(first, last.float()),
+        lambda: jacobian_isometry(first.to(half), last.to(half)),
+        lambda: jacobian_isometry(first.to("meta"), last.to("meta")),
+        lambda: jacobian_isometry(first.to_sparse(), last),
+        lambda: jacobian_features(x.float(), first, bias, f, B),
+        lambda: jacobian_features(x, first, bias.float(), f, B),
+        lambda: jacobian_features(x, first, bias, f, B.float()),
+        lambda: isometry_distance(x, first, bias, last, last[:, 0].float(), f),
+        lambda: isometry_distance(x.to("meta"), first, bias, last, None, f),
+        lambda: jacobian_connectivity(x.float(), x.float(), F64),
+        lambda: jacobian_connectivity(x, x, half),
+        lambda: jacobian_connectivity(x, x.to("meta"), F64),
+    ):
+        with pytest.raises(TypeError, match=": expected "):
+            wrong()
+
+
+def test_wrong_arguments_of_a_linear_layer_are_refused():
+    x, weight, bias = features(9, 7), features(4, 7), features(1, 4)[0]
+    for wrong in (
+        lambda: _native.linear(x, weight[:, :-1], None),
+        lambda: _native.linear(x[:, :-1], weight, None),
+        lambda: _native.linear(x[0], weight, None),
+        lambda: _native.linear(x, weight[0], None),
+        lambda: _native.linear(x, weight, bias[:-1]),
+        lambda: _native.linear(x, weight, bias[None]),
+        lambda: _native.linear(x, weight.to("meta"), None),
+        lambda: _native.linear(x, weight, bias.to("meta")),
+        lambda: _native.linear(x.expand(3, 9, 7), weight.expand(2, 4, 7), None),
+        lambda: _native.linear(x.expand(3, 9, 7), weight.expand(3, 4, 7), bias.expand(2, 4)),
+    ):
+        with pytest.raises(ValueError, match="^(weight|bias): expected .* got"):
+            wrong()
+    # Of another dtype than the weights the bias is converted.
+    narrow = _native.linear(x, weight, bias.float())
+    assert torch.equal(narrow, _native.linear(x, weight, bias.float().double()))

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_an_op_has_its_kernel_reference_test_and_bench(name):
     assert name in on_cuda.replace(",", " ").split(), f"tests/test_cuda.py leaves {name} out"
 
 
+def test_every_kernel_has_one_name():
+    """A struct of csrc/ops.h, and the function that calls it, in a registered op's file or for `Linear` in the seam."""
+    lists = (ROOT / "csrc/ops.h").read_text().partition("#define LMN_ON_BOTH")[2].partition("\n\n")[0]
+    structs = re.findall(r"N\(X, (\w+)\)", lists)
+    assert len(structs) > len(ops.__all__)
+    homes = [_native, *(sys.modules[f"lmnfast.ops.{name}"] for name in ops.__all__)]
+    for struct in structs:
+        name = re.sub("(?<!^)(?=[A-Z])", "_", struct).lower().replace("path_r_2", "path_r2")
+        assert any(inspect.isfunction(getattr(home, name, None)) for home in homes), name
+
+
 def test_no_kernel_file_is_without_an_op():
     folders = ("csrc/cpu", "csrc/cuda", "lmnfast/ops")
     files = {
@@ -61,52 +73,112 @@ def test_the_reference_does_not_know_the_compiled_core():
     assert "_native" not in inspect.getsource(reference) and "_C" not in inspect.getsource(reference)
 
 
-# Each part of the package, and the parts that it may import; "" is the library.
-PARTS = {
-    "": {"ops"},
-    "ops": {""},
-    "runs": {""},
-    "integrations": {"", "runs"},
-    "checkpoints": {"", "runs"},
-    "grokking": {"", "runs"},
-    "paper": {"", "ops", "runs", "grokking"},
-    "cli": {"", "checkpoints", "grokking", "paper", "runs"},
-}
+def files_of(cell: str) -> list[str]:
+    """The files and folders of a table's cell; a name without a folder is beside the first."""
+    names = re.findall(r"`([\w./<>]+)`", cell)
+    folder = names[0].rpartition("/")[0] if names else ""
+    return [name if "/" in name.rstrip("/") else f"{folder}/{name}" for name in names]
 
 
-def part_of(module: str) -> str:
-    """Of lmnfast.runs.files "runs", of lmnfast.probe ""."""
-    name = module.split(".")[1] if "." in module else ""
-    return name if name in PARTS else ""
+def modules() -> dict[str, Path]:
+    """The files of the package's modules, by the modules' names."""
+    files = (ROOT / "lmnfast").rglob("*.py")
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in files
+    }
 
 
-def imports_of(file: Path) -> set[str]:
-    """The modules of the package that a file of it imports."""
-    package = ["lmnfast", *file.relative_to(ROOT / "lmnfast").parts[:-1]]
+def imports_of(file: Path, known: set[str]) -> set[str]:
+    """Those of the known modules that a file of the package imports, anywhere in it."""
+    package = file.relative_to(ROOT).parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-            base = [name for name in base if name]
-            found |= {
-                ".".join([*base, alias.name]) if node.module is None else ".".join(base)
-                for alias in node.names
-            }
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            full = [f"{module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else module for name in full}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("lmnfast")}
+            found |= {alias.name for alias in node.names}
+    return found & known
+
+
+def roles(root: str) -> dict[Path, str]:
+    """The role of each source file whose place begins like this, by the table of section 1 of architecture.md."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    found: dict[Path, str] = {}
+    for role, cell in re.findall(rf"^\| \*\*(.*)\*\* \| (`(?:{root})/[^|]*) \|", text, re.MULTILINE):
+        for place in files_of(cell):
+            for file in ROOT.glob(
+                f"{place}**/*.*" if place.endswith("/") else re.sub("<.*>", "[!_]*", place)
+            ):
+                if file.suffix in (".py", ".h", ".cpp", ".cuh", ".cu"):
+                    assert found.setdefault(file, role) == role, f"{file} has two roles"
     return found
 
 
-def test_the_library_knows_nothing_of_the_application():
-    wrong = []
-    for file in (ROOT / "lmnfast").rglob("*.py"):
-        here = part_of(".".join(["lmnfast", *file.relative_to(ROOT / "lmnfast").with_suffix("").parts]))
-        wrong += [
-            f"{file.relative_to(ROOT)} imports {module}"
-            for module in imports_of(file)
-            if part_of(module) not in PARTS[here] | {here}
-        ]
+def order(first: str) -> dict[str, int]:
+    """The line of each role in the list of section 2 of architecture.md that begins with this role, counted from above."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    lines = re.search(rf"```text\n({first}\n.*?)```", text, re.DOTALL)[1].splitlines()
+    named = [(n, role) for n, line in enumerate(lines) for role in re.split(" {2,}", line)[0].split(", ")]
+    found = {role: n for n, role in named}
+    assert len(found) == len(named), "a role stands twice"
+    return found
+
+
+def test_modules_import_from_below_alone():
+    files, of_file, line = modules(), roles("lmnfast"), order("command line")
+    role = {name: of_file[file] for name, file in files.items() if file in of_file}
+    assert set(role) == set(files) - {"lmnfast"}, "every module has a role"
+    assert set(role.values()) == set(line), "every role has its line"
+    core = "lmnfast._C"
+    graph = {name: imports_of(file, {core, *files}) - {core, name} for name, file in files.items()}
+    assert len(graph["lmnfast.probe"]) > 5 and "lmnfast.ops._checks" in graph["lmnfast.ops.path_r2"]
+    # The surface of the library: its names come from it, and the application may take them.
+    place = {"lmnfast": line["probe"] - 0.5, **{name: line[of] for name, of in role.items()}}
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in graph.items()
+        for other in others
+        if place[other] <= place[name] and role.get(name) != role.get(other)
+    ]
     assert not wrong, wrong
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_sources_include_from_below_alone():
+    role, line = roles("csrc|tests/emulator"), order("binding")
+    files = {file for file in (ROOT / "csrc").rglob("*.*") if file.suffix in (".h", ".cpp", ".cuh", ".cu")}
+    assert files <= set(role), "every source has a role"
+    assert set(role.values()) == set(line), "every role has its line"
+    graph = {
+        file: {
+            (ROOT / "tests" / name if name.startswith("emulator/") else file.parent / name).resolve()
+            for name in re.findall(r'^#include "(.*)"', file.read_text(), re.MULTILINE)
+        }
+        for file in role
+    }
+    assert sum(map(len, graph.values())) > 50
+    wrong = [
+        f"{file.relative_to(ROOT)} includes {other.relative_to(ROOT)}"
+        for file, others in graph.items()
+        for other in others
+        if (line[role[other]] <= line[role[file]] and role[other] != role[file])
+        or {"CPU", "CUDA"} == {role[file].split()[0], role[other].split()[0]}
+    ]
+    assert not wrong, wrong
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_the_compiled_core_is_used_by_its_seam_and_by_the_ops_alone():
+    users = {
+        name
+        for name, file in modules().items()
+        if re.search(r"(?<!torch\.)\b_C\b", file.read_text()) and not name.startswith("lmnfast.ops.")
+    }
+    assert users == {"lmnfast._native"}
 
 
 def test_every_package_is_installed():
@@ -171,6 +243,44 @@ def test_documents_for_developers_name_files_that_exist(name):
         assert place.exists(), place
 
 
+FILE = r"`((?:lmnfast|csrc|tests|bench|docs|examples)/[\w./-]+\.\w+)`"
+NAMES = r"`[\w.]+(?:\([^`]*\))?`"
+
+
+def names_and_files(text: str) -> list[tuple[str, list[str]]]:
+    """What a document quotes together with files: "`name`, `name` in `folder/file`", and the rows of a table of files."""
+    text = re.sub("```.*?```", "", text, flags=re.DOTALL)
+    found = []
+    for names, file in re.findall(rf"({NAMES}(?:(?:, |,? and ){NAMES})*)\s+(?:in|of)\s+{FILE}", text):
+        found += [(name, [file]) for name in re.findall(r"`(\w[\w.]*)", names)]
+    for files, words in re.findall(r"^\| \*\*.*\*\* \| (`\w+/[^|]*) \| ([^|]*) \|$", text, re.MULTILINE):
+        row = [file for file in files_of(files) if file.endswith((".py", ".h", ".cpp", ".cuh"))]
+        found += [(name, row) for name in re.findall(r"`(\w+)`", words) if row]
+    return found
+
+
+@pytest.mark.parametrize("name", ["docs/architecture.md", "docs/mathematics.md", "CONTRIBUTING.md"])
+def test_a_name_that_a_document_quotes_with_a_file_occurs_in_it(name):
+    found = names_and_files((ROOT / name).read_text())
+    for word, files in found:
+        texts = [(ROOT / file).read_text() for file in files]
+        last = word.rpartition(".")[2]
+        assert any(re.search(rf"\b{last}\b", text) for text in texts), f"{name}: {word} is not in {files}"
+    least = {"docs/architecture.md": 10, "docs/mathematics.md": 10}
+    assert len(found) >= least.get(name, 0)
+
+
+def test_a_name_that_is_not_in_its_file_is_found():
+    assert names_and_files("(`a_name` in `lmnfast/cli.py`)") == [("a_name", ["lmnfast/cli.py"])]
+    assert names_and_files("`one` and `two.three(4)`\nof `csrc/ops.h`") == [
+        ("one", ["csrc/ops.h"]),
+        ("two.three", ["csrc/ops.h"]),
+    ]
+    assert names_and_files("| **role** | `lmnfast/a.py`, `b.py` | what `c` is |") == [
+        ("c", ["lmnfast/a.py", "lmnfast/b.py"])
+    ]
+
+
 FAKE_CMAKE = """#!{python}
 import sys
 print("called", sys.argv[1:], flush=True)
@@ -230,7 +340,30 @@ def test_one_version_of_cmake_and_one_of_torch_are_asked_for():
 def test_the_version_is_the_same_wherever_it_stands():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [heading for heading in headings if heading != "Unreleased"]
+    assert headings and (not released or released[0] == version)
+
+
+def test_the_changelog_has_the_headings_of_keep_a_changelog():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    for part in re.split(r"^## \[(?:Unreleased|[\d.]+\] - \d{4}-\d\d-\d\d)\]?$", text, flags=re.MULTILINE)[
+        1:
+    ]:
+        found = re.findall(r"^##+ (.*)$", part, re.MULTILINE)
+        assert found and len(set(found)) == len(found) and set(found) <= kinds, found
+
+
+def test_one_sentence_says_what_the_package_is():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^description = "(.*)"$', text, re.MULTILINE)[1] == lmnfast.__doc__
+
+
+def test_the_metadata_name_the_pythons_that_are_tested():
+    classifiers = re.findall(
+        r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text()
+    )
     assert (
-        f": {version}\n" in (ROOT / "CHANGELOG.md").read_text()
-        or f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+        classifiers == re.search(r"set -- (3.*)$", (ROOT / ".ci/matrix").read_text(), re.MULTILINE)[1].split()
     )

@@ -5,71 +5,25 @@ import math
 import pytest
 import torch
 from chains import (
-    LAYERS_THAT_DO_NOT_FIT,
-    RULE,
-    RULES_THAT_DO_NOT_FIT,
     SUMS,
     activation,
-    assert_refused,
-    assert_stack_is_its_networks,
+    assert_as_right_as_pytorch,
     cast,
     chain_with,
+    measured,
     random_chain,
     random_sums,
+    raw,
     samples,
 )
-from support import EMULATED
+from support import EMULATED, UNIFORM
 
 from lmnfast import _native, ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
 from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 
-UNIFORM = path_nodes("uniform", 21)
 LANES = 16  # of the widest vectors in float32
-
-
-def condition(chain: Chain, x: torch.Tensor) -> torch.Tensor:
-    """(N, N): mean over outputs of magnitude over spread along the path, what a rounding of the output costs r2.
-
-    GELU is z (1 + erf(z / sqrt 2)) / 2, whose rounding is that of 1 + erf times z: far below zero there is nothing else
-    of it, in PyTorch, too, and another erf has another one. So the magnitude is z's there.
-    """
-    t = UNIFORM[0][:, None]
-    *_, z, y = (
-        value.unflatten(0, (len(x), len(x), -1))
-        for value in chain.values(torch.lerp(x[:, None, None], x[None, :, None], t).flatten(0, 2))
-    )
-    size = torch.maximum(y.abs(), z.abs()) if chain.activations[-1].name == "gelu" else y.abs()
-    return (size.amax(2) / y.std(2).clamp_min(1e-300)).mean(-1)
-
-
-def measured(
-    chain: Chain, x: torch.Tensor, device: torch.device, dtype: torch.dtype, rule=UNIFORM
-) -> torch.Tensor:
-    """The kernel's matrix, brought to the CPU."""
-    L = ops.path_connectivity(cast(chain, dtype, device), x.to(device, dtype), *rule)
-    assert L.dtype == dtype and L.shape == (len(x), len(x)) and L.device.type == device.type
-    return L.cpu()
-
-
-def assert_as_right_as_pytorch(
-    chain: Chain, x: torch.Tensor, device: torch.device, dtype: torch.dtype, rule=UNIFORM
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most a few roundings of the outputs, and in float32 twice the largest error of the reference beside them.
-
-    Returns the kernel's matrix and the reference's.
-    """
-    truth = reference.path_connectivity(chain, x, *rule)
-    ours = measured(chain, x, device, dtype, rule)
-    assert torch.equal(ours, ours.mT) and (ours.diagonal() == 1).all()
-    error = (ours.double() - truth).abs()
-    allowed = 0.0
-    if dtype == torch.float32:
-        plain = reference.path_connectivity(cast(chain, dtype), x.to(dtype), *rule)
-        allowed = 2 * (plain.double() - truth).abs().max()
-    assert (error <= allowed + 4 * torch.finfo(dtype).eps * (1 + condition(chain, x))).all()
-    return ours, truth
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -396,156 +350,6 @@ def test_strided_expanded_and_tracked_tensors(device):
     assert torch.equal(L, ops.path_connectivity(plain, x[::2].contiguous(), *UNIFORM))
 
 
-# Chains and numbers of samples of stacks, so that each kernel is taken, and the names of the activations.
-STACKS = {
-    "one hidden layer": ([7, 20, 5], "identity silu identity", (), 17),
-    "one hidden layer, 20 outputs": ([9, 33, 20], "identity gelu identity", (), 9),
-    "two hidden layers": ([6, 40, 50, 9], "identity silu silu identity", (), 13),
-    "three hidden layers": ([5, 30, 20, 17, 6], "tanh silu relu elu identity", (), 9),
-    "few outputs behind a wide layer": ([3, 17, 272, 10], "identity silu gelu identity", (), 9),
-    "an activation on the output": ([5, 12, 4], "identity silu sigmoid", (), 11),
-    "many outputs": ([5, 20, 70], "identity softplus identity", (), 10),
-    "no hidden layer": ([6, 4], "silu identity", (), 12),
-    **{name: (widths, names, skips, 10) for name, (widths, names, skips) in SUMS.items()},
-}
-
-
-def stack(name: str, networks: int, seed: int = 0) -> tuple[list[Chain], torch.Tensor]:
-    """Networks of one structure, and samples (networks, N, D), some of which are close or equal."""
-    widths, names, skips, n = STACKS[name]
-    chains = [random_chain(widths, names.split(), skips, seed=seed + k) for k in range(networks)]
-    x = torch.stack([samples(n, widths[0], seed=seed + k) for k in range(networks)])
-    x[-1, 2], x[0, 3] = x[-1, 1], x[0, 1] * (1 + 1e-6)
-    return chains, x
-
-
-@pytest.mark.parametrize("midpoint", [None, False, True], ids=["path", "cubic", "quartic"])
-@pytest.mark.parametrize("matmul", ["highest", "high"])
-@pytest.mark.parametrize("name", STACKS)
-def test_networks_of_a_stack_have_the_bits_that_each_has_alone(
-    name, matmul, midpoint, device, dtype, precision
-):
-    if dtype == torch.float64 and matmul == "high":
-        pytest.skip("precision is of float32 alone")
-    precision(matmul)
-    assert_stack_is_its_networks(*stack(name, 3), device, dtype, midpoint)
-
-
-@pytest.mark.parametrize("midpoint", [None, True], ids=["path", "quartic"])
-@pytest.mark.parametrize("networks, n", [(1, 12), (2, 1), (2, 2), (7, 5)])
-def test_any_number_of_networks_and_samples(networks, n, midpoint, device, dtype):
-    chains, x = stack("one hidden layer", networks)
-    assert_stack_is_its_networks(chains, x[:, :n], device, dtype, midpoint)
-
-
-@pytest.mark.parametrize("kilobytes", [48, 227])
-@pytest.mark.parametrize("widths", [[3, 600, 17, 33], [130, 130, 130, 150]])
-@pytest.mark.parametrize("midpoint", [None, True], ids=["path", "quartic"])
-def test_emulated_stacks_in_any_shared_memory(widths, kilobytes, midpoint, emulated, dtype, monkeypatch):
-    """Panels of paths, of sums and of unresolved pairs in shared memory and in the device's."""
-    monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
-    skips = ((3, 1), (4, 2)) if widths[0] == widths[1] else ()
-    names = ["silu", "tanh", "gelu", "identity"]
-    chains = [random_chain(widths, names, skips, seed=seed, scale=0.7) for seed in range(2)]
-    x = torch.stack([samples(7, widths[0], seed=seed) for seed in range(2)])
-    x[:, 5] = x[:, 1] * (1 + 1e-6)
-    assert_stack_is_its_networks(chains, x, emulated, dtype, midpoint, path_nodes("lobatto", 5))
-
-
-@pytest.mark.parametrize("name", ["one hidden layer", "three hidden layers", "block(h) + h, twice"])
-@pytest.mark.parametrize("midpoint", [None, True], ids=["path", "quartic"])
-def test_emulated_stacks_in_parts(name, midpoint, emulated, dtype, monkeypatch):
-    """Of which the workspace holds one network, or a few."""
-    chains, x = stack(name, 5)
-    for kilobytes in (1, 100):
-        monkeypatch.setenv("LMNFAST_EMULATED_STACK", str(kilobytes * 1024))
-        assert_stack_is_its_networks(chains, x, emulated, dtype, midpoint)
-
-
-@pytest.mark.parametrize("midpoint", [None, True], ids=["path", "quartic"])
-def test_unresolved_pairs_of_a_stack(midpoint, device, dtype):
-    """In one network dead outputs, in another cancelling ones, in the third samples that are not finite."""
-    widths, names = [6, 12, 4], ["identity", "tanh", "identity"]
-    chains = [random_chain(widths, names, seed=seed) for seed in range(4)]
-    x = torch.stack([samples(11, 6, seed=seed) for seed in range(4)])
-    chains[0].biases[0].add_(1e3)
-    chains[1].weights[1].mul_(1e-30)[2] = 0
-    x[1] = x[1, :1] + 1e-5 * x[1]
-    x[2, 4] = math.nan
-    assert_stack_is_its_networks(chains, x, device, dtype, midpoint)
-
-
-def test_a_stack_for_the_registered_op(device, dtype):
-    """Strided stacks, one that all networks share, and samples that all share."""
-    arguments, count = raw(dtype=dtype), 3
-    z, (first, last), biases = arguments[:3]
-    alone = [z, [first, last], biases]
-    many = [
-        z.expand(count, *z.shape),
-        [torch.stack([first * k for k in (1, 2, 3)], 2).permute(2, 0, 1), last.expand(count, *last.shape)],
-        [b.expand(count, *b.shape) for b in biases],
-    ]
-    many = [v.to(device) if isinstance(v, torch.Tensor) else [w.to(device) for w in v] for v in many]
-    L, counts = torch.ops.lmnfast.path_connectivity(*many, *arguments[3:])
-    assert L.shape == (count, 12, 12) and counts.shape == (count, 2) and not torch.equal(L[0], L[1])
-    for k in range(count):
-        own = [
-            alone[0].to(device),
-            [((k + 1) * first).to(device), last.to(device)],
-            [b.to(device) for b in biases],
-        ]
-        one, its_counts = torch.ops.lmnfast.path_connectivity(*own, *arguments[3:])
-        assert torch.equal(L[k], one) and torch.equal(counts[k], its_counts)
-
-
-def several(networks: int = 2, dtype: torch.dtype = torch.float32):
-    """Arguments of the registered op, of several networks."""
-    each = [[k * t for t in [a[0], *a[1], *a[2]]] for k, a in enumerate([raw(dtype=dtype)] * networks, 1)]
-    z, *weights_and_biases = map(torch.stack, zip(*each))
-    return [z, weights_and_biases[:2], weights_and_biases[2:], *raw(dtype=dtype)[3:]]
-
-
-def test_opcheck_of_a_stack(dtype):
-    torch.library.opcheck(torch.ops.lmnfast.path_connectivity.default, several(dtype=dtype))
-    torch.library.opcheck(torch.ops.lmnfast.hermite_connectivity.default, [*several(dtype=dtype), True])
-
-
-@pytest.mark.parametrize(
-    "position, change, message",
-    [
-        (0, lambda z: z[:0], "z: expected samples of one or more networks"),
-        (0, lambda z: z[:1], r"weights\[0\]: expected \(1, ...\), a network each, got shape \(2, 7, 5\)"),
-        (
-            1,
-            lambda w: [w[0], w[1][0]],
-            r"weights\[1\]: expected \(2, ...\), a network each, got shape \(3, 7\)",
-        ),
-        (1, lambda w: [w[0], w[1][:, :, 1:]], r"weights\[1\]: expected \(out, 7\)"),
-        (2, lambda b: [b[0], b[1].repeat(2, 1)], r"biases\[1\]: expected \(2, ...\), a network each"),
-    ],
-)
-def test_stacks_that_do_not_fit_are_named(position, change, message):
-    arguments = several()
-    arguments[position] = change(arguments[position])
-    assert_refused(torch.ops.lmnfast.path_connectivity, arguments, ValueError, message)
-
-
-def raw(n: int = 12, dtype: torch.dtype = torch.float32):
-    """Arguments of the registered op."""
-    chain = cast(random_chain([5, 7, 3], ["silu", "relu", "identity"]), dtype)
-    codes = [ACTIVATIONS.index(a.name) for a in chain.activations]
-    return [
-        samples(n, 5).to(dtype),
-        list(chain.weights),
-        list(chain.biases),
-        codes,
-        [0.0] * 6,
-        [],
-        [],
-        *UNIFORM,
-    ]
-
-
 def test_ctrl_c_ends_it_and_the_next_result_is_right(interrupted):
     chain = cast(random_chain([8, 100, 100, 9], ["identity", "silu", "gelu", "identity"]), torch.float32)
     x = samples(4000, 8).float()
@@ -565,23 +369,6 @@ def test_torch_compile_gives_the_same_bits():
     z, *rest = raw()
     compiled = torch.compile(measured, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(z, *rest), measured(z, *rest))
-
-
-@pytest.mark.parametrize("position, value, error, message", LAYERS_THAT_DO_NOT_FIT)
-def test_layers_that_do_not_fit_are_named(position, value, error, message):
-    arguments = raw()
-    arguments[position] = value
-    assert_refused(torch.ops.lmnfast.path_connectivity, arguments, error, message)
-
-
-@pytest.mark.parametrize("position, value, error, message", RULES_THAT_DO_NOT_FIT)
-def test_rules_that_do_not_fit_are_named(position, value, error, message):
-    arguments = raw()
-    arguments[7:9] = RULE
-    arguments[7 + position] = value
-    assert_refused(
-        torch.ops.lmnfast.path_connectivity, arguments, error, message.replace("weights", "node_weights")
-    )
 
 
 def test_kernel_and_python_count_the_same_activations():
@@ -644,59 +431,6 @@ def test_opcheck_with_sums(dtype):
     )
 
 
-@pytest.mark.parametrize(
-    "skips, shifts, message",
-    [
-        ([-1] * 4, [None] * 6, "skips, shifts: expected 6 of each, got 4 and 6"),
-        ([-1] * 6, [], "skips, shifts: expected 6 of each, got 6 and 0"),
-        (
-            [-1, -1, -1, 3, -1, -1],
-            [None] * 6,
-            r"skips\[3\]: expected an earlier value of width 7, or -1, got 3",
-        ),
-        (
-            [-1, -1, 1, -1, -1, -1],
-            [None] * 6,
-            r"skips\[2\]: expected an earlier value of width 7, or -1, got 1",
-        ),
-        (
-            [-1, 0, -1, -1, -1, -1],
-            [None] * 6,
-            r"skips\[1\]: expected an earlier value of width 5, or -1, got 0",
-        ),
-        (
-            [-1] * 6,
-            [None, torch.zeros(12, 1), *[None] * 4],
-            r"shifts\[1\]: expected \(12, 5\) torch.float32, got",
-        ),
-        ([-1] * 6, [None, torch.zeros(12, 5).double(), *[None] * 4], r"shifts\[1\]: .* torch.float64"),
-        ([-1] * 6, [None, torch.zeros(11, 5), *[None] * 4], r"shifts\[1\]: expected \(12, 5\)"),
-        (
-            [-1] * 6,
-            [*[None] * 5, torch.zeros(12, 3)],
-            "expected nothing to add to value 5, which no activation",
-        ),
-    ],
-)
-def test_sums_that_do_not_fit_are_named(skips, shifts, message):
-    arguments = raw()
-    arguments[5:7] = skips, shifts
-    assert_refused(torch.ops.lmnfast.path_connectivity, arguments, ValueError, message)
-
-
-@pytest.mark.parametrize(
-    "shift, message",
-    [
-        (torch.zeros(12, 5, device="meta"), r"shifts\[1\]: expected torch.float32 on cpu, got one on meta"),
-        (torch.zeros(12, 5).to_sparse(), r"shifts\[1\]: expected a dense tensor"),
-    ],
-)
-def test_shifts_that_are_elsewhere_are_named(shift, message):
-    arguments = raw()
-    arguments[5:7] = [-1] * 6, [None, shift, *[None] * 4]
-    assert_refused(torch.ops.lmnfast.path_connectivity, arguments, TypeError, message)
-
-
 def test_more_nodes_than_32_bits_count_in_a_product(device):
     """Blocks of nodes times nodes is beyond 2^31 here."""
     rule = path_nodes("uniform", 90_001)
@@ -724,80 +458,3 @@ def test_lazily_negated_and_unaligned_tensors(device):
         arguments[0].copy_(z)
         assert arguments[0].data_ptr() % 4
         assert torch.equal(torch.ops.lmnfast.path_connectivity(*arguments)[0], expected)
-
-
-def test_the_compiled_core_looks_at_lengths_too():
-    """Whatever a mistake in Python hands over, no kernel reads past an end."""
-    right = [
-        False,
-        0,
-        [1, 1],
-        [0, 0],
-        [5, 7, 3],
-        [4, 1, 0],
-        [0.0] * 6,
-        [],
-        [],
-        [0.5],
-        [0.5],
-        0.5,
-        0.1,
-        2,
-        False,
-        1,
-        1,
-        5,
-        0,
-        1,
-    ]
-    _native._C.PathConnectivity(*right)
-    for position, value in [
-        (2, [1]),
-        (3, [0]),
-        (4, [5, 7]),
-        (5, [4, 1]),
-        (5, [4, 11, 0]),
-        (5, [4, -1, 0]),
-        (6, [0.0] * 5),
-        (7, [-1] * 6),
-        (9, [0.5, 0.6]),
-        (0, True),
-        (16, 0),
-        (17, 4),
-        (18, -1),
-        (19, 0),
-    ]:
-        wrong = list(right)
-        wrong[position] = value
-        with pytest.raises(ValueError, match="a length or a value that does not fit"):
-            _native._C.PathConnectivity(*wrong)
-        with pytest.raises(ValueError, match="a length or a value that does not fit"):
-            _native._C.HermiteConnectivity(*wrong, False)
-    with pytest.raises(ValueError, match="skips"):
-        _native._C.PathConnectivity(*right[:7], [-1, 9, *[-1] * 4], [0] * 6, *right[9:])
-    jacobian = [False, 0, [1, 1], [0, 0], [5, 7, 3], [4, 1, 0], [0.0] * 6, 2]
-    _native._C.Jacobian(*jacobian)
-    for position, value in [(2, []), (3, [0]), (4, [5]), (5, []), (6, [])]:
-        wrong = list(jacobian)
-        wrong[position] = value
-        with pytest.raises(ValueError, match="a length or a value that does not fit"):
-            _native._C.Jacobian(*wrong)
-
-
-def test_the_core_refuses_on_the_cpu_what_cuda_kernels_alone_take():
-    core, result = _native._C, torch.zeros(4, 4)
-    several = core.Linear(False, *[result.data_ptr()] * 3, 2, 1, 1, 1)
-    ratios = core.JacobianDistance(False, *[result.data_ptr()] * 2, 1, 1, 1, False, True)
-    for call, argument in ((several, "networks"), (ratios, "connectivity")):
-        with pytest.raises(ValueError, match=f"{argument}: a length or a value that does not fit"):
-            _native.run(call, result)
-    isometry = core.JacobianIsometry(False, *[result.data_ptr()] * 2, 1, 1, 1)
-    assert isometry.workspace(1) == 0
-    with pytest.raises(RuntimeError, match="^jacobian_isometry: no kernel on the CPU$"):
-        _native.run(isometry, result, result)
-
-
-@pytest.mark.parametrize("skips", [((2, 2),), ((2, 4),), ((4, 1),), ((5, 2),), ((2, 0), (2, 0))])
-def test_a_chain_refuses_sums_with_no_earlier_value(skips):
-    with pytest.raises(ValueError, match="skips: .* is no earlier value for a later one, once"):
-        random_chain([3, 3, 3], ["identity", "silu", "identity"], skips)

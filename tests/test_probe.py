@@ -1,45 +1,21 @@
 """Measuring a network while it trains."""
 
-import functools
 import threading
-import types
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from probed import Network
+from support import CUDA
 
 import lmnfast.probe
-from lmnfast import _native, _route
-from lmnfast._connectivity import connectivity
 from lmnfast._enqueue import Enqueued, enqueue
-from lmnfast._python_state import python_state
-from lmnfast._recognise import recognise
 from lmnfast.cutting import cut
 from lmnfast.probe import COLUMNS, MOST_PENDING, Probe
 from lmnfast.spectrum import measurement
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
-
-
-class Network(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.out = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.drop = nn.Dropout(0.3)
-        self.norm = nn.BatchNorm1d(8)
-
-    def forward(self, x):
-        return self.out(F.silu(self.norm(self.second(self.drop(F.silu(self.first(x)))))))
-
-
-class Plain(Network):
-    """All weights of its chain are parameters, and none computed."""
-
-    def forward(self, x):
-        return self.out(F.silu(self.second(F.silu(self.first(x)))))
 
 
 class Untraceable(Network):
@@ -47,17 +23,6 @@ class Untraceable(Network):
 
     def forward(self, x):
         return x if float(x.sum()) > 1e9 else super().forward(x)
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return Network()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
 
 
 def trained(network, probed, device, steps=7, failing=False, method="path"):
@@ -276,188 +241,6 @@ def test_a_step_that_fails_leaves_no_row(model, x, monkeypatch):
     assert probe(1) and len(probe.history) == 2
 
 
-# ---- a tail that is kept ----
-
-
-class Scaled(Network):
-    """Its forward reads Python values of every kind that tracing makes a constant of."""
-
-    gain = 1.0
-
-    def __init__(self):
-        super().__init__()
-        self.slope = 1.0
-        self.options = {"offsets": [0.0, 0.0]}
-        self.settings = types.SimpleNamespace(power=1)
-        self.scale = torch.ones(1)
-
-    def forward(self, x):
-        y = self.second(F.silu(self.first(x)))
-        y = F.silu(self.gain * self.slope * self.scale * y + self.options["offsets"][1])
-        return self.out(y) ** self.settings.power
-
-
-def weight_replaced(model):
-    model.out.weight = nn.Parameter(model.out.weight.detach().cumsum(0))
-
-
-def module_replaced(model):
-    model.second = nn.Sequential(model.second, nn.ReLU())
-
-
-CHANGES = {
-    "nothing": lambda model: None,
-    "training mode": lambda model: model.train(not model.training),
-    "values of parameters": lambda model: [p.data.mul_(2) for p in model.parameters()],
-    "values of a tensor": lambda model: model.scale.mul_(3),
-    "an attribute": lambda model: setattr(model, "slope", 4.0),
-    "an entry of a list in a dict": lambda model: model.options["offsets"].__setitem__(1, 2.0),
-    "an attribute of an attribute": lambda model: setattr(model.settings, "power", 2),
-    "a tensor": lambda model: setattr(model, "scale", torch.full((1,), 3.0)),
-    "a parameter": weight_replaced,
-    "a module": module_replaced,
-    "a hook": lambda model: model.out.register_forward_hook(lambda module, args, y: y.sin()),
-    "the dtype": lambda model: model.double(),
-    "what only outputs show": None,
-}
-FOLLOWED = ("nothing", "training mode", "values of parameters")
-SAME_NUMBER = ("nothing", "training mode", "the dtype")
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_model_that_changes_is_measured_as_it_is(change, x, monkeypatch):
-    torch.manual_seed(0)
-    model, cuts = Scaled(), []
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(3)
-
-    def counting(*args, **keywords):
-        cuts.append(args)
-        return cut(*args, **keywords)
-
-    monkeypatch.setattr(lmnfast.probe, "cut", counting)
-    probe = Probe(model, x, "first", every=1)
-    probe()
-    assert len(cuts) == 1
-    before = connectivity(*cut(model, "first", x))
-    if change == "what only outputs show":
-        monkeypatch.setattr(Scaled, "gain", 5.0)
-    else:
-        CHANGES[change](model)
-        if change == "the dtype":
-            probe.inputs = x.double()
-    probe()
-    probe()
-    expected = lmnfast.measure(*cut(model, "first", probe.inputs))
-    assert [row["lmn"] for row in probe.history[1:]] == pytest.approx([expected.lmn] * 2, rel=1e-6)
-    if change not in SAME_NUMBER:
-        assert (expected.connectivity - before).abs().max() > 1e-3, "the change was to make a difference"
-    assert len(cuts) == (1 if change in FOLLOWED else 2)
-
-
-def moved(model):
-    """The same numbers, times 3, in other memory."""
-    for p in model.parameters():
-        p.data = 3 * p.data
-
-
-def patched(part, function):
-    part.forward = lambda z: function(type(part).forward(part, z))
-
-
-# With a chain behind the layer, which is kept, too: whether another one is measured afterwards, and the tail cut anew.
-CHAIN_CHANGES = {
-    "nothing": (lambda model, patch: None, False, False),
-    "training mode": (lambda model, patch: model.train(not model.training), False, False),
-    "what requires grad": (lambda model, patch: model.requires_grad_(False), False, False),
-    "values in place": (lambda model, patch: [p.data.mul_(3) for p in model.parameters()], True, False),
-    "memory of parameters": (lambda model, patch: moved(model), True, False),
-    "a parameter": (lambda model, patch: weight_replaced(model), True, True),
-    "a module": (lambda model, patch: module_replaced(model), True, True),
-    "a hook": (
-        lambda model, patch: model.out.register_forward_hook(lambda m, a, y: (9 * y).sin()),
-        True,
-        True,
-    ),
-    "a forward": (lambda model, patch: patched(model.second, torch.sin), True, True),
-    "a class": (
-        lambda model, patch: patch(nn.Linear, "forward", lambda m, z: F.linear(z, m.weight).sin()),
-        True,
-        True,
-    ),
-    "a function": (lambda model, patch: patch(F, "silu", lambda z: z.sin()), True, True),
-    "a hook for all": (lambda model, patch: patch_hooks(patch), True, True),
-}
-
-
-def patch_hooks(patch):
-    everywhere = torch.nn.modules.module
-    hook = lambda m, a, y: 3 * y.sin() if isinstance(m, nn.Linear) else None  # noqa: E731
-    patch(everywhere, "_global_forward_hooks", {0: hook})
-
-
-@pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
-@pytest.mark.parametrize("network", [Plain, Network])
-@pytest.mark.parametrize("change", CHAIN_CHANGES)
-def test_a_chain_that_is_kept_is_measured_as_it_is(change, network, deferred, x, monkeypatch):
-    torch.manual_seed(0)
-    model, cuts = network(), []
-    alter, differs, anew = CHAIN_CHANGES[change]
-
-    def counting(*args, **keywords):
-        cuts.append(args)
-        return cut(*args, **keywords)
-
-    monkeypatch.setattr(lmnfast.probe, "cut", counting)
-    monkeypatch.setattr(lmnfast.probe, "enqueue", functools.partial(enqueue, deferred=deferred))
-    with Probe(model, x, "first", every=1) as probe:
-        probe()
-        assert recognise(cut(model, "first", x)[0]) is not None
-        before = connectivity(*cut(model, "first", x))
-        alter(model, monkeypatch.setattr)
-        probe()
-        probe()
-        expected = lmnfast.measure(*cut(model, "first", x))
-        assert [row["lmn"] for row in probe.history[1:]] == pytest.approx([expected.lmn] * 2, rel=1e-6)
-        assert ((expected.connectivity - before).abs().max() > 1e-3) == differs
-        assert len(cuts) == (2 if anew else 1)
-
-
-def test_a_chain_is_recognised_once(x, monkeypatch):
-    calls = []
-    monkeypatch.setattr(_route, "chain_or_reason", lambda f, *_: calls.append(f))
-    with Probe(Plain(), x, "first", every=1) as probe:
-        for _ in range(3):
-            probe()
-        assert len(probe.history) == 3
-    assert not calls
-
-
-def test_measuring_does_not_change_the_python_state(model, x):
-    before = python_state(model, x)
-    Probe(model, x, ["first", "second"], every=1)()
-    assert python_state(model, x) == before != python_state(model, x.clone())
-    model.numbers = list(range(10_000))  # too long to be compared: as if it had changed
-    assert python_state(model, x) != python_state(model, x)
-
-
-def test_where_checks_wait_a_change_that_only_outputs_show_fails_that_row_and_no_other(x, monkeypatch):
-    torch.manual_seed(0)
-    probe = Probe(Scaled(), x, "first", every=1)
-    monkeypatch.setattr(lmnfast.probe, "enqueue", functools.partial(enqueue, deferred=True))
-    probe()
-    assert len(probe.history) == 1
-    monkeypatch.setattr(Scaled, "gain", 5.0)
-    probe()
-    with pytest.raises(
-        RuntimeError, match="layer 'first' at step 1 failed: f: its outputs on the samples are not"
-    ):
-        probe.history  # noqa: B018
-    probe()
-    assert probe._rows[2][0].result()["lmn"] > 1
-
-
 def test_the_precision_of_a_row_is_that_of_its_connectivity(x, held, precision):
     torch.manual_seed(0)
     precision("medium")
@@ -526,70 +309,6 @@ def test_a_warning_that_is_an_error_loses_no_row(model, x, monkeypatch):
         probe.history  # noqa: B018
     assert len(probe.history) == 1
     probe.close()
-
-
-# ---- on a CUDA device ----
-
-
-class Residual(nn.Module):
-    """No chain."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        y = F.silu(self.first(x))
-        return y + F.silu(self.second(y))
-
-
-def chain():
-    return nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 3))
-
-
-def on_cuda(network):
-    torch.manual_seed(0)
-    device = torch.device("cuda", torch.cuda.device_count() - 1)  # not the default one where there are more
-    return network().to(device), ("first" if network is Residual else "0"), torch.randn(12, 5).to(device)
-
-
-@CUDA
-@pytest.mark.parametrize("network", [chain, Residual])
-@pytest.mark.parametrize("own_stream", [False, True])
-def test_training_may_go_on_at_once_and_does_not_change_the_value(network, own_stream):
-    model, layer, x = on_cuda(network)
-    expected = lmnfast.measure(*cut(model, layer, x)).lmn
-    stream = torch.cuda.Stream(x.device) if own_stream else torch.cuda.default_stream(x.device)
-    stream.wait_stream(torch.cuda.default_stream(x.device))
-    with Probe(model, x, layer, every=1) as probe, torch.cuda.stream(stream):
-        with torch.cuda.stream(probe._streams_on(x.device)[0]):
-            torch.cuda._sleep(200_000_000)  # a tenth of a second: no connectivity before what follows
-        loss = torch.ones((), device=x.device)
-        probe(0, loss=loss)
-        with torch.no_grad():
-            for value in (*model.parameters(), loss):
-                value.mul_(3)
-    row = probe.history[0]
-    assert row["lmn"] == pytest.approx(expected, rel=1e-5) and row["loss"] == 1 and row["solver"] == "cuda"
-
-
-@CUDA
-@pytest.mark.parametrize("network", [chain, Residual])
-def test_the_calling_thread_does_not_wait_for_the_device(network, waits_are_errors):
-    if not _native.cuda_built():
-        pytest.skip("built without CUDA kernels")
-    model, layer, x = on_cuda(network)
-    with Probe(model, x, layer, every=1) as probe:
-        probe(0)
-        assert len(probe.history) == 1
-        free = threading.Event()
-        probe._solver.submit(free.wait, 60)  # it does wait, and the mode is for all threads
-        try:
-            with waits_are_errors():
-                probe(1, loss=torch.ones((), device=x.device))
-        finally:
-            free.set()
-    assert [row["lmn"] for row in probe.history] == pytest.approx([probe.history[0]["lmn"]] * 2, rel=1e-6)
 
 
 def test_closing_waits_and_keeps_the_history(model, x):
@@ -671,104 +390,6 @@ def test_the_solver_takes_one_core_and_leaves_every_other_thread_its_count(model
         assert counts == [1, 3] and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-
-
-class Recorder:
-    """A writer."""
-
-    def __init__(self):
-        self.rows, self.threads, self.closed = [], set(), 0
-
-    def write(self, row):
-        assert not self.closed
-        self.rows.append((row["step"], row["layer"], row["lmn"]))
-        self.threads.add(threading.current_thread())
-
-    def close(self):
-        self.closed += 1
-
-
-def seen_in(history):
-    return [(row["step"], row["layer"], row["lmn"]) for row in history]
-
-
-def test_new_rows_come_once_and_in_order(model, x):
-    with Probe(model, x, ["first", "second"], every=2) as probe:
-        rows = []
-        for step in range(5):
-            probe(step)
-            rows += probe.new_rows()
-        rows += probe.new_rows(wait=True)
-        assert rows == probe.history and len(rows) == 6
-        assert probe.new_rows(wait=True) == []
-
-
-def test_writers_get_every_row_once_on_the_callers_thread(model, x):
-    writers = Recorder(), Recorder()
-    with Probe(model, x, ["first", "second"], writers=writers) as probe:
-        for step in range(250):
-            probe(step)
-        history = probe.history
-    for writer in writers:
-        assert writer.rows == seen_in(history) and len(history) == 6
-        assert writer.threads == {threading.current_thread()} and writer.closed == 1
-
-
-def test_a_row_that_fails_keeps_no_other_from_the_writers(model, x, monkeypatch):
-    calls = []
-
-    def fail_once(*args, **keywords):
-        calls.append(1)
-        if len(calls) == 2:
-            raise ZeroDivisionError("by chance")
-        return measurement(*args, **keywords)
-
-    monkeypatch.setattr(lmnfast.probe, "measurement", fail_once)
-    writer = Recorder()
-    probe = Probe(model, x, ["first", "second"], every=1, writers=[writer])
-    failed = "solving layer 'second' at step 0 failed: by chance"
-    with pytest.raises(RuntimeError, match=failed), probe:
-        monkeypatch.setattr(probe, "flush", lambda wait=False: wait and Probe.flush(probe, wait))
-        probe(0)
-        probe(1)
-    assert [row[:2] for row in writer.rows] == [(0, "first"), (1, "first"), (1, "second")]
-    assert writer.closed == 1
-
-
-def test_a_probe_goes_on_from_a_state(model, x):
-    first, again = Probe(model, x, "first", every=2), Probe(model, x, "first", every=2)
-    for _ in range(5):
-        first(loss=0.5)
-    state = first.state_dict()
-    again(0)
-    again.load_state_dict(state)
-    assert again.history == first.history
-    again()  # step 5
-    assert again()  # step 6
-    rows = again.history
-    assert [row["step"] for row in rows] == [0, 2, 4, 6] and rows[0]["loss"] == 0.5
-    assert seen_in(again.new_rows(wait=True)) == seen_in(rows[-1:])
-
-
-def test_a_count_that_jumps_or_stands_still_skips_no_measurement_and_takes_none_twice(model, x):
-    writer = Recorder()
-    probe = Probe(model, x, "first", every=4, writers=[writer])
-    assert [step for step in (0, 0, 3, 6, 6, 7, 9, 17) if probe.reach(step)] == [0, 6, 9, 17]
-    assert writer.rows == []  # before they are asked for
-    probe.flush(wait=True)
-    assert [row[0] for row in writer.rows] == [0, 6, 9, 17]
-    with torch.no_grad():
-        model.second.weight[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="^LMN at step 20, layers first: .*NaN or Inf"):
-        probe.reach(20)
-    assert not probe.reach(20) and not probe.reach(23)
-
-
-def test_writers_have_what_a_state_has(model, x):
-    writer = Recorder()
-    probe = Probe(model, x, "first", every=1, writers=[writer])
-    probe(0)
-    assert seen_in(probe.state_dict()["rows"]) == writer.rows != []
 
 
 def test_an_error_names_layer_and_step(model, x):

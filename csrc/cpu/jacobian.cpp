@@ -13,7 +13,7 @@ constexpr std::int64_t kTaskSamples = 128, kTaskPanels = 4;  // size of a task i
 template <class T>
 constexpr int kPanel = kBlockColumns * kLanes<T>;
 
-/// Row stride of a right factor: whole vectors, but no multiple of 512 bytes, as the rows would then share few sets of L1.
+/// Row stride of a right factor: whole vectors, but no multiple of 512 bytes. Rows at such multiples share few sets of L1.
 template <class T>
 std::int64_t padded(std::int64_t columns) {
   const std::int64_t stride = (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -149,7 +149,7 @@ inline void block(const Factors<T>& f, std::int64_t row, std::int64_t column) {
   for (int r = 0; r < kBlockRows; ++r) {
     left[r] = f.left + at_most(row + r, f.rows - 1) * f.left_stride;
     for (int c = 0; c < kC; ++c) sums[r][c] = V{};
-    // Stores that miss the cache retire one after the other. The product takes long enough to fetch their lines meanwhile.
+    // Stores that miss the cache retire one after the other, so their lines are prefetched. They arrive during the product.
     const char* const out = reinterpret_cast<const char*>(f.out + at_most(row + r, f.rows - 1) * f.out_stride + column);
     for (int line = 0; line <= kC * kVectorBytes / 64; ++line) __builtin_prefetch(out + line * 64, 1);
   }

@@ -50,7 +50,7 @@ struct Workspace {
   double* second_centred;  // [second_samples]
   T* first_squares;        // [first_samples], first_centred times scale^2
   T* second_squares;       // [second_samples]
-  T* first_limits;         // [first_samples], a pair is close up to the larger of its two limits, a squared distance
+  T* first_limits;         // [first_samples], squared distances; a pair is close up to the larger of its two limits
   T* second_limits;        // [second_samples]
   T scale;                 // factor of panels and rows, a power of two
 };
@@ -71,7 +71,7 @@ Workspace<T> split(const JacobianDistance<T>& op, Arena& arena) {
     w.second_limits = arena.take<T>(op.second_samples);
     w.first_limits = arena.take<T>(op.first_samples);
   } else {
-    w.rows = const_cast<T*>(op.first);  // as they are, and only read
+    w.rows = const_cast<T*>(op.first);  // the rows are used as they are, and only read
   }
   return w;
 }

@@ -168,7 +168,8 @@ void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, C
   }
 }
 
-/// Of each output its scale, the rounding of all numbers that it is computed from, and `least` of share_of_output.
+/// The workspace holds three numbers of each output: its scale, the rounding of all numbers that it is computed from, and
+/// `least` of share_of_output.
 template <class T>
 std::size_t workspace_of(const PathR2<T>& op) {
   return 3 * std::size_t(op.outputs) * sizeof(T);

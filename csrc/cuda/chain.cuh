@@ -101,7 +101,7 @@ const char* in_parts(const PathConnectivity<T>& op, std::size_t bytes, const Enq
   return nullptr;
 }
 
-/// A slot for each value whose residuals are added to later values. A slot is free again after the last of these. -1: no slot.
+/// A slot for each value whose residuals are added to later values. A slot is free again after the last addition. -1: no slot.
 struct Slots {
   std::vector<int> of;  // [values]
   int count = 0;

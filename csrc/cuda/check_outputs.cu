@@ -5,16 +5,16 @@
 namespace lmn {
 namespace {
 
-constexpr int kBlock = 1024;  // one block reads 32 outputs of all samples: 961 of them are 31 rows for each of its warps
+constexpr int kBlock = 1024;  // a block reads 32 outputs of all samples; with 961 samples each of its warps reads 31 rows
 constexpr int kWarps = kBlock / kWarp;
 constexpr std::int64_t kPart = 1024;        // entries of the matrix that a warp reads
-constexpr std::int64_t kMostBlocks = 4096;  // of those that read rows and parts, each warp one after the other
+constexpr std::int64_t kMostBlocks = 4096;  // most blocks for rows and parts; a warp takes one after the other
 
 __device__ void largest(std::int64_t* to, std::int64_t value) {
   if (value > 0) atomicMax(reinterpret_cast<long long*>(to), static_cast<long long>(value));
 }
 
-/// The bits of positive numbers are in the order of the numbers.
+/// Compares bits, because the bits of positive numbers have the same order as the numbers.
 __device__ void largest(std::int64_t* to, double value) {
   if (value > 0) largest(to, std::int64_t(__double_as_longlong(value)));
 }
@@ -24,7 +24,8 @@ __device__ void add_failing(std::int64_t* to, std::int64_t number, std::int64_t 
   largest(to + 1, reach);
 }
 
-/// A part of the matrix to a warp, neighbouring lanes at neighbouring values: its rows may be long, and few.
+/// A warp checks a part of the matrix, and neighbouring lanes read neighbouring values. The warps divide the matrix into parts
+/// and not into rows, because the rows may be long and few.
 template <class T>
 __device__ void check_entries(const CheckOutputs<T>& op, std::int64_t part) {
   const int lane = int(threadIdx.x) % kWarp;
@@ -33,12 +34,12 @@ __device__ void check_entries(const CheckOutputs<T>& op, std::int64_t part) {
 #pragma unroll 8
   for (std::int64_t i = begin; i < end; i += kWarp) good = good & isfinite(op.matrix[i]);
   if (__all_sync(kAllLanes, good)) return;
-  for (std::int64_t i = begin; i < end; i += kWarp) {  // rare: entry after entry
+  for (std::int64_t i = begin; i < end; i += kWarp) {  // rare, so the loop takes one entry after the other
     if (!isfinite(op.matrix[i])) add_failing(op.found + 8, 1, size - i);
   }
 }
 
-/// A row of x or of y to a warp, in the same way.
+/// A warp checks a row of x or of y. Neighbouring lanes read neighbouring values.
 template <class T>
 __device__ void check_row(const CheckOutputs<T>& op, std::int64_t row) {
   const int lane = int(threadIdx.x) % kWarp;
@@ -77,7 +78,7 @@ __device__ void check_row(const CheckOutputs<T>& op, std::int64_t row) {
   largest(op.found + 6, magnitude);
 }
 
-/// 32 outputs of all samples, one to a lane: whether the chain gives them.
+/// A block checks 32 outputs of all samples: it counts those that the chain does not reproduce. A lane takes one output.
 template <class T>
 __device__ void check_columns(const CheckOutputs<T>& op, std::int64_t k) {
   __shared__ T highs[kWarps][kWarp], lows[kWarps][kWarp], aparts[kWarps][kWarp];
@@ -89,8 +90,8 @@ __device__ void check_columns(const CheckOutputs<T>& op, std::int64_t k) {
       const T value = op.y[n * op.outputs + k], difference = absolute(op.again[n * op.outputs + k] - value);
       high = value > high ? value : high;
       low = value < low ? value : low;
-      apart = difference <= apart ? apart : difference;  // a NaN comes in ...
-      if (apart != apart) apart = T(INFINITY);           // ... and stays, as what no tolerance takes
+      apart = difference <= apart ? apart : difference;  // a NaN replaces `apart` ...
+      if (apart != apart) apart = T(INFINITY);           // ... and becomes infinite, which stays, and is above every tolerance
     }
   }
   highs[warp][lane] = high;
@@ -110,8 +111,8 @@ __device__ void check_columns(const CheckOutputs<T>& op, std::int64_t k) {
   }
 }
 
-// The first blocks take 32 outputs each, the warps of the others a row of x, a row of y or a part of the matrix each; found is
-// zero before.
+// The first blocks take 32 outputs each. A warp of the other blocks takes one row of x, one row of y or one part of the matrix
+// after the other. `found` must be zero before the launch.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
     check_outputs_kernel(CheckOutputs<T> op, std::int64_t column_blocks, std::int64_t parts) {

@@ -1,4 +1,5 @@
-// The kernels of path_connectivity with two or three residuals a path, from which their polynomial's moments come.
+// The kernels are those of path_connectivity, with two or three residuals for each path. These residuals determine the path's
+// polynomial, and the moments are the polynomial's.
 #include "chain64.cuh"
 #include "chained.cuh"
 #include "panels.cuh"
@@ -13,7 +14,7 @@ Stencil<T> stencil_of(const HermiteConnectivity<T>& op) {
 }
 
 chained::Kernel find_chained(const HermiteConnectivity<float>& op) {
-  using Any = chained::Curve<ActivationKind::kCount>;  // slopes at the ends are known, so one kernel is for all activations
+  using Any = chained::Curve<ActivationKind::kCount>;  // the slopes at the ends are given, so one kernel is enough
   const PathConnectivity<float>& path = op;
   chained::Kernel found;
   if (!chained::takes(path)) return found;
@@ -25,7 +26,8 @@ chained::Kernel find_chained(const HermiteConnectivity<float>& op) {
   return chained::if_it_fits(path, found);
 }
 
-/// Of one network: of the kernels of the paths, and with that of the unresolved pairs behind it.
+/// The workspace of one network. paths: bytes for the kernel of the paths. all: these, and behind them the bytes for the kernel
+/// of the unresolved pairs.
 struct Bytes {
   std::size_t paths, all;
 };

@@ -1,11 +1,14 @@
-// J = diag(a_L') W_L ... diag(a_1') W_1 diag(a_0') for a chunk of samples at a time, layer by layer, from the side with
-// fewer rows or columns.
+// J = diag(a_L') W_L ... diag(a_1') W_1 diag(a_0'), computed for one chunk of samples at a time, layer by layer. The
+// multiplication begins at the side with fewer rows or columns.
 #include "jacobian.cuh"
+
+#include <utility>
 
 namespace lmn {
 namespace {
 
-constexpr std::size_t kChunkBytes = std::size_t(64) << 20;  // of the workspace, which bounds the samples of a chunk
+// Limit of the workspace in bytes. It bounds the samples of a chunk, but a chunk has at least one sample.
+constexpr std::size_t kChunkBytes = std::size_t(64) << 20;
 
 template <class T>
 struct Plan {
@@ -35,7 +38,8 @@ struct Plan {
 
 constexpr int kScaleThreads = 256;
 
-// The Jacobians of a single layer: neighbouring threads write neighbouring values.
+// The Jacobians of a network with a single layer. A thread computes one value, and neighbouring threads write neighbouring
+// values.
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads) scale_kernel(Product<T> p) {
   const std::int64_t at = std::int64_t(blockIdx.x) * kScaleThreads + threadIdx.x;
@@ -59,10 +63,10 @@ const char* chunk_of(const Plan<T>& plan, std::int64_t begin, std::int64_t sampl
   T* panel = next + plan.chunk * plan.widest;
   T* next_panel = panel + plan.chunk * plan.panel_size;
   const auto is_linear = [&op](int l) { return op.activations[l].kind == ActivationKind::kIdentity; };
-  // Of layer l, whose slopes begin at `from`; null: ones.
+  // The slopes of layer l, which begin at `from`. Null stands for ones.
   const auto diagonal = [&](int l, const T* from) -> const T* { return is_linear(l) ? nullptr : from; };
 
-  int last_asked = op.layers;  // nobody asks for values beyond
+  int last_asked = op.layers;  // last layer whose values are needed; layers beyond it are linear
   while (!op.outputs && last_asked >= 0 && is_linear(last_asked)) --last_asked;
   const T* in = op.x + begin * inputs;
   std::int64_t offset = 0;
@@ -91,7 +95,7 @@ const char* chunk_of(const Plan<T>& plan, std::int64_t begin, std::int64_t sampl
     return launch(scale_kernel<T>, blocks_of(samples * outputs * inputs, kScaleThreads), kScaleThreads, 0, stream, p);
   }
   Matrices<T> product{op.weights[plan.from_outputs ? op.layers - 1 : 0], 0};
-  const T* slope = plan.from_outputs ? last : slopes + inputs;  // of the layer that the product has come to
+  const T* slope = plan.from_outputs ? last : slopes + inputs;  // of the layer that the product has reached
   for (int step = 1; step < op.layers; ++step) {
     const int l = plan.from_outputs ? op.layers - 1 - step : step;  // the weights of this step
     const bool ends = step + 1 == op.layers;
@@ -115,9 +119,7 @@ const char* chunk_of(const Plan<T>& plan, std::int64_t begin, std::int64_t sampl
     const char* error = multiply(p, plan.from_outputs, stream);
     if (error) return error;
     product = {panel, p.rows * p.columns};
-    T* const free = panel;
-    panel = next_panel;
-    next_panel = free;
+    std::swap(panel, next_panel);
   }
   return nullptr;
 }

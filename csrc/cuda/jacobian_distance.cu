@@ -1,6 +1,7 @@
-// Two related ops. Distances: sums of squared differences of rows in float64, tile against tile; the Gram form would have no
-// digits left for close rows. Features: H numbers for each sample whose distances are those of the Jacobians of a chain with
-// one nonlinearity; they replace the K x D numbers of a Jacobian.
+// Two related ops. Distances are sums of squared differences of rows in float64, computed tile against tile. The Gram form
+// |u|^2 + |v|^2 - 2 u v would have no digits left for close rows. Features are H numbers for each sample, for a chain with one
+// nonlinearity. The distances of the features are the distances of the Jacobians, and the features replace the K x D numbers
+// of a Jacobian.
 #include "jacobian.cuh"
 
 namespace lmn {
@@ -103,7 +104,7 @@ const char* measure(const JacobianDistance<T>& op, const double* first_norms, co
   return launch(kernel, blocks, kThreads, 0, stream, op, first_norms, second_norms, symmetric);
 }
 
-/// Of norms; a symmetric matrix has those of one side alone.
+/// Bytes for the norms of both sides. A symmetric matrix uses the norms of one side only.
 template <class T>
 std::size_t distance_workspace(const JacobianDistance<T>& op) {
   return std::size_t(op.first_samples + op.second_samples) * sizeof(double);
@@ -133,8 +134,8 @@ const char* jacobian_distance_on(const JacobianDistance<T>& op, CUstream_st* str
 
 constexpr int kGramSide = 16;
 
-// A block takes a tile of M = (last^T last) o (first first^T), a thread one entry. Neighbouring lanes read and write
-// neighbouring units.
+// A block computes a tile of M = (last^T last) o (first first^T), and each thread computes one entry of the tile. Neighbouring
+// lanes read and write neighbouring units.
 template <class T>
 __global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsometry<T> op, double* gram) {
   __shared__ double rows[kGramSide][kGramSide + 1], columns[kGramSide][kGramSide + 1];
@@ -160,12 +161,12 @@ __global__ void __launch_bounds__(kGramSide* kGramSide) gram_kernel(JacobianIsom
   gram[row * op.units + column] = first * last;
 }
 
-constexpr int kFactorThreads = 1024, kRows = 4;  // of B at a time
+constexpr int kFactorThreads = 1024, kRows = 4;  // kRows: rows of the factor at a time
 
-inline std::int64_t isometry_stride(std::int64_t units) {  // of the rows of B's factor
+inline std::int64_t isometry_stride(std::int64_t units) {  // length of a row of the factor
   return blocks_of(units, kRows) * kRows;
 }
-/// M and its factor.
+/// Size of M and its factor, in doubles.
 inline std::int64_t isometry_doubles(std::int64_t units) { return units * (isometry_stride(units) + units); }
 
 /// How the one block's threads are divided among the units: `parts` threads share the sum for one unit.
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kFactorThreads)
     factor_kernel(const double* gram, std::int64_t width, double* memory, FactorShape shape, bool in_shared, double* isometry,
                   double* lost) {
   const int padded = shape.padded, parts = shape.parts, stride = shape.stride;
-  double* const norms = reinterpret_cast<double*>(dynamic_shared());  // [padded], 0 beyond the units
+  double* const norms = reinterpret_cast<double*>(dynamic_shared());  // [padded], zeros beyond the units
   double* const left = norms + padded;            // [kRows][padded]: rows of A minus what the earlier rows take
   double* const partial = left + kRows * padded;  // [parts][kRows][padded]
   double* const factor = in_shared ? partial + parts * kRows * padded : memory;  // [units][stride]
@@ -324,7 +325,7 @@ const char* jacobian_features_on(const JacobianFeatures<T>& op, CUstream_st* str
 
 constexpr Activation kNoActivation{ActivationKind::kIdentity, 0, 0};
 
-/// Of JacobianIsometry and what it makes, then features, slopes and norms.
+/// The workspace holds, in this order: the workspace of JacobianIsometry, its result, features, slopes and norms.
 template <class T>
 std::size_t isometry_distance_workspace(const IsometryDistance<T>& op) {
   const std::int64_t doubles = isometry_doubles(op.units) + op.units * op.units + 2 * op.samples * op.units + op.samples;
@@ -337,7 +338,7 @@ const char* isometry_distance_on(const IsometryDistance<T>& op, CUstream_st* str
   double* const features = isometry + op.units * op.units;
   double* const slopes = features + op.samples * op.units;
   double* const norms = slopes + op.samples * op.units;
-  // these are read before the features are written to the same place
+  // The values lie where the features will be. They are read before the features are written.
   T* const values = op.y ? reinterpret_cast<T*>(features) : nullptr;
   const JacobianFeatures<T> rows{op.x,      op.first, op.bias,       isometry, op.samples,
                                  op.inputs, op.units, op.activation, features, slopes};

@@ -1,5 +1,5 @@
-// Float32: chains of one or two hidden layers by the kernel of chained.cuh where it takes them, all others by panels.cuh's;
-// then unresolved.cuh. Float64: chain64.cuh.
+// In float32 the kernel of chained.cuh measures the chains of one or two hidden layers that it takes, and the kernel of
+// panels.cuh measures all others. The kernel of unresolved.cuh comes after either. In float64 the kernels are in chain64.cuh.
 #include "chain64.cuh"
 #include "chained.cuh"
 #include "panels.cuh"
@@ -32,7 +32,7 @@ chained::Kernel find_chained(const PathConnectivity<float>& op) {
       case ActivationKind::kRelu:
       case ActivationKind::kLeakyRelu:
         found = of(Curve<ActivationKind::kLeakyRelu>{});
-        break;  // ReLU leaks 0
+        break;  // a ReLU leaks with slope 0
       case ActivationKind::kGelu:
         found = of(Curve<ActivationKind::kGelu>{});
         break;
@@ -46,7 +46,8 @@ chained::Kernel find_chained(const PathConnectivity<float>& op) {
   return chained::if_it_fits(op, found);
 }
 
-/// Of one network: of the kernels of the paths, and with that of the unresolved pairs behind it.
+/// The workspace of one network. paths: bytes for the kernel of the paths. all: these, and behind them the bytes for the kernel
+/// of the unresolved pairs.
 struct Bytes {
   std::size_t paths, all;
 };

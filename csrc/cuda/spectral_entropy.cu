@@ -8,7 +8,7 @@ constexpr int kBlock = 256;
 __device__ double block_sum(double value) {
   __shared__ double partial[kBlock / kWarp];
   value = warp_sum(value);
-  __syncthreads();  // the sum before may still be read
+  __syncthreads();  // threads may still read the partial sums of the call before
   if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
   __syncthreads();
   double total = 0;
@@ -16,14 +16,14 @@ __device__ double block_sum(double value) {
   return total;
 }
 
-// One block per row, threads striding over its eigenvalues: neighbouring threads read neighbouring values.
+// One block per row. The threads stride over the row's eigenvalues, so neighbouring threads read neighbouring values.
 template <class T>
 __global__ void spectral_entropy_kernel(SpectralEntropy<T> op) {
   const T* row = op.eigenvalues + std::int64_t(blockIdx.x) * op.samples;
   double scale = 1, mass = 0;
   for (std::int64_t n = threadIdx.x; n < op.samples; n += kBlock) mass += fabs(double(row[n]));
   mass = block_sum(mass);
-  if (!isfinite(mass)) {  // a sum that overflows; a NaN and an Inf give a NaN again
+  if (!isfinite(mass)) {  // the sum overflowed; with a NaN or an Inf among the values the result is a NaN
     scale = 0x1p-1000;
     mass = 0;
     for (std::int64_t n = threadIdx.x; n < op.samples; n += kBlock) mass += fabs(double(row[n])) * scale;
@@ -32,7 +32,7 @@ __global__ void spectral_entropy_kernel(SpectralEntropy<T> op) {
   double bits = 0;
   for (std::int64_t n = threadIdx.x; n < op.samples; n += kBlock) {
     const double p = fabs(double(row[n])) * scale / mass;
-    if (p != 0) bits -= p * log2(p);  // a NaN goes through
+    if (p != 0) bits -= p * log2(p);  // true for a NaN, so the result is a NaN, too
   }
   bits = block_sum(bits);
   if (threadIdx.x == 0) op.bits[blockIdx.x] = bits < 0 ? 0.0 : bits;

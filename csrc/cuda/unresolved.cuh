@@ -206,7 +206,7 @@ struct Block {
         settle(l, unit, column, sums[u] + (biases ? double(biases[unit]) : 0.0), its_slopes[u]);
       }
       if (l < p.last || !p.has_least) continue;
-      // The rounding of a sum: the root of the sum of its terms' squares.
+      // The rounding of a sum is some epsilons of the root of the sum of its terms' squares.
       for (int u = 0; u < kTaskUnits && begin + u < layer.width; ++u) {
         double squares = 0;
         for (int d = 0; d < depth; ++d) {
@@ -275,7 +275,7 @@ struct Block {
           const double middle = output(pair, 2, k);
           double start = output_slope(pair, 0, k), stop = output_slope(pair, 1, k);
           finite &= is_finite(start) && is_finite(stop) && is_finite(middle);
-          // As in _without_dead: an exact zero whose slopes are nothing but rounding.
+          // As in _without_dead: if the output is exactly 0 and its slopes are nothing but rounding, the slopes become 0.
           const double slight = Epsilon<double>::value * size;
           const bool zero = y_first == 0 && y_second == 0 && middle == 0;
           if (zero && ::fabs(start) <= slight && ::fabs(stop) <= slight) start = stop = 0;
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1) measure_kernel(const __grid_const
 
 // ---- the plan ----
 
-/// Everything except the pointer into the workspace. No blocks: the pairs are left to Python.
+/// Everything except the pointer into the workspace. If `blocks` is 0, the pairs are left to Python.
 struct Plan {
   Unresolved unresolved{};
   std::int64_t blocks = 0;

@@ -1,4 +1,4 @@
-"""Measures checkpoints that others trained: loads them into the user's model, cuts, measures, keeps a table."""
+"""Measures checkpoints of any training: loads them into the user's model, cuts the model, measures, and writes a table."""
 
 from .figure import draw_checkpoints
 from .measure import measure_checkpoints

@@ -11,7 +11,7 @@ import numpy as np
 from ..runs.figures import COLOURS, save
 from .steps import steps_of
 
-STYLES = ("-", "--", ":", "-.")  # so that of equal curves both are seen
+STYLES = ("-", "--", ":", "-.")  # two equal curves have different styles, so that both are visible
 
 
 def draw_checkpoints(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
@@ -23,6 +23,17 @@ def draw_checkpoints(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> 
 
     Returns:
         The path of the figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: `out` cannot be written.
+
+    Example:
+        >>> from lmnfast.checkpoints import draw_checkpoints
+        >>> columns = ("step", "checkpoint", "method", "lmn_1")
+        >>> values = (0, "step_0.pt", "path", 6.2), (10, "step_10.pt", "path", 4.1)
+        >>> draw_checkpoints(".", [dict(zip(columns, row)) for row in values]).name
+        'lmn.png'
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -30,7 +41,7 @@ def draw_checkpoints(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> 
 
     layers = [name for name in rows[0] if name.startswith("lmn_")]
     colours: Sequence[Any] = COLOURS
-    if len(layers) > len(COLOURS):  # in the order of depth
+    if len(layers) > len(COLOURS):  # a scale of colours by depth
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers))).tolist()
     with matplotlib.rc_context({"font.size": 13, "legend.frameon": False, "lines.linewidth": 2}):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Measures a model at each of its checkpoints: loads them into it, cuts, measures, keeps the table."""
+"""Measures a model at each of its checkpoints: loads the checkpoint, cuts the model, measures, and updates the table."""
 
 import hashlib
 import io
@@ -54,48 +54,53 @@ def measure_checkpoints(
 ) -> list[dict[str, Any]]:
     """Linear mapping number of a model at each of its checkpoints.
 
-    ``measure(*cut(model, layer, inputs))`` for each layer and each checkpoint, with its weights in the model.
-    No code from a checkpoint is ever run: see `read_state`. Any number of processes gives the same numbers.
+    It is ``measure(*cut(model, layer, inputs))`` for each layer and each checkpoint, with the checkpoint's weights in the
+    model. No code from a checkpoint is ever run: see `read_state`. Any number of processes gives the same numbers.
 
     Args:
-        factory: called without arguments, returns the model; or where to import it, "package.module:factory".
-        checkpoints: files, or patterns of them (glob, ** too), of torch.save or safetensors, whatever their
-            suffix.
+        factory: a function without arguments that returns the model, or its place as text, "package.module:factory".
+        checkpoints: files of torch.save or safetensors with any suffix, or patterns of files (glob, with **).
         inputs: as in `cut`, tensors in tuples, lists and dicts; or a file, see `load_inputs`. Floating-point
             inputs are converted to the model's dtype.
         layers: names or patterns as in `match_layers`.
-        forward: as in `cut`; also as "package.module:function".
+        forward: as in `cut`, or the function's place as text, "package.module:function".
         output: as in `cut`.
-        key: where in a checkpoint the state dict is, "a.b" for ["a"]["b"]; None: see `read_state`.
+        key: the place of the state dict in a checkpoint, "a.b" for ["a"]["b"]; None: see `read_state`.
         method: as in `connectivity`.
         points: as in `connectivity`.
         rule: as in `connectivity`.
         negative: as in `lmn`.
-        device: "cpu", "cuda", or "auto": the device of the table in `out`, else "cuda" if there is one, else "cpu".
-        jobs: number of processes. Several are spawned: a script that asks for them does so under
-            ``if __name__ == "__main__"``, and its factory, forward and output can be imported.
-        out: a directory to keep the table in; the same call goes on with what is there. Rows of checkpoints
-            that are gone stay. A file with another size, time of change or other bytes, at 16 places spread over
-            it, is measured anew.
+        device: "cpu", "cuda" or "auto". "auto" is the device of the table in `out`. Without a table it is "cuda" if there is a
+            CUDA device, else "cpu".
+        jobs: number of processes. More than one are spawned, so a script must call this function under
+            ``if __name__ == "__main__"``, and the factory, forward and output must be importable.
+        out: a directory for the table. The same call continues the table in it. Rows of checkpoints whose files are gone
+            remain. A file is measured again if its size, its time of change or its bytes at 16 places have changed.
         force: begin a new table, whatever is in `out`.
         progress: show a bar (needs tqdm).
 
     Returns:
         One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, outputs, points,
         rule, method, precision, solver, negative, constant_share_LAYER and negative_share_LAYER for each layer, all as
-        in `Measurement`. Numbers have seven digits, what float32 holds, as in lmn.csv. Steps
-        are as in `steps_of`; where no name has a number, the checkpoints are counted from 0 by name.
+        in `Measurement`. Numbers have seven digits, as many as float32 holds, as in lmn.csv. Steps are as in `steps_of`. If no
+        name has a number, the steps are 0, 1, 2 and so on, in the order of the names.
 
     Raises:
-        ValueError: a wrong argument; a checkpoint that cannot be read, does not fit
-            the model, or cannot be measured (names it; the others begun are kept); the names do not tell the
-            steps, see `steps_of`; `out` holds a damaged table or one with other settings (names them), or
-            another process is at work there.
+        ValueError: a wrong argument; a checkpoint that cannot be read, does not fit the model, or cannot be measured (the
+            message names it, and the results of the checkpoints that have begun are kept); the names do not determine the
+            steps, see `steps_of`; `out` holds a damaged table, or a table with other settings (the message names them);
+            another process is at work in `out`.
         OSError: `out` cannot be written; processes died again and again.
 
     Example:
-        >>> rows = measure_checkpoints("digits:make", "step_*.pt", "x.npy", ["1", "3"])  # doctest: +SKIP
-        >>> [(row["step"], row["lmn_1"]) for row in rows]  # doctest: +SKIP
+        >>> from lmnfast.checkpoints import measure_checkpoints
+        >>> def make():
+        ...     return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> for step in (0, 10):
+        ...     torch.save(make().state_dict(), f"step_{step}.pt")
+        >>> rows = measure_checkpoints(make, "step_*.pt", torch.randn(30, 8), ["0", "2"])
+        >>> [(row["step"], 1 < row["lmn_0"] < 30, row["lmn_2"]) for row in rows]  # layer 2 is the last: nothing is behind it
+        [(0, True, 1.0), (10, True, 1.0)]
     """
     if jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
@@ -139,7 +144,7 @@ def measure_checkpoints(
 
 @dataclass(frozen=True)
 class _Work:
-    """What a process needs for measuring a checkpoint, beside the inputs."""
+    """Everything that a process needs to measure a checkpoint, except the inputs."""
 
     factory: Callable[[], nn.Module] | str
     forward: Forward | str
@@ -154,13 +159,13 @@ class _Work:
     precision: str
 
     def settings(self) -> dict[str, Any]:
-        """Everything that the numbers depend on, as plain values for JSON."""
+        """All settings that determine the numbers, as plain values for JSON."""
         named = {"factory": "model"}
         return {named.get(name, name): plain(value) for name, value in vars(self).items()}
 
 
 def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:
-    """The row of one checkpoint. Its step is None: steps are read from all names together."""
+    """The row of one checkpoint. Its step is None, because `Table` reads the steps from all names together."""
     load_state(model, read_state(path, work.key), path)
     row: dict[str, Any] = {"step": None, "checkpoint": path}
     for layer in work.layers:
@@ -170,12 +175,12 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
             (enqueued,) = measured(tail, samples, settings)
             warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")
             m = measurement(enqueued, settings, work.negative)
-        except Exception as error:  # the model is the user's
+        except Exception as error:  # the user's model can raise any error
             raise ValueError(f"checkpoint: {path}, layer {layer!r}: {in_one_line(error)}") from error
         row |= {f"{name}_{layer}": float(f"{getattr(m, name):.7g}") for name in ("lmn", *SHARES)}
         before = dict(row)
         row |= {name: getattr(m, name) for name in SETTINGS}
-        for name in ("precision", "solver"):  # layers may differ in them
+        for name in ("precision", "solver"):  # these may differ between layers
             row[name] = joined(before.get(name, row[name]), row[name])
     return row
 
@@ -183,7 +188,7 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
 def _in_this_process(
     work: _Work, model: nn.Module, call: Forward, inputs: Any, paths: Sequence[str]
 ) -> Generator[dict[str, Any], None, None]:
-    model, inputs = _placed(model, inputs, work.device)
+    model, inputs = _on_device(model, inputs, work.device)
     for path in paths:
         yield _measured(work, model, call, inputs, path)
 
@@ -191,7 +196,8 @@ def _in_this_process(
 def _in_processes(
     work: _Work, inputs: Any, paths: Sequence[str], count: int
 ) -> Generator[dict[str, Any], None, None]:
-    """The rows as they come. Where a checkpoint fails, those begun are finished and the others are left."""
+    """The rows, in the order in which they are ready. If a checkpoint fails, those that have begun are finished, and the others
+    are not measured."""
     try:
         pickle.dumps(work)
     except Exception as error:
@@ -199,10 +205,11 @@ def _in_processes(
             f"jobs: {count} processes need a factory, forward and output that can be imported: {in_one_line(error)}"
         ) from None
     threads = max(1, min(torch.get_num_threads(), cores() // count))
-    content = io.BytesIO()  # as bytes: torch would move the tensors of the caller to shared memory
+    # The inputs are sent as bytes. If tensors were sent, torch would move the caller's tensors to shared memory.
+    content = io.BytesIO()
     torch.save(mapped(inputs, lambda tensor: tensor.detach().cpu()), content)
     failed: BaseException | None = None
-    with Pool(count, _begin, (work, content.getvalue(), threads)) as pool:
+    with Pool(count, _start_process, (work, content.getvalue(), threads)) as pool:
         for outcome in pool.outcomes(_measure_here, [(path,) for path in paths]):
             if outcome.error is None:
                 yield outcome.result
@@ -213,36 +220,38 @@ def _in_processes(
         raise failed
 
 
-_given: tuple[_Work, bytes]  # a spawned process's own
+# Set in each spawned process by _start_process: the work, and the inputs as torch.save writes them.
+_process_work: tuple[_Work, bytes]
 
 
-def _begin(work: _Work, content: bytes, threads: int) -> None:
-    global _given  # noqa: PLW0603  # a process's initializer has no other way to leave something
-    _given = work, content
+def _start_process(work: _Work, content: bytes, threads: int) -> None:
+    # A global variable is the only way to keep a value that the initializer of a process has made.
+    global _process_work  # noqa: PLW0603
+    _process_work = work, content
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(work.precision)
 
 
 @cache
-def _own() -> tuple[nn.Module, Forward, Any]:
-    """The model, forward and inputs of a spawned process. They are not made in `_begin`: its errors would be lost."""
-    work, content = _given
+def _process_model() -> tuple[nn.Module, Forward, Any]:
+    """The model, forward and inputs of a spawned process. `_start_process` does not make them: its errors would be lost."""
+    work, content = _process_work
     call = imported(work.forward, "forward", "function") if isinstance(work.forward, str) else work.forward
     inputs = torch.load(io.BytesIO(content), weights_only=True)
-    model, inputs = _placed(made(work.factory), inputs, work.device)
+    model, inputs = _on_device(made(work.factory), inputs, work.device)
     return model, call, inputs
 
 
 def _measure_here(path: str) -> dict[str, Any]:
     try:
-        model, call, inputs = _own()
+        model, call, inputs = _process_model()
     except Exception as error:
         raise ValueError(f"checkpoint: {path}: {in_one_line(error)}") from error
-    return _measured(_given[0], model, call, inputs, path)
+    return _measured(_process_work[0], model, call, inputs, path)
 
 
-def _placed(model: nn.Module, inputs: Any, device: str) -> tuple[nn.Module, Any]:
-    """The model and its inputs on the device; floating-point inputs have the model's dtype."""
+def _on_device(model: nn.Module, inputs: Any, device: str) -> tuple[nn.Module, Any]:
+    """The model and its inputs on the device. Floating-point inputs get the model's dtype."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
     def place(tensor: Tensor) -> Tensor:

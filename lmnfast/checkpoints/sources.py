@@ -1,4 +1,4 @@
-"""Reads checkpoints and inputs that others wrote. No code of a file is ever run."""
+"""Reads checkpoints and inputs that other programs wrote. No code of a file is ever run."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from torch import Tensor
 from .._nested import contents, entries_of, first_names, mapped, tensors_in
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "module")
-# The first bytes of what is found in the place of weights.
+# The first bytes of files that are sometimes found in place of weights.
 IMPOSTORS = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer; git lfs pull fetches the file itself",
     b"<!doctype html": "an HTML page; download the file itself",
@@ -26,11 +26,24 @@ IMPOSTORS = {
 
 
 def find_checkpoints(patterns: Sequence[str | os.PathLike]) -> list[str]:
-    """The files of paths and glob patterns, each once. Numbers in names count by their value: step_2 before step_10.
+    """The files of paths and glob patterns, each once. They are sorted with numbers by value: step_2 before step_10.
+
+    Args:
+        patterns: paths of files, or patterns of them (glob, ** too).
+
+    Returns:
+        The paths, in the order of their names.
 
     Raises:
-        ValueError: a pattern without files, a directory, or a file whose first bytes say that `read_state` cannot read
+        ValueError: a pattern without files, a directory, or a file whose first bytes show that `read_state` cannot read
             it.
+
+    Example:
+        >>> from lmnfast.checkpoints import find_checkpoints
+        >>> for step in (10, 2):
+        ...     torch.save(nn.Linear(3, 4).state_dict(), f"step_{step}.pt")
+        >>> find_checkpoints(["step_*.pt"])
+        ['step_2.pt', 'step_10.pt']
     """
     found: dict[str, str] = {}
     for pattern in (os.fspath(given) for given in patterns):
@@ -52,21 +65,21 @@ def find_checkpoints(patterns: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def natural_order(name: str) -> list[str | int]:
-    """The key by which names are sorted with their numbers by value."""
+    """A key for sorting names, with the numbers in them by value."""
     return [int(piece) if k % 2 else piece for k, piece in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any]:
-    """The state dict in a checkpoint file, with its ``_metadata`` where it has that.
+    """The state dict in a checkpoint file, with its ``_metadata`` if it has one.
 
-    Pickles are read by ``torch.load(weights_only=True)`` alone, which runs no code of theirs. Values of other
-    classes, such as a numpy scalar or an ``argparse.Namespace``, are not made. The state dict is the whole file, or
-    where STATE_KEYS lead, or the only one below another key.
+    Pickles are only read by ``torch.load(weights_only=True)``, which runs no code from them. Objects of other classes, such as
+    a numpy scalar or an ``argparse.Namespace``, are not created. The state dict is the whole file; or it is the value that
+    STATE_KEYS lead to; or it is the only state dict below another key.
 
     Args:
         path: the file.
-        key: where else the state dict is, "a.b" for ["a"]["b"]. The last parts can also be what names in a state
-            dict begin with; they are then taken off.
+        key: another place of the state dict, "a.b" for ["a"]["b"]. The last parts may also be a prefix of names in a state
+            dict. The result then has the entries with this prefix, without the prefix.
 
     Returns:
         The state dict, on the CPU.
@@ -74,6 +87,12 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
     Raises:
         ValueError: the file cannot be read that way; it holds no state dict, or several; it is of safetensors, and the
             package is missing.
+
+    Example:
+        >>> from lmnfast.checkpoints import read_state
+        >>> torch.save({"model": nn.Linear(3, 4).state_dict(), "step": 10}, "step_10.pt")
+        >>> list(read_state("step_10.pt"))
+        ['weight', 'bias']
     """
     state = _read_tensors(Path(path), "checkpoint")
     for part in key.split(".") if key else ():
@@ -110,7 +129,7 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
 
 
 def _below(state: Any, part: str) -> Any:
-    """What a key leads to. In a state dict: the entries whose names begin with it, without it."""
+    """The value at a key. If there is no such key: the entries whose names begin with the key, with the key cut off."""
     if not isinstance(state, Mapping):
         return None
     if part in state:
@@ -132,10 +151,10 @@ def _below(state: Any, part: str) -> Any:
 
 
 def _states_in(value: Any, where: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The keys among STATE_KEYS that lead to state dicts; () leads to the value itself."""
+    """The places of state dicts, as tuples of keys of STATE_KEYS; () is the place of the value itself."""
     if _is_state(value):
         return [where]
-    if not isinstance(value, Mapping) or len(where) > len(STATE_KEYS):  # a pickle may hold itself
+    if not isinstance(value, Mapping) or len(where) > len(STATE_KEYS):  # a pickle may contain itself
         return []
     return [
         found for name in STATE_KEYS if name in value for found in _states_in(value[name], (*where, name))
@@ -150,7 +169,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:
-    """The keys of a mapping as Python code has them, "['a']", with their values."""
+    """The keys of a mapping as they are written in Python code, "['a']", with their values."""
     return [(f"[{name!r}]", entry) for name, entry in value.items()] if isinstance(value, Mapping) else []
 
 
@@ -162,13 +181,26 @@ def _holding(value: Any) -> str:
 
 
 def load_inputs(path: str | os.PathLike) -> Any:
-    """Inputs of a model from a file: a tensor, or a tuple or dict of tensors, passed as arguments.
+    """Inputs of a model from a file: a tensor, or a tuple or dict of tensors, which are passed as arguments.
 
-    .npy: the array. .npz and .safetensors: one array is passed alone, several by their names, or in their
-    order where np.savez was given no names. .pt: as it is, by ``torch.load(weights_only=True)``.
+    A .npy file gives its array. A .npz or .safetensors file with one array gives this array; with several arrays it gives a
+    dict by name, or a tuple if np.savez was called without names. A .pt file gives its content, read by
+    ``torch.load(weights_only=True)``.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tensor, or the tuple or dict of tensors, on the CPU.
 
     Raises:
         ValueError: no such file, of another kind, not readable that way, or holds something else.
+
+    Example:
+        >>> from lmnfast.checkpoints import load_inputs
+        >>> torch.save({"ids": torch.zeros(20, 5), "mask": torch.ones(20, 5)}, "inputs.pt")
+        >>> {name: tuple(tensor.shape) for name, tensor in load_inputs("inputs.pt").items()}
+        {'ids': (20, 5), 'mask': (20, 5)}
     """
     path = Path(path)
     if path.suffix not in (".npy", ".npz", ".pt", ".safetensors"):
@@ -185,7 +217,7 @@ def load_inputs(path: str | os.PathLike) -> Any:
                 return torch.from_numpy(arrays)
             with arrays:
                 loaded = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        except Exception as error:  # numpy names no others
+        except Exception as error:  # numpy does not document which errors it raises
             raise ValueError(f"inputs: cannot read {path}: {in_one_line(error)}") from error
         if len(loaded) > 1 and set(loaded) == {f"arr_{n}" for n in range(len(loaded))}:
             loaded = tuple(loaded[f"arr_{n}"] for n in range(len(loaded)))
@@ -205,10 +237,23 @@ def load_inputs(path: str | os.PathLike) -> Any:
 
 
 def first_samples(inputs: Any, count: int) -> Any:
-    """The first samples of `load_inputs`: of each tensor that has as many rows as the first one.
+    """The inputs with only their first samples. A tensor is cut if it has as many rows as the first tensor.
+
+    Args:
+        inputs: a tensor, or tensors in tuples, lists and dicts.
+        count: the number of samples.
+
+    Returns:
+        The same containers. Other tensors are in them as they are.
 
     Raises:
         ValueError: there are fewer samples than `count`.
+
+    Example:
+        >>> from lmnfast.checkpoints import first_samples
+        >>> x, scale = first_samples((torch.zeros(20, 5), torch.tensor(2.0)), 8)
+        >>> x.shape, scale
+        (torch.Size([8, 5]), tensor(2.))
     """
     tensors = list(tensors_in(inputs))
     rows = len(tensors[0]) if tensors[0].ndim else 0
@@ -218,7 +263,7 @@ def first_samples(inputs: Any, count: int) -> Any:
 
 
 def _head(path: str | os.PathLike, argument: str) -> bytes:
-    """The first bytes of a file. ValueError, with the argument's name, where it is empty or one of IMPOSTORS."""
+    """The first bytes of a file. Raises ValueError, with the argument's name, if the file is empty or one of IMPOSTORS."""
     with open(path, "rb") as file:
         head = file.read(512)
     beginning = head.lstrip().lower()
@@ -229,14 +274,16 @@ def _head(path: str | os.PathLike, argument: str) -> bytes:
 
 
 def _is_safetensors(path: str | os.PathLike, argument: str) -> bool:
-    """Whether the first bytes of a file are those of safetensors; False: those of torch.save.
+    """True for a file of safetensors, False for a file of torch.save, by the first bytes.
 
-    Raises ValueError, with the argument's name, for any other file, and where the safetensors package is missing.
+    Raises:
+        ValueError: any other file; the safetensors package is not installed. The message begins with the argument's name.
     """
     head = _head(path, argument)
     if head.startswith(b"PK\3\4") or re.match(b"\x80[\2-\5]", head):
-        return False  # a zip archive; before torch 1.6 pickles one after another
-    if head[4:9] != b"\0\0\0\0{":  # the end of the length of a JSON header, and its beginning
+        return False  # a zip archive, or from torch before 1.6 a sequence of pickles
+    # A safetensors file begins with the length of its JSON header in 8 bytes, and then the header.
+    if head[4:9] != b"\0\0\0\0{":
         raise ValueError(
             f"{argument}: expected a file of torch.save or safetensors, {path} begins with {head[:16]!r}"
         )
@@ -250,7 +297,7 @@ def _is_safetensors(path: str | os.PathLike, argument: str) -> bool:
 
 
 def _read_tensors(path: Path, argument: str) -> Any:
-    """What a file of safetensors or torch.save holds, on the CPU. An `_Unread` stands for a value of another class."""
+    """The content of a safetensors or torch.save file, on the CPU. An `_Unread` takes the place of a value of another class."""
     safe, zipped = _is_safetensors(path, argument), _head(path, argument).startswith(b"PK")
     unread: list[str] = []
     try:
@@ -261,13 +308,13 @@ def _read_tensors(path: Path, argument: str) -> Any:
         if zipped:
             _check_sums(path)
             unread = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        # As a file: torch.load goes by the suffix of a path called .safetensors.
+        # torch.load gets an open file, because with a path it decides by the suffix whether the file is of safetensors.
         with (
             open(path, "rb") as file,
             torch.serialization.safe_globals([(_unread(name), name) for name in unread]),
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises anything
+    except Exception as error:  # a broken file can raise any error
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             unread = [code[1]]
         if not unread:
@@ -279,7 +326,7 @@ def _read_tensors(path: Path, argument: str) -> Any:
 
 
 class _Unread:
-    """Stands for a value of a checkpoint that is neither a tensor nor a plain value."""
+    """Takes the place of a value in a checkpoint that is neither a tensor nor a plain value."""
 
     is_module = False
 
@@ -305,10 +352,10 @@ def _unread(name: str) -> type[_Unread]:
 
 
 def _check_sums(path: Path) -> None:
-    """Raises BadZipFile where a record has another checksum than the archive says; torch.load looks at none."""
+    """Raises BadZipFile if a record's checksum is not the one in the archive. torch.load does not check this."""
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
-            if record.CRC:  # 0: saved without, see torch.serialization.set_crc32_options
+            if record.CRC:  # 0 means: saved without a checksum, see torch.serialization.set_crc32_options
                 with archive.open(record) as content:
                     while content.read(1 << 20):
                         pass

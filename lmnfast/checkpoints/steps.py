@@ -1,4 +1,4 @@
-"""Steps of training, as the names of checkpoints tell them."""
+"""Reads steps of training from the names of checkpoints."""
 
 import os
 import re
@@ -9,8 +9,8 @@ from decimal import Decimal
 STEP = "(?:steps?|iter(?:ation)?s?|updates?)"
 LABELS = {"step": STEP, "epoch": "(?:epochs?|(?<![a-z])ep)", "checkpoint": "(?:checkpoint|ckpt)"}
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
-LIMIT = 10**15  # longer numbers are identifiers, and beyond 2^53 float64 does not tell neighbours apart
-# Digits that are no number: of a date and time, a version, a hash, a suffix.
+LIMIT = 10**15  # larger numbers are identifiers; above 2^53 float64 cannot distinguish neighbours
+# Digits that are not a number: those of a date and time, a version, a hash, a suffix.
 OTHER = re.compile(
     r"(?<![0-9])[0-9]{4}-[0-9]{2}-[0-9]{2}(?:[T_ -][0-9]{2}[-:.]?[0-9]{2}(?:[-:.]?[0-9]{2})?)?(?![0-9])"
     r"|[0-9]+(?:\.[0-9]+){2,}"
@@ -29,29 +29,29 @@ class _Number:
     """A number in a name."""
 
     text: str
-    value: int | float | None  # None: its notation can be read in more ways than one
+    value: int | float | None  # None: the notation is ambiguous
     label: str | None  # one of LABELS
-    before: str  # letters right before it
-    unit: str  # letters right behind it
+    before: str  # letters immediately before the number
+    unit: str  # letters immediately after the number
 
 
 def steps_of(checkpoints: Sequence[str]) -> list[int | float] | None:
     """The step in each name.
 
-    It is the number after "step", "iter" or "update" (or right before such a word), else that after "epoch", else
-    that after "checkpoint", else the one by which the names differ. 5e3, 1k, 2M, 1,000 and 0.25 are read as the
-    numbers that they stand for. A single file has a step where such a word says so, or where its only number stands
-    alone; where its name has no number, the name of its folder counts.
+    The step is the number after "step", "iter" or "update", or directly before such a word. If there is none, it is the number
+    after "epoch". If there is none, it is the number after "checkpoint". If there is none, it is the number in which the names
+    differ. 5e3, 1k, 2M, 1,000 and 0.25 are read by their values. A single file has a step if its name has such a word, or if
+    its only number has no letters beside it. If its name has no number, the name of its folder is used.
 
     Args:
-        checkpoints: names of files, of one training.
+        checkpoints: names of files of one training.
 
     Returns:
-        The steps in the order given; None where no name has a number.
+        The steps, in the order of the arguments; None if no name has a number.
 
     Raises:
-        ValueError: some names have such a number and others have none, two have the same one, several numbers
-            could be the step, or the number can be read in more ways than one.
+        ValueError: some names have such a number and others have none; two names have the same number; several numbers
+            could be the step; or the notation of the number is ambiguous.
     """
     found = [_numbers(name) for name in _apart(checkpoints)]
     if not any(found):
@@ -65,7 +65,8 @@ def steps_of(checkpoints: Sequence[str]) -> list[int | float] | None:
         step = numbers
     if step is None and len({len(numbers) for numbers in found}) == 1:
         columns = [list(column) for column in zip(*found, strict=True) if _differ(column)]
-        if "epoch" in labelled:  # within an epoch a number without a word is the step; a seed has a word
+        # Beside an epoch, a number without a word is the step within the epoch. A number with a word, such as a seed, is not.
+        if "epoch" in labelled:
             columns = [column for column in columns if not any(number.before for number in column)]
         orders = {tuple(sorted(range(len(found)), key=lambda k: column[k].value)) for column in columns}
         step = columns[0] if len(orders) == 1 else None
@@ -92,19 +93,19 @@ def steps_of(checkpoints: Sequence[str]) -> list[int | float] | None:
 
 
 def _labelled(found: Sequence[Sequence[_Number]], label: str) -> list[_Number]:
-    """The last number with the label in each name; [] where a name has none."""
+    """The last number with the label in each name; [] if a name has no such number."""
     last = [[number for number in numbers if number.label == label][-1:] for numbers in found]
     return [number for numbers in last for number in numbers] if all(last) else []
 
 
 def _differ(column: Sequence[_Number]) -> bool:
-    """Whether the numbers are readable, in one unit, and tell the names apart."""
+    """Whether the numbers are readable, have the same unit, and are all different."""
     values = {number.value for number in column} - {None}
     return len(values) == len(column) and len({number.unit for number in column}) == 1
 
 
 def _apart(checkpoints: Sequence[str]) -> list[str]:
-    """The names without the folders that all share."""
+    """The names without the folders that all names share."""
     paths = [os.path.abspath(path) for path in checkpoints]
     if len(paths) == 1:
         folder, name = os.path.split(paths[0])
@@ -135,7 +136,7 @@ def _numbers(name: str) -> list[_Number]:
             label, unit = "step", ""
         grouped = re.match(r"[0-9]{1,3}[_. '][0-9]{3}(?![0-9A-Za-z])", name[match.start() :])
         if label == "step" and (grouped or isinstance(value, float)):
-            value = None  # 1_000 and 12.500: thousands, or not
+            value = None  # 1_000 and 12.500 may or may not mean thousands
         found.append(_Number((grouped or match)[0], value, label, before, unit))
     return found
 

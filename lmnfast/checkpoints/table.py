@@ -1,8 +1,8 @@
-"""The table of a model's checkpoints, which goes on where it was stopped.
+"""The table of a model's checkpoints. If the work is stopped, it can be continued later.
 
-It is a directory: lmn.csv, one row for every checkpoint measured; lmn.json, the settings, and which files the
-checkpoints were; lmn.png, the figure. Every file is written under another name and then renamed, lmn.csv after each
-checkpoint. Work that was stopped, by kill -9 too, goes on with the checkpoints that have no row yet.
+The table is a directory with three files. lmn.csv has one row per measured checkpoint, and is written after each checkpoint.
+lmn.json has the settings, and facts that identify the checkpoint files. lmn.png is the figure. Each file is written under
+another name and then renamed. Work that was stopped, also by kill -9, continues with the checkpoints that have no row yet.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ from ..spectrum import SETTINGS, SHARES
 from .sources import in_one_line, natural_order
 from .steps import steps_of
 
-SAMPLED = 16, 4096  # a file is recognised by its bytes at so many places, and by so many bytes at each
+SAMPLED = 16, 4096  # number of places in a file, and bytes at each place, that identify the file
 
 
 class Table:
-    """The rows of checkpoints, kept in lmn.csv and lmn.json of a directory where there is one.
+    """The rows of checkpoints. They are kept in lmn.csv and lmn.json of a directory, if there is a directory.
 
     Args:
-        out: the directory; None keeps nothing.
-        settings: what the rows depend on.
+        out: the directory; None: the table is not written.
+        settings: the settings that determine the rows.
         stored: the settings of the table in `out`, as `read_settings` returns them.
-        paths: of the checkpoints.
+        paths: the paths of the checkpoints.
 
     Raises:
-        ValueError: the table in `out` is damaged or has other settings; the names do not tell the steps.
+        ValueError: the table in `out` is damaged or has other settings; the names do not determine the steps.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class Table:
         names = sorted(written_as + [path for path in paths if not self.has(path)], key=natural_order)
         steps: Sequence[int | float] = steps_of(names) or range(len(names))
         self.steps = dict(zip(names, steps, strict=True))
-        self._write()  # before lmn.json says that the rows are of the files as they are now
+        # lmn.csv is written first: lmn.json must not list the new versions of files while lmn.csv has rows of the old ones.
+        self._write()
         if out is not None:
             write_json(out / "lmn.json", settings | {"files": files | now})
 
@@ -69,7 +70,7 @@ class Table:
         return os.path.abspath(path) in {os.path.abspath(row["checkpoint"]) for row in self.rows}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Adds the row of a checkpoint, and writes them all."""
+        """Adds the row of a checkpoint, and writes all rows."""
         self.rows.append(row)
         self._write()
 
@@ -92,7 +93,7 @@ def _columns(layers: Sequence[str]) -> list[str]:
 
 
 def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of lmn.csv; ValueError, with the name of the file, where `Table` did not write it."""
+    """The rows of lmn.csv. Raises ValueError, with the name of the file, if `Table` did not write the file."""
     try:
         rows = read_table(path, _columns(settings["layers"]), encoding="utf-8-sig")
         fixed = {name: settings[name] for name in ("points", "rule", "method", "negative")}
@@ -131,12 +132,13 @@ def read_settings(out: Path) -> dict[str, Any] | None:
 
 
 def _version(path: str) -> list[int | str]:
-    """Facts that change when a file is written anew, or replaced by one of the same size and time."""
+    """Facts that change when a file is written again, or replaced by a file of the same size and time."""
     status = os.stat(path)
     places, length = SAMPLED
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for place in range(places):  # the last bytes of a zip archive are the checksums of all
+        # The last place is the end of the file. In a zip archive it has the checksums of all members.
+        for place in range(places):
             file.seek(max(0, status.st_size - length) * place // (places - 1))
             digest.update(file.read(length))
     return [status.st_size, status.st_mtime_ns, digest.hexdigest()[:16]]

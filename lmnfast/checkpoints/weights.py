@@ -1,4 +1,4 @@
-"""The user's model: made by a factory that is imported, with the weights of a checkpoint in it."""
+"""The user's model: a factory that is imported makes it, and a checkpoint gives its weights."""
 
 import importlib
 import os
@@ -15,26 +15,26 @@ from torch import Tensor, nn
 from .._nested import first_names
 from .sources import in_one_line
 
-# Names that torch.compile, DataParallel, Opacus, activation checkpointing and FSDP put into those of the weights.
+# Names that torch.compile, DataParallel, Opacus, activation checkpointing and FSDP insert into the names of the weights.
 WRAPPERS = ("_orig_mod", "module", "_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-FRONTS = (*WRAPPERS, "model")  # the last is where a LightningModule often has its network
+FRONTS = (*WRAPPERS, "model")  # a LightningModule often has its network as "model"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def imported(spec: str, argument: str, what: str) -> Callable:
     """The callable at "package.module:name", installed or in the current directory.
 
-    The current directory goes on sys.path only where the module is in it, and then last: a folder of somebody's
-    checkpoints may also hold a safetensors.py.
+    The current directory is added to sys.path only if the module is in it, and then as the last entry. A folder with
+    somebody's checkpoints may also contain a file such as safetensors.py, which must not be imported.
 
     Args:
         spec: "package.module:name".
-        argument: the name of the argument that it came from, for errors.
-        what: is expected there, "factory".
+        argument: the name of the argument that gave `spec`, for errors.
+        what: the kind of callable that is expected, for errors: "factory".
 
     Raises:
-        ValueError: a spec of another form, no such module or name, a module that is both installed and in the current
-            directory or cannot be imported, or something not callable.
+        ValueError: `spec` has another form; there is no such module or name; the module is both installed and in the current
+            directory, or cannot be imported; or the object is not callable.
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
@@ -42,7 +42,7 @@ def imported(spec: str, argument: str, what: str) -> Callable:
     _find_here(module_name.partition(".")[0], argument)
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's
+    except Exception as error:  # the user's module can raise any error
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(
                 f"{argument}: no module {error.name!r} in the current directory or installed, for {spec!r}"
@@ -60,7 +60,7 @@ def imported(spec: str, argument: str, what: str) -> Callable:
 
 
 def _find_here(name: str, argument: str) -> None:
-    """Puts the current directory at the end of sys.path where the module is there and nowhere else."""
+    """Puts the current directory at the end of sys.path, if the module is there and is not installed."""
     here = os.getcwd()
     if name in sys.modules or "" in sys.path or here in sys.path:
         return
@@ -71,12 +71,12 @@ def _find_here(name: str, argument: str) -> None:
     elif local is not None and local.origin and installed is not None and local.origin != installed.origin:
         raise ValueError(
             f"{argument}: {name!r} is in the current directory and also {installed.origin}; rename it, or set "
-            "PYTHONPATH=. to take that in the current directory"
+            "PYTHONPATH=. to use the one in the current directory"
         )
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can have it: a function by its name."""
+    """The value in a form that JSON can hold. A function becomes its name."""
     if callable(value):
         return (
             f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', type(value).__qualname__)}"
@@ -85,10 +85,12 @@ def plain(value: Any) -> Any:
 
 
 def made(factory: Callable[[], nn.Module] | str) -> nn.Module:
-    """The model of a factory. Every process has the same random numbers in it, for what no checkpoint has.
+    """The model of a factory.
+
+    The random seed is fixed, so that weights that no checkpoint contains are the same in every process.
 
     Raises:
-        ValueError: the factory cannot be imported, fails, or returns no module.
+        ValueError: the factory cannot be imported, fails, or does not return a module.
     """
     make = imported(factory, "model", "factory") if isinstance(factory, str) else factory
     said = repr(factory) if isinstance(factory, str) else repr(plain(factory))
@@ -96,20 +98,20 @@ def made(factory: Callable[[], nn.Module] | str) -> nn.Module:
         torch.default_generator.manual_seed(0)
         try:
             model = make()
-        except Exception as error:  # the factory is the user's
+        except Exception as error:  # the user's factory can raise any error
             raise ValueError(
                 f"model: {said}, called without arguments, failed: {in_one_line(error)}"
             ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected {said} to return an nn.Module, got a {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)  # the module that torch.compile has wrapped
+    return getattr(model, "_orig_mod", model)  # without the wrapper of torch.compile
 
 
 def load_state(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
-    """Gives the model the weights of a checkpoint, all of them.
+    """Loads all weights of a checkpoint into the model.
 
     Raises:
-        ValueError: they do not fit the model; names the checkpoint.
+        ValueError: the weights do not fit the model; the message names the checkpoint.
     """
     own = model.state_dict()
     state = _renamed(state, own, path)
@@ -124,9 +126,9 @@ def load_state(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:
         lines = str(error).strip().splitlines()
-        reason = lines[1].strip() if len(lines) > 1 else in_one_line(error)  # torch heads its list of reasons
+        reason = lines[1].strip() if len(lines) > 1 else in_one_line(error)  # torch's first line is a heading
         raise ValueError(f"checkpoint: {path} does not fit the model: {reason}") from error
-    if missing:  # of tied weights safetensors keep one
+    if missing:  # a safetensors file has only one of several tied weights
         there = {_place(value) for name, value in own.items() if name in state and isinstance(value, Tensor)}
         missing = [n for n in missing if not isinstance(own.get(n), Tensor) or _place(own[n]) not in there]
     if missing or unexpected:
@@ -136,9 +138,9 @@ def load_state(model: nn.Module, state: Mapping[str, Any], path: str) -> None:
 
 
 def _is_kept(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the model's dtype has the value, but for the rounding between FLOATS.
+    """Whether the value can be converted to the model's dtype without a change, except for rounding between FLOATS.
 
-    Integers in the place of FLOATS are quantised weights, whose scales are elsewhere.
+    False for integers in the place of FLOATS: they are quantised weights, and their scales are stored under other names.
     """
     if value.dtype == dtype or (value.dtype in FLOATS and dtype in FLOATS):
         return True
@@ -152,15 +154,15 @@ def _brief_dtype(dtype: torch.dtype) -> str:
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    """The same for tied weights."""
+    """A value that is equal for tied weights."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _renamed(state: Mapping[str, Any], own: Collection[str], path: str) -> OrderedDict[str, Any]:
-    """The state dict under the model's own names, with its metadata, from which modules read their version.
+    """The state dict with the model's own names, and with its metadata, from which modules read their version.
 
-    The parts of WRAPPERS in a name are left out, or put in, where the name then is one of the model's. ValueError
-    where two names are then the same.
+    Parts of a name that are in WRAPPERS are removed or inserted, if the result is a name in the model. Raises ValueError if two
+    names become the same.
     """
     names = _without_fronts(list(state), own)
     fitting: dict[str, list[str]] = {}
@@ -187,7 +189,8 @@ def _renamed(state: Mapping[str, Any], own: Collection[str], path: str) -> Order
         for given, name in names.items():
             folders |= _parents(given, name)
         result._metadata = OrderedDict()
-        # A wrapper and the module in it become one name. The longer name, that of the module, comes last and stays.
+        # A wrapper and the module in it get the same name. The module's name in the checkpoint is longer, so it comes last
+        # here, and its metadata replaces that of the wrapper.
         for given in sorted(metadata, key=len):
             known = given
             while known not in folders:
@@ -198,7 +201,8 @@ def _renamed(state: Mapping[str, Any], own: Collection[str], path: str) -> Order
 
 
 def _without_fronts(given: Sequence[str], own: Collection[str]) -> dict[str, str]:
-    """By name: the name without the parts in front that all of them have and none of the model's."""
+    """A dict from each name to the name without its first parts, as far as all names, but no name in the model, begin with
+    them."""
     names = dict(zip(given, given, strict=True))
     while names and not set(names.values()) <= set(own):
         front = next(iter(names.values())).partition(".")[0] + "."
@@ -218,7 +222,7 @@ def _bare(name: str) -> str:
 
 
 def _parents(given: str, name: str) -> dict[str, str]:
-    """The model's names of the modules that lead to a weight, by their names in the checkpoint."""
+    """For each module on the way to a weight: from its name in the checkpoint to its name in the model."""
     left, right = given.split("."), name.split(".")
     found = {}
     while left and right and left[-1] == right[-1]:

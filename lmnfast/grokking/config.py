@@ -1,4 +1,4 @@
-"""What determines a run of the paper's training (arXiv 2310.05918, section 3)."""
+"""The settings of a run of the paper's training (arXiv 2310.05918, section 3)."""
 
 import operator
 from dataclasses import dataclass, fields, replace
@@ -17,10 +17,10 @@ from .tasks import Task, make_task, task_sizes, training_samples
 
 @dataclass(frozen=True)
 class Config:
-    """What determines a run; the defaults are the paper's.
+    """The settings that determine a run. The defaults are the paper's.
 
     Raises:
-        ValueError: a value that no run can have.
+        ValueError: a value that a run cannot have.
     """
 
     task: str
@@ -34,15 +34,15 @@ class Config:
     rule: str = "uniform"
     method: str = "path"
     samples: int | None = None
-    """How many of the training samples are measured: the first of their random order; None is all. The LMN of fewer
-    samples is no estimate of the LMN of all."""
+    """The number of training samples that are measured, the first ones in their random order; None: all. The LMN of fewer
+    samples is not an estimate of the LMN of all samples."""
     negative: str = "absolute"
     init: str = "default"
     activation: str = "silu"
     device: str = "auto"
-    """"auto" is the device the run was started on; for a new run "cuda" if there is one, else "cpu"."""
+    """"auto": the device on which the run was started; for a new run "cuda" if there is a CUDA device, else "cpu"."""
     threads: int | None = None
-    """None is the number the run was started with; for a new run torch's. It decides on the last bits of sums."""
+    """None: the number with which the run was started; for a new run torch's number. It affects the last bits of sums."""
     learning_rate: float = 1e-3
     weight_decay: float = 0.2
 
@@ -66,7 +66,7 @@ class Config:
         check_device(self.device)
 
     def _check_kinds(self) -> None:
-        """Integers are made of what stands for one, other numbers are refused."""
+        """Converts values that stand for an integer to int, and refuses values of other types."""
         for name in ("p", "bits", "steps", "every", "seed", "points", "samples", "threads"):
             value = getattr(self, name)
             try:
@@ -90,13 +90,14 @@ class Config:
             raise ValueError(f"steps: expected a multiple of every ({self.every}), got {self.steps}")
 
     def settled(self) -> "Config":
-        """With this machine's device and threads where they are left open; ValueError for a missing device."""
+        """The config with a definite device and number of threads, taken from this machine if the config leaves them open.
+        Raises ValueError if the device is missing."""
         threads = self.threads or torch.get_num_threads()
         return replace(self, device=settled_device(self.device), threads=threads)
 
 
 def start(config: Config) -> tuple[Task, nn.Sequential]:
-    """The task and the untrained model, on the config's device. One generator draws the split, then the weights."""
+    """The task and the untrained model, on the config's device. One generator draws first the split and then the weights."""
     generator = torch.Generator().manual_seed(config.seed)
     task = make_task(config.task, generator, p=config.p, bits=config.bits)
     model = make_model(task.vocabulary, generator, init=config.init, activation=config.activation)
@@ -107,7 +108,7 @@ def start(config: Config) -> tuple[Task, nn.Sequential]:
 
 
 def probe_of(model: nn.Module, inputs: Tensor, config: Config, every: int) -> Probe:
-    """The probe that measures as the config says."""
+    """A probe with the config's settings."""
     return Probe(
         model,
         inputs,

@@ -1,4 +1,4 @@
-"""A run's row of the paper's Figure 2 (arXiv 2310.05918), with the paper's curves beside ours."""
+"""A run in the form of a row of the paper's Figure 2 (arXiv 2310.05918), with the paper's curves beside ours."""
 
 import csv
 import math
@@ -23,9 +23,9 @@ PHASES = {"memorising": ("#555555", "^"), "generalising": (ORANGE, "o"), "finali
 
 
 def paper_curves(task: str) -> dict[str, list[float]]:
-    """The paper's curves for a task: step, lmn of hidden_1, l2_norm; NaN where another line covers the curve.
+    """The paper's curves for a task: step, lmn of hidden_1, l2_norm. Values are NaN where another line covers the curve.
 
-    Source: arXiv 2310.05918, Figure 2, read off by pixel. The error is about 0.15 in LMN, 0.1 in L2 norm.
+    Source: arXiv 2310.05918, Figure 2, read from the pixels. The error is about 0.15 in LMN and 0.1 in L2 norm.
     """
     lines = files(__package__).joinpath("figure2_curves.csv").read_text().splitlines()
     rows = [
@@ -39,7 +39,7 @@ def paper_curves(task: str) -> dict[str, list[float]]:
 def draw(run: str | os.PathLike) -> list[Path]:
     """Draws RUN/figures/figure2-LAYER.png for each measured layer. Needs matplotlib.
 
-    Left: LMN, L2 norm and accuracies over the steps, beside the paper's where the task has the paper's size.
+    Left: LMN, L2 norm and accuracies over the steps, with the paper's curves if the task has the paper's size.
     Right: test loss against LMN and against L2 norm, coloured by phase.
 
     Args:
@@ -59,11 +59,11 @@ def draw(run: str | os.PathLike) -> list[Path]:
 
 
 def draw_methods(table: Path, rows: list[dict]) -> Path:
-    """Draws a table of `measure` with several methods, a panel for each layer. Needs matplotlib.
+    """Draws a table of `measure` with several methods, one panel per layer. Needs matplotlib.
 
     Args:
         table: the path of the table.
-        rows: its rows.
+        rows: the rows of the table.
 
     Returns:
         RUN/figures/methods-LAYERS-METHODS-RULEPOINTS.png.
@@ -89,13 +89,13 @@ def draw_methods(table: Path, rows: list[dict]) -> Path:
             axes.locator_params(axis="x", nbins=5)
         what = "LMN, and its stand-ins by name" if "path" in methods else "Stand-ins for LMN"
         panels[0].set_ylabel(f"{what}\n({rows[0]['samples']} samples)")
-        columns = min(len(methods), 2 * len(layers))  # a legend of four is wider than one panel
+        columns = min(len(methods), 2 * len(layers))  # a legend of four columns is wider than one panel
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
         return save(figure, table.parent / "figures" / f"methods{table.stem.removeprefix('measure')}.png")
 
 
 def draw_layer(run: Run, layer: str, path: Path, dpi: int = 200, colours: int | None = None) -> Path:
-    """Draws the figure of one layer, as `draw` does, into a file; returns its path."""
+    """Draws the figure of one layer, as in `draw`, into a file; returns the path of the file."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -108,11 +108,11 @@ def draw_layer(run: Run, layer: str, path: Path, dpi: int = 200, colours: int | 
 
 
 def named(config: Config, samples: bool = True) -> str:
-    """The label of a run's numbers: "LMN", with the method in brackets where it is a stand-in, "LMN (jacobian)".
+    """The label of a run's numbers: "LMN"; for a method other than path with the method in brackets, as "LMN (jacobian)".
 
     Args:
         config: of the run.
-        samples: also the number of samples where not all are measured.
+        samples: whether to add the number of samples, if not all samples are measured.
     """
     of = [config.method] * (config.method != "path")
     if samples and config.samples is not None:

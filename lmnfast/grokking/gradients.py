@@ -1,4 +1,4 @@
-"""The gradients of the training loss, without autograd: every sample at every step is what makes them cheap."""
+"""The gradients of the training loss, without autograd. They are cheap because every step uses all samples."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from torch.nn.functional import one_hot
 from .model import EMBEDDING, HIDDEN
 
 aten = torch.ops.aten
-# Of each activation: out = a(z), and out = gradient times a'(z). out may share its memory with gradient or z.
+# For each activation: out = a(z), and out = gradient times a'(z). out may share its memory with gradient or z.
 FORWARD = {
     nn.SiLU: lambda z, out: aten.silu.out(z, out=out),
     nn.ReLU: lambda z, out: torch.clamp_min(z, 0, out=out),
@@ -19,16 +19,17 @@ BACKWARD = {
 
 
 class Gradients:
-    """Calling it sets the ``grad`` of every parameter to that of the mean cross-entropy over all samples.
+    """A function without arguments that sets the ``grad`` of every parameter: the gradient of the mean cross-entropy over all
+    samples.
 
-    The same derivative as autograd's, to rounding. The first Linear works on tokens, not on pairs of them: a sample's
-    pre-activation is a row for its first token and a row for its second, added up. All memory is allocated once and
-    used again at each call. On one core, of 768 samples, six tenths of the time are products at PyTorch's rate for
-    their size; several seeds stacked would not be faster: a batched product takes 176 us a seed, one alone 177.
+    The result equals autograd's to rounding. The first Linear works on tokens, not on pairs of tokens: a sample's
+    pre-activation is the sum of one row for its first token and one row for its second token. All memory is allocated once and
+    used again at each call. On one core, with 768 samples, six tenths of the time go to matrix products, at PyTorch's rate for
+    their size. Stacking several seeds would not be faster: a batched product takes 176 us per seed, a single product 177 us.
 
     Args:
-        model: as make_model returns it, any floating dtype and device; it keeps its parameters' tensors.
-        inputs: (samples, 2) int64, no pair twice.
+        model: as make_model returns it, of any floating dtype and on any device. Its parameters must keep their tensors.
+        inputs: (samples, 2) int64, without equal pairs.
         labels: (samples,) int64.
     """
 
@@ -47,17 +48,18 @@ class Gradients:
         self.activation, self.activation_backward = FORWARD[kind], BACKWARD[kind]
 
         tokens, samples = len(self.embedding), len(inputs)
-        self.cells = inputs[:, 0] * tokens + inputs[:, 1]  # of the square of all pairs
+        # (samples,), places in the square of all pairs of tokens
+        self.cells = inputs[:, 0] * tokens + inputs[:, 1]
         self.samples_of_cells = self.cells.new_full((tokens**2,), samples)
         self.samples_of_cells[self.cells] = torch.arange(samples, device=inputs.device)
         new = self.embedding.new_empty
         self.targets = one_hot(labels, tokens).T.to(self.embedding.dtype).contiguous()
         self.square = new(tokens, tokens, HIDDEN)
         self.rows = self.square.view(-1, HIDDEN)
-        self.padded = new(samples + 1, HIDDEN).zero_()  # a row of zeros for the pairs that are no samples
+        self.padded = new(samples + 1, HIDDEN).zero_()  # the last row is 0, for pairs that are not samples
         self.z_1 = self.padded[:-1]
         self.z_2, self.a_1, self.a_2 = (new(samples, HIDDEN) for _ in range(3))
-        self.logits = new(tokens, samples)  # the narrow product takes half as long this way round
+        self.logits = new(tokens, samples)  # transposed: the narrow product then takes half the time
 
     @torch.no_grad()
     def __call__(self) -> None:

@@ -1,4 +1,4 @@
-"""Measuring the checkpoints of a run again, and how long a measurement takes."""
+"""Measures the checkpoints of a run again, and estimates how long a measurement takes."""
 
 import os
 import time
@@ -20,8 +20,8 @@ from ..spectrum import linear_mapping_number
 from .config import Config, probe_of, start
 from .run import by_step, load_checkpoint, read_config, read_rows, steps_of, write_rows
 
-TRIAL = 1024  # samples; for more of them the time is found out beforehand
-LONG = 10.0  # seconds; a measurement that takes longer is announced
+TRIAL = 1024  # samples; with more samples the time of a measurement is estimated before it
+LONG = 10.0  # seconds; the estimate is printed if it is longer
 
 
 def measure(
@@ -38,29 +38,29 @@ def measure(
     force: bool = False,
     progress: bool = False,
 ) -> tuple[Path, list[dict]]:
-    """Measures a run's checkpoints again. An argument that is None stays as it was in the run.
+    """Measures a run's checkpoints again. An argument that is None has the run's value.
 
     Args:
         run: the run's directory.
         layers: as in `Config`.
         points: as in `Config`.
         rule: as in `Config`.
-        method: as in `Config`, one or several, whose numbers stand side by side.
+        method: as in `Config`; or several methods, whose numbers become columns beside each other.
         samples: as in `Config`.
         negative: as in `Config`.
         device: as in `Config`.
-        every: only steps that are multiples of it.
-        force: replace a table that has steps which this one will not have.
-        progress: show a bar (needs tqdm), and say at the beginning how long a measurement of many samples takes.
+        every: only steps that are multiples of this number are measured.
+        force: replace the existing table also if it has steps that the new table will not have.
+        progress: show a bar (needs tqdm), and print at the beginning how long a measurement of many samples takes.
 
     Returns:
-        RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, written, and its rows: the numbers are lmn_LAYER, or with several
-        methods lmn_LAYER_METHOD. Where not all training samples are measured, the name ends in -NUMBERsamples, and in
-        -clip where negative eigenvalues count 0.
+        The path of the written table, RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, and its rows. The columns of numbers are
+        lmn_LAYER, or with several methods lmn_LAYER_METHOD. If not all training samples are measured, the file's name also has
+        -NUMBERsamples. If negative eigenvalues count as 0, it also has -clip.
 
     Raises:
-        ValueError: not a run, a damaged one, no checkpoint, a table that has more steps, or as `Config`; another
-            process is at work in the run.
+        ValueError: not a run; a damaged run; no checkpoint; the existing table has more steps; an argument that `Config`
+            refuses; another process is at work in the run.
     """
     path = Path(run)
     if every < 1:
@@ -83,10 +83,10 @@ def measure(
     with claimed(path, "run"), torch_threads(config.threads):
         steps = [step for step in steps_of(path) if step % every == 0]
         if not steps:
-            raise ValueError(f"run: no checkpoints of such steps in {path}")
+            raise ValueError(f"run: no checkpoints at multiples of {every} steps in {path}")
         if not force and (lost := _steps_in(table) - set(steps)):
             raise ValueError(
-                f"run: {table} has {len(lost)} more steps than this would have, {min(lost)} for one; move it away, or "
+                f"run: {table} has {len(lost)} more steps than the new table, {min(lost)} for one; move it away, or "
                 "--force to replace it"
             )
         task, model = start(config)
@@ -110,7 +110,7 @@ def measure(
 
 
 def _steps_in(table: Path) -> set[int]:
-    """The steps in a table of `measure`; none where it does not exist."""
+    """The steps in a table of `measure`; an empty set if the table does not exist."""
     if not table.exists():
         return set()
     try:
@@ -120,7 +120,8 @@ def _steps_in(table: Path) -> set[int]:
 
 
 def say_how_long(path: Path, model: nn.Module, inputs: Tensor, configs: Sequence[Config], count: int) -> None:
-    """Prints how long a measurement by the configs takes, and `count` of them, where that is longer than LONG."""
+    """Prints how long one measurement with these configs takes, and how long `count` of them take, if one is longer than
+    LONG."""
     if len(inputs) <= TRIAL:
         return
     seconds = sum(expected_seconds(model, inputs, config) for config in configs)
@@ -133,17 +134,18 @@ def say_how_long(path: Path, model: nn.Module, inputs: Tensor, configs: Sequence
 
 
 def expected_seconds(model: nn.Module, inputs: Tensor, config: Config) -> float:
-    """How long a measurement of the inputs takes on this machine, by a trial with TRIAL / 2 of them.
+    """An estimate of the time of a measurement of the inputs on this machine, from a trial with TRIAL / 2 of the inputs.
 
-    The time of the connectivity grows with the square of their number, that of the eigenproblem with the cube. The
-    probe solves the eigenproblem on one core, and so does the trial.
+    The time of the connectivity grows with the square of the number of inputs. The time of the eigenproblem grows with the
+    cube. The trial solves the eigenproblem on one core, as the probe does.
     """
     settings: dict[str, Any] = {"method": config.method, "points": config.points, "rule": config.rule}
     total = 0.0
     for layer in config.layers:
-        for few in (16, TRIAL // 2):  # the first loads what a first call loads
-            ratio = len(inputs) / few
-            f, x = cut(model, layer, inputs[:few])
+        # The first call also loads libraries. It uses 16 samples, and only the second call counts.
+        for count in (16, TRIAL // 2):
+            ratio = len(inputs) / count
+            f, x = cut(model, layer, inputs[:count])
             begin = time.perf_counter()
             L = connectivity(f, x, **settings)
             if L.is_cuda:

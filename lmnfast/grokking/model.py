@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 INITS = ("default", "lecun-first")
-ACTIVATION_MODULES = {"silu": nn.SiLU, "relu": nn.ReLU}  # the paper's first
-LAYERS = ("embedding", "hidden_1_pre", "hidden_1", "hidden_2_pre", "hidden_2")  # those that can be cut at
-EMBEDDING, HIDDEN = 32, 100  # the paper's widths
+ACTIVATION_MODULES = {"silu": nn.SiLU, "relu": nn.ReLU}  # the paper uses the first
+LAYERS = ("embedding", "hidden_1_pre", "hidden_1", "hidden_2_pre", "hidden_2")  # the layers to cut at
+EMBEDDING, HIDDEN = 32, 100  # widths in the paper
 
 
 def make_model(
@@ -17,18 +17,18 @@ def make_model(
 ) -> nn.Sequential:
     """Embedding of two tokens, concatenated -> Linear -> activation -> Linear -> activation -> Linear, in float32.
 
-    Its layers are LAYERS and "output", so ``lmnfast.cut(model, "hidden_1", tokens)`` finds them.
+    Its layers have the names in LAYERS and "output", as in ``lmnfast.cut(model, "hidden_1", tokens)``.
 
     Args:
         vocabulary: number of tokens.
         generator: draws the weights, on the CPU.
-        init: "default" is PyTorch's. "lecun-first" scales the first linear layer's weights to standard
-            deviation 1/8 = 1/sqrt(fan in): the LMN at step 0 is then the paper's 32, not 22 to 24. The
-            paper does not state its initialisation.
+        init: "default": PyTorch's initialisation. "lecun-first": the first linear layer's weights are scaled to standard
+            deviation 1/8 = 1/sqrt(fan in). The LMN at step 0 is then 32, as in the paper, in place of 22 to 24. The paper does
+            not state its initialisation.
         activation: one of ACTIVATION_MODULES.
 
     Returns:
-        maps tokens (batch, 2) int64 to logits (batch, vocabulary).
+        A model that maps tokens (batch, 2) int64 to logits (batch, vocabulary).
 
     Raises:
         ValueError: unknown init or activation.
@@ -38,7 +38,7 @@ def make_model(
     if activation not in ACTIVATION_MODULES:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATION_MODULES)}, got {activation!r}")
     with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(generator.get_state())  # torch's layers draw from the global generator only
+        torch.set_rng_state(generator.get_state())  # torch's layers only use the global generator
         model = nn.Sequential(
             OrderedDict(
                 embedding=nn.Sequential(nn.Embedding(vocabulary, EMBEDDING), nn.Flatten()),
@@ -52,6 +52,6 @@ def make_model(
         generator.set_state(torch.get_rng_state())
     if init == "lecun-first":
         with torch.no_grad():
-            # The default is uniform in +-1/sqrt(fan in): standard deviation 1/sqrt(3 fan in).
+            # PyTorch draws weights uniformly from +-1/sqrt(fan in). Their standard deviation is 1/sqrt(3 fan in).
             model.get_parameter("hidden_1_pre.weight").mul_(math.sqrt(3))
     return model

@@ -1,10 +1,12 @@
 """A run on disk.
 
-A run is a directory: config.json; metrics.csv, one row for every measured step, where the row of step s is the
-network after s updates; checkpoints/, the weights at those steps; state.pt, what the training goes on from; figures/.
-Every file is written under another name and then renamed, and state.pt only once all rows up to it are in
-metrics.csv. So a run killed at any moment continues, and ends in the same metrics.csv, byte for byte, as one never
-killed.
+A run is a directory. config.json has its settings. metrics.csv has one row per measured step; the row of step s is of the
+network after s updates. checkpoints/ has the weights at those steps. state.pt is the state from which the training continues.
+figures/ has the figures.
+
+Every file is written under another name and then renamed. state.pt is only written when all rows up to its step are in
+metrics.csv. So a run that is killed at any moment can continue, and its final metrics.csv is the same, byte for byte, as that
+of a run that was never killed.
 """
 
 import json
@@ -28,20 +30,20 @@ from .model import LAYERS
 from .tasks import TASKS, training_samples
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "l2_norm")
-ACTIVITIES = ("training", "measuring")  # that seconds are counted for
+ACTIVITIES = ("training", "measuring")  # the run counts the seconds of each
 LEFT_BEHIND = ("metrics.csv", "state.pt", "checkpoints", "figures")
 CHECKPOINT = r"step_\d{8,}\.pt"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as read back.
+    """A run as read from disk.
 
     Attributes:
-        path: its directory.
-        config: what determines it.
-        rows: of metrics.csv.
-        seconds: spent on each of ACTIVITIES.
+        path: the run's directory.
+        config: the run's settings.
+        rows: the rows of metrics.csv.
+        seconds: the time of each of ACTIVITIES.
     """
 
     path: Path
@@ -51,12 +53,12 @@ class Run:
 
     @property
     def memorised(self) -> int | None:
-        """First measured step with train accuracy 1."""
+        """The first measured step with train accuracy 1; None if there is none."""
         return next((row["step"] for row in self.rows if row["train_accuracy"] == 1), None)
 
     @property
     def generalised(self) -> int | None:
-        """First measured step with test accuracy 1."""
+        """The first measured step with test accuracy 1; None if there is none."""
         return next((row["step"] for row in self.rows if row["test_accuracy"] == 1), None)
 
     def phase(self, row: dict) -> str:
@@ -66,9 +68,9 @@ class Run:
         return "memorising" if self.memorised is None or row["step"] < self.memorised else "generalising"
 
     def correlation(self, column: str) -> float:
-        """Pearson's r of a column with the test loss while generalising.
+        """Pearson's r of a column with the test loss, over the generalising phase.
 
-        NaN for less than 3 rows, and for a run that has not generalised: that phase has no end yet.
+        NaN if the phase has fewer than 3 rows, or if the run has not generalised, because the phase has then no end yet.
         """
         if self.generalised is None:
             return float("nan")
@@ -77,7 +79,7 @@ class Run:
 
 
 def pearson(pairs: Sequence[tuple[float, float]]) -> float:
-    """Pearson's r; NaN for less than 3 pairs, or where one of the two is constant."""
+    """Pearson's r; NaN for fewer than 3 pairs, or if one of the two series is constant."""
     if len(pairs) < 3 or min(len(set(series)) for series in zip(*pairs)) == 1:
         return float("nan")
     return torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1].item()
@@ -87,7 +89,7 @@ def read_run(path: str | os.PathLike) -> Run:
     """The run in a directory.
 
     Raises:
-        ValueError: there is none, or it is damaged; names the file.
+        ValueError: there is no run, or it is damaged; the message names the file.
     """
     path = Path(path)
     config = read_config(path)
@@ -103,18 +105,20 @@ def read_run(path: str | os.PathLike) -> Run:
 
 
 def read_state(path: Path, config: Config) -> dict:
-    """What state.pt holds, on the config's device.
+    """The content of state.pt, on the config's device.
 
     Raises:
-        ValueError: it is damaged.
-        FileNotFoundError: there is none.
+        ValueError: the file is damaged.
+        FileNotFoundError: there is no file.
     """
     file = path / "state.pt"
     state = read_tensors(file, config.device)
     try:
         step, seconds = state["step"], state["seconds"]
         if type(step) is not int or step % config.every or not 0 <= step <= config.steps:
-            raise ValueError(f"expected a step that is measured, got {step!r}")
+            raise ValueError(
+                f"expected a multiple of {config.every} up to {config.steps} as step, got {step!r}"
+            )
         if set(seconds) != set(ACTIVITIES) or not all(isinstance(value, float) for value in seconds.values()):
             raise ValueError(f"expected seconds of {' and '.join(ACTIVITIES)}, got {seconds!r}")
     except (TypeError, KeyError, ValueError) as error:
@@ -123,11 +127,11 @@ def read_state(path: Path, config: Config) -> dict:
 
 
 def read_metrics(path: Path, config: Config) -> list[dict]:
-    """The rows of metrics.csv, from step 0 on.
+    """The rows of metrics.csv, beginning at step 0.
 
     Raises:
-        ValueError: it is damaged, or of another run.
-        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or belongs to another run.
+        FileNotFoundError: there is no file.
     """
     file = path / "metrics.csv"
     columns = _columns(METRICS, [f"lmn_{layer}" for layer in config.layers])
@@ -157,12 +161,12 @@ def read_config(path: Path) -> Config:
 
 
 def checkpoint_of(run: Path, step: int) -> Path:
-    """The file with the weights at a step."""
+    """The path of the file with the weights at a step."""
     return run / "checkpoints" / f"step_{step:08}.pt"
 
 
 def load_checkpoint(model: nn.Module, run: Path, step: int) -> None:
-    """Gives the model the weights that a run had at a step.
+    """Loads the weights of a run at a step into the model.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -172,7 +176,7 @@ def load_checkpoint(model: nn.Module, run: Path, step: int) -> None:
         weights = read_tensors(file, device)
         try:
             model.load_state_dict(weights)
-        except Exception as error:  # what is in the file may be anything
+        except Exception as error:  # the file may contain anything
             raise unreadable(file, error) from None
     except FileNotFoundError as error:
         raise ValueError(f"run: {unreadable(file, error)}; delete {run} to run it anew") from None
@@ -184,7 +188,7 @@ def steps_of(run: Path) -> list[int]:
     """The steps of a run's checkpoints, in order.
 
     Raises:
-        ValueError: a file there is named otherwise.
+        ValueError: a file beside them has a name of another form.
     """
     files = sorted(run.glob("checkpoints/step_*.pt"))
     for file in files:
@@ -194,11 +198,11 @@ def steps_of(run: Path) -> list[int]:
 
 
 def by_step(history: Iterable[dict], suffix: str = "") -> list[dict]:
-    """The rows of a probe, one for each step and layer, as one for each step.
+    """Merges the rows of a probe, one per step and layer, into one row per step.
 
     Args:
         history: as `Probe.history`.
-        suffix: ends the names of the columns in which layers differ.
+        suffix: the end of the names of the columns that each layer has.
     """
     steps: dict[int, dict] = {}
     for row in history:
@@ -209,23 +213,27 @@ def by_step(history: Iterable[dict], suffix: str = "") -> list[dict]:
 
 
 def write_rows(path: Path, rows: Sequence[dict], metrics: Sequence[str]) -> None:
-    """Writes a table with the columns of these metrics and of the rows' LMN."""
+    """Writes a table with columns for these metrics and for the LMN in the rows."""
     columns = _columns(metrics, [name for name in rows[0] if name.startswith("lmn_")])
     write_table(path, columns, rows)
 
 
 def _columns(metrics: Sequence[str], numbers: Sequence[str]) -> list[str]:
-    """The columns of a table with these metrics and numbers; the name of a number begins with lmn_."""
+    """The columns of a table with these metrics and numbers. The name of a number begins with lmn_."""
     shares = [kind + name.removeprefix("lmn") for kind in SHARES for name in numbers]
     return ["step", *metrics, *numbers, *SETTINGS, *shares]
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> list[dict]:
-    """The rows of a table that `write_rows` wrote; columns: the ones that it must have, None: any.
+    """The rows of a table that `write_rows` wrote.
+
+    Args:
+        path: the file.
+        columns: the columns that the table must have; None: any.
 
     Raises:
-        ValueError: it is damaged, or has no rows.
-        FileNotFoundError: there is none.
+        ValueError: the table is damaged, or has no rows.
+        FileNotFoundError: there is no file.
     """
     try:
         rows = read_table(path, columns)
@@ -239,10 +247,10 @@ def read_rows(path: Path, columns: list[str] | None = None) -> list[dict]:
 
 
 def clear(path: Path) -> None:
-    """Removes what a run writes, its config last, and nothing else.
+    """Removes the files that a run writes, its config last, and nothing else.
 
     Raises:
-        ValueError: the directory holds something that is no run; nothing is removed then.
+        ValueError: the content of the directory is not a run. Nothing is removed then.
     """
     config = path / "config.json"
     if not config.exists():
@@ -263,7 +271,7 @@ def clear(path: Path) -> None:
     _remove(path, OWN[""])
     for folder in folders:
         _remove(folder, OWN[folder.name])
-        with suppress(OSError):  # what else is in there stays
+        with suppress(OSError):  # a folder with other files stays
             folder.rmdir()
     config.unlink()
 
@@ -277,7 +285,7 @@ def _is_config(file: Path) -> bool:
 
 
 def _remove(folder: Path, names: re.Pattern[str]) -> None:
-    """Removes the files and links of these names."""
+    """Removes the files and links in a folder whose names match."""
     for item in folder.iterdir() if folder.is_dir() else ():
         if names.fullmatch(item.name) and (item.is_symlink() or item.is_file()):
             item.unlink()
@@ -289,7 +297,7 @@ def _some_of(names: Iterable[str]) -> str:
 
 
 _MEASURED = rf"-{_some_of(LAYERS)}-{_some_of(METHODS)}-{_some_of(RULES)}\d+(?:-\d+samples)?(?:-clip)?"
-# The names of the files that a run writes beside its config, by their folder, and of what a killed write leaves.
+# By folder, the names of the files that a run writes in addition to its config, and of the parts that a killed write leaves.
 OWN = {
     folder: re.compile(rf"(?:{names})(?:\.\d+\.part)?")
     for folder, names in {

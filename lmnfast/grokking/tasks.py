@@ -1,4 +1,4 @@
-"""The paper's three tasks (arXiv 2310.05918, section 3): every pair of tokens and its answer."""
+"""The paper's three tasks (arXiv 2310.05918, section 3): all pairs of tokens, each with its answer."""
 
 from dataclasses import dataclass
 from itertools import permutations
@@ -6,14 +6,14 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-# Each task with the number that sizes it, if any: the paper's, the smallest that can be split, and the largest, with
-# four million pairs of tokens, all of them in one batch.
+# For each task the number that sets its size, if it has one: the paper's, the smallest that can be split, and the largest. The
+# largest gives four million pairs of tokens, which form one batch.
 TASKS = {"modular-addition": {"p": (31, 2, 2048)}, "s4": {}, "xor": {"bits": (5, 1, 11)}}
 
 
 @dataclass(frozen=True)
 class Task:
-    """All pairs of tokens, split in two. Inputs (pairs, 2) and labels (pairs,), int64."""
+    """All pairs of tokens, split into training and test pairs. Inputs (pairs, 2) and labels (pairs,) are int64."""
 
     vocabulary: int
     train_inputs: Tensor
@@ -23,10 +23,10 @@ class Task:
 
 
 def task_sizes(name: str, **sizes: int | None) -> dict[str, int]:
-    """The number that sizes the task, {"p": 31} say: the given one; the paper's where it is None or missing.
+    """The number that sets the size of the task, as {"p": 31}. It is the paper's if it is None or missing in `sizes`.
 
     Raises:
-        ValueError: unknown task, a size the task does not have, or one too small or too large.
+        ValueError: an unknown task; a size that the task does not have, or that is too small or too large.
     """
     if name not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
@@ -46,7 +46,7 @@ def task_sizes(name: str, **sizes: int | None) -> dict[str, int]:
 
 
 def training_samples(name: str, **sizes: int | None) -> int:
-    """How many of the pairs are trained on, four fifths: 768 of 961, 460 of 576, 819 of 1024, as in the paper."""
+    """The number of training pairs, four fifths of all pairs: 768 of 961, 460 of 576, 819 of 1024, as in the paper."""
     return len(_tokens(name, task_sizes(name, **sizes))) ** 2 * 4 // 5
 
 
@@ -73,7 +73,7 @@ def answers(name: str, **sizes: int | None) -> Tensor:
 
 
 def make_task(name: str, generator: torch.Generator, **sizes: int | None) -> Task:
-    """All pairs with their answers, split 80-20 at random.
+    """All pairs with their answers, split at random: 80 % for training, 20 % for testing.
 
     Args:
         name: one of TASKS.

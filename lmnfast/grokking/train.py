@@ -1,4 +1,4 @@
-"""The paper's training (arXiv 2310.05918, section 3), with its linear mapping number measured on the way."""
+"""The paper's training (arXiv 2310.05918, section 3), and the linear mapping number during this training."""
 
 import os
 import time
@@ -37,22 +37,25 @@ from .tasks import Task
 
 
 def train(config: Config, out: str | os.PathLike, *, force: bool = False, progress: bool = False) -> Run:
-    """Trains and measures, or continues the run in `out` where it stopped, or finds it finished.
+    """Trains and measures. If `out` has a run that was stopped, continues this run.
 
-    A run with fewer steps than asked for is continued. On the CPU the same config, machine and versions give
+    A finished run with fewer steps than the config's is continued too. On the CPU the same config, machine and versions give
     the same metrics.csv, byte for byte, however often the run was stopped.
 
     Args:
         config: of the run.
-        out: its directory; made if it does not exist.
-        force: delete the run that is there, whatever its config, and start anew. Deletes only files that a run writes,
-            and follows no symbolic link below `out`.
-        progress: show a bar (needs tqdm), and say at the beginning how long a measurement of many samples takes.
+        out: the run's directory, which is made if it does not exist.
+        force: delete the run in `out`, whatever its config, and start anew. This deletes only files that a run writes, and
+            follows no symbolic link below `out`.
+        progress: show a bar (needs tqdm), and print at the beginning how long a measurement of many samples takes.
+
+    Returns:
+        The finished run.
 
     Raises:
-        ValueError: no such device; another process is at work in `out`; `out` holds a run with another config
-            (the message names the differences), an incomplete or a damaged one, or no run but files named like a
-            run's.
+        ValueError: no such device; another process is at work in `out`; `out` holds a run with another config (the message
+            names the differences), or an incomplete or damaged run, or files that are not a run but have the names of a
+            run's files.
         OSError: `out` cannot be written, or was deleted meanwhile.
         FloatingPointError: a loss is NaN or infinite.
     """
@@ -85,7 +88,7 @@ def train(config: Config, out: str | os.PathLike, *, force: bool = False, progre
 
 
 class _Training:
-    """A run at work. `measure` starts a measurement; `write` writes its row once the probe's thread has solved it."""
+    """A run at work. `measure` starts a measurement. `write` writes its row when the probe's thread has finished it."""
 
     def __init__(self, config: Config, path: Path) -> None:
         self.config, self.path = config, path
@@ -95,13 +98,14 @@ class _Training:
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self.step = -1  # the last one measured
+        self.step = -1  # the last measured step
         self.rows: list[dict] = []
         self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
         if (path / "state.pt").exists():
             self._resume()
         self.unwritten = 0
-        self.taken: tuple[int, HostCopy] | None = None  # of the last measurement, until it is settled
+        # The step and the copies of the last measurement, until `settle` has saved them.
+        self.taken: tuple[int, HostCopy] | None = None
         self.settles_late = config.device == "cuda"
         self.clock = time.perf_counter()
 
@@ -113,7 +117,7 @@ class _Training:
             try:
                 self.model.load_state_dict(state["model"])
                 self.optimiser.load_state_dict(state["optimiser"])
-            except Exception as error:  # what is in the file may be anything
+            except Exception as error:  # the file may contain anything
                 raise unreadable(self.path / "state.pt", error) from None
             written = read_metrics(self.path, self.config) if metrics.exists() else []
             if not written or written[-1]["step"] < self.step:
@@ -127,15 +131,17 @@ class _Training:
         self.optimiser.step()
 
     def _captured(self) -> Callable[[], None]:
-        """The update as one CUDA graph, launched as a whole."""
+        """The update as one CUDA graph, which is launched as a whole."""
 
         def set_capturable(value: bool) -> None:
-            # True only for the capture: torch warns of a step outside of one.
+            # The value is True only during the capture, because torch warns if a capturable step is not captured.
             for group in self.optimiser.param_groups:
                 group["capturable"] = value
 
         set_capturable(False)
-        stream = torch.cuda.Stream()  # one for both, as autograd remembers where it accumulates gradients
+        # The warm-up and the capture use the same stream, because autograd remembers the stream on which it accumulates
+        # gradients.
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             _warm_up(self._update, self.model, self.optimiser)
@@ -157,7 +163,7 @@ class _Training:
             done = self.step if self.step >= 0 else -config.every
             count = (config.steps - done) // config.every
             say_how_long(self.path, self.model, self.samples, (config,), count)
-        # Before the probe starts its thread: the capture of a CUDA graph fails if another thread calls CUDA.
+        # The capture of a CUDA graph fails if another thread calls CUDA. So it happens before the probe starts its thread.
         update = self._captured() if config.device == "cuda" else self._update
         with (
             probe_of(self.model, self.samples, config, config.every) as self.probe,
@@ -188,13 +194,13 @@ class _Training:
         if not self.settles_late:
             self.settle()
         self.unwritten += 1
-        if self.unwritten > 4:  # solving is slower than training; a bound on what waits
+        if self.unwritten > 4:  # limits the number of waiting rows if solving is slower than training
             self.write()
 
     def settle(self) -> None:
-        """Checks and saves what the last measurement took.
+        """Checks and saves the copies of the last measurement.
 
-        On a card the next measurement does this: the copy is there by then, and the training has not waited for it.
+        On a card the next measurement calls this. By then the copies have arrived, and the training has not waited for them.
         """
         if self.taken is None:
             return
@@ -215,7 +221,7 @@ class _Training:
     def write(self) -> None:
         self.settle()
         self.tick("training")
-        history = self.probe.history  # waits for what is pending
+        history = self.probe.history  # waits for pending rows
         self.tick("measuring")
         self.rows += by_step(row for row in history if row["step"] > self.step)
         self.check_there()
@@ -232,21 +238,22 @@ class _Training:
             self.bar.set_postfix(shown, refresh=False)
 
     def check_there(self) -> None:
-        """Called before a write. A deleted directory is not made again: without its config it would be no run."""
+        """Raises FileNotFoundError if the directory was deleted. Called before a write, which would make a directory without a
+        config, and that is not a run."""
         if not (self.path / "config.json").exists():
             raise FileNotFoundError(f"out: {self.path} was deleted while the run was at work in it")
 
     def tick(self, activity: str) -> None:
-        """Counts the time since the last tick for `activity`."""
+        """Adds the time since the last tick to that of `activity`."""
         now = time.perf_counter()
         self.seconds[activity] += now - self.clock
         self.clock = now
 
 
 class HostCopy:
-    """Dicts and lists of tensors and plain values as they are now, on the CPU.
+    """A copy on the CPU of tensors and plain values in dicts and lists, as they are at this moment.
 
-    Tensors on a card are copied together, in one transfer. Only `read` waits for it.
+    All tensors on a card are copied in one transfer. Only `read` waits for the transfer.
     """
 
     def __init__(self, content: dict[str, Any]) -> None:
@@ -269,20 +276,25 @@ class HostCopy:
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of some tensors one after the other, (bytes,) uint8."""
+    """The bytes of the tensors one after the other, (bytes,) uint8."""
     return torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors])
 
 
 def unpacked(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of the dtypes and shapes of those that were packed, each in memory of its own."""
+    """The tensors in the bytes of `packed`. Each has its own memory.
+
+    Args:
+        values: (bytes,) uint8.
+        like: tensors with the dtypes and shapes of the packed tensors.
+    """
     parts = values.split([tensor.nbytes for tensor in like])
     return [part.clone().view(t.dtype).reshape(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
 def _warm_up(update: Callable[[], None], model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """Runs the update a few times and undoes it in place, so that whatever the first calls set up exists.
+    """Runs the update a few times, so that everything that first calls set up exists, and undoes the updates in place.
 
-    The optimiser's state exists afterwards; where there was none it is zero, which counts as none.
+    Afterwards the optimiser has a state. If it had none before, the state is zero, which has the same effect as no state.
     """
     parameters = list(model.parameters())
     before = [

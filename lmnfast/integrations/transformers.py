@@ -208,6 +208,6 @@ def _read(args: TrainingArguments) -> dict[str, dict[str, Any]]:
                 raise ValueError("steps that are no integers")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"output_dir: cannot read {file}: {type(error).__name__}: {error}; delete it to go on without it"
+            f"output_dir: cannot read {file}: {type(error).__name__}: {error}; delete it to continue without it"
         ) from None
     return kept

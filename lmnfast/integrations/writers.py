@@ -63,7 +63,11 @@ class CSVWriter:
         self._resume = True
 
     def write(self, row: dict[str, Any]) -> None:
-        """row: as in `Probe.history`."""
+        """Takes one finished row.
+
+        Args:
+            row: as in `Probe.history`.
+        """
         # The file is prepared at the first row: several processes of a training may make a writer, but only one writes.
         if self._columns is None:
             self._columns = self._begin()
@@ -78,7 +82,7 @@ class CSVWriter:
             file.write(csv_line(row.get(name, "") for name in self._columns))
 
     def _read(self) -> tuple[list[str], list[list[str]], int | None]:
-        """The columns, the rows, and the number of bytes in whole lines where the last line is cut; else None."""
+        """The columns, the rows, and None; if the last line is cut, the number of bytes in whole lines instead of None."""
         text = self.path.read_bytes() if self.path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         try:
@@ -94,7 +98,7 @@ class CSVWriter:
         columns, rows, whole = self._read()
         if (rows or whole is not None) and not self._resume:
             raise ValueError(
-                f"path: expected a new file, got {self.path} with rows of an earlier run; resume=True goes on with it"
+                f"path: expected a new file, got {self.path} with rows of an earlier run; resume=True continues it"
             )
         if whole is not None:
             os.truncate(self.path, whole)
@@ -150,20 +154,25 @@ class TensorBoardWriter:
         self._resume = True
 
     def write(self, row: dict[str, Any]) -> None:
-        """row: as in `Probe.history`."""
+        """Takes one finished row.
+
+        Args:
+            row: as in `Probe.history`.
+        """
         # The folder is opened at the first row: several processes of a training may make a writer, but only one writes.
         if self._writer is None:
             assert self._folder is not None
             if not self._resume and any(self._folder.glob(f"events.out.tfevents.*{self.SUFFIX}")):
                 raise ValueError(
                     f"to: expected a folder without LMN curves, got {self._folder} with those of an earlier run; "
-                    "resume=True goes on with them"
+                    "resume=True continues them"
                 )
             self._writer = self._module.SummaryWriter(self._folder, filename_suffix=self.SUFFIX)
         self._writer.add_scalar(key(row["layer"]), row["lmn"], row["step"])
         self._writer.flush()
 
     def close(self) -> None:
+        """Closes the file of curves, if the writer opened it. A later row opens a new one, as a new run."""
         if self._folder is not None and self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -208,7 +217,11 @@ class WandbWriter:
         run.define_metric("lmn/*", step_metric="lmn_step")
 
     def write(self, row: dict[str, Any]) -> None:
-        """row: as in `Probe.history`."""
+        """Takes one finished row.
+
+        Args:
+            row: as in `Probe.history`.
+        """
         # A key that comes twice for one step (step numbers may begin again) makes a new entry, so that no value is replaced.
         name = key(row["layer"])
         if not self._waiting or self._waiting[-1][0] != row["step"] or name in self._waiting[-1][1]:
@@ -224,6 +237,7 @@ class WandbWriter:
             self._joined = current, step, values.keys() | (joined if joins and current == last else set())
 
     def close(self) -> None:
+        """Logs the values that wait, each step's as a W&B step of its own. The run stays open."""
         if self._waiting and self._joined is not None:
             self._run.log({}, commit=True)  # ends the W&B step that has the last values
         for step, values in self._waiting:

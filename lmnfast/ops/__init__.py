@@ -1,10 +1,10 @@
-"""The custom ops, one file each; every one has a reference of the same name in ``lmnfast.reference``.
+"""The custom ops, one file each. Every op has a reference of the same name in ``lmnfast.reference``.
 
-Registered by ``torch.library.define`` and ``impl``: the ``custom_op`` decorator loads torch's compiler at the first
-call, two seconds that a first measurement need not take.
+The ops are registered by ``torch.library.define`` and ``impl``. The ``custom_op`` decorator would load torch's compiler at the
+first call, which takes two seconds.
 """
 
-from .._recognise import recognise as recognise  # makes the chains that the ops take
+from .._recognise import recognise as recognise  # returns the chains that are the ops' arguments
 from .check_outputs import check_outputs
 from .hermite_connectivity import hermite_connectivity
 from .jacobian import jacobian

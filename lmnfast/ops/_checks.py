@@ -1,4 +1,4 @@
-"""What the registered ops ask of their arguments before the compiled core gets addresses and lengths.
+"""Checks of the registered ops' arguments, before the compiled core gets addresses and lengths.
 
 The fake implementations call the same functions without the checks of values.
 """
@@ -14,12 +14,13 @@ from .._chain import ACTIVATIONS, check_layers
 from .._native import plain  # noqa: F401
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
-# A sum of weights in float64 misses 1 by rounding alone; weights that came by way of float32 miss it by 1e-8.
+# The largest allowed difference from 1 of the sum of a rule's weights. Weights computed in float64 differ only by rounding.
+# Weights that were rounded to float32 differ by 1e-8 and are refused.
 WEIGHT_SUM_ERROR = 1e-9
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises TypeError for a tensor that is no array of numbers: sparse, quantised, nested, mkldnn."""
+    """Raises TypeError for a tensor that is not a plain array of numbers: sparse, quantised, nested, mkldnn."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else str(tensor.layout)
         raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
@@ -33,6 +34,17 @@ def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], devic
         raise TypeError(f"{name}: expected {expected} on {device}, got {tensor.dtype} on {tensor.device}")
 
 
+def check_array(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises what `check_tensor` does, and ValueError for another shape; None fits."""
+    if tensor is None:
+        return
+    check_tensor(name, tensor, (dtype,), device)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected {shape}, got shape {tuple(tensor.shape)}")
+
+
 def check_chain(
     name: str,
     x: Tensor,
@@ -43,7 +55,11 @@ def check_chain(
     *,
     fake: bool = False,
 ) -> list[int]:
-    """Raises what does not fit in samples (`name`), Linear layers and activations; returns the widths."""
+    """Checks samples (`name` in messages), Linear layers and activations; returns the widths.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
     check_dense(name, x)
     if x.dtype not in KERNEL_DTYPES or x.device.type not in ("cpu", "cuda", *["meta"] * fake):
         raise TypeError(
@@ -82,8 +98,18 @@ def check_sums(
     skips: Sequence[int],
     shifts: Sequence[Tensor | None],
 ) -> None:
-    """Raises what does not fit in skips, the earlier value added to each, -1 for none, and shifts, the tensor added to
-    each; two values per activation, before it and after it."""
+    """Checks skips and shifts. Both have two entries per activation: for the value before it and for the value after it.
+
+    Args:
+        z: (N, D), the samples.
+        widths: of the layers.
+        activations: codes.
+        skips: the number of the earlier value that is added to each value, or -1.
+        shifts: the tensor that is added to each value, or None.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
     if not skips and not shifts:
         return
     if not len(skips) == len(shifts) == 2 * len(activations):
@@ -110,7 +136,17 @@ def check_sums(
 
 
 def check_rule(nodes: Tensor, weights: Tensor, name: str = "weights", *, fake: bool = False) -> None:
-    """Raises what is no quadrature rule on [0, 1] with both ends: nodes, and weights of this name."""
+    """Checks a quadrature rule on [0, 1] that includes both ends.
+
+    Args:
+        nodes: of the rule.
+        weights: of the rule.
+        name: of the weights, for messages.
+        fake: whether to leave out the checks of values.
+
+    Raises:
+        TypeError, ValueError: the nodes and weights are not such a rule.
+    """
     for kind, tensor in (("nodes", nodes), (name, weights)):
         on = tensor.device if fake and tensor.is_meta else torch.device("cpu")
         check_tensor(kind, tensor, (torch.float64,), on)

@@ -1,4 +1,4 @@
-"""``lmnfast::check_outputs``: what a call has to know of its numbers before they count, in one pass."""
+"""``lmnfast::check_outputs``: all checks of the numbers of a public call, in one pass."""
 
 from typing import Any
 
@@ -18,22 +18,23 @@ def check_outputs(
     counts: Tensor | None,
     epsilon: float,
 ) -> Tensor:
-    """:func:`lmnfast.reference.check_outputs`, to the last bit.
+    """:func:`lmnfast.reference.check_outputs`, equal to the last bit.
 
-    It counts samples, outputs and entries that are not finite and outputs that another function does not give. It passes on
-    the counts of a connectivity. On CUDA one kernel, and nothing that waits: the result is for one copy to the host.
+    It counts the samples, outputs and matrix entries that are not finite, and the outputs that differ from those of another
+    function. It passes on the counts of a connectivity. On CUDA it is one kernel and never waits for the device. All results
+    are in one tensor, so that one copy to the host is enough.
 
     Args:
         x: (N, D) float32 or float64, the samples.
-        y: (N, K) of their dtype, f's outputs.
-        again: (N, K), those of the chain that f is taken for, or None.
-        expected: (N, K), those of the model that f was cut from, or None.
-        matrix: (N, M) of their dtype, M > 0, the connectivity or Jacobians, or None.
-        counts: (2,) int64, or None.
-        epsilon: of the dtype that f's outputs come in.
+        y: (N, K) of x's dtype, f's outputs.
+        again: (N, K) of x's dtype, outputs of the chain that f was recognised as, or None.
+        expected: (N, K) of x's dtype, outputs of the model that f was cut from, or None.
+        matrix: (N, M) of x's dtype, M > 0, the connectivity or Jacobians, or None.
+        counts: (2,) int64, the counts of the connectivity, or None.
+        epsilon: of the dtype in which f returns its outputs.
 
     Returns:
-        (12,) int64, see there.
+        (12,) int64, as described in :func:`lmnfast.reference.check_outputs`.
 
     Raises:
         TypeError: a dtype or a device that does not fit.
@@ -42,7 +43,7 @@ def check_outputs(
     Example:
         >>> x, y = torch.zeros(4, 2), torch.tensor([[1.0], [2.0], [float("nan")], [3.0]])
         >>> found = lmnfast.ops.check_outputs(x, y, None, None, None, None, 1e-7)
-        >>> found[:4].tolist()  # of x nothing; of y one row, which is followed by one more
+        >>> found[:4].tolist()  # x: no such row; y: one row is not finite, and 2 rows are left from that row on
         [0, 0, 1, 2]
     """
     return torch.ops.lmnfast.check_outputs(x, y, again, expected, matrix, counts, epsilon)
@@ -70,7 +71,9 @@ def find(
     epsilon: float,
 ) -> Tensor:
     """:func:`check_outputs` for arguments that are known to fit: torch's dispatcher, and a look at them, take longer than the
-    kernel."""
+    kernel. It trusts its one caller, `Findings` in lmnfast/_checks.py, which brings all to one dtype. There x is f's input on
+    its one device and y f's outputs there, again and expected have been compared with y's shape, and matrix and counts are a
+    kernel's results for x."""
     # Kept until the call: an address does not keep its tensor.
     tensors = [None if t is None else plain(t) for t in (x, y, again, expected, matrix, counts)]
     call = _native._C.CheckOutputs(

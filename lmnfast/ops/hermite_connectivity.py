@@ -13,8 +13,9 @@ from .path_connectivity import chain_connectivity, fake, run
 def hermite_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool) -> Tensor:
     """``reference.hermite_connectivity(chain, x, nodes, weights, midpoint)``, fused.
 
-    Devices and precision are those of ``path_connectivity``. Slopes are carried from layer to layer as their difference from
-    the chord's, at both ends of every path. Nothing but the midpoint is evaluated along the path, and no Jacobian is formed.
+    Devices and precision are those of ``path_connectivity``. The kernel carries the slopes at both ends of every path from
+    layer to layer, as their difference from the chord's slope. Between the ends it evaluates only the midpoint, if at all. It
+    forms no Jacobian.
 
     Args:
         chain: weights on the samples' device, of their dtype.
@@ -50,7 +51,7 @@ torch.library.define(
 )
 
 
-# The midpoint comes before what path_connectivity has by default, too.
+# The midpoint is argument 9, before the two optional arguments, which `run` and `fake` also have.
 @torch.library.impl("lmnfast::hermite_connectivity", "default")
 def _hermite_connectivity(*arguments: Any) -> tuple[Tensor, Tensor]:
     path: Callable[..., tuple[Tensor, Tensor]] = run

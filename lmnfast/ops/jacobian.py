@@ -12,12 +12,12 @@ from .path_connectivity import activation_arguments
 
 
 def jacobian(chain: Chain, x: Tensor) -> Tensor:
-    """``reference.jacobian(chain, x)``, fused; on the CPU, or on CUDA in a build with it.
+    """``reference.jacobian(chain, x)``, fused; on the CPU, or on CUDA in a build with CUDA.
 
-    ``diag(a_L') W_L ... diag(a_1') W_1 diag(a_0')`` at each sample, multiplied from the side with fewer rows or columns
-    and written once. What the slopes a' are taken at is summed in float64; the slopes themselves and the products are
-    in the samples' dtype, half types widened to float32. At kinks the slopes are PyTorch's: ReLU'(0) = 0.
-    On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
+    ``diag(a_L') W_L ... diag(a_1') W_1 diag(a_0')`` at each sample. The product is computed from the side with fewer rows or
+    columns, and the result is written once. The arguments of the slopes a' are summed in float64. The slopes and the products
+    have the samples' dtype; half types are widened to float32. At kinks the slopes are PyTorch's: ReLU'(0) = 0.
+    On CUDA the op is enqueued on the current stream. It never synchronises, and takes all memory from torch.
 
     Args:
         chain: weights on the samples' device, of their dtype.
@@ -28,7 +28,7 @@ def jacobian(chain: Chain, x: Tensor) -> Tensor:
 
     Raises:
         TypeError: a dtype or device that is neither the samples' nor one of these.
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; a chain with skips, which the kernels do not differentiate.
         RuntimeError: the CUDA kernels do not run on that device.
 
     Example:
@@ -41,14 +41,23 @@ def jacobian(chain: Chain, x: Tensor) -> Tensor:
 
 def at_once(chain: Chain, x: Tensor, with_outputs: bool = False) -> tuple[Tensor, Tensor | None]:
     """:func:`jacobian` of samples that the chain takes, on the CPU or on CUDA, and with_outputs, on CUDA alone, what the chain
-    gives, (N, K) of the same dtype, each sum in float64. Torch's dispatcher, and another look at the arguments, take longer
-    than the kernel."""
+    gives, (N, K) of the same dtype, each sum in float64. Torch's dispatcher, and another look at every layer, take longer than
+    the kernel. A chain has checked its layers itself, so what is left is whether the samples are its own.
+
+    Raises ValueError for samples of another width or on another device, and as `jacobian` for a chain with skips."""
+    width, on = chain.weights[0].shape[1], chain.weights[0].device
+    if x.dim() < 2 or x.shape[1:].numel() != width or x.device != on or not (x.is_cuda or on.type == "cpu"):
+        raise ValueError(
+            f"x: expected samples of {width} elements on {on}, got shape {tuple(x.shape)} on {x.device}"
+        )
     return _run(*_arguments(chain, x), with_outputs)
 
 
 def _arguments(
     chain: Chain, x: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[int], list[float]]:
+    if chain.skips:
+        raise ValueError(f"chain: expected one without skips, got skips {chain.skips}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.flatten(1).to(dtype),
@@ -102,12 +111,25 @@ def _run(
 
 
 @torch.library.register_fake("lmnfast::jacobian")
-def _(x, weights, biases, activations, parameters):
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+) -> Tensor:
     _check(x, weights, biases, activations, parameters, fake=True)
     return x.new_empty(x.shape[0], weights[-1].shape[0], x.shape[1])
 
 
-def _check(x, weights, biases, activations, parameters, fake: bool = False) -> list[int]:
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    fake: bool = False,
+) -> list[int]:
     """Raises what does not fit; returns the widths."""
     if not weights:
         raise ValueError("weights: expected one or more, got none")

@@ -1,4 +1,4 @@
-"""``lmnfast::jacobian_distance``: Euclidean distances of features, right for close rows, too."""
+"""``lmnfast::jacobian_distance``: Euclidean distances of features, accurate also for close rows."""
 
 import math
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._chain import Activation
-from ._checks import KERNEL_DTYPES, check_tensor, plain
+from ._checks import KERNEL_DTYPES, check_array, check_tensor, plain
 from .path_connectivity import activation_arguments
 
-# Features whose largest magnitude lies between these are taken as they are: squares of larger ones overflow, sums of
-# squares of smaller ones lose digits.
+# Features are scaled if their largest magnitude is outside this range: squares of larger features overflow, and sums of squares
+# of smaller features lose digits.
 SMALLEST, LARGEST = 2.0**-400, 2.0**400
 
 
@@ -20,14 +20,17 @@ def jacobian_distance(
 ) -> Tensor:
     """``reference.jacobian_distance(first, second, squared)``: ``d[m, n] = |first[m] - second[n]|``.
 
-    The Gram form has no digits left for close rows. A float64 result, and every result on CUDA, is summed of squared
-    differences in float64. A float32 result is within a relative 1e-5 (2e-6 on the tests' features): rows are taken from
-    a centre, rounded to float32 and multiplied, and distances below half of the larger row's norm there are taken
-    again as differences in float64. A distance of at most 32 epsilons (float64) of the larger row's norm is exactly 0:
-    that is the features' own rounding. One tensor as first and second: exactly symmetric, for half the work.
-    A row with a NaN or Inf has NaN for all of its distances. The CPU scales features beyond 2^400 or below 2^-400; on
-    CUDA a row whose sum of squares overflows has NaN, too, and rows whose squares underflow are 0 apart.
-    On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
+    The Gram form has no correct digits for close rows. Therefore a float64 result, and every result on CUDA, is a sum of
+    squared differences in float64. A float32 result on the CPU has a relative error of at most 1e-5 (2e-6 on the tests'
+    features). It is computed in two steps. First a centre is subtracted from the rows, and the rounded float32 rows are
+    multiplied. Then every distance below half of the larger row's norm (from the centre) is computed again from differences in
+    float64.
+
+    A distance of at most 32 epsilons (float64) of the larger row's norm is exactly 0, because that is the features' own
+    rounding. If `first` and `second` are the same tensor, the result is exactly symmetric, for half the work. All distances of
+    a row with a NaN or Inf are NaN. The CPU scales features above 2^400 or below 2^-400. On CUDA a row whose sum of squares
+    overflows has NaN too, and the distance of rows whose squares underflow is 0. On CUDA the op is enqueued on the current
+    stream. It never synchronises, and takes all memory from torch.
 
     Args:
         first: (M, F) float64.
@@ -74,7 +77,8 @@ def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torc
     largest = _largest(first) if same else _largest(first, second)
     if SMALLEST <= largest <= LARGEST or largest == 0:
         return _measured(first, second, squared, dtype)
-    # A power of two, so no digit changes. Inf would be 0 apart from all: its square is within rounding of its norm.
+    # The scale is a power of two, so that no digit changes. Inf becomes NaN: with Inf the distance to every row would be 0,
+    # because the squared distance would not be above the rounding of the squared norm.
     first, second = (v.masked_fill(v.isinf(), math.nan) for v in (first, second))
     exponent = max(-1000, min(1000, math.frexp(_largest(first.nan_to_num(0.0), second.nan_to_num(0.0)))[1]))
     first = first * 2.0**-exponent
@@ -86,7 +90,7 @@ def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torc
 
 
 def _largest(*features: Tensor) -> float:
-    """The largest magnitude, or NaN where a value is; waits for the device."""
+    """The largest magnitude, or NaN if a value is NaN. Waits for the device."""
     extremes = torch.stack([extreme for v in features for extreme in torch.aminmax(v)])
     return float(extremes.abs().max())
 
@@ -94,7 +98,7 @@ def _largest(*features: Tensor) -> float:
 def _measured(
     first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype, connectivity: bool = False
 ) -> Tensor:
-    """connectivity: by the CUDA kernels, also emulated, alone."""
+    """Calls the kernel. connectivity: as in csrc/ops.h; only the CUDA kernels, real or emulated, have it."""
     call = _native._C.JacobianDistance(
         dtype == torch.float64,
         first.data_ptr(),
@@ -108,25 +112,30 @@ def _measured(
 
 
 @torch.library.register_fake("lmnfast::jacobian_distance")
-def _(first, second, squared, dtype):
+def _(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) -> Tensor:
     _check(first, second, dtype)
     return first.new_empty(first.shape[0], second.shape[0], dtype=dtype)
 
 
 def jacobian_connectivity(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
-    """``reference.jacobian_connectivity(first, second)``, by the kernels of distances on CUDA, without waiting.
+    """``reference.jacobian_connectivity(first, second)``, by the distance kernels on CUDA. Does not wait for the device.
 
-    Squared distances and norms in float64, their ratio rounded once. Exactly 1 for rows the same to rounding, as their distance
-    is 0. NaN for a row with a NaN or Inf, or whose sum of squares overflows, with itself, too.
+    Squared distances and norms are float64, and their ratio is rounded once. Rows that are equal to rounding have connectivity
+    1 exactly, because their distance is 0. All entries of a row with a NaN or Inf, or whose sum of squares overflows, are NaN,
+    also the entry of the row with itself.
 
     Args:
         first: (M, F) float64.
-        second: (N, F) float64; the tensor `first` itself: symmetric, for half the work.
+        second: (N, F) float64. If it is the tensor `first` itself, the result is symmetric, for half the work.
         dtype: of the result, float32 or float64.
 
     Returns:
         (M, N) of that dtype.
+
+    Raises:
+        TypeError, ValueError: as `jacobian_distance`.
     """
+    _check(first, second, dtype)
     rows = plain(first)
     return _measured(rows, rows if second is first else plain(second), False, dtype, connectivity=True)
 
@@ -135,16 +144,17 @@ def jacobian_connectivity(first: Tensor, second: Tensor, dtype: torch.dtype) -> 
 
 
 def has_isometry(first: Tensor, last: Tensor) -> bool:
-    """Whether `isometry` takes these weights, and its features are fewer than the Jacobians' numbers."""
+    """Whether `jacobian_isometry` takes these weights, and its features are fewer than the Jacobians' numbers."""
     units = len(first)
     fits = first.dtype in KERNEL_DTYPES and units < len(last) * first.shape[1]
     return fits and _native.on_cuda(first) and units <= _native._C.isometry_units
 
 
-def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def jacobian_isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """B with ``|J_i - J_j| = |B s_i - B s_j|`` for ``J_i = last diag(s_i) first``, by CUDA kernels, without waiting.
 
-    ``B^T B = M = (last^T last) o (first first^T)``, by Cholesky's method on M with a diagonal of ones, all in float64.
+    ``B^T B = M = (last^T last) o (first first^T)``. Cholesky's method is applied to M scaled to a diagonal of ones. All values
+    are float64.
 
     Args:
         first: (H, D) float32 or float64.
@@ -153,7 +163,12 @@ def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         B^T (H, H) float64, and (2,) float64: a bound for the share of a squared distance that rounding of M and B takes, a NaN
         or Inf where M is singular to rounding, and a 0. B is of use only where the bound is small.
+
+    Raises:
+        TypeError, ValueError: a dtype, a device or a shape that does not fit.
+        RuntimeError: more units than the kernel takes, or no CUDA kernels for that device.
     """
+    _check_layers(first, last)
     first, last = plain(first), plain(last)
     units, inputs = first.shape
     result = first.new_empty(units, units, dtype=torch.float64)
@@ -164,10 +179,10 @@ def isometry(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     return _native.run(call, result, lost), lost
 
 
-def isometric_features(
+def jacobian_features(
     x: Tensor, first: Tensor, bias: Tensor | None, activation: Activation, isometry: Tensor
 ) -> Tensor:
-    """Rows ``B s_i`` with ``s_i = a'(first x_i + bias)``, by CUDA kernels, without waiting; all in float64.
+    """Rows ``B s_i`` with ``s_i = a'(first x_i + bias)``, by CUDA kernels, in float64. Does not wait for the device.
 
     Args:
         x: (N, D) float32 or float64.
@@ -178,9 +193,18 @@ def isometric_features(
 
     Returns:
         (N, H) float64.
+
+    Raises:
+        TypeError, ValueError: a dtype, a device or a shape that does not fit.
+        RuntimeError: no CUDA kernels for that device.
     """
+    _check_layers(first)
+    units = len(first)
+    check_array("x", x, (len(x), first.shape[1]), first.dtype, first.device)
+    check_array("bias", bias, (units,), first.dtype, first.device)
+    check_array("isometry", isometry, (units, units), torch.float64, first.device)
     x, first, bias, isometry = plain(x), plain(first), None if bias is None else plain(bias), plain(isometry)
-    (codes, parameters), (samples, inputs), units = activation_arguments([activation]), x.shape, len(first)
+    (codes, parameters), (samples, inputs) = activation_arguments([activation]), x.shape
     call = _native._C.JacobianFeatures(
         x.dtype == torch.float64,
         *map(_native.address, (x, first, bias, isometry)),
@@ -205,13 +229,20 @@ def isometry_distance(
     connectivity: bool = False,
     with_outputs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`isometry`, `isometric_features` and :func:`jacobian_distance` of those with themselves, or `jacobian_connectivity`, by
-    one call.
+    """`jacobian_isometry`, `jacobian_features` and :func:`jacobian_distance` of those with themselves, or
+    `jacobian_connectivity`, by one call.
 
     Returns:
-        (N, N) of x's dtype; (2,) int64, the bits of what `isometry` says about B; and with_outputs (N, K) of x's dtype, what
-        the chain gives, each sum in float64.
+        (N, N) of x's dtype; (2,) int64, the bits of what `jacobian_isometry` says about B; and with_outputs (N, K) of x's
+        dtype, what the chain gives, each sum in float64.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `jacobian_isometry`.
     """
+    _check_layers(first, last)
+    check_array("x", x, (len(x), first.shape[1]), first.dtype, first.device)
+    check_array("bias", bias, (len(first),), first.dtype, first.device)
+    check_array("last_bias", last_bias, (len(last),), first.dtype, first.device)
     x, first, last = plain(x), plain(first), plain(last)
     bias, last_bias = (None if b is None else plain(b) for b in (bias, last_bias))
     (codes, parameters), (samples, inputs), units = (
@@ -234,6 +265,17 @@ def isometry_distance(
         connectivity,
     )
     return _native.run(call, result, lost, y), lost, y
+
+
+def _check_layers(first: Tensor, last: Tensor | None = None) -> None:
+    """Raises what does not fit in the weights of Linear layers (H, D) and (K, H), on the CPU or on CUDA."""
+    on = first.device if first.device.type in ("cpu", "cuda") else torch.device("cuda")
+    check_tensor("first", first, KERNEL_DTYPES, on)
+    if first.dim() != 2 or first.numel() == 0:
+        raise ValueError(f"first: expected (H, D), both above 0, got shape {tuple(first.shape)}")
+    if last is not None:
+        outputs = len(last) if last.dim() and last.numel() else 1
+        check_array("last", last, (outputs, len(first)), first.dtype, on)
 
 
 def _check(first: Tensor, second: Tensor, dtype: torch.dtype) -> None:

@@ -18,15 +18,17 @@ from ._checks import check_chain, check_rule, check_sums, check_tensor, plain
 def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
     """``reference.path_connectivity(chain, x, nodes, weights)``, fused; on the CPU, or on CUDA in a build with CUDA.
 
-    A first Linear commutes with the path and is applied to the samples alone, in float64. float32 samples give statistics and
-    a result in float32, with sums over outputs compensated or in float64; float64 samples give float64; half types are widened
-    to float32 first. Pairs that float32 cannot resolve are measured in float64 afterwards, see docs/mathematics.md.
-    On CUDA float32 products follow ``torch.get_float32_matmul_precision()``. At "highest" residuals from the chord and weights
-    are each split into two halves, which keeps 22 of float32's 24 bits. At "high" and "medium" each is one half, of 11 bits, as
-    in TF32. That moves r2 by at most about 2^-11 of the last hidden units' residuals over the output's spread: most entries
-    move by less than 1e-4; a path whose chord is short against its way moves by some 1e-3 where tens of outputs level the
-    error, and by 0.02 with one output. A power of two for each unit brings values into a half's range; where that fails, the
-    pair is measured in float64.
+    A first Linear commutes with the path, so it is applied only to the samples, in float64. With float32 samples the statistics
+    and the result are float32, and sums over outputs are compensated or float64. With float64 samples everything is float64.
+    Half types are first widened to float32. Pairs that float32 cannot resolve are measured in float64 afterwards, see
+    docs/mathematics.md.
+
+    On CUDA float32 products follow ``torch.get_float32_matmul_precision()``. At "highest" each residual from the chord and each
+    weight is split into two halves, which keeps 22 of float32's 24 bits. At "high" and "medium" each is one half, of 11 bits,
+    as in TF32. This changes r2 by at most about 2^-11 of the last hidden units' residuals over the output's spread. Most
+    entries change by less than 1e-4. If a path's chord is short compared with its length, its entry changes by some 1e-3 if
+    tens of outputs average the error, and by 0.02 with one output. Each unit has a power of two that brings its values into a
+    half's range; if that fails, the pair is measured in float64.
 
     Args:
         chain: weights on the samples' device, of their dtype.
@@ -59,19 +61,20 @@ class ChainConnectivity(NamedTuple):
     """A connectivity matrix as the kernels leave it."""
 
     L: Tensor
-    """(N, N), UNRESOLVED in place of an entry that the dtype cannot resolve. On CUDA the kernels measure most of float32's."""
+    """(N, N), with UNRESOLVED in place of an entry that the dtype cannot resolve. On CUDA the kernels themselves measure most
+    of the pairs that float32 cannot resolve."""
     counts: Tensor
     """(2,) int64 on L's device: outputs counted as constant over the resolved pairs; unresolved pairs."""
     resolve: Callable[[], None]
-    """Measures the unresolved pairs, and completes L and counts. Waits for the device."""
+    """Measures the unresolved pairs and completes L and counts. Waits for the device."""
 
 
 def chain_connectivity(
     chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None = None
 ) -> ChainConnectivity:
-    """`path_connectivity`, or with a midpoint that is not None `hermite_connectivity`, with unresolved pairs.
+    """`path_connectivity`, or `hermite_connectivity` if midpoint is not None, before the unresolved pairs are measured.
 
-    On CUDA enqueued on the current stream: no synchronisation, memory from torch alone.
+    On CUDA the op is enqueued on the current stream. It never synchronises, and takes all memory from torch.
     """
     parts = _hoisted(chain, x)
     L, counts = _measured(parts, x, nodes, weights, midpoint)
@@ -82,9 +85,12 @@ def chain_connectivity(
 def stack_connectivity(
     chains: ChainStack, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None = None
 ) -> tuple[Tensor, Tensor, list[ChainConnectivity]]:
-    """`chain_connectivity` of several networks on x (networks, N, *in), on CUDA by one launch for all, with the same bits.
+    """`chain_connectivity` of several networks on x (networks, N, *in), with the same bits. On CUDA all networks share one
+    launch.
 
-    Returns L (networks, N, N), counts (networks, 2), and the parts of these that belong to each network."""
+    Returns:
+        L (networks, N, N); counts (networks, 2); and per network its parts of L and counts.
+    """
     parts = _hoisted(chains, x)
     L, counts = _measured(parts, x, nodes, weights, midpoint)
     return (
@@ -104,7 +110,7 @@ def stack_connectivity(
 def _measured(
     parts: "_Hoisted", x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None
 ) -> tuple[Tensor, Tensor]:
-    """L and counts, as the registered ops give them."""
+    """L and counts, as the registered ops return them."""
     arguments = (
         *parts.arguments(torch.float64 if x.dtype == torch.float64 else torch.float32),
         nodes,
@@ -127,12 +133,12 @@ def _resolved(
     weights: Tensor,
     midpoint: bool | None,
 ) -> None:
-    """`ChainConnectivity.resolve`, of one network."""
-    if int(counts[1]) == 0:  # else what f is made of would be widened for nothing
+    """`ChainConnectivity.resolve` of one network."""
+    if int(counts[1]) == 0:  # saves widening the network to float64
         return
     parts = parts_of()
     width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
-    # On the CPU a layer's values stay in the cache (2 MB); on CUDA a call costs as much for 16 times as many.
+    # On the CPU a layer's values (2 MB) stay in the cache. On CUDA 16 times as many values cost the same per call.
     values = 2**18 if x.device.type == "cpu" else 2**22
     resolve(
         parts.values(),
@@ -149,8 +155,11 @@ def _resolved(
 
 @dataclass(frozen=True, eq=False)
 class _Hoisted:
-    """A chain behind the affine maps that it begins with, and the samples there, as far as possible in float64; or several
-    chains, with one more dimension in front of all tensors."""
+    """The rest of a chain after the affine maps at its beginning, and its samples: the results of these maps, in float64.
+
+    It may hold several chains; all tensors then have one more dimension in front. In both cases the weights and biases keep the
+    chain's dtype.
+    """
 
     z: Tensor  # (N, D) float64
     weights: list[Tensor]
@@ -160,7 +169,7 @@ class _Hoisted:
     shifts: list[Tensor | None]  # float64
 
     def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """As the registered ops take them: z, weights, biases, activations, parameters, skips, shifts."""
+        """The arguments of the registered ops: z, weights, biases, activations, parameters, skips, shifts."""
         return (
             self.z.to(dtype),
             [w.to(dtype) for w in self.weights],
@@ -171,12 +180,12 @@ class _Hoisted:
         )
 
     def samples(self) -> Tensor:
-        """z and the shifts side by side, (N, total width): what moves on a straight line along a path."""
+        """z and the shifts side by side, (N, total width). Along a path these move on a straight line."""
         shifts = [s for s in self.shifts if s is not None]
         return torch.cat([self.z, *shifts], -1) if shifts else self.z
 
     def of_network(self, number: int) -> "_Hoisted":
-        """One of several."""
+        """One of several networks."""
         z, weights, biases = _of_network(number, self.z, self.weights, self.biases)
         return _Hoisted(
             z,
@@ -194,9 +203,10 @@ class _Hoisted:
         skips = self.skips or [-1] * (2 * len(self.activations))
         shifts = self.shifts or [None] * len(skips)
         widths = [self.z.shape[1], *(s.shape[1] for s in shifts if s is not None)]
-        # These keep z's rounding, which is that of the terms z is summed from, however small the output is. The others are
-        # flat where z is large, or as exact as small.
-        # A sum's rounding is about an epsilon of the root of its terms' squares.
+        # Whether the last activation passes on the rounding of its argument z. The rounding of z is an epsilon of the terms
+        # that z is summed from, also if z and the output are small. These four activations pass it on. The other activations
+        # are flat where |z| is large, or the error of their output is small where the output is small. The rounding of a sum is
+        # about an epsilon times the root of the sum of its terms' squares.
         epsilon = torch.finfo(torch.float64).eps
         rounds = self.activations[-1].name in ("identity", "relu", "leaky_relu", "sin")
         if rounds and weights:
@@ -235,12 +245,14 @@ class _Hoisted:
             y, (slope,), least = through(points, steps)
             return y, slope, least
 
-        # Where all units before are off, what is left of their sum is the rounding of the path's own points.
+        # rounds_as_ends: if all units before an output are off, only the rounding of the path's own points is left of their
+        # sum.
         return Values(at, along, rounds_as_ends=rounds)
 
 
 _aten = torch.ops.aten
-# Of each activation: from slopes s before it, arguments z and values a to slopes behind it, PyTorch's also at a kink.
+# For each activation: a function from the slopes s before it, its arguments z and its values a to the slopes after it. At a
+# kink the slope is PyTorch's.
 _BEHIND: dict[str, Callable[[Activation], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
     "relu": lambda _: lambda s, z, a: _aten.threshold_backward(s, z, 0),
     "leaky_relu": lambda of: lambda s, z, a: _aten.leaky_relu_backward(s, z, of.alpha, False),
@@ -256,7 +268,7 @@ _BEHIND: dict[str, Callable[[Activation], Callable[[Tensor, Tensor, Tensor], Ten
 
 
 def _of_network(number: int, *arguments: Any) -> list[Any]:
-    """Tensors, lists of them, and None, of one of several networks."""
+    """The parts of one network of arguments of several networks: tensors, lists of tensors, and None."""
 
     def one(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -267,7 +279,7 @@ def _of_network(number: int, *arguments: Any) -> list[Any]:
 
 
 def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
-    """A chain and its samples as the registered ops take them: z, weights, biases, activations, parameters, skips,
+    """The arguments of the registered ops for a chain and its samples: z, weights, biases, activations, parameters, skips,
     shifts."""
     return _hoisted(chain, x).arguments(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -275,14 +287,16 @@ def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
 def _hoisted(chain: Chain | ChainStack, x: Tensor) -> _Hoisted:
     linears, activations = list(zip(chain.weights, chain.biases)), list(chain.activations)
     z = x.flatten(chain.weights[0].dim() - 1)
-    if chain.skips or not linears or activations[0].name != "identity":  # else `linear` converts it
+    if chain.skips or not linears or activations[0].name != "identity":  # otherwise _native.linear converts z
         z = z.double()
     if linears and activations[-1].name == "identity":
-        # r2 does not see a constant that is added to an output; the constant rule, and float32, would.
+        # The last bias is left out. A constant that is added to an output does not change r2. But it would change the rounding
+        # in float32, and whether the output counts as constant.
         linears[-1] = linears[-1][0], None
     skips = dict(chain.skips)
-    affine = {0: z}  # values of the chain that are affine in the samples
-    # Where a residual block follows a first Linear, its own first one is next to commute with the path.
+    affine = {0: z}  # by number, the values of the chain that are affine in the samples
+    # Every Linear at the beginning is applied to the samples. In a residual network the sum h + W h is still affine in the
+    # samples, so the first Linear of the next block can be applied to the samples too.
     while linears and activations[0].name == "identity" and (len(affine) == 1 or skips):
         weight, bias = linears.pop(0)
         activations.pop(0)
@@ -290,7 +304,7 @@ def _hoisted(chain: Chain | ChainStack, x: Tensor) -> _Hoisted:
         value = 2 * len(affine)
         z = z + affine[skips[value]] if value in skips else z
         affine[value] = z
-    first = max(affine)  # becomes value 0, with what was added to it
+    first = max(affine)  # this value, with the value that was added to it, becomes value 0
     sources = [None, *map(skips.get, range(first + 1, first + 2 * len(activations)))] if skips else []
     return _Hoisted(
         z,
@@ -303,7 +317,7 @@ def _hoisted(chain: Chain | ChainStack, x: Tensor) -> _Hoisted:
 
 
 def activation_arguments(activations: Sequence[Activation]) -> tuple[list[int], list[float]]:
-    """Activations as the registered ops take them: codes, and two parameters for each."""
+    """The arguments of the registered ops for activations: codes, and two parameters per activation."""
     codes = [ACTIVATIONS.index(a.name) for a in activations]
     return codes, [parameter for a in activations for parameter in (a.alpha, a.beta)]
 
@@ -316,7 +330,7 @@ torch.library.define(
 
 
 def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`run` of its arguments in that order, without the values of tensors and without a midpoint."""
+    """The shapes and dtypes that `run` returns for the same arguments, without midpoint. Tensors need no values."""
     z = arguments[0]
     _check(*arguments, fake=True)
     return z.new_empty(*z.shape[:-1], z.shape[-2]), z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
@@ -337,7 +351,7 @@ def _check(
     *,
     fake: bool = False,
 ) -> list[int]:
-    """Raises what does not fit in arguments of the ops; returns the widths. fake: without the values of tensors."""
+    """Raises TypeError or ValueError for arguments that do not fit; returns the widths. fake: does not read tensors' values."""
     if z.dim() == 3:
         _check_stacks(z, weights=weights, biases=biases, shifts=shifts, exact=[exact], inputs=[inputs])
         z, weights, biases, shifts, exact, inputs = _of_network(0, z, weights, biases, shifts, exact, inputs)
@@ -349,7 +363,7 @@ def _check(
 
 
 def _check_stacks(z: Tensor, **lists: Sequence[Tensor | None]) -> None:
-    """Raises ValueError for tensors that are not of as many networks as z, one or more."""
+    """Raises ValueError if z has no network, or if another tensor does not have as many networks as z."""
     if len(z) == 0:
         raise ValueError(f"z: expected samples of one or more networks, got shape {tuple(z.shape)}")
     for name, tensors in lists.items():
@@ -364,8 +378,17 @@ def _check_stacks(z: Tensor, **lists: Sequence[Tensor | None]) -> None:
 def _check_exact(
     z: Tensor, shifts: Sequence[Tensor | None], exact: Tensor | None, inputs: Tensor | None
 ) -> None:
-    """Raises what does not fit in the samples before rounding, (N, widths of z and the shifts) float64, and in what they
-    were made from, (N, *) float32. Both or neither, with float32 samples."""
+    """Checks the arguments that are only for float32 samples. They come both or not at all.
+
+    Args:
+        z: (N, D), the samples.
+        shifts: as in `run`.
+        exact: (N, widths of z and the shifts) float64, the samples before they were rounded.
+        inputs: (N, *) float32, the network's inputs.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
     if exact is None and inputs is None:
         return
     if exact is None or inputs is None or z.dtype != torch.float32:
@@ -394,17 +417,25 @@ def run(
     *,
     midpoint: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """path_connectivity, or with a midpoint that is not None hermite_connectivity: L and counts, see ChainConnectivity.
+    """path_connectivity, or hermite_connectivity if midpoint is not None.
 
-    Of several networks with one more dimension in front of all tensors but the rule's: the same bits as of one after the other,
-    on CUDA by one launch.
+    The tensors of several networks may be stacked: all tensors except those of the rule then have one more dimension in front.
+    The results have the same bits as those of one network after the other. On CUDA all networks share one launch.
 
-    exact, inputs: z and the shifts side by side in float64, and what they were made from in float32. With these the CUDA
-    kernels measure most unresolved pairs; the CPU's do not read them.
+    Args:
+        z, weights, biases, activations, parameters, skips, shifts: as `chain_arguments` returns them.
+        nodes, node_weights: the rule, as in `path_connectivity`.
+        exact: z and the shifts side by side in float64, or None.
+        inputs: the network's inputs in float32, or None. With `exact` and `inputs` the CUDA kernels measure most unresolved
+            pairs. The CPU kernels do not read them.
+        midpoint: as in `hermite_connectivity`.
+
+    Returns:
+        L and counts, see `ChainConnectivity`.
     """
     chain = z, weights, biases, activations, parameters, skips, shifts
     widths = _check(*chain, nodes, node_weights, exact, inputs)
-    if z.dim() == 3 and not _native.on_cuda(z):  # where one network keeps all cores busy
+    if z.dim() == 3 and not _native.on_cuda(z):  # on the CPU one network keeps all cores busy
         L = _native.empty(z, len(z), z.shape[1], z.shape[1])
         counts = z.new_empty(len(z), 2, dtype=torch.int64)
         for n in range(len(z)):
@@ -427,7 +458,7 @@ def run(
         list(parameters),
         list(skips),
         [_native.address(s) for s in shifts],
-        *_native.path_nodes(nodes, node_weights),
+        *_native.rule_arguments(nodes, node_weights),
         z.shape[-2],
         torch.get_float32_matmul_precision() != "highest",
         _native.address(exact),

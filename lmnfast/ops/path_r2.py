@@ -1,4 +1,4 @@
-"""``lmnfast::path_r2``: r2 along paths from a network's outputs at their nodes."""
+"""``lmnfast::path_r2``: r2 along paths, from a network's outputs at the paths' nodes."""
 
 import torch
 from torch import Tensor
@@ -13,16 +13,16 @@ def path_r2(
 ) -> Tensor:
     """:func:`lmnfast.reference.path_r2` in one pass over memory, without temporaries; float32 or float64.
 
-    The statistics are those of the residual from the chord ``y(t) - (y_i + t (y_j - y_i))``, so an offset of y costs no
-    digits.
-    Pairs that the kernel leaves unresolved (docs/mathematics.md) follow in float64, from the same outputs; to find them the
-    call waits for CUDA.
+    The statistics are those of the residual from the chord, ``y(t) - (y_i + t (y_j - y_i))``, so that an offset of y costs no
+    digits. Pairs that the kernel leaves unresolved (docs/mathematics.md) are computed again in float64, from the same outputs.
+    The call waits for CUDA to learn whether there are such pairs.
 
-    ``torch.ops.lmnfast.path_r2`` leaves such pairs as UNRESOLVED. It returns r2 and two counts, (2,) int64: the outputs that
-    are constant, over all resolved pairs, and the unresolved pairs. Its argument `rounding`, (2, outputs) of interior's
-    dtype, is f's own rounding of each output in machine epsilons, and the magnitude below which nothing is known of that
-    output, negative where an output is known if it is 0. The op enqueues on the current stream and never waits. Indices of
-    samples can therefore not be checked on CUDA: a pair of samples that do not exist gets NaN.
+    ``torch.ops.lmnfast.path_r2`` leaves such pairs as UNRESOLVED. It returns r2 and two counts, (2,) int64: the number of
+    constant outputs over all resolved pairs, and the number of unresolved pairs. Its argument `rounding`, (2, outputs) of
+    interior's dtype, has two numbers per output. The first is f's own rounding of the output in machine epsilons. The second is
+    the magnitude below which the rounding of the output is unknown; if it is negative, the rounding is known for an output of
+    0. The op enqueues on the current stream and never waits. It can therefore not check indices of samples on CUDA: a pair with
+    an index of no sample gets NaN.
 
     Args:
         interior: (pairs, nodes - 2, outputs), float32 or float64.
@@ -35,7 +35,7 @@ def path_r2(
 
     Raises:
         TypeError: dtypes or devices differ, or are none of these.
-        ValueError: shapes do not fit; on the CPU, an index of no sample.
+        ValueError: shapes do not fit; on the CPU also an index of no sample.
         RuntimeError: the CUDA kernels do not run on that device.
 
     Example:
@@ -85,7 +85,7 @@ def _path_r2(
     call = _native._C.PathR2(
         interior.dtype == torch.float64,
         *map(_native.address, (interior, ends, first, second)),
-        *_native.path_nodes(nodes, weights),
+        *_native.rule_arguments(nodes, weights),
         len(interior),
         *ends.shape,
         _native.address(rounding),
@@ -94,7 +94,15 @@ def _path_r2(
 
 
 @torch.library.register_fake("lmnfast::path_r2")
-def _(interior, ends, first, second, nodes, weights, rounding=None):
+def _(
+    interior: Tensor,
+    ends: Tensor,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    rounding: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     _check(interior, ends, first, second, nodes, weights, rounding, fake=True)
     return interior.new_empty(interior.shape[0]), interior.new_empty(2, dtype=torch.int64)
 
@@ -108,7 +116,7 @@ def _plain(
     weights: Tensor,
     own: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The op on a device without a kernel."""
+    """The op in plain PyTorch, for a device without a kernel. own: the op's argument `rounding`."""
     y = _all_nodes(interior, ends, first, second)
     r2, constant = reference.r2_of_outputs(y, nodes, weights)
     magnitude = torch.maximum(y[:, 0].abs(), y[:, -1].abs())

@@ -1,4 +1,4 @@
-"""``lmnfast::spectral_entropy``: batched reduction from eigenvalues to the nonlinear complexity."""
+"""``lmnfast::spectral_entropy``: the nonlinear complexity of a batch of eigenvalues."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def spectral_entropy(eigenvalues: Tensor) -> Tensor:
 
     Raises:
         TypeError: neither float32 nor float64.
-        ValueError: no eigenvalues; on the CPU, a row of zeros alone. CUDA gives NaN for it.
+        ValueError: no eigenvalues; on the CPU also a row with nothing but zeros. On CUDA such a row gives NaN.
 
     Source:
         arXiv 2310.05918, Eq. 3.
@@ -51,7 +51,7 @@ def _spectral_entropy(eigenvalues: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("lmnfast::spectral_entropy")
-def _(eigenvalues):
+def _(eigenvalues: Tensor) -> Tensor:
     _check(eigenvalues)
     return eigenvalues.new_empty(eigenvalues.shape[:-1], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""``lmnfast::symmetric_eigenvalues``: eigenvalues of symmetric matrices in float64, on the device they are on."""
+"""``lmnfast::symmetric_eigenvalues``: eigenvalues of symmetric matrices in float64, computed on the matrices' device."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -10,29 +10,30 @@ from .. import _native
 from .._threads import lapack_on_one_core
 from ._checks import KERNEL_DTYPES, check_dense, plain
 
-# Up to this N, LAPACK solves on one core, so that the values have the same bits for any thread count. On two cores of
-# an AMD EPYC that takes 24 ms in place of 19 at N = 500, 135 in place of 73 at 961, 794 in place of 475 at 2048.
+# Up to this N, LAPACK runs on one core, so that the values have the same bits for any thread count. The price on an AMD EPYC,
+# one core in place of two: 24 ms in place of 19 at N = 500, 135 in place of 73 at 961, 794 in place of 475 at 2048.
 SAME_BITS_TO = 1024
 
 
 def symmetric_eigenvalues(matrices: Tensor) -> Tensor:
     """:func:`lmnfast.reference.symmetric_eigenvalues`: ``torch.linalg.eigvalsh`` in float64.
 
-    On the CPU it is LAPACK's. On CUDA it is the package's kernel, which does not wait for the device, or for a matrix that
-    :func:`fits` says is too large for it, cuSOLVER, which does. The kernel's values are within a few times 1e-13 of the
-    largest magnitude; their bits are the same in every call of the same shape on the same card.
+    On the CPU LAPACK computes them. On CUDA the package's kernel computes them, without waiting for the device. If :func:`fits`
+    returns False for the matrices, cuSOLVER computes them and waits for the device. The kernel's error is at most a few times
+    1e-13 of the largest magnitude. Its bits are the same in every call with the same shape on the same card.
 
     Args:
         matrices: (..., N, N) float32 or float64, N > 0; the lower triangle is read.
 
     Returns:
-        (..., N) float64, rising. On CUDA, from the kernel, NaN for a matrix that is not finite, or that was given up as
-        its blocks did not all run at once.
+        (..., N) float64, in rising order. The CUDA kernel gives NaN for a matrix that is not finite, and for a matrix that it
+        gave up because the matrix's blocks did not all run at the same time.
 
     Raises:
         TypeError: neither float32 nor float64.
         ValueError: not square, or empty.
-        torch.linalg.LinAlgError: LAPACK or cuSOLVER does not converge; cuSOLVER does not for some matrices near rank one.
+        torch.linalg.LinAlgError: LAPACK or cuSOLVER does not converge. This happens with cuSOLVER for some matrices near rank
+            one.
 
     Example:
         >>> lmnfast.ops.symmetric_eigenvalues(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
@@ -42,10 +43,10 @@ def symmetric_eigenvalues(matrices: Tensor) -> Tensor:
 
 
 def fits(matrices: Tensor) -> bool:
-    """Whether matrices (..., N, N) are solved by the CUDA kernel of the device they are on, in several waves if need be.
+    """Whether the CUDA kernel can solve matrices (..., N, N) on their device, in several waves if there are many.
 
-    Its blocks hold a matrix between them, and have to be there all at once: an H200 takes N up to 2304; by arithmetic an A100
-    does, too.
+    All blocks of a matrix must run at the same time, because together they hold the matrix. An H200 takes N up to 2304. By
+    calculation an A100 takes the same N.
     """
     return _workspace_bytes(matrices) > 0
 
@@ -60,7 +61,7 @@ def _workspace_bytes(matrices: Tensor) -> int:
 
 
 def _call(matrices: Tensor, address: int) -> Any:
-    """For their number and size, and for numbers of their dtype at that address."""
+    """The call of the compiled core for matrices of this shape and dtype whose values are at this address."""
     is_double, batch = matrices.dtype == torch.float64, matrices.shape[:-2].numel()
     return _native._C.SymmetricEigenvalues(is_double, address, batch, matrices.shape[-1])
 
@@ -83,7 +84,7 @@ def _symmetric_eigenvalues(matrices: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("lmnfast::symmetric_eigenvalues")
-def _(matrices):
+def _(matrices: Tensor) -> Tensor:
     _check(matrices)
     return matrices.new_empty(matrices.shape[:-1], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""The paper's claims and numbers (arXiv 2310.05918), each as a statistic of a run, over the seeds of a study."""
+"""The paper's claims and numbers (arXiv 2310.05918). Each is a statistic of a run, computed for all seeds of a study."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ from .study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, LAYER, Seed
 COLUMN = f"lmn_{LAYER}"
 PAPER_ENDS = 15_000  # the last step of the paper's Figure 2 is 14 500
 CONFIDENCE = 0.95
-RISE = 1.1  # a rise by less than a tenth is not called one
+RISE = 1.1  # a rise by less than a tenth does not count
 
-# Read off Figure 2 by pixel: +-0.15 in LMN, +-0.1 in L2 norm; steps of generalisation to a few hundred.
+# Read from the pixels of Figure 2. The errors are 0.15 in LMN, 0.1 in L2 norm, and a few hundred in steps of generalisation.
 PAPER = {
     "modular-addition": {
         "LMN at step 0": 32.1,
@@ -58,23 +58,23 @@ PAPER = {
         "step of generalisation": 3100,
     },
 }
-# What counts as reproduced: the median of the seeds within these of the paper's; a step within a factor.
+# A number counts as reproduced if the median of the seeds differs from the paper's number by at most this share.
 TOLERANCES = {"LMN, peak": 0.08, "LMN at step 4000": 0.15, "L2 norm at step 10000": 0.03}
-FACTOR = 1.6  # of the step of generalisation
-NO_TOLERANCE = {("xor", "LMN at step 4000")}  # where the second rise begins
+FACTOR = 1.6  # the step of generalisation counts as reproduced if it is within this factor of the paper's
+NO_TOLERANCE = {("xor", "LMN at step 4000")}  # the second rise of XOR begins about there
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number for every seed, beside the paper's, and what follows from it.
+    """A number for every seed, the paper's number, and a verdict.
 
     Attributes:
         name: of the claim or the number.
         task: one of TASKS.
-        meaning: what is computed, and where the claim holds.
+        meaning: what is computed, and for which values the claim holds.
         paper: the paper's number.
-        values: one for each seed; NaN where a run has none, infinite for a step that does not come.
-        verdict: of `judged`, or how far the median is from the paper's.
+        values: one for each seed; NaN if a run has no value, infinite for a step that a run does not reach.
+        verdict: of `judged`, or how far the median is from the paper's number.
     """
 
     name: str
@@ -124,13 +124,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def judged(values: Sequence[float], holds: tuple[float, float]) -> str:
-    """The verdict of a claim: "holds", "fails", "undecided", "not reached", or the number of seeds where they are too
-    few.
+    """The verdict of a claim: "holds", "fails", "undecided", "not reached", or the number of seeds if there are too few.
 
     Args:
         values: for each seed.
-        holds: the two numbers between which the claim holds. It holds where the whole interval lies between them, and
-            fails where the whole interval lies outside. Too few seeds for an interval are judged by their range.
+        holds: the two numbers between which the claim holds. It holds if the whole interval lies between them, and fails if the
+            whole interval lies outside. If there are too few seeds for an interval, the range of the values takes its place.
     """
     reached = [value for value in values if not math.isnan(value)]
     if not reached:
@@ -146,7 +145,7 @@ def judged(values: Sequence[float], holds: tuple[float, float]) -> str:
 
 
 def too_few(seeds: int) -> str:
-    """The text in place of a verdict, "3 seeds"; empty where there are enough."""
+    """The text in place of a verdict, "3 seeds"; empty if there are enough seeds."""
     return "" if seeds >= FEWEST_FOR_VERDICT else "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
@@ -154,12 +153,13 @@ def too_few(seeds: int) -> str:
 
 
 def at(run: Run, step: int, column: str = COLUMN) -> float:
-    """The number at a step; NaN where it was not measured."""
+    """The number at a step; NaN if it was not measured."""
     return next((row[column] for row in run.rows if row["step"] == step), math.nan)
 
 
 def generalising(run: Run) -> list[dict]:
-    """The rows from memorisation until generalisation; without it until PAPER_ENDS, or none of a shorter run."""
+    """The rows from memorisation to generalisation. If the run does not generalise, the rows up to PAPER_ENDS; no rows if the
+    run is shorter."""
     ends = run.generalised
     if ends is None:
         ends = PAPER_ENDS if run.rows[-1]["step"] >= PAPER_ENDS else -1
@@ -177,7 +177,7 @@ def _largest(run: Run, column: str) -> float:
 
 
 def fall(run: Run) -> float:
-    """LMN at the end of the generalising phase over its peak."""
+    """LMN at the end of the generalising phase, divided by its peak."""
     rows = generalising(run)
     return at(run, run.generalised or rows[-1]["step"]) / peak(run)[COLUMN] if rows else math.nan
 
@@ -197,7 +197,7 @@ def r_squared(run: Run, column: str = COLUMN, since_peak: bool = False) -> float
 
 
 def levelling(run: Run) -> float:
-    """Slope of LMN after generalisation, up to PAPER_ENDS, over its slope from the peak to generalisation."""
+    """Slope of LMN from generalisation to PAPER_ENDS, divided by its slope from the peak to generalisation."""
     if run.generalised is None:
         return math.nan
     top = peak(run)["step"]
@@ -220,7 +220,7 @@ class Rise:
 
 
 def second_rise(run: Run) -> Rise | None:
-    """The largest rise of LMN between its peak after memorisation and PAPER_ENDS; None while not generalised."""
+    """The largest rise of LMN between its peak after memorisation and PAPER_ENDS; None if the run has not generalised."""
     first = peak(run)["step"]
     rows = [row for row in run.rows if first <= row["step"] <= PAPER_ENDS]
     if run.generalised is None or not rows:
@@ -234,14 +234,14 @@ def second_rise(run: Run) -> Rise | None:
 
 
 def layers_r_squared(seed: Seed, layer: str) -> float:
-    """As `r_squared`, of the milestones, where all layers are measured."""
+    """As `r_squared`, for any layer, over the milestones, because only there all layers are measured."""
     values = seed.lmn(layer)
     rows = [row for row in generalising(seed.run) if row["step"] in values]
     return pearson([(row["test_loss"], values[row["step"]]) for row in rows]) ** 2
 
 
 def linear_network_lmn(run: Run) -> float:
-    """LMN of the run's untrained network without its activations, from the embedding on."""
+    """LMN of the run's untrained network without its activations, measured at the embedding."""
     task, model = start(run.config)
     layers = [module for module in model if isinstance(module, nn.Linear)]
     with torch.no_grad():
@@ -253,11 +253,11 @@ def linear_network_lmn(run: Run) -> float:
 
 @dataclass(frozen=True)
 class _Claim:
-    """A claim of the paper for some tasks: a number for each seed, and between which two it holds."""
+    """A claim of the paper for some tasks: a number for each seed, and the two numbers between which the claim holds."""
 
     name: str
     meaning: str
-    paper: str | Callable[[str], str]  # what the paper has; a function of the task
+    paper: str | Callable[[str], str]  # the paper's number, or a function from the task to it
     of: Callable[[Seed], float]
     holds: tuple[float, float]
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -269,7 +269,7 @@ class _Claim:
 
 
 def _of_rise(value: Callable[[Rise], float]) -> Callable[[Seed], float]:
-    """A number of a seed's second rise; NaN where it has none."""
+    """A number of a seed's second rise; NaN if it has no second rise."""
     return lambda seed: math.nan if (rise := second_rise(seed.run)) is None else value(rise)
 
 
@@ -328,7 +328,7 @@ CLAIMS = (
 
 
 def claims(seeds: dict[str, list[Seed]]) -> list[Statistic]:
-    """The paper's claims, in its order, with a verdict each."""
+    """The paper's claims in the paper's order, each with a verdict."""
     return [claim.of_task(task, seeds[task]) for claim in CLAIMS for task in seeds if task in claim.tasks]
 
 
@@ -351,7 +351,7 @@ NUMBERS: dict[str, Callable[[Run], float]] = {
 
 
 def numbers(seeds: dict[str, list[Seed]]) -> list[Statistic]:
-    """The paper's numbers beside ours, where the task has the paper's size."""
+    """The paper's numbers and ours. The tasks must have the paper's sizes."""
     found = []
     for task, members in seeds.items():
         config = members[0].run.config

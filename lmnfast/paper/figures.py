@@ -1,5 +1,5 @@
 """The paper's figures (arXiv 2310.05918) from a study: Figures 1, 3 and 4, Figure 2 over seeds, XOR's second rise, and
-those that answer the report's questions. All need matplotlib; draw_connectivity needs scikit-learn too."""
+figures that answer the report's questions. All need matplotlib; draw_connectivity also needs scikit-learn."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,15 +20,16 @@ from ..spectrum import eigenvalues, linear_mapping_number
 from .claims import COLUMN, PAPER_ENDS, generalising, second_rise
 from .study import LAYER, RULES, STAND_INS, Seed
 
-SMALL = {"dpi": 110, "colours": 256}  # a third of the file of all colours; a colour bar needs all
+# With 256 colours a file has a third of the bytes. A figure with a colour bar needs all colours.
+SMALL = {"dpi": 110, "colours": 256}
 STYLE: dict[Any, Any] = {"font.size": 11, "legend.frameon": False, "lines.linewidth": 1.8}
 MORE = (PURPLE, ORANGE, SKY, BLACK)
-CLUSTERS = 10  # the paper's
+CLUSTERS = 10  # as in the paper
 
 
 def draw_idea(path: Path) -> Path:
-    """Figure 1, the idea: a ReLU network on the plane, its linear regions, three pairs of samples, their paths in the
-    output, the connectivity matrix of all samples."""
+    """Figure 1, the idea: a ReLU network on the plane with its linear regions, three pairs of samples, the outputs along their
+    paths, and the connectivity matrix of all samples."""
     from matplotlib import rc_context
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -84,12 +85,12 @@ def draw_idea(path: Path) -> Path:
 
 
 def _reordered(L: Tensor, clusters: int) -> np.ndarray:
-    """The matrix cluster by cluster, by scikit-learn's spectral clustering; large ones first."""
+    """The matrix with its rows and columns ordered by cluster, large clusters first, by scikit-learn's spectral clustering."""
     from sklearn.cluster import SpectralClustering
     from threadpoolctl import threadpool_limits
 
     model = SpectralClustering(clusters, affinity="precomputed", random_state=0)
-    with threadpool_limits(1):  # its many small steps are slower on more threads
+    with threadpool_limits(1):  # many small steps are slower on several threads
         found = model.fit_predict(L.double().clamp(0, 1).numpy())
     counts = np.bincount(found, minlength=clusters)
     order = np.lexsort((found, -counts[found]))
@@ -97,7 +98,7 @@ def _reordered(L: Tensor, clusters: int) -> np.ndarray:
 
 
 def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
-    """Figure 2 over seeds: medians, the middle half and the range, the paper's curves on top."""
+    """Figure 2 over seeds: medians, the middle half and the range, with the paper's curves on top."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -145,13 +146,13 @@ def _band(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], labe
 
 
 def _band_of(axes: Any, tables: Sequence[dict[int, float]], label: str, colour: str) -> None:
-    """Of a table for each seed, all with the same keys."""
+    """As `_band`, from one table per seed. All tables have the same keys."""
     x = sorted(tables[0])
     _band(axes, x, [[table[key] for key in x] for table in tables], label, colour)
 
 
 def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
-    """Figure 3: LMN from every layer on. A Linear between two layers does not change it."""
+    """Figure 3: LMN of every layer. A Linear between two layers does not change LMN."""
     layers = {
         "embedding (and before the first SiLU)": ("embedding", ACCURACY),
         "hidden_1 (and before the second SiLU)": (LAYER, LMN),
@@ -210,7 +211,7 @@ def draw_connectivity(run: Run, path: Path) -> Path:
 
 
 def draw_second_rise(seeds: Sequence[Seed], path: Path) -> Path:
-    """LMN of every seed, with the valley and the top of its second rise; and the paper's curve."""
+    """LMN of every seed, with the valley and the top of its second rise, and the paper's curve."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -298,7 +299,7 @@ def _over_steps(
 
 
 def relative_errors(seed: Seed, question: str, variant: str) -> dict[int, float]:
-    """Relative to LMN of the training samples, by step."""
+    """Errors of a variant relative to the LMN of the training samples, by step."""
     exact = seed.lmn(LAYER)
     return {step: value / exact[step] - 1 for step, value in seed.answer(question, variant).items()}
 

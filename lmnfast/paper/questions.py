@@ -203,7 +203,7 @@ def _late(seed: Seed, extreme: Callable, column: str) -> dict:
 
 
 def _median(values: Iterable[float]) -> str:
-    """The median, with the range in brackets where the values differ."""
+    """The median, followed by the range in brackets if the values differ."""
     known = sorted(value for value in values if np.isfinite(value))
     if not known:
         return "-"

@@ -86,7 +86,7 @@ def _results(members: dict[str, list[Seed]]) -> pandas.DataFrame:
 
 
 def _measured(seed: Seed, layer: str) -> dict[int, dict]:
-    """LMN of a layer and what it depends on, by step."""
+    """LMN of a layer, and the settings of the measurement, by step."""
     if layer == LAYER:
         names = {"lmn": COLUMN, **{n: n for n in SETTINGS}, **{n: f"{n}_{LAYER}" for n in SHARES}}
         rows = seed.run.rows
@@ -142,7 +142,7 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
 
 
 def _judging(count: int, statistics: Sequence[Statistic]) -> str:
-    """What a verdict rests on, with this many seeds."""
+    """The text that explains the verdicts, for this number of seeds."""
     bounds = "The bounds were set before the seeds were looked at, and none was fitted."
     fewer = (
         f"Fewer than {FEWEST_FOR_INTERVAL} seeds that have a value give no {CONFIDENCE:.0%} interval: their number and their "
@@ -165,7 +165,7 @@ def _judging(count: int, statistics: Sequence[Statistic]) -> str:
 
 
 def _unfinished(members: dict[str, list[Seed]]) -> str:
-    """How many seeds do not generalise, and what becomes of them."""
+    """The text about seeds that do not generalise: their number, and how they are treated."""
     counts = {
         task: [seed.run.config.seed for seed in seeds if seed.run.generalised is None]
         for task, seeds in members.items()
@@ -235,7 +235,7 @@ def _difference(statistic: Statistic) -> str:
 
 
 def _figures(out: Path, members: dict[str, list[Seed]]) -> list[str]:
-    """Draws them all, as the text that shows them."""
+    """Draws all figures; returns the lines of Markdown that show them."""
     folder = out / "figures"
     shown: list[str] = []
 
@@ -327,7 +327,7 @@ def _how(members: dict[str, list[Seed]], study: Study, command: str) -> list[str
 
 
 def _html(text: str, out: Path) -> str:
-    """The report as one page that needs nothing else."""
+    """The report as one page that needs no other files."""
     from markdown import markdown
 
     def embedded(match: re.Match) -> str:

@@ -1,10 +1,10 @@
-"""How the stand-ins for LMN follow it over training: the tables and the figure of docs/methods.md.
+"""Compares the stand-ins for LMN with LMN over training: the tables and the figure of docs/methods.md.
 
-lmnfast grok TASK --seed SEED --every 500 --out RUNS/TASK-SEED   for every task and seed; only checkpoints are used
-python -m lmnfast.paper.stand_ins RUNS/*                         measures what VALUES lacks, then writes both
+lmnfast grok TASK --seed SEED --every 500 --out RUNS/TASK-SEED   for every task and seed; only the checkpoints are used
+python -m lmnfast.paper.stand_ins RUNS/*                         measures values missing in VALUES, then writes both
 
-``--relu DIRECTORY`` first trains a network of every task with ReLU in place of SiLU, for linear_regions, and measures
-it as well. What is in VALUES is not measured again: a stopped study goes on, a deleted file starts it anew.
+``--relu DIRECTORY`` first trains a network with ReLU in place of SiLU for every task, and measures it too, with linear_regions.
+Values in the file VALUES are not measured again, so a stopped study can be continued. To begin anew, delete the file.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from .study import STAND_INS
 COLUMNS = ("run", "task", "seed", "activation", "step", "layer", "method", "value", "seconds")
 # The last layer's tail is linear.
 LAYERS = ("embedding", "hidden_1_pre", "hidden_1", "hidden_2_pre")
-# A Linear between two layers does not change the paths between the samples: the same number from either.
+# A Linear between two layers does not change the paths between the samples, so both layers have the same exact LMN.
 SAME_PATHS = {"hidden_1_pre": "embedding", "hidden_2_pre": "hidden_1"}
 LOBATTO = tuple(f"lobatto {points}" for points in range(4, 10))
 MARKS = {"hermite": ("s", ACCURACY), "hermite-midpoint": ("D", BLACK), "jacobian": ("^", L2)}
@@ -59,7 +59,7 @@ def _trained_with_relu(directory: Path) -> list[Path]:
 
 
 def _function(method: str) -> Callable[[nn.Module, Tensor], Tensor | int]:
-    """What is timed: the matrix, or the number of regions."""
+    """The function that is timed: it returns the matrix, or the number of regions."""
     if method == "linear_regions":
         return linear_regions
     if method.startswith("lobatto"):
@@ -74,7 +74,7 @@ def _methods_of(layer: str, relu: bool) -> list[str]:
 
 
 def measure_all(runs: Sequence[Path], values: Path, every: int) -> None:
-    """Measures the runs' checkpoints at multiples of `every`, and adds what is missing in the table `values`.
+    """Measures the runs' checkpoints at multiples of `every`, and adds missing values to the table `values`.
 
     Raises:
         ValueError: not a run; a damaged checkpoint or table.
@@ -82,7 +82,7 @@ def measure_all(runs: Sequence[Path], values: Path, every: int) -> None:
     for run in runs:
         relu = _is_relu(run)
         _measure(run, values, every, {layer: _methods_of(layer, relu) for layer in LAYERS})
-    # One seed of each task is enough to tell the rules apart, and exact work for one more layer can wait.
+    # One seed of each task is enough to compare the rules. The embedding is measured last because its values can wait.
     for layer in ("hidden_1", "embedding"):
         for run in runs:
             if read_config(run).seed == 0:
@@ -94,7 +94,7 @@ def _is_relu(run: Path) -> bool:
 
 
 def _measure(run: Path, values: Path, every: int, methods: dict[str, Sequence[str]]) -> None:
-    """Measures a run by these methods of each layer, as far as the table lacks it."""
+    """Measures a run with these methods of each layer, if the table lacks their values."""
     rows = _read(values)
     known = {tuple(row[c] for c in ("run", "step", "layer", "method")) for row in rows}
     config = read_config(run)
@@ -133,11 +133,11 @@ def _read(values: Path) -> list[dict[str, Any]]:
     try:
         return read_table(values, COLUMNS)
     except ValueError as error:
-        raise ValueError(f"values: cannot read {values}: {error}; delete it to make it anew") from None
+        raise ValueError(f"values: cannot read {values}: {error}; delete it to make it again") from None
 
 
 class Values:
-    """Values and seconds of a table, over the checkpoints that all methods of a layer have."""
+    """Values and seconds of a table."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.value: dict[tuple, dict[int, float]] = defaultdict(dict)  # by run, layer, method; then by step
@@ -151,7 +151,7 @@ class Values:
                 runs.append(row["run"])
 
     def pair(self, run: str, layer: str, method: str) -> Tensor:
-        """(2, checkpoints): the exact LMN, and the stand-in's."""
+        """(2, checkpoints): the exact LMN and the stand-in's value, at the checkpoints that have both."""
         source = SAME_PATHS.get(layer, layer)
         ours = self.value.get((run, layer, method)) or self.value[run, source, method]
         exact = self.value[run, source, "path"]
@@ -166,7 +166,7 @@ class Values:
 
 
 def _bias_at_peak(pair: Tensor) -> float:
-    """The stand-in's error where the exact LMN is largest, in per cent."""
+    """The stand-in's error at the checkpoint with the largest exact LMN, in per cent."""
     peak = pair[0].argmax()
     return 100 * (pair[1, peak] / pair[0, peak] - 1).item()
 
@@ -191,7 +191,7 @@ def _table(
         for layer in layers if known == activation else ():
             for method in methods:
                 pairs = [values.pair(run, layer, method) for run in runs]
-                pairs = [pair for pair in pairs if pair.shape[1] > 2]  # Lobatto: of seed 0 alone
+                pairs = [pair for pair in pairs if pair.shape[1] > 2]  # Lobatto rules only have seed 0
                 if not pairs:
                     continue
                 cells = [
@@ -209,7 +209,7 @@ def _table(
 
 
 def draw(values: Values, path: Path) -> None:
-    """Draws the error of LMN, its median over checkpoints and its largest, against the time of the matrix."""
+    """Draws the error of LMN, as the median over checkpoints and the largest, against the time of the matrix."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -251,7 +251,7 @@ def _draw_panel(axes: Any, values: Values, task: str, layer: str, run: str) -> N
     exact = values.milliseconds(task, "SiLU", layer, "path")
     axes.axvline(exact, color="#888888", linestyle=":", label="exact, 21 points")
     axes.set(title=f"{task}, {layer}", xscale="log", yscale="log", xlabel="Time of the matrix (ms)")
-    axes.set_ylim(1e-3, 200)  # below, an error is of no use to anyone
+    axes.set_ylim(1e-3, 200)  # smaller errors do not matter
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,8 +1,8 @@
 """The paper's experiment over many seeds (arXiv 2310.05918), and the numbers that answer further questions.
 
-A study is a directory: study.json, what determines it; runs/, a run for every task and seed, as `train` leaves it,
-and the shorter runs that two of the questions need; answers/, a table for every run. Each goes on where it stopped.
-`report` makes tables, figures and verdicts of it.
+A study is a directory. study.json has its settings. runs/ has a run of `train` for every task and seed, and the shorter runs
+that two of the questions need. answers/ has a table for every task and seed. If a study is stopped, all of these can be
+continued. `report` makes the tables, figures and verdicts from a study.
 """
 
 import json
@@ -29,33 +29,34 @@ from ..runs.progress import progress_bar
 from ..runs.tables import check_continues, read_table, write_table
 from ..spectrum import SETTINGS, SHARES, Measurement, measure
 
-LAYER = "hidden_1"  # where the paper measures
-# The other two differ from one of these three by a Linear, which LMN does not see.
+LAYER = "hidden_1"  # the paper measures at this layer
+# Each of the remaining two layers is one Linear away from LAYER or one of these. A Linear does not change LMN.
 OTHER_LAYERS = ("embedding", "hidden_2")
 STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
 RULES = (("lobatto", 7), ("lobatto", 9), ("uniform", 5), ("uniform", 11), ("uniform", 51), ("uniform", 101))
 SIZES = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # and all pairs
 COLUMNS = ("question", "variant", "step", "layer", "value", *SETTINGS, *SHARES)
 OPTIONAL = tuple(name for name in COLUMNS if name not in ("step", "samples", "value"))
-# The range of 5 seeds holds the median in 94 % of draws, that of 6 in 97 %: fewer have no 95 % interval.
+# The range of 6 seeds contains the median in 97 % of draws, the range of 5 seeds only in 94 %. So fewer than 6 seeds do not
+# have a 95 % interval.
 FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT = 6, 4
 
 
 @dataclass(frozen=True)
 class Study:
-    """What determines a study beside its tasks and seeds; the defaults are the paper's."""
+    """The settings of a study, apart from its tasks and seeds. The defaults are the paper's."""
 
     steps: int = 20_000
     every: int = 100
     milestones: tuple[int, ...] = (0, 200, 400, 700, 1000, 1500, *range(2000, 20_001, 1000))
     """Steps at which the other layers, other samples and stand-ins are measured."""
     few: tuple[int, ...] = (0, 400, 4000, 20_000)
-    """Steps for what takes long: other nodes, other numbers of samples."""
+    """Steps of the measurements that take long: other nodes, other numbers of samples."""
     init_steps: int = 1000
     relu_steps: int = 5000
     relu_every: int = 250
 
-    def config(self, task: str, seed: int, **changes) -> Config:
+    def config(self, task: str, seed: int, **changes: Any) -> Config:
         given = {"steps": self.steps, "every": self.every, "seed": seed, "threads": 1, **changes}
         return Config(task, layers=(LAYER,), **given)
 
@@ -73,19 +74,20 @@ QUICK = Study(
 def run_study(
     out: Path, tasks: tuple[str, ...], seeds: int, jobs: int, study: Study, *, progress: bool = False
 ) -> None:
-    """Runs what is missing of a study, in `jobs` processes of one thread each.
+    """Runs the missing parts of a study, in `jobs` processes with one thread each.
 
     Args:
-        out: its directory; made if it does not exist. Other tasks and more seeds are added to what is there.
+        out: the study's directory, which is made if it does not exist. Other tasks and more seeds are added to an existing
+            study.
         tasks: some of TASKS.
-        seeds: how many, from 0 on.
-        jobs: number of processes; 1: this one, with the GPU if there is one.
-        study: what determines the runs.
+        seeds: number of seeds, which begin at 0.
+        jobs: number of processes. With 1, this process does the work, on the GPU if there is one.
+        study: the settings of the study.
         progress: show a bar (needs tqdm).
 
     Raises:
         ValueError: a wrong argument; another process is at work in `out`; `out` holds another study, or something else;
-            damaged runs (names them all, once the others are done).
+            damaged runs (the message names all of them, after the others are done).
         OSError: `out` cannot be written; processes died again and again.
     """
     if not tasks or (unknown := [task for task in tasks if task not in TASKS]):
@@ -104,7 +106,7 @@ def run_study(
 
 
 def _cost(task: str) -> int:
-    """The tasks that take long come first, so that the processes end together."""
+    """A key for sorting tasks. Tasks that take long come first, so that all processes end at about the same time."""
     return ("xor", "modular-addition", "s4").index(task)
 
 
@@ -112,7 +114,7 @@ def _check_continues(out: Path, study: Study) -> None:
     file = out / "study.json"
     if not file.exists():
         if strange := [item.name for item in out.iterdir() if item.name != ".lock"]:
-            raise ValueError(f"out: {out} is not empty and no study, it holds {sorted(strange)[0]}")
+            raise ValueError(f"out: {out} is not empty and is not a study: it holds {sorted(strange)[0]}")
         return
     try:
         stored = {
@@ -126,11 +128,11 @@ def _check_continues(out: Path, study: Study) -> None:
 # Processes -------------------------------------------------------------------------------------------------
 
 
-Job = tuple[Path, Study, str, int]  # where, what, task, seed
+Job = tuple[Path, Study, str, int]  # directory, settings, task, seed
 
 
 def _run(work: list[Job], processes: int, bar: Any) -> None:
-    """Does all jobs. A ValueError is of one run alone: all of them are raised together, once the others are done."""
+    """Does all jobs. A ValueError concerns only one run, so all ValueErrors are raised together, after all jobs are done."""
     failures: list[Exception] = []
 
     def show() -> None:
@@ -156,7 +158,7 @@ def _run(work: list[Job], processes: int, bar: Any) -> None:
 
 
 def _total(study: Study) -> int:
-    """What the bar counts for a task and seed: measured steps of its runs, and milestones."""
+    """The bar's total for a task and seed: the measured steps of its runs, and the milestones."""
     runs = (
         study.steps // study.every
         + study.init_steps // study.every
@@ -167,7 +169,7 @@ def _total(study: Study) -> int:
 
 
 def _show(bar: Any, work: list[Job]) -> None:
-    """Sets the bar to what is on disk, whichever process wrote it."""
+    """Sets the bar from the files on disk, because any process may have written them."""
     done, at_work = 0, []
     for out, study, task, seed in work:
         paths = [path / "metrics.csv" for path in _runs(out, task, seed)]
@@ -184,7 +186,7 @@ def _show(bar: Any, work: list[Job]) -> None:
 def _milestones(answers: Path) -> int:
     try:
         return len({row["step"] for row in read_answers(answers) if row["question"] == "samples"})
-    except ValueError:  # for the worker to say
+    except ValueError:  # the worker reports this error
         return 0
 
 
@@ -213,10 +215,10 @@ def _answers_file(out: Path, task: str, seed: int) -> Path:
 
 @torch_threads(1)
 def do(out: Path, study: Study, task: str, seed: int) -> None:
-    """Does everything of one task and seed that is not there yet.
+    """Does all missing work for one task and seed.
 
     Raises:
-        ValueError: files are damaged; names them.
+        ValueError: files are damaged; the message names them.
     """
     changes: tuple[dict[str, Any], ...] = (
         {},
@@ -227,7 +229,7 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
         try:
             train(study.config(task, seed, **change), path)
         except ValueError as error:
-            raise ValueError(f"{error}; the same command without {path} runs it anew") from None
+            raise ValueError(f"{error}; to run it again, delete {path} and repeat the command") from None
     main, _, relu = _runs(out, task, seed)
     answers = _answers_file(out, task, seed)
     rows = read_answers(answers)
@@ -246,7 +248,7 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
         write_table(answers, COLUMNS, rows)
 
 
-# By layer: the tail, its training and its test samples.
+# A function from a layer to the tail, its training samples and its test samples.
 Tails = Callable[[str], tuple[nn.Module, Tensor, Tensor]]
 
 
@@ -269,12 +271,12 @@ def _row(
     """A row of answers.
 
     Args:
-        question: one of the report's.
+        question: one of the report's questions.
         variant: of the question.
         step: of the run.
-        layer: the one measured from.
-        m: the measurement that the value is of, or its number of samples alone.
-        value: None is the measurement's LMN.
+        layer: the layer at which the network is cut.
+        m: the measurement, or only its number of samples.
+        value: the answer; None: the measurement's LMN.
     """
     said = {"question": question, "variant": variant, "step": step, "layer": layer, "value": value}
     if isinstance(m, Measurement):
@@ -315,7 +317,7 @@ def _at_few(step: int, tails: Tails) -> list[dict]:
         for rule, k in RULES
     ]
     pairs = torch.cat([train_samples, test_samples])
-    # Nested sub-samples.
+    # The sub-samples are nested: each is the beginning of one random order.
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
     sizes = [*(size for size in SIZES if size < len(pairs)), len(pairs)]
     return rows + [_row("number", "random", step, LAYER, measure(f, pairs[:size])) for size in sizes]
@@ -323,7 +325,8 @@ def _at_few(step: int, tails: Tails) -> list[dict]:
 
 @dataclass(frozen=True)
 class Seed:
-    """What a study has of a task and a seed: its run, those with another initialisation and ReLU, its answers."""
+    """The content of a study for a task and a seed: its run, the runs with another initialisation and with ReLU, its
+    answers."""
 
     run: Run
     lecun: Run
@@ -331,7 +334,7 @@ class Seed:
     answers: list[dict]
 
     def answer(self, question: str, variant: str | None = None, layer: str | None = None) -> dict[int, float]:
-        """The values of a question by step."""
+        """The values of a question, by step."""
         return {
             row["step"]: row["value"]
             for row in self.answers
@@ -341,11 +344,11 @@ class Seed:
         }
 
     def lmn(self, layer: str) -> dict[int, float]:
-        """LMN of the training samples from a layer on, at the milestones, by step."""
+        """LMN of the training samples at a layer, at the milestones, by step."""
         return self.answer("samples", "train") if layer == LAYER else self.answer("layers", layer=layer)
 
     def lmn_of_sizes(self, step: int) -> dict[int, float]:
-        """LMN of random samples, by their number; empty where a step has none."""
+        """LMN of random samples, by the number of samples; empty if the step has no such values."""
         return {
             row["samples"]: row["value"]
             for row in self.answers
@@ -354,7 +357,7 @@ class Seed:
 
 
 def read_study(out: Path, tasks: Iterable[str], seeds: int) -> dict[str, list[Seed]]:
-    """What a study has, by task.
+    """The seeds of a study, by task.
 
     Raises:
         ValueError: a run or a table is missing or damaged.
@@ -377,10 +380,10 @@ def _three_runs(out: Path, task: str, seed: int) -> tuple[Run, Run, Run]:
 
 
 def read_answers(path: Path) -> list[dict]:
-    """The rows of a table of answers; none where there is no table.
+    """The rows of a table of answers; an empty list if there is no table.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the table is damaged.
     """
     if not path.exists():
         return []
@@ -388,5 +391,5 @@ def read_answers(path: Path) -> list[dict]:
         return read_table(path, COLUMNS, optional=OPTIONAL)
     except ValueError:
         raise ValueError(
-            f"out: cannot read {path}; delete it to make it anew (it is damaged, or of another version of lmnfast)"
+            f"out: cannot read {path}; delete it to make it again (it is damaged, or from another version of lmnfast)"
         ) from None

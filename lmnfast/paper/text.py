@@ -10,7 +10,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]
 
 
 def number(value: float) -> str:
-    """Three digits, more before the point; "-" for NaN, "never" for an infinite number."""
+    """A number as text: three digits, more if there are more before the point; "-" for NaN, "never" for infinity."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else "never"
     if value != 0 and abs(value) < 1e-3:

@@ -1,1 +1,1 @@
-"""What the commands share: whole files, tables, worker processes, a progress bar, the device, figures as files."""
+"""Code shared by the commands: whole files, tables, worker processes, a progress bar, the device, figures as files."""

@@ -12,20 +12,20 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError for a name that is none of DEVICES."""
+    """Raises ValueError if the name is not one of DEVICES."""
     if device not in DEVICES:
         raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
 
 
 def settled_device(device: str, stored: str | None = None) -> str:
-    """The device that a name of DEVICES stands for on this machine.
+    """The device for a name of DEVICES on this machine: "cpu" or "cuda".
 
     Args:
-        device: "auto" is `stored`, or where that is None "cuda" if there is one, else "cpu".
-        stored: the device that the work was begun on.
+        device: "auto" stands for `stored`. If `stored` is None, it stands for "cuda" if there is a CUDA device, else for "cpu".
+        stored: the device on which the work was begun; None for new work.
 
     Raises:
-        ValueError: an unknown name; no CUDA device.
+        ValueError: an unknown name; "cuda" without a CUDA device.
     """
     check_device(device)
     cuda = torch.cuda.is_available()
@@ -37,10 +37,10 @@ def settled_device(device: str, stored: str | None = None) -> str:
 
 
 def refuse_unusable(device: str) -> None:
-    """Raises ValueError with the reason where the kernels cannot run on the device of this name."""
+    """Raises ValueError, with the reason, if the kernels cannot run on the device with this name."""
     reason = _native.no_cuda_device() if device == "cuda" else None
     if device != "cpu" and torch.cuda.is_available() and _native.cuda_built():
-        reason = _native.cuda_problem()  # a card that the kernels were not built for
+        reason = _native.cuda_problem()  # for example, the kernels were not built for this card
     if reason:
         raise ValueError(f"device: cuda is not available: {reason}; --device=cpu computes on the CPU")
 
@@ -56,7 +56,7 @@ def processor() -> str:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """torch computes with this number of threads; the number before comes back."""
+    """Sets torch's number of threads, and restores the earlier number at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

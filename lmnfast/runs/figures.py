@@ -6,20 +6,20 @@ from typing import Any
 
 from .files import write_file
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 VERMILION, BLUE, GREEN, PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 COLOURS = (VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY)
 
 
 def save(figure: Any, path: Path, dpi: int = 200, colours: int | None = None) -> Path:
-    """Writes a matplotlib figure as .png, whole or not at all.
+    """Writes a matplotlib figure as .png. The file is written whole or not at all.
 
     Args:
-        figure: of matplotlib.
+        figure: a matplotlib figure.
         path: the file.
         dpi: dots per inch.
-        colours: the size of a palette; with 256 colours the file has a third of the bytes. None: all colours.
+        colours: the number of colours in the file, None for all. A file with 256 colours has a third of the bytes.
 
     Returns:
         The path.
@@ -27,7 +27,7 @@ def save(figure: Any, path: Path, dpi: int = 200, colours: int | None = None) ->
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=dpi)
     if colours is not None:
-        from PIL import Image  # what matplotlib writes images with
+        from PIL import Image  # always there: matplotlib needs it
 
         picture = Image.open(image).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
         image = io.BytesIO()

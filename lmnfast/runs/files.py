@@ -1,4 +1,4 @@
-"""Directories that runs and tables are kept in: whole files, and one process at a time."""
+"""Directories of runs and tables: files are written whole, and one process works in a directory at a time."""
 
 import glob
 import io
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-CHECKSUM_LENGTH = 22  # also that of the record that ends a zip archive without a comment
+CHECKSUM_LENGTH = 22  # also the length of the record at the end of a zip archive without a comment
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file so that whoever reads it finds the old one or the new one, whole.
+    """Writes a file so that a reader finds either the whole old file or the whole new file.
 
-    The content is first written to NAME.PID.part, so that two processes never share one. A part that a killed process
-    left is deleted by the next write of the same file.
+    The content is first written to the file NAME.PID.part, which no other process uses, and that file is then renamed. If a
+    process was killed in between, the next write of the same file deletes the part that it left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -43,28 +43,28 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _alive(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 is no question
+    if os.name != "posix":  # on other systems signal 0 is not a harmless test
         return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # a process of another user
         return True
     return True
 
 
 @contextmanager
 def claimed(path: Path, name: str = "out") -> Iterator[None]:
-    """Makes the directory and keeps other processes out of it; a killed process loses its lock.
+    """Makes the directory and locks it against other processes. The lock of a killed process ends with the process.
 
     Args:
         path: the directory.
-        name: of the argument that the directory came from, for errors.
+        name: the name of the argument that gave the directory, for errors.
 
     Raises:
-        ValueError: another process is at work there.
-        OSError: it cannot be written.
+        ValueError: another process is at work in the directory.
+        OSError: the directory cannot be written.
     """
     lock = FileLock(path / ".lock", timeout=0)
     try:
@@ -81,18 +81,18 @@ def claimed(path: Path, name: str = "out") -> Iterator[None]:
 
 
 class Unreadable(ValueError):
-    """A file cannot be read; the message names it."""
+    """A file cannot be read; the message names the file."""
 
 
 def unreadable(file: Path, error: Exception) -> Unreadable:
-    """The error of a file, with its reason in one line."""
+    """The error for an unreadable file, with the reason in one line."""
     return Unreadable(f"cannot read {file}, {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """torch.save of tensors and plain values, loadable with weights_only=True, with a checksum of the whole file.
+    """torch.save of tensors and plain values, with a checksum of the whole file. torch.load can read it with weights_only=True.
 
-    The checksum is the comment that may end a zip archive. torch.load does not look at it.
+    The checksum is the comment at the end of the zip archive, which torch.load ignores.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -108,17 +108,17 @@ def _checksum(archive: bytes) -> bytes:
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
-    """What `save_tensors` wrote.
+    """Reads a file of `save_tensors`.
 
     Raises:
-        Unreadable: a damaged file, also one with a single changed byte.
+        Unreadable: the file is damaged; a single changed byte counts.
         FileNotFoundError: there is no file.
     """
     content = io.BytesIO(path.read_bytes())
     try:
         archive, comment = content.getvalue()[:-CHECKSUM_LENGTH], content.getvalue()[-CHECKSUM_LENGTH:]
         if comment.startswith(b"PK\5\6"):
-            # There is no comment, as in what torch.save alone writes: only the members have checksums.
+            # The archive has no comment, as in a file of torch.save itself. Then only the members have checksums.
             with zipfile.ZipFile(content) as members:
                 if damaged := members.testzip():
                     raise ValueError(f"the checksum of {damaged} is wrong")
@@ -126,5 +126,5 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> Any:
         elif comment != _checksum(archive):
             raise ValueError("its checksum is wrong")
         return torch.load(content, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file raises anything
+    except Exception as error:  # a damaged file can raise any error
         raise unreadable(path, error) from None

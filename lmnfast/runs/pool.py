@@ -1,9 +1,9 @@
-"""Worker processes, with one rule of failure.
+"""Worker processes, with one rule for failures.
 
-A job that fails ends no other: its error is its `Outcome`. The caller then goes on, or leaves the jobs that have not
-begun. An error of the caller ends all processes at once: whatever a job writes is whole at any moment, and the same
-work goes on with it. A process that dies is replaced, and the jobs without an outcome begin again, at most DEATHS
-times.
+A job that fails does not stop other jobs: its `Outcome` holds its error. The caller then continues, or drops the jobs that have
+not begun. An error of the caller ends all processes at once. This is safe, because the files that a job writes are whole at any
+moment, and the same command later continues with them. A process that dies is replaced, and the jobs without an outcome begin
+again, at most DEATHS times.
 """
 
 import multiprocessing
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-DEATHS = 3  # more of them are no accident
+DEATHS = 3  # more deaths of processes are not an accident
 INTERVAL = 1.0  # seconds between two calls of `meanwhile`
 
 
@@ -32,18 +32,19 @@ class Outcome:
 
 
 class Pool:
-    """Spawned processes: they share nothing with this one, and end when it does.
+    """Spawned processes. They share no memory with this process, and end when it ends.
 
     Args:
-        processes: their number.
-        begin: called in each process before its first job, with `arguments`.
+        processes: number of processes.
+        begin: a function that is called in each process before its first job.
+        arguments: the arguments of `begin`.
     """
 
     def __init__(
         self, processes: int, begin: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
     ) -> None:
         self._processes = processes
-        self._given = begin, arguments
+        self._preparation = begin, arguments
         self._others = multiprocessing.active_children()
         self._executor: ProcessPoolExecutor | None = None
         self._futures: dict[Future[Any], tuple[Any, ...]] = {}
@@ -55,12 +56,12 @@ class Pool:
         jobs: Iterable[tuple[Any, ...]],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[Outcome]:
-        """Calls the function with the arguments in each job; yields the outcomes as they come.
+        """Calls the function once per job; yields the outcomes in the order in which the jobs end.
 
         Args:
-            function: can be imported.
-            jobs: begun in this order.
-            meanwhile: called about once in INTERVAL.
+            function: a function that the processes can import.
+            jobs: the arguments of each call. Jobs begin in this order.
+            meanwhile: a function that is called about once in INTERVAL.
 
         Raises:
             OSError: processes died again and again.
@@ -75,18 +76,18 @@ class Pool:
                     return
                 if death == DEATHS:
                     raise OSError(
-                        "jobs: a process died again and again, perhaps for want of memory, where fewer may do; the same "
-                        "command goes on with what is there"
+                        "jobs: a process died again and again, perhaps because there was not enough memory; try fewer jobs; "
+                        "the same command continues the work"
                     ) from None
                 print("\nlmnfast: a process died; going on with what it left", file=sys.stderr)
 
     def _outcomes(
         self, function: Callable[..., Any], left: list[tuple[Any, ...]], meanwhile: Callable[[], None]
     ) -> Iterator[Outcome]:
-        """As `outcomes`; takes out of `left` what has one. Raises BrokenProcessPool where a process died."""
+        """As `outcomes`. Removes a job from `left` when it has an outcome. Raises BrokenProcessPool if a process died."""
         self._end()
         self._executor = ProcessPoolExecutor(
-            self._processes, multiprocessing.get_context("spawn"), _begin_worker, self._given
+            self._processes, multiprocessing.get_context("spawn"), _begin_worker, self._preparation
         )
         self._futures = {self._executor.submit(function, *job): job for job in left}
         waiting, broken = set(self._futures), None
@@ -130,7 +131,7 @@ class Pool:
 
 
 def _begin_worker(begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """The process ends with its parent, however that ends, and silently at Ctrl-C."""
+    """Prepares a process: it ends when its parent ends, in whatever way, and it ends silently at Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if begin is not None:

@@ -1,8 +1,8 @@
-"""CSV tables whose columns are known, and the settings that they were made with.
+"""CSV tables with known columns, and a check of the settings with which a table was made.
 
-The name of a column says what it holds: INTEGERS, WORDS, else floats. Floats are written with seven digits, what
-float32 holds: they are the same again when read and written. A step is written in full; it may be an integer or a
-fraction.
+The name of a column determines the type of its values: INTEGERS, WORDS, or else floats. Floats are written with seven digits,
+as many as float32 holds. A float that is read from a table and written again does not change. A step is written in full; it may
+be an integer or a fraction.
 """
 
 import csv
@@ -24,16 +24,16 @@ WORDS = (
 
 
 def joined(values: str, value: str) -> str:
-    """Words of rows that become one row, each once: "cpu", "cpu+cuda"."""
+    """Joins words of rows that become one row. Each word appears once: "cpu", "cpu+cuda"."""
     return "+".join(sorted({*values.split("+"), value}))
 
 
 class LacksColumns(ValueError):
-    """The table lacks columns. The message is to stand behind the name of the file."""
+    """The table lacks columns. The message is written to follow the name of the file."""
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the columns of the rows, whole or not at all."""
+    """Writes a table with these columns of the rows. The file is written whole or not at all."""
     lines = [csv_line(columns), *(csv_line(_written(c, row[c]) for c in columns) for row in rows)]
     write_file(path, b"".join(lines))
 
@@ -59,13 +59,13 @@ def read_table(
     """The rows of a table that `write_table` wrote.
 
     Args:
-        path: of the file.
-        columns: the ones that it must have, in this order; None: any, with "step" among them.
-        optional: columns that may be empty, which are read as "".
-        encoding: "utf-8-sig" also takes a file that a spreadsheet has marked.
+        path: the file.
+        columns: the columns that the table must have, in this order. None: any columns, if "step" is one of them.
+        optional: columns whose values may be empty. An empty value is read as "".
+        encoding: "utf-8-sig" also reads a file that a spreadsheet has saved, with a byte order mark.
 
     Raises:
-        ValueError: the reason why the file is no such table, without its name.
+        ValueError: the file is not such a table. The message is the reason, without the name of the file.
         OSError: there is no file, or it cannot be read.
     """
     content = path.read_bytes()
@@ -113,16 +113,19 @@ def check_continues(
     may_change: Callable[[str, Any, Any], bool] = lambda name, old, new: False,
     most: int | None = None,
 ) -> None:
-    """Raises ValueError, with the differences, where work with the given settings does not continue what is stored.
+    """Checks that the stored work in a directory can be continued with the given settings.
 
     Args:
-        path: the directory that is gone on with.
-        what: it then holds, "another run".
-        stored: its settings.
-        given: the settings of the work.
-        otherwise: what can be done beside choosing another directory.
-        may_change: whether a setting of this name may change from the stored to the given value.
-        most: how many differences are named; None: all.
+        path: the directory.
+        what: the name of the stored work if its settings differ, for the message: "another run".
+        stored: the settings of the stored work.
+        given: the settings of the present work.
+        otherwise: what the user can do instead of choosing another directory, for the message.
+        may_change: a function of a setting's name, its stored and its given value; whether this change is allowed.
+        most: the largest number of differences in the message; None: all.
+
+    Raises:
+        ValueError: the settings differ; the message names the differences.
     """
     differences = [
         f"{name} is {_brief(stored.get(name))} there, {_brief(value)} here"

@@ -1,5 +1,6 @@
-// An emulated build finds this file in place of the CUDA toolkit's header of the same name. It has what csrc/cuda uses of that
-// header, and no more: a source that begins to use something else fails to compile here, and the line is added then.
+// An emulated build finds this file in place of the CUDA toolkit's header of the same name. This file declares only the part of
+// that header that csrc/cuda uses. If a source begins to use something else, an emulated build fails to compile until the
+// declaration is added here.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -14,7 +15,7 @@
 #define __device__
 #define __host__
 #define __noinline__ __attribute__((noinline))
-#define __shared__ static thread_local  // a block stays on one operating-system thread
+#define __shared__ static thread_local  // all threads of a block are on one operating-system thread
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -98,7 +99,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
   return value;
 }
 
-// Blocks of a grid are on several operating-system threads.
+// These operations are atomic, because the blocks of a grid run on several operating-system threads.
 template <class T>
 T atomicAdd(T* to, T value) {
   return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);

@@ -36,8 +36,8 @@ void run_blocks(int columns, int rows, int threads, std::size_t shared, void (*b
     t_error = cudaErrorInvalidConfiguration;
     return;
   }
-  // For tests of what lies beyond 2^31 values, in memory that is hardly touched: only so many blocks at the end of each grid
-  // run.
+  // If this variable is set, only so many blocks at the end of each grid run. Tests of more than 2^31 values use it: the other
+  // blocks' memory is then hardly touched.
   const char* const last = std::getenv("LMNFAST_EMULATED_LAST_BLOCKS");
   const int begin = last ? std::max(0, blocks - std::atoi(last)) : 0;
   const auto run_block = [&](int block) {
@@ -61,11 +61,11 @@ void run_cooperative_blocks(int blocks, int threads, std::size_t shared, void (*
     t_error = cudaErrorInvalidConfiguration;
     return;
   }
-  if (blocks > multiprocessors) {  // one block on each, as cudaOccupancyMaxActiveBlocksPerMultiprocessor says
+  if (blocks > multiprocessors) {  // each multiprocessor runs one block, see cudaOccupancyMaxActiveBlocksPerMultiprocessor
     t_error = cudaErrorCooperativeLaunchTooLarge;
     return;
   }
-  constexpr int kMostGuarded = 16384;  // each thread takes two of the 65 530 mappings that Linux allows a process
+  constexpr int kMostGuarded = 16384;  // a thread's stack takes two of the 65 530 mappings that Linux allows a process
   std::vector<std::unique_ptr<Machine>> machines;
   for (int n = 0; n < blocks; ++n) {
     machines.push_back(std::make_unique<Machine>(threads, blocks * threads <= kMostGuarded));

@@ -45,8 +45,8 @@ Floats add_aligned(Floats sum, const Floats (&addends)[4]) {
   Ints exponent = largest >> 23;
   exponent = exponent < kBits + 1 ? Ints{} + (kBits + 1) : exponent;  // large enough that both powers of two are normal
   const Floats scale = Floats((2 * 127 + kBits - exponent) << 23), unscale = Floats((exponent - kBits) << 23);
-  // Conversions round toward zero. Integers are unsigned, because the sum of what a NaN and an Inf become exceeds an int; the
-  // result is not used then.
+  // Conversions round toward zero. Integers are unsigned, because the sum of the integers that a NaN and an Inf become
+  // exceeds an int. That sum is not used.
   Unsigned total = Unsigned(__builtin_convertvector(sum * scale, Ints));
   Floats plain = sum;
   for (const Floats& addend : addends) {

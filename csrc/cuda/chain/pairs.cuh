@@ -10,9 +10,9 @@ namespace lmn {
 namespace {
 
 constexpr int kEndOutputs = 32;
-/// Writes what a pair's statistics need of output k at one sample, to be read at once: y, the part of y that rounding lost, the
-/// square of its rounding, and 1 if an activation may hide this rounding. [samples][kEndOutputs]: lane 4 g + q has the outputs
-/// 16 h + 4 q + m at 4 (4 h + m) + q.
+/// Writes the four numbers of output k at one sample that a pair's statistics need, so that one load reads them: y, the part of
+/// y that rounding lost, the square of y's rounding, and 1 if an activation may hide this rounding. ends:
+/// [samples][kEndOutputs]; lane 4 g + q has the outputs 16 h + 4 q + m at 4 (4 h + m) + q.
 __device__ inline void write_end(float4* ends, std::int64_t sample, std::int64_t k, float y, float y_low, float rounding,
                                  float scale) {
   const std::int64_t place = 4 * (k / 16 * 4 + k % 4) + k % 16 / 4;
@@ -28,7 +28,7 @@ struct PairSums {
 
 /// 1 - r2 of an output, as share_of_output gives it, with a fourth of the instructions. False if share_of_output may find the
 /// output constant or unresolved; `share` may then be anything. te: of the moments; bend: variance_t var(e) - te^2; factor: te
-/// is times factor, bend times its square; magnitude: the larger |y| of the two ends.
+/// is multiplied by factor, and bend by its square; magnitude: the larger |y| of the two ends.
 __device__ inline bool ordinary_share(float te, float bend, float factor, float chord, float magnitude, float rounding_squared,
                                       float variance_t, float& share) {
   constexpr float kConstant = float(kConstantUlps) * Epsilon<float>::value;

@@ -47,7 +47,7 @@ struct Layer {
   const T *weights, *biases;  // [width, width of the layer before], [width] or null
   HalfLayer half;             // used in float
   double2* fragments;         // used in double: weights as fragments, see chain64/samples.cuh
-  int added[2], kept[2];  // slots of the residuals that are added to z and v, and in which those of z and v are kept; none: -1
+  int added[2], kept[2];  // slots of the residuals that are added to z and v; slots that keep the residuals of z and v; or -1
 };
 
 /// What the samples decide for the kernels of halves. Zeros before the first launch.

@@ -14,20 +14,20 @@ struct Choice {
   // The shallow kernel needs a sum of |z| of at least `least`, and every |z| below `limit`; a limit of 0: never the shallow
   // kernel.
   double least, limit;
-  int* elsewhere;
+  int* takes_shallow;  // the result: 1 for the shallow kernel, 0 for the general one
 };
 
 /// Block k scales output k. The block after the last output chooses the kernel and sets the counts to 0.
 __global__ void scale_kernel(Problem<double> problem, Choice choice) {
   problem = of_network(problem);
-  choice.sums = in_network(choice.sums, problem.apart), choice.elsewhere = in_network(choice.elsewhere, problem.apart);
+  choice.sums = in_network(choice.sums, problem.apart), choice.takes_shallow = in_network(choice.takes_shallow, problem.apart);
   const std::int64_t k = blockIdx.x;
   if (k < problem.outputs) return scale_output(problem, k);
   double sum = 0;
   for (std::int64_t n = threadIdx.x; n < choice.blocks; n += kThreads) sum += choice.sums[n];
   sum = block_sum(sum);
   if (threadIdx.x == 0) {
-    *choice.elsewhere = choice.limit > 0 && sum >= choice.least && !isinf(sum);
+    *choice.takes_shallow = choice.limit > 0 && sum >= choice.least && !isinf(sum);
     problem.counts[0] = problem.counts[1] = 0;
   }
 }
@@ -62,7 +62,7 @@ struct Range {
 };
 
 /// Takes the places of everything except the layers. The layers come last in the arena, one by one.
-inline Plan make_plan(const PathConnectivity<double>& op, bool slopes, Range elsewhere, Arena& arena) {
+inline Plan make_plan(const PathConnectivity<double>& op, bool slopes, Range shallow, Arena& arena) {
   Plan plan;
   plan.slopes = slopes;
   plan.problem = make_problem(op, arena);
@@ -70,7 +70,7 @@ inline Plan make_plan(const PathConnectivity<double>& op, bool slopes, Range els
   plan.flag = arena.take<int>(1);
   const std::int64_t first_blocks = blocks_of(op.samples, kForwardTile) * padded(op.widths[0]) / kForwardTile;
   plan.sums = arena.take<double>(first_blocks);
-  plan.choice = {plan.sums, first_blocks, elsewhere.least_mean * double(op.samples * op.widths[0]), elsewhere.limit, plan.flag};
+  plan.choice = {plan.sums, first_blocks, shallow.least_mean * double(op.samples * op.widths[0]), shallow.limit, plan.flag};
   return plan;
 }
 

@@ -65,7 +65,7 @@ __device__ inline void shallow_residuals(double (&e)[kGroup], const double (&t)[
       e[r + 1] = fma(kHeight, fma(powers[r], inverse, inverse), -chord[1]);
     }
   }
-  // A unit that does not move has no residual. The rounding of the two exponentials would leave one, so it is set to 0.
+  // A unit that does not move has no residual. The rounding of the two exponentials would leave a residual, so it is set to 0.
 #pragma unroll
   for (int r = 0; r < kGroup; ++r) e[r] = z_chord == 0 ? 0.0 : e[r];
 }
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
   const int arrays = p.arrays();
   for (std::int64_t unit = std::int64_t(blockIdx.x) * kShallowWarps64 + warp; unit < p.units;
        unit += std::int64_t(gridDim.x) * kShallowWarps64) {
-    __syncwarp();  // the lanes that have stored an entry are back
+    __syncwarp();  // waits for the lanes that have stored an entry
     std::int64_t i, block;
     find_unit(unit, std::int64_t(8), i, block);
     const double2* const first = in_network(p.first, problem.apart) + i * p.steps * arrays * 4 + lane % 4;

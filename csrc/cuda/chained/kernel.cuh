@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Shape<Curve, kBlocks, kStencil, kSplit>::kMost
   const int warps = int(blockDim.x) / kWarp;
   const int begin = int(std::int64_t(blockIdx.x) * p.units / gridDim.x);
   for (int n = begin + int(threadIdx.x) / kWarp; n < shared_parameters().units; n += warps) {
-    __syncwarp();  // the lanes that have stored an entry are back
+    __syncwarp();  // waits for the lanes that have stored an entry
     int i, block;
     find_unit(n, S::kPaths * kGroup, i, block);
     if constexpr (Curve::kSilu && kStencil == 0) {

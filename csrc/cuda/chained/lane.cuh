@@ -86,8 +86,8 @@ __device__ inline void read(float (&values)[kCount], const float* from) {
     values[0] = v.x, values[1] = v.y;
   }
 }
-/// The same from global memory that no kernel writes meanwhile. The pointers come from shared memory, so the compiler cannot
-/// know this.
+/// Reads from global memory that no kernel writes while this one runs. The function asks for the read-only path itself: the
+/// pointers come from shared memory, so the compiler cannot know that no kernel writes there.
 template <int kCount>
 __device__ inline void fetch(float (&values)[kCount], const float* from) {
   if constexpr (kCount == 4) {

@@ -33,7 +33,7 @@ struct Chained {
   float variance_t;
   Stencil<float> stencil;
   float bend[3][3];               // of the stencil: variance_t var(e) - te^2 = sum over u <= v of bend[v][u] value_v value_u
-  int samples, units, outputs;    // units: of work; in the block's copy the end of the block's own units
+  int samples, units, outputs;    // units: number of units of work; in the block's copy, the end of the block's own units
   const float4* ends;             // see write_end
   const float* scale;             // [outputs]
   float factor[kChainedOutputs];  // set in the block's copy: from sums of products to scaled outputs, in the order of `ends`

@@ -120,7 +120,7 @@ struct ChainedWarp {
   __device__ inline void at_nodes(const float (&t)[kPass], float z_i, float a_i, float z_j, float a_j,
                                   const float (&deviation)[kPass], float unscale, float scale, float (&e)[kPass]) const {
     if constexpr (Curve::kSilu) {
-      const float step = kDepth == 1 ? spacing : p.spacing;  // with two layers no register is free for it
+      const float step = kDepth == 1 ? spacing : p.spacing;  // with two layers no register is free for the spacing
       silu_residuals<kFirst, kWay>(z_i, a_i, z_j, a_j, t, step, deviation, unscale, scale, e, meets);
     } else {
       static_assert(kFirst);
@@ -146,7 +146,7 @@ struct ChainedWarp {
       if constexpr (kSplit) low_of[c] = w[part + c * block];
     };
     load(0);
-    // With two layers no registers are free for an early load; the load behind the branch makes its products wait.
+    // With two layers no registers are free for an early load. The load comes after the branch, and its products wait for it.
     if (kDepth == 1) load(1);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {

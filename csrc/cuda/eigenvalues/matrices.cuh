@@ -19,7 +19,7 @@ struct Matrices {
                       : static_cast<const void*>(static_cast<const float*>(entries) + at),
             is_double, row, 1};
   }
-  // An entry of the first matrix. It reads the lower triangle alone, as LAPACK does.
+  // Reads an entry of the first matrix, from the lower triangle only, as LAPACK does.
   __device__ double entry(int i, int j) const {
     const int at = i < j ? j * samples + i : i * samples + j;
     return is_double ? static_cast<const double*>(entries)[at] : double(static_cast<const float*>(entries)[at]);

@@ -12,7 +12,7 @@ struct Step {
   int chunk;  // chunk of column `next`
   bool owns;  // whether this lane holds column `next`
   int tag;
-  double *column, *products;  // where they go in the exchange
+  double *column, *products;  // their places in the exchange
   const double *x, *v;
 };
 
@@ -41,8 +41,8 @@ __device__ inline void post_column(const Lane& lane, const Step& step, const Sha
   }
 }
 
-// products += held x, for rows from kFirst on; the rows before kFirst are finished. The warps that hold column `next` post the
-// column on the way, as they hold it.
+// products += held x, for rows from kFirst on; the rows before kFirst are finished. The warps that hold column `next` also
+// post it, in the form in which they hold it (without the last update).
 template <class L, int kFirst>
 __device__ inline void multiply(const double (&held)[L::kRows][L::kHeld], double (&products)[L::kRows], const Lane& lane,
                                 const Step& step, const Shape& shape) {

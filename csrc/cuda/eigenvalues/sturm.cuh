@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kSturmBlock) sturm_kernel(Work work, int sampl
   __syncthreads();
 
   const int middle = rows - padding;
-  const auto coupling_of = [&](bool there, int i) {
-    const double coupling = there ? e[i] * unit : 0.0;
+  const auto coupling_of = [&](bool inside, int i) {
+    const double coupling = inside ? e[i] * unit : 0.0;
     return fmax(coupling * coupling, kLeastCoupling);
   };
   const double middle_d = d[middle] * unit;

@@ -7,14 +7,14 @@ namespace lmn {
 namespace {
 namespace panels {
 
-constexpr int kPanelWarps = 12;  // of a multiprocessor; each thread has 168 registers
+constexpr int kPanelWarps = 12;  // warps of a multiprocessor; each thread has 168 registers
 constexpr int kPanelThreads = kPanelWarps * kWarp;
 constexpr int kChunkSteps = 2;  // steps of 16 units that a warp takes at a time
 constexpr int kChunkUnits = kChunkSteps * kStepUnits;
 constexpr int kLaneOutputs = 4 * kChunkSteps;  // outputs of a lane in a chunk
 constexpr int kStraightOutputs = 32;           // most outputs for kStraight
 constexpr int kMoments = 3;
-// tiles of a warp: 19 nodes are two times five tiles; the slopes and the midpoint are two
+// Tiles of a warp. 19 nodes are two sets of five tiles. The slopes and the midpoint are two tiles.
 constexpr int kPathTiles = 5, kFewTiles = 2;
 
 constexpr std::size_t kStaticShared = 4096;  // upper limit of the kernel's static shared memory, beside the dynamic
