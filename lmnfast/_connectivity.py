@@ -157,13 +157,10 @@ def _measured_stack(
     return results
 
 
-def warn_of_offsets(each: Sequence[Enqueued], name: str = "f", stacklevel: int = 3) -> None:
-    """Warns once if an offset hides the outputs in some of these connectivities.
-
-    The default stacklevel names the caller of the caller.
-    """
+def warn_of_offsets(each: Sequence[Enqueued], name: str = "f") -> None:
+    """Warns the caller of the caller, once, if an offset hides the outputs in some of these connectivities."""
     if problems := [problem for enqueued in each if (problem := enqueued.offset_problem())]:
-        warnings.warn(f"{name}: {problems[0]}", stacklevel=stacklevel)
+        warnings.warn(f"{name}: {problems[0]}", stacklevel=3)
 
 
 @contextmanager

@@ -37,11 +37,6 @@ class Route:
     """For "hoisted": the affine maps, and the rest of the function."""
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether this build has kernels for the device of the samples."""
-    return x.device.type == "cpu" or (x.is_cuda and _native.cuda_built())
-
-
 def find_route(
     f: Callable[[Tensor], Tensor],
     x: Tensor | None,
@@ -85,7 +80,7 @@ def _unfused(f: Callable[[Tensor], Tensor], method: str, reason: str) -> Route:
 
 def why_no_kernel(chain: Chain, x: Tensor | None, method: str) -> str | None:
     """The reason why no kernel measures a chain; None if a kernel does."""
-    if x is not None and not has_kernels(x):
+    if x is not None and not _native.has_kernels(x):
         return f"there is no kernel for {x.device}"
     if x is not None and x.dim() != 2 and not chain.flattens:
         return f"samples of shape {tuple(x.shape[1:])} are no vectors, and nothing flattens them"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._chain import ACTIVATIONS, check_layers
-from .._native import plain  # noqa: F401
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
 # A sum of weights in float64 misses 1 by rounding alone; weights that came by way of float32 miss it by 1e-8.
