@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmnfast
-from lmnfast import _enqueue, _generic, _prepare, reference
+from lmnfast import _enqueue, _generic, _prepare, _route, reference
 from lmnfast._affine import affine_start
 from lmnfast._enqueue import enqueue
 from lmnfast._recognise import recognise
@@ -1054,6 +1054,25 @@ def test_explain_says_why_a_hook_is_needed(capsys):
     lmnfast.explain(Counting(), "first", vectors())
     said = capsys.readouterr().out
     assert "generic: a forward hook replaces the layer's output, as torch.fx cannot trace the model (" in said
+
+
+def test_explain_measures_whether_the_hoisted_maps_are_the_networks(monkeypatch):
+    split = _route.affine_start
+
+    def bent(f):
+        first, rest = split(f)
+        return nn.Sequential(first, nn.Tanh()), rest
+
+    x = vectors()
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 9), nn.LayerNorm(9), nn.SiLU(), nn.Linear(9, 3))
+    right = lmnfast.explain(model, "0", x)["0"]
+    before = lmnfast.lmn(*lmnfast.cut(model, "0", x))
+    monkeypatch.setattr(_route, "affine_start", bent)
+    wrong = lmnfast.explain(model, "0", x)["0"]
+    assert (right.route, wrong.route) == ("hoisted", "generic") and right.reason == wrong.reason
+    assert lmnfast.explain(model, "0")["0"].route == "hoisted"  # without inputs nothing is called
+    after = lmnfast.lmn(*lmnfast.cut(model, "0", x))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=0)
 
 
 def test_the_documentations_examples_run_and_print_what_it_shows(capsys):
