@@ -39,12 +39,12 @@ if _isa and not _C.use_isa(_isa):
 
 def has_kernels(tensor: Tensor) -> bool:
     """Whether this build has kernels for the device of a tensor."""
-    return tensor.device.type == "cpu" or (tensor.is_cuda and cuda_built())
+    return tensor.device.type == "cpu" or on_cuda(tensor)
 
 
 def on_cuda(tensor: Tensor) -> bool:
-    """Whether these kernels are CUDA's, also emulated."""
-    return has_kernels(tensor) and (tensor.is_cuda or emulates_cuda(tensor))
+    """Whether this build has CUDA kernels for the device of a tensor, also emulated."""
+    return cuda_built() if tensor.is_cuda else emulates_cuda(tensor)
 
 
 def emulates_cuda(tensor: Tensor) -> bool:

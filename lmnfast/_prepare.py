@@ -16,7 +16,6 @@ from ._checks import Checks, is_like
 from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
 from ._route import DIFFERENTIATING, Route, find_route, refuted
 from ._samples import check_dtypes, checked_samples
-from ._threads import alone
 from ._tiles import AllocationCount, bytes_of
 from ._undisturbed import evaluating
 
@@ -63,12 +62,13 @@ class Prepared:
 
     def chain_before_checks(self) -> Chain | None:
         """The chain whose kernels run before the checks, which then take `again`. None if the checks come first."""
-        if self.chain is None or not self.late:
+        chain = self.chain
+        if chain is None or not self.late:
             return None
-        self.again = None if self.in_order else self.chain(self.x)
+        self.again = None if self.in_order else chain(self.x)
         compared = [t for t in (self.again, self.expected) if t is not None]
         comparable = self.own_ends is None or all(is_like(t, self.own_ends) for t in compared)
-        return self.chain if comparable else None
+        return chain if comparable else None
 
     def check_outputs(self) -> None:
         """Checks samples and outputs. Takes another route if the recognised chain has other outputs than f."""
@@ -78,7 +78,8 @@ class Prepared:
         checks.finite("f(x)", self.ends)
         if self.expected is not None:
             checks.agree(self.ends, self.expected)
-        if not (self.chain is None or self.in_order or checks.reproduces(self.chain, self.x, self.ends)):
+        chain = self.chain
+        if not (chain is None or self.in_order or checks.reproduces(chain, self.x, self.ends)):
             self.refute()
 
     def settle(self) -> None:
@@ -116,7 +117,7 @@ def prepared(
     deferred: bool | None = None,
     spare: bool = False,
 ) -> Iterator[Prepared]:
-    """f on its checked samples, in eval mode for as long as the context lasts. One thread at a time is in this context.
+    """f on its checked samples, in eval mode for as long as the context lasts.
 
     Modules in order are called after the route is found, and not at all if the chain gives their outputs; others before.
 
@@ -130,25 +131,32 @@ def prepared(
     Raises:
         TypeError, ValueError: as connectivity.
     """
-    with alone():
-        x = checked_samples(f, x)
-        checks = Checks(x.is_cuda if deferred is None else deferred)
-        late = _native.on_cuda(x) if method in DIFFERENTIATING else checks.deferred
-        with evaluating(f) as kept:
-            calls = Calls(f, kept.put_back)
-            if not (late or checks.deferred):  # f may do anything on samples that are not finite
-                checks.finite("x", x)
-            find = partial(find_route, f, x, method, fuse=fuse, known=known, put_back=kept.put_back)
-            route = find() if kept.in_order else None
-            chain = None if route is None else route.chain
-            ends, allocated = None, 0
-            spared = (spare or method in DIFFERENTIATING) and late and expected is None
-            if not (spared and chain is not None and gives_outputs(chain, x)):
-                ends, allocated = _outputs(calls, x, chain, counted=method == "jacobians")
-            expected = None if expected is None else expected.reshape(len(x), -1)
-            yield Prepared(
-                *(calls, x, ends, route or find(), method, checks, late, kept.in_order, expected, allocated)
-            )
+    x = checked_samples(f, x)
+    checks = Checks(x.is_cuda if deferred is None else deferred)
+    late = _native.on_cuda(x) if method in DIFFERENTIATING else checks.deferred
+    with evaluating(f) as kept:
+        calls = Calls(f, kept.put_back)
+        if not (late or checks.deferred):  # f may do anything on samples that are not finite
+            checks.finite("x", x)
+        find = partial(find_route, f, x, method, fuse=fuse, known=known, put_back=kept.put_back)
+        route = find() if kept.in_order else None
+        chain = None if route is None else route.chain
+        ends, allocated = None, 0
+        spared = (spare or method in DIFFERENTIATING) and late and expected is None
+        if not (spared and chain is not None and gives_outputs(chain, x)):
+            ends, allocated = _outputs(calls, x, chain, counted=method == "jacobians")
+        yield Prepared(
+            calls=calls,
+            x=x,
+            own_ends=ends,
+            route=route or find(),
+            method=method,
+            checks=checks,
+            late=late,
+            in_order=kept.in_order,
+            expected=None if expected is None else expected.reshape(len(x), -1),
+            allocated=allocated,
+        )
 
 
 def _outputs(calls: Calls, x: Tensor, chain: Chain | None, counted: bool) -> tuple[Tensor, int]:
@@ -157,7 +165,7 @@ def _outputs(calls: Calls, x: Tensor, chain: Chain | None, counted: bool) -> tup
     try:
         with count or nullcontext():
             y = first_outputs(calls, x, chain)
-    except Exception as error:
+    except Exception as error:  # f may raise anything on samples that are not finite, or of another dtype
         Checks(False).finite("x", x)
         if isinstance(error, RuntimeError):
             check_dtypes(calls.f, x)

@@ -13,6 +13,7 @@ from ._features import Kind, compare_chain, compare_differentiated
 from ._prepare import prepared
 from ._route import REGIONS
 from ._settings import check_budget
+from ._threads import alone
 from ._tiles import DEFAULT_BUDGET
 from .ops.jacobian import at_once
 
@@ -48,7 +49,7 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
     """
     check_budget(budget)
     budget = DEFAULT_BUDGET if budget is None else budget
-    with prepared(f, x, "jacobians", deferred=False) as function:
+    with alone(), prepared(f, x, "jacobians", deferred=False) as function:
         x = function.x
         if (chain := function.chain_before_checks()) is not None:
             with suppress(NotTheChain):
@@ -109,7 +110,7 @@ def jacobian_distances(
         True
     """
     kind: Kind = "squared" if squared else "distance"
-    with prepared(f, x, "jacobians", deferred=False) as function:
+    with alone(), prepared(f, x, "jacobians", deferred=False) as function:
         x = function.x
         if (chain := function.chain_before_checks()) is not None:
             with suppress(NotTheChain):
@@ -143,7 +144,7 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
         >>> lmnfast.linear_regions(f, torch.tensor([[-2.0], [-1.0], [1.0]]))
         2
     """
-    with prepared(f, x, REGIONS, deferred=False) as function:
+    with alone(), prepared(f, x, REGIONS, deferred=False) as function:
         function.check_outputs()
         chain = function.chain
         if chain is None:
