@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,6 @@ def stacked_matrices(each: Sequence[Enqueued]) -> Tensor:
     return torch.stack([one.L for one in each])
 
 
-@alone()
 def measured(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -110,18 +110,24 @@ def measured(
 
     Arguments and errors as in :func:`connectivity`.
     """
-    with _reported(progress) as report:
+    with alone(), _reported(progress) as report:
         if stacked is not None:
             return _measured_stack(f, x, settings, stacked, report)
-        enqueued = enqueue(f, x, settings, progress=report)
-        try:
-            enqueued.check()
-        except NotTheChain:
-            enqueued = enqueue(f, x, settings, fuse=False, progress=report)
-            enqueued.check()
+        again = partial(enqueue, f, x, settings, fuse=False, progress=report)
+        enqueued = _checked(enqueue(f, x, settings, progress=report), again)
         if report is not None:
             report(1.0)
         return [enqueued]
+
+
+def _checked(enqueued: Enqueued, again: Callable[[], Enqueued]) -> Enqueued:
+    """The connectivity after its check; of `again` if f turns out not to be its chain."""
+    try:
+        enqueued.check()
+    except NotTheChain:
+        enqueued = again()
+        enqueued.check()
+    return enqueued
 
 
 def _measured_stack(
@@ -148,22 +154,13 @@ def _measured_stack(
         results.append(one(number))
         if report is not None:
             report((number + 1) / networks)
-    for number, enqueued in enumerate(results):
-        try:
-            enqueued.check()
-        except NotTheChain:
-            results[number] = one(number, fuse=False)
-            results[number].check()
-    return results
+    return [_checked(each, partial(one, number, fuse=False)) for number, each in enumerate(results)]
 
 
-def warn_of_offsets(each: Sequence[Enqueued], name: str = "f", stacklevel: int = 3) -> None:
-    """Warns once if an offset hides the outputs in some of these connectivities.
-
-    The default stacklevel names the caller of the caller.
-    """
+def warn_of_offsets(each: Sequence[Enqueued], name: str = "f") -> None:
+    """Warns the caller of the caller, once, if an offset hides the outputs in some of these connectivities."""
     if problems := [problem for enqueued in each if (problem := enqueued.offset_problem())]:
-        warnings.warn(f"{name}: {problems[0]}", stacklevel=stacklevel)
+        warnings.warn(f"{name}: {problems[0]}", stacklevel=3)
 
 
 @contextmanager

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _native
 from ._chain import Chain
-from ._checks import Checks, Findings, NotTheChain, is_like
+from ._checks import Checks, Findings, NotTheChain
 from ._features import compare_chain, compare_differentiated
 from ._generic import generic_paths
 from ._native import Progress
-from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
 from ._polynomials import generic_polynomials
-from ._route import Route, find_route, refuted
-from ._samples import checked_samples
+from ._prepare import Prepared, prepared
 from ._settings import DEFAULT, Settings
-from ._tiles import bytes_of, tile_bytes
-from ._undisturbed import evaluating
+from ._tiles import tile_bytes
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .reference import CONSTANT_ULPS
 
@@ -136,199 +133,121 @@ def enqueue(
         expected: f(x), if known.
         known: the result of `recognise` for f, if known.
         deferred: leave the checks to `check`. None: only on CUDA.
-        stream: a CUDA stream for the work, in place of the current one; see `_Prepared.on`. x itself must not change.
+        stream: a CUDA stream for the work, in place of the current one; see `_on`. x itself must not change.
         progress: receives the share that is done.
 
     Raises:
         As connectivity; RuntimeError if f(x) is not `expected`; NotTheChain only in `check`: on other devices the chain is
         simply not used.
     """
-    x = checked_samples(f, x)
-    checks = Checks(x.is_cuda if deferred is None else deferred)
-    with evaluating(f) as kept:
-        calls = Calls(f, kept.put_back)
-        if not checks.deferred:  # f may do anything on samples that are not finite
-            checks.finite("x", x)
-        ends: Tensor | None = None
-        if kept.in_order:
-            route = find_route(f, x, settings.method, fuse=fuse, known=known, put_back=kept.put_back)
-            by_kernels = settings.method == "jacobian" and _native.on_cuda(x) and expected is None
-            if not (by_kernels and route.chain is not None and gives_outputs(route.chain, x)):
-                ends = first_outputs(calls, x, route.chain)
-        else:
-            ends = first_outputs(calls, x, None)
-            route = find_route(f, x, settings.method, fuse=fuse, known=known, put_back=kept.put_back)
-        expected = None if expected is None else expected.reshape(len(x), -1)
-        prepared = _Prepared(calls, x, ends, route, settings, checks, kept.in_order, expected, progress)
-        with prepared.on(stream):
-            enqueued = prepared.run_behind_kernels()
-            if enqueued is None:
-                prepared.check_outputs()
-                enqueued = prepared.checked(prepared.run())
-            return enqueued
-
-
-@dataclass
-class _Prepared:
-    """A function with everything that its measurement needs, including its outputs on the samples."""
-
-    calls: Calls
-    x: Tensor
-    own_ends: Tensor | None
-    """f(x), (N, K). None if the kernels compute these outputs."""
-    route: Route
-    settings: Settings
-    checks: Checks
-    in_order: bool
-    """Whether f is a sequence of torch's own modules without a state. Its outputs are then certain to be the chain's."""
-    expected: Tensor | None
-    progress: Progress | None
-    matmul_precision: str = field(default_factory=torch.get_float32_matmul_precision)
-    allocated: int = 0
-    """Bytes of f's results for all samples. Not needed for a chain."""
-
-    @property
-    def ends(self) -> Tensor:
-        assert self.own_ends is not None
-        return self.own_ends
-
-    @property
-    def precision(self) -> str:
-        return precision_of(self.matmul_precision, self.route.chain is not None, self.x)
-
-    @contextmanager
-    def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
-        """Makes a stream the current stream for the work that follows. None: the current stream stays.
-
-        Later work on the previous stream may change f's parameters. A chain's weights are therefore copied first. For any
-        other f the previous stream waits for this one.
-        """
-        if stream is None:
-            yield
-            return
-        before = torch.cuda.current_stream(self.x.device)
-        chain = self.route.chain
-        if chain is not None:
-            chain = _copied(chain)
-            self.route = replace(self.route, chain=chain)
-            for tensor in (self.x, self.own_ends, self.expected, *chain.weights, *chain.biases):
-                # Without this, the memory could be used again before `stream` has read it.
-                if tensor is not None:
-                    tensor.record_stream(stream)
-        stream.wait_stream(before)
-        try:
-            with on_stream(stream):
-                yield
-        finally:
-            if self.route.chain is None:
-                before.wait_stream(stream)
-
-    def checked(self, measured: ChainConnectivity) -> Enqueued:
-        """The connectivity with its checks made, but for those that are left to `Enqueued.check`."""
-        deferred = self.checks.deferred
-        # Deferred, `check` does this for a chain, on the chain's own weights.
-        if not (deferred and self.route.chain is not None):
-            measured.resolve()
-            self.checks.entries(measured.L)
-        enqueued = Enqueued(
-            measured,
-            self.precision,
-            self.ends.shape[1],
-            self.checks.pending(),
-            tuple(self.checks.errors),
-        )
-        if deferred:
-            return replace(enqueued, offset=partial(offset_of, self.route.chain, self.ends))
-        if enqueued.constant_share() >= WARNED_SHARE:
-            return replace(enqueued, offset=offset_of(self.route.chain, self.ends))
+    with (
+        prepared(
+            f, x, settings.method, fuse=fuse, known=known, expected=expected, deferred=deferred
+        ) as function,
+        _on(stream, function),
+    ):
+        enqueued = _run_before_checks(function, settings)
+        if enqueued is None:
+            function.settle()
+            enqueued = _checked(function, _run(function, settings, progress))
         return enqueued
 
-    def run_behind_kernels(self) -> Enqueued | None:
-        """Runs a chain on a device, where one pass behind the kernels makes all checks.
 
-        Returns None for a function that is no chain, on other devices, if that pass cannot compare the outputs, and if the
-        chain has other outputs than f.
-        """
-        chain, of_jacobians = self.route.chain, self.settings.method == "jacobian"
-        if chain is None or not (_native.on_cuda(self.x) if of_jacobians else self.checks.deferred):
-            return None
-        again = None if self.in_order else chain(self.x)
-        compared = [t for t in (again, self.expected) if t is not None]
-        if self.own_ends is not None and not all(is_like(t, self.own_ends) for t in compared):
-            return None
-        if of_jacobians:
-            try:
-                L = compare_chain(
-                    chain, self.x, self.own_ends, "connectivity", again=again, expected=self.expected
-                )
-            except NotTheChain:
-                self.route = refuted(self.route, self.calls.f, self.settings.method)
-                return None
-            return Enqueued(
-                _resolved(L),
-                self.precision,
-                len(chain.weights[-1]),
-            )
-        nodes, weights = self.settings.nodes
-        measured = chain_connectivity(chain, self.x, nodes, weights, self.settings.midpoint)
-        return Enqueued(
-            measured,
-            self.precision,
-            self.ends.shape[1],
-            offset=partial(offset_of, chain, self.ends),
-            findings=Findings(self.x, self.ends, again, self.expected, measured.L, measured.counts),
-        )
+@contextmanager
+def _on(stream: torch.cuda.Stream | None, function: Prepared) -> Iterator[None]:
+    """Makes a stream the current stream for the work that follows. None: the current stream stays.
 
-    def check_outputs(self) -> None:
-        """Checks samples and outputs. Takes another route if the recognised parts have other outputs than f."""
-        checks, x, ends = self.checks, self.x, self.ends
-        if checks.deferred:
-            checks.finite("x", x)
-        checks.finite("f(x)", ends)
-        if self.expected is not None:
-            checks.agree(ends, self.expected)
-        chain = self.route.chain
-        if chain is not None and not self.in_order and not checks.reproduces(chain, x, ends):
-            self.route = refuted(self.route, self.calls.f, self.settings.method)
-        if self.route.chain is not None:
-            return
-        for rows in rows_again(len(x)):
-            again, self.allocated = bytes_of(self.calls, x, rows, self.settings.method != "path")
-            checks.repeats(self.calls, x, ends, again, rows, f"{len(rows)} samples alone")
-        if self.route.parts is not None:
-            self._hoist(*self.route.parts)
+    Later work on the previous stream may change f's parameters. A chain's weights are therefore copied first. For any
+    other f the previous stream waits for this one.
+    """
+    if stream is None:
+        yield
+        return
+    before = torch.cuda.current_stream(function.x.device)
+    chain = function.chain
+    if chain is not None:
+        chain = _copied(chain)
+        function.route = replace(function.route, chain=chain)
+        for tensor in (function.x, function.own_ends, function.expected, *chain.weights, *chain.biases):
+            # Without this, the memory could be used again before `stream` has read it.
+            if tensor is not None:
+                tensor.record_stream(stream)
+    stream.wait_stream(before)
+    try:
+        with on_stream(stream):
+            yield
+    finally:
+        if function.chain is None:
+            before.wait_stream(stream)
 
-    def _hoist(self, first: nn.Module, rest: nn.Module) -> None:
-        """Applies the affine maps at f's beginning to the samples, if the rest of f then gives f's outputs."""
-        x = first(self.x).detach()
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != self.x.dtype:
-            x = x.to(self.x.dtype)  # the paths between these samples need not be in low precision
-        calls = Calls(rest, self.calls.begin_anew, self.calls.shape)
-        if self.checks.same(outputs_of(calls, x.clone()), self.ends):
-            self.calls, self.x = calls, x
-        else:
-            self.route = refuted(self.route, self.calls.f, self.settings.method)
 
-    def run(self) -> ChainConnectivity:
-        """The connectivity by the route."""
-        chain, settings = self.route.chain, self.settings
-        if settings.method == "jacobian":
-            if chain is not None:
-                return _resolved(compare_chain(chain, self.x, self.ends, "connectivity"))
-            return _resolved(
-                compare_differentiated(
-                    self.calls, self.x, self.ends, self.allocated, "connectivity", False, self.checks
-                )
-            )
-        nodes, weights = settings.nodes
+def _run_before_checks(function: Prepared, settings: Settings) -> Enqueued | None:
+    """Runs a chain on a device, where one pass behind the kernels makes all checks.
+
+    Returns None for a function that is no chain, on other devices, if that pass cannot compare the outputs, and if the
+    chain has other outputs than f.
+    """
+    chain = function.chain_before_checks()
+    if chain is None:
+        return None
+    x, again, expected = function.x, function.again, function.expected
+    if settings.method == "jacobian":
+        with suppress(NotTheChain):
+            L = compare_chain(chain, x, function.own_ends, "connectivity", again=again, expected=expected)
+            return Enqueued(_resolved(L), function.precision, len(chain.weights[-1]))
+        function.refute()
+        return None
+    measured = chain_connectivity(chain, x, *settings.nodes, settings.midpoint)
+    return Enqueued(
+        measured,
+        function.precision,
+        function.ends.shape[1],
+        offset=partial(offset_of, chain, function.ends),
+        findings=Findings(x, function.ends, again, expected, measured.L, measured.counts),
+    )
+
+
+def _run(function: Prepared, settings: Settings, progress: Progress | None) -> ChainConnectivity:
+    """The connectivity by the route."""
+    chain, x, ends = function.chain, function.x, function.ends
+    if settings.method == "jacobian":
         if chain is not None:
-            with _native.reporting(self.progress):
-                return chain_connectivity(chain, self.x, nodes, weights, settings.midpoint)
-        tile = tile_bytes(settings.budget, self.x.device, settings.method != "path")
-        how = tile, self.allocated, self.checks, self.progress
-        if settings.midpoint is None:
-            return generic_paths(self.calls, self.x, self.ends, nodes, weights, *how)
-        return generic_polynomials(self.calls, self.x, self.ends, nodes, weights, settings.midpoint, *how)
+            return _resolved(compare_chain(chain, x, ends, "connectivity"))
+        return _resolved(
+            compare_differentiated(
+                function.calls, x, ends, function.allocated, "connectivity", False, function.checks
+            )
+        )
+    nodes, weights = settings.nodes
+    if chain is not None:
+        with _native.reporting(progress):
+            return chain_connectivity(chain, x, nodes, weights, settings.midpoint)
+    tile = tile_bytes(settings.budget, x.device, settings.method != "path")
+    how = tile, function.allocated, function.checks, progress
+    if settings.midpoint is None:
+        return generic_paths(function.calls, x, ends, nodes, weights, *how)
+    return generic_polynomials(function.calls, x, ends, nodes, weights, settings.midpoint, *how)
+
+
+def _checked(function: Prepared, measured: ChainConnectivity) -> Enqueued:
+    """The connectivity with its checks made, but for those that are left to `Enqueued.check`."""
+    checks = function.checks
+    # Deferred, `check` does this for a chain, on the chain's own weights.
+    if not (checks.deferred and function.chain is not None):
+        measured.resolve()
+        checks.entries(measured.L)
+    enqueued = Enqueued(
+        measured,
+        function.precision,
+        function.ends.shape[1],
+        checks.pending(),
+        tuple(checks.errors),
+    )
+    if checks.deferred:
+        return replace(enqueued, offset=partial(offset_of, function.chain, function.ends))
+    if enqueued.constant_share() >= WARNED_SHARE:
+        return replace(enqueued, offset=offset_of(function.chain, function.ends))
+    return enqueued
 
 
 def offset_of(chain: Chain | None, ends: Tensor) -> Tensor:
@@ -366,14 +285,3 @@ def _copied(chain: Chain) -> Chain:
 def _resolved(L: Tensor) -> ChainConnectivity:
     """A matrix without constant outputs and unresolved pairs."""
     return ChainConnectivity(L, torch.zeros(2, dtype=torch.int64, device="cpu"), lambda: None)
-
-
-def precision_of(setting: str, fused: bool, x: Tensor) -> str:
-    """The value of `Measurement.precision`. setting: torch.get_float32_matmul_precision() at the time of the measurement."""
-    if x.dtype == torch.float64:
-        return "float64"
-    if fused:
-        return "highest" if x.device.type == "cpu" else setting
-    if torch.is_autocast_enabled(x.device.type):
-        return str(torch.get_autocast_dtype(x.device.type)).removeprefix("torch.")
-    return setting if x.dtype == torch.float32 else str(x.dtype).removeprefix("torch.")

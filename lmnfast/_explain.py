@@ -7,18 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._chain import Chain
-from ._checks import Checks
 from ._layers import match_layers
-from ._outputs import rows_again, rows_between
-from ._route import Route, find_route, refuted, why_no_kernel
-from ._samples import checked_samples
+from ._prepare import Prepared, prepared
+from ._route import Route, find_route, why_no_kernel
 from ._settings import DEFAULT
-from ._tiles import bytes_of, tile_bytes, tile_pairs
+from ._tiles import tile_bytes, tile_pairs, tile_points
 from ._tracing import Forward, Output
-from ._undisturbed import evaluating
 from .cutting import cut, why_not_traced
 
 
@@ -104,7 +101,7 @@ def explain(
         The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "hoisted" or "generic".
 
     Raises:
-        As :func:`lmnfast.cut`.
+        As :func:`lmnfast.cut`, and as :func:`lmnfast.connectivity` for samples and outputs that it refuses.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
@@ -133,17 +130,14 @@ def _explained(model: nn.Module, layer: str, inputs: Any, forward: Forward, outp
         "dtype": str(samples.dtype),
         "device": str(samples.device),
     }
+    with prepared(tail, samples, DEFAULT.method, deferred=False) as function:
+        function.settle()
+        route = function.route
+        if route.chain is None:
+            about |= _tiles(function)
     if not isinstance(tail, torch.fx.GraphModule):
         reason = reason or "what torch.fx traced has other outputs on the samples"
-        about |= _tiles(tail, samples)
         return LayerRoute(layer, "generic", reason, hooked=True, **about)
-    route = find_route(tail, samples, DEFAULT.method)
-    if route.chain is not None:
-        with evaluating(tail):
-            if not Checks(False).reproduces(route.chain, samples, tail(samples).flatten(1)):
-                route = refuted(route, tail, DEFAULT.method)
-    if route.chain is None:
-        about |= _tiles(tail, samples)
     return _of_route(layer, route, **about)
 
 
@@ -156,15 +150,16 @@ def _of_route(layer: str, route: Route, **about: Any) -> LayerRoute:
     return LayerRoute(layer, route.kind, drawn, **about)
 
 
-def _tiles(tail: nn.Module, samples: Tensor) -> dict[str, int]:
+def _tiles(function: Prepared) -> dict[str, int]:
     """The default size of a tile."""
-    x, interior = checked_samples(tail, samples), DEFAULT.points - 2
-    with evaluating(tail):
-        _, allocated = bytes_of(tail, x, rows_again(len(x))[-1])
-    tile = tile_bytes(None, x.device)
-    pairs = min(tile_pairs(tile, len(x), allocated, interior), max(1, len(x) * (len(x) - 1) // 2))
-    points = pairs * interior + len(rows_between(len(x)))
-    return {"tile_paths": pairs, "tile_points": points, "tile_bytes": tile}
+    samples, interior = len(function.x), DEFAULT.points - 2
+    tile = tile_bytes(DEFAULT.budget, function.x.device)
+    pairs = tile_pairs(tile, samples, function.allocated, interior)
+    return {
+        "tile_paths": pairs,
+        "tile_points": tile_points(pairs, samples, interior),
+        "tile_bytes": tile,
+    }
 
 
 def _drawn(chain: Chain) -> str:

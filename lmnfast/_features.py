@@ -15,6 +15,7 @@ from ._differentiated import check_jacobian, differentiated_features
 from ._outputs import Calls
 from ._threads import lapack_on_one_core
 from .ops._checks import KERNEL_DTYPES
+from .ops.jacobian import at_once
 from .ops.jacobian_distance import (
     has_isometry,
     isometry_distance,
@@ -115,11 +116,8 @@ def compare_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind
         return _connectivity(rows, x, width, dtype)
     if kind == "connectivity":
         return tiled(rows, len(x), width, dtype, partial(jacobian_connectivity, dtype=dtype))
-    return tiled(rows, len(x), width, dtype, partial(_distance, squared=kind == "squared", dtype=dtype))
-
-
-def _distance(first: Tensor, second: Tensor, *, squared: bool, dtype: torch.dtype) -> Tensor:
-    return ops.jacobian_distance(first, second, squared, dtype)
+    distance = partial(ops.jacobian_distance, squared=kind == "squared", dtype=dtype)
+    return tiled(rows, len(x), width, dtype, distance)
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
@@ -223,7 +221,7 @@ def chain_features(
     def rows(begin: int, end: int) -> Tensor:
         samples = x[begin:end].flatten(1).double()
         if B is None:
-            features = ops.jacobian(chain, samples).flatten(1)
+            features = at_once(chain, samples)[0].flatten(1)
         else:
             # The only nonlinearity is on the input or after the first Linear.
             on_input = chain.activations[0].name != "identity"
@@ -340,7 +338,7 @@ def _connectivity(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dty
         norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
         return features
 
-    L = tiled(with_norms, len(x), width, dtype, partial(_distance, squared=False, dtype=dtype))
+    L = tiled(with_norms, len(x), width, dtype, partial(ops.jacobian_distance, dtype=dtype))
     # Distances are divided by norms before they are squared: squares of tiny or huge Jacobians would not be finite.
     for begin in range(0, len(x), 256):
         end = min(begin + 256, len(x))

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._checks import Checks
 from ._native import Progress
 from ._outputs import Calls, on_device, out_of_memory, outputs_of, rows_between, widened
-from ._tiles import keep_freed_pages, tile_pairs
+from ._tiles import keep_freed_pages, tile_pairs, tile_points
 from ._unresolved import UNRESOLVED, Widened, are_close, resolve
 from .ops.path_connectivity import ChainConnectivity
 
@@ -50,7 +50,6 @@ def generic_paths(
     if x.device.type == "cpu":
         keep_freed_pages()
     widened_f = Widened(f, x, original)
-    samples = len(rows_between(len(x)))
     most = tile_pairs(tile, len(x), allocated, len(t))
     finished = 0
     for first, second in _pairs(len(x), most, x.device):
@@ -68,9 +67,9 @@ def generic_paths(
         while done < len(first):
             pair = slice(done, done + most)
             try:
-                pairs = len(first[pair])
-                points = x.new_empty(pairs * len(t) + samples, *x.shape[1:])
-                on_paths = points[: pairs * len(t)].unflatten(0, (pairs, len(t)))
+                taken = len(first[pair])
+                points = x.new_empty(tile_points(taken, len(x), len(t)), *x.shape[1:])
+                on_paths = points[: taken * len(t)].unflatten(0, (taken, len(t)))
                 torch.lerp(x[first[pair], None], x[second[pair], None], t, out=on_paths)
                 y = widened(outputs_between(f, points, x, original, checks)).reshape(
                     -1, len(t), ends.shape[1]

@@ -39,14 +39,14 @@ if _isa and not _C.use_isa(_isa):
     raise RuntimeError(f"LMNFAST_ISA: expected one of {', '.join(_C.isas())} on this machine, got {_isa!r}")
 
 
-def is_native(*tensors: Tensor) -> bool:
-    """Whether a CPU kernel takes these tensors: float32 or float64 in the memory of the CPU."""
-    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether this build has kernels for the device of a tensor."""
+    return tensor.device.type == "cpu" or on_cuda(tensor)
 
 
 def on_cuda(tensor: Tensor) -> bool:
-    """Whether CUDA kernels, real or emulated, take this tensor."""
-    return (tensor.is_cuda and cuda_built()) or emulates_cuda(tensor)
+    """Whether this build has CUDA kernels for the device of a tensor, also emulated."""
+    return cuda_built() if tensor.is_cuda else emulates_cuda(tensor)
 
 
 def emulates_cuda(tensor: Tensor) -> bool:

@@ -44,7 +44,7 @@ def generic_polynomials(
     # Two tiles of Jacobians take a quarter of the bytes each, the work on their pairs takes half.
     pair = y.element_size() * (inputs + 8 * outputs) + (-(-allocated // len(x)) if midpoint else 0)
     most = max(1, tile // max(4 * y.element_size() * outputs * inputs, 2 * pair))
-    flat = widened(x.flatten(1))
+    flat = x.flatten(1).to(torch.promote_types(x.dtype, y.dtype))
     for begin in range(0, len(x), most):
         J_first = differentiated(begin, min(begin + most, len(x)))
         for other in range(begin, len(x), most):

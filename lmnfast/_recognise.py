@@ -47,15 +47,6 @@ def recognise(f: Any) -> Chain | None:
         return None
 
 
-def why_no_chain(f: Any) -> str:
-    """The reason that :func:`chain_or_reason` gives; if it finds a chain, that the chain has other outputs."""
-    try:
-        chain_or_reason(f)
-    except NotAChain as reason:
-        return str(reason)
-    return "the chain that it looks like has other outputs"
-
-
 def chain_or_reason(f: Any, put_back: Callable[[], None] | None = None) -> Chain:
     """:func:`recognise`, but raises NotAChain with the reason in place of None.
 

@@ -16,6 +16,8 @@ from ._recognise import NotAChain, chain_or_reason
 # Methods that use Jacobians. The kernels do not differentiate residual sums. A Jacobian depends on the coordinates of the
 # samples, so no affine map may be taken out of the function.
 DIFFERENTIATING = ("jacobian", "jacobians")
+# The number of linear regions is counted on the whole chain, in plain torch.
+REGIONS = "linear regions"
 OTHER_OUTPUTS = "the chain of Linear and activations that they look like has other outputs"
 
 
@@ -37,11 +39,6 @@ class Route:
     """For "hoisted": the affine maps, and the rest of the function."""
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether this build has kernels for the device of the samples."""
-    return x.device.type == "cpu" or (x.is_cuda and _native.cuda_built())
-
-
 def find_route(
     f: Callable[[Tensor], Tensor],
     x: Tensor | None,
@@ -56,7 +53,7 @@ def find_route(
     Args:
         f: the function to measure.
         x: (N, *in), the samples. None: unknown; the route is then the one for vectors on a device with kernels.
-        method: as in :func:`lmnfast.connectivity`, or "jacobians".
+        method: as in :func:`lmnfast.connectivity`, "jacobians" or REGIONS.
         fuse: False leaves out "fused" and "hoisted".
         known: the chain that f is, if the caller knows it.
         put_back: as in `chain_or_reason`.
@@ -79,13 +76,13 @@ def refuted(route: Route, f: Callable[[Tensor], Tensor], method: str) -> Route:
 
 
 def _unfused(f: Callable[[Tensor], Tensor], method: str, reason: str) -> Route:
-    parts = None if method in DIFFERENTIATING else affine_start(f)
+    parts = None if method in (*DIFFERENTIATING, REGIONS) else affine_start(f)
     return Route("generic", reason) if parts is None else Route("hoisted", reason, parts=parts)
 
 
 def why_no_kernel(chain: Chain, x: Tensor | None, method: str) -> str | None:
-    """The reason why no kernel measures a chain; None if a kernel does."""
-    if x is not None and not has_kernels(x):
+    """The reason why no kernel measures a chain; None if a kernel does. For REGIONS no kernel is needed."""
+    if x is not None and method != REGIONS and not _native.has_kernels(x):
         return f"there is no kernel for {x.device}"
     if x is not None and x.dim() != 2 and not chain.flattens:
         return f"samples of shape {tuple(x.shape[1:])} are no vectors, and nothing flattens them"

@@ -9,17 +9,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._chain import CHAIN_DTYPES
-from ._undisturbed import evaluating
-
-
-def _runs(f: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether a module with parameters of several dtypes accepts these samples, that is, does the casts itself."""
-    with evaluating(f):
-        try:
-            f(x.clone())  # f may work in place
-        except RuntimeError:  # dtypes that do not fit
-            return False
-    return True
 
 
 def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -51,16 +40,33 @@ def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             raise ValueError(
                 f"x: on {x.device}, but f's parameter {name!r} is on {p.device}; move one of them"
             )
-    dtypes = {p.dtype: name for name, p in reversed(parameters.items()) if p.is_floating_point()}
-    others = [dtype for dtype in dtypes if dtype != x.dtype]
-    if others and not autocast and (len(others) == len(dtypes) or not _runs(f, x)):
-        raise TypeError(
-            f"x: is {x.dtype}, but f's parameter {dtypes[others[-1]]!r} is {others[-1]}; convert one of them"
-        )
+    dtypes = _names_of_dtypes(parameters)
+    if dtypes and x.dtype not in dtypes and not autocast:
+        raise _other_dtype(dtypes, x)
     return x
 
 
 SAME_OUTPUT_ULPS = 32  # kSameOutputUlps in csrc/statistics.h
+
+
+def check_dtypes(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Raises TypeError if a parameter of f has another dtype than the samples. To be asked where f has failed on them.
+
+    A module with parameters of several dtypes may do the casts itself.
+    """
+    dtypes = _names_of_dtypes(check_function(f, len(x))) if isinstance(f, nn.Module) else {}
+    if dtypes.keys() - {x.dtype} and not torch.is_autocast_enabled(x.device.type):
+        raise _other_dtype(dtypes, x)
+
+
+def _names_of_dtypes(parameters: dict[str, Tensor]) -> dict[torch.dtype, str]:
+    """The floating-point dtypes among parameters, each with the first name."""
+    return {p.dtype: name for name, p in reversed(parameters.items()) if p.is_floating_point()}
+
+
+def _other_dtype(dtypes: dict[torch.dtype, str], x: Tensor) -> TypeError:
+    other, name = [(dtype, name) for dtype, name in dtypes.items() if dtype != x.dtype][-1]
+    return TypeError(f"x: is {x.dtype}, but f's parameter {name!r} is {other}; convert one of them")
 
 
 def same_output(again: Any, output: Tensor) -> bool | Tensor:

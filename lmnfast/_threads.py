@@ -56,7 +56,8 @@ def cores_to_use() -> int:
     With more threads than cores, threads would wait for one another. A fork does not copy the threads of an OpenMP runtime: a
     child that continues with more than one thread waits for them for ever.
     """
-    return 1 if _forked else min(torch.get_num_threads(), cores())
+    threads = 1 if _forked else torch.get_num_threads()
+    return threads if threads == 1 else min(threads, cores())
 
 
 @contextmanager

@@ -62,11 +62,17 @@ def tile_bytes(budget: int | None, device: torch.device, differentiated: bool = 
 
 
 def tile_pairs(tile: int, samples: int, allocated: int, interior: int) -> int:
-    """The number of paths in a tile, beside the samples of `rows_between`.
+    """The number of paths in a tile, at most all, beside the samples of `rows_between`.
 
     tile: bytes of the tile. allocated: bytes that f takes for all samples. interior: points of a path between its ends.
     """
-    return max(1, (tile * samples // allocated - len(rows_between(samples))) // interior)
+    within = (tile * samples // allocated - len(rows_between(samples))) // interior
+    return max(1, min(within, samples * (samples - 1) // 2))
+
+
+def tile_points(pairs: int, samples: int, interior: int) -> int:
+    """The number of points in one call of f: those of the paths, and the samples of `rows_between`."""
+    return pairs * interior + len(rows_between(samples))
 
 
 class AllocationCount(TorchFunctionMode):

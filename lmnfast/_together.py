@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from . import _native
 from ._checks import StackFindings, is_like
-from ._enqueue import Enqueued, offset_of, precision_of
+from ._enqueue import Enqueued, offset_of
 from ._outputs import Calls, first_outputs
-from ._route import find_route
-from ._samples import checked_samples
+from ._prepare import precision_of, prepared
 from ._settings import Settings
 from ._stacked import ChainStack, Stacked, loaded, stack_of
 from ._undisturbed import evaluating
@@ -64,11 +63,9 @@ def _chains_and_outputs(
 
     The list of outputs is empty if the networks are sequences of torch's own modules: the chains then certainly give them.
     """
-    with loaded(f, stacked, 0):
-        checked_samples(f, x[0])
-        with evaluating(f) as kept:
-            ends = [] if kept.in_order else [first_outputs(Calls(f, kept.put_back), x[0], None)]
-            chain = find_route(f, x[0], settings.method, put_back=kept.put_back).chain
+    with loaded(f, stacked, 0), prepared(f, x[0], settings.method, deferred=True, spare=True) as function:
+        ends = [] if function.in_order else [function.ends]
+        chain = function.chain
     chains = None if chain is None else stack_of(chain, stacked)
     if chains is None:
         return None

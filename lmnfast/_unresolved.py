@@ -273,7 +273,8 @@ class Widened:
         self._wide: Callable[[Tensor], Tensor] | None = None
         self._problem, self._largest = "autocast is on", 0.0
         self.errors: Tensor | None = None
-        """(N, K), a quarter of each output's rounding error, in machine epsilons of x's dtype. None: not known."""
+        """(N, K), a quarter of each output's rounding error, in machine epsilons of this tensor's dtype: that of the outputs,
+        at least float32. None: not known."""
         if x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
             return
         mode = InDouble()
@@ -300,8 +301,8 @@ class Widened:
                 break
             self._problem = "its outputs are others there"
         if self._wide is not None and x.dtype == torch.float32:
-            epsilon = torch.finfo(torch.float32).eps
-            self.errors = (difference.nan_to_num() / (4 * epsilon)).to(x.dtype)
+            dtype = torch.promote_types(ends.dtype, torch.float32)  # a network in float32 may end in float64
+            self.errors = (difference.nan_to_num() / (4 * torch.finfo(dtype).eps)).to(dtype)
 
     @property
     def rounding(self) -> Tensor | None:

@@ -1,30 +1,25 @@
 """Jacobians of a network at its samples: the linear maps themselves, their distances, and their number."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from . import _native
-from ._chain import IDENTITY, Chain
-from ._checks import Checks, Findings, NotTheChain, is_like
+from ._chain import IDENTITY
+from ._checks import Findings, NotTheChain
 from ._differentiated import Differentiated, check_jacobian
 from ._features import Kind, compare_chain, compare_differentiated
-from ._outputs import Calls, first_outputs, gives_outputs
-from ._recognise import recognise, why_no_chain
-from ._route import find_route
-from ._samples import checked_samples
+from ._prepare import prepared
+from ._route import REGIONS
 from ._settings import check_budget
 from ._threads import alone
-from ._tiles import DEFAULT_BUDGET, AllocationCount
-from ._undisturbed import evaluating
+from ._tiles import DEFAULT_BUDGET
 from .ops.jacobian import at_once
 
 PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
 
 
-@alone()
 def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = None) -> Tensor:
     """Jacobian of f at every sample; ``torch.func.vmap(torch.func.jacrev(f))(x)`` to rounding, flattened.
 
@@ -54,35 +49,27 @@ def jacobians(f: Callable[[Tensor], Tensor], x: Tensor, *, budget: int | None = 
     """
     check_budget(budget)
     budget = DEFAULT_BUDGET if budget is None else budget
-    x = checked_samples(f, x)
-    with evaluating(f) as kept:
-        calls = Calls(f, kept.put_back)
-        chain, y, again, allocated = _prepared(calls, x, kept.in_order)
-        if chain is not None and not _native.on_cuda(x):
-            J, _ = at_once(chain, x)
-            check_jacobian(J)
-            return J
-        if chain is not None:
-            J, own = at_once(chain, x, with_outputs=y is None)
-            y = own if y is None else y
-            assert y is not None
-            found = Findings(x, y, again, None, J.flatten(1))
-            try:
+    with alone(), prepared(f, x, "jacobians", deferred=False) as function:
+        x = function.x
+        if (chain := function.chain_before_checks()) is not None:
+            with suppress(NotTheChain):
+                J, own = at_once(chain, x, with_outputs=function.own_ends is None)
+                found = Findings(x, function.ends if own is None else own, function.again, None, J.flatten(1))
                 found.check()
-            except NotTheChain:
-                pass
-            else:
                 if not found.finite:
                     check_jacobian(J)
                 return J
-        assert y is not None
-        # Samples and outputs are checked already.
-        J = Differentiated(calls, x, y, allocated, budget, Checks(False))(0, len(x))
+            function.refute()
+        function.check_outputs()
+        if function.chain is not None:
+            J = at_once(function.chain, x)[0]
+        else:
+            how = function.ends, function.allocated, budget, function.checks
+            J = Differentiated(function.calls, x, *how)(0, len(x))
         check_jacobian(J)
-    return J
+        return J
 
 
-@alone()
 def jacobian_distances(
     f: Callable[[Tensor], Tensor], x: Tensor, *, affine: bool = False, squared: bool = False
 ) -> Tensor:
@@ -122,21 +109,20 @@ def jacobian_distances(
         >>> torch.allclose(d[0, 1], (J[0] - J[1]).norm(), atol=1e-5)
         True
     """
-    x = checked_samples(f, x)
     kind: Kind = "squared" if squared else "distance"
-    with evaluating(f) as kept:
-        calls = Calls(f, kept.put_back)
-        chain, y, again, allocated = _prepared(calls, x, kept.in_order)
-        if chain is not None:
-            try:
-                return compare_chain(chain, x, y, kind, affine, again)
-            except NotTheChain:
-                pass
-        assert y is not None
-        return compare_differentiated(calls, x, y, allocated, kind, affine, Checks(False))
+    with alone(), prepared(f, x, "jacobians", deferred=False) as function:
+        x = function.x
+        if (chain := function.chain_before_checks()) is not None:
+            with suppress(NotTheChain):
+                return compare_chain(chain, x, function.own_ends, kind, affine, function.again)
+            function.refute()
+        function.check_outputs()
+        if function.chain is not None:
+            return compare_chain(function.chain, x, function.ends, kind, affine)
+        how = function.ends, function.allocated, kind, affine, function.checks
+        return compare_differentiated(function.calls, x, *how)
 
 
-@alone()
 def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Number of linear regions of a piecewise-linear chain in which the samples lie.
 
@@ -158,73 +144,19 @@ def linear_regions(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
         >>> lmnfast.linear_regions(f, torch.tensor([[-2.0], [-1.0], [1.0]]))
         2
     """
-    x = checked_samples(f, x)
-    with evaluating(f) as kept:
-        chain, *_ = _prepared(Calls(f, kept.put_back), x, kept.in_order, with_kernels=False)
+    with alone(), prepared(f, x, REGIONS, deferred=False) as function:
+        function.check_outputs()
+        chain = function.chain
         if chain is None:
             raise ValueError(
-                f"f: expected a chain of Linear layers and piecewise-linear activations; {why_no_chain(f)}"
+                "f: expected a chain of Linear layers and piecewise-linear activations; "
+                f"{function.route.reason}"
             )
         for activation in chain.activations:
             if activation.name not in PIECEWISE_LINEAR:
                 raise ValueError(
                     f"f: expected activations among {', '.join(PIECEWISE_LINEAR)}, got {activation.name}"
                 )
-        before = chain.values(x)[::2]
+        before = chain.values(function.x)[::2]
         patterns = [z > 0 for z, activation in zip(before, chain.activations) if activation != IDENTITY]
         return len(torch.cat(patterns, 1).unique(dim=0)) if patterns else 1
-
-
-class Prepared(NamedTuple):
-    chain: Chain | None
-    """The chain that f is; None if f is no chain."""
-    y: Tensor | None
-    """f(x), (N, K). None, on CUDA, if the chain's kernels compute f(x)."""
-    again: Tensor | None
-    """The chain's outputs, if they must still be compared with y: on CUDA, unless f is a sequence of torch's own modules."""
-    allocated: int
-    """Bytes of f's results. 0 for a chain that is a sequence of torch's own modules."""
-
-
-def _prepared(calls: Calls, x: Tensor, in_order: bool, with_kernels: bool = True) -> Prepared:
-    """Calls f on all samples, and checks samples and outputs.
-
-    For a chain on CUDA `Findings` makes these checks behind the kernels, so that the device is waited for once.
-    in_order: whether f is a sequence of torch's own modules. with_kernels: whether kernels will measure the chain.
-    """
-    checks, on_cuda = Checks(False), with_kernels and _native.on_cuda(x)
-
-    def recognised() -> Chain | None:
-        if with_kernels:
-            return find_route(calls.f, x, "jacobians", put_back=calls.begin_anew).chain
-        chain = recognise(calls.f)
-        return chain if chain is not None and (x.dim() == 2 or chain.flattens) else None
-
-    chain, allocated = recognised() if in_order else None, 0
-    if on_cuda and chain is not None and gives_outputs(chain, x):
-        return Prepared(chain, None, None, 0)
-    if not on_cuda:
-        checks.finite("x", x)
-    try:
-        if chain is not None:
-            y = first_outputs(calls, x, chain)
-        else:
-            with AllocationCount() as count:
-                y = first_outputs(calls, x, None)
-            allocated = count.bytes
-    except Exception:
-        checks.finite("x", x)  # f may raise anything on samples that are not finite
-        raise
-    if on_cuda and chain is not None:
-        return Prepared(chain, y, None, 0)
-    if not in_order:
-        chain = recognised()
-        if on_cuda and chain is not None and is_like(again := chain(x), y):
-            return Prepared(chain, y, again, allocated)
-    if on_cuda:
-        Findings(x, y, None, None).check()
-    else:
-        checks.finite("f(x)", y)
-    if chain is not None and not (in_order or checks.reproduces(chain, x, y)):
-        chain = None
-    return Prepared(chain, y, None, allocated)

@@ -51,38 +51,43 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
         tensor([1.5000, 0.5000], dtype=torch.float64)
     """
     _check_matrix(L)
-    return _solved(L, solver)[0].to(L.device)
-
-
-@one_core_after_fork()
-def _solved(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
-    """The eigenvalues of a matrix that is checked already, on the device of the solver, and the solver's name."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if solver == "cuda" and not L.is_cuda:
         raise ValueError(f"solver: 'cuda' solves matrices on a CUDA device, got one on {L.device}")
     L = L.detach()
     L = L if L.dtype == torch.float32 else L.double()
-    values, used = None, "cpu"
+    values = None if solver == "cpu" else _by_kernel(L)
+    if values is None or bool(values.isnan().any()):
+        values = _by_library(L, solver)[0]
+    return _by_magnitude(values).to(L.device)
+
+
+def _by_kernel(L: Tensor) -> Tensor | None:
+    """The eigenvalues of a matrix by the package's CUDA kernel, in any order, without waiting for it.
+
+    NaN if the kernel gives up, as not all of its blocks run at once. None if it does not take the matrix.
+    """
+    if not (_native.on_cuda(L) and fits(L)):
+        return None
+    try:
+        return ops.symmetric_eigenvalues(L)
+    except RuntimeError:  # the launch of all blocks at once may be refused, for example on a share of a card
+        return None
+
+
+@one_core_after_fork()
+def _by_library(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
+    """The eigenvalues by cuSOLVER or LAPACK, on the device of the solver, and the solver's name."""
     if L.is_cuda and solver != "cpu":
-        if fits(L):
-            try:
-                values, used = ops.symmetric_eigenvalues(L), "cuda"
-                # NaN: the kernel has given up, as not all of its blocks ran at once.
-                values = None if bool(values.isnan().any()) else values
-            # The launch of all blocks at once may be refused, for example on a share of a card.
-            except RuntimeError:
-                values = None
-        if values is None:
-            try:
-                values, used = torch.linalg.eigvalsh(L.double()), "cusolver"
-            except torch.linalg.LinAlgError:  # cuSOLVER fails on some nearly rank-one matrices
-                values, used = None, "cpu"
-    if values is None:
-        values = ops.symmetric_eigenvalues(L.cpu())
-    return _by_magnitude(values), used
+        try:
+            return torch.linalg.eigvalsh(L.double()), "cusolver"
+        except torch.linalg.LinAlgError:  # cuSOLVER fails on some nearly rank-one matrices
+            pass
+    return ops.symmetric_eigenvalues(L.cpu()), "cpu"
 
 
+@one_core_after_fork()
 def _by_magnitude(values: Tensor) -> Tensor:
     return values.gather(-1, values.abs().argsort(-1, descending=True))
 
@@ -90,19 +95,17 @@ def _by_magnitude(values: Tensor) -> Tensor:
 def _spectrum(L: Tensor, negative: str) -> tuple[Tensor, str, Tensor]:
     """Eigenvalues of a connectivity (..., N, N) whose checks have passed, the solver's name, and their entropy in bits.
 
-    Eigenvalues of solver "cuda" are in any order. A CUDA device is waited for once, for the entropy: it is NaN if an eigenvalue
-    is NaN or no eigenvalue is left.
+    Eigenvalues of solver "cuda" are in any order, others by falling magnitude. A CUDA device is waited for once, for the
+    entropy: it is NaN if an eigenvalue is NaN or no eigenvalue is left.
     """
-    if _native.on_cuda(L) and fits(L):
-        try:
-            values = ops.symmetric_eigenvalues(L.detach())
-        except RuntimeError:  # see `_solved`
-            pass
-        else:
-            bits = ops.spectral_entropy(values.clamp(min=0) if negative == "clip" else values)
-            if all(map(math.isfinite, bits.reshape(-1).tolist())):
-                return values, "cuda", bits
-    values, solver = _solved(L)
+    L = L.detach()
+    values = _by_kernel(L)
+    if values is not None:
+        bits = ops.spectral_entropy(values.clamp(min=0) if negative == "clip" else values)
+        if all(map(math.isfinite, bits.reshape(-1).tolist())):
+            return values, "cuda", bits
+    values, solver = _by_library(L)
+    values = _by_magnitude(values)
     return values, solver, _complexity(values, negative)
 
 

@@ -8,7 +8,7 @@ from support import UNIFORM
 from torch import nn
 
 import lmnfast
-from lmnfast import _enqueue, reference
+from lmnfast import _prepare, reference
 from lmnfast._affine import affine_start
 
 
@@ -48,8 +48,8 @@ def test_affine_maps_at_the_start_run_on_the_samples_alone(monkeypatch):
     assert max(rows) > 9, "a hook of the user's sees every point, as it may do anything"
     model.affine[1]._forward_hooks.clear()
     calls = []
-    outputs_of = _enqueue.outputs_of
-    monkeypatch.setattr(_enqueue, "outputs_of", lambda f, x: calls.append(x.shape[1:]) or outputs_of(f, x))
+    outputs_of = _prepare.outputs_of
+    monkeypatch.setattr(_prepare, "outputs_of", lambda f, x: calls.append(x.shape[1:]) or outputs_of(f, x))
     L = lmnfast.connectivity(tail, samples)
     assert calls[-1] == (6,) and (L - truth).abs().max() < 2e-5
     assert torch.equal(lmnfast.connectivity(tail, samples, method="hermite").diagonal(), torch.ones(9))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmnfast
-from lmnfast import reference
+from lmnfast import _undisturbed, reference
 from lmnfast._outputs import rows_again
 from lmnfast._tiles import AllocationCount
 from lmnfast.quadrature import path_nodes
@@ -402,3 +402,59 @@ def test_bytes_held_at_a_time_are_counted_of_results_without_a_storage_and_not_o
         torch.vmap(torch.func.grad(lambda row: row.square().sum()))(data[:5])
         data[:5].to_sparse()
     assert 1 < count.bytes < 4 * data.numel()
+
+
+class Widening(nn.Module):
+    """Parameters of two dtypes, with or without the cast between them."""
+
+    def __init__(self, casts):
+        super().__init__()
+        self.first, self.second, self.casts = nn.Linear(6, 5), nn.Linear(5, 3).double(), casts
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.second(h.double() if self.casts else h)
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def regions(f, x):
+    """Also of an f that has none."""
+    try:
+        return lmnfast.linear_regions(f, x)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("make", [mlp, Own, lambda: Widening(True), lambda: torch.tanh])
+@pytest.mark.parametrize(
+    "measure", [lmnfast.connectivity, lmnfast.jacobians, lmnfast.jacobian_distances, regions]
+)
+def test_a_model_is_put_into_eval_mode_once_for_each_measurement(measure, make, monkeypatch):
+    entered, begin = [], _undisturbed.Kept.__init__
+    monkeypatch.setattr(_undisturbed.Kept, "__init__", lambda *given: entered.append(begin(*given)))
+    measure(make(), samples(9))
+    assert len(entered) == 1
+
+
+@pytest.mark.parametrize("measure", [lmnfast.connectivity, lmnfast.jacobians, lmnfast.jacobian_distances])
+def test_dtypes_that_do_not_fit_are_named_where_the_model_does_not_cast(measure):
+    measure(Widening(True), samples(9))
+    with pytest.raises(TypeError, match=r"'second.weight' is torch.float64; convert one of them"):
+        measure(Widening(False), samples(9))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_in_float32_may_give_float64(method):
+    f, x = Widening(True), samples(12)
+    x[1] = x[0] + 1e-6  # of such a path float32 resolves nothing
+    L = lmnfast.connectivity(f, x, method=method)
+    wide = nn.Sequential(f.first, nn.Tanh(), f.second).double()
+    assert (L - lmnfast.connectivity(wide, x.double(), method=method)).abs().max() < 1e-5

@@ -1,9 +1,12 @@
 """Which route a layer takes, and why."""
 
 import pytest
+import torch
 from architectures import NETWORKS, Functional, vectors
+from torch import nn
 
 import lmnfast
+from lmnfast import _route
 
 EXPLAINED = {
     ("functional", "first"): ["fused kernel: 12 silu -> 9 gelu -> 3"],
@@ -37,3 +40,22 @@ def test_explain_says_why_a_hook_is_needed(capsys):
     lmnfast.explain(Counting(), "first", vectors())
     said = capsys.readouterr().out
     assert "generic: a forward hook replaces the layer's output, as torch.fx cannot trace the model (" in said
+
+
+def test_explain_measures_whether_the_hoisted_maps_are_the_networks(monkeypatch):
+    split = _route.affine_start
+
+    def bent(f):
+        first, rest = split(f)
+        return nn.Sequential(first, nn.Tanh()), rest
+
+    x = vectors()
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 9), nn.LayerNorm(9), nn.SiLU(), nn.Linear(9, 3))
+    right = lmnfast.explain(model, "0", x)["0"]
+    before = lmnfast.lmn(*lmnfast.cut(model, "0", x))
+    monkeypatch.setattr(_route, "affine_start", bent)
+    wrong = lmnfast.explain(model, "0", x)["0"]
+    assert (right.route, wrong.route) == ("hoisted", "generic") and right.reason == wrong.reason
+    assert lmnfast.explain(model, "0")["0"].route == "hoisted"  # without inputs nothing is called
+    after = lmnfast.lmn(*lmnfast.cut(model, "0", x))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=0)

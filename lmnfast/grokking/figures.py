@@ -1,6 +1,5 @@
 """A run in the form of a row of the paper's Figure 2 (arXiv 2310.05918), with the paper's curves beside ours."""
 
-import csv
 import math
 import os
 from importlib.resources import files
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
+from ..runs.tables import csv_entries
 from .config import Config
 from .run import Run, read_run
 from .tasks import task_sizes
@@ -28,11 +28,8 @@ def paper_curves(task: str) -> dict[str, list[float]]:
     Source: arXiv 2310.05918, Figure 2, read from the pixels. The error is about 0.15 in LMN and 0.1 in L2 norm.
     """
     lines = files(__package__).joinpath("figure2_curves.csv").read_text().splitlines()
-    rows = [
-        row
-        for row in csv.DictReader(line for line in lines if not line.startswith("#"))
-        if row["task"] == task
-    ]
+    head, *entries = csv_entries("\n".join(line for line in lines if not line.startswith("#")))
+    rows = [row for row in (dict(zip(head, line)) for line in entries) if row["task"] == task]
     return {name: [float(row[name] or "nan") for row in rows] for name in ("step", "lmn", "l2_norm")}
 
 

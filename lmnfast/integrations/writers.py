@@ -10,15 +10,13 @@ after a call of its resume(), which a probe makes when it loads a state.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..runs.files import write_file
-from ..runs.tables import csv_line
+from ..runs.tables import csv_entries, csv_line
 from .common import key, required
 
 
@@ -72,7 +70,7 @@ class CSVWriter:
         if self._columns is None:
             self._columns = self._begin()
         if self._there:
-            (line,) = csv.reader(io.StringIO(csv_line(row.get(name, "") for name in self._columns).decode()))
+            (line,) = csv_entries(csv_line(row.get(name, "") for name in self._columns).decode())
             if set(row) <= set(self._columns) and self._there[tuple(line)] > 0:
                 self._there[tuple(line)] -= 1
                 return
@@ -86,8 +84,8 @@ class CSVWriter:
         text = self.path.read_bytes() if self.path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         try:
-            columns, *rows = list(csv.reader(io.StringIO(whole.decode()))) or [[]]
-        except (UnicodeDecodeError, csv.Error):
+            columns, *rows = csv_entries(whole.decode()) or [[]]
+        except ValueError:
             columns, rows = [], []
         if text and not {"step", "layer"} <= set(columns):
             raise ValueError(f"path: expected a CSV file with columns step and layer, got {self.path}")

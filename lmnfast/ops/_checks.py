@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._chain import ACTIVATIONS, check_layers
-from .._native import plain  # noqa: F401
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
 # The largest allowed difference from 1 of the sum of a rule's weights. Weights computed in float64 differ only by rounding.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._checks import KERNEL_DTYPES, check_tensor, plain
+from .._native import plain
+from ._checks import KERNEL_DTYPES, check_tensor
 
 
 def check_outputs(

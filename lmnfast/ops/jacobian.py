@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import _native
 from .._chain import Chain
-from ._checks import check_chain, plain
+from .._native import plain
+from ._checks import check_chain
 from .path_connectivity import activation_arguments
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._chain import Activation
-from ._checks import KERNEL_DTYPES, check_array, check_tensor, plain
+from .._native import plain
+from ._checks import KERNEL_DTYPES, check_array, check_tensor
 from .path_connectivity import activation_arguments
 
 # Features are scaled if their largest magnitude is outside this range: squares of larger features overflow, and sums of squares
@@ -63,8 +64,7 @@ torch.library.define(
 @torch.library.impl("lmnfast::jacobian_distance", "default")
 def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) -> Tensor:
     _check(first, second, dtype)
-    on_cuda = first.is_cuda and _native.cuda_built()
-    if not on_cuda and not _native.is_native(first):
+    if not _native.has_kernels(first):
         return reference.jacobian_distance(first, second, squared).to(dtype)
     same = first.data_ptr() == second.data_ptr() and first.stride() == second.stride()
     same = same and first.shape == second.shape and first.is_neg() == second.is_neg()
@@ -72,7 +72,7 @@ def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torc
     second = first if same else plain(second)
     if first.shape[0] == 0 or second.shape[0] == 0:
         return first.new_empty(len(first), len(second), dtype=dtype)
-    if on_cuda:
+    if first.is_cuda:
         return _measured(first, second, squared, dtype)
     largest = _largest(first) if same else _largest(first, second)
     if SMALLEST <= largest <= LARGEST or largest == 0:

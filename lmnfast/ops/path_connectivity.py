@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import _native
 from .._chain import ACTIVATIONS, IDENTITY, Activation, Chain
+from .._native import plain
 from .._stacked import ChainStack
 from .._unresolved import Values, resolve
-from ._checks import check_chain, check_rule, check_sums, check_tensor, plain
+from ._checks import check_chain, check_rule, check_sums, check_tensor
 
 
 def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
@@ -276,12 +277,6 @@ def _of_network(number: int, *arguments: Any) -> list[Any]:
         return None if value is None else value[number]
 
     return [one(argument) for argument in arguments]
-
-
-def chain_arguments(chain: Chain, x: Tensor) -> tuple[Any, ...]:
-    """The arguments of the registered ops for a chain and its samples: z, weights, biases, activations, parameters, skips,
-    shifts."""
-    return _hoisted(chain, x).arguments(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _hoisted(chain: Chain | ChainStack, x: Tensor) -> _Hoisted:

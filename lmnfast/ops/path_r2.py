@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from .._native import plain
 from .._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED
-from ._checks import KERNEL_DTYPES, check_rule, check_tensor, plain
+from ._checks import KERNEL_DTYPES, check_rule, check_tensor
 
 
 def path_r2(
@@ -76,8 +77,7 @@ def _path_r2(
     rounding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(interior, ends, first, second, nodes, weights, rounding)
-    on_cuda = interior.is_cuda and _native.cuda_built()
-    if not on_cuda and not _native.is_native(interior):
+    if not _native.has_kernels(interior):
         return _plain(interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device), rounding)
     interior, ends, first, second = map(plain, (interior, ends, first, second))
     rounding = None if rounding is None else plain(rounding)

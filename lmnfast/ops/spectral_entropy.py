@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ._checks import KERNEL_DTYPES, check_dense, plain
+from .._native import plain
+from ._checks import KERNEL_DTYPES, check_dense
 
 
 def spectral_entropy(eigenvalues: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ torch.library.define("lmnfast::spectral_entropy", "(Tensor eigenvalues) -> Tenso
 @torch.library.impl("lmnfast::spectral_entropy", "default")
 def _spectral_entropy(eigenvalues: Tensor) -> Tensor:
     _check(eigenvalues)
-    if not _native.is_native(eigenvalues) and not (eigenvalues.is_cuda and _native.cuda_built()):
+    if not _native.has_kernels(eigenvalues):
         return reference.spectral_entropy(eigenvalues)
     eigenvalues = plain(eigenvalues)
     result = eigenvalues.new_empty(eigenvalues.shape[:-1], dtype=torch.float64)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._native import plain
 from .._threads import lapack_on_one_core
-from ._checks import KERNEL_DTYPES, check_dense, plain
+from ._checks import KERNEL_DTYPES, check_dense
 
 # Up to this N, LAPACK runs on one core, so that the values have the same bits for any thread count. The price on an AMD EPYC,
 # one core in place of two: 24 ms in place of 19 at N = 500, 135 in place of 73 at 961, 794 in place of 475 at 2048.

@@ -29,7 +29,7 @@ from ..grokking.tasks import TASKS
 from ..grokking.train import train
 from ..jacobian import linear_regions
 from ..runs.device import processor
-from ..runs.figures import BLACK
+from ..runs.figures import BLACK, save
 from ..runs.tables import read_table, write_table
 from ..spectrum import linear_mapping_number
 from .study import STAND_INS
@@ -228,7 +228,7 @@ def draw(values: Values, path: Path) -> None:
                 _draw_panel(axes, values, *panel)
             row[0].set_ylabel("Error of LMN (%)")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
-        figure.savefig(path, dpi=110)
+        save(figure, path, dpi=110)
 
 
 def _draw_panel(axes: Any, values: Values, task: str, layer: str, run: str) -> None:

@@ -49,6 +49,14 @@ def csv_line(values: Iterable[Any]) -> bytes:
     return text.getvalue().encode()
 
 
+def csv_entries(text: str, strict: bool = False) -> list[list[str]]:
+    """The entries of each line of a CSV file. strict: raise ValueError for quotes that do not end."""
+    try:
+        return list(csv.reader(io.StringIO(text, newline=""), strict=strict))
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
+
+
 def read_table(
     path: Path,
     columns: Sequence[str] | None = None,
@@ -68,19 +76,15 @@ def read_table(
         ValueError: the file is not such a table. The message is the reason, without the name of the file.
         OSError: there is no file, or it cannot be read.
     """
-    content = path.read_bytes()
-    try:
-        text = content.decode(encoding)
-        if not text.endswith("\n"):
-            raise ValueError("its last line has no end")
-        head, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-        _check_head(head, columns)
-        for number, line in enumerate(lines, 2):
-            if len(line) != len(head):
-                raise ValueError(f"expected {len(head)} entries in line {number}, got {len(line)}")
-        return [{name: _typed(name, entry, optional) for name, entry in zip(head, line)} for line in lines]
-    except csv.Error as error:
-        raise ValueError(str(error)) from None
+    text = path.read_bytes().decode(encoding)
+    if not text.endswith("\n"):
+        raise ValueError("its last line has no end")
+    head, *lines = csv_entries(text, strict=True)
+    _check_head(head, columns)
+    for number, line in enumerate(lines, 2):
+        if len(line) != len(head):
+            raise ValueError(f"expected {len(head)} entries in line {number}, got {len(line)}")
+    return [{name: _typed(name, entry, optional) for name, entry in zip(head, line)} for line in lines]
 
 
 def _check_head(head: Sequence[str], columns: Sequence[str] | None) -> None:
