@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ._chain import Chain
+from ._hook_tail import HookTail
 from ._layers import match_layers
 from ._prepare import Prepared, prepared
 from ._route import Route, find_route, why_no_kernel
@@ -135,8 +135,9 @@ def _explained(model: nn.Module, layer: str, inputs: Any, forward: Forward, outp
         route = function.route
         if route.chain is None:
             about |= _tiles(function)
-    if not isinstance(tail, torch.fx.GraphModule):
+    if isinstance(tail, HookTail):
         reason = reason or "what torch.fx traced has other outputs on the samples"
+        reason += f", and as {tail.why}; {tail.cost()}"
         return LayerRoute(layer, "generic", reason, hooked=True, **about)
     return _of_route(layer, route, **about)
 

@@ -63,8 +63,16 @@ class HookTail(nn.Module):
         self.in_place = in_place
         self.replays: Replays = None if in_place else "views"
         self.recording = Recording()
+        self.why = ""
+        """Why the tail is no graph, in words that can follow "as"."""
         rows = iter(has_rows)
         self.first = mapped(inputs, lambda i: (i[:1] if next(rows) else i).detach().clone())
+
+    def cost(self) -> str:
+        """Says in words what runs for each path point."""
+        if self.replays is None:
+            return "the whole model runs for each path point"
+        return "the parts before the layer run once in a measurement"
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) in place of the layer's output -> the model's output."""

@@ -19,8 +19,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from ._nested import entries_of
-from ._tracing import only_computes
-from ._undisturbed import keeps_nothing
+from ._tracing import module_of
 
 # Rows of the two runs. Not 1, as code may treat one row in another way.
 ROWS = (2, 3)
@@ -140,6 +139,11 @@ class Step:
     """Keys that lead to each tensor in the result, and the number of its value."""
     writes: list[int] = field(default_factory=list)
     """The values that the call has written into."""
+
+    @property
+    def taken(self) -> set[int]:
+        """The values in the arguments."""
+        return {value.number for value in _values((self.args, self.kwargs))}
 
 
 class Tape(TorchFunctionMode):
@@ -281,20 +285,26 @@ def merged_steps(one: Tape, two: Tape) -> list[Step]:
 def row_dimension(one: Tensor, two: Tensor) -> tuple[int, int] | None:
     """The dimension of the rows of a tensor in both runs, and its length for one row; None if it has no rows.
 
-    The rows must be equal, as those of everything that does not depend on the samples are.
+    Raises NotTaped if its rows are not equal, as those of most values that do not depend on the samples are.
     """
     if one.dim() != two.dim() or one.dtype != two.dtype:
-        raise NotTaped("a tensor has other dimensions on two samples than on three")
+        raise NotTaped(DIFFERENT)
     longer = [d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
     if not longer:
+        if not _equal(one, two):
+            raise NotTaped(DIFFERENT)
         return None
     dimension, length = longer[0], two.shape[longer[0]] - one.shape[longer[0]]
     if len(longer) > 1 or one.shape[dimension] != ROWS[0] * length:
-        raise NotTaped("a tensor has a shape that does not follow the number of samples")
-    row, other = one.narrow(dimension, 0, length), one.narrow(dimension, length, length)
-    if not torch.allclose(row.double(), other.double(), 1e-3, 1e-6, equal_nan=True):
-        raise NotTaped("samples are mixed in what does not depend on the layer")
+        raise NotTaped(DIFFERENT)
+    if not _equal(one.narrow(dimension, 0, length), one.narrow(dimension, length, length)):
+        raise NotTaped(DIFFERENT)
     return dimension, length
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """Up to the rounding of another batch size."""
+    return torch.allclose(one.double(), two.double(), 1e-3, 1e-6, equal_nan=True)
 
 
 def _values(template: Any) -> Iterator[Value]:
@@ -345,37 +355,50 @@ class _Tail:
         self.sources = self._sources()
         self.names = {id(tensor): name for name, tensor in constants.items()}
         self.inputs = {id(tensor): n for n, tensor in enumerate(inputs[0])}
-        self.moved = self._moved()
+        self.moved = self._behind({0})
+        self._check()
         self.needed = self._needed()
+        # Values that are made for all rows. Of others one row is made, and repeated.
+        self.full = self._behind(self.moved | self._with_unequal_rows())
 
     def _sources(self) -> set[int]:
         """The values that no call has made, beside the samples."""
         sources, made = set(), {0}
         for step in self.steps:
-            sources |= {value.number for value in _values((step.args, step.kwargs))} - made
+            sources |= step.taken - made
             made |= {number for _, number in step.results}
         return sources
 
-    def _moved(self) -> set[int]:
-        """The values that depend on the samples."""
-        moved, storages, size = {0}, {self.storages[0]}, 0
-        while size != len(moved) + len(storages):
-            size = len(moved) + len(storages)
+    def _behind(self, first: set[int]) -> set[int]:
+        """These values and all that depend on them, also through memory."""
+        behind, storages, size = set(first), {self.storages[0]}, 0
+        while size != len(behind) + len(storages):
+            size = len(behind) + len(storages)
             for step in self.steps:
-                taken = {value.number for value in _values((step.args, step.kwargs))}
                 results = {number for _, number in step.results}
-                if taken & moved or any(self.storages[n] in storages for n in taken | results):
-                    moved |= results
+                if step.taken & behind or any(self.storages[n] in storages for n in step.taken | results):
+                    behind |= results
                     storages |= {self.storages[n] for n in step.writes}
-        for step in self.steps:
-            numbers = [value.number for value in _values((step.args, step.kwargs))]
-            if moved.intersection(numbers) and (why := _why_refused(step, self.one.tensors)):
-                raise NotTaped(f"the model {why}")
         if any(self.storages[number] in storages for number in self.sources):
             raise NotTaped("the model writes into a tensor that outlives a call")
-        if self.output not in moved:
+        return behind
+
+    def _with_unequal_rows(self) -> set[int]:
+        """Values that number the rows, for example."""
+        unequal = set()
+        for number in {number for step in self.needed for _, number in step.results} - self.moved:
+            try:
+                row_dimension(self.one.tensors[number], self.two.tensors[number])
+            except NotTaped:
+                unequal.add(number)
+        return unequal
+
+    def _check(self) -> None:
+        for step in self.steps:
+            if step.taken & self.moved and (why := _why_refused(step, self.one.tensors)):
+                raise NotTaped(f"the model {why}")
+        if self.output not in self.moved:
             raise NotTaped("the output does not depend on the layer")
-        return moved
 
     def _needed(self) -> list[Step]:
         """The calls that the output needs, in order."""
@@ -384,9 +407,8 @@ class _Tail:
             size = len(needed)
             for step in reversed(self.steps):
                 if self._serves(step, needed, storages):
-                    for value in _values((step.args, step.kwargs)):
-                        needed.add(value.number)
-                        storages.add(self.storages[value.number])
+                    needed |= step.taken
+                    storages |= {self.storages[number] for number in step.taken}
         return [step for step in self.steps if self._serves(step, needed, storages)]
 
     def _serves(self, step: Step, needed: set[int], storages: set[int]) -> bool:
@@ -395,16 +417,15 @@ class _Tail:
         )
 
     def graph_module(self) -> fx.GraphModule:
-        """Emits the calls. Those that do not depend on the samples are made for one row, whose results are repeated."""
+        """Emits the calls."""
         self.graph = fx.Graph()
         self.root: dict[str, Tensor] = {}
         self.nodes: dict[int, fx.Node] = {0: self.graph.placeholder("samples")}
         self.rows = self.graph.call_method("size", (self.nodes[0], 0))
         for step in self.needed:
-            numbers = {value.number for value in _values((step.args, step.kwargs))}
-            moves = bool(self.moved & ({n for _, n in step.results} | numbers | set(step.writes)))
-            args = self._emitted(step.args, moves)
-            kwargs = {key: self._emitted(value, moves) for key, value in step.kwargs.items()}
+            full = bool(self.full & {*step.taken, *step.writes, *(number for _, number in step.results)})
+            args = self._emitted(step.args, full)
+            kwargs = {key: self._emitted(value, full) for key, value in step.kwargs.items()}
             node = _call(self.graph, step.function, args, kwargs)
             for path, number in step.results:
                 result = node
@@ -414,26 +435,23 @@ class _Tail:
         self.graph.output(self.nodes[self.output])
         if not self.rows.users:
             self.graph.erase_node(self.rows)
-        module = fx.GraphModule(self.root, self.graph)
-        if all(map(only_computes, self.graph.nodes)):
-            keeps_nothing(module)
-        return module
+        return module_of(self.root, self.graph)
 
-    def _emitted(self, value: Any, moves: bool) -> Any:
-        """An argument in the graph. moves: of a call that depends on the samples, with all rows."""
+    def _emitted(self, value: Any, full: bool) -> Any:
+        """An argument in the graph. full: of a call for all rows."""
         if isinstance(value, Rows):
-            if not moves:
+            if not full:
                 return value.each + value.more
             product = self.rows
             if value.each != 1:
                 product = self.graph.call_function(operator.mul, (self.rows, value.each))
             return self.graph.call_function(operator.add, (product, value.more)) if value.more else product
         if not isinstance(value, Value):
-            return _mapped(value, lambda entry: self._emitted(entry, moves))
+            return _mapped(value, lambda entry: self._emitted(entry, full))
         if value.number not in self.nodes:
             self.nodes[value.number] = self._source(value.number)
         node = self.nodes[value.number]
-        return self._repeated(value.number, node) if moves and value.number not in self.moved else node
+        return self._repeated(value.number, node) if full and value.number not in self.full else node
 
     def _source(self, number: int) -> fx.Node:
         """A tensor that no call has made."""

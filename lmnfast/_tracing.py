@@ -148,13 +148,27 @@ def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.Gr
     for node in reversed(tail.nodes):
         if not node.users and _pure(node):  # for example a loss beside the output
             tail.erase_node(node)
-    result = fx.GraphModule(root, tail)
-    if all(map(only_computes, tail.nodes)):
+    return module_of(root, tail)
+
+
+class QuietGraph(fx.GraphModule):
+    """A GraphModule that prints no report of errors, as some are expected."""
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        type(self).__call__ = nn.Module.__call__  # type: ignore[method-assign]
+        return code
+
+
+def module_of(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A graph as a module. root: has what the graph's nodes name."""
+    result = QuietGraph(root, graph)
+    if all(map(_only_computes, graph.nodes)):
         keeps_nothing(result)
     return result
 
 
-def only_computes(node: fx.Node) -> bool:
+def _only_computes(node: fx.Node) -> bool:
     """Whether a step of a graph always gives the same result and changes nothing but earlier results of the graph.
 
     True for every module: `evaluating` checks modules itself.

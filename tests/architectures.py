@@ -175,7 +175,7 @@ NETWORKS = {
     "transformer": (
         Transformer,
         tokens,
-        {"embedded": False, "blocks.0": False, "blocks.1": False, "norm": False},
+        {"embedded": False, "blocks.0": False, "blocks.1": False, "norm": True},
     ),
     "lstm": (Recurrent, tokens, {"embedding": False, "lstm": False}),
     "shared weights": (Shared, lambda: tokens(length=3), {"token": True, "hidden": True}),

@@ -71,7 +71,7 @@ def test_the_budget_changes_the_tiles_and_not_the_result(budget):
     net, x = mlp(6, 20, 4), inputs(25, 6)
     f = counted(net)
     L = lmnfast.connectivity(f, x, budget=budget)
-    per_row = 4 * (20 + 20 + 4)  # results of two Linear and one SiLU
+    per_row = 4 * (20 + 20)  # the first Linear's results and the SiLU's, which exist at one time
     tiles = f.batches[4:]  # behind the samples, some of them twice, and all in float64
     assert max(tiles) * per_row <= max(budget, (19 + 3) * per_row), "3 samples are in every tile"
     assert (L - lmnfast.connectivity(counted(net), x)).abs().max() < 1e-6
@@ -148,7 +148,8 @@ def test_the_default_budget_follows_the_free_memory_of_a_card(monkeypatch):
         assert _tiles.tile_bytes(None, card) == max(1, expected * 2**30)
         assert _tiles.tile_bytes(2**33, card) == 2**33
     cpu = torch.device("cpu")
-    assert _tiles.tile_bytes(None, cpu) == _tiles.tile_bytes(2**33, cpu) == 24 * 2**20
+    assert _tiles.tile_bytes(None, cpu) == _tiles.tile_bytes(2**33, cpu) == 8 * 2**20
+    assert _tiles.tile_bytes(None, cpu, differentiated=True) == 24 * 2**20
     assert _tiles.tile_bytes(1000, cpu) == 1000
 
 

@@ -88,7 +88,7 @@ def test_a_container_can_be_cut_at():
 
 
 class Untraceable(nn.Module):
-    """A loop over data, which torch.fx cannot follow."""
+    """Loops over data, which torch.fx cannot follow, the second one also a tape cannot."""
 
     def __init__(self):
         super().__init__()
@@ -99,6 +99,8 @@ class Untraceable(nn.Module):
         for _ in range(int((x[0, 0] > 1e9).item()) + 2):
             h = F.tanh(h)
         h = self.second(h)
+        if h.isnan().any():
+            h = h.nan_to_num()
         return h if scale is None else h * scale
 
 
@@ -130,7 +132,7 @@ def test_a_trace_that_differs_from_the_model_is_not_used():
     model = TakesTracedForOther()
     x = torch.randn(5, 3)
     tail, samples = cut(model, "first", x)
-    assert recognise(tail) is None
+    assert recognise(tail).activations[0].name == "sigmoid", "what runs is written down instead"
     with torch.no_grad():
         assert torch.equal(tail(samples), model(x))
 
@@ -434,7 +436,10 @@ def test_cutting_and_recognising_leave_no_trace(model):
     assert state(model) == before
 
 
-@pytest.mark.parametrize("failing_calls", [[1], [2, 3]], ids=["for the samples", "traced, and with the hook"])
+FAILING = {"for the samples": [1], "traced, and with the hook in its three ways": [2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("failing_calls", FAILING.values(), ids=FAILING)
 def test_errors_leave_no_trace(failing_calls):
     model = mixed_modes(Talkative(failing_calls))
     x = torch.randn(5, 3)
@@ -451,6 +456,6 @@ def test_dropout_in_training_is_measured_in_eval_mode():
     x = torch.randn(5, 3)
     for layer in ("0", "1", "2.first"):
         tail, samples = cut(model, layer, x)
-        with evaluating(tail):
+        with evaluating(tail, model):
             assert torch.equal(tail(samples), model(x))
         assert model.training and model[1].training

@@ -35,11 +35,16 @@ def test_explain_says_which_route_and_why(case, with_inputs, capsys):
 def test_explain_says_why_a_hook_is_needed(capsys):
     class Counting(Functional):
         def forward(self, x):
-            return super().forward(x) if float(x.sum()) < 1e9 else x
+            y = super().forward(x)
+            return y if float(y.sum()) < 1e9 else x
 
     lmnfast.explain(Counting(), "first", vectors())
     said = capsys.readouterr().out
     assert "generic: a forward hook replaces the layer's output, as torch.fx cannot trace the model (" in said
+    assert (
+        "), and as the model reads values of the samples (__float__); the parts before the layer run once in a"
+        in said
+    )
 
 
 def test_explain_measures_whether_the_hoisted_maps_are_the_networks(monkeypatch):
