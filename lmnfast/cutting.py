@@ -13,6 +13,7 @@ from ._layers import called_model, find_layer
 from ._run_to import run_to, run_to_path
 from ._samples import check_made
 from ._stacked import WHOLE, Stacked, loaded, networks_in
+from ._taped import NotTaped
 from ._threads import alone
 from ._tracing import Call, Forward, Output, Tracer, graph_after
 from ._undisturbed import evaluating
@@ -90,10 +91,11 @@ def cut(
         graph = taped(replacing, seen)
         if reproduces_output(graph, seen, result) and takes_any_rows(graph, seen, result):
             return graph, seen
-    except (
-        Exception
-    ):  # the model's Python code depends on values, or runs differently for other numbers of rows
-        pass
+        replacing.why = "a graph of its calls has other outputs on the samples"
+    except NotTaped as error:
+        replacing.why = str(error)
+    except Exception as error:  # the user's forward may fail on two or three samples
+        replacing.why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return replacing, seen
 
 

@@ -158,7 +158,7 @@ def test_a_sum_that_a_trace_shows_wrongly_is_not_used():
     assert torch.equal(connectivity(model, x), enqueue(model, x, fuse=False).L)
     tail, samples = cut(nn.Sequential(nn.Identity(), model), "0", x)
     assert torch.equal(tail(samples), model(x))
-    assert (connectivity(tail, samples) - enqueue(tail, samples, fuse=False).L).abs().max() < 1e-6
+    assert (recognise(tail)(x) - model(x)).abs().max() < 1e-5, "a tape sees which tensors are the same"
 
 
 def test_functions_are_not_traced():
