@@ -1,4 +1,4 @@
-"""A thousand random networks, on every instruction set and route, against the truth of tests/fuzz_truth.py; the list of
+"""Five hundred random networks, on every instruction set and route, against the truth of tests/fuzz_truth.py; the list of
 tests/fuzz_ops.py."""
 
 import fuzz_ops
@@ -10,7 +10,7 @@ from support import LEVELS
 
 from lmnfast import _native, ops
 
-CASES, PARTS = 1000, 20
+CASES, PARTS = 500, 10
 
 
 @pytest.mark.filterwarnings(
