@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._outputs import outputs_of, rows_between
+from ._outputs import Calls, outputs_of, rows_between
 
 DEFAULT_BUDGET = 256 * 2**20
 
@@ -130,9 +130,21 @@ def bytes_of(
 ) -> tuple[Tensor, int]:
     """f's outputs for some of the samples, and the bytes that f takes for all samples.
 
-    These are the bytes that exist at one time; with differentiation, which keeps results, the bytes of all results.
+    These are the bytes that exist at one time; with differentiation, which keeps results, the bytes of all results. Of a
+    compiled f they are those of the original, as a compiler would follow the count too.
     """
     chosen = torch.stack([x[row] for row in rows])
+    original = _before_compiling(f.f) if isinstance(f, Calls) else None
     with AllocationCount(live=not differentiated) as count:
+        again = outputs_of(f if original is None else original, chosen)
+    if original is not None:
         again = outputs_of(f, chosen)
     return again, -(-count.bytes * len(x) // len(rows))
+
+
+def _before_compiling(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """The function that torch.compile was given; None if f is not compiled as a whole."""
+    for name in ("_orig_mod", "_torchdynamo_orig_callable"):
+        if name in getattr(f, "__dict__", {}).get("_modules", {}) or name in getattr(f, "__dict__", {}):
+            return getattr(f, name)
+    return None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support import UNIFORM
 from torch import fx, nn
+from torch._dynamo.testing import CompileCounter
 
 import lmnfast
 from lmnfast import reference
@@ -283,3 +284,12 @@ def test_a_model_that_mixes_its_samples_is_refused_as_before(x):
     tail, samples = lmnfast.cut(Mixing(), "first", x)
     with pytest.raises(ValueError, match="rows of a batch depend on each other"):
         lmnfast.connectivity(tail, samples)
+
+
+def test_a_compiled_tail_is_compiled_once_for_all_tiles(x):
+    torch._dynamo.reset()
+    tail, samples = lmnfast.cut(TakesWhatIsFixed().eval(), "first", x)
+    L, graphs = lmnfast.connectivity(tail, samples), CompileCounter()
+    compiled = torch.compile(tail, backend=graphs, dynamic=True)
+    assert torch.allclose(lmnfast.connectivity(compiled, samples, budget=10_000), L, atol=1e-6)
+    assert graphs.frame_count == 1
