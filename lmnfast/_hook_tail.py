@@ -14,7 +14,8 @@ from ._nested import at_path, mapped, replaced, tensors_in
 from ._recorded import Recording, repeated
 from ._run_to import run_on_copies, run_to_path
 from ._samples import same_output
-from ._taped import ROWS, Tape, taped_tail
+from ._tape import ROWS, Tape
+from ._taped import taped_tail
 from ._tracing import Call, Forward, Output
 from ._undisturbed import evaluating, measurement_of
 

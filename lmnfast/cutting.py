@@ -13,7 +13,7 @@ from ._layers import called_model, find_layer
 from ._run_to import run_to, run_to_path
 from ._samples import check_made
 from ._stacked import WHOLE, Stacked, loaded, networks_in
-from ._taped import NotTaped
+from ._tape import NotTaped
 from ._threads import alone
 from ._tracing import Call, Forward, Output, Tracer, graph_after
 from ._undisturbed import evaluating

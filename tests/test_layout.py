@@ -367,3 +367,10 @@ def test_the_metadata_name_the_pythons_that_are_tested():
     assert (
         classifiers == re.search(r"set -- (3.*)$", (ROOT / ".ci/matrix").read_text(), re.MULTILINE)[1].split()
     )
+
+
+def test_no_file_of_code_is_longer_than_500_lines():
+    files = [path for folder in ("lmnfast", "csrc", "tests", "bench") for path in (ROOT / folder).rglob("*")]
+    code = [path for path in files if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in code}
+    assert len(lengths) > 200 and {name for name, length in lengths.items() if length > 500} == set()
