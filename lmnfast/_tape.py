@@ -74,15 +74,15 @@ ATTRIBUTES = {
 SHAPED_BY_VALUES = {
     *(
         "nonzero",
+        "nonzero_static",
         "argwhere",
         "masked_select",
         "unique",
         "unique_consecutive",
-        "bincount",
-        "histogram",
         "_unique2",
+        "combinations",
     ),
-    *("repeat_interleave", "combinations", "nonzero_static"),
+    *("bincount", "histogram"),
 }
 
 DIFFERENT = "the model runs differently on two samples and on three"

@@ -51,8 +51,13 @@ def _why_refused(step: Step, tensors: list[Tensor]) -> str:
     if not step.results and not step.writes:
         return f"reads values of the samples ({name})"
     given = [tensors[value.number] for value in values_in((step.args, step.kwargs))]
-    by_mask = name == "__getitem__" and any(t.dtype in (torch.bool, torch.uint8) for t in given[1:])
-    if name in SHAPED_BY_VALUES or by_mask or (name == "where" and len(given) == 1):
+    shaped = {
+        "__getitem__": any(t.dtype in (torch.bool, torch.uint8) for t in given[1:]),
+        "where": len(given) == 1,
+        "repeat_interleave": len(given) > 1,
+        "one_hot": len(step.args) + len(step.kwargs) == 1,
+    }
+    if shaped.get(name, name in SHAPED_BY_VALUES):
         return f"has shapes that follow values of the samples ({name})"
     return ""
 
