@@ -293,3 +293,35 @@ def test_a_compiled_tail_is_compiled_once_for_all_tiles(x):
     compiled = torch.compile(tail, backend=graphs, dynamic=True)
     assert torch.allclose(lmnfast.connectivity(compiled, samples, budget=10_000), L, atol=1e-6)
     assert graphs.frame_count == 1
+
+
+def scripted(h):
+    return torch.jit.trace(torch.tanh, torch.rand(2, 4))(h)
+
+
+REFUSED = {
+    "reads values of the samples (__bool__)": lambda h: h if (h > -9).all() else -h,
+    "reads values of the samples (item)": lambda h: h * (1 if h.sum().item() < 1e9 else 2),
+    "reads values of the samples (numpy)": lambda h: h + torch.from_numpy(h.numpy()),
+    "reads values of the samples (equal)": lambda h: h * (1 + torch.equal(h, -h)),
+    "follow values of the samples (nonzero)": lambda h: h + len((h > 9).nonzero()),
+    "follow values of the samples (where)": lambda h: h + len(torch.where(h > 9)[0]),
+    "follow values of the samples (one_hot)": lambda h: h + F.one_hot((h > 9).long()).shape[-1],
+    "follow values of the samples (__getitem__)": lambda h: h + len(h[h > 9]),
+    "follow values of the samples (repeat_interleave)": lambda h: (
+        h + len(h.repeat_interleave((h[:, 0] > 9).int(), 0))
+    ),
+    "runs differently on two samples and on three": lambda h: torch.stack([row * 2 for row in h]),
+    "computes in other ways than by functions of torch": lambda h: h + scripted(h),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_tape_says_why_it_is_none(why, x):
+    model = Base()
+    model.rest = lambda h: model.last(REFUSED[why](torch.tanh(model.hidden(h))))
+    tail, samples = lmnfast.cut(model.eval(), "first", x)
+    assert isinstance(tail, HookTail) and why in tail.why
+    with torch.no_grad():
+        assert torch.equal(tail(samples), model(x))
