@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from ._nested import at_path, mapped, replaced, tensors_in
 from ._recorded import Recording, repeated
 from ._run_to import run_on_copies, run_to_path
 from ._samples import same_output
-from ._tape import ROWS, Tape
+from ._tape import ROWS, Tape, Unseen
 from ._taped import taped_tail
 from ._tracing import Call, Forward, Output
 from ._undisturbed import evaluating, measurement_of
@@ -25,6 +26,9 @@ def reproduces_output(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
     with evaluating(tail):
         return bool(same_output(tail(samples), output))
 
+
+# More rows than code for small batches is likely to pad or split to, and no multiple of a power of 2.
+MANY_ROWS = 67
 
 # What a tail replays during a measurement: results whose rows share memory; results with memory for each row, as some models
 # write into them or reshape them; nothing, and then all modules run.
@@ -77,7 +81,7 @@ class HookTail(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) in place of the layer's output -> the model's output."""
-        measured = measurement_of(self)
+        measured = None if torch.compiler.is_compiling() else measurement_of(self)
         if measured is None or self.replays is None:
             return self._run(x, self.number, self._inputs(len(x), copies=True))
         self.recording.begin(measured, self._pass, self.model, self.layer[0], self.number)
@@ -123,12 +127,21 @@ class HookTail(nn.Module):
 
 def taped(tail: HookTail, samples: Tensor) -> fx.GraphModule:
     """The tail as a graph of torch's functions. Raises `NotTaped`; and the model's errors."""
+    between = torch.lerp(samples, samples.roll(1, 0), 0.5)
     tapes, outputs, inputs = [], [], []
-    with evaluating(tail, changed=True) as kept, torch.compiler.set_stance("force_eager"):
-        for rows in ROWS:
+    with (
+        evaluating(tail, changed=True) as kept,
+        torch.compiler.set_stance("force_eager"),
+        torch.enable_grad(),  # shows where the model turns gradients off
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # torch's, of values that are read with a gradient
+        # The last run, on other points, shows whether shapes follow values.
+        for rows, points in ((ROWS[0], samples), (ROWS[1], samples), (ROWS[1], between)):
             kept.put_back()
-            x, given = samples[torch.arange(rows) % len(samples)], tail._inputs(rows, copies=True)
-            with Tape(x) as tape:
+            x = points[torch.arange(rows) % len(points)].requires_grad_()
+            given = tail._inputs(rows, copies=True)
+            with Tape(x) as tape, Unseen(tape):
                 outputs.append(tail._run(x, tail.number, given))
             tapes.append(tape)
             inputs.append(list(tensors_in(given)))
@@ -186,7 +199,7 @@ def hook_tail(
 def _settle(tail: HookTail, samples: Tensor, output: Tensor) -> bool:
     """Whether a tail gives the model's output. Chooses what it replays: as much as gives that output."""
     for replays in REPLAYS[REPLAYS.index(tail.replays) :]:
-        tail.replays = replays
+        tail.replays, tail.recording = replays, Recording()
         try:
             if reproduces_output(tail, samples, output):
                 return True
@@ -212,10 +225,11 @@ def _is_fresh(call: Call, layer: nn.Module, number: int, path: list, inputs: Any
 
 def takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
     """Whether the tail gives each sample the same output in a larger batch and at another place in it."""
+    rows = torch.arange(max(2 * len(samples), MANY_ROWS), device=samples.device) % len(samples)
+    rows[: len(samples)] = rows[: len(samples)].flip(0)
     try:
         with evaluating(tail):
-            again = tail(torch.cat([samples.flip(0), samples])).clone()
-        expected = torch.cat([output.flip(0), output])
+            again, expected = tail(samples[rows]).clone(), output[rows]
         return again.shape == expected.shape and bool(
             (again - expected).abs().max() <= 1e-3 * expected.abs().max()
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ._nested import entries_of, mapped, tensors_in
-from ._undisturbed import PLAIN, hooked
+from ._undisturbed import PLAIN, Kept, hooked
 
 # Equal rows may have other rounding in a batch of other size, up to this share of the largest value.
 ROUNDING = 1e-3
@@ -78,17 +78,20 @@ class Recording:
         return Recording, ()
 
     def begin(
-        self, measured: Any, run: Callable[[int], Any], model: nn.Module, layer: nn.Module, number: int
+        self, measured: Kept, run: Callable[[int], Any], model: nn.Module, layer: nn.Module, number: int
     ) -> None:
         """Records the results for a measurement. Does nothing if they are recorded for it.
 
         run: runs the model on copies of a sample, that many. number: which call of the layer.
 
-        Raises ValueError if the model calls other modules for two rows than for one; and the model's errors.
+        Raises ValueError if the model calls other modules for two rows than for one, or changes itself before the layer; and
+        the model's errors.
         """
         if self._measured is measured:
             return
         visit = _visited(partial(run, 1), model, layer, number)
+        if measured.is_changed():  # a part that is replayed would not change it
+            raise ValueError("a part of the model before the layer changes the model")
         if not (self._dimensions and self._take(visit)):
             self._dimensions = {}
             self._compare(visit, _visited(partial(run, 2), model, layer, number))
@@ -175,7 +178,9 @@ def _visited(run: Callable[[], Any], model: nn.Module, layer: nn.Module, number:
 def _row_dimensions(one: Visit, two: Visit) -> tuple[int | None, ...] | None:
     """For each tensor in the result of a call the dimension of the rows. None: the call has to run."""
     module = one.module
-    if not (one.returned and two.returned) or isinstance(module, torch.jit.ScriptModule) or hooked(module):
+    if not (one.returned and two.returned) or isinstance(module, torch.jit.ScriptModule):
+        return None
+    if any(map(hooked, module.modules())):
         return None
     tensors, others = list(tensors_in(one.result)), list(tensors_in(two.result))
     if not _alike(one.result, two.result) or not tensors or len(tensors) != len(others):

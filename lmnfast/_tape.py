@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._nested import entries_of
 
@@ -37,7 +38,6 @@ FACTS = {
         "is_same_size",
         "is_inference",
         "__hash__",
-        "type",
     ),
 }
 
@@ -85,6 +85,28 @@ SHAPED_BY_VALUES = {
     *("bincount", "histogram"),
 }
 
+# Functions that take sizes, behind the tensor that they work on, and functions that take nothing else. A tensor among the sizes
+# decides a shape.
+SIZED = {
+    *(
+        "view",
+        "reshape",
+        "expand",
+        "repeat",
+        "tile",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "tensor_split",
+        "chunk",
+    ),
+    *("unflatten", "unfold", "resize_", "broadcast_to", "hsplit", "vsplit", "dsplit", "as_strided"),
+    *("new_zeros", "new_ones", "new_empty", "new_full"),
+}
+FACTORIES = {
+    *("arange", "range", "linspace", "logspace", "eye", "zeros", "ones", "empty", "full", "rand", "randn"),
+}
+
 DIFFERENT = "the model runs differently on two samples and on three"
 
 
@@ -118,11 +140,25 @@ class Step:
     """Keys that lead to each tensor in the result, and the number of its value."""
     writes: list[int] = field(default_factory=list)
     """The values that the call has written into."""
+    grad: bool = True
+    """Whether gradients were recorded."""
 
     @property
     def taken(self) -> set[int]:
         """The values in the arguments."""
         return {value.number for value in values_in((self.args, self.kwargs))}
+
+
+class Unseen(TorchDispatchMode):
+    """Counts operations outside of the calls that a tape writes down, as those of scripted functions."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tape.unseen |= not self.tape.inside
+        return func(*args, **(kwargs or {}))
 
 
 class Tape(TorchFunctionMode):
@@ -134,6 +170,12 @@ class Tape(TorchFunctionMode):
         self.tensors: list[Tensor] = []  # they stay alive, so an id means one tensor
         self._numbers: dict[int, int] = {}
         self.autocast = False
+        self.grad = True
+        """Whether gradients are recorded. The tape begins where they are."""
+        self.inside = 0
+        """How many calls of torch's functions are running."""
+        self.unseen = False
+        """Whether an operation ran outside of them."""
         self.number_of(samples)
 
     def number_of(self, tensor: Tensor) -> int:
@@ -146,11 +188,14 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in FACTS or (name == "__get__" and getattr(func.__self__, "__name__", "") in ATTRIBUTES):
+            return self._called(func, args, kwargs)
+        if name == "_set_grad_enabled":
+            self.grad = args[0]
             return func(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs)]
         versions = [_version(tensor) for tensor in given]
-        step = Step(func, self._taken(args), self._taken(kwargs))
-        result = func(*args, **kwargs)
+        step = Step(func, self._taken(args), self._taken(kwargs), grad=self.grad)
+        result = self._called(func, args, kwargs)
         step.writes = [
             self.number_of(t) for t, version in zip(given, versions, strict=True) if _version(t) != version
         ]
@@ -158,6 +203,13 @@ class Tape(TorchFunctionMode):
         self.autocast |= any(torch.is_autocast_enabled(self.tensors[n].device.type) for _, n in step.results)
         self.steps.append(step)
         return result
+
+    def _called(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.inside += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.inside -= 1
 
     def _taken(self, value: Any) -> Any:
         """The arguments with a `Value` for each tensor."""

@@ -18,8 +18,10 @@ from torch import Tensor, fx
 
 from ._tape import (
     DIFFERENT,
+    FACTORIES,
     ROWS,
     SHAPED_BY_VALUES,
+    SIZED,
     NotTaped,
     Rows,
     Step,
@@ -29,7 +31,7 @@ from ._tape import (
     storage_of,
     values_in,
 )
-from ._tracing import module_of
+from ._tracing import TapedGraph, module_of
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "__getitem__": operator.getitem,
@@ -44,22 +46,41 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def _why_refused(step: Step, tensors: list[Tensor]) -> str:
-    """What a call on values that depend on the samples does that a graph cannot repeat; empty if there is nothing."""
+    """What a call on values of the network does that a graph cannot repeat; empty if there is nothing."""
     name = getattr(step.function, "__name__", str(step.function))
     if name == "__set__":
         return "sets an attribute of a tensor"
     if not step.results and not step.writes:
-        return f"reads values of the samples ({name})"
+        return "" if name == "type" else f"reads values of the network ({name})"
     given = [tensors[value.number] for value in values_in((step.args, step.kwargs))]
-    shaped = {
-        "__getitem__": any(t.dtype in (torch.bool, torch.uint8) for t in given[1:]),
-        "where": len(given) == 1,
-        "repeat_interleave": len(given) > 1,
-        "one_hot": len(step.args) + len(step.kwargs) == 1,
-    }
-    if shaped.get(name, name in SHAPED_BY_VALUES):
-        return f"has shapes that follow values of the samples ({name})"
+    if any(tensor.layout != torch.strided for tensor in given):
+        return f"computes with sparse tensors ({name})"
+    if _is_shaped_by_values(name, step, given):
+        return f"has shapes that follow values of the network ({name})"
     return ""
+
+
+def _is_shaped_by_values(name: str, step: Step, given: list[Tensor]) -> bool:
+    """Whether the result of a call has sizes that are no plain numbers in its arguments. given: the tensors among these."""
+    if name in SIZED:
+        return any(not tensor.is_floating_point() for tensor in given[1:])
+    if name in FACTORIES or name in SHAPED_BY_VALUES:
+        return bool(given)
+    if name == "__getitem__":
+        masks = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
+        return masks or any(True for _ in values_in(_slices(step.args[1])))
+    if name == "one_hot":
+        return len(step.args) + len(step.kwargs) == 1
+    return (name == "where" and len(given) == 1) or (name == "repeat_interleave" and len(given) > 1)
+
+
+def _slices(index: Any) -> list[slice]:
+    """The slices in an index."""
+    return [
+        entry
+        for entry in (index if isinstance(index, (tuple, list)) else [index])
+        if isinstance(entry, slice)
+    ]
 
 
 def merged(one: Any, two: Any) -> Any:
@@ -95,9 +116,16 @@ def merged_steps(one: Tape, two: Tape) -> list[Step]:
         if not same:
             raise NotTaped(DIFFERENT)
         steps.append(
-            Step(a.function, merged(a.args, b.args), merged(a.kwargs, b.kwargs), a.results, a.writes)
+            Step(a.function, merged(a.args, b.args), merged(a.kwargs, b.kwargs), a.results, a.writes, a.grad)
         )
     return steps
+
+
+def _same_but_for_values(one: Tape, two: Tape) -> bool:
+    """Whether two runs on as many samples make the same calls, with the same arguments and the same shapes."""
+    calls = [[(s.function, s.args, s.kwargs, s.results, s.writes) for s in tape.steps] for tape in (one, two)]
+    shapes = [[tensor.shape for tensor in tape.tensors] for tape in (one, two)]
+    return calls[0] == calls[1] and shapes[0] == shapes[1]
 
 
 def row_dimension(one: Tensor, two: Tensor) -> tuple[int, int] | None:
@@ -122,7 +150,8 @@ def row_dimension(one: Tensor, two: Tensor) -> tuple[int, int] | None:
 
 def _equal(one: Tensor, two: Tensor) -> bool:
     """Up to the rounding of another batch size."""
-    return torch.allclose(one.double(), two.double(), 1e-3, 1e-6, equal_nan=True)
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    return torch.allclose(one.to(wide), two.to(wide), 1e-3, 1e-6, equal_nan=True)
 
 
 def taped_tail(
@@ -134,7 +163,7 @@ def taped_tail(
     """The tail that two tapes show.
 
     Args:
-        tapes, outputs: of runs on `ROWS` samples.
+        tapes, outputs: of runs on `ROWS` samples, and of one on as many other points as in the second.
         constants: parameters and buffers by name.
         inputs: for both runs the tensors in the model's inputs, in order. All their rows are equal.
 
@@ -151,10 +180,11 @@ class _Tail:
         constants: dict[str, Tensor],
         inputs: Sequence[Sequence[Tensor]],
     ) -> None:
-        if any(tape.autocast for tape in tapes):
-            raise NotTaped("the model runs in autocast")
-        self.one, self.two = tapes
+        self.tapes = tapes
+        self.one, self.two = tapes[:2]
         self.steps = merged_steps(self.one, self.two)
+        if not _same_but_for_values(tapes[1], tapes[2]):
+            raise NotTaped("the model runs differently on other samples, or has shapes that follow values")
         numbers = {tape.number_of(output) for tape, output in zip(tapes, outputs, strict=True)}
         if len(numbers) != 1:
             raise NotTaped(DIFFERENT)
@@ -202,11 +232,30 @@ class _Tail:
         return unequal
 
     def _check(self) -> None:
+        if any(tape.autocast for tape in self.tapes):
+            raise NotTaped("the model runs in autocast")
+        if any(tape.unseen for tape in self.tapes) or any(
+            self._is_unknown(number) for number in self.sources
+        ):
+            raise NotTaped("a part of the model computes in other ways than by functions of torch")
+        trained = {number for number in self.sources if id(self.one.tensors[number]) in self.names}
+        changing = self._behind(self.moved | trained)
         for step in self.steps:
-            if step.taken & self.moved and (why := _why_refused(step, self.one.tensors)):
+            if step.taken & changing and (why := _why_refused(step, self.one.tensors)):
                 raise NotTaped(f"the model {why}")
+            results = {number for _, number in step.results}
+            if self.moved & results and not (
+                step.grad and all(map(_is_differentiated, (self.one.tensors[n] for n in results)))
+            ):
+                raise NotTaped("the model turns gradients off, or has a backward of its own")
         if self.output not in self.moved:
             raise NotTaped("the output does not depend on the layer")
+
+    def _is_unknown(self, number: int) -> bool:
+        """Whether a value comes from nowhere: no call has made it, it is no input, and the model does not keep it."""
+        tensor = self.one.tensors[number]
+        kept = tensor is self.two.tensors[number]
+        return not (kept or id(tensor) in self.names or id(tensor) in self.inputs)
 
     def _needed(self) -> list[Step]:
         """The calls that the output needs, in order."""
@@ -243,7 +292,7 @@ class _Tail:
         self.graph.output(self.nodes[self.output])
         if not self.rows.users:
             self.graph.erase_node(self.rows)
-        return module_of(self.root, self.graph)
+        return module_of(self.root, self.graph, TapedGraph)
 
     def _emitted(self, value: Any, full: bool) -> Any:
         """An argument in the graph. full: of a call for all rows."""
@@ -296,13 +345,21 @@ def _call(graph: fx.Graph, function: Any, args: tuple, kwargs: dict[str, Any]) -
         return graph.call_function(getattr, (args[0], function.__self__.__name__))
     if name in OPERATORS and len(args) in (2, 3) and not kwargs and _is_method(function, name):
         return graph.call_function(OPERATORS[name], args)
-    if _is_method(function, name):
+    of_tensor = getattr(function, "__qualname__", "").startswith(("Tensor.", "TensorBase."))
+    if _is_method(function, name) or of_tensor:
         return graph.call_method(name, args, kwargs)
     if not isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         home = fx.node._get_qualified_name(function).rpartition(".")[0]
         if getattr(sys.modules.get(home, torch), name, None) is not function:
             raise NotTaped(f"the model calls {name}, which has no name of its own")
     return graph.call_function(function, args, kwargs)
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Whether a result was not made under inference mode or by an autograd.Function, whose calls a tape does not see."""
+    return not (
+        tensor.is_inference() or isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction)
+    )
 
 
 def _is_method(function: Any, name: str) -> bool:

@@ -160,9 +160,28 @@ class QuietGraph(fx.GraphModule):
         return code
 
 
-def module_of(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+class TapedGraph(QuietGraph):
+    """A graph of calls that were written down outside of autocast. The model may have turned autocast off around some."""
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        type(self).__call__ = _outside_autocast  # type: ignore[method-assign]
+        return code
+
+
+def _outside_autocast(self: nn.Module, x: torch.Tensor) -> Any:
+    if not torch.compiler.is_compiling() and torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(
+            "f: was cut outside of torch.autocast; expected to be cut in it, as it is measured in it"
+        )
+    return nn.Module.__call__(self, x)
+
+
+def module_of(
+    root: nn.Module | dict[str, Any], graph: fx.Graph, kind: type[QuietGraph] = QuietGraph
+) -> fx.GraphModule:
     """A graph as a module. root: has what the graph's nodes name."""
-    result = QuietGraph(root, graph)
+    result = kind(root, graph)
     if all(map(_only_computes, graph.nodes)):
         keeps_nothing(result)
     return result

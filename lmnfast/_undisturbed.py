@@ -380,6 +380,13 @@ class Kept:
                 elif values and not (tensor.device.type == "cpu" and torch.equal(tensor, value)):
                     tensor.data.copy_(value)  # on other devices a comparison would wait
 
+    def is_changed(self) -> bool:
+        """Whether a forward pass has changed something of what is saved, since it was saved or put back."""
+        with torch._C.DisableTorchFunction():
+            return any(_differs(now, before) for now, before in self._containers) or any(
+                tensor._version != version for tensor, version, _ in self._tensors
+            )
+
     def check(self) -> None:
         with torch._C.DisableTorchFunction():
             changed = [name for name, tensor, version in self._unkept if tensor._version != version]
@@ -401,7 +408,7 @@ def _copy_of(value: Any) -> Any:
 def _put_back(now: Any, before: Any) -> None:
     """Restores the entries of a container, if they differ, by the methods of its built-in base class."""
     if isinstance(now, dict):
-        if _same(now, before) and _same(now.values(), before.values()):
+        if not _differs(now, before):
             return
         base = OrderedDict if isinstance(now, OrderedDict) else dict
         for key in [key for key in now if key not in before]:
@@ -420,6 +427,12 @@ def _put_back(now: Any, before: Any) -> None:
         sequence: Any = deque if isinstance(now, deque) else list
         sequence.clear(now)
         sequence.extend(now, before)
+
+
+def _differs(now: Any, before: Any) -> bool:
+    if isinstance(now, dict):
+        return not (_same(now, before) and _same(now.values(), before.values()))
+    return now != before if isinstance(now, set) else not _same(now, before)
 
 
 def _same(now: Any, before: Any) -> bool:

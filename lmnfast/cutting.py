@@ -95,7 +95,7 @@ def cut(
     except NotTaped as error:
         replacing.why = str(error)
     except Exception as error:  # the user's forward may fail on two or three samples
-        replacing.why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        replacing.why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
     return replacing, seen
 
 

@@ -42,7 +42,7 @@ def test_explain_says_why_a_hook_is_needed(capsys):
     said = capsys.readouterr().out
     assert "generic: a forward hook replaces the layer's output, as torch.fx cannot trace the model (" in said
     assert (
-        "), and as the model reads values of the samples (__float__); the parts before the layer run once in a"
+        "), and as the model reads values of the network (__float__); the parts before the layer run once in a"
         in said
     )
 

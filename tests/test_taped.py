@@ -295,22 +295,44 @@ def test_a_compiled_tail_is_compiled_once_for_all_tiles(x):
     assert graphs.frame_count == 1
 
 
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return torch.round(h * 4) / 4
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope
+
+
+def without_gradient(h):
+    with torch.no_grad():
+        return torch.exp(h)
+
+
 def scripted(h):
     return torch.jit.trace(torch.tanh, torch.rand(2, 4))(h)
 
 
 REFUSED = {
-    "reads values of the samples (__bool__)": lambda h: h if (h > -9).all() else -h,
-    "reads values of the samples (item)": lambda h: h * (1 if h.sum().item() < 1e9 else 2),
-    "reads values of the samples (numpy)": lambda h: h + torch.from_numpy(h.numpy()),
-    "reads values of the samples (equal)": lambda h: h * (1 + torch.equal(h, -h)),
-    "follow values of the samples (nonzero)": lambda h: h + len((h > 9).nonzero()),
-    "follow values of the samples (where)": lambda h: h + len(torch.where(h > 9)[0]),
-    "follow values of the samples (one_hot)": lambda h: h + F.one_hot((h > 9).long()).shape[-1],
-    "follow values of the samples (__getitem__)": lambda h: h + len(h[h > 9]),
-    "follow values of the samples (repeat_interleave)": lambda h: (
+    "reads values of the network (__bool__)": lambda h: h if (h > -9).all() else -h,
+    "reads values of the network (item)": lambda h: h * (1 if h.sum().item() < 1e9 else 2),
+    "Can't call numpy() on Tensor that requires grad": lambda h: h + torch.from_numpy(h.numpy()),
+    "reads values of the network (equal)": lambda h: h * (1 + torch.equal(h, -h)),
+    "follow values of the network (nonzero)": lambda h: h + len((h > 9).nonzero()),
+    "follow values of the network (where)": lambda h: h + len(torch.where(h > 9)[0]),
+    "follow values of the network (one_hot)": lambda h: h + F.one_hot((h > 9).long()).shape[-1],
+    "follow values of the network (__getitem__)": lambda h: h + len(h[h > 9]),
+    "follow values of the network (repeat_interleave)": lambda h: (
         h + len(h.repeat_interleave((h[:, 0] > 9).int(), 0))
     ),
+    "turns gradients off, or has a backward of its own": without_gradient,
+    "turns gradients off, or has a backward of": StraightThrough.apply,
+    "in other ways than by functions": lambda h: (
+        torch.vmap(torch.sin)(h) if torch.vmap(torch.sin)(h).any() else h
+    ),
+    "sparse": lambda h: h + h.to_sparse().to_dense(),
+    "follow values of the network (zeros)": lambda h: h + len(torch.zeros((h > 9).sum(), 1)),
     "runs differently on two samples and on three": lambda h: torch.stack([row * 2 for row in h]),
     "computes in other ways than by functions of torch": lambda h: h + scripted(h),
 }
@@ -325,3 +347,37 @@ def test_a_tape_says_why_it_is_none(why, x):
     assert isinstance(tail, HookTail) and why in tail.why
     with torch.no_grad():
         assert torch.equal(tail(samples), model(x))
+
+
+def test_parts_that_leave_something_for_later_are_not_replayed(x):
+    class Leaves(nn.Module):
+        def forward(self, h):
+            model.gain = model.table.weight[0].exp()
+            return h
+
+    model = Counts()
+    model.encoder.append(Leaves())
+    last = model.last
+    model.last = nn.Sequential(last)
+    model.last.register_forward_pre_hook(lambda module, args: (args[0] * model.gain,))
+    model(x)
+    tail, samples = lmnfast.cut(model, "layer", x)
+    assert isinstance(tail, HookTail) and tail.replays is None
+    with torch.no_grad():
+        model.table.weight.add_(0.1)
+
+    def by_hand(h):
+        h = torch.tanh(h + model.table.weight[0]) * model.table.weight[0].exp()
+        return last(h)
+
+    L, expected = lmnfast.connectivity(tail, samples), lmnfast.connectivity(by_hand, samples)
+    assert (L - expected).abs().max() < 1e-5
+
+
+def test_a_tape_knows_no_autocast(x):
+    tail, samples = lmnfast.cut(Autocasts().eval(), "first", x)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="expected to be cut in it"):
+            tail(samples)
+        tail, _ = lmnfast.cut(Base().eval(), "first", x)
+        assert isinstance(tail, HookTail) and "autocast" in tail.why
