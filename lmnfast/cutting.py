@@ -150,11 +150,15 @@ def chosen(layer: Any, block: Any, names: tuple[str, str] = ("layer", "block")) 
     return block if layer is None else layer
 
 
+def check_until(until: str | None, block: bool) -> None:
+    if block and until is not None:
+        raise TypeError("until: expected with a layer alone, as a block ends where its module ends")
+
+
 def _started(
     model: nn.Module, name: str, inputs: Any, forward: Forward, output: Output, until: str | None, block: bool
 ) -> Start:
-    if block and until is not None:
-        raise TypeError("until: a block ends where it ends; expected until with a layer alone")
+    check_until(until, block)
     if block:
         return start_of_block(model, name, inputs, forward, output)
     return start_of(model, name, inputs, forward, output, until)

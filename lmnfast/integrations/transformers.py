@@ -61,7 +61,7 @@ class LMNCallback(TrainerCallback):
     def __init__(
         self,
         inputs: Any,
-        layers: str | Sequence[str],
+        layers: str | Sequence[str] | None = None,
         every: int = 100,
         *,
         output: Any = "logits",
