@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._chain import Chain
+from ._hook_tail import HookTail
 from ._layers import for_layers
 from ._prepare import Prepared, prepared
 from ._route import Route, find_route, why_no_kernel
@@ -150,7 +151,8 @@ def _explained(model: nn.Module, layer: str, inputs: Any, call: dict[str, Any]) 
             about |= _tiles(function)
     if not isinstance(tail, torch.fx.GraphModule):
         reason = reason or "what torch.fx traced has other outputs on the samples"
-        return LayerRoute(layer, "generic", reason, hooked=True, **about)
+        hooked = not isinstance(tail, HookTail) or tail.layer[0] is not None
+        return LayerRoute(layer, "generic", reason, hooked=hooked, **about)
     return _of_route(layer, route, **about)
 
 

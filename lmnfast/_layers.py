@@ -64,7 +64,10 @@ def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
 
 
 def for_layers(
-    model: nn.Module, patterns: str | Sequence[str], function: Callable[[str], Result], argument: str = "layers"
+    model: nn.Module,
+    patterns: str | Sequence[str],
+    function: Callable[[str], Result],
+    argument: str = "layers",
 ) -> dict[str, Result]:
     """A function's results for all layers that match, by name.
 
@@ -93,14 +96,18 @@ def for_layers(
             reason = str(error).partition("; expected")[0].partition(": ")[2].replace(repr(name), "it")
             left.setdefault(reason, []).append(repr(name))
     if left:
-        asked = " and ".join(repr(pattern) for pattern in given if is_pattern(pattern))
+        asked = [repr(pattern) for pattern in given if is_pattern(pattern)]
         why = "; ".join(f"{first_names(names)} ({reason})" for reason, names in left.items())
-        advice = ""
         if any("by another way" in reason for reason in left):
-            advice = f"; {'block' if argument == 'layer' else 'blocks'}= measures parts alone, until= ends the maps earlier"
+            one = argument.removesuffix("s")  # `cut` and `explain` have block=, others blocks=
+            blocks = argument.replace(one, "block")
+            why += f"; {blocks}= measures parts alone, until= ends the maps earlier"
         if not found:
-            raise ValueError(f"{argument}: nothing that matches {asked} can be measured: {why}{advice}")
-        warnings.warn(f"{argument}: {asked} also matches what cannot be measured: {why}{advice}", stacklevel=3)
+            raise ValueError(f"{argument}: nothing that matches {' or '.join(asked)} can be measured: {why}")
+        verb = "match" if len(asked) > 1 else "matches"
+        warnings.warn(
+            f"{argument}: {' and '.join(asked)} also {verb} what cannot be measured: {why}", stacklevel=3
+        )
     return found
 
 
@@ -112,11 +119,11 @@ def _outermost(layers: Mapping[str, nn.Module], pattern: str) -> list[str]:
     """The names that match and lie in no module that matches. A module's name comes before those of its parts."""
     found: dict[str, None] = {}
     for name, part in layers.items():
-        parts = name.split(".")
-        inside = any(".".join(parts[:n]) in found for n in range(1, len(parts)))
-        if not inside and "parametrizations" not in parts and fnmatch.fnmatchcase(name, pattern):
-            if type(part).forward is not nn.Module.forward:
-                found[name] = None
+        above = name.split(".")[:-1]
+        inside = any(".".join(above[:n]) in found for n in range(1, len(above) + 1))
+        is_called = type(part).forward is not nn.Module.forward and "parametrizations" not in name.split(".")
+        if is_called and not inside and fnmatch.fnmatchcase(name, pattern):
+            found[name] = None
     return list(found)
 
 

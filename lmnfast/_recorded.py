@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ._nested import entries_of, mapped, tensors_in
 from ._tracing import Reached
-from ._tracing import Reached
 from ._undisturbed import PLAIN, hooked
 
 # Equal rows may have other rounding in a batch of other size, up to this share of the largest value.

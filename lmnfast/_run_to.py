@@ -100,17 +100,21 @@ def start_of(
     else:
         _check_calls(model, layer, calls, run, inputs)
         samples, path = seen[0]
-    if isinstance(samples, Tensor) and torch._C._functorch.is_batchedtensor(samples):
-        raise ValueError(
-            f"layer: {layer!r} is called under torch.vmap, one sample at a time; expected a layer that is called on the "
-            "whole batch; torch.vmap around a part of the model is measured by cutting before it or behind it"
-        )
+    _check_whole_batch(f"layer: {layer!r}", samples)
     check_floating(f"layer: the output of {layer!r}", samples)
     what = "model: its output" if until is None else f"until: the output of {until!r}"
     check_floating(what, result, "; output= selects the tensor in it" if output is None else "")
     check_rows(f"layer: the output of {layer!r}", samples, rows, inputs, forward, model)
     check_rows(what, result, rows, inputs, forward, model)
     return Start(run, inputs, part, call, path, samples, result)
+
+
+def _check_whole_batch(what: str, samples: Any) -> None:
+    if isinstance(samples, Tensor) and torch._C._functorch.is_batchedtensor(samples):
+        raise ValueError(
+            f"{what} is called under torch.vmap, one sample at a time; expected a layer that is called on the "
+            "whole batch; torch.vmap around a part of the model is measured by cutting before it or behind it"
+        )
 
 
 def _checked_rows(model: nn.Module, inputs: Any, forward: Forward) -> int:
@@ -121,7 +125,9 @@ def _checked_rows(model: nn.Module, inputs: Any, forward: Forward) -> int:
     return rows_of(inputs, forward)
 
 
-def _check_calls(model: nn.Module, layer: str, calls: int, run: Call, inputs: Any, argument: str = "layer") -> None:
+def _check_calls(
+    model: nn.Module, layer: str, calls: int, run: Call, inputs: Any, argument: str = "layer"
+) -> None:
     """Raises ValueError if a layer has not been called once, or its call of that number has not been made."""
     part, call = find_layer(model, layer, argument)
     if calls == 0 or (call is None and calls > 1):
@@ -129,7 +135,9 @@ def _check_calls(model: nn.Module, layer: str, calls: int, run: Call, inputs: An
             why = f"; which call? name one, from {layer + '@0'!r} to {layer + f'@{calls - 1}'!r}"
         else:
             why = _why_never_called(model, layer, part, run, inputs)
-        raise ValueError(f"{argument}: {layer!r} was called {calls} times in one forward pass; expected once{why}")
+        raise ValueError(
+            f"{argument}: {layer!r} was called {calls} times in one forward pass; expected once{why}"
+        )
     if call is not None and calls <= call:
         raise ValueError(
             f"{argument}: {layer!r} is its call {call}, from 0 on, but there are {calls} in a forward pass"
@@ -171,9 +179,7 @@ def _check_end(model: nn.Module, layer: str, until: str, run: Call, inputs: Any)
             f"until: {until!r} is inside {layer!r} and returns before it; expected a layer that runs behind it"
         )
     if before:
-        raise ValueError(
-            f"until: {until!r} runs before {layer!r}; expected a layer that runs behind it"
-        )
+        raise ValueError(f"until: {until!r} runs before {layer!r}; expected a layer that runs behind it")
     return path or []
 
 
@@ -188,7 +194,9 @@ def _in_inputs(model: nn.Module, layer: str, inputs: Any, rows: int) -> tuple[Te
     path = path_to_tensor(inputs, lambda tensor: tensor.shape[:1] == (rows,))
     first = at_path(inputs, path or [])
     if not first.is_floating_point():
-        names = [repr(name) for name, part in model.named_modules() if isinstance(part, nn.Embedding) and name]
+        names = [
+            repr(name) for name, part in model.named_modules() if isinstance(part, nn.Embedding) and name
+        ]
         where = f", as {names[0]}" if names else ""
         raise TypeError(
             f"layer: {layer!r} is the model's input, of {first.dtype}; integers (tokens) cannot be interpolated: cut at the "
@@ -211,11 +219,11 @@ def start_of_block(model: nn.Module, block: str, inputs: Any, forward: Forward, 
         nonlocal calls
         calls += 1
         if calls == (number or 0) + 1:
-            copies: dict[int, Tensor] = {}  # an argument may be passed twice, as the query and the key of an attention
+            copies: dict[
+                int, Tensor
+            ] = {}  # an argument may be passed twice, as the query and the key of an attention
             taken.append(
-                mapped(
-                    (args, kwargs), lambda own: copies.setdefault(id(own), own.detach().clone()), _copied
-                )
+                mapped((args, kwargs), lambda own: copies.setdefault(id(own), own.detach().clone()), _copied)
             )
 
     def record(module: nn.Module, args: Any, result: Any) -> None:
@@ -235,17 +243,23 @@ def start_of_block(model: nn.Module, block: str, inputs: Any, forward: Forward, 
         return tensor.is_floating_point() and tensor.shape[:1] == (rows,)
 
     given, result = taken[0], results[0]
+    _check_whole_batch(f"block: {block!r}", next(tensors_in(given), None))
     path = path_to_tensor(given, wanted)
     if path is None:
         said = ", ".join(f"{name} {tuple(t.shape)} of {t.dtype}" for name, t in named_arguments(part, given))
+        quantised = any(tensor.is_quantized for tensor in tensors_in(given))
+        hint = "; quantised values cannot be interpolated: name a block behind the DeQuantStub" * quantised
         raise TypeError(
-            f"block: {block!r} takes no floating-point tensor with a row for each of {rows} samples, but {said or 'no tensor'}"
+            f"block: {block!r} takes no floating-point tensor with a row for each of {rows} samples, but "
+            f"{said or 'no tensor'}{hint}"
         )
     to_output = path_to_tensor(result, wanted)
     call = Call(called_model(part, None), given, as_called, output, path=to_output)
     result = call.selected(result, to_output)
     check_floating(
-        f"block: the output of {block!r}", result, "; output= selects the tensor in it" if output is None else ""
+        f"block: the output of {block!r}",
+        result,
+        "; output= selects the tensor in it" if output is None else "",
     )
     check_rows(f"block: the output of {block!r}", result, rows, inputs, forward, model)
     return Start(call, given, None, None, path, at_path(given, path), result)

@@ -73,7 +73,9 @@ class End:
             yield
             return
         # A scripted module's own method only raises.
-        handle = nn.Module.register_forward_hook(self.part, lambda module, args, result: self.returned(result))
+        handle = nn.Module.register_forward_hook(
+            self.part, lambda module, args, result: self.returned(result)
+        )
         try:
             yield
         finally:
@@ -193,6 +195,8 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if not self.here:
             return forward(*args, **kwargs)
+        if isinstance(m, torch.jit.ScriptModule) and m is not self.layer:
+            raise ValueError(f"a {type(m).__name__} is no module of Python")
         result = super().call_module(m, forward, args, kwargs)
         if self.end is not None and m is self.end.part:
             self.end.returned(result)

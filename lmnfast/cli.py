@@ -164,7 +164,9 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
     )
     other.add_argument("--inputs", required=True, metavar="FILE", help=".npy, .npz, .pt or .safetensors")
     of = other.add_mutually_exclusive_group(required=True)
-    _add_layers(of, "names of the model's layers, or patterns, as 'blocks.*'; inputs: from the model's inputs on")
+    _add_layers(
+        of, "names of the model's layers, or patterns, as 'blocks.*'; inputs: from the model's inputs on"
+    )
     of.add_argument(
         "--blocks",
         "--block",
@@ -173,7 +175,9 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
         metavar="BLOCK",
         help="in place of layers: modules that are measured alone, also if skip connections go around them",
     )
-    other.add_argument("--until", metavar="LAYER", help="the layer with whose output the maps end (the model's output)")
+    other.add_argument(
+        "--until", metavar="LAYER", help="the layer with whose output the maps end (the model's output)"
+    )
     other.add_argument(
         "--output", metavar="KEY", help="which of the model's outputs counts: key, attribute or index"
     )

@@ -43,9 +43,10 @@ class Probe:
     """Measures a model's linear mapping number every so many training steps.
 
     Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, until=, forward=, output=), or with block= in
-    place of layer. The probe keeps the tail. It cuts again when anything in the model except the parameters' values has changed (see `python_state`), or when the tail's
-    outputs on the samples are no longer the model's. The connectivity is computed on the calling thread. A background thread
-    solves the eigenproblem, on one core, or on the CUDA device that has the matrix; only numbers are copied from that device.
+    place of the layer. The probe keeps the tail. It cuts again when anything in the model except the parameters' values has
+    changed (see `python_state`), or when the tail's outputs on the samples are no longer the model's. The connectivity is
+    computed on the calling thread. A background thread solves the eigenproblem, on one core, or on the CUDA device that has the
+    matrix; only numbers are copied from that device.
 
     Training with a probe is bit-identical to training without a probe. The exception is a forward pass in eval mode that
     changes things which `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files,
@@ -115,7 +116,10 @@ class Probe:
     ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
-        named, argument = chosen(layers, blocks, ("layers", "blocks")), "layers" if blocks is None else "blocks"
+        named, argument = (
+            chosen(layers, blocks, ("layers", "blocks")),
+            "layers" if blocks is None else "blocks",
+        )
         patterns = (named,) if isinstance(named, str) else tuple(named)
         if not patterns or len(set(patterns)) != len(patterns):
             raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")

@@ -67,7 +67,9 @@ class LMNCallback(Callback):
             callback.history
     """
 
-    def __init__(self, inputs: Any, layers: str | Sequence[str] | None = None, every: int = 100, **settings: Any) -> None:
+    def __init__(
+        self, inputs: Any, layers: str | Sequence[str] | None = None, every: int = 100, **settings: Any
+    ) -> None:
         super().__init__()
         self._plan = Plan(inputs, layers, every, settings)
         self._probe: Probe | None = None
