@@ -65,10 +65,10 @@ def cut(
         ValueError: the layer does not exist, is not called exactly once, or does not give one row per input; the output also
             depends on the inputs on a way around the layer; the model's output does not have one row per input; the model is on
             several devices or on meta, or has lazy parameters without values; `until` is not behind the layer; the output of
-            the block depends on another of its arguments that differs between samples.
+            the block depends on another of its arguments that differs between samples; not exactly one of layer and block is
+            given, or until with block.
         TypeError: the model is no module; inputs, the layer's output or the model's output are no (floating-point) tensors;
-            inputs do not fit the model's forward; the block has no floating-point argument with N rows; or not exactly one of
-            layer and block is given.
+            inputs do not fit the model's forward; or the block has no floating-point argument with N rows.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
@@ -143,16 +143,16 @@ def cut_at(
 
 
 def chosen(layer: Any, block: Any, names: tuple[str, str] = ("layer", "block")) -> Any:
-    """The one of two arguments that is given; the other is None. Raises TypeError for both or none."""
+    """The one of two arguments that is given; the other is None. Raises ValueError for both or none."""
     if (layer is None) == (block is None):
         got = "neither" if layer is None else "both"
-        raise TypeError(f"{names[0]}: expected either {names[0]} or {names[1]}, got {got}")
+        raise ValueError(f"{names[0]}: expected either {names[0]} or {names[1]}, got {got}")
     return block if layer is None else layer
 
 
 def check_until(until: str | None, block: bool) -> None:
     if block and until is not None:
-        raise TypeError("until: expected with a layer alone, as a block ends where its module ends")
+        raise ValueError("until: expected with a layer alone, as a block ends where its module ends")
 
 
 def _started(

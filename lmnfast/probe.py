@@ -81,8 +81,9 @@ class Probe:
             closed.
 
     Raises:
-        ValueError: as `cut`; no layers, a layer named twice, every < 1, an unknown rule or negative, or points out of range.
-        TypeError: as `cut`; points is not an integer; not exactly one of layers and blocks is given.
+        ValueError: as `cut`; no layers, a layer named twice, every < 1, an unknown rule or negative, or points out of range; not
+            exactly one of layers and blocks is given.
+        TypeError: as `cut`; points is not an integer.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))

@@ -368,12 +368,12 @@ def test_a_module_that_cannot_be_measured_alone_is_told_why():
     tail, samples = cut(twice, block="layer@1", inputs=x)
     torch.testing.assert_close(samples, torch.relu(twice.layer(x)).detach())
     check(tail, samples, twice.layer)
-    with pytest.raises(TypeError, match="layer: expected either layer or block, got both"):
+    with pytest.raises(ValueError, match="layer: expected either layer or block, got both"):
         cut(twice, "layer", x, block="layer")
-    with pytest.raises(TypeError, match="layer: expected either layer or block, got neither"):
+    with pytest.raises(ValueError, match="layer: expected either layer or block, got neither"):
         cut(twice, inputs=x)
     with pytest.raises(
-        TypeError, match="until: expected with a layer alone, as a block ends where its module ends"
+        ValueError, match="until: expected with a layer alone, as a block ends where its module ends"
     ):
         cut(twice, block="layer@0", inputs=x, until="last")
 
@@ -495,7 +495,7 @@ def test_a_probe_measures_from_layer_to_layer_and_modules_alone():
             expected = float(lmnfast.lmn(*cut(again, inputs=x, **names)))
             assert row["lmn"] == pytest.approx(expected, rel=1e-3)
         probe.close()
-    with pytest.raises(TypeError, match="layers: expected either layers or blocks, got both"):
+    with pytest.raises(ValueError, match="layers: expected either layers or blocks, got both"):
         lmnfast.Probe(model, x, "stem", blocks="mlp")
     with pytest.raises(ValueError, match=r"blocks: expected one name or several different ones, got \[\]"):
         lmnfast.Probe(model, x, blocks=[])

@@ -95,7 +95,6 @@ def measure_checkpoints(
             message names it, and the results of the checkpoints that have begun are kept); the names do not determine the
             steps, see `steps_of`; `out` holds a damaged table, or a table with other settings (the message names them);
             another process is at work in `out`.
-        TypeError: not exactly one of layers and blocks is given; until with blocks.
         OSError: `out` cannot be written; processes died again and again.
 
     Example:
@@ -162,14 +161,14 @@ def _names(
         names = match_layers(model, patterns)
     else:
         model, inputs = _on_device(model, inputs, "cpu")
-        names = tuple(
-            for_layers(
-                model,
-                patterns,
-                lambda name: cut_at(model, name, inputs, block=blocks is not None, **call)[1].shape,
-                argument,
-            )
-        )
+
+        def shape(name: str) -> tuple[int, ...]:
+            try:
+                return tuple(cut_at(model, name, inputs, block=blocks is not None, **call)[1].shape)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+
+        names = tuple(for_layers(model, patterns, shape, argument))
     if not names:
         raise ValueError(f"{argument}: expected at least one, got {patterns!r}")
     return names

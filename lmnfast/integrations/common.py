@@ -83,8 +83,8 @@ class Plan:
         settings: the other arguments of `Probe`.
 
     Raises:
-        TypeError: `Probe` has no such argument; not exactly one of layers and blocks is given.
-        ValueError: every < 1.
+        TypeError: `Probe` has no such argument.
+        ValueError: every < 1; not exactly one of layers and blocks is given.
     """
 
     def __init__(
