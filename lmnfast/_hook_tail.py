@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._inputs import named_inputs
-from ._layers import called_model, find_layer
-from ._nested import at_path, mapped, replaced, tensors_in
+from ._nested import at_path, everywhere, mapped, replaced, substituted, tensors_in
 from ._recorded import Recording, repeated
-from ._run_to import run_on_copies, run_to_path
+from ._run_to import Start, behind, run_on_copies, start_of
 from ._samples import same_output
 from ._tape import ROWS, Tape
 from ._taped import taped_tail
@@ -38,7 +37,7 @@ class HookTail(nn.Module):
     During a measurement the modules before the layer do not run: they return what they returned for the first sample, see
     `_recorded`. Otherwise they run for each row.
 
-    call, layer, number, path: as in `hook_tail`. inputs: of the model.
+    call, layer, number, path: as in `hook_tail`. Without a layer an entry of the inputs is replaced. inputs: of the model.
     has_rows: for each tensor of the inputs, whether it has a row per sample. The tail then repeats the first row. Other
         tensors are the same for every sample.
     in_place: write into the layer's output, so that tensors which share memory with it change too.
@@ -47,7 +46,7 @@ class HookTail(nn.Module):
     def __init__(
         self,
         call: Call,
-        layer: nn.Module,
+        layer: nn.Module | None,
         number: int,
         path: list,
         inputs: Any,
@@ -62,10 +61,11 @@ class HookTail(nn.Module):
         self.path = path
         self.has_rows = has_rows
         self.in_place = in_place
-        self.replays: Replays = None if in_place else "views"
+        self.replays: Replays = None if in_place or layer is None else "views"
         self.recording = Recording()
         self.why = ""
         """Why the tail is no graph, in words that can follow "as"."""
+        self.places = [] if layer is not None else everywhere(inputs, path)
         rows = iter(has_rows)
         self.first = mapped(inputs, lambda i: (i[:1] if next(rows) else i).detach().clone())
 
@@ -78,22 +78,27 @@ class HookTail(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) in place of the layer's output -> the model's output."""
         measured = measurement_of(self)
-        if measured is None or self.replays is None:
+        layer = self.layer[0]
+        if measured is None or self.replays is None or layer is None:
             return self._run(x, self.number, self._inputs(len(x), copies=True))
-        self.recording.begin(measured, self._pass, self.model, self.layer[0], self.number)
+        self.recording.begin(measured, self._pass, self.model, layer, self.number)
         copies = self.replays == "copies"
         with self.recording.replayed(len(x), copies):
             return self._run(x, self.recording.calls_of_layer - 1, self._inputs(len(x), copies))
 
     def _run(self, x: Tensor, number: int, inputs: Any) -> Tensor:
         """Calls the model. number: which call of the layer gets x as its result."""
-        calls = 0
+        layer, call, calls = self.layer[0], self.call[0], 0
+        if layer is None:
+            return call(substituted(inputs, self.places, x.clone()))
 
         def replace(module: nn.Module, args: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls != number + 1:
                 return None
+            if call.end is not None:
+                call.end.calls = call.end.before  # modules that are replayed do not call their parts
             if not self.in_place:
                 return replaced(output, self.path, x.clone())
             own = at_path(output, self.path)
@@ -106,9 +111,9 @@ class HookTail(nn.Module):
             return None
 
         # A scripted module's own method only raises.
-        handle = nn.Module.register_forward_hook(self.layer[0], replace)
+        handle = nn.Module.register_forward_hook(layer, replace)
         try:
-            return self.call[0](inputs)
+            return call(inputs)
         finally:
             handle.remove()
 
@@ -136,23 +141,20 @@ def taped(tail: HookTail, samples: Tensor) -> fx.GraphModule:
         return taped_tail(tapes, outputs, constants, inputs)
 
 
-def hook_tail(
-    call: Call, layer: nn.Module, number: int | None, path: list, inputs: Any, samples: Tensor, output: Tensor
-) -> tuple[HookTail | None, list[int]]:
+def hook_tail(start: Start) -> tuple[HookTail | None, list[int]]:
     """The tail by a forward hook; or None, and the numbers of the inputs that reach the output on a way around the layer.
-
-    call, layer: the model's call and the layer. number: which call of the layer. path: keys to the tensor in the layer's
-    output. samples, output: the layer's output and the model's for the inputs.
 
     If the tail on the repeated first row does not give the model's output, there are two possible reasons. The layer's output
     may share memory with an earlier result. Or an input that is the same for all samples (a mask of tokens by tokens) has by
     chance as many rows as there are samples.
     """
+    call, layer, number, path, inputs = start.call, start.layer, start.number or 0, start.path, start.inputs
+    samples, output = start.samples, start.output
     tensors = list(tensors_in(inputs))
     per_sample = [bool(i.ndim and len(i) == len(samples)) for i in tensors]
 
     def tail(has_rows: Sequence[bool], in_place: bool = False) -> HookTail:
-        return HookTail(call, layer, number or 0, path, inputs, has_rows, in_place)
+        return HookTail(call, layer, number, path, inputs, has_rows, in_place)
 
     def fits(candidate: HookTail) -> bool:
         try:
@@ -168,13 +170,12 @@ def hook_tail(
         if sum(per_sample) < 2:
             raise
         failure = error
-    if failure is None and _is_fresh(call, layer, number or 0, path, inputs):
+    if failure is None and layer is not None and _is_fresh(call, layer, number, path, inputs):
         aliasing = tail(per_sample, True)
         if fits(aliasing):
             return aliasing, []
-    ways = [
-        i for i, own in enumerate(per_sample) if own and not fits(tail([j == i for j in range(len(tensors))]))
-    ]
+    others = [i for i, own in enumerate(per_sample) if own and not (plain.places and plain.places[i])]
+    ways = [i for i in others if not fits(tail([j == i for j in range(len(tensors))]))]
     shared = tail([own and i not in ways for i, own in enumerate(per_sample)])
     if ways and takes_any_rows(shared, samples, output):
         return shared, []
@@ -199,13 +200,10 @@ def _settle(tail: HookTail, samples: Tensor, output: Tensor) -> bool:
 def _is_fresh(call: Call, layer: nn.Module, number: int, path: list, inputs: Any) -> bool:
     """Whether every forward pass puts the layer's output in new memory, so that writing there has no lasting effect."""
     results: list[Any] = []
-    handle = nn.Module.register_forward_hook(layer, lambda module, args, result: results.append(result))
-    try:
-        run_on_copies(call, inputs)
-        calls = len(results)
-        run_on_copies(call, inputs)
-    finally:
-        handle.remove()
+    hook = behind(layer, lambda module, args, result: results.append(result))
+    run_on_copies(call, inputs, hook)
+    calls = len(results)
+    run_on_copies(call, inputs, hook)
     storages = [at_path(results[n + number], path).untyped_storage() for n in (0, calls)]
     return storages[0].data_ptr() != storages[1].data_ptr()
 
@@ -224,13 +222,20 @@ def takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
 
 
 def other_ways(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, ways: list[int]
+    model: nn.Module,
+    layer: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    ways: list[int],
+    until: str | None = None,
 ) -> str:
     """The error message for an output that depends on the inputs on ways around the layer, with advice."""
     named = named_inputs(model, inputs, forward)
     rows = len(next(tensors_in(inputs)))
     varying = [i for i, (_, t) in enumerate(named) if t.ndim and len(t) == rows and bool((t != t[:1]).any())]
-    said = f"layer: the model's output depends on the inputs also by another way than through {layer!r}"
+    of = "the model's output" if until is None else f"the output of {until!r}"
+    said = f"layer: {of} depends on the inputs also by another way than through {layer!r}"
     expected = "expected a layer that all of it passes through"
     if len(varying) > 1:
         names = " and ".join(named[i][0] for i in ways or varying)
@@ -239,29 +244,40 @@ def other_ways(
             "mask: samples of equal length, or one mask, repeated)"
         )
     said += f" (a skip connection around it, say); {expected}"
-    around = _measurable_around(model, layer, inputs, forward, output)
-    if around is None:
-        return said
-    said += f", as {around!r} is"
-    above, _, last = around.rpartition(".")
-    if not above or not last.isdecimal():
-        return said
-    blocks = len(list(find_layer(model, above)[0].children()))
-    patterns = " and ".join(repr(f"{above}.{'?' * n}") for n in range(1, len(str(blocks - 1)) + 1))
-    return f"{said} (all such blocks, without their parts: {patterns})"
+    if (around := _measurable_around(model, layer, inputs, forward, output, until)) is not None:
+        said += f", as {around!r} is"
+    until_hint = "" if until is not None else ", and until= ends a map before the skip connection joins it"
+    return f"{said}; block={layer!r} measures that part alone{until_hint}"
+
+
+def other_arguments(start: Start, named: list[tuple[str, Tensor]], ways: list[int], what: str) -> str:
+    """The error message for an output that depends on more than the samples among the inputs or arguments.
+
+    named: the tensors in them. ways: the numbers of those that matter. what: how the message begins.
+    """
+    samples = at_path(start.inputs, start.path)
+    rows = len(start.samples)
+    varying = [
+        n for n, (_, t) in enumerate(named)
+        if t is not samples and t.ndim and len(t) == rows and bool((t != t[:1]).any())
+    ]  # fmt: skip
+    names = " and ".join(dict.fromkeys(named[n][0] for n in ways or varying))
+    if not names:
+        return f"{what} is another in a second call with the same values; expected a function of the samples alone"
+    return (
+        f"{what} depends also on {names}, not the same for all samples; expected one value of it for all samples (of a padding "
+        "mask: samples of equal length, or one mask, repeated)"
+    )
 
 
 def _measurable_around(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
+    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, until: str | None
 ) -> str | None:
     """The innermost part of the model that contains the layer and can be cut at; None if no part can."""
     name = layer.partition("@")[0]
     while name := name.rpartition(".")[0]:
         try:
-            samples, result, path = run_to_path(model, name, inputs, forward, output)
-            part, number = find_layer(model, name)
-            call = Call(called_model(model, forward), inputs, forward, output)
-            if hook_tail(call, part, number, path, inputs, samples, result)[0] is not None:
+            if hook_tail(start_of(model, name, inputs, forward, output, until))[0] is not None:
                 return name
         except Exception:  # for example, the part is never called itself
             continue

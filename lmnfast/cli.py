@@ -163,7 +163,21 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
         help="files or patterns, as 'ckpts/*'",
     )
     other.add_argument("--inputs", required=True, metavar="FILE", help=".npy, .npz, .pt or .safetensors")
-    _add_layers(other, "names of the model's layers, or patterns, as 'blocks.?'", required=True)
+    of = other.add_mutually_exclusive_group(required=True)
+    _add_layers(
+        of, "names of the model's layers, or patterns, as 'blocks.*'; inputs: from the model's inputs on"
+    )
+    of.add_argument(
+        "--blocks",
+        "--block",
+        nargs="+",
+        action="extend",
+        metavar="BLOCK",
+        help="in place of layers: modules that are measured alone, also if skip connections go around them",
+    )
+    other.add_argument(
+        "--until", metavar="LAYER", help="the layer with whose output the maps end (the model's output)"
+    )
     other.add_argument(
         "--output", metavar="KEY", help="which of the model's outputs counts: key, attribute or index"
     )
@@ -198,10 +212,8 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_layers(parser: argparse.ArgumentParser, text: str, required: bool = False) -> None:
-    parser.add_argument(
-        "--layers", "--layer", nargs="+", action="extend", required=required, metavar="LAYER", help=text
-    )
+def _add_layers(parser: argparse._ActionsContainer, text: str) -> None:
+    parser.add_argument("--layers", "--layer", nargs="+", action="extend", metavar="LAYER", help=text)
 
 
 def _add_samples(parser: argparse.ArgumentParser, of: str) -> None:
@@ -281,7 +293,6 @@ def _checkpoints(options: argparse.Namespace) -> None:
         given.pop("model"),
         given.pop("checkpoint"),
         inputs,
-        given.pop("layers"),
         output=int(output) if output is not None and re.fullmatch(r"-?[0-9]+", output) else output,
         out=out,
         progress=True,
