@@ -263,7 +263,10 @@ def other_arguments(start: Start, named: list[tuple[str, Tensor]], ways: list[in
     ]  # fmt: skip
     names = " and ".join(dict.fromkeys(named[n][0] for n in ways or varying))
     if not names:
-        return f"{what} is another in a second call with the same values; expected a function of the samples alone"
+        return (
+            f"{what} is not the same in a second call with the same values; expected a function of them alone (it may be "
+            "random, or use what the model sets before, as autocast or an attribute)"
+        )
     return (
         f"{what} depends also on {names}, not the same for all samples; expected one value of it for all samples (of a padding "
         "mask: samples of equal length, or one mask, repeated)"

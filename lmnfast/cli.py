@@ -140,6 +140,7 @@ def _add_measure(again: argparse.ArgumentParser) -> None:
         "--force", action="store_true", help="replace the existing table, also one with more steps"
     )
     _add_layers(again, f"some of {', '.join(LAYERS)} (the run's)")
+    _add_until(again)
     _add_samples(again, "of the training samples are measured, a fixed random choice (the run's)")
     again.add_argument(
         "--method",
@@ -214,6 +215,11 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
 
 def _add_layers(parser: argparse._ActionsContainer, text: str) -> None:
     parser.add_argument("--layers", "--layer", nargs="+", action="extend", metavar="LAYER", help=text)
+
+
+def _add_until(parser: argparse.ArgumentParser) -> None:
+    text = "the layer with whose output the measured maps end (the model's output)"
+    parser.add_argument("--until", metavar="LAYER", help=text)
 
 
 def _add_samples(parser: argparse.ArgumentParser, of: str) -> None:

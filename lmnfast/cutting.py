@@ -122,7 +122,15 @@ def cut_at(
             return traced, samples
     except Exception:  # not traced, or along a branch that the samples do not take
         pass
-    replacing, ways = hook_tail(start)
+    try:
+        replacing, ways = hook_tail(start)
+    except Exception as error:
+        if not block:
+            raise
+        raise ValueError(
+            f"block: {name!r} fails when it is called alone with the arguments that it has in the model; expected a module "
+            f"that uses nothing else which the model sets before ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        ) from error
     if replacing is None:
         if start.layer is not None:
             raise ValueError(other_ways(model, name, inputs, forward, output, ways, until))

@@ -81,8 +81,8 @@ class Probe:
             closed.
 
     Raises:
-        ValueError: as `cut`; no layers, a layer named twice, every < 1, an unknown rule or negative, or points out of range;
-            not exactly one of layers and blocks is given.
+        ValueError: as `cut`; no layers, a layer named twice, layers and blocks both or neither, every < 1, an unknown rule or
+            negative, or points out of range.
         TypeError: as `cut`; points is not an integer.
 
     Example:
