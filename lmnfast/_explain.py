@@ -88,14 +88,20 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, layer: str, inputs: Any = None, *, forward: Forward = None, output: Output = None
+    model: nn.Module,
+    layer: str,
+    inputs: Any = None,
+    *,
+    forward: Forward = None,
+    output: Output = None,
+    batch_dim: int | None = None,
 ) -> Explanation:
     """Prints which route a measurement from a layer on takes, and why.
 
     Args:
-        model, layer, inputs, forward, output: as in :func:`lmnfast.cut`. The layer may be a pattern, as in `match_layers`.
-            Without inputs the model is not run. Facts that only samples show (a branch on their shape, a layer called twice)
-            then stay unknown, and the model is assumed to have one argument.
+        model, layer, inputs, forward, output, batch_dim: as in :func:`lmnfast.cut`. The layer may be a pattern, as in
+            `match_layers`. Without inputs the model is not run. Facts that only samples show (a branch on their shape, a layer
+            called twice) then stay unknown, and the model is assumed to have one argument.
 
     Returns:
         The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "hoisted" or "generic".
@@ -112,19 +118,28 @@ def explain(
         'fused'
     """
     explained = Explanation(
-        tuple(_explained(model, name, inputs, forward, output) for name in match_layers(model, layer))
+        tuple(
+            _explained(model, name, inputs, forward, output, batch_dim) for name in match_layers(model, layer)
+        )
     )
     print(explained)
     return explained
 
 
-def _explained(model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output) -> LayerRoute:
-    traced, reason = why_not_traced(model, layer, inputs, forward, output)
+def _explained(
+    model: nn.Module,
+    layer: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    batch_dim: int | None,
+) -> LayerRoute:
+    traced, reason = why_not_traced(model, layer, inputs, forward, output, batch_dim)
     if inputs is None:
         if traced is None:
             return LayerRoute(layer, "generic", reason, hooked=True)
         return _of_route(layer, find_route(traced, None, DEFAULT.method))
-    tail, samples = cut(model, layer, inputs, forward=forward, output=output)
+    tail, samples = cut(model, layer, inputs, forward=forward, output=output, batch_dim=batch_dim)
     about: dict[str, Any] = {
         "samples": tuple(samples.shape),
         "dtype": str(samples.dtype),

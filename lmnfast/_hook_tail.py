@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, fx, nn
 
 from ._inputs import named_inputs
 from ._layers import called_model, find_layer
+from ._layout import Layout
 from ._nested import at_path, mapped, replaced, tensors_in
 from ._recorded import Recording, repeated
-from ._run_to import run_on_copies, run_to_path
+from ._run_to import Observed, run_on_copies, run_to_path
 from ._samples import same_output
 from ._taped import ROWS, Tape, taped_tail
 from ._tracing import Call, Forward, Output
@@ -22,7 +24,8 @@ from ._undisturbed import evaluating, measurement_of
 def reproduces_output(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
     """Whether tail(samples) is the model's output."""
     with evaluating(tail):
-        return bool(same_output(tail(samples), output))
+        # The call of a GraphModule itself would print the traceback of an error.
+        return bool(same_output(nn.Module.__call__(tail, samples), output))
 
 
 # What a tail replays during a measurement: results whose rows share memory; results with memory for each row, as some models
@@ -38,8 +41,7 @@ class HookTail(nn.Module):
     `_recorded`. Otherwise they run for each row.
 
     call, layer, number, path: as in `hook_tail`. inputs: of the model.
-    has_rows: for each tensor of the inputs, whether it has a row per sample. The tail then repeats the first row. Other
-        tensors are the same for every sample.
+    layout: where the samples lie. The tail repeats the first row of the inputs that have one per sample.
     in_place: write into the layer's output, so that tensors which share memory with it change too.
     """
 
@@ -50,7 +52,7 @@ class HookTail(nn.Module):
         number: int,
         path: list,
         inputs: Any,
-        has_rows: Sequence[bool],
+        layout: Layout,
         in_place: bool = False,
     ) -> None:
         super().__init__()
@@ -59,12 +61,11 @@ class HookTail(nn.Module):
         self.layer = (layer,)
         self.number = number
         self.path = path
-        self.has_rows = has_rows
+        self.layout = layout
         self.in_place = in_place
         self.replays: Replays = None if in_place else "views"
         self.recording = Recording()
-        rows = iter(has_rows)
-        self.first = mapped(inputs, lambda i: (i[:1] if next(rows) else i).detach().clone())
+        self.first = mapped(layout.selected(inputs, torch.tensor([0])), lambda i: i.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) in place of the layer's output -> the model's output."""
@@ -78,7 +79,9 @@ class HookTail(nn.Module):
 
     def _run(self, x: Tensor, number: int, inputs: Any) -> Tensor:
         """Calls the model. number: which call of the layer gets x as its result."""
-        calls = 0
+        calls, dimension = 0, self.layout.layer
+        if dimension:
+            x = x.movedim(0, dimension).contiguous()
 
         def replace(module: nn.Module, args: Any, output: Any) -> Any:
             nonlocal calls
@@ -104,8 +107,8 @@ class HookTail(nn.Module):
             handle.remove()
 
     def _inputs(self, rows: int, copies: bool) -> Any:
-        has_rows = iter(self.has_rows)
-        return mapped(self.first, lambda i: repeated(i, 0 if next(has_rows) else None, rows, copies))
+        dimensions = iter(self.layout.inputs)
+        return mapped(self.first, lambda i: repeated(i, next(dimensions), rows, copies))
 
     def _pass(self, rows: int) -> None:
         """Runs the model on copies of the first sample."""
@@ -128,22 +131,21 @@ def taped(tail: HookTail, samples: Tensor) -> fx.GraphModule:
 
 
 def hook_tail(
-    call: Call, layer: nn.Module, number: int | None, path: list, inputs: Any, samples: Tensor, output: Tensor
+    call: Call, layer: nn.Module, number: int | None, inputs: Any, seen: Observed
 ) -> tuple[HookTail | None, list[int]]:
     """The tail by a forward hook; or None, and the numbers of the inputs that reach the output on a way around the layer.
 
-    call, layer: the model's call and the layer. number: which call of the layer. path: keys to the tensor in the layer's
-    output. samples, output: the layer's output and the model's for the inputs.
+    call, layer: the model's call and the layer. number: which call of the layer. seen: the forward pass for the inputs.
 
-    If the tail on the repeated first row does not give the model's output, there are two possible reasons. The layer's output
-    may share memory with an earlier result. Or an input that is the same for all samples (a mask of tokens by tokens) has by
-    chance as many rows as there are samples.
+    If the tail on the repeated first row does not give the model's output, there are three possible reasons. The layer's output
+    may share memory with an earlier result. An input that is the same for all samples (a mask of tokens by tokens) may by
+    chance have as many rows as there are samples. Or an input has its samples along another dimension (a recurrent state).
     """
-    tensors = list(tensors_in(inputs))
-    per_sample = [bool(i.ndim and len(i) == len(samples)) for i in tensors]
+    layout, samples, output = seen.layout, seen.samples, seen.output
+    per_sample = sum(d is not None for d in layout.inputs)
 
-    def tail(has_rows: Sequence[bool], in_place: bool = False) -> HookTail:
-        return HookTail(call, layer, number or 0, path, inputs, has_rows, in_place)
+    def tail(layout: Layout, in_place: bool = False) -> HookTail:
+        return HookTail(call, layer, number or 0, seen.path, inputs, layout, in_place)
 
     def fits(candidate: HookTail) -> bool:
         try:
@@ -151,25 +153,27 @@ def hook_tail(
         except Exception:  # the model may fail on inputs that it normally never receives
             return False
 
-    plain, failure = tail(per_sample), None
+    def alone(number: int) -> Layout:
+        return replace(layout, inputs=tuple(d if n == number else None for n, d in enumerate(layout.inputs)))
+
     try:
+        plain, failure = tail(layout), None
         if _settle(plain, samples, output):
             return plain, []
     except Exception as error:
-        if sum(per_sample) < 2:
-            raise
         failure = error
-    if failure is None and _is_fresh(call, layer, number or 0, path, inputs):
-        aliasing = tail(per_sample, True)
-        if fits(aliasing):
-            return aliasing, []
-    ways = [
-        i for i, own in enumerate(per_sample) if own and not fits(tail([j == i for j in range(len(tensors))]))
-    ]
-    shared = tail([own and i not in ways for i, own in enumerate(per_sample)])
+    if failure is not None:
+        other = tail(layout.with_states(inputs))
+    else:
+        other = tail(layout, _is_fresh(call, layer, number or 0, seen.path, inputs))
+    if (other.layout, other.in_place) != (layout, False) and fits(other):
+        return other, []
+    ways = [n for n, own in enumerate(layout.inputs) if own is not None and not fits(tail(alone(n)))]
+    read = tuple(None if n in ways else own for n, own in enumerate(layout.inputs))
+    shared = tail(replace(layout, inputs=read))
     if ways and takes_any_rows(shared, samples, output):
         return shared, []
-    if failure is not None and not ways:
+    if failure is not None and (not ways or per_sample == 1):
         raise failure
     return None, ways
 
@@ -215,25 +219,65 @@ def takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
 
 
 def other_ways(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, ways: list[int]
+    model: nn.Module,
+    layer: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    ways: list[int],
+    layout: Layout,
 ) -> str:
     """The error message for an output that depends on the inputs on ways around the layer, with advice."""
-    named = named_inputs(model, inputs, forward)
-    rows = len(next(tensors_in(inputs)))
-    varying = [i for i, (_, t) in enumerate(named) if t.ndim and len(t) == rows and bool((t != t[:1]).any())]
     said = f"layer: the model's output depends on the inputs also by another way than through {layer!r}"
-    expected = "expected a layer that all of it passes through"
-    if len(varying) > 1:
-        names = " and ".join(named[i][0] for i in ways or varying)
-        return (
-            f"{said}: by {names}, not the same for all samples; {expected}, or one value of it for all samples (of a padding "
-            "mask: samples of equal length, or one mask, repeated)"
+    varying = _varying(named_inputs(model, inputs, forward), layout)
+    around = partial(_measurable_around, model, layer, inputs, forward, output, layout)
+    if len(varying) < 2:
+        said += " (a skip connection around it, say); expected a layer that all of it passes through"
+        return said + _advice(model, around())
+    meant = {name: rows for i, (name, rows) in varying.items() if i in ways} or dict(varying.values())
+    shared = {name: rows for name, rows in meant.items() if _largest_group([rows])[0] > 1}
+    said += f": through {' and '.join(meant)}, not the same for all samples; expected "
+    if len(shared) < len(meant):
+        said += f"a layer that all of it passes through{_advice(model, around())}"
+        said += (
+            ", and "
+            if shared
+            else f", or one value of it for all samples (no two share {'it' if len(meant) == 1 else 'them'})"
         )
-    said += f" (a skip connection around it, say); {expected}"
-    around = _measurable_around(model, layer, inputs, forward, output)
+    if shared:
+        size, first, count = _largest_group(list(shared.values()))
+        said += (
+            f"one value of {' and '.join(shared)} for all samples: measure those that share it, as sequences of one length do "
+            f"(the largest such group has {size} of {count} samples, sample {first} and those equal to it), or give one value "
+            "to all"
+        )
+    return said
+
+
+def _varying(named: list[tuple[str, Tensor]], layout: Layout) -> dict[int, tuple[str, Tensor]]:
+    """The inputs that differ between samples, by number: the name and (N, values)."""
+    found = {}
+    for number, ((name, tensor), dimension) in enumerate(zip(named, layout.inputs, strict=True)):
+        if dimension is not None:
+            rows = tensor.detach().movedim(dimension, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
+            if bool((rows != rows[:1]).any()):
+                found[number] = name, rows
+    return found
+
+
+def _largest_group(values: list[Tensor]) -> tuple[int, int, int]:
+    """Of the samples with the same values the most, the first of them, and the number of samples. values: each (N, values)."""
+    kinds = torch.stack([torch.unique(rows, dim=0, return_inverse=True)[1] for rows in values], 1)
+    _, group, sizes = torch.unique(kinds, dim=0, return_inverse=True, return_counts=True)
+    largest = int(sizes.argmax())
+    return int(sizes[largest]), int((group == largest).nonzero()[0]), len(group)
+
+
+def _advice(model: nn.Module, around: str | None) -> str:
+    """The part of the model to cut at instead, with the patterns of all such parts."""
     if around is None:
-        return said
-    said += f", as {around!r} is"
+        return ""
+    said = f", as {around!r} is"
     above, _, last = around.rpartition(".")
     if not above or not last.isdecimal():
         return said
@@ -243,16 +287,17 @@ def other_ways(
 
 
 def _measurable_around(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
+    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, layout: Layout
 ) -> str | None:
     """The innermost part of the model that contains the layer and can be cut at; None if no part can."""
+    batch_dim = layout.inputs[0] or None
     name = layer.partition("@")[0]
     while name := name.rpartition(".")[0]:
         try:
-            samples, result, path = run_to_path(model, name, inputs, forward, output)
+            seen = run_to_path(model, name, inputs, forward, output, batch_dim)
             part, number = find_layer(model, name)
-            call = Call(called_model(model, forward), inputs, forward, output)
-            if hook_tail(call, part, number, path, inputs, samples, result)[0] is not None:
+            call = Call(called_model(model, forward), inputs, forward, output, seen.layout.output)
+            if hook_tail(call, part, number, inputs, seen)[0] is not None:
                 return name
         except Exception:  # for example, the part is never called itself
             continue

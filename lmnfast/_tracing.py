@@ -39,11 +39,19 @@ class Call(nn.Module):
     A trace of this module, instead of the model, needs no special cases for the model's default arguments, hooks and constants.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any = None, forward: Forward = None, output: Output = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any = None,
+        forward: Forward = None,
+        output: Output = None,
+        dimension: int = 0,
+    ):
         super().__init__()
         self.model = model
         self.run = forward
         self.output = output
+        self.dimension = dimension  # of the samples in the selected output, where they are moved to the front
         self.names = list(inputs) if isinstance(inputs, Mapping) else None
         self.count = len(inputs) if isinstance(inputs, (tuple, list)) else None
         if forward is None and not callable(output):
@@ -58,7 +66,8 @@ class Call(nn.Module):
             result = self.model(*[inputs[i] for i in range(self.count)])
         else:
             result = self.model(inputs)
-        return _selected(result, self.output)
+        selected = _selected(result, self.output)
+        return selected.movedim(self.dimension, 0) if self.dimension else selected
 
 
 def _selected(result: Any, output: Output) -> Any:
@@ -121,11 +130,16 @@ class Tracer(fx.Tracer):
 COMPUTING = {F.linear, *ADDITIONS} | {f for f in FUNCTIONS if "dropout" not in f.__name__}
 
 
-def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphModule:
-    """The part of a graph behind the nodes `start`. The samples take the place of each of these nodes."""
+def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node], dimension: int = 0) -> fx.GraphModule:
+    """The part of a graph behind the nodes `start`. The samples take the place of each of these nodes.
+
+    dimension: along which these nodes have the samples.
+    """
     tail = fx.Graph()
     # The samples are cloned, as the tail may work in place.
     samples = tail.call_method("clone", (tail.placeholder("samples"),))
+    if dimension:
+        samples = tail.call_method("contiguous", (tail.call_method("movedim", (samples, 0, dimension)),))
     copies = dict.fromkeys(start, samples)
     fixed = set()  # nodes that depend on parameters alone
 

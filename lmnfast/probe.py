@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ._chain import Chain
 from ._enqueue import Enqueued, enqueue, on_stream
 from ._layers import match_layers
+from ._layout import layout_of
 from ._python_state import python_state
 from ._recognise import recognise
 from ._run_to import run_to
@@ -43,10 +44,11 @@ class Writer(Protocol):
 class Probe:
     """Measures a model's linear mapping number every so many training steps.
 
-    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The probe keeps the tail. It
-    cuts again when anything in the model except the parameters' values has changed (see `python_state`), or when the tail's
-    outputs on the samples are no longer the model's. The connectivity is computed on the calling thread. A background thread
-    solves the eigenproblem, on one core, or on the CUDA device that has the matrix; only numbers are copied from that device.
+    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=, batch_dim=). The probe keeps
+    the tail. It cuts again when anything in the model except the parameters' values has changed (see `python_state`), or when
+    the tail's outputs on the samples are no longer the model's. The connectivity is computed on the calling thread. A
+    background thread solves the eigenproblem, on one core, or on the CUDA device that has the matrix; only numbers are copied
+    from that device.
 
     Training with a probe is bit-identical to training without a probe. The exception is a forward pass in eval mode that
     changes things which `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files,
@@ -67,12 +69,8 @@ class Probe:
         inputs: as in `cut`.
         layers: names or patterns as in `match_layers`, one or several. The attribute `layers` has the matching names.
         every: the probe measures when step % every == 0.
-        method: as in `connectivity`.
-        points: as in `connectivity`.
-        rule: as in `connectivity`.
-        budget: as in `connectivity`.
-        forward: as in `cut`.
-        output: as in `cut`.
+        method, points, rule, budget: as in `connectivity`.
+        forward, output, batch_dim: as in `cut`.
         negative: as in `lmn`.
         writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
@@ -106,6 +104,7 @@ class Probe:
         budget: int | None = None,
         forward: Forward = None,
         output: Output = None,
+        batch_dim: int | None = None,
         negative: str = "absolute",
         writers: Sequence[Writer] = (),
     ) -> None:
@@ -125,7 +124,7 @@ class Probe:
         self._negative = negative
         self._problems: dict[str, str] = {}  # warnings about offsets that are not given yet, by layer
         self._warned: set[str] = set()
-        self._call: dict[str, Any] = {"forward": forward, "output": output}
+        self._call: dict[str, Any] = {"forward": forward, "output": output, "batch_dim": batch_dim}
         self._writers = tuple(writers)
         self.next_step = 0  # the step of a call without a step
         self._before: list[dict[str, Any]] = []  # rows of the earlier run that this probe continues
@@ -245,7 +244,8 @@ class Probe:
         kept = self._tails.get(layer)
         try:
             if kept is not None and kept[1] == state:
-                samples, output = run_to(self.model, layer, self.inputs, **self._call)
+                known = self._call | {"batch_dim": kept[0].layout}
+                samples, output = run_to(self.model, layer, self.inputs, **known)
                 try:
                     return self._measure(kept[0], samples, output)
                 except Exception:  # this tail may be outdated; only an error with a new tail counts
@@ -460,7 +460,7 @@ class _Tail:
     """A tail, and the chain that it is. Valid as long as `python_state` stays the same."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module, self.layout = module, layout_of(module)
         chain = recognise(module)
         if chain is None:
             self._chain = None

@@ -41,6 +41,7 @@ def measure_checkpoints(
     *,
     forward: Forward | str = None,
     output: Output = None,
+    batch_dim: int | None = None,
     key: str | None = None,
     method: str = "path",
     points: int = 21,
@@ -65,6 +66,7 @@ def measure_checkpoints(
         layers: names or patterns as in `match_layers`.
         forward: as in `cut`, or the function's place as text, "package.module:function".
         output: as in `cut`.
+        batch_dim: as in `cut`.
         key: the place of the state dict in a checkpoint, "a.b" for ["a"]["b"]; None: see `read_state`.
         method: as in `connectivity`.
         points: as in `connectivity`.
@@ -120,7 +122,7 @@ def measure_checkpoints(
     with nullcontext() if out is None else claimed(Path(out)):
         stored = None if out is None or force else read_settings(Path(out))
         work = _Work(
-            factory, forward, output, key, names, method, points, rule, negative,
+            factory, forward, output, batch_dim, key, names, method, points, rule, negative,
             settled_device(device, stored["device"] if stored else None), torch.get_float32_matmul_precision(),
         )  # fmt: skip
         settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
@@ -149,6 +151,7 @@ class _Work:
     factory: Callable[[], nn.Module] | str
     forward: Forward | str
     output: Output
+    batch_dim: int | None
     key: str | None
     layers: tuple[str, ...]
     method: str
@@ -161,7 +164,10 @@ class _Work:
     def settings(self) -> dict[str, Any]:
         """All settings that determine the numbers, as plain values for JSON."""
         named = {"factory": "model"}
-        return {named.get(name, name): plain(value) for name, value in vars(self).items()}
+        settings = {named.get(name, name): plain(value) for name, value in vars(self).items()}
+        if self.batch_dim is None:  # tables of before this setting continue
+            del settings["batch_dim"]
+        return settings
 
 
 def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:
@@ -170,7 +176,9 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
     row: dict[str, Any] = {"step": None, "checkpoint": path}
     for layer in work.layers:
         try:
-            tail, samples = cut(model, layer, inputs, forward=call, output=work.output)
+            tail, samples = cut(
+                model, layer, inputs, forward=call, output=work.output, batch_dim=work.batch_dim
+            )
             settings = Settings(work.method, work.points, work.rule)
             (enqueued,) = measured(tail, samples, settings)
             warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")
