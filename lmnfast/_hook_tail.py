@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -142,7 +141,7 @@ def hook_tail(
     chance have as many rows as there are samples. Or an input has its samples along another dimension (a recurrent state).
     """
     layout, samples, output = seen.layout, seen.samples, seen.output
-    per_sample = sum(d is not None for d in layout.inputs)
+    own = [n for n, dimension in enumerate(layout.inputs) if dimension is not None]
 
     def tail(layout: Layout, in_place: bool = False) -> HookTail:
         return HookTail(call, layer, number or 0, seen.path, inputs, layout, in_place)
@@ -153,27 +152,25 @@ def hook_tail(
         except Exception:  # the model may fail on inputs that it normally never receives
             return False
 
-    def alone(number: int) -> Layout:
-        return replace(layout, inputs=tuple(d if n == number else None for n, d in enumerate(layout.inputs)))
-
+    stated = tail(layout.with_states(inputs))
+    if stated.layout != layout and fits(stated) and takes_any_rows(stated, samples, output):
+        return stated, []
+    plain, failure = tail(layout), None
     try:
-        plain, failure = tail(layout), None
         if _settle(plain, samples, output):
             return plain, []
     except Exception as error:
+        if len(own) < 2:
+            raise
         failure = error
-    if failure is not None:
-        other = tail(layout.with_states(inputs))
-    else:
-        other = tail(layout, _is_fresh(call, layer, number or 0, seen.path, inputs))
-    if (other.layout, other.in_place) != (layout, False) and fits(other):
-        return other, []
-    ways = [n for n, own in enumerate(layout.inputs) if own is not None and not fits(tail(alone(n)))]
-    read = tuple(None if n in ways else own for n, own in enumerate(layout.inputs))
-    shared = tail(replace(layout, inputs=read))
+    aliasing = tail(layout, True)
+    if failure is None and _is_fresh(call, layer, number or 0, seen.path, inputs) and fits(aliasing):
+        return aliasing, []
+    ways = [n for n in own if not fits(tail(layout.with_rows([n])))]
+    shared = tail(layout.with_rows([n for n in own if n not in ways]))
     if ways and takes_any_rows(shared, samples, output):
         return shared, []
-    if failure is not None and (not ways or per_sample == 1):
+    if failure is not None and not ways:
         raise failure
     return None, ways
 
@@ -230,26 +227,23 @@ def other_ways(
     """The error message for an output that depends on the inputs on ways around the layer, with advice."""
     said = f"layer: the model's output depends on the inputs also by another way than through {layer!r}"
     varying = _varying(named_inputs(model, inputs, forward), layout)
-    around = partial(_measurable_around, model, layer, inputs, forward, output, layout)
+    around = partial(_measurable_around, model, layer, forward=forward, output=output, layout=layout)
     if len(varying) < 2:
         said += " (a skip connection around it, say); expected a layer that all of it passes through"
-        return said + _advice(model, around())
+        return said + _advice(model, around(inputs=inputs))
     meant = {name: rows for i, (name, rows) in varying.items() if i in ways} or dict(varying.values())
-    shared = {name: rows for name, rows in meant.items() if _largest_group([rows])[0] > 1}
+    shared = {name: rows for name, rows in meant.items() if len(_largest_group([rows])) > 1}
     said += f": through {' and '.join(meant)}, not the same for all samples; expected "
+    group = _largest_group(list(shared.values() or meant.values()))
     if len(shared) < len(meant):
-        said += f"a layer that all of it passes through{_advice(model, around())}"
-        said += (
-            ", and "
-            if shared
-            else f", or one value of it for all samples (no two share {'it' if len(meant) == 1 else 'them'})"
-        )
+        part = around(inputs=layout.selected(inputs, group) if shared else inputs)
+        said += f"a layer that all of it passes through{_advice(model, part)}"
+        said += ", and " if shared else ", or inputs that more samples share (here no two do)"
     if shared:
-        size, first, count = _largest_group(list(shared.values()))
         said += (
             f"one value of {' and '.join(shared)} for all samples: measure those that share it, as sequences of one length do "
-            f"(the largest such group has {size} of {count} samples, sample {first} and those equal to it), or give one value "
-            "to all"
+            f"(the largest such group has {len(group)} of {layout.rows_of(inputs)} samples, sample {group[0]} and those equal "
+            "to it), or give one value to all"
         )
     return said
 
@@ -265,12 +259,11 @@ def _varying(named: list[tuple[str, Tensor]], layout: Layout) -> dict[int, tuple
     return found
 
 
-def _largest_group(values: list[Tensor]) -> tuple[int, int, int]:
-    """Of the samples with the same values the most, the first of them, and the number of samples. values: each (N, values)."""
+def _largest_group(values: list[Tensor]) -> Tensor:
+    """The most samples that have the same values, by their numbers. values: each (N, values)."""
     kinds = torch.stack([torch.unique(rows, dim=0, return_inverse=True)[1] for rows in values], 1)
     _, group, sizes = torch.unique(kinds, dim=0, return_inverse=True, return_counts=True)
-    largest = int(sizes.argmax())
-    return int(sizes[largest]), int((group == largest).nonzero()[0]), len(group)
+    return (group == sizes.argmax()).nonzero().flatten()
 
 
 def _advice(model: nn.Module, around: str | None) -> str:

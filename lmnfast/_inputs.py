@@ -106,6 +106,7 @@ def _check_masks(named: list[tuple[str, Tensor]], error: Exception) -> None:
     if not isinstance(error, (RuntimeError, ValueError, AssertionError, IndexError)) or samples.ndim < 2:
         return
     lengths = tuple(samples.shape[:2])
+    said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     for name, tensor in others:
         shape = tuple(tensor.shape)
         per_token = tensor.dtype == torch.bool or any(word in name.lower() for word in PER_TOKEN)
@@ -113,7 +114,7 @@ def _check_masks(named: list[tuple[str, Tensor]], error: Exception) -> None:
         if per_token and len(shape) == 2 and not square and sorted(shape) != sorted(lengths):
             raise ValueError(
                 f"inputs: {name} has shape {shape}, but {first} has {tuple(samples.shape)}; expected {lengths}, an entry "
-                f"for each position; the model fails on them ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+                f"for each position; the model fails on them ({said})"
             ) from error
 
 

@@ -47,6 +47,10 @@ class Layout:
 
         return mapped(inputs, select)
 
+    def with_rows(self, numbers: Sequence[int]) -> Layout:
+        """Only these inputs, by number, belong to the samples. The others are the same for all of them."""
+        return replace(self, inputs=tuple(d if n in numbers else None for n, d in enumerate(self.inputs)))
+
     def with_states(self, inputs: Any) -> Layout:
         """Also along the only other dimension of that length, as in a recurrent network's states (layers, samples, width)."""
         rows, read = self.rows_of(inputs), []

@@ -68,7 +68,7 @@ def run_to_path(
     run = Call(called_model(model, forward), inputs, forward, output)
     check_devices(run.model)
     try:
-        seen, result = _captured(run, inputs, part)
+        seen, result = _captured(run, inputs, part, call)
     except Exception as error:
         check_fit(run.model, inputs, forward, error)
         raise
@@ -95,7 +95,7 @@ def run_to_path(
     )
 
     def again(inputs: Any) -> tuple[Any, Any]:
-        seen, result = _captured(run, inputs, part)
+        seen, result = _captured(run, inputs, part, call)
         return seen[call or 0][0], result
 
     layout = _layout(layer, samples, result, run, inputs, again, batch_dim)
@@ -104,11 +104,19 @@ def run_to_path(
     )
 
 
-def _captured(run: Call, inputs: Any, part: nn.Module) -> tuple[list[tuple[Any, list | None]], Any]:
-    """For each call of a part its first floating-point tensor and the path to it, else its result; and the model's output."""
+def _captured(
+    run: Call, inputs: Any, part: nn.Module, call: int | None
+) -> tuple[list[tuple[Any, list | None]], Any]:
+    """For each call of a part its first floating-point tensor and the path to it, else its result; and the model's output.
+
+    call: the only call that matters; None: every call.
+    """
     seen: list[tuple[Any, list | None]] = []
 
     def record(module: nn.Module, args: Any, result: Any) -> None:
+        if call is not None and call != len(seen):
+            seen.append((None, None))
+            return
         path = path_to_tensor(result)
         tensor = None if path is None else at_path(result, path)
         # Later layers may work in place on this tensor.
