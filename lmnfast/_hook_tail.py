@@ -17,7 +17,7 @@ from ._run_to import Observed, run_on_copies, run_to_path
 from ._samples import same_output
 from ._taped import ROWS, Tape, taped_tail
 from ._tracing import Call, Forward, Output
-from ._undisturbed import evaluating, measurement_of
+from ._undisturbed import evaluating, measurement_of, without_fast_path
 
 
 def reproduces_output(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
@@ -70,7 +70,8 @@ class HookTail(nn.Module):
         """x (B, ...) in place of the layer's output -> the model's output."""
         measured = measurement_of(self)
         if measured is None or self.replays is None:
-            return self._run(x, self.number, self._inputs(len(x), copies=True))
+            with without_fast_path():
+                return self._run(x, self.number, self._inputs(len(x), copies=True))
         self.recording.begin(measured, self._pass, self.model, self.layer[0], self.number)
         copies = self.replays == "copies"
         with self.recording.replayed(len(x), copies):

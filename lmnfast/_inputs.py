@@ -103,7 +103,8 @@ def check_fit(model: nn.Module, inputs: Any, forward: Forward, error: Exception)
 def _check_masks(named: list[tuple[str, Tensor]], error: Exception) -> None:
     """Raises ValueError if the model failed and a mask or the like has other lengths than the first input."""
     (first, samples), *others = named
-    if not isinstance(error, (RuntimeError, ValueError, AssertionError, IndexError)) or samples.ndim < 2:
+    of_model = isinstance(error, (RuntimeError, ValueError, AssertionError, IndexError))
+    if not of_model or str(error).startswith("output: ") or samples.ndim < 2:
         return
     lengths = tuple(samples.shape[:2])
     said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
