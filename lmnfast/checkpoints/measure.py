@@ -164,10 +164,7 @@ class _Work:
     def settings(self) -> dict[str, Any]:
         """All settings that determine the numbers, as plain values for JSON."""
         named = {"factory": "model"}
-        settings = {named.get(name, name): plain(value) for name, value in vars(self).items()}
-        if self.batch_dim is None:  # tables of before this setting continue
-            del settings["batch_dim"]
-        return settings
+        return {named.get(name, name): plain(value) for name, value in vars(self).items()}
 
 
 def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:
