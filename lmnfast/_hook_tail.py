@@ -64,7 +64,8 @@ class HookTail(nn.Module):
         self.in_place = in_place
         self.replays: Replays = None if in_place else "views"
         self.recording = Recording()
-        self.first = mapped(layout.selected(inputs, torch.tensor([0])), lambda i: i.detach().clone())
+        rows = iter(layout.inputs)
+        self.first = mapped(inputs, lambda i: _first_row(i, next(rows)).detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) in place of the layer's output -> the model's output."""
@@ -113,6 +114,10 @@ class HookTail(nn.Module):
     def _pass(self, rows: int) -> None:
         """Runs the model on copies of the first sample."""
         self.call[0](self._inputs(rows, copies=True))
+
+
+def _first_row(tensor: Tensor, dimension: int | None) -> Tensor:
+    return tensor if dimension is None else tensor.narrow(dimension, 0, 1)
 
 
 def taped(tail: HookTail, samples: Tensor) -> fx.GraphModule:

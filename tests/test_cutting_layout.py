@@ -9,6 +9,7 @@ import lmnfast
 from lmnfast._hook_tail import HookTail
 from lmnfast._layout import MOST_READINGS
 from lmnfast.checkpoints import first_samples, measure_checkpoints
+from lmnfast.integrations.common import Plan, new_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 
@@ -276,6 +277,15 @@ def test_a_probe_measures_along_batch_dim_and_leaves_the_training_as_it_was():
                 optimiser.step()
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
     assert probe.history[0]["lmn"] > 1.0 and probe.history[0]["lmn"] != probe.history[2]["lmn"]
+
+
+def test_a_callback_hands_batch_dim_to_its_probe():
+    model, x = Sequence(last=False), samples().transpose(0, 1)
+    plan = Plan(x, "first", 1, {"batch_dim": 1})
+    with plan.probe(model, lambda tensor: tensor, 0, new_state(), lambda step, values: None) as probe:
+        probe(0)
+    expected = float(lmnfast.lmn(*lmnfast.cut(model, "first", x, batch_dim=1)))
+    assert probe.history[0]["lmn"] == pytest.approx(expected, rel=1e-12) and plan.identity["batch_dim"] == 1
 
 
 def test_explain_and_stacked_networks_take_batch_dim(capsys):

@@ -53,7 +53,7 @@ class LMNCallback(Callback):
             trainer's precision gives its batches.
         layers: as in `Probe`; names begin at the LightningModule.
         every: in optimizer steps.
-        settings: the other arguments of `Probe` (method, points, rule, negative, budget, forward, output, writers).
+        settings: the other arguments of `Probe` (method, points, rule, negative, budget, forward, output, batch_dim, writers).
 
     Raises:
         ValueError: every < 1; at the start of a fit, if the strategy shards parameters (FSDP, DeepSpeed).
