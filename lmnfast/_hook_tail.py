@@ -261,7 +261,9 @@ def _varying(named: list[tuple[str, Tensor]], layout: Layout) -> dict[int, tuple
         if dimension is not None:
             rows = tensor.detach().movedim(dimension, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
             if bool((rows != rows[:1]).any()):
-                found[number] = name, rows
+                # torch.unique takes no half precision and no complex numbers.
+                rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+                found[number] = name, rows.double() if rows.is_floating_point() else rows
     return found
 
 

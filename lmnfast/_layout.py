@@ -92,6 +92,8 @@ def find_layout(
         layer, output: run(inputs).
         batch_dim: the dimension that the user named. The samples may lie along another one in some of the tensors.
     """
+    if batch_dim is not None and batch_dim >= max(t.ndim for t in (*tensors_in(inputs), layer, output)):
+        return None, "no tensor of the inputs or the outputs has that many dimensions"
     dimensions = dict.fromkeys((0, 1) if batch_dim is None else (batch_dim, 0))
     reasons = []
     for dimension in dimensions:
@@ -160,5 +162,7 @@ def _changed(whole: Tensor, some: Tensor, rows: int, fewer: int) -> int | None:
 
 def _same(expected: Tensor, result: Tensor) -> bool:
     """Whether outputs are equal but for rounding, which differs with the size of a batch; see `takes_any_rows`."""
+    if not expected.numel():
+        return result.shape == expected.shape
     largest = torch.where(expected.isfinite(), expected.abs(), 0).amax()
     return torch.allclose(result, expected, rtol=0, atol=1e-3 * float(largest), equal_nan=True)

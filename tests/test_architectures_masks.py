@@ -174,6 +174,19 @@ def test_a_skip_around_the_layer_and_a_mask_are_told_apart():
         lmnfast.cut(model, "h.1.mlp", batch, output=output)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int32, torch.float16, torch.bfloat16, torch.float64, torch.complex64]
+)
+def test_masks_of_every_dtype_are_grouped(dtype):
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
+    mask = torch.ones(6, 3)
+    mask[2:, 0] = 0
+    with pytest.raises(ValueError, match="largest such group has 4 of 6 samples, sample 2 and those equal"):
+        lmnfast.cut(
+            model, "0", (x, mask.to(dtype)), forward=lambda m, i: m(i[0]) * i[1].to(torch.complex64).real
+        )
+
+
 def test_a_mask_of_another_length_is_named():
     model, x = Encoder(), tokens(6, 5)
     shapes = {
