@@ -16,7 +16,7 @@ from ._route import Route, find_route, why_no_kernel
 from ._settings import DEFAULT
 from ._tiles import tile_bytes, tile_pairs, tile_points
 from ._tracing import Forward, Output
-from .cutting import chosen, cut_at, why_not_traced
+from .cutting import check_block, chosen, cut_at, why_not_traced
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,15 @@ def explain(
     block: str | None = None,
     forward: Forward = None,
     output: Output = None,
+    batch_dim: int | None = None,
 ) -> Explanation:
     """Prints which route a measurement from a layer on takes, and why.
 
     Args:
-        model, layer, inputs, until, block, forward, output: as in :func:`lmnfast.cut`. The layer or block may be a pattern, as
-            in `match_layers`. What a pattern matches and cannot be measured is left out, with a warning. Without inputs the
-            model is not run. Facts that only samples show (a branch on their shape, a layer called twice) then stay unknown,
-            and the model or block is assumed to have one argument.
+        model, layer, inputs, until, block, forward, output, batch_dim: as in :func:`lmnfast.cut`. The layer or block may be a
+            pattern, as in `match_layers`. What a pattern matches and cannot be measured is left out, with a warning. Without
+            inputs the model is not run. Facts that only samples show (a branch on their shape, a layer called twice) then stay
+            unknown, and the model or block is assumed to have one argument.
 
     Returns:
         The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "hoisted" or "generic".
@@ -120,7 +121,14 @@ def explain(
         'fused'
     """
     name = chosen(layer, block)
-    call = {"forward": forward, "output": output, "until": until, "block": block is not None}
+    check_block(block is not None, until, batch_dim)
+    call = {
+        "forward": forward,
+        "output": output,
+        "until": until,
+        "block": block is not None,
+        "batch_dim": batch_dim,
+    }
 
     def explained(name: str) -> LayerRoute:
         return _explained(model, name, inputs, call)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from ._inputs import named_inputs
+from ._layout import Layout
 from ._nested import at_path, everywhere, mapped, replaced, substituted, tensors_in
 from ._recorded import Recording, repeated
 from ._run_to import Start, behind, run_on_copies, start_of
@@ -16,7 +17,7 @@ from ._samples import same_output
 from ._tape import ROWS, Tape
 from ._taped import taped_tail
 from ._tracing import Call, Forward, Output
-from ._undisturbed import evaluating, measurement_of
+from ._undisturbed import evaluating, measurement_of, without_fast_path
 
 
 def reproduces_output(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
@@ -38,8 +39,7 @@ class HookTail(nn.Module):
     `_recorded`. Otherwise they run for each row.
 
     call, layer, number, path: as in `hook_tail`. Without a layer an entry of the inputs is replaced. inputs: of the model.
-    has_rows: for each tensor of the inputs, whether it has a row per sample. The tail then repeats the first row. Other
-        tensors are the same for every sample.
+    layout: where the samples lie. The tail repeats the first row of the inputs that have one per sample.
     in_place: write into the layer's output, so that tensors which share memory with it change too.
     """
 
@@ -50,7 +50,7 @@ class HookTail(nn.Module):
         number: int,
         path: list,
         inputs: Any,
-        has_rows: Sequence[bool],
+        layout: Layout,
         in_place: bool = False,
     ) -> None:
         super().__init__()
@@ -59,15 +59,15 @@ class HookTail(nn.Module):
         self.layer = (layer,)
         self.number = number
         self.path = path
-        self.has_rows = has_rows
+        self.layout = layout
         self.in_place = in_place
         self.replays: Replays = None if in_place or layer is None else "views"
         self.recording = Recording()
         self.why = ""
         """Why the tail is no graph, in words that can follow "as"."""
         self.places = [] if layer is not None else everywhere(inputs, path)
-        rows = iter(has_rows)
-        self.first = mapped(inputs, lambda i: (i[:1] if next(rows) else i).detach().clone())
+        rows = iter(layout.inputs)
+        self.first = mapped(inputs, lambda i: _first_row(i, next(rows)).detach().clone())
 
     def cost(self) -> str:
         """Says in words what runs for each path point."""
@@ -80,7 +80,8 @@ class HookTail(nn.Module):
         measured = measurement_of(self)
         layer = self.layer[0]
         if measured is None or self.replays is None or layer is None:
-            return self._run(x, self.number, self._inputs(len(x), copies=True))
+            with without_fast_path():
+                return self._run(x, self.number, self._inputs(len(x), copies=True))
         self.recording.begin(measured, self._pass, self.model, layer, self.number)
         copies = self.replays == "copies"
         with self.recording.replayed(len(x), copies):
@@ -89,6 +90,8 @@ class HookTail(nn.Module):
     def _run(self, x: Tensor, number: int, inputs: Any) -> Tensor:
         """Calls the model. number: which call of the layer gets x as its result."""
         layer, call, calls = self.layer[0], self.call[0], 0
+        if self.layout.layer:
+            x = x.movedim(0, self.layout.layer).contiguous()
         if layer is None:
             return call(substituted(inputs, self.places, x.clone()))
 
@@ -118,12 +121,16 @@ class HookTail(nn.Module):
             handle.remove()
 
     def _inputs(self, rows: int, copies: bool) -> Any:
-        has_rows = iter(self.has_rows)
-        return mapped(self.first, lambda i: repeated(i, 0 if next(has_rows) else None, rows, copies))
+        dimensions = iter(self.layout.inputs)
+        return mapped(self.first, lambda i: repeated(i, next(dimensions), rows, copies))
 
     def _pass(self, rows: int) -> None:
         """Runs the model on copies of the first sample."""
         self.call[0](self._inputs(rows, copies=True))
+
+
+def _first_row(tensor: Tensor, dimension: int | None) -> Tensor:
+    return tensor if dimension is None else tensor.narrow(dimension, 0, 1)
 
 
 def taped(tail: HookTail, samples: Tensor) -> fx.GraphModule:
@@ -144,17 +151,16 @@ def taped(tail: HookTail, samples: Tensor) -> fx.GraphModule:
 def hook_tail(start: Start) -> tuple[HookTail | None, list[int]]:
     """The tail by a forward hook; or None, and the numbers of the inputs that reach the output on a way around the layer.
 
-    If the tail on the repeated first row does not give the model's output, there are two possible reasons. The layer's output
-    may share memory with an earlier result. Or an input that is the same for all samples (a mask of tokens by tokens) has by
-    chance as many rows as there are samples.
+    If the tail on the repeated first row does not give the model's output, there are three possible reasons. The layer's output
+    may share memory with an earlier result. An input that is the same for all samples (a mask of tokens by tokens) may by
+    chance have as many rows as there are samples. Or an input has its samples along another dimension (a recurrent state).
     """
     call, layer, number, path, inputs = start.call, start.layer, start.number or 0, start.path, start.inputs
-    samples, output = start.samples, start.output
-    tensors = list(tensors_in(inputs))
-    per_sample = [bool(i.ndim and len(i) == len(samples)) for i in tensors]
+    layout, samples, output = start.layout, start.samples, start.output
+    own = [n for n, dimension in enumerate(layout.inputs) if dimension is not None]
 
-    def tail(has_rows: Sequence[bool], in_place: bool = False) -> HookTail:
-        return HookTail(call, layer, number, path, inputs, has_rows, in_place)
+    def tail(layout: Layout, in_place: bool = False) -> HookTail:
+        return HookTail(call, layer, number, path, inputs, layout, in_place)
 
     def fits(candidate: HookTail) -> bool:
         try:
@@ -162,21 +168,24 @@ def hook_tail(start: Start) -> tuple[HookTail | None, list[int]]:
         except Exception:  # the model may fail on inputs that it normally never receives
             return False
 
-    plain, failure = tail(per_sample), None
+    stated = tail(layout.with_states(inputs))
+    if stated.layout != layout and fits(stated) and takes_any_rows(stated, samples, output):
+        return stated, []
+    plain, failure = tail(layout), None
     try:
         if _settle(plain, samples, output):
             return plain, []
     except Exception as error:
-        if sum(per_sample) < 2:
+        if len(own) < 2:
             raise
         failure = error
     if failure is None and layer is not None and _is_fresh(call, layer, number, path, inputs):
-        aliasing = tail(per_sample, True)
+        aliasing = tail(layout, True)
         if fits(aliasing):
             return aliasing, []
-    others = [i for i, own in enumerate(per_sample) if own and not (plain.places and plain.places[i])]
-    ways = [i for i in others if not fits(tail([j == i for j in range(len(tensors))]))]
-    shared = tail([own and i not in ways for i, own in enumerate(per_sample)])
+    others = [n for n in own if not (plain.places and plain.places[n])]
+    ways = [n for n in others if not fits(tail(layout.with_rows([n])))]
+    shared = tail(layout.with_rows([n for n in own if n not in ways]))
     if ways and takes_any_rows(shared, samples, output):
         return shared, []
     if failure is not None and not ways:
@@ -228,26 +237,62 @@ def other_ways(
     forward: Forward,
     output: Output,
     ways: list[int],
+    layout: Layout,
     until: str | None = None,
 ) -> str:
     """The error message for an output that depends on the inputs on ways around the layer, with advice."""
-    named = named_inputs(model, inputs, forward)
-    rows = len(next(tensors_in(inputs)))
-    varying = [i for i, (_, t) in enumerate(named) if t.ndim and len(t) == rows and bool((t != t[:1]).any())]
     of = "the model's output" if until is None else f"the output of {until!r}"
     said = f"layer: {of} depends on the inputs also by another way than through {layer!r}"
-    expected = "expected a layer that all of it passes through"
-    if len(varying) > 1:
-        names = " and ".join(named[i][0] for i in ways or varying)
-        return (
-            f"{said}: by {names}, not the same for all samples; {expected}, or one value of it for all samples (of a padding "
-            "mask: samples of equal length, or one mask, repeated)"
+    varying = _varying(named_inputs(model, inputs, forward), layout)
+    around = partial(
+        _measurable_around, model, layer, forward=forward, output=output, until=until, layout=layout
+    )
+    alone = f"block={layer!r} measures that part alone"
+    if len(varying) < 2:
+        said += " (a skip connection around it, say); expected a layer that all of it passes through"
+        said += _as_example(around(inputs=inputs))
+        hints = [alone] * layout.is_plain
+        hints += ["until= ends a map before the skip connection joins it"] * (until is None)
+        return "; ".join([said, ", and ".join(hints)] if hints else [said])
+    meant = {name: rows for i, (name, rows) in varying.items() if i in ways} or dict(varying.values())
+    shared = {name: rows for name, rows in meant.items() if len(_largest_group([rows])) > 1}
+    said += f": through {' and '.join(meant)}, not the same for all samples; expected "
+    group = _largest_group(list(shared.values() or meant.values()))
+    if len(shared) < len(meant):
+        part = around(inputs=layout.selected(inputs, group) if shared else inputs)
+        said += f"a layer that all of it passes through{_as_example(part)}{f' ({alone})' * layout.is_plain}"
+        said += ", and " if shared else ", or inputs that more samples share (here no two do)"
+    if shared:
+        said += (
+            f"one value of {' and '.join(shared)} for all samples: measure those that share it, as sequences of one length do "
+            f"(the largest such group has {len(group)} of {layout.rows_of(inputs)} samples, sample {group[0]} and those equal "
+            "to it), or give one value to all"
         )
-    said += f" (a skip connection around it, say); {expected}"
-    if (around := _measurable_around(model, layer, inputs, forward, output, until)) is not None:
-        said += f", as {around!r} is"
-    until_hint = "" if until is not None else ", and until= ends a map before the skip connection joins it"
-    return f"{said}; block={layer!r} measures that part alone{until_hint}"
+    return said
+
+
+def _as_example(part: str | None) -> str:
+    return "" if part is None else f", as {part!r} is"
+
+
+def _varying(named: list[tuple[str, Tensor]], layout: Layout) -> dict[int, tuple[str, Tensor]]:
+    """The inputs that differ between samples, by number: the name and (N, values)."""
+    found = {}
+    for number, ((name, tensor), dimension) in enumerate(zip(named, layout.inputs, strict=True)):
+        if dimension is not None:
+            rows = tensor.detach().movedim(dimension, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
+            if bool((rows != rows[:1]).any()):
+                # torch.unique takes no half precision and no complex numbers.
+                rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+                found[number] = name, rows.double() if rows.is_floating_point() else rows
+    return found
+
+
+def _largest_group(values: list[Tensor]) -> Tensor:
+    """The most samples that have the same values, by their numbers. values: each (N, values)."""
+    kinds = torch.stack([torch.unique(rows, dim=0, return_inverse=True)[1] for rows in values], 1)
+    _, group, sizes = torch.unique(kinds, dim=0, return_inverse=True, return_counts=True)
+    return (group == sizes.argmax()).nonzero().flatten()
 
 
 def other_arguments(start: Start, named: list[tuple[str, Tensor]], ways: list[int], what: str) -> str:
@@ -256,11 +301,7 @@ def other_arguments(start: Start, named: list[tuple[str, Tensor]], ways: list[in
     named: the tensors in them. ways: the numbers of those that matter. what: how the message begins.
     """
     samples = at_path(start.inputs, start.path)
-    rows = len(start.samples)
-    varying = [
-        n for n, (_, t) in enumerate(named)
-        if t is not samples and t.ndim and len(t) == rows and bool((t != t[:1]).any())
-    ]  # fmt: skip
+    varying = [n for n in _varying(named, start.layout) if named[n][1] is not samples]
     names = " and ".join(dict.fromkeys(named[n][0] for n in ways or varying))
     if not names:
         return (
@@ -274,13 +315,20 @@ def other_arguments(start: Start, named: list[tuple[str, Tensor]], ways: list[in
 
 
 def _measurable_around(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, until: str | None
+    model: nn.Module,
+    layer: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    until: str | None,
+    layout: Layout,
 ) -> str | None:
     """The innermost part of the model that contains the layer and can be cut at; None if no part can."""
+    batch_dim = layout.inputs[0] or None
     name = layer.partition("@")[0]
     while name := name.rpartition(".")[0]:
         try:
-            if hook_tail(start_of(model, name, inputs, forward, output, until))[0] is not None:
+            if hook_tail(start_of(model, name, inputs, forward, output, until, batch_dim))[0] is not None:
                 return name
         except Exception:  # for example, the part is never called itself
             continue

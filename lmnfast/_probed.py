@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._chain import Chain
+from ._layout import layout_of
 from ._recognise import recognise
 
 
@@ -15,7 +16,7 @@ class Tail:
     """A tail, and the chain that it is. Valid as long as `python_state` stays the same."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module, self.layout = module, layout_of(module)
         chain = recognise(module)
         if chain is None:
             self._chain = None

@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ._inputs import check_devices, check_fit, check_floating, check_rows, rows_of
+from ._inputs import check_devices, check_fit, check_floating, check_inputs, check_rows, named_inputs
 from ._layers import called_model, find_layer, means_inputs
+from ._layout import Layout, check_batch_dim, find_layout, plain_layout
 from ._nested import at_path, mapped, path_to_tensor, tensors_in
 from ._threads import alone
 from ._tracing import Call, End, Forward, NeverReached, Output
@@ -25,7 +26,10 @@ from ._undisturbed import PLAIN, evaluating, refuse_sharded
 
 @dataclass(frozen=True)
 class Start:
-    """A forward pass, and the tensor in it with which a tail begins."""
+    """A forward pass, and the tensor in it with which a tail begins.
+
+    Samples and output have the samples along their first dimension, also where the model has not.
+    """
 
     call: Call
     """Gives the output for the inputs."""
@@ -38,6 +42,8 @@ class Start:
     """Keys to the tensor in the layer's output, or in the inputs."""
     samples: Tensor
     output: Tensor
+    layout: Layout
+    """Where the samples lie in the inputs, and in what the layer and the model return."""
 
 
 @alone()
@@ -49,24 +55,35 @@ def run_to(
     output: Output = None,
     until: str | None = None,
     block: bool = False,
+    batch_dim: int | Layout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The layer's output and the model's for `inputs`, checked as in `cut`. Never waits for a device.
+    """The layer's output and the model's for `inputs`, checked as in `cut`.
 
     block: the layer's name is that of a block, whose argument and output are returned.
+    batch_dim: as in `cut`, or the layout, if it is known. With a known or plain layout it never waits for a device.
     """
     start = (
         start_of_block(model, layer, inputs, forward, output)
         if block
-        else start_of(model, layer, inputs, forward, output, until)
+        else start_of(model, layer, inputs, forward, output, until, batch_dim)
     )
     return start.samples, start.output
 
 
 def start_of(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, until: str | None = None
+    model: nn.Module,
+    layer: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    until: str | None = None,
+    batch_dim: int | Layout | None = None,
 ) -> Start:
-    """Runs the model once. Raises the errors of `cut` on the way."""
-    rows = _checked_rows(model, inputs, forward)
+    """Runs the model once, or more often to find where the samples lie. Raises the errors of `cut` on the way."""
+    _check_model(model)
+    if not isinstance(batch_dim, Layout):
+        check_batch_dim(batch_dim)
+    check_inputs(inputs, forward)
     from_inputs = means_inputs(model, layer)
     part, call = (None, None) if from_inputs else find_layer(model, layer)
     end = None if until is None else end_of(model, layer, until)
@@ -74,39 +91,95 @@ def start_of(
     check_devices(run.model)
     if end is not None and until is not None:
         end.path = _check_end(model, layer, until, Call(run.model, inputs, forward), inputs)
-    seen: list[Any] = []
-    calls = 0
-
-    def record(module: nn.Module, args: Any, result: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if call is None or calls == call + 1:
-            path = path_to_tensor(result)
-            tensor = None if path is None else at_path(result, path)
-            # Later layers may work in place on this tensor.
-            seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
-            if end is not None:
-                end.before = end.calls
-
+    seen: list[tuple[Any, list | None]] = []
     try:
-        result = run_on_copies(run, inputs, *([] if part is None else [behind(part, record)]))
+        result = _captured(run, inputs, part, call, seen)
     except NeverReached:
         result = None
     except Exception as error:
         check_fit(run.model, inputs, forward, error)
         raise
+    path: list | None
     if from_inputs:
-        samples, path = _in_inputs(model, layer, inputs, rows)
+        samples, path = _in_inputs(model, layer, inputs)
     else:
-        _check_calls(model, layer, calls, run, inputs)
-        samples, path = seen[0]
+        _check_calls(model, layer, len(seen), run, inputs)
+        samples, path = seen[call or 0]
     _check_whole_batch(f"layer: {layer!r}", samples)
     check_floating(f"layer: the output of {layer!r}", samples)
     what = "model: its output" if until is None else f"until: the output of {until!r}"
     check_floating(what, result, "; output= selects the tensor in it" if output is None else "")
-    check_rows(f"layer: the output of {layer!r}", samples, rows, inputs, forward, model)
-    check_rows(what, result, rows, inputs, forward, model)
-    return Start(run, inputs, part, call, path, samples, result)
+
+    def again(inputs: Any) -> tuple[Any, Any]:
+        seen: list[tuple[Any, list | None]] = []
+        result = _captured(run, inputs, part, call, seen)
+        return at_path(inputs, path or []) if from_inputs else seen[call or 0][0], result
+
+    layout = _layout(
+        (f"layer: the output of {layer!r}", samples), (what, result), run, inputs, again, batch_dim
+    )
+    run.dimension = layout.output
+    samples, result = _rows_first(samples, layout.layer), _rows_first(result, layout.output)
+    return Start(run, inputs, part, call, path or [], samples, result, layout)
+
+
+def _captured(
+    run: Call, inputs: Any, part: nn.Module | None, call: int | None, seen: list[tuple[Any, list | None]]
+) -> Any:
+    """The model's output. Adds to `seen`, for each call of a part, its first floating-point tensor and the path to it.
+
+    If there is none, the result of the part and None. call: the only call that matters; None: every call.
+    """
+
+    def record(module: nn.Module, args: Any, result: Any) -> None:
+        if call is not None and call != len(seen):
+            seen.append((None, None))
+            return
+        path = path_to_tensor(result)
+        tensor = None if path is None else at_path(result, path)
+        # Later layers may work in place on this tensor.
+        seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
+        if run.end is not None:
+            run.end.before = run.end.calls
+
+    return run_on_copies(run, inputs, *([] if part is None else [behind(part, record)]))
+
+
+def _layout(
+    layer: tuple[str, Tensor],
+    output: tuple[str, Tensor],
+    run: Call,
+    inputs: Any,
+    again: Callable[[Any], tuple[Any, Any]],
+    batch_dim: int | Layout | None,
+) -> Layout:
+    """Where the samples lie: the known layout, the plain one where shapes allow it, else the one found by calls of the model.
+
+    layer, output: what the layer and the model return, each with the words for it in a message.
+
+    Raises ValueError if there is none.
+    """
+    samples, result = layer[1], output[1]
+    plain = batch_dim if isinstance(batch_dim, Layout) else plain_layout(inputs)
+    rows = plain.rows_of(inputs)
+    shapes = [(value.shape, d) for value, d in ((samples, plain.layer), (result, plain.output))]
+    fits = all(len(shape) > d and shape[d] == rows for shape, d in shapes)
+    if fits and (not batch_dim or isinstance(batch_dim, Layout)):
+        return plain
+    asked = None if isinstance(batch_dim, Layout) else batch_dim
+    found, why = find_layout(again, inputs, samples, result, asked)
+    if found is not None:
+        return found
+    if asked:
+        raise ValueError(f"batch_dim: expected a dimension along which the samples lie, got {asked}: {why}")
+    named = named_inputs(run.model, inputs, run.run)
+    for what, value in (layer, output):
+        check_rows(what, value, rows, named, why)
+    return plain
+
+
+def _rows_first(value: Tensor, dimension: int) -> Tensor:
+    return value.movedim(dimension, 0).contiguous() if dimension else value
 
 
 def _check_whole_batch(what: str, samples: Any) -> None:
@@ -117,12 +190,10 @@ def _check_whole_batch(what: str, samples: Any) -> None:
         )
 
 
-def _checked_rows(model: nn.Module, inputs: Any, forward: Forward) -> int:
-    """The number of samples."""
+def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     refuse_sharded(model)
-    return rows_of(inputs, forward)
 
 
 def _check_calls(
@@ -189,9 +260,9 @@ def _place(returned: list[nn.Module], part: nn.Module | None, number: int) -> in
     return places[number] if number < len(places) else -1
 
 
-def _in_inputs(model: nn.Module, layer: str, inputs: Any, rows: int) -> tuple[Tensor, list]:
+def _in_inputs(model: nn.Module, layer: str, inputs: Any) -> tuple[Tensor, list]:
     """The samples among the inputs, and the keys to them."""
-    path = path_to_tensor(inputs, lambda tensor: tensor.shape[:1] == (rows,))
+    path = path_to_tensor(inputs, lambda tensor: True)
     first = at_path(inputs, path or [])
     if not first.is_floating_point():
         names = [
@@ -207,7 +278,9 @@ def _in_inputs(model: nn.Module, layer: str, inputs: Any, rows: int) -> tuple[Te
 
 def start_of_block(model: nn.Module, block: str, inputs: Any, forward: Forward, output: Output) -> Start:
     """Runs the model once, for the arguments of one module. Raises the errors of `cut` on the way."""
-    rows = _checked_rows(model, inputs, forward)
+    _check_model(model)
+    check_inputs(inputs, forward)
+    rows = len(next(tensors_in(inputs)))
     part, number = find_layer(model, block, "block")
     run = Call(called_model(model, forward), inputs, forward)
     check_devices(run.model)
@@ -261,8 +334,8 @@ def start_of_block(model: nn.Module, block: str, inputs: Any, forward: Forward, 
         result,
         "; output= selects the tensor in it" if output is None else "",
     )
-    check_rows(f"block: the output of {block!r}", result, rows, inputs, forward, model)
-    return Start(call, given, None, None, path, at_path(given, path), result)
+    check_rows(f"block: the output of {block!r}", result, rows, named_inputs(model, inputs, forward), "")
+    return Start(call, given, None, None, path, at_path(given, path), result, plain_layout(given, rows))
 
 
 def as_called(part: nn.Module, given: Any) -> Any:

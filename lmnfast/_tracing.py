@@ -88,7 +88,7 @@ class Call(nn.Module):
     A trace of this module, instead of the model, needs no special cases for the model's default arguments, hooks and constants.
 
     end: behind which call the model's forward ends; its result is the output. path: keys to the tensor in the output, if
-    `output` selects none.
+    `output` selects none. dimension: of the samples in that tensor, where they are moved to the front.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Call(nn.Module):
         output: Output = None,
         end: End | None = None,
         path: list | None = None,
+        dimension: int = 0,
     ):
         super().__init__()
         self.model = model
@@ -106,6 +107,7 @@ class Call(nn.Module):
         self.output = output
         self.end = end
         self.path = path
+        self.dimension = dimension
         self.names = list(inputs) if isinstance(inputs, Mapping) else None
         self.count = len(inputs) if isinstance(inputs, (tuple, list)) else None
         if forward is None and not callable(output):
@@ -134,7 +136,8 @@ class Call(nn.Module):
 
     def selected(self, result: Any, path: list | None) -> Any:
         """The part of a result that counts. path: keys to it, if `output` selects none."""
-        return _selected(result, self.output) if self.output is not None else at_path(result, path or [])
+        part = _selected(result, self.output) if self.output is not None else at_path(result, path or [])
+        return part.movedim(self.dimension, 0) if self.dimension else part
 
 
 class NeverReached(ValueError):
@@ -213,11 +216,16 @@ class Tracer(fx.Tracer):
 COMPUTING = {F.linear, *ADDITIONS} | {f for f in FUNCTIONS if "dropout" not in f.__name__}
 
 
-def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphModule:
-    """The part of a graph behind the nodes `start`. The samples take the place of each of these nodes."""
+def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node], dimension: int = 0) -> fx.GraphModule:
+    """The part of a graph behind the nodes `start`. The samples take the place of each of these nodes.
+
+    dimension: along which these nodes have the samples.
+    """
     tail = fx.Graph()
     # The samples are cloned, as the tail may work in place.
     samples = tail.call_method("clone", (tail.placeholder("samples"),))
+    if dimension:
+        samples = tail.call_method("contiguous", (tail.call_method("movedim", (samples, 0, dimension)),))
     copies = dict.fromkeys(start, samples)
     fixed = set()  # nodes that depend on parameters alone
 

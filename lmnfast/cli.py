@@ -182,6 +182,9 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--output", metavar="KEY", help="which of the model's outputs counts: key, attribute or index"
     )
+    other.add_argument(
+        "--batch-dim", type=int, metavar="D", help="dimension of the samples: 1 for an nn.LSTM by default (0)"
+    )
     other.add_argument("--forward", metavar="MODULE:FUNCTION", help="called as function(model, inputs)")
     other.add_argument("--key", help="where in a checkpoint the state dict is, as state.ema")
     _add_samples(other, "of the inputs are measured, the first (all)")
@@ -291,7 +294,7 @@ def _checkpoints(options: argparse.Namespace) -> None:
     given = _given_options(options)
     inputs, samples = load_inputs(given.pop("inputs")), given.pop("samples", None)
     if samples is not None:
-        inputs = first_samples(inputs, samples)
+        inputs = first_samples(inputs, samples, given.get("batch_dim"))
     output = given.pop("output", None)
     out = Path(given.pop("out", "lmn"))
     _say_jobs(given.get("jobs", 1))

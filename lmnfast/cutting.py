@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from ._hook_tail import hook_tail, other_arguments, other_ways, reproduces_output, takes_any_rows, taped
 from ._inputs import named_inputs
 from ._layers import called_model, find_layer, means_inputs
+from ._layout import LAYOUT, Layout
 from ._nested import everywhere, mapped, substituted, tensors_in
 from ._run_to import Start, end_of, named_arguments, run_to, start_of, start_of_block
 from ._samples import check_made
@@ -32,6 +33,7 @@ def cut(
     forward: Forward = None,
     output: Output = None,
     stacked: Stacked | None = None,
+    batch_dim: int | None = None,
 ) -> tuple[nn.Module, Tensor]:
     """The network behind a layer, and the layer's output: ``tail(samples) == model(inputs)``.
 
@@ -57,10 +59,17 @@ def cut(
             an attribute, an index, or a function of the output. With `until` or `block` it selects in what that layer returns.
         stacked: parameters and buffers of B networks with the model's structure, as torch.func.stack_module_state returns them.
             The samples are then (B, N, ...). Measure the tail with the same `stacked`.
+        batch_dim: the dimension along which the samples lie, if it is not the first: 1 for `nn.LSTM` and the transformer layers
+            of torch.nn as they are by default. It holds for the inputs, the layer's output and the model's output; in those
+            where it does not, as in an output (N, classes), calls on some of the samples show the dimension. None: the first
+            dimension, or, if the layer's output or the model's output has no row per sample there, the one that such calls
+            show for samples along the first or second dimension of the inputs. A block's samples lie along the first.
 
     Returns:
-        (tail, samples): a module, and the layer's output (N, ...), detached. If torch.fx cannot isolate the part of the model
-        behind the layer, the tail is the model with a forward hook that replaces the layer's output.
+        (tail, samples): a module, and the layer's output (N, ...), detached. Samples lie along the first dimension of both, and
+            of the tail's output, also where they do not in the model. If torch.fx cannot isolate the part of the model behind
+            the layer, the tail is a graph of the torch functions that the model calls, or the model with a forward hook that
+            replaces the layer's output.
 
     Raises:
         ValueError: the layer does not exist, is not called exactly once, or does not give one row per input; the output also
@@ -90,6 +99,8 @@ def cut(
     """
     name = chosen(layer, block)
     call: dict[str, Any] = {"forward": forward, "output": output, "until": until, "block": block is not None}
+    call["batch_dim"] = batch_dim
+    check_block(block is not None, until, batch_dim)
     if stacked is None:
         return cut_at(model, name, inputs, **call)
     found = []
@@ -112,14 +123,31 @@ def cut_at(
     output: Output = None,
     until: str | None = None,
     block: bool = False,
+    batch_dim: int | None = None,
 ) -> tuple[nn.Module, Tensor]:
     """As `cut`. block: the name is that of a block."""
-    start = _started(model, name, inputs, forward, output, until, block)
+    start = _started(model, name, inputs, forward, output, until, block, batch_dim)
+    tail = _tail(start, model, name, inputs, forward, output, until, block)
+    if not start.layout.is_plain:
+        setattr(tail, LAYOUT, start.layout)
+    return tail, start.samples
+
+
+def _tail(
+    start: Start,
+    model: nn.Module,
+    name: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    until: str | None,
+    block: bool,
+) -> nn.Module:
     samples, result = start.samples, start.output
     try:
         traced = _traced_tail(start)
         if reproduces_output(traced, samples, result) and _takes_any_inputs(traced, start):
-            return traced, samples
+            return traced
     except Exception:  # not traced, or along a branch that the samples do not take
         pass
     try:
@@ -127,13 +155,14 @@ def cut_at(
     except Exception as error:
         if not block:
             raise
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise ValueError(
             f"block: {name!r} fails when it is called alone with the arguments that it has in the model; expected a module "
-            f"that uses nothing else which the model sets before ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            f"that uses nothing else which the model sets before ({said})"
         ) from error
     if replacing is None:
         if start.layer is not None:
-            raise ValueError(other_ways(model, name, inputs, forward, output, ways, until))
+            raise ValueError(other_ways(model, name, inputs, forward, output, ways, start.layout, until))
         if block:
             named, what = named_arguments(start.call.model, start.inputs), f"block: the output of {name!r}"
         else:
@@ -143,13 +172,13 @@ def cut_at(
     try:
         graph = taped(replacing, samples)
         if reproduces_output(graph, samples, result) and takes_any_rows(graph, samples, result):
-            return graph, samples
+            return graph
         replacing.why = "a graph of its calls has other outputs on the samples"
     except NotTaped as error:
         replacing.why = str(error)
     except Exception as error:  # the user's forward may fail on two or three samples
         replacing.why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    return replacing, samples
+    return replacing
 
 
 def chosen(layer: Any, block: Any, names: tuple[str, str] = ("layer", "block")) -> Any:
@@ -160,18 +189,30 @@ def chosen(layer: Any, block: Any, names: tuple[str, str] = ("layer", "block")) 
     return block if layer is None else layer
 
 
-def check_until(until: str | None, block: bool) -> None:
+def check_block(block: bool, until: str | None, batch_dim: int | None) -> None:
+    """Raises ValueError for arguments that a block does not take."""
+    if block and batch_dim:
+        raise ValueError(
+            f"batch_dim: expected with a layer alone, got {batch_dim} with block, whose samples lie along the first dimension"
+        )
     if block and until is not None:
         raise ValueError("until: expected with a layer alone, as a block ends where its module ends")
 
 
 def _started(
-    model: nn.Module, name: str, inputs: Any, forward: Forward, output: Output, until: str | None, block: bool
+    model: nn.Module,
+    name: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    until: str | None,
+    block: bool,
+    batch_dim: int | None,
 ) -> Start:
-    check_until(until, block)
+    check_block(block, until, batch_dim)
     if block:
         return start_of_block(model, name, inputs, forward, output)
-    return start_of(model, name, inputs, forward, output, until)
+    return start_of(model, name, inputs, forward, output, until, batch_dim)
 
 
 def _check_arguments(
@@ -197,11 +238,13 @@ def why_not_traced(
     output: Output,
     until: str | None = None,
     block: bool = False,
+    batch_dim: int | None = None,
 ) -> tuple[nn.Module | None, str]:
     """The tail by torch.fx, not compared with the model; or None, and the reason why torch.fx gives no tail."""
     check_made(model, "model")
+    check_block(block, until, batch_dim)
     if inputs is not None:
-        start = _started(model, name, inputs, forward, output, until, block)
+        start = _started(model, name, inputs, forward, output, until, block, batch_dim)
     else:
         start = _guessed(model, name, forward, output, until, block)
     try:
@@ -222,7 +265,7 @@ def _guessed(
     end = None if until is None else end_of(model, name, until)
     call = Call(called_model(model, forward), None, None if block else forward, output, end)
     unknown = torch.empty(0)
-    return Start(call, unknown, part, number, [], unknown, unknown)
+    return Start(call, unknown, part, number, [], unknown, unknown, Layout(()))
 
 
 class _FromInput(nn.Module):
@@ -252,14 +295,15 @@ def _traced_tail(start: Start) -> fx.GraphModule:
 def _after_layer(root: nn.Module, start: Start) -> fx.GraphModule:
     graph = Tracer(start.layer, start.call.end).trace(root)
     if start.layer is None:
-        return graph_after(graph, root, [node for node in graph.nodes if node.op == "placeholder"])
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        return graph_after(graph, root, inputs, start.layout.layer)
     cuts = [n for n in graph.nodes if n.op == "call_module" and root.get_submodule(n.target) is start.layer]
     if not cuts or (start.number is None and len(cuts) > 1) or (start.number or 0) >= len(cuts):
         raise ValueError(f"torch.fx sees {len(cuts)} calls of the layer")
     first = [cuts[start.number or 0]]
     for key in start.path:  # if the layer returns a tuple, for example, only the measured entry is replaced
         first = [n for last in first for n in last.users if n.target is operator.getitem and n.args[1] == key]
-    return graph_after(graph, root, first)
+    return graph_after(graph, root, first, start.layout.layer)
 
 
 def _takes_any_inputs(tail: nn.Module, start: Start) -> bool:

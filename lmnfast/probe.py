@@ -22,7 +22,7 @@ from ._run_to import run_to
 from ._settings import Settings
 from ._threads import alone, on_one_core
 from ._tracing import Forward, Output
-from .cutting import chosen, cut_at
+from .cutting import check_block, chosen, cut_at
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
 
 # Limits the memory of waiting connectivity matrices if solving is slower than measuring: 64 MB at N = 1000.
@@ -42,11 +42,11 @@ class Writer(Protocol):
 class Probe:
     """Measures a model's linear mapping number every so many training steps.
 
-    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, until=, forward=, output=), or with block= in
-    place of the layer. The probe keeps the tail. It cuts again when anything in the model except the parameters' values has
-    changed (see `python_state`), or when the tail's outputs on the samples are no longer the model's. The connectivity is
-    computed on the calling thread. A background thread solves the eigenproblem, on one core, or on the CUDA device that has the
-    matrix; only numbers are copied from that device.
+    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, until=, forward=, output=, batch_dim=), or with
+    block= in place of the layer. The probe keeps the tail. It cuts again when anything in the model except the parameters'
+    values has changed (see `python_state`), or when the tail's outputs on the samples are no longer the model's. The
+    connectivity is computed on the calling thread. A background thread solves the eigenproblem, on one core, or on the CUDA
+    device that has the matrix; only numbers are copied from that device.
 
     Training with a probe is bit-identical to training without a probe. The exception is a forward pass in eval mode that
     changes things which `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files,
@@ -70,12 +70,8 @@ class Probe:
         until: as in `cut`, for all layers.
         blocks: in place of `layers`, names or patterns of blocks as in `cut`. Their names are in the column "layer".
         every: the probe measures when step % every == 0.
-        method: as in `connectivity`.
-        points: as in `connectivity`.
-        rule: as in `connectivity`.
-        budget: as in `connectivity`.
-        forward: as in `cut`.
-        output: as in `cut`.
+        method, points, rule, budget: as in `connectivity`.
+        forward, output, batch_dim: as in `cut`.
         negative: as in `lmn`.
         writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
@@ -112,6 +108,7 @@ class Probe:
         budget: int | None = None,
         forward: Forward = None,
         output: Output = None,
+        batch_dim: int | None = None,
         negative: str = "absolute",
         writers: Sequence[Writer] = (),
     ) -> None:
@@ -121,6 +118,7 @@ class Probe:
             chosen(layers, blocks, ("layers", "blocks")),
             "layers" if blocks is None else "blocks",
         )
+        check_block(blocks is not None, until, batch_dim)
         patterns = (named,) if isinstance(named, str) else tuple(named)
         if not patterns or len(set(patterns)) != len(patterns):
             raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")
@@ -135,7 +133,7 @@ class Probe:
         self._problems: dict[str, str] = {}  # warnings about offsets that are not given yet, by layer
         self._warned: set[str] = set()
         self._call: dict[str, Any] = {
-            "forward": forward, "output": output, "until": until, "block": blocks is not None
+            "forward": forward, "output": output, "until": until, "block": blocks is not None, "batch_dim": batch_dim
         }  # fmt: skip
         self._writers = tuple(writers)
         self.next_step = 0  # the step of a call without a step
@@ -260,7 +258,8 @@ class Probe:
         kept = self._tails.get(layer)
         try:
             if kept is not None and kept[1] == state:
-                samples, output = run_to(self.model, layer, self.inputs, **self._call)
+                known = self._call | {"batch_dim": kept[0].layout}
+                samples, output = run_to(self.model, layer, self.inputs, **known)
                 try:
                     return self._measure(kept[0], samples, output)
                 except Exception:  # this tail may be outdated; only an error with a new tail counts

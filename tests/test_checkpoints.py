@@ -162,6 +162,28 @@ def test_tokens_named_arguments_and_one_of_several_outputs(trained):
     assert shapes == [(5, 2), (5, 8), (3,)]
 
 
+def test_samples_along_another_dimension(trained, capsys):
+    import nets
+
+    x = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32)
+    np.save("second.npy", x)
+    shared = {"inputs": "second.npy", "layers": ["0"]}
+    assert cli.main(command("--batch-dim=1", "--samples=3", **shared)) == 0
+    capsys.readouterr()
+    rows, model = table(), nets.make()
+    model.load_state_dict(trained[2])
+    expected = lmnfast.cut(model, "0", torch.from_numpy(x)[:, :3], batch_dim=1)
+    assert float(rows[0]["lmn_0"]) == float(f"{lmnfast.lmn(*expected):.7g}") and rows[0]["samples"] == "3"
+    assert cli.main(command("--batch-dim=1", "--out=all", **shared)) == 0
+    said = failure(capsys, command("--out=all", **shared))
+    assert "all holds a table with other settings: batch_dim is 1 there, None here" in said
+    (row,) = measure_checkpoints(nets.make, "step_2.pt", torch.from_numpy(x)[:, :3], "0", batch_dim=1)
+    assert row["lmn_0"] == float(rows[0]["lmn_0"])
+    assert "samples: expected 1 to 4" in failure(
+        capsys, command("--batch-dim=1", "--samples=5", "--out=b", **shared)
+    )
+
+
 class LogitsOnly(nn.Module):
     def __init__(self, model):
         super().__init__()

@@ -20,7 +20,7 @@ from .._nested import mapped, tensors_in
 from .._settings import METHODS, Settings
 from .._threads import cores
 from .._tracing import Forward, Output
-from ..cutting import check_until, chosen, cut_at
+from ..cutting import check_block, chosen, cut_at
 from ..quadrature import path_nodes
 from ..runs.device import settled_device
 from ..runs.files import claimed
@@ -43,6 +43,7 @@ def measure_checkpoints(
     blocks: str | Sequence[str] | None = None,
     forward: Forward | str = None,
     output: Output = None,
+    batch_dim: int | None = None,
     key: str | None = None,
     method: str = "path",
     points: int = 21,
@@ -70,6 +71,7 @@ def measure_checkpoints(
         blocks: in place of `layers`, names or patterns of blocks as in `cut`.
         forward: as in `cut`, or the function's place as text, "package.module:function".
         output: as in `cut`.
+        batch_dim: as in `cut`.
         key: the place of the state dict in a checkpoint, "a.b" for ["a"]["b"]; None: see `read_state`.
         method: as in `connectivity`.
         points: as in `connectivity`.
@@ -119,11 +121,13 @@ def measure_checkpoints(
         inputs = load_inputs(inputs)
     model = made(factory)
     call = imported(forward, "forward", "function") if isinstance(forward, str) else forward
-    names = _names(model, inputs, layers, blocks, forward=call, output=output, until=until)
+    names = _names(
+        model, inputs, layers, blocks, forward=call, output=output, until=until, batch_dim=batch_dim
+    )
     with nullcontext() if out is None else claimed(Path(out)):
         stored = None if out is None or force else read_settings(Path(out))
         work = _Work(
-            factory, forward, output, until, blocks is not None, key, names, method, points, rule, negative,
+            factory, forward, output, batch_dim, until, blocks is not None, key, names, method, points, rule, negative,
             settled_device(device, stored["device"] if stored else None), torch.get_float32_matmul_precision(),
         )  # fmt: skip
         settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
@@ -156,7 +160,7 @@ def _names(
     patterns = chosen(layers, blocks, ("layers", "blocks"))
     argument = "layers" if blocks is None else "blocks"
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    check_until(call["until"], block=blocks is not None)
+    check_block(blocks is not None, call["until"], call["batch_dim"])
     if not any(isinstance(name, str) and is_pattern(name) for name in patterns):
         names = match_layers(model, patterns)
     else:
@@ -181,6 +185,7 @@ class _Work:
     factory: Callable[[], nn.Module] | str
     forward: Forward | str
     output: Output
+    batch_dim: int | None
     until: str | None
     block: bool
     key: str | None
@@ -200,7 +205,9 @@ class _Work:
 
     @property
     def call(self) -> dict[str, Any]:
-        return {"output": self.output, "until": self.until, "block": self.block}
+        return {
+            "output": self.output, "until": self.until, "block": self.block, "batch_dim": self.batch_dim
+        }  # fmt: skip
 
 
 def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class LMNCallback(TrainerCallback):
         layers: as in `Probe`.
         every: in optimizer steps.
         output: selects the output of the model that counts, as in `cut`. With until or blocks, "logits" selects nothing.
-        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, budget, forward, writers).
+        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, budget, forward,
+            batch_dim, writers).
 
     Raises:
         ValueError: every < 1; at the start of a training that shards parameters (FSDP, DeepSpeed).
