@@ -312,3 +312,69 @@ def test_checkpoints_are_measured_along_batch_dim(tmp_path):
         measure_checkpoints(lambda: Sequence(last=False), tmp_path / "step_3.pt", x, "first", **settings)
     shapes = [tuple(t.shape) for t in first_samples((x, torch.zeros(7, 2), torch.zeros(3)), 4, batch_dim=1)]
     assert shapes == [(5, 4, 6), (4, 2), (3,)]
+
+
+@pytest.mark.parametrize("depends", [False, True])
+@pytest.mark.parametrize(
+    "layer, until", [("first", "mixer.layers.1"), ("inputs", "mixer.layers.0"), ("inputs", None)]
+)
+def test_the_dimension_holds_from_layer_to_layer_and_from_the_inputs_on(layer, until, depends):
+    x = samples()
+    first, second = (Sequence("encoder", batch_first, True, depends).eval() for batch_first in (True, False))
+    expected = L(first, layer, x, until=until)
+    tail, h = lmnfast.cut(second, layer, x.transpose(0, 1), until=until, batch_dim=1)
+    known, rows = lmnfast.cut(first, layer, x, until=until)
+    with torch.no_grad():
+        assert torch.allclose(h, rows, atol=1e-6) and torch.allclose(tail(h), known(rows), atol=1e-6)
+    assert (lmnfast.connectivity(tail, h) - expected).abs().max() < FLOAT32
+    with lmnfast.Probe(second, x.transpose(0, 1), layer, until=until, batch_dim=1) as probe:
+        probe(0)
+        probe(100)
+    lmns = [row["lmn"] for row in probe.history]
+    assert lmns == pytest.approx([float(lmnfast.lmn(known, rows))] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("named", [1, None])
+def test_states_beside_replaced_inputs_keep_their_own_dimension(named):
+    model, x = Sequence(), samples(rows=7, time=5)
+    state = torch.randn(2, 1, 6).expand(-1, 7, -1).contiguous()
+    inputs = {"x": x.transpose(0, 1), "state": state}
+
+    def forward(model, inputs):
+        return model(inputs["x"], (inputs["state"], inputs["state"]))
+
+    tail, h = lmnfast.cut(model, "inputs", inputs, forward=forward, batch_dim=named)
+    assert torch.equal(h, x) and torch.allclose(tail(x), forward(model, inputs), atol=1e-6)
+    assert torch.allclose(tail(x[:3]), forward(model, inputs)[:3], atol=1e-6)
+
+
+def test_a_block_takes_no_batch_dim(tmp_path):
+    model, x = Sequence("encoder"), samples().transpose(0, 1)
+    torch.save(model.state_dict(), tmp_path / "step_0.pt")
+    calls = [
+        lambda: lmnfast.cut(model, block="mixer", inputs=x, batch_dim=1),
+        lambda: lmnfast.explain(model, block="mixer.layers.*", inputs=x, batch_dim=1),
+        lambda: lmnfast.explain(model, block="mixer", batch_dim=1),
+        lambda: lmnfast.Probe(model, x, blocks="mixer.layers.*", batch_dim=1),
+        lambda: measure_checkpoints(
+            lambda: Sequence("encoder"), tmp_path / "step_0.pt", x, blocks="mixer", batch_dim=1
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match="^batch_dim: expected with a layer alone, got 1 with block, whose samples"
+        ):
+            call()
+    with pytest.raises(ValueError, match="expected one row per input") as refused:
+        lmnfast.cut(model, block="mixer", inputs=x, output=lambda y: y.transpose(0, 1))
+    assert "batch_dim" not in str(refused.value)
+
+
+def test_a_skip_connection_around_a_layer_gets_advice_that_its_dimension_allows():
+    first, second = Sequence("encoder", True), Sequence("encoder")
+    x, layer = samples(), "mixer.layers.0.linear1"
+    with pytest.raises(ValueError, match="as 'mixer.layers.0' is; block='mixer.layers.0.linear1' measures"):
+        lmnfast.cut(first, layer, x)
+    with pytest.raises(ValueError, match="as 'mixer.layers.0' is; until= ends a map before") as refused:
+        lmnfast.cut(second, layer, x.transpose(0, 1), batch_dim=1)
+    assert "block=" not in str(refused.value)
