@@ -17,7 +17,7 @@ from ._route import Route, find_route, why_no_kernel
 from ._settings import DEFAULT
 from ._tiles import tile_bytes, tile_pairs, tile_points
 from ._tracing import Forward, Output
-from .cutting import chosen, cut_at, why_not_traced
+from .cutting import check_until, chosen, cut_at, why_not_traced
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ def explain(
     """
     name = chosen(layer, block)
     call = {"forward": forward, "output": output, "until": until, "block": block is not None}
+
+    check_until(model, until, block is not None)
 
     def explained(name: str) -> LayerRoute:
         return _explained(model, name, inputs, call)

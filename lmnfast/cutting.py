@@ -126,9 +126,10 @@ def cut_at(
     except Exception as error:
         if not block:
             raise
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise ValueError(
             f"block: {name!r} fails when it is called alone with the arguments that it has in the model; expected a module "
-            f"that uses nothing else which the model sets before ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            f"that uses nothing else which the model sets before ({said})"
         ) from error
     if replacing is None:
         if start.layer is not None:
@@ -158,15 +159,20 @@ def chosen(layer: Any, block: Any, names: tuple[str, str] = ("layer", "block")) 
     return block if layer is None else layer
 
 
-def check_until(until: str | None, block: bool) -> None:
-    if block and until is not None:
+def check_until(model: nn.Module, until: str | None, block: bool) -> None:
+    """Raises ValueError for an `until` that is wrong for every layer."""
+    if until is None:
+        return
+    if block:
         raise ValueError("until: expected with a layer alone, as a block ends where its module ends")
+    find_layer(model, until, "until")
 
 
 def _started(
     model: nn.Module, name: str, inputs: Any, forward: Forward, output: Output, until: str | None, block: bool
 ) -> Start:
-    check_until(until, block)
+    if isinstance(model, nn.Module):
+        check_until(model, until, block)
     if block:
         return start_of_block(model, name, inputs, forward, output)
     return start_of(model, name, inputs, forward, output, until)

@@ -22,7 +22,7 @@ from ._run_to import run_to
 from ._settings import Settings
 from ._threads import alone, on_one_core
 from ._tracing import Forward, Output
-from .cutting import chosen, cut_at
+from .cutting import check_until, chosen, cut_at
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
 
 # Limits the memory of waiting connectivity matrices if solving is slower than measuring: 64 MB at N = 1000.
@@ -126,6 +126,8 @@ class Probe:
             raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")
         settings = Settings(method, points, rule, budget)
         check_negative(negative)
+        if isinstance(model, nn.Module):
+            check_until(model, until, blocks is not None)
         self.model = model
         self.inputs = inputs
         self.every = every

@@ -1,6 +1,7 @@
 """The map from one layer to a later one, and from the inputs on."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -89,6 +90,51 @@ def test_a_map_from_one_layer_to_another_is_what_lies_between(name):
         for parameter in model.parameters():
             parameter.mul_(1.1)
     torch.testing.assert_close(tail(samples), cut(model, layer, x, until=until)[0](samples))
+
+
+def test_calls_of_the_end_before_the_layer_count_although_they_are_replayed():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.Tanh()
+            self.stem = nn.Sequential(nn.Linear(6, 6), self.act, nn.Linear(6, 6))
+            self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.act(self.stem(x))
+            hidden = self.act(self.layer(x))
+            return self.last(hidden if float(hidden.sum()) < 1e9 else 2 * hidden)
+
+    torch.manual_seed(0)
+    model, x = Model(), vectors()
+    tail, samples = cut(model, "layer", x, until="act@2")
+    check_tail(tail, samples, nn.Tanh())
+    tail, samples = cut(model, "stem.0", x, until="act@1")
+    check_tail(tail, samples, nn.Sequential(model.act, model.stem[2], model.act))
+    with pytest.raises(ValueError, match="until: 'act' was called 3 times .* from 'act@0' to 'act@2'"):
+        cut(model, "layer", x, until="act")
+    with pytest.raises(ValueError, match="until: 'act@1' runs before 'layer'"):
+        cut(model, "layer", x, until="act@1")
+
+
+def test_a_layer_whose_memory_a_later_one_takes_is_replaced_there_too():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 4), nn.SiLU(inplace=True))
+    exact = nn.Sequential(nn.Linear(6, 4), nn.SiLU())
+    exact[0].load_state_dict(model[2].state_dict())
+    for block in (False, True):
+        how = {"block": "2"} if block else {"layer": "1", "until": "3"}
+        check_tail(*cut(model, inputs=vectors(), **how), exact[:1] if block else exact)
+    check_tail(*cut(model, block="3", inputs=vectors()), nn.SiLU())
+
+
+@pytest.mark.parametrize("model", [Functional(), Untraceable()])
+@pytest.mark.parametrize("how", [{"layer": "first", "until": "third"}, {"block": "second"}, {"layer": ""}])
+def test_tails_are_copied_and_pickled(model, how):
+    tail, samples = cut(model, inputs=vectors(), **how)
+    for again in (copy.deepcopy(tail), pickle.loads(pickle.dumps(tail))):
+        with torch.no_grad():
+            torch.testing.assert_close(again(samples), tail(samples))
+        assert lmnfast.lmn(again, samples) == lmnfast.lmn(tail, samples)
 
 
 def test_nothing_behind_the_end_of_a_map_runs_and_its_output_does_not_matter():

@@ -156,7 +156,7 @@ def _names(
     patterns = chosen(layers, blocks, ("layers", "blocks"))
     argument = "layers" if blocks is None else "blocks"
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    check_until(call["until"], block=blocks is not None)
+    check_until(model, call["until"], block=blocks is not None)
     if not any(isinstance(name, str) and is_pattern(name) for name in patterns):
         names = match_layers(model, patterns)
     else:
