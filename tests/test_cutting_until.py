@@ -216,6 +216,30 @@ def test_a_layer_that_is_no_end_is_refused(names):
     assert str(error.value).startswith(UNTIL_ERRORS[names])
 
 
+def test_a_model_that_fails_before_the_end_raises_its_own_error():
+    class Failing(Functional):
+        def forward(self, x):
+            self.first(x)
+            raise OverflowError("model failed")
+
+    for layer in ("", "first"):
+        with pytest.raises(OverflowError, match="model failed"):
+            cut(Failing(), layer, vectors(), until="second")
+    with pytest.raises(TypeError, match="inputs: do not fit the arguments of the model's forward"):
+        cut(Functional(), "", (vectors(), vectors()), until="second")
+
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return torch.vmap(self.inner)(self.first(x))
+
+    with pytest.raises(ValueError, match="until: 'inner' is called under torch.vmap, one sample at a time"):
+        cut(Mapped(), "first", vectors(), until="inner")
+
+
 def test_an_end_that_is_called_twice_needs_a_number():
     model, x = Twice(), vectors()
     with pytest.raises(ValueError, match="until: 'layer' was called 2 times .* from 'layer@0' to 'layer@1'"):
