@@ -16,7 +16,7 @@ from ._route import Route, find_route, why_no_kernel
 from ._settings import DEFAULT
 from ._tiles import tile_bytes, tile_pairs, tile_points
 from ._tracing import Forward, Output
-from .cutting import check_block, chosen, cut_at, why_not_traced
+from .cutting import check_call, chosen, cut_at, why_not_traced
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def explain(
         'fused'
     """
     name = chosen(layer, block)
-    check_block(block is not None, until, batch_dim)
+    check_call(model, block is not None, until, batch_dim)
     call = {
         "forward": forward,
         "output": output,

@@ -93,7 +93,8 @@ def for_layers(
         except (ValueError, TypeError) as error:
             if name in exact:
                 raise
-            reason = str(error).partition("; expected")[0].partition(": ")[2].replace(repr(name), "it")
+            reason = str(error).partition("; expected")[0].replace(repr(name), "it")
+            reason = reason.removeprefix("layer: ").removeprefix("block: ")
             left.setdefault(reason, []).append(repr(name))
     if left:
         asked = [repr(pattern) for pattern in given if is_pattern(pattern)]

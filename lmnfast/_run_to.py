@@ -231,19 +231,23 @@ def _check_end(model: nn.Module, layer: str, until: str, run: Call, inputs: Any)
     first, number = (None, None) if means_inputs(model, layer) else find_layer(model, layer)
     last, last_number = find_layer(model, until, "until")
     returned: list[nn.Module] = []
-    paths: list[list | None] = []
+    results: list[Any] = []  # of `until`, for one pass
 
     def record(module: nn.Module, args: Any, result: Any) -> None:
         returned.append(module)
-        paths.extend([path_to_tensor(result)] if module is last else [])
+        results.extend([result] if module is last else [])
 
     hooks = [behind(part, record) for part in {first, last} if part is not None]
-    with suppress(Exception):  # the model may fail behind the call; the next pass raises the errors before it
+    try:
         run_on_copies(run, inputs, *hooks)
+    except Exception:  # the model may fail behind the call; the next pass raises the errors before it
+        if not results:
+            return []
     if first is not None and first not in returned:
         return []  # the next pass says why
     _check_calls(model, until, returned.count(last), run, inputs, "until")
-    path = paths[last_number or 0]
+    result = results[last_number or 0]
+    _check_whole_batch(f"until: {until!r}", next(tensors_in(result), None))
     before = _place(returned, first, number or 0) > _place(returned, last, last_number or 0)
     if before and first is not None and last in list(first.modules())[1:]:
         raise ValueError(
@@ -251,7 +255,7 @@ def _check_end(model: nn.Module, layer: str, until: str, run: Call, inputs: Any)
         )
     if before:
         raise ValueError(f"until: {until!r} runs before {layer!r}; expected a layer that runs behind it")
-    return path or []
+    return path_to_tensor(result) or []
 
 
 def _place(returned: list[nn.Module], part: nn.Module | None, number: int) -> int:

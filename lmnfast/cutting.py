@@ -100,7 +100,7 @@ def cut(
     name = chosen(layer, block)
     call: dict[str, Any] = {"forward": forward, "output": output, "until": until, "block": block is not None}
     call["batch_dim"] = batch_dim
-    check_block(block is not None, until, batch_dim)
+    check_call(model, block is not None, until, batch_dim)
     if stacked is None:
         return cut_at(model, name, inputs, **call)
     found = []
@@ -189,14 +189,16 @@ def chosen(layer: Any, block: Any, names: tuple[str, str] = ("layer", "block")) 
     return block if layer is None else layer
 
 
-def check_block(block: bool, until: str | None, batch_dim: int | None) -> None:
-    """Raises ValueError for arguments that a block does not take."""
+def check_call(model: nn.Module, block: bool, until: str | None, batch_dim: int | None) -> None:
+    """Raises ValueError for arguments that a block does not take, and for an `until` that is wrong for every layer."""
     if block and batch_dim:
         raise ValueError(
             f"batch_dim: expected with a layer alone, got {batch_dim} with block, whose samples lie along the first dimension"
         )
     if block and until is not None:
         raise ValueError("until: expected with a layer alone, as a block ends where its module ends")
+    if until is not None and isinstance(model, nn.Module):
+        find_layer(model, until, "until")
 
 
 def _started(
@@ -209,7 +211,7 @@ def _started(
     block: bool,
     batch_dim: int | None,
 ) -> Start:
-    check_block(block, until, batch_dim)
+    check_call(model, block, until, batch_dim)
     if block:
         return start_of_block(model, name, inputs, forward, output)
     return start_of(model, name, inputs, forward, output, until, batch_dim)
@@ -242,7 +244,7 @@ def why_not_traced(
 ) -> tuple[nn.Module | None, str]:
     """The tail by torch.fx, not compared with the model; or None, and the reason why torch.fx gives no tail."""
     check_made(model, "model")
-    check_block(block, until, batch_dim)
+    check_call(model, block, until, batch_dim)
     if inputs is not None:
         start = _started(model, name, inputs, forward, output, until, block, batch_dim)
     else:

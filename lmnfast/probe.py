@@ -22,7 +22,7 @@ from ._run_to import run_to
 from ._settings import Settings
 from ._threads import alone, on_one_core
 from ._tracing import Forward, Output
-from .cutting import check_block, chosen, cut_at
+from .cutting import check_call, chosen, cut_at
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
 
 # Limits the memory of waiting connectivity matrices if solving is slower than measuring: 64 MB at N = 1000.
@@ -118,7 +118,7 @@ class Probe:
             chosen(layers, blocks, ("layers", "blocks")),
             "layers" if blocks is None else "blocks",
         )
-        check_block(blocks is not None, until, batch_dim)
+        check_call(model, blocks is not None, until, batch_dim)
         patterns = (named,) if isinstance(named, str) else tuple(named)
         if not patterns or len(set(patterns)) != len(patterns):
             raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")

@@ -119,3 +119,31 @@ def test_what_a_pattern_matches_and_cannot_be_measured_is_left_out_with_one_warn
     with pytest.warns(UserWarning, match=r"block: '\*' also matches .* 'token' \(it takes no float"):
         explained = lmnfast.explain(model, block="*", inputs=x)
     assert [route.layer for route in explained] == ["embedded", "blocks.0", "blocks.1", "norm", "head"]
+
+
+def test_an_end_leaves_out_the_layers_behind_it():
+    model, x = Transformer(), tokens()
+    with pytest.warns(UserWarning) as warned, lmnfast.Probe(model, x, "*", until="blocks.1") as probe:
+        assert probe.layers == ("token", "embedded", "blocks.0")
+    assert str(warned[0].message) == (
+        "layers: '*' also matches what cannot be measured: 'position' (the output of it has shape (4, 12) for 12 inputs); "
+        "'blocks.1' (until: it is the layer itself); 'norm', 'head' (until: 'blocks.1' runs before it)"
+    )
+    for measure in (lmnfast.Probe, lmnfast.explain):
+        with pytest.raises(ValueError, match="^until: 'blocks.9' is not in the model"):
+            measure(
+                model, inputs=x, until="blocks.9", **{"layers" if measure is lmnfast.Probe else "layer": "*"}
+            )
+
+
+def test_explain_says_the_route_of_a_part_with_and_without_inputs():
+    model, x = ResidualMLP(), vectors()
+    for inputs in (None, x):
+        assert lmnfast.explain(model, block="blocks.0", inputs=inputs)["blocks.0"].route == "fused"
+        assert lmnfast.explain(model, "stem", inputs, until="after.0")["stem"].route == "fused"
+        assert lmnfast.explain(model, "inputs", inputs)["inputs"].route == "fused"
+    assert "10 -> 14 gelu -> 10" in str(lmnfast.explain(model, block="blocks.0"))
+    route = lmnfast.explain(Masked(), block="attention", inputs=torch.randn(8, 5, 6))["attention"]
+    assert route.route == "generic" and not route.hooked and route.samples == (8, 5, 6)
+    with pytest.raises(ValueError, match="until: 'nowhere' is not in the model"):
+        lmnfast.explain(model, "stem", until="nowhere")

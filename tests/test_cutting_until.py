@@ -1,6 +1,7 @@
 """The map from one layer to a later one, and from the inputs on."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -91,6 +92,51 @@ def test_a_map_from_one_layer_to_another_is_what_lies_between(name):
     torch.testing.assert_close(tail(samples), cut(model, layer, x, until=until)[0](samples))
 
 
+def test_calls_of_the_end_before_the_layer_count_although_they_are_replayed():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.Tanh()
+            self.stem = nn.Sequential(nn.Linear(6, 6), self.act, nn.Linear(6, 6))
+            self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.act(self.stem(x))
+            hidden = self.act(self.layer(x))
+            return self.last(hidden if float(hidden.sum()) < 1e9 else 2 * hidden)
+
+    torch.manual_seed(0)
+    model, x = Model(), vectors()
+    tail, samples = cut(model, "layer", x, until="act@2")
+    check_tail(tail, samples, nn.Tanh())
+    tail, samples = cut(model, "stem.0", x, until="act@1")
+    check_tail(tail, samples, nn.Sequential(model.act, model.stem[2], model.act))
+    with pytest.raises(ValueError, match="until: 'act' was called 3 times .* from 'act@0' to 'act@2'"):
+        cut(model, "layer", x, until="act")
+    with pytest.raises(ValueError, match="until: 'act@1' runs before 'layer'"):
+        cut(model, "layer", x, until="act@1")
+
+
+def test_a_layer_whose_memory_a_later_one_takes_is_replaced_there_too():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 4), nn.SiLU(inplace=True))
+    exact = nn.Sequential(nn.Linear(6, 4), nn.SiLU())
+    exact[0].load_state_dict(model[2].state_dict())
+    for block in (False, True):
+        how = {"block": "2"} if block else {"layer": "1", "until": "3"}
+        check_tail(*cut(model, inputs=vectors(), **how), exact[:1] if block else exact)
+    check_tail(*cut(model, block="3", inputs=vectors()), nn.SiLU())
+
+
+@pytest.mark.parametrize("model", [Functional(), Untraceable()])
+@pytest.mark.parametrize("how", [{"layer": "first", "until": "third"}, {"block": "second"}, {"layer": ""}])
+def test_tails_are_copied_and_pickled(model, how):
+    tail, samples = cut(model, inputs=vectors(), **how)
+    for again in (copy.deepcopy(tail), pickle.loads(pickle.dumps(tail))):
+        with torch.no_grad():
+            torch.testing.assert_close(again(samples), tail(samples))
+        assert lmnfast.lmn(again, samples) == lmnfast.lmn(tail, samples)
+
+
 def test_nothing_behind_the_end_of_a_map_runs_and_its_output_does_not_matter():
     model, x = Watched(Untraceable()), vectors()
     with pytest.raises(TypeError, match="model: its output is dict"):
@@ -168,6 +214,30 @@ def test_a_layer_that_is_no_end_is_refused(names):
     with pytest.raises(ValueError) as error:
         cut(Model(), names[0], vectors(), until=names[1])
     assert str(error.value).startswith(UNTIL_ERRORS[names])
+
+
+def test_a_model_that_fails_before_the_end_raises_its_own_error():
+    class Failing(Functional):
+        def forward(self, x):
+            self.first(x)
+            raise OverflowError("model failed")
+
+    for layer in ("", "first"):
+        with pytest.raises(OverflowError, match="model failed"):
+            cut(Failing(), layer, vectors(), until="second")
+    with pytest.raises(TypeError, match="inputs: do not fit the arguments of the model's forward"):
+        cut(Functional(), "", (vectors(), vectors()), until="second")
+
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return torch.vmap(self.inner)(self.first(x))
+
+    with pytest.raises(ValueError, match="until: 'inner' is called under torch.vmap, one sample at a time"):
+        cut(Mapped(), "first", vectors(), until="inner")
 
 
 def test_an_end_that_is_called_twice_needs_a_number():

@@ -20,7 +20,7 @@ from .._nested import mapped, tensors_in
 from .._settings import METHODS, Settings
 from .._threads import cores
 from .._tracing import Forward, Output
-from ..cutting import check_block, chosen, cut_at
+from ..cutting import check_call, chosen, cut_at
 from ..quadrature import path_nodes
 from ..runs.device import settled_device
 from ..runs.files import claimed
@@ -160,7 +160,7 @@ def _names(
     patterns = chosen(layers, blocks, ("layers", "blocks"))
     argument = "layers" if blocks is None else "blocks"
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    check_block(blocks is not None, call["until"], call["batch_dim"])
+    check_call(model, blocks is not None, call["until"], call["batch_dim"])
     if not any(isinstance(name, str) and is_pattern(name) for name in patterns):
         names = match_layers(model, patterns)
     else:
