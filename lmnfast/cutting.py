@@ -73,10 +73,10 @@ def cut(
 
     Raises:
         ValueError: the layer does not exist, is not called exactly once, or does not give one row per input; the output also
-            depends on the inputs on a way around the layer; the model's output does not have one row per input; the model is on
-            several devices or on meta, or has lazy parameters without values; `until` is not behind the layer; the output of
-            the block depends on another of its arguments that differs between samples; not exactly one of layer and block is
-            given, or until with block.
+            depends on the inputs on a way around the layer; the model's output does not have one row per input, or no samples
+            along batch_dim; the model is on several devices or on meta, or has lazy parameters without values; `until` is not
+            behind the layer; the output of the block depends on another of its arguments that differs between samples; not
+            exactly one of layer and block is given, or until or batch_dim with block.
         TypeError: the model is no module; inputs, the layer's output or the model's output are no (floating-point) tensors;
             inputs do not fit the model's forward; or the block has no floating-point argument with N rows.
 

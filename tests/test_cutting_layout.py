@@ -378,3 +378,25 @@ def test_a_skip_connection_around_a_layer_gets_advice_that_its_dimension_allows(
     with pytest.raises(ValueError, match="as 'mixer.layers.0' is; until= ends a map before") as refused:
         lmnfast.cut(second, layer, x.transpose(0, 1), batch_dim=1)
     assert "block=" not in str(refused.value)
+
+
+@pytest.mark.parametrize("until", [None, "layers.1"])
+@pytest.mark.parametrize("layer", ["layers.0", "inputs"])
+def test_a_mask_of_samples_first_beside_samples_second(layer, until):
+    model = encoder(False).eval()
+    inputs = {"x": samples().transpose(0, 1), "mask": torch.zeros(7, 5, dtype=torch.bool)}
+
+    def forward(model, inputs):
+        return model(inputs["x"], src_key_padding_mask=inputs["mask"])
+
+    inputs["mask"][:, 4] = True
+    tail, h = lmnfast.cut(model, layer, inputs, forward=forward, until=until, batch_dim=1)
+    with torch.no_grad():
+        expected = forward(model, inputs).transpose(0, 1)
+        assert torch.allclose(tail(h[:3]), expected[:3], atol=1e-6)
+    inputs["mask"][3:, 3] = True
+    what = "the model's output" if until is None else "the output of 'layers.1'"
+    with pytest.raises(
+        ValueError, match=f"^layer: {what} depends .* the input 'mask', not the same for all samples"
+    ):
+        lmnfast.cut(model, layer, inputs, forward=forward, until=until, batch_dim=1)
