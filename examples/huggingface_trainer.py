@@ -49,7 +49,7 @@ trainer = Trainer(
 )
 callback = LMNCallback(
     {"input_ids": tokens[:24]},
-    "transformer.h.?",
+    "transformer.h.*",
     every=arguments.every,
     output=lambda outputs: outputs.logits[
         :, -1

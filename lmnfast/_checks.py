@@ -293,7 +293,7 @@ class Checks:
                 f"f: gives other outputs for sample {rows[first]} when called on {called}; it is random (dropout left on, "
                 "sampling, noise), keeps a state between calls (a hidden state, a cache, observers of quantisation), or rows "
                 "of a batch depend on each other (batch norm or quantisation by the batch's statistics, a sequence along the "
-                "first axis where batch_first=True is forgotten)"
+                "first axis where batch_first=True is forgotten; lmnfast.cut takes batch_dim=1)"
             ),
         )
 

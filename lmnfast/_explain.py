@@ -10,13 +10,13 @@ from torch import nn
 
 from ._chain import Chain
 from ._hook_tail import HookTail
-from ._layers import match_layers
+from ._layers import for_layers
 from ._prepare import Prepared, prepared
 from ._route import Route, find_route, why_no_kernel
 from ._settings import DEFAULT
 from ._tiles import tile_bytes, tile_pairs, tile_points
 from ._tracing import Forward, Output
-from .cutting import cut, why_not_traced
+from .cutting import check_call, chosen, cut_at, why_not_traced
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,23 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, layer: str, inputs: Any = None, *, forward: Forward = None, output: Output = None
+    model: nn.Module,
+    layer: str | None = None,
+    inputs: Any = None,
+    *,
+    until: str | None = None,
+    block: str | None = None,
+    forward: Forward = None,
+    output: Output = None,
+    batch_dim: int | None = None,
 ) -> Explanation:
     """Prints which route a measurement from a layer on takes, and why.
 
     Args:
-        model, layer, inputs, forward, output: as in :func:`lmnfast.cut`. The layer may be a pattern, as in `match_layers`.
-            Without inputs the model is not run. Facts that only samples show (a branch on their shape, a layer called twice)
-            then stay unknown, and the model is assumed to have one argument.
+        model, layer, inputs, until, block, forward, output, batch_dim: as in :func:`lmnfast.cut`. The layer or block may be a
+            pattern, as in `match_layers`. What a pattern matches and cannot be measured is left out, with a warning. Without
+            inputs the model is not run. Facts that only samples show (a branch on their shape, a layer called twice) then stay
+            unknown, and the model or block is assumed to have one argument.
 
     Returns:
         The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "hoisted" or "generic".
@@ -111,20 +120,32 @@ def explain(
         >>> routes["0"].route
         'fused'
     """
-    explained = Explanation(
-        tuple(_explained(model, name, inputs, forward, output) for name in match_layers(model, layer))
-    )
-    print(explained)
-    return explained
+    name = chosen(layer, block)
+    check_call(model, block is not None, until, batch_dim)
+    call = {
+        "forward": forward,
+        "output": output,
+        "until": until,
+        "block": block is not None,
+        "batch_dim": batch_dim,
+    }
+
+    def explained(name: str) -> LayerRoute:
+        return _explained(model, name, inputs, call)
+
+    routes = for_layers(model, name, explained, "layer" if block is None else "block")
+    explanation = Explanation(tuple(routes.values()))
+    print(explanation)
+    return explanation
 
 
-def _explained(model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output) -> LayerRoute:
-    traced, reason = why_not_traced(model, layer, inputs, forward, output)
+def _explained(model: nn.Module, layer: str, inputs: Any, call: dict[str, Any]) -> LayerRoute:
+    traced, reason = why_not_traced(model, layer, inputs, **call)
     if inputs is None:
         if traced is None:
             return LayerRoute(layer, "generic", reason, hooked=True)
         return _of_route(layer, find_route(traced, None, DEFAULT.method))
-    tail, samples = cut(model, layer, inputs, forward=forward, output=output)
+    tail, samples = cut_at(model, layer, inputs, **call)
     about: dict[str, Any] = {
         "samples": tuple(samples.shape),
         "dtype": str(samples.dtype),
@@ -138,7 +159,7 @@ def _explained(model: nn.Module, layer: str, inputs: Any, forward: Forward, outp
     if isinstance(tail, HookTail):
         reason = reason or "what torch.fx traced has other outputs on the samples"
         reason += f", and as {tail.why}; {tail.cost()}"
-        return LayerRoute(layer, "generic", reason, hooked=True, **about)
+        return LayerRoute(layer, "generic", reason, hooked=tail.layer[0] is not None, **about)
     return _of_route(layer, route, **about)
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from ._inputs import named_inputs
-from ._layers import called_model, find_layer
-from ._nested import at_path, mapped, replaced, tensors_in
+from ._layout import Layout
+from ._nested import at_path, everywhere, mapped, replaced, substituted, tensors_in
 from ._recorded import Recording, repeated
-from ._run_to import run_on_copies, run_to_path
+from ._run_to import Start, behind, run_on_copies, start_of
 from ._samples import same_output
 from ._tape import ROWS, Tape, Unseen
 from ._taped import taped_tail
 from ._tracing import Call, Forward, Output
-from ._undisturbed import evaluating, measurement_of
+from ._undisturbed import evaluating, measurement_of, without_fast_path
 
 
 def reproduces_output(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
@@ -42,20 +42,19 @@ class HookTail(nn.Module):
     During a measurement the modules before the layer do not run: they return what they returned for the first sample, see
     `_recorded`. Otherwise they run for each row.
 
-    call, layer, number, path: as in `hook_tail`. inputs: of the model.
-    has_rows: for each tensor of the inputs, whether it has a row per sample. The tail then repeats the first row. Other
-        tensors are the same for every sample.
+    call, layer, number, path: as in `hook_tail`. Without a layer an entry of the inputs is replaced. inputs: of the model.
+    layout: where the samples lie. The tail repeats the first row of the inputs that have one per sample.
     in_place: write into the layer's output, so that tensors which share memory with it change too.
     """
 
     def __init__(
         self,
         call: Call,
-        layer: nn.Module,
+        layer: nn.Module | None,
         number: int,
         path: list,
         inputs: Any,
-        has_rows: Sequence[bool],
+        layout: Layout,
         in_place: bool = False,
     ) -> None:
         super().__init__()
@@ -64,14 +63,15 @@ class HookTail(nn.Module):
         self.layer = (layer,)
         self.number = number
         self.path = path
-        self.has_rows = has_rows
+        self.layout = layout
         self.in_place = in_place
-        self.replays: Replays = None if in_place else "views"
+        self.replays: Replays = None if in_place or layer is None else "views"
         self.recording = Recording()
         self.why = ""
         """Why the tail is no graph, in words that can follow "as"."""
-        rows = iter(has_rows)
-        self.first = mapped(inputs, lambda i: (i[:1] if next(rows) else i).detach().clone())
+        self.places = [] if layer is not None else everywhere(inputs, path)
+        rows = iter(layout.inputs)
+        self.first = mapped(inputs, lambda i: _first_row(i, next(rows)).detach().clone())
 
     def cost(self) -> str:
         """Says in words what runs for each path point."""
@@ -82,22 +82,30 @@ class HookTail(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) in place of the layer's output -> the model's output."""
         measured = None if torch.compiler.is_compiling() else measurement_of(self)
-        if measured is None or self.replays is None:
-            return self._run(x, self.number, self._inputs(len(x), copies=True))
-        self.recording.begin(measured, self._pass, self.model, self.layer[0], self.number)
+        layer = self.layer[0]
+        if measured is None or self.replays is None or layer is None:
+            with without_fast_path():
+                return self._run(x, self.number, self._inputs(len(x), copies=True))
+        self.recording.begin(measured, self._pass, self.model, layer, self.number)
         copies = self.replays == "copies"
         with self.recording.replayed(len(x), copies):
             return self._run(x, self.recording.calls_of_layer - 1, self._inputs(len(x), copies))
 
     def _run(self, x: Tensor, number: int, inputs: Any) -> Tensor:
         """Calls the model. number: which call of the layer gets x as its result."""
-        calls = 0
+        layer, call, calls = self.layer[0], self.call[0], 0
+        if self.layout.layer:
+            x = x.movedim(0, self.layout.layer).contiguous()
+        if layer is None:
+            return call(substituted(inputs, self.places, x.clone()))
 
         def replace(module: nn.Module, args: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls != number + 1:
                 return None
+            if call.end is not None:
+                call.end.calls = call.end.before  # modules that are replayed do not call their parts
             if not self.in_place:
                 return replaced(output, self.path, x.clone())
             own = at_path(output, self.path)
@@ -110,19 +118,23 @@ class HookTail(nn.Module):
             return None
 
         # A scripted module's own method only raises.
-        handle = nn.Module.register_forward_hook(self.layer[0], replace)
+        handle = nn.Module.register_forward_hook(layer, replace)
         try:
-            return self.call[0](inputs)
+            return call(inputs)
         finally:
             handle.remove()
 
     def _inputs(self, rows: int, copies: bool) -> Any:
-        has_rows = iter(self.has_rows)
-        return mapped(self.first, lambda i: repeated(i, 0 if next(has_rows) else None, rows, copies))
+        dimensions = iter(self.layout.inputs)
+        return mapped(self.first, lambda i: repeated(i, next(dimensions), rows, copies))
 
     def _pass(self, rows: int) -> None:
         """Runs the model on copies of the first sample."""
         self.call[0](self._inputs(rows, copies=True))
+
+
+def _first_row(tensor: Tensor, dimension: int | None) -> Tensor:
+    return tensor if dimension is None else tensor.narrow(dimension, 0, 1)
 
 
 def taped(tail: HookTail, samples: Tensor) -> fx.GraphModule:
@@ -149,23 +161,19 @@ def taped(tail: HookTail, samples: Tensor) -> fx.GraphModule:
         return taped_tail(tapes, outputs, constants, inputs)
 
 
-def hook_tail(
-    call: Call, layer: nn.Module, number: int | None, path: list, inputs: Any, samples: Tensor, output: Tensor
-) -> tuple[HookTail | None, list[int]]:
+def hook_tail(start: Start) -> tuple[HookTail | None, list[int]]:
     """The tail by a forward hook; or None, and the numbers of the inputs that reach the output on a way around the layer.
 
-    call, layer: the model's call and the layer. number: which call of the layer. path: keys to the tensor in the layer's
-    output. samples, output: the layer's output and the model's for the inputs.
-
-    If the tail on the repeated first row does not give the model's output, there are two possible reasons. The layer's output
-    may share memory with an earlier result. Or an input that is the same for all samples (a mask of tokens by tokens) has by
-    chance as many rows as there are samples.
+    If the tail on the repeated first row does not give the model's output, there are three possible reasons. The layer's output
+    may share memory with an earlier result. An input that is the same for all samples (a mask of tokens by tokens) may by
+    chance have as many rows as there are samples. Or an input has its samples along another dimension (a recurrent state).
     """
-    tensors = list(tensors_in(inputs))
-    per_sample = [bool(i.ndim and len(i) == len(samples)) for i in tensors]
+    call, layer, number, path, inputs = start.call, start.layer, start.number or 0, start.path, start.inputs
+    layout, samples, output = start.layout, start.samples, start.output
+    own = [n for n, dimension in enumerate(layout.inputs) if dimension is not None]
 
-    def tail(has_rows: Sequence[bool], in_place: bool = False) -> HookTail:
-        return HookTail(call, layer, number or 0, path, inputs, has_rows, in_place)
+    def tail(layout: Layout, in_place: bool = False) -> HookTail:
+        return HookTail(call, layer, number, path, inputs, layout, in_place)
 
     def fits(candidate: HookTail) -> bool:
         try:
@@ -173,22 +181,24 @@ def hook_tail(
         except Exception:  # the model may fail on inputs that it normally never receives
             return False
 
-    plain, failure = tail(per_sample), None
+    stated = tail(layout.with_states(inputs))
+    if stated.layout != layout and fits(stated) and takes_any_rows(stated, samples, output):
+        return stated, []
+    plain, failure = tail(layout), None
     try:
         if _settle(plain, samples, output):
             return plain, []
     except Exception as error:
-        if sum(per_sample) < 2:
+        if len(own) < 2:
             raise
         failure = error
-    if failure is None and _is_fresh(call, layer, number or 0, path, inputs):
-        aliasing = tail(per_sample, True)
+    if failure is None and layer is not None and _is_fresh(call, layer, number, path, inputs):
+        aliasing = tail(layout, True)
         if fits(aliasing):
             return aliasing, []
-    ways = [
-        i for i, own in enumerate(per_sample) if own and not fits(tail([j == i for j in range(len(tensors))]))
-    ]
-    shared = tail([own and i not in ways for i, own in enumerate(per_sample)])
+    others = [n for n in own if not (plain.places and plain.places[n])]
+    ways = [n for n in others if not fits(tail(layout.with_rows([n])))]
+    shared = tail(layout.with_rows([n for n in own if n not in ways]))
     if ways and takes_any_rows(shared, samples, output):
         return shared, []
     if failure is not None and not ways:
@@ -212,13 +222,10 @@ def _settle(tail: HookTail, samples: Tensor, output: Tensor) -> bool:
 def _is_fresh(call: Call, layer: nn.Module, number: int, path: list, inputs: Any) -> bool:
     """Whether every forward pass puts the layer's output in new memory, so that writing there has no lasting effect."""
     results: list[Any] = []
-    handle = nn.Module.register_forward_hook(layer, lambda module, args, result: results.append(result))
-    try:
-        run_on_copies(call, inputs)
-        calls = len(results)
-        run_on_copies(call, inputs)
-    finally:
-        handle.remove()
+    hook = behind(layer, lambda module, args, result: results.append(result))
+    run_on_copies(call, inputs, hook)
+    calls = len(results)
+    run_on_copies(call, inputs, hook)
     storages = [at_path(results[n + number], path).untyped_storage() for n in (0, calls)]
     return storages[0].data_ptr() != storages[1].data_ptr()
 
@@ -238,44 +245,104 @@ def takes_any_rows(tail: nn.Module, samples: Tensor, output: Tensor) -> bool:
 
 
 def other_ways(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output, ways: list[int]
+    model: nn.Module,
+    layer: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    ways: list[int],
+    layout: Layout,
+    until: str | None = None,
 ) -> str:
     """The error message for an output that depends on the inputs on ways around the layer, with advice."""
-    named = named_inputs(model, inputs, forward)
-    rows = len(next(tensors_in(inputs)))
-    varying = [i for i, (_, t) in enumerate(named) if t.ndim and len(t) == rows and bool((t != t[:1]).any())]
-    said = f"layer: the model's output depends on the inputs also by another way than through {layer!r}"
-    expected = "expected a layer that all of it passes through"
-    if len(varying) > 1:
-        names = " and ".join(named[i][0] for i in ways or varying)
-        return (
-            f"{said}: by {names}, not the same for all samples; {expected}, or one value of it for all samples (of a padding "
-            "mask: samples of equal length, or one mask, repeated)"
+    of = "the model's output" if until is None else f"the output of {until!r}"
+    said = f"layer: {of} depends on the inputs also by another way than through {layer!r}"
+    varying = _varying(named_inputs(model, inputs, forward), layout)
+    around = partial(
+        _measurable_around, model, layer, forward=forward, output=output, until=until, layout=layout
+    )
+    alone = f"block={layer!r} measures that part alone"
+    if len(varying) < 2:
+        said += " (a skip connection around it, say); expected a layer that all of it passes through"
+        said += _as_example(around(inputs=inputs))
+        hints = [alone] * layout.is_plain
+        hints += ["until= ends a map before the skip connection joins it"] * (until is None)
+        return "; ".join([said, ", and ".join(hints)] if hints else [said])
+    meant = {name: rows for i, (name, rows) in varying.items() if i in ways} or dict(varying.values())
+    shared = {name: rows for name, rows in meant.items() if len(_largest_group([rows])) > 1}
+    said += f": through {' and '.join(meant)}, not the same for all samples; expected "
+    group = _largest_group(list(shared.values() or meant.values()))
+    if len(shared) < len(meant):
+        part = around(inputs=layout.selected(inputs, group) if shared else inputs)
+        said += f"a layer that all of it passes through{_as_example(part)}{f' ({alone})' * layout.is_plain}"
+        said += ", and " if shared else ", or inputs that more samples share (here no two do)"
+    if shared:
+        said += (
+            f"one value of {' and '.join(shared)} for all samples: measure those that share it, as sequences of one length do "
+            f"(the largest such group has {len(group)} of {layout.rows_of(inputs)} samples, sample {group[0]} and those equal "
+            "to it), or give one value to all"
         )
-    said += f" (a skip connection around it, say); {expected}"
-    around = _measurable_around(model, layer, inputs, forward, output)
-    if around is None:
-        return said
-    said += f", as {around!r} is"
-    above, _, last = around.rpartition(".")
-    if not above or not last.isdecimal():
-        return said
-    blocks = len(list(find_layer(model, above)[0].children()))
-    patterns = " and ".join(repr(f"{above}.{'?' * n}") for n in range(1, len(str(blocks - 1)) + 1))
-    return f"{said} (all such blocks, without their parts: {patterns})"
+    return said
+
+
+def _as_example(part: str | None) -> str:
+    return "" if part is None else f", as {part!r} is"
+
+
+def _varying(named: list[tuple[str, Tensor]], layout: Layout) -> dict[int, tuple[str, Tensor]]:
+    """The inputs that differ between samples, by number: the name and (N, values)."""
+    found = {}
+    for number, ((name, tensor), dimension) in enumerate(zip(named, layout.inputs, strict=True)):
+        if dimension is not None:
+            rows = tensor.detach().movedim(dimension, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
+            if bool((rows != rows[:1]).any()):
+                # torch.unique takes no half precision and no complex numbers.
+                rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+                found[number] = name, rows.double() if rows.is_floating_point() else rows
+    return found
+
+
+def _largest_group(values: list[Tensor]) -> Tensor:
+    """The most samples that have the same values, by their numbers. values: each (N, values)."""
+    kinds = torch.stack([torch.unique(rows, dim=0, return_inverse=True)[1] for rows in values], 1)
+    _, group, sizes = torch.unique(kinds, dim=0, return_inverse=True, return_counts=True)
+    return (group == sizes.argmax()).nonzero().flatten()
+
+
+def other_arguments(start: Start, named: list[tuple[str, Tensor]], ways: list[int], what: str) -> str:
+    """The error message for an output that depends on more than the samples among the inputs or arguments.
+
+    named: the tensors in them. ways: the numbers of those that matter. what: how the message begins.
+    """
+    samples = at_path(start.inputs, start.path)
+    varying = [n for n in _varying(named, start.layout) if named[n][1] is not samples]
+    names = " and ".join(dict.fromkeys(named[n][0] for n in ways or varying))
+    if not names:
+        return (
+            f"{what} is not the same in a second call with the same values; expected a function of them alone (it may be "
+            "random, or use what the model sets before, as autocast or an attribute)"
+        )
+    return (
+        f"{what} depends also on {names}, not the same for all samples; expected one value of it for all samples (of a padding "
+        "mask: samples of equal length, or one mask, repeated)"
+    )
 
 
 def _measurable_around(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
+    model: nn.Module,
+    layer: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    until: str | None,
+    layout: Layout,
 ) -> str | None:
     """The innermost part of the model that contains the layer and can be cut at; None if no part can."""
+    batch_dim = layout.inputs[0] or None
     name = layer.partition("@")[0]
     while name := name.rpartition(".")[0]:
         try:
-            samples, result, path = run_to_path(model, name, inputs, forward, output)
-            part, number = find_layer(model, name)
-            call = Call(called_model(model, forward), inputs, forward, output)
-            if hook_tail(call, part, number, path, inputs, samples, result)[0] is not None:
+            if hook_tail(start_of(model, name, inputs, forward, output, until, batch_dim))[0] is not None:
                 return name
         except Exception:  # for example, the part is never called itself
             continue

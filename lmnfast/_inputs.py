@@ -14,27 +14,35 @@ from ._nested import entries_of, tensors_in
 from ._samples import check_made
 from ._tracing import Forward
 
+# Parts of the names of inputs that have one entry for each position of a sequence.
+PER_TOKEN = ("mask", "padd", "position", "token_type")
 
-def check_rows(what: str, value: Tensor, rows: int, inputs: Any, forward: Forward, model: nn.Module) -> None:
-    """Raises ValueError, with advice, if the first dimension of a tensor is not one row per sample."""
+
+def check_rows(what: str, value: Tensor, rows: int, named: list[tuple[str, Tensor]], why: str) -> None:
+    """Raises ValueError, with advice, if the first dimension of a tensor is not one row per sample.
+
+    named: the inputs, see `named_inputs`. why: what speaks against samples along other dimensions.
+    """
     if value.shape[:1] == (rows,):
         return
     shape, of_model = tuple(value.shape), what.startswith("model")
     hint = ""
     if rows in shape:
-        hint = ", along the first dimension: set batch_first=True in its recurrent or attention layers"
-        hint += f", or output=lambda y: y.transpose(0, {shape.index(rows)})" if of_model else ""
+        hint = ", along the first dimension"
+        hint += "" if what.startswith("block") else ", or along the one that batch_dim= names"
+        hint += f", or that output=lambda y: y.transpose(0, {shape.index(rows)}) moves" if of_model else ""
     elif of_model and shape and shape[0] % rows == 0:
         hint = f", as by output=lambda y: y.unflatten(0, (-1, {shape[0] // rows}))"
     else:
-        (first, _), *others = named_inputs(model, inputs, forward)
+        (first, _), *others = named
         if shape and any(other.shape[:1] == shape[:1] for _, other in others):
             hint = f"; {first} comes first and has {rows}: name first one that has a row per sample"
-    raise ValueError(f"{what} has shape {shape} for {rows} inputs; expected one row per input{hint}")
+    tried = f" ({why})" if rows in shape else ""
+    raise ValueError(f"{what} has shape {shape} for {rows} inputs; expected one row per input{hint}{tried}")
 
 
-def rows_of(inputs: Any, forward: Forward) -> int:
-    """The number of samples in the inputs."""
+def check_inputs(inputs: Any, forward: Forward) -> None:
+    """Raises TypeError or ValueError if the inputs have no samples."""
     tensors = list(tensors_in(inputs))
     plain = isinstance(inputs, (Tensor, Mapping)) or (
         isinstance(inputs, (tuple, list)) and not any(entries_of(i) for i in inputs)
@@ -49,7 +57,6 @@ def rows_of(inputs: Any, forward: Forward) -> int:
         raise TypeError(f"inputs: expected a tensor, or a tuple or a dict of tensors, got {got}{gather}")
     if tensors[0].ndim == 0 or len(tensors[0]) == 0:
         raise ValueError(f"inputs: expected at least one sample, got shape {tuple(tensors[0].shape)}")
-    return len(tensors[0])
 
 
 def check_devices(model: nn.Module) -> None:
@@ -70,6 +77,7 @@ def check_devices(model: nn.Module) -> None:
 
 def check_fit(model: nn.Module, inputs: Any, forward: Forward, error: Exception) -> None:
     """Raises a short error if the model failed because model and inputs do not fit together. torch's own message is long."""
+    _check_masks(named_inputs(model, inputs, forward), error)
     if forward is not None:
         return
     device = next((parameter.device for parameter in model.parameters()), None)
@@ -91,6 +99,25 @@ def check_fit(model: nn.Module, inputs: Any, forward: Forward, error: Exception)
             f"inputs: do not fit the arguments of the model's forward ({misfit}); expected those alone, without labels; "
             "forward= runs a model that is called otherwise"
         ) from error
+
+
+def _check_masks(named: list[tuple[str, Tensor]], error: Exception) -> None:
+    """Raises ValueError if the model failed and a mask or the like has other lengths than the first input."""
+    (first, samples), *others = named
+    of_model = isinstance(error, (RuntimeError, ValueError, AssertionError, IndexError))
+    if not of_model or str(error).startswith("output: ") or samples.ndim < 2:
+        return
+    lengths = tuple(samples.shape[:2])
+    said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    for name, tensor in others:
+        shape = tuple(tensor.shape)
+        per_token = tensor.dtype == torch.bool or any(word in name.lower() for word in PER_TOKEN)
+        square = len(shape) == 2 and shape[0] == shape[1] and shape[0] in lengths
+        if per_token and len(shape) == 2 and not square and sorted(shape) != sorted(lengths):
+            raise ValueError(
+                f"inputs: {name} has shape {shape}, but {first} has {tuple(samples.shape)}; expected {lengths}, an entry "
+                f"for each position; the model fails on them ({said})"
+            ) from error
 
 
 def named_inputs(model: nn.Module, inputs: Any, forward: Forward) -> list[tuple[str, Tensor]]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
+from ._nested import first_names
 from ._tracing import Forward, wrapped_as
 from ._undisturbed import hooked
 
+Result = TypeVar("Result")
+
 MOST_NAMES = 20  # layers listed in an error message
+INPUTS = ("", "inputs")  # in place of a layer's name: the model's inputs
 
 
 def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -19,8 +25,10 @@ def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
 
     Args:
         model: any module.
-        patterns: names as in `cut`, or shell patterns (fnmatch) of whole names. * also matches dots: "blocks.?" is each of ten
-            blocks, "blocks.*" also matches the parts of each block.
+        patterns: names as in `cut`, or shell patterns (fnmatch) of whole names. * also matches dots. If a pattern matches a
+            module and modules inside it, only the outermost counts: "blocks.*" is each block, without the parts of blocks, and
+            "blocks.*.mlp" is the mlp of each block. A container without a forward (ModuleList) counts for no pattern, as it is
+            never called.
 
     Returns:
         Each name once.
@@ -41,20 +49,83 @@ def match_layers(model: nn.Module, patterns: str | Sequence[str]) -> tuple[str, 
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"layer: expected a name, got {type(pattern).__name__}")
-        if not any(c in pattern for c in "*?["):
-            find_layer(model, pattern)
+        if not is_pattern(pattern):
+            if means_inputs(model, pattern):
+                pattern = INPUTS[1] if INPUTS[1] not in full else pattern
+            else:
+                find_layer(model, pattern)
             found[pattern] = None
             continue
-        for names in (short, full):
-            matching = [
-                n for n in names if fnmatch.fnmatchcase(n, pattern) and "parametrizations" not in n.split(".")
-            ]
-            if matching:
-                break
-        else:
+        matching = _outermost(short, pattern) or _outermost(full, pattern)
+        if not matching:
             raise ValueError(f"layer: nothing matches {pattern!r}; {names_near(pattern, list(short))}")
         found.update(dict.fromkeys(matching))
     return tuple(found)
+
+
+def for_layers(
+    model: nn.Module,
+    patterns: str | Sequence[str],
+    function: Callable[[str], Result],
+    argument: str = "layers",
+) -> dict[str, Result]:
+    """A function's results for all layers that match, by name.
+
+    A layer that only a pattern names is left out if the function raises ValueError or TypeError; one warning names all that are
+    left out, and says why.
+
+    Args:
+        model, patterns: as in `match_layers`.
+        function: takes a layer's name.
+        argument: begins the messages.
+
+    Raises:
+        ValueError: all are left out.
+        Exception: the function's errors for layers that are named without a pattern, and `match_layers`'s.
+    """
+    given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    exact = match_layers(model, [name for name in given if isinstance(name, str) and not is_pattern(name)])
+    found: dict[str, Result] = {}
+    left: dict[str, list[str]] = {}  # names by reason
+    for name in match_layers(model, given):
+        try:
+            found[name] = function(name)
+        except (ValueError, TypeError) as error:
+            if name in exact:
+                raise
+            reason = str(error).partition("; expected")[0].replace(repr(name), "it")
+            reason = reason.removeprefix("layer: ").removeprefix("block: ")
+            left.setdefault(reason, []).append(repr(name))
+    if left:
+        asked = [repr(pattern) for pattern in given if is_pattern(pattern)]
+        why = "; ".join(f"{first_names(names)} ({reason})" for reason, names in left.items())
+        if any("by another way" in reason for reason in left):
+            one = argument.removesuffix("s")  # `cut` and `explain` have block=, others blocks=
+            blocks = argument.replace(one, "block")
+            why += f"; {blocks}= measures parts alone, until= ends the maps earlier"
+        if not found:
+            raise ValueError(f"{argument}: nothing that matches {' or '.join(asked)} can be measured: {why}")
+        verb = "match" if len(asked) > 1 else "matches"
+        warnings.warn(
+            f"{argument}: {' and '.join(asked)} also {verb} what cannot be measured: {why}", stacklevel=3
+        )
+    return found
+
+
+def is_pattern(name: str) -> bool:
+    return any(c in name for c in "*?[")
+
+
+def _outermost(layers: Mapping[str, nn.Module], pattern: str) -> list[str]:
+    """The names that match and lie in no module that matches. A module's name comes before those of its parts."""
+    found: dict[str, None] = {}
+    for name, part in layers.items():
+        above = name.split(".")[:-1]
+        inside = any(".".join(above[:n]) in found for n in range(1, len(above) + 1))
+        is_called = type(part).forward is not nn.Module.forward and "parametrizations" not in name.split(".")
+        if is_called and not inside and fnmatch.fnmatchcase(name, pattern):
+            found[name] = None
+    return list(found)
 
 
 def names_near(wanted: str, names: list[str]) -> str:
@@ -96,10 +167,10 @@ def layers_of(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Modu
     return short, full
 
 
-def find_layer(model: nn.Module, layer: str) -> tuple[nn.Module, int | None]:
+def find_layer(model: nn.Module, layer: str, argument: str = "layer") -> tuple[nn.Module, int | None]:
     """The module of that name, and the number of the call that is meant; None for the only call."""
     if not isinstance(layer, str):
-        raise TypeError(f"layer: expected a name, got {type(layer).__name__}")
+        raise TypeError(f"{argument}: expected a name, got {type(layer).__name__}")
     short, full = layers_of(model)
     layers = {**short, **full}
     if layer in layers:
@@ -107,4 +178,9 @@ def find_layer(model: nn.Module, layer: str) -> tuple[nn.Module, int | None]:
     name, _, call = layer.rpartition("@")
     if name in layers and call.isdecimal():
         return layers[name], int(call)
-    raise ValueError(f"layer: {layer!r} is not in the model; {names_near(layer, list(short))}")
+    raise ValueError(f"{argument}: {layer!r} is not in the model; {names_near(layer, list(short))}")
+
+
+def means_inputs(model: nn.Module, layer: str) -> bool:
+    """Whether a layer's name means the model's inputs."""
+    return layer in INPUTS and layer not in layers_of(model)[1]

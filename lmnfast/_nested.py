@@ -42,28 +42,34 @@ def _with(value: Any, changes: dict[Any, Any]) -> Any:
     return result
 
 
-def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same containers with `function` applied to every tensor."""
+def mapped(
+    value: Any, function: Callable[[Tensor], Any], others: Callable[[Any], Any] = lambda other: other
+) -> Any:
+    """The same containers with `function` applied to every tensor, and `others` to everything else in them."""
     if isinstance(value, Tensor):
         return function(value)
     entries = entries_of(value)
-    return _with(value, {key: mapped(entry, function) for key, entry in entries}) if entries else value
+    if not entries:
+        return others(value)
+    return _with(value, {key: mapped(entry, function, others) for key, entry in entries})
 
 
-def path_to_tensor(value: Any) -> list | None:
-    """Keys that lead to the first floating-point tensor; [] if the value itself is one, None if there is none."""
+def path_to_tensor(value: Any, wanted: Callable[[Tensor], bool] = Tensor.is_floating_point) -> list | None:
+    """Keys that lead to the first wanted tensor; [] if the value itself is one, None if there is none."""
     if isinstance(value, Tensor):
-        return [] if value.is_floating_point() else None
+        return [] if wanted(value) else None
     for key, entry in entries_of(value):
-        path = path_to_tensor(entry)
+        path = path_to_tensor(entry, wanted)
         if path is not None:
             return [key, *path]
     return None
 
 
 def at_path(value: Any, path: list) -> Any:
+    """The entry to which the keys lead. The value may be a proxy of torch.fx."""
     for key in path:
-        value = value[key] if isinstance(value, (tuple, list, Mapping)) else getattr(value, key)
+        is_attribute = isinstance(key, str) and not isinstance(value, Mapping)
+        value = getattr(value, key) if is_attribute else value[key]
     return value
 
 
@@ -72,6 +78,18 @@ def replaced(value: Any, path: list, tensor: Tensor) -> Any:
     if not path:
         return tensor
     return _with(value, {path[0]: replaced(at_path(value, path[:1]), path[1:], tensor)})
+
+
+def everywhere(value: Any, path: list) -> list[bool]:
+    """For each tensor in the value whether it is the one at the end of the path: an argument may be passed twice."""
+    wanted = at_path(value, path)
+    return [tensor is wanted for tensor in tensors_in(value)]
+
+
+def substituted(value: Any, places: Iterable[bool], tensor: Any) -> Any:
+    """A copy of the value with another tensor in some places, as `everywhere` gives them."""
+    remaining = iter(places)
+    return mapped(value, lambda own: tensor if next(remaining) else own)
 
 
 def contents(value: Any) -> str:

@@ -76,7 +76,7 @@ def outputs_of(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         shape = ", ".join(map(str, (len(x), *expected)))
         raise ValueError(
             f"f: expected outputs ({shape}) for {len(x)} samples, got shape {tuple(y.shape)}{hint}; samples are rows along "
-            "the first dimension (batch_first=True)"
+            "the first dimension (batch_first=True); lmnfast.cut takes those along another by batch_dim="
         )
     if isinstance(f, Calls) and known is None:
         f.shape = y.shape

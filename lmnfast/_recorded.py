@@ -18,14 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ._nested import entries_of, mapped, tensors_in
+from ._tracing import Reached
 from ._undisturbed import PLAIN, Kept, hooked
 
 # Equal rows may have other rounding in a batch of other size, up to this share of the largest value.
 ROUNDING = 1e-3
-
-
-class Reached(BaseException):
-    """Ends a forward pass behind a layer. `except Exception` in the model's code does not stop it."""
 
 
 @dataclass

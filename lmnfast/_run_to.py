@@ -2,97 +2,387 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from ._inputs import check_devices, check_fit, check_floating, check_rows, rows_of
-from ._layers import called_model, find_layer
+from ._inputs import check_devices, check_fit, check_floating, check_inputs, check_rows, named_inputs
+from ._layers import called_model, find_layer, means_inputs
+from ._layout import Layout, check_batch_dim, find_layout, plain_layout
 from ._nested import at_path, mapped, path_to_tensor, tensors_in
 from ._threads import alone
-from ._tracing import Call, Forward, Output
-from ._undisturbed import evaluating, refuse_sharded
+from ._tracing import Call, End, Forward, NeverReached, Output
+from ._undisturbed import PLAIN, evaluating, refuse_sharded
+
+
+@dataclass(frozen=True)
+class Start:
+    """A forward pass, and the tensor in it with which a tail begins.
+
+    Samples and output have the samples along their first dimension, also where the model has not.
+    """
+
+    call: Call
+    """Gives the output for the inputs."""
+    inputs: Any
+    layer: nn.Module | None
+    """The module whose output the tail takes; None: it takes an entry of the inputs."""
+    number: int | None
+    """Of the layer's call; None for the only one."""
+    path: list
+    """Keys to the tensor in the layer's output, or in the inputs."""
+    samples: Tensor
+    output: Tensor
+    layout: Layout
+    """Where the samples lie in the inputs, and in what the layer and the model return."""
 
 
 @alone()
 def run_to(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward = None, output: Output = None
+    model: nn.Module,
+    layer: str,
+    inputs: Any,
+    forward: Forward = None,
+    output: Output = None,
+    until: str | None = None,
+    block: bool = False,
+    batch_dim: int | Layout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The layer's output and the model's for `inputs`, checked as in `cut`. Never waits for a device."""
-    return run_to_path(model, layer, inputs, forward, output)[:2]
+    """The layer's output and the model's for `inputs`, checked as in `cut`.
+
+    block: the layer's name is that of a block, whose argument and output are returned.
+    batch_dim: as in `cut`, or the layout, if it is known. With a known or plain layout it never waits for a device.
+    """
+    start = (
+        start_of_block(model, layer, inputs, forward, output)
+        if block
+        else start_of(model, layer, inputs, forward, output, until, batch_dim)
+    )
+    return start.samples, start.output
 
 
-def run_to_path(
-    model: nn.Module, layer: str, inputs: Any, forward: Forward, output: Output
-) -> tuple[Tensor, Tensor, list]:
-    """As run_to, and the path of keys to the tensor in the layer's output."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    refuse_sharded(model)
-    rows = rows_of(inputs, forward)
-    part, call = find_layer(model, layer)
-    run = Call(called_model(model, forward), inputs, forward, output)
+def start_of(
+    model: nn.Module,
+    layer: str,
+    inputs: Any,
+    forward: Forward,
+    output: Output,
+    until: str | None = None,
+    batch_dim: int | Layout | None = None,
+) -> Start:
+    """Runs the model once, or more often to find where the samples lie. Raises the errors of `cut` on the way."""
+    _check_model(model)
+    if not isinstance(batch_dim, Layout):
+        check_batch_dim(batch_dim)
+    check_inputs(inputs, forward)
+    from_inputs = means_inputs(model, layer)
+    part, call = (None, None) if from_inputs else find_layer(model, layer)
+    end = None if until is None else end_of(model, layer, until)
+    run = Call(called_model(model, forward), inputs, forward, output, end)
     check_devices(run.model)
-    seen: list[Any] = []
-    calls = 0
-
-    def record(module: nn.Module, args: Any, result: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if call is None or calls == call + 1:
-            path = path_to_tensor(result)
-            tensor = None if path is None else at_path(result, path)
-            # Later layers may work in place on this tensor.
-            seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
-
+    if end is not None and until is not None:
+        end.path = _check_end(model, layer, until, Call(run.model, inputs, forward), inputs)
+    seen: list[tuple[Any, list | None]] = []
     try:
-        result = run_on_copies(run, inputs, part, record)
+        result = _captured(run, inputs, part, call, seen)
+    except NeverReached:
+        result = None
     except Exception as error:
         check_fit(run.model, inputs, forward, error)
         raise
+    path: list | None
+    if from_inputs:
+        samples, path = _in_inputs(model, layer, inputs)
+    else:
+        _check_calls(model, layer, len(seen), run, inputs)
+        samples, path = seen[call or 0]
+    _check_whole_batch(f"layer: {layer!r}", samples)
+    check_floating(f"layer: the output of {layer!r}", samples)
+    what = "model: its output" if until is None else f"until: the output of {until!r}"
+    check_floating(what, result, "; output= selects the tensor in it" if output is None else "")
+
+    def again(inputs: Any) -> tuple[Any, Any]:
+        seen: list[tuple[Any, list | None]] = []
+        result = _captured(run, inputs, part, call, seen)
+        return at_path(inputs, path or []) if from_inputs else seen[call or 0][0], result
+
+    layout = _layout(
+        (f"layer: the output of {layer!r}", samples), (what, result), run, inputs, again, batch_dim
+    )
+    run.dimension = layout.output
+    samples, result = _rows_first(samples, layout.layer), _rows_first(result, layout.output)
+    return Start(run, inputs, part, call, path or [], samples, result, layout)
+
+
+def _captured(
+    run: Call, inputs: Any, part: nn.Module | None, call: int | None, seen: list[tuple[Any, list | None]]
+) -> Any:
+    """The model's output. Adds to `seen`, for each call of a part, its first floating-point tensor and the path to it.
+
+    If there is none, the result of the part and None. call: the only call that matters; None: every call.
+    """
+
+    def record(module: nn.Module, args: Any, result: Any) -> None:
+        if call is not None and call != len(seen):
+            seen.append((None, None))
+            return
+        path = path_to_tensor(result)
+        tensor = None if path is None else at_path(result, path)
+        # Later layers may work in place on this tensor.
+        seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
+        if run.end is not None:
+            run.end.before = run.end.calls
+
+    return run_on_copies(run, inputs, *([] if part is None else [behind(part, record)]))
+
+
+def _layout(
+    layer: tuple[str, Tensor],
+    output: tuple[str, Tensor],
+    run: Call,
+    inputs: Any,
+    again: Callable[[Any], tuple[Any, Any]],
+    batch_dim: int | Layout | None,
+) -> Layout:
+    """Where the samples lie: the known layout, the plain one where shapes allow it, else the one found by calls of the model.
+
+    layer, output: what the layer and the model return, each with the words for it in a message.
+
+    Raises ValueError if there is none.
+    """
+    samples, result = layer[1], output[1]
+    plain = batch_dim if isinstance(batch_dim, Layout) else plain_layout(inputs)
+    rows = plain.rows_of(inputs)
+    shapes = [(value.shape, d) for value, d in ((samples, plain.layer), (result, plain.output))]
+    fits = all(len(shape) > d and shape[d] == rows for shape, d in shapes)
+    if fits and (not batch_dim or isinstance(batch_dim, Layout)):
+        return plain
+    asked = None if isinstance(batch_dim, Layout) else batch_dim
+    found, why = find_layout(again, inputs, samples, result, asked)
+    if found is not None:
+        return found
+    if asked:
+        raise ValueError(f"batch_dim: expected a dimension along which the samples lie, got {asked}: {why}")
+    named = named_inputs(run.model, inputs, run.run)
+    for what, value in (layer, output):
+        check_rows(what, value, rows, named, why)
+    return plain
+
+
+def _rows_first(value: Tensor, dimension: int) -> Tensor:
+    return value.movedim(dimension, 0).contiguous() if dimension else value
+
+
+def _check_whole_batch(what: str, samples: Any) -> None:
+    if isinstance(samples, Tensor) and torch._C._functorch.is_batchedtensor(samples):
+        raise ValueError(
+            f"{what} is called under torch.vmap, one sample at a time; expected a layer that is called on the "
+            "whole batch; torch.vmap around a part of the model is measured by cutting before it or behind it"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    refuse_sharded(model)
+
+
+def _check_calls(
+    model: nn.Module, layer: str, calls: int, run: Call, inputs: Any, argument: str = "layer"
+) -> None:
+    """Raises ValueError if a layer has not been called once, or its call of that number has not been made."""
+    part, call = find_layer(model, layer, argument)
     if calls == 0 or (call is None and calls > 1):
         if calls:
             why = f"; which call? name one, from {layer + '@0'!r} to {layer + f'@{calls - 1}'!r}"
         else:
             why = _why_never_called(model, layer, part, run, inputs)
-        raise ValueError(f"layer: {layer!r} was called {calls} times in one forward pass; expected once{why}")
+        raise ValueError(
+            f"{argument}: {layer!r} was called {calls} times in one forward pass; expected once{why}"
+        )
     if call is not None and calls <= call:
         raise ValueError(
-            f"layer: {layer!r} is its call {call}, from 0 on, but there are {calls} in a forward pass"
+            f"{argument}: {layer!r} is its call {call}, from 0 on, but there are {calls} in a forward pass"
         )
-    samples, path = seen[0]
-    if isinstance(samples, Tensor) and torch._C._functorch.is_batchedtensor(samples):
+
+
+def end_of(model: nn.Module, layer: str, until: str) -> End:
+    """The call at which a map ends. Raises ValueError if it is the layer's own."""
+    part, number = find_layer(model, until, "until")
+    if not means_inputs(model, layer) and find_layer(model, layer) == (part, number):
+        raise ValueError(f"until: {until!r} is the layer itself; expected one that runs behind it")
+    return End(part, number or 0)
+
+
+def _check_end(model: nn.Module, layer: str, until: str, run: Call, inputs: Any) -> list:
+    """Runs the model once. Raises ValueError if `until` is not called once, or returns before the layer does.
+
+    Returns the keys to the tensor in the output of `until`.
+    """
+    first, number = (None, None) if means_inputs(model, layer) else find_layer(model, layer)
+    last, last_number = find_layer(model, until, "until")
+    returned: list[nn.Module] = []
+    results: list[Any] = []  # of `until`, for one pass
+
+    def record(module: nn.Module, args: Any, result: Any) -> None:
+        returned.append(module)
+        results.extend([result] if module is last else [])
+
+    hooks = [behind(part, record) for part in {first, last} if part is not None]
+    try:
+        run_on_copies(run, inputs, *hooks)
+    except Exception:  # the model may fail behind the call; the next pass raises the errors before it
+        if not results:
+            return []
+    if first is not None and first not in returned:
+        return []  # the next pass says why
+    _check_calls(model, until, returned.count(last), run, inputs, "until")
+    result = results[last_number or 0]
+    _check_whole_batch(f"until: {until!r}", next(tensors_in(result), None))
+    before = _place(returned, first, number or 0) > _place(returned, last, last_number or 0)
+    if before and first is not None and last in list(first.modules())[1:]:
         raise ValueError(
-            f"layer: {layer!r} is called under torch.vmap, one sample at a time; expected a layer that is called on the "
-            "whole batch; torch.vmap around a part of the model is measured by cutting before it or behind it"
+            f"until: {until!r} is inside {layer!r} and returns before it; expected a layer that runs behind it"
         )
-    check_floating(f"layer: the output of {layer!r}", samples)
+    if before:
+        raise ValueError(f"until: {until!r} runs before {layer!r}; expected a layer that runs behind it")
+    return path_to_tensor(result) or []
+
+
+def _place(returned: list[nn.Module], part: nn.Module | None, number: int) -> int:
+    """When the call of a module has returned. The inputs, None, are there before."""
+    places = [place for place, module in enumerate(returned) if module is part]
+    return places[number] if number < len(places) else -1
+
+
+def _in_inputs(model: nn.Module, layer: str, inputs: Any) -> tuple[Tensor, list]:
+    """The samples among the inputs, and the keys to them."""
+    path = path_to_tensor(inputs, lambda tensor: True)
+    first = at_path(inputs, path or [])
+    if not first.is_floating_point():
+        names = [
+            repr(name) for name, part in model.named_modules() if isinstance(part, nn.Embedding) and name
+        ]
+        where = f", as {names[0]}" if names else ""
+        raise TypeError(
+            f"layer: {layer!r} is the model's input, of {first.dtype}; integers (tokens) cannot be interpolated: cut at the "
+            f"embedding{where}, or name a floating-point input first"
+        )
+    return first.detach().clone(), path or []
+
+
+def start_of_block(model: nn.Module, block: str, inputs: Any, forward: Forward, output: Output) -> Start:
+    """Runs the model once, for the arguments of one module. Raises the errors of `cut` on the way."""
+    _check_model(model)
+    check_inputs(inputs, forward)
+    rows = len(next(tensors_in(inputs)))
+    part, number = find_layer(model, block, "block")
+    run = Call(called_model(model, forward), inputs, forward)
+    check_devices(run.model)
+    taken: list[tuple[Any, Any]] = []
+    results: list[Any] = []
+    calls = 0
+
+    def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == (number or 0) + 1:
+            copies: dict[
+                int, Tensor
+            ] = {}  # an argument may be passed twice, as the query and the key of an attention
+            taken.append(
+                mapped((args, kwargs), lambda own: copies.setdefault(id(own), own.detach().clone()), _copied)
+            )
+
+    def record(module: nn.Module, args: Any, result: Any) -> None:
+        if calls == (number or 0) + 1 and not results:
+            results.append(mapped(result, Tensor.clone))
+
+    # The first hook sees the arguments as the caller gives them, before the module's own hooks.
+    before = partial(nn.Module.register_forward_pre_hook, part, take, prepend=True, with_kwargs=True)
+    try:
+        run_on_copies(run, inputs, before, behind(part, record))
+    except Exception as error:
+        check_fit(run.model, inputs, forward, error)
+        raise
+    _check_calls(model, block, calls, run, inputs, "block")
+
+    def wanted(tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and tensor.shape[:1] == (rows,)
+
+    given, result = taken[0], results[0]
+    _check_whole_batch(f"block: {block!r}", next(tensors_in(given), None))
+    path = path_to_tensor(given, wanted)
+    if path is None:
+        said = ", ".join(f"{name} {tuple(t.shape)} of {t.dtype}" for name, t in named_arguments(part, given))
+        quantised = any(tensor.is_quantized for tensor in tensors_in(given))
+        hint = "; quantised values cannot be interpolated: name a block behind the DeQuantStub" * quantised
+        raise TypeError(
+            f"block: {block!r} takes no floating-point tensor with a row for each of {rows} samples, but "
+            f"{said or 'no tensor'}{hint}"
+        )
+    to_output = path_to_tensor(result, wanted)
+    call = Call(called_model(part, None), given, as_called, output, path=to_output)
+    result = call.selected(result, to_output)
     check_floating(
-        "model: its output", result, "; output= selects the tensor in it" if output is None else ""
+        f"block: the output of {block!r}",
+        result,
+        "; output= selects the tensor in it" if output is None else "",
     )
-    check_rows(f"layer: the output of {layer!r}", samples, rows, inputs, forward, model)
-    check_rows("model: its output", result, rows, inputs, forward, model)
-    return samples, result, path
+    check_rows(f"block: the output of {block!r}", result, rows, named_inputs(model, inputs, forward), "")
+    return Start(call, given, None, None, path, at_path(given, path), result, plain_layout(given, rows))
 
 
-def run_on_copies(
-    run: Call, inputs: Any, part: nn.Module | None = None, hook: Callable[..., Any] = lambda *_: None
-) -> Any:
-    """The model's output on copies of the inputs. The hook is called after the part."""
+def as_called(part: nn.Module, given: Any) -> Any:
+    """Calls a part with recorded arguments. Objects among them, as caches, are copied: a call may change them."""
+    args, kwargs = mapped(given, lambda tensor: tensor, _copied)
+    return part(*args, **kwargs)
+
+
+def _copied(value: Any) -> Any:
+    if type(value) in PLAIN or isinstance(value, nn.Module):
+        return value
+    try:
+        with torch._C.DisableTorchFunction():  # a tape of the part's functions is not to contain this copy
+            return copy.deepcopy(value)
+    except Exception:  # an object that cannot be copied; most of them hold nothing that a call changes
+        return value
+
+
+def named_arguments(part: nn.Module, given: Any) -> list[tuple[str, Tensor]]:
+    """The tensors in the arguments (args, kwargs) of a part, in order, each with its name in the part's forward."""
+    names: list[str] = []
+    with suppress(TypeError, ValueError):  # a scripted module has no signature
+        parameters = inspect.signature(part.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    args, kwargs = given
+    named = [(names[n] if n < len(names) else str(n), value) for n, value in enumerate(args)]
+    return [(repr(name), tensor) for name, value in (*named, *kwargs.items()) for tensor in tensors_in(value)]
+
+
+def behind(part: nn.Module, hook: Callable[..., Any]) -> Callable[[], RemovableHandle]:
+    """Registers a forward hook. A scripted module's own method only raises."""
+    return partial(nn.Module.register_forward_hook, part, hook)
+
+
+def run_on_copies(run: Call, inputs: Any, *hooks: Callable[[], RemovableHandle]) -> Any:
+    """The model's output on copies of the inputs. The hooks are registered for this pass."""
     # `evaluating` comes first: with a hook in place, it would save the state of torch's own modules as well.
-    with evaluating(run):
-        # A scripted module's own method only raises.
-        handle = None if part is None else nn.Module.register_forward_hook(part, hook)
-        try:
-            result = run(mapped(inputs, lambda tensor: tensor.detach().clone()))
-            # The result may be a tensor of the model, which is put back, or overwritten by the next call.
-            return result.clone() if isinstance(result, Tensor) else result
-        finally:
-            if handle is not None:
-                handle.remove()
+    with evaluating(run), ExitStack() as stack:
+        for register in hooks:
+            stack.callback(register().remove)
+        result = run(mapped(inputs, lambda tensor: tensor.detach().clone()))
+        # The result may be a tensor of the model, which is put back, or overwritten by the next call.
+        return result.clone() if isinstance(result, Tensor) else result
 
 
 class _Uses(TorchFunctionMode):

@@ -137,7 +137,7 @@ def check_function(f: nn.Module, samples: int) -> dict[str, Tensor]:
 
 def _part_name(name: str) -> str:
     """Names a part of f in an error message."""
-    return f"its part {name.removeprefix('model.')!r}" if name else "it"
+    return f"its part {name.removeprefix('call.').removeprefix('model.')!r}" if name else "it"
 
 
 def _exported_for(part: nn.Module) -> int | None:

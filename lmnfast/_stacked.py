@@ -44,7 +44,7 @@ def loaded(f: nn.Module, stacked: Stacked, number: int) -> Iterator[None]:
         for part in f.modules():
             for own in (part._parameters, part._buffers):
                 for key, tensor in own.items():
-                    if tensor is None:
+                    if tensor is None or id(tensor) not in names:  # the tail's own, as fixed inputs
                         continue
                     value = values.get(names[id(tensor)])
                     if value is None or value.shape[1:] != tensor.shape:

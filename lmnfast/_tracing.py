@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ._nested import contents
+from ._nested import at_path, contents
 from ._threads import alone, uninterrupted
 from ._undisturbed import hooked, keeps_nothing
 from ._vocabulary import ADDITIONS, FUNCTIONS, TENSOR_METHODS
@@ -33,37 +35,116 @@ def wrapped_as(part: nn.Module) -> str | None:
     return "module" if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
 
 
+class Reached(BaseException):
+    """Ends a forward pass behind a layer. `except Exception` in the model's code does not stop it."""
+
+    def __init__(self, end: End | None = None, result: Any = None) -> None:
+        super().__init__()
+        self.end = end
+        self.result = result
+
+
+@dataclass
+class End:
+    """The call of a module behind which a forward pass ends."""
+
+    part: nn.Module
+    number: int
+    """Of the call, from 0 on."""
+    path: list | None = None
+    """Keys to the tensor in the result of the call; None before the first pass."""
+    before: int = 0
+    """How many calls return before the layer does with which the tail begins."""
+    calls: int = 0
+    """How many calls have returned in the pass that runs now."""
+    tracing: bool = False
+    """Whether `Tracer` counts the calls. A hook would keep it from tracing into the module."""
+
+    def returned(self, result: Any) -> None:
+        self.calls += 1
+        if self.calls == self.number + 1:
+            raise Reached(self, result)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """In this context the calls are counted, and the last one ends the pass."""
+        self.calls = 0
+        if self.tracing:
+            yield
+            return
+        # A scripted module's own method only raises.
+        handle = nn.Module.register_forward_hook(
+            self.part, lambda module, args, result: self.returned(result)
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
 class Call(nn.Module):
     """Calls the model as a user does, and selects the output.
 
     A trace of this module, instead of the model, needs no special cases for the model's default arguments, hooks and constants.
+
+    end: behind which call the model's forward ends; its result is the output. path: keys to the tensor in the output, if
+    `output` selects none. dimension: of the samples in that tensor, where they are moved to the front.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any = None, forward: Forward = None, output: Output = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any = None,
+        forward: Forward = None,
+        output: Output = None,
+        end: End | None = None,
+        path: list | None = None,
+        dimension: int = 0,
+    ):
         super().__init__()
         self.model = model
         self.run = forward
         self.output = output
+        self.end = end
+        self.path = path
+        self.dimension = dimension
         self.names = list(inputs) if isinstance(inputs, Mapping) else None
         self.count = len(inputs) if isinstance(inputs, (tuple, list)) else None
         if forward is None and not callable(output):
             keeps_nothing(self)
 
     def forward(self, inputs: Any) -> Any:
+        if self.end is None:
+            return self.selected(self._result(inputs), self.path)
+        try:
+            with self.end.counted():
+                self._result(inputs)
+        except Reached as reached:
+            if reached.end is not self.end:
+                raise
+            return self.selected(reached.result, self.end.path)
+        raise NeverReached("the model does not make the call at which its forward is to end")
+
+    def _result(self, inputs: Any) -> Any:
         if self.run is not None:
-            result = self.run(self.model, inputs)
-        elif self.names is not None:
-            result = self.model(**{name: inputs[name] for name in self.names})
-        elif self.count is not None:
-            result = self.model(*[inputs[i] for i in range(self.count)])
-        else:
-            result = self.model(inputs)
-        return _selected(result, self.output)
+            return self.run(self.model, inputs)
+        if self.names is not None:
+            return self.model(**{name: inputs[name] for name in self.names})
+        if self.count is not None:
+            return self.model(*[inputs[i] for i in range(self.count)])
+        return self.model(inputs)
+
+    def selected(self, result: Any, path: list | None) -> Any:
+        """The part of a result that counts. path: keys to it, if `output` selects none."""
+        part = _selected(result, self.output) if self.output is not None else at_path(result, path or [])
+        return part.movedim(self.dimension, 0) if self.dimension else part
+
+
+class NeverReached(ValueError):
+    """A forward pass has not come to its `End`."""
 
 
 def _selected(result: Any, output: Output) -> Any:
-    if output is None:
-        return result
     if callable(output):
         return output(result)
     try:
@@ -92,15 +173,22 @@ class Tracer(fx.Tracer):
     can run their models meanwhile.
     """
 
-    def __init__(self, layer: nn.Module | None = None) -> None:
+    def __init__(self, layer: nn.Module | None = None, end: End | None = None) -> None:
         super().__init__()
         self.layer = layer
+        self.end = end
         self.here = OnThread(threading.get_ident())
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         # Two traces at once would undo each other's replacements, and an interrupted trace would leave its replacements.
         with alone(), uninterrupted():
-            return super().trace(root, concrete_args)
+            if self.end is None:
+                return super().trace(root, concrete_args)
+            self.end.tracing = True
+            try:
+                return super().trace(root, concrete_args)
+            finally:
+                self.end.tracing = False
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         if hasattr(fx._symbolic_trace, "_is_fx_tracing_flag"):  # trace() has set it and resets it
@@ -108,7 +196,14 @@ class Tracer(fx.Tracer):
         return super().create_args_for_root(root_fn, is_module, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return super().call_module(m, forward, args, kwargs) if self.here else forward(*args, **kwargs)
+        if not self.here:
+            return forward(*args, **kwargs)
+        if isinstance(m, torch.jit.ScriptModule) and m is not self.layer:
+            raise ValueError(f"a {type(m).__name__} is no module of Python")
+        result = super().call_module(m, forward, args, kwargs)
+        if self.end is not None and m is self.end.part:
+            self.end.returned(result)
+        return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return super().getattr(attr, attr_val, parameter_proxy_cache) if self.here else attr_val
@@ -121,11 +216,16 @@ class Tracer(fx.Tracer):
 COMPUTING = {F.linear, *ADDITIONS} | {f for f in FUNCTIONS if "dropout" not in f.__name__}
 
 
-def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node]) -> fx.GraphModule:
-    """The part of a graph behind the nodes `start`. The samples take the place of each of these nodes."""
+def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node], dimension: int = 0) -> fx.GraphModule:
+    """The part of a graph behind the nodes `start`. The samples take the place of each of these nodes.
+
+    dimension: along which these nodes have the samples.
+    """
     tail = fx.Graph()
     # The samples are cloned, as the tail may work in place.
     samples = tail.call_method("clone", (tail.placeholder("samples"),))
+    if dimension:
+        samples = tail.call_method("contiguous", (tail.call_method("movedim", (samples, 0, dimension)),))
     copies = dict.fromkeys(start, samples)
     fixed = set()  # nodes that depend on parameters alone
 

@@ -120,7 +120,7 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
 
     Flags are set directly, not by train(), where some modules rewrite their weights. Modules compiled in place, and compiled
     parts of other modules, run uncompiled. DistributedDataParallel runs without its collectives. Observers of quantisation
-    stand still. Attention runs as in training, see `_without_fast_path`. Arguments that are no nn.Module are ignored. One
+    stand still. Attention runs as in training, see `without_fast_path`. Arguments that are no nn.Module are ignored. One
     thread at a time is in this context, see `alone`. changed: whether the caller itself changes state that must be restored.
 
     Raises ValueError for a model whose parameters are sharded. Raises RuntimeError at the end if the forward pass has
@@ -153,7 +153,7 @@ def evaluating(*modules: Any, changed: bool = False) -> Iterator[Kept]:
                 _set_all((part, name, SWITCHES[name]) for part, name, _ in switched)
                 if not kept.stateless:
                     stack.enter_context(_random_states())
-                    stack.enter_context(_without_fast_path())
+                    stack.enter_context(without_fast_path())
                     for part in parts:
                         _stand_still(part, inner=not any(part is root for root in roots), stack=stack)
                     stack.callback(kept.put_back, values=True)
@@ -203,7 +203,7 @@ def _stand_still(part: nn.Module, inner: bool, stack: ExitStack) -> None:
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Runs transformer layers of torch.nn as in training. This changes their results by rounding alone.
 
     In eval mode with a padding mask nn.TransformerEncoder would pass nested tensors, which have no shape, from layer to layer,

@@ -140,6 +140,7 @@ def _add_measure(again: argparse.ArgumentParser) -> None:
         "--force", action="store_true", help="replace the existing table, also one with more steps"
     )
     _add_layers(again, f"some of {', '.join(LAYERS)} (the run's)")
+    _add_until(again)
     _add_samples(again, "of the training samples are measured, a fixed random choice (the run's)")
     again.add_argument(
         "--method",
@@ -163,9 +164,26 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
         help="files or patterns, as 'ckpts/*'",
     )
     other.add_argument("--inputs", required=True, metavar="FILE", help=".npy, .npz, .pt or .safetensors")
-    _add_layers(other, "names of the model's layers, or patterns, as 'blocks.?'", required=True)
+    of = other.add_mutually_exclusive_group(required=True)
+    _add_layers(
+        of, "names of the model's layers, or patterns, as 'blocks.*'; inputs: from the model's inputs on"
+    )
+    of.add_argument(
+        "--blocks",
+        "--block",
+        nargs="+",
+        action="extend",
+        metavar="BLOCK",
+        help="in place of layers: modules that are measured alone, also if skip connections go around them",
+    )
+    other.add_argument(
+        "--until", metavar="LAYER", help="the layer with whose output the maps end (the model's output)"
+    )
     other.add_argument(
         "--output", metavar="KEY", help="which of the model's outputs counts: key, attribute or index"
+    )
+    other.add_argument(
+        "--batch-dim", type=int, metavar="D", help="dimension of the samples: 1 for an nn.LSTM by default (0)"
     )
     other.add_argument("--forward", metavar="MODULE:FUNCTION", help="called as function(model, inputs)")
     other.add_argument("--key", help="where in a checkpoint the state dict is, as state.ema")
@@ -198,10 +216,13 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_layers(parser: argparse.ArgumentParser, text: str, required: bool = False) -> None:
-    parser.add_argument(
-        "--layers", "--layer", nargs="+", action="extend", required=required, metavar="LAYER", help=text
-    )
+def _add_layers(parser: argparse._ActionsContainer, text: str) -> None:
+    parser.add_argument("--layers", "--layer", nargs="+", action="extend", metavar="LAYER", help=text)
+
+
+def _add_until(parser: argparse.ArgumentParser) -> None:
+    text = "the layer with whose output the measured maps end (the model's output)"
+    parser.add_argument("--until", metavar="LAYER", help=text)
 
 
 def _add_samples(parser: argparse.ArgumentParser, of: str) -> None:
@@ -273,7 +294,7 @@ def _checkpoints(options: argparse.Namespace) -> None:
     given = _given_options(options)
     inputs, samples = load_inputs(given.pop("inputs")), given.pop("samples", None)
     if samples is not None:
-        inputs = first_samples(inputs, samples)
+        inputs = first_samples(inputs, samples, given.get("batch_dim"))
     output = given.pop("output", None)
     out = Path(given.pop("out", "lmn"))
     _say_jobs(given.get("jobs", 1))
@@ -281,7 +302,6 @@ def _checkpoints(options: argparse.Namespace) -> None:
         given.pop("model"),
         given.pop("checkpoint"),
         inputs,
-        given.pop("layers"),
         output=int(output) if output is not None and re.fullmatch(r"-?[0-9]+", output) else output,
         out=out,
         progress=True,

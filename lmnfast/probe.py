@@ -14,16 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ._chain import Chain
 from ._enqueue import Enqueued, enqueue, on_stream
-from ._layers import match_layers
+from ._layers import for_layers
+from ._probed import NumberOnDevice, Tail
 from ._python_state import python_state
-from ._recognise import recognise
 from ._run_to import run_to
 from ._settings import Settings
 from ._threads import alone, on_one_core
 from ._tracing import Forward, Output
-from .cutting import cut
+from .cutting import check_call, chosen, cut_at
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
 
 # Limits the memory of waiting connectivity matrices if solving is slower than measuring: 64 MB at N = 1000.
@@ -43,10 +42,11 @@ class Writer(Protocol):
 class Probe:
     """Measures a model's linear mapping number every so many training steps.
 
-    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, forward=, output=). The probe keeps the tail. It
-    cuts again when anything in the model except the parameters' values has changed (see `python_state`), or when the tail's
-    outputs on the samples are no longer the model's. The connectivity is computed on the calling thread. A background thread
-    solves the eigenproblem, on one core, or on the CUDA device that has the matrix; only numbers are copied from that device.
+    Measures lmn(tail, samples) with tail, samples = cut(model, layer, inputs, until=, forward=, output=, batch_dim=), or with
+    block= in place of the layer. The probe keeps the tail. It cuts again when anything in the model except the parameters'
+    values has changed (see `python_state`), or when the tail's outputs on the samples are no longer the model's. The
+    connectivity is computed on the calling thread. A background thread solves the eigenproblem, on one core, or on the CUDA
+    device that has the matrix; only numbers are copied from that device.
 
     Training with a probe is bit-identical to training without a probe. The exception is a forward pass in eval mode that
     changes things which `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files,
@@ -65,20 +65,20 @@ class Probe:
     Args:
         model: as in `cut`.
         inputs: as in `cut`.
-        layers: names or patterns as in `match_layers`, one or several. The attribute `layers` has the matching names.
+        layers: names or patterns as in `match_layers`, one or several. What a pattern matches and cannot be measured (a skip
+            connection goes around it) is left out, with a warning. The attribute `layers` has the names that are measured.
+        until: as in `cut`, for all layers.
+        blocks: in place of `layers`, names or patterns of blocks as in `cut`. Their names are in the column "layer".
         every: the probe measures when step % every == 0.
-        method: as in `connectivity`.
-        points: as in `connectivity`.
-        rule: as in `connectivity`.
-        budget: as in `connectivity`.
-        forward: as in `cut`.
-        output: as in `cut`.
+        method, points, rule, budget: as in `connectivity`.
+        forward, output, batch_dim: as in `cut`.
         negative: as in `lmn`.
         writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
 
     Raises:
-        ValueError: as `cut`; no layers, a layer named twice, every < 1, an unknown rule or negative, or points out of range.
+        ValueError: as `cut`; no layers, a layer named twice, layers and blocks both or neither, every < 1, an unknown rule or
+            negative, or points out of range.
         TypeError: as `cut`; points is not an integer.
 
     Example:
@@ -97,8 +97,10 @@ class Probe:
         self,
         model: nn.Module,
         inputs: Any,
-        layers: str | Sequence[str],
+        layers: str | Sequence[str] | None = None,
         *,
+        until: str | None = None,
+        blocks: str | Sequence[str] | None = None,
         every: int = 100,
         method: str = "path",
         points: int = 21,
@@ -106,17 +108,22 @@ class Probe:
         budget: int | None = None,
         forward: Forward = None,
         output: Output = None,
+        batch_dim: int | None = None,
         negative: str = "absolute",
         writers: Sequence[Writer] = (),
     ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
-        patterns = (layers,) if isinstance(layers, str) else tuple(layers)
+        named, argument = (
+            chosen(layers, blocks, ("layers", "blocks")),
+            "layers" if blocks is None else "blocks",
+        )
+        check_call(model, blocks is not None, until, batch_dim)
+        patterns = (named,) if isinstance(named, str) else tuple(named)
         if not patterns or len(set(patterns)) != len(patterns):
-            raise ValueError(f"layers: expected one name or several different ones, got {layers!r}")
+            raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")
         settings = Settings(method, points, rule, budget)
         check_negative(negative)
-        self.layers = match_layers(model, patterns)
         self.model = model
         self.inputs = inputs
         self.every = every
@@ -125,7 +132,9 @@ class Probe:
         self._negative = negative
         self._problems: dict[str, str] = {}  # warnings about offsets that are not given yet, by layer
         self._warned: set[str] = set()
-        self._call: dict[str, Any] = {"forward": forward, "output": output}
+        self._call: dict[str, Any] = {
+            "forward": forward, "output": output, "until": until, "block": blocks is not None, "batch_dim": batch_dim
+        }  # fmt: skip
         self._writers = tuple(writers)
         self.next_step = 0  # the step of a call without a step
         self._before: list[dict[str, Any]] = []  # rows of the earlier run that this probe continues
@@ -134,9 +143,13 @@ class Probe:
         self._waiting: deque[Future] = deque()  # one thread solves them, so they end in order
         self._start()
         with self._timed(), alone():
-            tails = [_Tail(cut(model, layer, inputs, **self._call)[0]) for layer in self.layers]
+            tails = for_layers(model, patterns, self._tail, argument)
             state = python_state(model, inputs)
-            self._tails |= {layer: (tail, state) for layer, tail in zip(self.layers, tails)}
+            self._tails |= {layer: (tail, state) for layer, tail in tails.items()}
+            self.layers = tuple(tails)
+
+    def _tail(self, layer: str) -> Tail:
+        return Tail(cut_at(self.model, layer, self.inputs, **self._call)[0])
 
     def _start(self) -> None:
         """Creates everything that belongs to this process: the thread, the streams, the tails."""
@@ -145,7 +158,7 @@ class Probe:
             max_workers=1, thread_name_prefix="lmnfast-probe", initializer=on_one_core
         )
         self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
-        self._tails: dict[str, tuple[_Tail, list]] = {}  # by layer, each with the model's state at its cut
+        self._tails: dict[str, tuple[Tail, list]] = {}  # by layer, each with the model's state at its cut
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, deep or by pickle, is a probe of the copied model. It continues with the rows, and has no writers."""
@@ -245,19 +258,20 @@ class Probe:
         kept = self._tails.get(layer)
         try:
             if kept is not None and kept[1] == state:
-                samples, output = run_to(self.model, layer, self.inputs, **self._call)
+                known = self._call | {"batch_dim": kept[0].layout}
+                samples, output = run_to(self.model, layer, self.inputs, **known)
                 try:
                     return self._measure(kept[0], samples, output)
                 except Exception:  # this tail may be outdated; only an error with a new tail counts
                     pass
-            tail, samples = cut(self.model, layer, self.inputs, **self._call)
-            self._tails[layer] = _Tail(tail), state
+            tail, samples = cut_at(self.model, layer, self.inputs, **self._call)
+            self._tails[layer] = Tail(tail), state
             return self._measure(self._tails[layer][0], samples, None)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{error} (probe of layer {layer!r}, step {step})") from error
 
     def _measure(
-        self, tail: _Tail, samples: Tensor, output: Tensor | None
+        self, tail: Tail, samples: Tensor, output: Tensor | None
     ) -> tuple[Enqueued, torch.cuda.Event | None]:
         """Enqueues the connectivity of a tail. output: the expected outputs; None: not compared."""
         stream = self._streams_on(samples.device)[0] if samples.is_cuda else None
@@ -291,7 +305,7 @@ class Probe:
                 if done is not None:
                     done.synchronize()
                 enqueued.check()
-                numbers = {k: v.read() if isinstance(v, _NumberOnDevice) else v for k, v in extra.items()}
+                numbers = {k: v.read() if isinstance(v, NumberOnDevice) else v for k, v in extra.items()}
                 m = measurement(enqueued, self._settings, self._negative)
                 if layer not in self._warned and (problem := enqueued.offset_problem()):
                     self._problems[layer] = problem
@@ -320,7 +334,7 @@ class Probe:
 
     def _number(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_cuda and value.numel() == 1:
-            return _NumberOnDevice(value, self._streams_on(value.device)[1])
+            return NumberOnDevice(value, self._streams_on(value.device)[1])
         return value.item() if hasattr(value, "item") else value
 
     @property
@@ -454,47 +468,3 @@ class Probe:
             yield
         finally:
             self.seconds += time.perf_counter() - started
-
-
-class _Tail:
-    """A tail, and the chain that it is. Valid as long as `python_state` stays the same."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        chain = recognise(module)
-        if chain is None:
-            self._chain = None
-            return
-        parameters = {p.data_ptr(): p for p in module.parameters()}
-        values = [value for value in (*chain.weights, *chain.biases) if value is not None]
-        sources = [parameters.get(value.data_ptr()) for value in values]
-        # Computed weights (parametrisations, a frozen batch norm) do not follow the training. The chain is then recognised
-        # at every measurement.
-        follows = all(p is not None and p.shape == v.shape for p, v in zip(sources, values, strict=True))
-        self._chain = chain if follows else None
-        self._pairs = [(p, value) for p, value in zip(sources, values, strict=True) if p is not None]
-
-    def chain(self) -> Chain | None:
-        """The chain, if its weights still are the parameters' values; None: the chain must be recognised again."""
-        if self._chain is None or any(
-            p.data_ptr() != value.data_ptr() or p.shape != value.shape or p.stride() != value.stride()
-            for p, value in self._pairs
-        ):
-            return None
-        return self._chain
-
-
-class _NumberOnDevice:
-    """The present value of a number on a CUDA device. Only `read` waits for it."""
-
-    def __init__(self, value: Tensor, stream: torch.cuda.Stream) -> None:
-        # The training may overwrite the tensor, as a CUDA graph does at every replay.
-        self._value = value.detach().clone()
-        self._stream = stream
-        self._ready = torch.cuda.Event(blocking=True)
-        self._ready.record(torch.cuda.current_stream(value.device))
-
-    def read(self) -> Any:
-        self._ready.synchronize()
-        with torch.cuda.stream(self._stream):
-            return self._value.item()

@@ -1,5 +1,7 @@
 """Networks as people write them, with inputs and the layers to cut them at."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from support import UNIFORM
@@ -218,3 +220,51 @@ def history_of(model, x, layers):
     with lmnfast.Probe(model, x, layers) as probe:
         probe(0)
         return probe.history
+
+
+class Attention(nn.Module):
+    """Takes its arguments as today's transformers do."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, hidden, attention_mask=None, position_embeddings=None, **options):
+        cos, sin = position_embeddings
+        q, k = (part(hidden) * cos + part(hidden).roll(1, -1) * sin for part in (self.q, self.k))
+        return F.scaled_dot_product_attention(q, k, self.v(hidden), attention_mask), None
+
+
+class Masked(nn.Module):
+    """Blocks with masks, embeddings of positions and a cache, around which skip connections go."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.stem, self.attention = nn.Linear(width, width), Attention(width)
+        self.mlp, self.head = (
+            nn.Sequential(nn.Linear(width, 9), nn.GELU(), nn.Linear(9, width)),
+            nn.Linear(width, 3),
+        )
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, mask=None):
+        x = self.stem(x)
+        mask = None if mask is None else mask[:, None, :].expand(-1, x.shape[1], -1)
+        angles = self.scale * torch.arange(x.shape[1]).float()[None, :, None]
+        positions = angles.cos(), angles.sin()
+        x = (
+            x
+            + self.attention(
+                x, attention_mask=mask, position_embeddings=positions, past=None, cache={"n": 0}
+            )[0]
+        )
+        return self.head(x + self.mlp(x))
+
+
+def check_tail(tail, samples, expected):
+    """The tail has the expected outputs, also in a larger batch, and its connectivity is that of the definition."""
+    exact = copy.deepcopy(expected).double() if isinstance(expected, nn.Module) else expected
+    with torch.no_grad():
+        for x in (samples, torch.cat([samples.flip(0), samples])):
+            torch.testing.assert_close(tail(x).double(), exact(x.double()), atol=1e-4, rtol=1e-4)
+    assert (lmnfast.connectivity(tail, samples) - truth(exact, samples)).abs().max() < FLOAT32

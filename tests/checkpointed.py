@@ -41,6 +41,17 @@ class Tied(nn.Module):
     def forward(self, x):
         return self.head(torch.tanh(self.embedding(x)))
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 9), nn.SiLU(), nn.Linear(9, 8)) for _ in range(2))
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()

@@ -5,14 +5,12 @@ import dataclasses
 import pytest
 import torch
 from architectures import (
-    FLOAT32,
     Functional,
     ResidualMLP,
     Transformer,
     Twice,
     history_of,
     tokens,
-    truth,
     vectors,
 )
 from torch import nn
@@ -95,12 +93,12 @@ def test_inputs_may_be_keywords_or_whatever_forward_takes():
 
 def test_an_input_of_each_sample_that_acts_behind_the_layer_is_named():
     model, x, mask = Masked(), vectors(), (torch.rand(14, 8) > 0.5).float()
-    message = "another way than through 'first': by the input 'mask', not the same for all samples"
+    message = "another way than through 'first': through the input 'mask', not the same for all samples"
     for inputs in ({"x": x, "mask": mask}, {"mask": mask, "x": x}):
         with pytest.raises(ValueError, match=message) as refusal:
             lmnfast.cut(model, "first", inputs)
         assert "skip" not in str(refusal.value)
-    with pytest.raises(ValueError, match=r"by the input 'batch'\[1\], not the same"):
+    with pytest.raises(ValueError, match=r"through the input 'batch'\[1\], not the same"):
         lmnfast.cut(
             model,
             "first",
@@ -111,82 +109,6 @@ def test_an_input_of_each_sample_that_acts_behind_the_layer_is_named():
     assert torch.equal(
         lmnfast.lmn(*same), lmnfast.lmn(*lmnfast.cut(model, "first", {"x": x, "mask": mask[0]}))
     )
-
-
-class Encoder(nn.Module):
-    """torch.nn's own transformer, which in eval mode has a fast path."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(11, 16), nn.Linear(16, 3)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
-
-    def forward(self, tokens, padded=None, mask=None):
-        hidden = self.encoder(self.embedding(tokens), mask=mask, src_key_padding_mask=padded)
-        return self.head(hidden[:, -1])
-
-
-def test_a_padding_mask_that_is_the_same_for_all_samples_is_measured():
-    model, x = Encoder(), tokens(6, 5)
-    padded = torch.zeros(6, 5, dtype=torch.bool)
-    padded[:, 1] = True
-    tail, samples = lmnfast.cut(model, "encoder.layers.0", (x, padded))
-    exact = Encoder().double().eval()
-    exact.load_state_dict(model.state_dict())
-
-    def f(h):
-        return exact.head(
-            exact.encoder.layers[1](h, src_key_padding_mask=padded[:1].expand(len(h), 5))[:, -1]
-        )
-
-    with torch.enable_grad():  # of the fast path this is not the reference
-        L = truth(f, samples)
-    assert (lmnfast.connectivity(tail, samples) - L).abs().max() < FLOAT32 and L.min() < 0.999
-    assert torch.backends.mha.get_fastpath_enabled()
-    padded[3:, 2] = True
-    with pytest.raises(
-        ValueError, match="through 'encoder.layers.0': by the input 'padded', not the same for all"
-    ):
-        lmnfast.cut(model, "encoder.layers.0", (x, padded))
-    assert torch.backends.mha.get_fastpath_enabled()
-    lmnfast.cut(model, "encoder.layers.1", (x, padded))  # behind which it does not act
-
-
-@pytest.mark.parametrize("samples", [5, 6])
-def test_a_mask_of_tokens_by_tokens_is_shared_also_by_as_many_samples(samples):
-    model, x = Encoder(), tokens(samples, 5)
-    mask = nn.Transformer.generate_square_subsequent_mask(5)
-    mask[-1, 1:3] = float("-inf")
-    tail, h = lmnfast.cut(model, "encoder.layers.0", {"tokens": x, "mask": mask})
-    exact = Encoder().double().eval()
-    exact.load_state_dict(model.state_dict())
-    L = truth(lambda h: exact.head(exact.encoder.layers[1](h, src_mask=mask.double())[:, -1]), h)
-    assert (lmnfast.connectivity(tail, h) - L).abs().max() < FLOAT32 and L.min() < 0.999
-
-
-class TimeFirst(nn.Module):
-    def __init__(self, transposed=True):
-        super().__init__()
-        self.first, self.lstm, self.head = nn.Linear(6, 6), nn.LSTM(6, 8), nn.Linear(8, 3)
-        self.transposed = transposed
-
-    def forward(self, x):
-        hidden = self.lstm(self.first(x.transpose(0, 1)))[0]
-        return self.head(hidden[-1] if self.transposed else hidden)
-
-
-def test_a_batch_that_is_not_the_first_dimension_is_told_so():
-    message = r"layer: the output of 'first' has shape \(5, 7, 6\) for 7 inputs; .* first dimension: set batch_first"
-    with pytest.raises(ValueError, match=message):
-        lmnfast.cut(TimeFirst(), "first", torch.randn(7, 5, 6))
-    with pytest.raises(
-        ValueError, match=r"model: its output has shape \(5, 7, 3\) .* output=lambda y: y.transpose"
-    ):
-        lmnfast.cut(nn.Sequential(nn.Identity(), TimeFirst(False)), "0", torch.randn(7, 5, 6))
-    tail, samples = lmnfast.cut(TimeFirst(), "lstm", torch.randn(7, 7, 6))
-    with pytest.raises(ValueError, match=r"f: .* the first dimension \(batch_first=True\)"):
-        lmnfast.lmn(tail, samples)
 
 
 def test_outputs_that_are_flattened_into_rows_get_the_advice_that_helps():
@@ -264,22 +186,20 @@ def test_globs_measure_every_layer_that_matches():
     rows = history_of(model, x, "blocks.?")
     assert [row["layer"] for row in rows] == ["blocks.0", "blocks.1"]
     assert lmnfast.match_layers(model, ["norm", "blocks.*.mlp"]) == ("norm", "blocks.0.mlp", "blocks.1.mlp")
-    with pytest.raises(
-        ValueError, match=r"as 'blocks.0' is \(all such blocks, without their parts: 'blocks.\?'\)"
-    ):
-        lmnfast.Probe(model, x, "blocks.*")
+    assert history_of(model, x, "blocks.*") == rows  # the blocks, without their parts
     with pytest.raises(ValueError, match=r"layer: nothing matches 'block.\*.mlp'; it has .*blocks.0.mlp"):
         lmnfast.match_layers(model, "block.*.mlp")
 
 
 def test_a_skip_connection_names_the_part_around_it_that_can_be_measured():
     model, x = ResidualMLP(), vectors()
-    with pytest.raises(ValueError, match="expected a layer that all of it passes through$"):
+    with pytest.raises(ValueError, match="all of it passes through; block='blocks.0' measures that part"):
         lmnfast.cut(model, "blocks.0", x)  # the sum is outside of it
     many = nn.Sequential(nn.Linear(6, 10), nn.Sequential(*[Added() for _ in range(12)]))
-    with pytest.raises(ValueError, match=r"through '1.11.mlp' .* as '1.11' is \(.*: '1.\?' and '1.\?\?'\)"):
+    with pytest.raises(ValueError, match=r"through '1.11.mlp' .* as '1.11' is; block='1.11.mlp' measures"):
         lmnfast.cut(many, "1.11.mlp", x)
     assert lmnfast.match_layers(many, ["1.?", "1.??"]) == tuple(f"1.{n}" for n in range(12))
+    assert lmnfast.match_layers(many, "1.*") == tuple(f"1.{n}" for n in range(12))
 
 
 class Added(nn.Module):

@@ -99,6 +99,59 @@ def test_the_copies_that_ddp_keeps_in_step_are_left_out_of_a_measurement():
         dist.destroy_process_group()
 
 
+class Around(nn.Module):
+    """A part with a skip connection around it."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.stem, self.part, self.head = nn.Linear(6, 6), part, nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.part(x))
+
+
+DYNAMIC = {"dynamic_shapes": ({0: torch.export.Dim("samples")},)}
+WRAPPED = {
+    "scripted": lambda part, x: torch.jit.script(part),
+    "traced": lambda part, x: torch.jit.trace(part, x),
+    "compiled": lambda part, x: torch.compile(part, backend="eager"),
+    "data parallel": lambda part, x: nn.DataParallel(part),
+    "exported": lambda part, x: torch.export.export(part, (x,), **DYNAMIC).module(),
+    "unflattened": lambda part, x: torch.export.unflatten(torch.export.export(part, (x,), **DYNAMIC)),
+}
+INSIDE = {
+    "scripted": "it lies in a scripted or traced module",
+    "traced": "it lies in a scripted or traced module",
+    "exported": "it lies in a graph that calls single operations, as a program of torch.export",
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit and torch.export
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_part_is_measured_whole_and_its_insides_where_they_are_called(kind, capfd):
+    torch.manual_seed(0)
+    x, part = vectors(), nn.Sequential(nn.Linear(6, 9), nn.SiLU(), nn.Linear(9, 6))
+    model, wrapped = Around(part), Around(WRAPPED[kind](part, vectors()))
+    wrapped.stem, wrapped.head = model.stem, model.head
+    for how in ({"block": "part"}, {"layer": "stem", "until": "part"}, {"layer": ""}, {"layer": "stem"}):
+        right = float(lmnfast.lmn(*lmnfast.cut(model, inputs=x, **how)))
+        assert float(lmnfast.lmn(*lmnfast.cut(wrapped, inputs=x, **how))) == pytest.approx(right, rel=1e-5)
+    for argument, how in {
+        "block": {"block": "part.0"},
+        "until": {"layer": "stem", "until": "part.0"},
+    }.items():
+        if kind in INSIDE:
+            with pytest.raises(
+                ValueError, match=f"{argument}: 'part.0' was called 0 times .* {INSIDE[kind]}"
+            ):
+                lmnfast.cut(wrapped, inputs=x, **how)
+        else:
+            tail, samples = lmnfast.cut(wrapped, inputs=x, **how)
+            torch.testing.assert_close(tail(samples), model.part[0](model.stem(x)))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated
 def test_dynamically_quantised_layers_are_refused_and_those_behind_them_measured():
     from torch.ao.quantization import quantize_dynamic
@@ -111,6 +164,8 @@ def test_dynamically_quantised_layers_are_refused_and_those_behind_them_measured
         ValueError, match="f: its part '0.0' is quantised dynamically: no scale is part of its state"
     ):
         lmnfast.lmn(half, x)
+    with pytest.raises(ValueError, match="f: its part '0' is quantised dynamically"):
+        lmnfast.lmn(*lmnfast.cut(half, block="0", inputs=x))
     tail, samples = lmnfast.cut(half, "0", x)
     L = truth(copy.deepcopy(half[1:]).double(), samples)
     assert (lmnfast.connectivity(tail, samples) - L).abs().max() < FLOAT32
@@ -151,3 +206,13 @@ def test_statically_quantised_networks_are_measured_between_floating_point_tenso
     assert float(lmnfast.lmn(model, x)) == pytest.approx(float(expected), rel=0.01)
     with pytest.raises(TypeError, match="quint8; .* cut behind the DeQuantStub"):
         lmnfast.cut(model, "1", x)
+    with pytest.raises(
+        TypeError, match="until: the output of '3' is .*quint8; .* cut behind the DeQuantStub"
+    ):
+        lmnfast.cut(model, "", x, until="3")
+    with pytest.raises(
+        TypeError, match="block: '1' takes no .*quint8; .* name a block behind the DeQuantStub"
+    ):
+        lmnfast.cut(model, block="1", inputs=x)
+    tail, samples = lmnfast.cut(model, "inputs", x, until="4")
+    assert float(lmnfast.lmn(tail, samples)) == pytest.approx(float(expected), rel=0.01)

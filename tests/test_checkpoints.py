@@ -65,6 +65,53 @@ def test_the_command_prints_and_leaves_a_table_and_a_figure(trained, capsys):
     assert float(rows[0]["lmn_1"]) == by_hand(nets.make(), trained[2], "1", x)
 
 
+def test_maps_between_layers_modules_alone_and_the_inputs_go_into_tables(trained, capsys):
+    import nets
+
+    torch.manual_seed(3)
+    model, x = nets.Residual(), torch.from_numpy(np.load("x.npy")).float()
+    torch.save(model.state_dict(), "residual_5.pt")
+
+    def number(**how):
+        return float(f"{lmnfast.measure(*lmnfast.cut(model, inputs=x, **how)).lmn:.7g}")
+
+    given = {"factory": "nets:Residual", "checkpoints": "residual_5.pt", "inputs": "x.npy"}
+    (row,) = measure_checkpoints(**given, blocks="blocks.*", out="blocks")
+    assert [row[f"lmn_blocks.{n}"] for n in range(2)] == [number(block=f"blocks.{n}") for n in range(2)]
+    (row,) = measure_checkpoints(**given, layers=["stem", "inputs"], until="head")
+    assert row["lmn_stem"] == number(layer="stem", until="head") and row["lmn_inputs"] == number(layer="")
+    (row,) = measure_checkpoints(**given, layers="inputs", until="blocks.0", jobs=1)
+    assert row["lmn_inputs"] == number(layer="", until="blocks.0") != number(layer="")
+    with pytest.warns(
+        UserWarning, match=r"layers: '\*' also matches .*'blocks.0', 'blocks.1' \(.* blocks= measures"
+    ):
+        (row,) = measure_checkpoints(**given, layers="*")
+    assert [name for name in row if name.startswith("lmn_")] == ["lmn_stem", "lmn_head"]
+    words = ["checkpoints", "--model=nets:Residual", "--checkpoint=residual_5.pt", "--inputs=x.npy"]
+    assert cli.main([*words, "--block", "blocks.*"]) == 0
+    assert float(table()[0]["lmn_blocks.1"]) == number(block="blocks.1")
+    assert cli.main([*words, "--layer=stem", "--until=head", "--out=until"]) == 0
+    capsys.readouterr()
+    for options, said in {
+        (
+            "--layer=blocks.0",
+            "--layer=blocks.1",
+            "--force",
+        ): "depends on the inputs also by another way .* block='blocks.0'",
+        (
+            "--layer=blocks.*",
+            "--force",
+        ): "layers: nothing that matches 'blocks.\\*' can be measured: 'blocks.0', 'blocks.1'",
+        ("--layer=stem", "--out=until"): "until is head there, None here",
+        ("--block=stem", "--until=head"): "until: expected with a layer alone",
+        ("--layer=head", "--until=stem", "--out=new"): "until: 'stem' runs before 'head'",
+    }.items():
+        assert cli.main([*words, *options]) == 2
+        assert re.search(said, capsys.readouterr().err), options
+    with pytest.raises(ValueError, match="layers: expected either layers or blocks, got neither"):
+        measure_checkpoints(**given)
+
+
 def test_the_old_spelling_works_and_names_the_new(trained, capsys):
     old = ["measure", *command()[1:]]
     for arguments in (command(), old, [word.replace("--model", "--mod") for word in old]):
@@ -113,6 +160,28 @@ def test_tokens_named_arguments_and_one_of_several_outputs(trained):
         assert row["lmn_first"] == expected and row["step"] == 0
     shapes = [tuple(t.shape) for t in first_samples((tokens, scale, torch.ones(3)), 5)]
     assert shapes == [(5, 2), (5, 8), (3,)]
+
+
+def test_samples_along_another_dimension(trained, capsys):
+    import nets
+
+    x = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32)
+    np.save("second.npy", x)
+    shared = {"inputs": "second.npy", "layers": ["0"]}
+    assert cli.main(command("--batch-dim=1", "--samples=3", **shared)) == 0
+    capsys.readouterr()
+    rows, model = table(), nets.make()
+    model.load_state_dict(trained[2])
+    expected = lmnfast.cut(model, "0", torch.from_numpy(x)[:, :3], batch_dim=1)
+    assert float(rows[0]["lmn_0"]) == float(f"{lmnfast.lmn(*expected):.7g}") and rows[0]["samples"] == "3"
+    assert cli.main(command("--batch-dim=1", "--out=all", **shared)) == 0
+    said = failure(capsys, command("--out=all", **shared))
+    assert "all holds a table with other settings: batch_dim is 1 there, None here" in said
+    (row,) = measure_checkpoints(nets.make, "step_2.pt", torch.from_numpy(x)[:, :3], "0", batch_dim=1)
+    assert row["lmn_0"] == float(rows[0]["lmn_0"])
+    assert "samples: expected 1 to 4" in failure(
+        capsys, command("--batch-dim=1", "--samples=5", "--out=b", **shared)
+    )
 
 
 class LogitsOnly(nn.Module):

@@ -218,7 +218,11 @@ def test_measure_and_checkpoints_say_what_they_need(tmp_path, capsys):
     for arguments, said in (
         (["measure"], "the following arguments are required: RUN"),
         (["measure", "run", "--jobs=2"], "unrecognized arguments: --jobs=2"),
-        (["checkpoints", "--model=a:b"], "arguments are required: --checkpoint, --inputs, --layers/--layer"),
+        (["checkpoints", "--model=a:b"], "arguments are required: --checkpoint, --inputs"),
+        (
+            ["checkpoints", "--model=a:b", "--checkpoint=c", "--inputs=d"],
+            "one of the arguments --layers/--layer --blocks/--block is required",
+        ),
         (
             ["checkpoints", "run", "--model=a:b", "--checkpoint=a", "--inputs=x.npy", "--layer=1"],
             "unrecognized arguments: run",

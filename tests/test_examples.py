@@ -33,6 +33,15 @@ def test_an_example_runs_and_prints_numbers(example, tmp_path):
     assert re.search(r"\d\.\d", said) and "LMN" in said and "nan" not in said.lower(), said
 
 
+@pytest.mark.parametrize("model", ["gpt2", "vit", "lstm"])
+def test_every_network_is_measured_block_by_block(model, tmp_path):
+    said = run(Path(EXAMPLES[0].parent, "block_by_block.py"), tmp_path, "--steps", "4", "--model", model)
+    numbers = [line.split()[-2:] for line in said.splitlines()[1:]]
+    assert len(numbers) == 3 * (2 if model == "lstm" else 4) and all(
+        float(n) > 1 for pair in numbers for n in pair
+    )
+
+
 def test_the_plain_loop_resumes_to_the_same_rows(tmp_path):
     example = Path(EXAMPLES[0].parent, "plain_loop.py")
     for steps, folder in (("4", "stopped"), ("8", "stopped"), ("8", "straight")):

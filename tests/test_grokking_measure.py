@@ -66,6 +66,17 @@ def test_checkpoints_can_be_measured_at_other_layers_nodes_and_steps(finished):
         measure(finished.path, every=0)
 
 
+def test_checkpoints_can_be_measured_up_to_a_layer(finished):
+    path, rows = measure(finished.path, layers=["embedding"], until="hidden_1", every=20)
+    assert path.name == "measure-embedding-path-uniform21-until-hidden_1.csv"
+    task, model = start(finished.config)
+    load_checkpoint(model, finished.path, 20)
+    tail, samples = lmnfast.cut(model, "embedding", task.train_inputs, until="hidden_1")
+    assert rows[-1]["lmn_embedding"] == pytest.approx(float(lmnfast.lmn(tail, samples)), rel=1e-6)
+    with pytest.raises(ValueError, match="until: 'embedding' runs before 'hidden_2'"):
+        measure(finished.path, layers=["hidden_2"], until="embedding")
+
+
 def test_a_table_that_has_more_steps_is_replaced_only_by_force(finished, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(finished.path, path)

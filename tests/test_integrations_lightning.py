@@ -346,6 +346,28 @@ def test_bad_settings_are_refused_at_once(kind):
         kind(X, "net.0", evry=3)
     with pytest.raises(ValueError, match="every: expected at least 1, got 0"):
         kind(X, "net.0", every=0)
+    with pytest.raises(ValueError, match="layers: expected either layers or blocks, got both"):
+        kind(X, "net.0", blocks="net.1")
+    with pytest.raises(ValueError, match="layers: expected either layers or blocks, got neither"):
+        kind(X)
+
+
+def test_patterns_blocks_and_ends_go_through_the_callback():
+    callbacks = [
+        LightningCallback(X[:20], blocks=["net.0", "net.4"], every=2),
+        LightningCallback(X[:20], "inputs", every=2, until="net.0"),
+        LightningCallback(X[:20], "net.*", every=2),
+    ]
+    module = fit(callbacks, steps=2)
+    assert [[row["layer"] for row in callback.history] for callback in callbacks] == [
+        ["net.0", "net.4"] * 2,
+        ["inputs"] * 2,
+        [f"net.{n}" for n in range(5)] * 2,
+    ]
+    end = {"layer": "", "until": "net.0"}
+    for callback, how in zip(callbacks, ({"block": "net.4"}, end, {"layer": "net.4"}), strict=True):
+        expected = lmnfast.lmn(*lmnfast.cut(module, inputs=X[:20], **how)).item()
+        assert callback.history[-1]["lmn"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_layer_that_is_not_there_is_an_error_before_the_first_step():

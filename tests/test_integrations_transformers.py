@@ -9,6 +9,7 @@ from logged import same_weights, scalars, steps
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+import lmnfast
 from lmnfast.integrations.transformers import LMNCallback as TransformersCallback
 
 IDS = torch.randint(0, 50, (32, 8), generator=torch.Generator().manual_seed(0))
@@ -63,6 +64,31 @@ def test_hugging_face_training_is_the_same_to_the_bit_and_reports_each_step(tmp_
     losses = [e["loss"] for e in bare.state.log_history if "loss" in e]
     assert [e["loss"] for e in log if "loss" in e] == losses and len(losses) == 4
     assert "train_runtime" in log[-1]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"layers": "transformer.h.0", "until": "transformer.h.1"},
+        {"layers": None, "blocks": "transformer.h.*"},
+        {"layers": None, "blocks": ["transformer.h.0.mlp", "transformer.h.1.attn"]},
+    ],
+)
+def test_blocks_alone_and_maps_between_them_are_measured_in_a_trainer(how, tmp_path):
+    bare, callback = trainer_in(tmp_path / "bare", steps=4), watching(every=4, **how)
+    bare.train()
+    trainer = trainer_in(tmp_path, callback, steps=4)
+    trainer.train()
+    assert same_weights(bare.model, trainer.model)
+    names = BLOCKS if how.get("blocks") == "transformer.h.*" else how.get("blocks") or ["transformer.h.0"]
+    assert [(r["step"], r["layer"]) for r in callback.history] == [
+        (s, name) for s in (0, 4) for name in names
+    ]
+    for row in callback.history[-len(names) :]:
+        of = {"layer": row["layer"], "until": how["until"]} if "until" in how else {"block": row["layer"]}
+        tail, samples = lmnfast.cut(trainer.model, inputs={"input_ids": IDS[:6]}, **of)
+        assert row["lmn"] == pytest.approx(float(lmnfast.lmn(tail, samples)), rel=1e-5)
+        assert {f"lmn/{row['layer']}"} <= {key for entry in trainer.state.log_history for key in entry}
 
 
 def test_without_attaching_the_log_history_has_it_and_a_warning_says_what_has_not(tmp_path):

@@ -15,7 +15,7 @@ from lmnfast._connectivity import connectivity
 from lmnfast._enqueue import enqueue
 from lmnfast._python_state import python_state
 from lmnfast._recognise import recognise
-from lmnfast.cutting import cut
+from lmnfast.cutting import cut, cut_at
 from lmnfast.probe import Probe
 
 
@@ -81,9 +81,9 @@ def test_a_model_that_changes_is_measured_as_it_is(change, x, monkeypatch):
 
     def counting(*args, **keywords):
         cuts.append(args)
-        return cut(*args, **keywords)
+        return cut_at(*args, **keywords)
 
-    monkeypatch.setattr(lmnfast.probe, "cut", counting)
+    monkeypatch.setattr(lmnfast.probe, "cut_at", counting)
     probe = Probe(model, x, "first", every=1)
     probe()
     assert len(cuts) == 1
@@ -154,9 +154,9 @@ def test_a_chain_that_is_kept_is_measured_as_it_is(change, network, deferred, x,
 
     def counting(*args, **keywords):
         cuts.append(args)
-        return cut(*args, **keywords)
+        return cut_at(*args, **keywords)
 
-    monkeypatch.setattr(lmnfast.probe, "cut", counting)
+    monkeypatch.setattr(lmnfast.probe, "cut_at", counting)
     monkeypatch.setattr(lmnfast.probe, "enqueue", functools.partial(enqueue, deferred=deferred))
     with Probe(model, x, "first", every=1) as probe:
         probe()

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .._connectivity import measured, warn_of_offsets
-from .._layers import match_layers
+from .._layers import for_layers, is_pattern, match_layers
 from .._nested import mapped, tensors_in
 from .._settings import METHODS, Settings
 from .._threads import cores
 from .._tracing import Forward, Output
-from ..cutting import cut
+from ..cutting import check_call, chosen, cut_at
 from ..quadrature import path_nodes
 from ..runs.device import settled_device
 from ..runs.files import claimed
@@ -37,10 +37,13 @@ def measure_checkpoints(
     factory: Callable[[], nn.Module] | str,
     checkpoints: str | os.PathLike | Sequence[str | os.PathLike],
     inputs: Any,
-    layers: str | Sequence[str],
+    layers: str | Sequence[str] | None = None,
     *,
+    until: str | None = None,
+    blocks: str | Sequence[str] | None = None,
     forward: Forward | str = None,
     output: Output = None,
+    batch_dim: int | None = None,
     key: str | None = None,
     method: str = "path",
     points: int = 21,
@@ -62,9 +65,13 @@ def measure_checkpoints(
         checkpoints: files of torch.save or safetensors with any suffix, or patterns of files (glob, with **).
         inputs: as in `cut`, tensors in tuples, lists and dicts; or a file, see `load_inputs`. Floating-point
             inputs are converted to the model's dtype.
-        layers: names or patterns as in `match_layers`.
+        layers: names or patterns as in `match_layers`. What a pattern matches and cannot be measured (a skip connection goes
+            around it) is left out, with a warning.
+        until: as in `cut`, for all layers.
+        blocks: in place of `layers`, names or patterns of blocks as in `cut`.
         forward: as in `cut`, or the function's place as text, "package.module:function".
         output: as in `cut`.
+        batch_dim: as in `cut`.
         key: the place of the state dict in a checkpoint, "a.b" for ["a"]["b"]; None: see `read_state`.
         method: as in `connectivity`.
         points: as in `connectivity`.
@@ -114,13 +121,13 @@ def measure_checkpoints(
         inputs = load_inputs(inputs)
     model = made(factory)
     call = imported(forward, "forward", "function") if isinstance(forward, str) else forward
-    names = match_layers(model, layers)
-    if not names:
-        raise ValueError(f"layers: expected at least one, got {layers!r}")
+    names = _names(
+        model, inputs, layers, blocks, forward=call, output=output, until=until, batch_dim=batch_dim
+    )
     with nullcontext() if out is None else claimed(Path(out)):
         stored = None if out is None or force else read_settings(Path(out))
         work = _Work(
-            factory, forward, output, key, names, method, points, rule, negative,
+            factory, forward, output, batch_dim, until, blocks is not None, key, names, method, points, rule, negative,
             settled_device(device, stored["device"] if stored else None), torch.get_float32_matmul_precision(),
         )  # fmt: skip
         settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
@@ -142,6 +149,35 @@ def measure_checkpoints(
     return table.rows
 
 
+def _names(
+    model: nn.Module,
+    inputs: Any,
+    layers: str | Sequence[str] | None,
+    blocks: str | Sequence[str] | None,
+    **call: Any,
+) -> tuple[str, ...]:
+    """The layers or blocks to measure. Those that a pattern matches are cut once, with the weights that the factory gives."""
+    patterns = chosen(layers, blocks, ("layers", "blocks"))
+    argument = "layers" if blocks is None else "blocks"
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    check_call(model, blocks is not None, call["until"], call["batch_dim"])
+    if not any(isinstance(name, str) and is_pattern(name) for name in patterns):
+        names = match_layers(model, patterns)
+    else:
+        model, inputs = _on_device(model, inputs, "cpu")
+
+        def shape(name: str) -> tuple[int, ...]:
+            try:
+                return tuple(cut_at(model, name, inputs, block=blocks is not None, **call)[1].shape)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+
+        names = tuple(for_layers(model, patterns, shape, argument))
+    if not names:
+        raise ValueError(f"{argument}: expected at least one, got {patterns!r}")
+    return names
+
+
 @dataclass(frozen=True)
 class _Work:
     """Everything that a process needs to measure a checkpoint, except the inputs."""
@@ -149,6 +185,9 @@ class _Work:
     factory: Callable[[], nn.Module] | str
     forward: Forward | str
     output: Output
+    batch_dim: int | None
+    until: str | None
+    block: bool
     key: str | None
     layers: tuple[str, ...]
     method: str
@@ -161,7 +200,14 @@ class _Work:
     def settings(self) -> dict[str, Any]:
         """All settings that determine the numbers, as plain values for JSON."""
         named = {"factory": "model"}
-        return {named.get(name, name): plain(value) for name, value in vars(self).items()}
+        settings = {named.get(name, name): plain(value) for name, value in vars(self).items()}
+        return settings | {"block": self.block or None}  # None, as in tables from before there were blocks
+
+    @property
+    def call(self) -> dict[str, Any]:
+        return {
+            "output": self.output, "until": self.until, "block": self.block, "batch_dim": self.batch_dim
+        }  # fmt: skip
 
 
 def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:
@@ -170,7 +216,7 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
     row: dict[str, Any] = {"step": None, "checkpoint": path}
     for layer in work.layers:
         try:
-            tail, samples = cut(model, layer, inputs, forward=call, output=work.output)
+            tail, samples = cut_at(model, layer, inputs, forward=call, **work.call)
             settings = Settings(work.method, work.points, work.rule)
             (enqueued,) = measured(tail, samples, settings)
             warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")

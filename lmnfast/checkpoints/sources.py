@@ -236,12 +236,14 @@ def load_inputs(path: str | os.PathLike) -> Any:
     return loaded
 
 
-def first_samples(inputs: Any, count: int) -> Any:
+def first_samples(inputs: Any, count: int, batch_dim: int | None = None) -> Any:
     """The inputs with only their first samples. A tensor is cut if it has as many rows as the first tensor.
 
     Args:
         inputs: a tensor, or tensors in tuples, lists and dicts.
         count: the number of samples.
+        batch_dim: the dimension of the samples in the first tensor, and in those that are as long there; None: the first. Where
+            they are not, the first dimension, if it has that length.
 
     Returns:
         The same containers. Other tensors are in them as they are.
@@ -256,10 +258,18 @@ def first_samples(inputs: Any, count: int) -> Any:
         (torch.Size([8, 5]), tensor(2.))
     """
     tensors = list(tensors_in(inputs))
-    rows = len(tensors[0]) if tensors[0].ndim else 0
+    along = batch_dim or 0
+    rows = tensors[0].shape[along] if tensors[0].ndim > along else 0
     if not 1 <= count <= rows:
         raise ValueError(f"samples: expected 1 to {rows}, what the inputs have, got {count}")
-    return mapped(inputs, lambda tensor: tensor[:count] if tensor.ndim and len(tensor) == rows else tensor)
+
+    def first(tensor: Tensor) -> Tensor:
+        for dimension in (along, 0):
+            if tensor.ndim > dimension and tensor.shape[dimension] == rows:
+                return tensor.narrow(dimension, 0, count)
+        return tensor
+
+    return mapped(inputs, first)
 
 
 def _head(path: str | os.PathLike, argument: str) -> bytes:

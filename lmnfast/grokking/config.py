@@ -107,12 +107,13 @@ def start(config: Config) -> tuple[Task, nn.Sequential]:
     return replace(task, **tensors), model.to(config.device)
 
 
-def probe_of(model: nn.Module, inputs: Tensor, config: Config, every: int) -> Probe:
-    """A probe with the config's settings."""
+def probe_of(model: nn.Module, inputs: Tensor, config: Config, every: int, until: str | None = None) -> Probe:
+    """A probe with the config's settings. until: as in `Probe`."""
     return Probe(
         model,
         inputs,
         config.layers,
+        until=until,
         every=every,
         method=config.method,
         points=config.points,

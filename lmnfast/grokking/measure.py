@@ -28,6 +28,7 @@ def measure(
     run: str | os.PathLike,
     *,
     layers: Sequence[str] | None = None,
+    until: str | None = None,
     points: int | None = None,
     rule: str | None = None,
     method: str | Sequence[str] | None = None,
@@ -43,6 +44,7 @@ def measure(
     Args:
         run: the run's directory.
         layers: as in `Config`.
+        until: the layer with whose output the measured maps end, as in `cut`; None: the model's output.
         points: as in `Config`.
         rule: as in `Config`.
         method: as in `Config`; or several methods, whose numbers become columns beside each other.
@@ -56,11 +58,11 @@ def measure(
     Returns:
         The path of the written table, RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, and its rows. The columns of numbers are
         lmn_LAYER, or with several methods lmn_LAYER_METHOD. If not all training samples are measured, the file's name also has
-        -NUMBERsamples. If negative eigenvalues count as 0, it also has -clip.
+        -NUMBERsamples. If negative eigenvalues count as 0, it also has -clip, and with `until` -until-LAYER.
 
     Raises:
         ValueError: not a run; a damaged run; no checkpoint; the existing table has more steps; an argument that `Config`
-            refuses; another process is at work in the run.
+            refuses; `until` is not behind the layers; another process is at work in the run.
     """
     path = Path(run)
     if every < 1:
@@ -78,6 +80,7 @@ def measure(
     name = f"measure-{'+'.join(config.layers)}-{together}-{config.rule}{config.points}"
     name += "" if config.samples is None else f"-{config.samples}samples"
     name += "" if config.negative == "absolute" else f"-{config.negative}"
+    name += "" if until is None else f"-until-{until}"
     table = path / f"{name}.csv"
     assert config.threads is not None  # settled
     with claimed(path, "run"), torch_threads(config.threads):
@@ -92,11 +95,13 @@ def measure(
         task, model = start(config)
         inputs = task.train_inputs[: config.samples]
         if progress:
-            say_how_long(path, model, inputs, configs, len(steps))
+            say_how_long(
+                path, model, inputs, configs, len(steps)
+            )  # of maps to the output, which take longest
         rows: list[dict] = [{} for _ in steps]
         with progress_bar(len(steps) * len(methods), 0, progress) as bar:
             for each in configs:
-                with probe_of(model, inputs, each, 1) as probe:
+                with probe_of(model, inputs, each, 1, until) as probe:
                     for step in steps:
                         load_checkpoint(model, path, step)
                         probe(step)

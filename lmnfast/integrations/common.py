@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import match_layers
 from .._nested import mapped, tensors_in
 from .._undisturbed import sharding_of
+from ..cutting import chosen
 from ..probe import Probe, Writer
 
 # Arguments of a Probe that change no number of a row, or that `Plan.identity` records in another way (inputs).
@@ -84,18 +84,20 @@ class Plan:
 
     Raises:
         TypeError: `Probe` has no such argument.
-        ValueError: every < 1.
+        ValueError: every < 1; not exactly one of layers and blocks is given.
     """
 
     def __init__(
-        self, inputs: Any, layers: str | Sequence[str], every: int, settings: dict[str, Any]
+        self, inputs: Any, layers: str | Sequence[str] | None, every: int, settings: dict[str, Any]
     ) -> None:
+        chosen(layers, settings.get("blocks"), ("layers", "blocks"))
         bound = inspect.signature(Probe).bind(None, inputs, layers, every=every, **settings)
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
         bound.apply_defaults()
         given = {name: value for name, value in bound.arguments.items() if name not in NOT_IDENTITY}
-        given["layers"] = [layers] if isinstance(layers, str) else list(layers)
+        for name in ("layers", "blocks"):
+            given[name] = [given[name]] if isinstance(given[name], str) else given[name]
         self.identity = {name: _plain(value) for name, value in given.items()} | {"inputs": _digest(inputs)}
         """Identifies the rows of this plan among those of other callbacks: the measured layers, inputs and settings, as plain
         values."""
@@ -125,7 +127,7 @@ class Plan:
         last, rows = state["step"], state["rows"]
         if last is None or last > step:
             last, rows = step - 1, []
-        logged = _StepWriter(len(match_layers(model, self._layers)), log)
+        logged = _StepWriter(log)
         probe = Probe(
             model,
             mapped(self._inputs, prepare),
@@ -134,6 +136,7 @@ class Plan:
             writers=(*self._writers, logged),
             **self._settings,
         )
+        logged.layers = len(probe.layers)
         if step > 0 or rows:
             probe.load_state_dict({"next_step": last + 1, "rows": rows})
         return probe
@@ -148,8 +151,9 @@ def state_of(probe: Probe) -> dict[str, Any]:
 class _StepWriter:
     """A writer that logs the layers of a step together."""
 
-    def __init__(self, layers: int, log: Callable[[int, dict[str, float]], None]) -> None:
-        self._layers = layers
+    def __init__(self, log: Callable[[int, dict[str, float]], None]) -> None:
+        self.layers = 0
+        """How many layers a step has. Known once the probe is made, before it measures."""
         self._log = log
         self._step = -1
         self._values: dict[str, float] = {}
@@ -159,7 +163,7 @@ class _StepWriter:
             self.close()
         self._step = row["step"]
         self._values[row["layer"]] = row["lmn"]
-        if len(self._values) == self._layers:
+        if len(self._values) == self.layers:
             self.close()
 
     def close(self) -> None:

@@ -53,7 +53,8 @@ class LMNCallback(Callback):
             trainer's precision gives its batches.
         layers: as in `Probe`; names begin at the LightningModule.
         every: in optimizer steps.
-        settings: the other arguments of `Probe` (method, points, rule, negative, budget, forward, output, writers).
+        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, budget, forward, output,
+            batch_dim, writers).
 
     Raises:
         ValueError: every < 1; at the start of a fit, if the strategy shards parameters (FSDP, DeepSpeed).
@@ -66,7 +67,9 @@ class LMNCallback(Callback):
             callback.history
     """
 
-    def __init__(self, inputs: Any, layers: str | Sequence[str], every: int = 100, **settings: Any) -> None:
+    def __init__(
+        self, inputs: Any, layers: str | Sequence[str] | None = None, every: int = 100, **settings: Any
+    ) -> None:
         super().__init__()
         self._plan = Plan(inputs, layers, every, settings)
         self._probe: Probe | None = None

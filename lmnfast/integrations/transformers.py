@@ -44,8 +44,9 @@ class LMNCallback(TrainerCallback):
         inputs: samples, on any device. A dict is passed as model(**inputs), a tensor as model(inputs). Labels are not needed.
         layers: as in `Probe`.
         every: in optimizer steps.
-        output: selects the output of the model that counts, as in `cut`.
-        settings: the other arguments of `Probe` (method, points, rule, negative, budget, forward, writers).
+        output: selects the output of the model that counts, as in `cut`. With until or blocks, "logits" selects nothing.
+        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, budget, forward,
+            batch_dim, writers).
 
     Raises:
         ValueError: every < 1; at the start of a training that shards parameters (FSDP, DeepSpeed).
@@ -53,7 +54,7 @@ class LMNCallback(TrainerCallback):
     Example:
         Whole in examples/huggingface_trainer.py::
 
-            callback = LMNCallback(inputs, "transformer.h.?", every=100).attach(trainer)
+            callback = LMNCallback(inputs, "transformer.h.*", every=100).attach(trainer)
             trainer.train()
             callback.history
     """
@@ -61,12 +62,14 @@ class LMNCallback(TrainerCallback):
     def __init__(
         self,
         inputs: Any,
-        layers: str | Sequence[str],
+        layers: str | Sequence[str] | None = None,
         every: int = 100,
         *,
         output: Any = "logits",
         **settings: Any,
     ) -> None:
+        inside = settings.get("until") is not None or settings.get("blocks") is not None
+        output = None if inside and output == "logits" else output
         self._plan = Plan(inputs, layers, every, {"output": output, **settings})
         self._probe: Probe | None = None
         self._trainer: Trainer | None = None

@@ -1,0 +1,56 @@
+"""What a probe keeps between measurements: tails with their chains, and numbers that are still on a CUDA device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._chain import Chain
+from ._layout import layout_of
+from ._recognise import recognise
+
+
+class Tail:
+    """A tail, and the chain that it is. Valid as long as `python_state` stays the same."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.layout = module, layout_of(module)
+        chain = recognise(module)
+        if chain is None:
+            self._chain = None
+            return
+        parameters = {p.data_ptr(): p for p in module.parameters()}
+        values = [value for value in (*chain.weights, *chain.biases) if value is not None]
+        sources = [parameters.get(value.data_ptr()) for value in values]
+        # Computed weights (parametrisations, a frozen batch norm) do not follow the training. The chain is then recognised
+        # at every measurement.
+        follows = all(p is not None and p.shape == v.shape for p, v in zip(sources, values, strict=True))
+        self._chain = chain if follows else None
+        self._pairs = [(p, value) for p, value in zip(sources, values, strict=True) if p is not None]
+
+    def chain(self) -> Chain | None:
+        """The chain, if its weights still are the parameters' values; None: the chain must be recognised again."""
+        if self._chain is None or any(
+            p.data_ptr() != value.data_ptr() or p.shape != value.shape or p.stride() != value.stride()
+            for p, value in self._pairs
+        ):
+            return None
+        return self._chain
+
+
+class NumberOnDevice:
+    """The present value of a number on a CUDA device. Only `read` waits for it."""
+
+    def __init__(self, value: Tensor, stream: torch.cuda.Stream) -> None:
+        # The training may overwrite the tensor, as a CUDA graph does at every replay.
+        self._value = value.detach().clone()
+        self._stream = stream
+        self._ready = torch.cuda.Event(blocking=True)
+        self._ready.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> Any:
+        self._ready.synchronize()
+        with torch.cuda.stream(self._stream):
+            return self._value.item()
