@@ -4,11 +4,11 @@
 
 The networks are small and train for 300 steps on made-up tasks. GPT-2 and ViT need the package transformers. A block alone is
 measured on its own inputs, so a skip connection around it does not matter. "Behind" is everything that follows the block, up to
-the logits. Behind the last stage of the ResNet only an affine map is left, whose LMN is 1; behind the last block of a transformer
-a layer norm is left, too.
+the logits. Behind the last stage of the ResNet only an affine map is left, whose LMN is 1. Behind the last block of a
+transformer a layer norm is left, too.
 
-Results with seed 0, from the first block to the last: LMN of the GPT-2 behind its blocks is 4.0, 3.5, 3.2, 2.3 before training and
-12.5, 9.4, 7.8, 3.7 after 300 steps (loss 0.06); of its blocks alone 2.0, 1.9, 1.7, 1.7 and 4.1, 3.8, 3.3, 4.4.
+Results with seed 0, from the first block to the last: LMN of the GPT-2 behind its blocks is 4.0, 3.5, 3.2, 2.3 before training
+and 12.5, 9.4, 7.8, 3.7 after 300 steps (loss 0.06); of its blocks alone 2.0, 1.9, 1.7, 1.7 and 4.1, 3.8, 3.3, 4.4.
 """
 
 from __future__ import annotations
