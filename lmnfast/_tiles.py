@@ -16,7 +16,7 @@ DEFAULT_BUDGET = 256 * 2**20
 # On a CPU the results that exist at one time should stay near the caches, and a tile should hold many points, as a deep network
 # calls many small operations. Time per point with 0.5, 1, 2, 4, 8, 16, 32 MB, as a multiple of the best, on 2 cores of an AMD
 # EPYC: residual 1.7 1.2 1.3 1.3 1.0 1.3 2.4, convolutional 2.8 1.7 1.3 1.1 1.1 1.0 1.0, transformer of 2 blocks 2.8 1.5 1.4 1.1
-# 1.0 1.0 1.4, of 10 blocks 2.5 1.6 1.3 1.1 1.0 1.0 1.3, wide one of 3 blocks 1.6 1.6 1.6 1.4 1.1 1.0 1.2, ResNet of 8 blocks 2.9
+# 1.0 1.0 1.4, of 10 blocks 2.5 1.6 1.3 1.1 1.0 1.0 1.3, of 3 wide blocks 1.6 1.6 1.6 1.4 1.1 1.0 1.2, ResNet of 8 blocks 2.9
 # 2.1 1.5 1.2 1.0 1.1 1.8.
 CPU_TILE = 8 * 2**20
 
