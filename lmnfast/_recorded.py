@@ -21,7 +21,7 @@ from ._nested import entries_of, mapped, tensors_in
 from ._tracing import Reached
 from ._undisturbed import PLAIN, Kept, hooked
 
-# Equal rows may have other rounding in a batch of other size, up to this share of the largest value.
+# Equal rows may have other rounding in a batch of other size, up to this share of a value.
 ROUNDING = 1e-3
 
 
@@ -182,8 +182,11 @@ def _row_dimensions(one: Visit, two: Visit) -> tuple[int | None, ...] | None:
     tensors, others = list(tensors_in(one.result)), list(tensors_in(two.result))
     if not _alike(one.result, two.result) or not tensors or len(tensors) != len(others):
         return None
-    dimensions = tuple(_row_dimension(a, b) for a, b in zip(tensors, others, strict=True))
-    return None if -1 in dimensions else dimensions
+    try:
+        found = [row_dimension(a, b, (1, 2)) for a, b in zip(tensors, others, strict=True)]
+    except UnequalRows:
+        return None
+    return tuple(None if rows is None else rows[0] for rows in found)
 
 
 def _alike(one: Any, two: Any) -> bool:
@@ -200,22 +203,38 @@ def _alike(one: Any, two: Any) -> bool:
     )
 
 
-def _row_dimension(one: Tensor, two: Tensor) -> int | None:
-    """The dimension along which two equal rows are twice as many as one; None if the tensors are equal; -1 if neither."""
+class UnequalRows(Exception):
+    """A tensor of two passes differs in more than the number of equal rows."""
+
+
+def row_dimension(one: Tensor, two: Tensor, rows: tuple[int, int]) -> tuple[int, int] | None:
+    """The dimension of the rows of a tensor in two passes, and its length for one row; None if the tensor has no rows.
+
+    rows: the number of rows in each pass, all equal. Raises UnequalRows if the tensor does not follow them.
+    """
     if one.layout != torch.strided or one.dtype != two.dtype or one.dim() != two.dim():
-        return -1
+        raise UnequalRows
     longer = [d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
-    if len(longer) > 1 or (longer and two.shape[longer[0]] != 2 * one.shape[longer[0]]):
-        return -1
-    dimension = longer[0] if longer else None
-    expected = repeated(one, dimension, 2, True)
-    if one.is_floating_point() or one.is_complex():
-        difference = (two - expected).abs().nan_to_num()  # masks hold infinities
-        limit = ROUNDING * torch.where(expected.isfinite(), expected.abs(), 0).amax() if one.numel() else 0
-        same = bool((difference <= limit).all())
-    else:
-        same = torch.equal(two, expected)
-    return dimension if same else -1
+    if not longer:
+        if not _equal(one, two):
+            raise UnequalRows
+        return None
+    dimension, length = longer[0], (two.shape[longer[0]] - one.shape[longer[0]]) // (rows[1] - rows[0])
+    lengths = one.shape[dimension], two.shape[dimension]
+    if len(longer) > 1 or lengths != (rows[0] * length, rows[1] * length):
+        raise UnequalRows
+    row = one.narrow(dimension, 0, length)
+    if not all(
+        _equal(tensor, torch.cat([row] * n, dimension)) for tensor, n in zip((one, two), rows, strict=True)
+    ):
+        raise UnequalRows
+    return dimension, length
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """Up to the rounding of another batch size."""
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    return torch.allclose(one.to(wide), two.to(wide), ROUNDING, 1e-6, equal_nan=True)
 
 
 @contextmanager

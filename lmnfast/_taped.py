@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ._recorded import UnequalRows, row_dimension
 from ._tape import (
     DIFFERENT,
     FACTORIES,
@@ -128,32 +129,6 @@ def _same_but_for_values(one: Tape, two: Tape) -> bool:
     return calls[0] == calls[1] and shapes[0] == shapes[1]
 
 
-def row_dimension(one: Tensor, two: Tensor) -> tuple[int, int] | None:
-    """The dimension of the rows of a tensor in both runs, and its length for one row; None if it has no rows.
-
-    Raises NotTaped if its rows are not equal, as those of most values that do not depend on the samples are.
-    """
-    if one.dim() != two.dim() or one.dtype != two.dtype:
-        raise NotTaped(DIFFERENT)
-    longer = [d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
-    if not longer:
-        if not _equal(one, two):
-            raise NotTaped(DIFFERENT)
-        return None
-    dimension, length = longer[0], two.shape[longer[0]] - one.shape[longer[0]]
-    if len(longer) > 1 or one.shape[dimension] != ROWS[0] * length:
-        raise NotTaped(DIFFERENT)
-    if not _equal(one.narrow(dimension, 0, length), one.narrow(dimension, length, length)):
-        raise NotTaped(DIFFERENT)
-    return dimension, length
-
-
-def _equal(one: Tensor, two: Tensor) -> bool:
-    """Up to the rounding of another batch size."""
-    wide = torch.complex128 if one.is_complex() else torch.float64
-    return torch.allclose(one.to(wide), two.to(wide), 1e-3, 1e-6, equal_nan=True)
-
-
 def taped_tail(
     tapes: Sequence[Tape],
     outputs: Sequence[Tensor],
@@ -226,7 +201,7 @@ class _Tail:
         unequal = set()
         for number in {number for step in self.needed for _, number in step.results} - self.moved:
             try:
-                row_dimension(self.one.tensors[number], self.two.tensors[number])
+                self._row_dimension(number)
             except NotTaped:
                 unequal.add(number)
         return unequal
@@ -317,19 +292,24 @@ class _Tail:
             name = self.names[id(tensor)]
         elif id(tensor) in self.inputs:
             name = f"input_{self.inputs[id(tensor)]}"
-            if (found := row_dimension(tensor, self.two.tensors[number])) is not None:
+            if (found := self._row_dimension(number)) is not None:
                 tensor = tensor.narrow(found[0], 0, found[1])
             tensor = tensor.clone()
-        elif tensor is self.two.tensors[number]:  # the same in both runs, so the model keeps it
+        else:  # the model keeps it, see `_is_unknown`
             name = f"constant_{number}"
-        else:
-            raise NotTaped("a part of the model computes in other ways than by functions of torch")
         self.root[name] = tensor
         with self.graph.inserting_after(self.rows):
             return self.graph.get_attr(name)
 
+    def _row_dimension(self, number: int) -> tuple[int, int] | None:
+        """As `row_dimension`, of a value in the first two runs. Raises NotTaped if its rows are not equal."""
+        try:
+            return row_dimension(self.one.tensors[number], self.two.tensors[number], ROWS)
+        except UnequalRows:
+            raise NotTaped(DIFFERENT) from None
+
     def _repeated(self, number: int, node: fx.Node) -> fx.Node:
-        found = row_dimension(self.one.tensors[number], self.two.tensors[number])
+        found = self._row_dimension(number)
         if found is None:
             return node
         dimension, length = found

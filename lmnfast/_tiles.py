@@ -135,17 +135,10 @@ def bytes_of(
     compiled f they are those of the original, as a compiler would follow the count too.
     """
     chosen = torch.stack([x[row] for row in rows])
-    original = _before_compiling(f.f) if isinstance(f, Calls) else None
+    given = f.f if isinstance(f, Calls) else f
+    original = getattr(given, "_orig_mod", getattr(given, "_torchdynamo_orig_callable", given))
     with AllocationCount(live=not differentiated) as count:
-        again = outputs_of(f if original is None else original, chosen)
-    if original is not None:
+        again = outputs_of(f if original is given else original, chosen)
+    if original is not given:
         again = outputs_of(f, chosen)
     return again, -(-count.bytes * len(x) // len(rows))
-
-
-def _before_compiling(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
-    """The function that torch.compile was given; None if f is not compiled as a whole."""
-    for name in ("_orig_mod", "_torchdynamo_orig_callable"):
-        if name in getattr(f, "__dict__", {}).get("_modules", {}) or name in getattr(f, "__dict__", {}):
-            return getattr(f, name)
-    return None

@@ -211,7 +211,6 @@ def _started(
     block: bool,
     batch_dim: int | None,
 ) -> Start:
-    check_call(model, block, until, batch_dim)
     if block:
         return start_of_block(model, name, inputs, forward, output)
     return start_of(model, name, inputs, forward, output, until, batch_dim)
@@ -244,7 +243,6 @@ def why_not_traced(
 ) -> tuple[nn.Module | None, str]:
     """The tail by torch.fx, not compared with the model; or None, and the reason why torch.fx gives no tail."""
     check_made(model, "model")
-    check_call(model, block, until, batch_dim)
     if inputs is not None:
         start = _started(model, name, inputs, forward, output, until, block, batch_dim)
     else:

@@ -114,10 +114,8 @@ class Probe:
     ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
-        named, argument = (
-            chosen(layers, blocks, ("layers", "blocks")),
-            "layers" if blocks is None else "blocks",
-        )
+        named = chosen(layers, blocks, ("layers", "blocks"))
+        argument = "layers" if blocks is None else "blocks"
         check_call(model, blocks is not None, until, batch_dim)
         patterns = (named,) if isinstance(named, str) else tuple(named)
         if not patterns or len(set(patterns)) != len(patterns):
@@ -133,8 +131,12 @@ class Probe:
         self._problems: dict[str, str] = {}  # warnings about offsets that are not given yet, by layer
         self._warned: set[str] = set()
         self._call: dict[str, Any] = {
-            "forward": forward, "output": output, "until": until, "block": blocks is not None, "batch_dim": batch_dim
-        }  # fmt: skip
+            "forward": forward,
+            "output": output,
+            "until": until,
+            "block": blocks is not None,
+            "batch_dim": batch_dim,
+        }
         self._writers = tuple(writers)
         self.next_step = 0  # the step of a call without a step
         self._before: list[dict[str, Any]] = []  # rows of the earlier run that this probe continues
