@@ -29,7 +29,7 @@ class LayerRoute:
     reason: str
     """Why the route is not "fused". For "fused": a drawing of the chain."""
     hooked: bool = False
-    """Whether a forward hook replaces the layer's output, because torch.fx cannot trace the model."""
+    """Whether a forward hook replaces the layer's output, because no graph of the part behind the layer can be made."""
     samples: tuple[int, ...] | None = None
     """Shape of the samples, (N, *in); None without inputs."""
     dtype: str | None = None
