@@ -187,6 +187,41 @@ struct ConnectivityArguments : Arguments {
 using PathConnectivityArguments = ConnectivityArguments<lmn::PathConnectivity>;
 using HermiteConnectivityArguments = ConnectivityArguments<lmn::HermiteConnectivity, bool>;  // midpoint
 
+struct BlockCoefficientsArguments : Arguments {
+  template <class T>
+  lmn::BlockCoefficients<T> op(Address z, Address shift, Address own, Address cross, Address first, Address second, Address t,
+                               Address polynomials, double epsilon, double scale, std::int64_t samples, std::int64_t rows,
+                               std::int64_t units, int interior, int degrees, int begin, int end, bool gated, int kind,
+                               double alpha, double beta) {
+    expect(0 < interior && interior <= lmn::kMostCoefficients, "interior");
+    expect(0 <= begin && begin <= end && end <= degrees && degrees <= lmn::kMostCoefficients, "begin, end, degrees");
+    expect((own.number == 0) == (cross.number == 0), "own, cross");
+    return {z,
+            shift,
+            own,
+            cross,
+            first,
+            second,
+            t,
+            polynomials,
+            epsilon,
+            T(scale),
+            samples,
+            rows,
+            units,
+            interior,
+            degrees,
+            begin,
+            end,
+            gated,
+            Layers::activation(kind, alpha, beta)};
+  }
+  template <class Op>
+  static auto results(Op& op) {
+    return std::tie(op.coefficients, op.energy);
+  }
+};
+
 struct JacobianArguments : Arguments {
   Layers layers;
 

@@ -109,6 +109,34 @@ struct PathR2 {
   T* workspace = nullptr;
 };
 
+/// The hidden layer of a transformer's block along paths, as coefficients of polynomials. The layer is h = act(a), or act(a) g
+/// with a gate. Its pre-activations are a(t) = s(t) z(t) + shift, g alike, where z(t) is the chord between two samples' rows
+/// and s(t) = 1, or, behind a normalisation, 1 / sqrt((1 - t)^2 own_i + 2 t (1 - t) cross + t^2 own_j + epsilon).
+///
+/// e(t) = h(t) - (h_i + t (h_j - h_i)) is the residual from the chord. Coefficient d of a unit is the sum over the interior
+/// nodes m of polynomials[d][m] e(t_m). lmnfast/_polynomial_basis.py makes the polynomials orthonormal under the rule.
+template <class T>
+struct BlockCoefficients {
+  const T* z;                  // [samples, units]; with a gate [samples, 2 * units], the gate's units last
+  const T* shift;              // null, or as long as a row of z
+  const double* own;           // [samples] or null: no normalisation
+  const double* cross;         // [rows], null if own is null
+  const std::int64_t* first;   // [rows], sample at t = 0
+  const std::int64_t* second;  // [rows], sample at t = 1
+  const double* t;             // [interior]
+  const double* polynomials;   // [degrees, interior]
+  double epsilon;
+  T scale;  // a power of two that brings hidden values to the order of 1: the squares in `energy` are of scaled values
+  std::int64_t samples, rows, units;
+  std::int32_t interior, degrees;  // at most kMostCoefficients each
+  std::int32_t begin, end;         // the degrees whose coefficients are written
+  bool gated;
+  Activation activation;
+  T* coefficients = nullptr;  // [end - begin, rows, units]
+  double* energy = nullptr;   // [rows, degrees], sum over units of the squared coefficient times scale
+};
+constexpr int kMostCoefficients = 64;
+
 /// Jacobians of act_L(W_L ... act_1(W_1 act_0(x) + b_1) ... + b_L) at the samples.
 template <class T>
 struct Jacobian {
@@ -245,6 +273,7 @@ struct Linear {
 
 // Ops with a kernel in csrc/cpu and one in csrc/cuda.
 #define LMN_ON_BOTH(N, X)   \
+  N(X, BlockCoefficients)   \
   N(X, CheckOutputs)        \
   N(X, HermiteConnectivity) \
   N(X, Jacobian)            \

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._chain import Activation
+from ._chain import IDENTITY, Activation, Chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,3 +63,25 @@ class Block:
         n = x if self.norm is None else self.norm(x)
         hidden = self.activation(F.linear(n, self.first, self.first_bias))
         return hidden if self.gate is None else hidden * F.linear(n, self.gate, self.gate_bias)
+
+
+# Without kinks: the coefficients of a hidden layer fall fast with the degree.
+SMOOTH = ("silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "softplus", "sin")
+
+# With fewer outputs the product that a block saves takes less time than the coefficients: the hidden layer costs about as much
+# as 60 outputs at all nodes.
+WIDE = 128
+
+
+def wide_block(chain: Chain) -> Block | None:
+    """The block that a chain is, if it has one smooth hidden layer and so many outputs that a block is faster; else None."""
+    if (
+        len(chain.weights) != 2
+        or chain.activations[::2] != (IDENTITY, IDENTITY)
+        or chain.skips not in ((), ((4, 0),))
+    ):
+        return None
+    if chain.activations[1].name not in SMOOTH or len(chain.weights[1]) < WIDE:
+        return None
+    (first, last), (first_bias, last_bias) = chain.weights, chain.biases
+    return Block(first, first_bias, chain.activations[1], last, last_bias, adds_input=bool(chain.skips))

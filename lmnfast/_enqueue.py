@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._block_paths import block_paths
 from ._chain import Chain
 from ._checks import Checks, Findings, NotTheChain
 from ._features import compare_chain, compare_differentiated
@@ -142,7 +143,14 @@ def enqueue(
     """
     with (
         prepared(
-            f, x, settings.method, fuse=fuse, known=known, expected=expected, deferred=deferred
+            f,
+            x,
+            settings.method,
+            fuse=fuse,
+            known=known,
+            expected=expected,
+            deferred=deferred,
+            points=settings.points,
         ) as function,
         _on(stream, function),
     ):
@@ -224,6 +232,10 @@ def _run(function: Prepared, settings: Settings, progress: Progress | None) -> C
             return chain_connectivity(chain, x, nodes, weights, settings.midpoint)
     tile = tile_bytes(settings.budget, x.device, settings.method != "path")
     how = tile, function.allocated, function.checks, progress
+    if function.route.block is not None:
+        return block_paths(
+            function.route.block, function.calls, x, ends, nodes, weights, tile, function.allocated, progress
+        )
     if settings.midpoint is None:
         return generic_paths(function.calls, x, ends, nodes, weights, *how)
     return generic_polynomials(function.calls, x, ends, nodes, weights, settings.midpoint, *how)

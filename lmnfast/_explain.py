@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ._block import Block
 from ._chain import Chain
 from ._hook_tail import HookTail
 from ._layers import for_layers
@@ -25,9 +26,9 @@ class LayerRoute:
 
     layer: str
     route: str
-    """"fused", "hoisted" or "generic", see docs/architecture.md."""
+    """"fused", "block", "hoisted" or "generic", see docs/architecture.md."""
     reason: str
-    """Why the route is not "fused". For "fused": a drawing of the chain."""
+    """Why the route is not "fused". For "fused" and "block": a drawing of the chain or the block."""
     hooked: bool = False
     """Whether a forward hook replaces the layer's output, because no graph of the part behind the layer can be made."""
     samples: tuple[int, ...] | None = None
@@ -57,6 +58,8 @@ class LayerRoute:
     def _route_line(self) -> str:
         if self.route == "fused":
             return f"fused kernel: {self.reason}"
+        if self.route == "block":
+            return f"block of a transformer, its hidden layer in a kernel: {self.reason}"
         if self.hooked:
             return f"generic: a forward hook replaces the layer's output, as {self.reason}"
         hoisted = "; the affine maps they begin with run on the samples alone" * (self.route == "hoisted")
@@ -107,7 +110,7 @@ def explain(
             unknown, and the model or block is assumed to have one argument.
 
     Returns:
-        The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "hoisted" or "generic".
+        The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "block", "hoisted" or "generic".
 
     Raises:
         As :func:`lmnfast.cut`, and as :func:`lmnfast.connectivity` for samples and outputs that it refuses.
@@ -144,17 +147,17 @@ def _explained(model: nn.Module, layer: str, inputs: Any, call: dict[str, Any]) 
     if inputs is None:
         if traced is None:
             return LayerRoute(layer, "generic", reason, hooked=True)
-        return _of_route(layer, find_route(traced, None, DEFAULT.method))
+        return _of_route(layer, find_route(traced, None, DEFAULT.method, points=DEFAULT.points))
     tail, samples = cut_at(model, layer, inputs, **call)
     about: dict[str, Any] = {
         "samples": tuple(samples.shape),
         "dtype": str(samples.dtype),
         "device": str(samples.device),
     }
-    with prepared(tail, samples, DEFAULT.method, deferred=False) as function:
+    with prepared(tail, samples, DEFAULT.method, deferred=False, points=DEFAULT.points) as function:
         function.settle()
         route = function.route
-        if route.chain is None:
+        if route.chain is None and route.block is None:
             about |= _tiles(function)
     if isinstance(tail, HookTail):
         reason = reason or "what torch.fx traced has other outputs on the samples"
@@ -164,6 +167,8 @@ def _explained(model: nn.Module, layer: str, inputs: Any, call: dict[str, Any]) 
 
 
 def _of_route(layer: str, route: Route, **about: Any) -> LayerRoute:
+    if route.block is not None:
+        return LayerRoute(layer, route.kind, _drawn_block(route.block), **about)
     if route.chain is None:
         return LayerRoute(layer, route.kind, route.reason, **about)
     drawn = _drawn(route.chain)
@@ -196,3 +201,12 @@ def _drawn(chain: Chain) -> str:
             parts.append(activation.name)
         parts += ["+"] * (2 * n + 1 in into)
     return " ".join(parts)
+
+
+def _drawn_block(block: Block) -> str:
+    """Draws a block: LayerNorm 768 -> 3072 gelu -> 768 + x, or 768 -> 3072 silu * 3072 -> 768."""
+    norm = "" if block.norm is None else "LayerNorm " if block.norm.centers else "RMSNorm "
+    units, inputs = block.first.shape
+    gate = "" if block.gate is None else f" * {units}"
+    activation = "" if block.activation.name == "identity" else f" {block.activation.name}"
+    return f"{norm}{inputs} -> {units}{activation}{gate} -> {len(block.last)}" + " + x" * block.adds_input

@@ -52,10 +52,10 @@ def generic_paths(
     widened_f = Widened(f, x, original)
     most = tile_pairs(tile, len(x), allocated, len(t))
     finished = 0
-    for first, second in _pairs(len(x), most, x.device):
+    for first, second in pairs_of(len(x), most, x.device):
         pairs = len(first)
         # In their own dtype the path between two close samples has few distinct points.
-        apart = ~_indistinct(x[first], x[second])
+        apart = ~indistinct(x[first], x[second])
         if not apart.all():
             i, j = first[~apart], second[~apart]
             near = (x[i] != x[j]).flatten(1).any(1)  # other pairs are equal samples, and their entry is 1
@@ -99,7 +99,7 @@ def generic_paths(
     return ChainConnectivity(L, counts, resolved)
 
 
-def _indistinct(first: Tensor, second: Tensor) -> Tensor:
+def indistinct(first: Tensor, second: Tensor) -> Tensor:
     """Which pairs of samples are close, see `are_close`. In float64 only equal samples are."""
     if first.dtype == torch.float64:
         return (first == second).flatten(1).all(1)
@@ -111,7 +111,7 @@ def _like(x: Tensor, values: Tensor) -> Tensor:
     return on_device(values.to(x.dtype), x.device)
 
 
-def _pairs(samples: int, tile: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def pairs_of(samples: int, tile: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """All pairs i < j, row by row, in tiles. The indices of all pairs never exist at once."""
     row_starts = torch.arange(samples, device=device).neg().add(samples - 1).cumsum(0)
     for start in range(0, samples * (samples - 1) // 2, tile):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _native
+from ._block import Block
 from ._chain import Chain
 from ._checks import Checks, is_like
 from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
@@ -83,15 +84,27 @@ class Prepared:
             self.refute()
 
     def settle(self) -> None:
-        """Also checks that f, if it is no chain, gives the same on some of the samples, and hoists its affine maps."""
+        """Also checks that f, if it is no chain, gives the same on some of the samples; that a block is f; and hoists f's affine
+        maps.
+        """
         self.check_outputs()
         if self.chain is not None:
             return
         for rows in rows_again(len(self.x)):
             again, self.allocated = bytes_of(self.calls, self.x, rows, self.method != "path")
             self.checks.repeats(self.calls, self.x, self.ends, again, rows, f"{len(rows)} samples alone")
+        block = self.route.block
+        if block is not None and not self._is_block(block):
+            self.refute()
         if self.route.parts is not None:
             self._hoist(*self.route.parts)
+
+    def _is_block(self, block: Block) -> bool:
+        """Whether f is the block, on all samples, and half way between some of them."""
+        rows = rows_again(len(self.x))[0]
+        between = torch.lerp(self.x[rows], self.x.roll(1, 0)[rows], 0.5)
+        y = block(torch.cat([self.x, between])).flatten(1)
+        return self.checks.same(y, torch.cat([self.ends, outputs_of(self.calls, between)]))
 
     def _hoist(self, first: nn.Module, rest: nn.Module) -> None:
         """Applies the affine maps at f's beginning to the samples, if the rest of f then gives f's outputs."""
@@ -116,6 +129,7 @@ def prepared(
     expected: Tensor | None = None,
     deferred: bool | None = None,
     spare: bool = False,
+    points: int = 3,
 ) -> Iterator[Prepared]:
     """f on its checked samples, in eval mode for as long as the context lasts.
 
@@ -123,7 +137,7 @@ def prepared(
 
     Args:
         f, x: as in :func:`lmnfast.connectivity`.
-        method, fuse, known: as in `find_route`.
+        method, fuse, known, points: as in `find_route`.
         expected: f(x), if known.
         deferred: leave the checks to the caller. None: only on CUDA.
         spare: do not call modules in order whose outputs the chain gives, also for methods without Jacobians.
@@ -138,7 +152,9 @@ def prepared(
         calls = Calls(f, kept.put_back)
         if not (late or checks.deferred):  # f may do anything on samples that are not finite
             checks.finite("x", x)
-        find = partial(find_route, f, x, method, fuse=fuse, known=known, put_back=kept.put_back)
+        find = partial(
+            find_route, f, x, method, fuse=fuse, known=known, put_back=kept.put_back, points=points
+        )
         route = find() if kept.in_order else None
         chain = None if route is None else route.chain
         ends, allocated = None, 0

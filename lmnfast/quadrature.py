@@ -81,3 +81,32 @@ def _lobatto(points: int) -> tuple[np.ndarray, np.ndarray]:
     interior, weights = (interior + 1 - interior[::-1]) / 2, (weights + weights[::-1]) / 2
     end = (1 - weights.sum()) / 2
     return np.concatenate([[0.0], interior, [1.0]]), np.concatenate([[end], weights, [end]])
+
+
+def orthonormal_polynomials(nodes: Tensor, weights: Tensor) -> Tensor:
+    """Values of the polynomials of degree 1, 2, ... that are orthonormal under a rule, times the rule's weights.
+
+    The constant is left out. Degrees end where the rule does: at the number of nodes with a weight, less 1. Applied to values at
+    the nodes, row d gives their coefficient of degree d, and the squared coefficients sum to the values' variance.
+
+    Args:
+        nodes, weights: as `path_nodes` returns them.
+
+    Returns:
+        (degrees, nodes) float64.
+
+    Example:
+        >>> nodes, weights = lmnfast.quadrature.path_nodes("uniform", 21)
+        >>> polynomials = lmnfast.quadrature.orthonormal_polynomials(nodes, weights)
+        >>> coefficients = polynomials @ nodes**2  # a parabola has degree 2
+        >>> [round(float(c), 4) for c in coefficients[:4]]
+        [0.3028, 0.0734, 0.0, 0.0]
+    """
+    t, w = nodes.numpy(), weights.numpy()
+    basis = np.sqrt(w)[None]
+    for _ in range(int((w > 0).sum()) - 1):
+        product = (2 * t - 1) * basis[-1]
+        for _ in range(2):  # as in `_lobatto`: the plain three-term recurrence loses its digits
+            product -= basis.T @ (basis @ product)
+        basis = np.vstack([basis, product / np.linalg.norm(product)])
+    return torch.from_numpy(basis[1:] * np.sqrt(w))

@@ -114,6 +114,60 @@ def path_connectivity(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, w
     return result.triu() + result.triu(1).mT
 
 
+def block_coefficients(
+    z: Tensor,
+    first: Tensor,
+    second: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    nodes: Tensor,
+    polynomials: Tensor,
+    *,
+    gated: bool = False,
+    normalisation: tuple[Tensor, Tensor, float] | None = None,
+    shift: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Coefficients, in polynomials, of the hidden layer of a transformer's block along paths, without its chord.
+
+    Args:
+        z: (samples, units), the pre-activations at the samples; with a gate (samples, 2 * units), the gate's units last.
+        first, second: (rows,) int64, the samples at t = 0 and t = 1.
+        activation: of the hidden layer.
+        nodes: (nodes,) float64, 0 first and 1 last.
+        polynomials: (degrees, nodes) float64, each polynomial's values times the nodes' weights.
+        gated: whether the layer is ``activation(a) * g``.
+        normalisation: own (samples,), cross (rows,) and epsilon: pre-activations are divided by the root of
+            ``(1 - t)^2 own[first] + 2 t (1 - t) cross + t^2 own[second] + epsilon``. None: they are not divided.
+        shift: as a row of z, added to the pre-activations.
+        scale: factor of the coefficients in the energy.
+
+    Returns:
+        (degrees, rows, units), and the sums over units of the squared, scaled coefficients, (rows, degrees).
+
+    Example:
+        >>> nodes, weights = lmnfast.quadrature.path_nodes("uniform", 3)
+        >>> z, i, j = torch.tensor([[-1.0], [1.0]]), torch.tensor([0]), torch.tensor([1])
+        >>> lmnfast.reference.block_coefficients(z, i, j, torch.relu, nodes, weights[None])[0]
+        tensor([[[-0.1667]]])
+    """
+    t = nodes.to(z)[:, None]
+    a = torch.lerp(z[first][:, None], z[second][:, None], t)
+    if normalisation is not None:
+        own, cross, epsilon = normalisation
+        s = nodes.to(own)
+        square = (1 - s) ** 2 * own[first, None] + 2 * s * (1 - s) * cross[:, None] + s**2 * own[second, None]
+        a = a * torch.rsqrt(square.clamp(min=0) + epsilon).to(z)[..., None]
+    a = a if shift is None else a + shift
+    if gated:
+        a, gate = a.chunk(2, -1)
+        h = activation(a) * gate
+    else:
+        h = activation(a)
+    residual = h - torch.lerp(h[:, :1], h[:, -1:], t)
+    coefficients = torch.einsum("dm,rmu->dru", polynomials.to(z), residual)
+    return coefficients, (coefficients * scale).double().square().sum(-1).mT.contiguous()
+
+
 def hermite_connectivity(
     f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool
 ) -> Tensor:

@@ -5,6 +5,7 @@ first call, which takes two seconds.
 """
 
 from .._recognise import recognise as recognise  # returns the chains that are the ops' arguments
+from .block_coefficients import block_coefficients
 from .check_outputs import check_outputs
 from .hermite_connectivity import hermite_connectivity
 from .jacobian import jacobian
@@ -15,6 +16,7 @@ from .spectral_entropy import spectral_entropy
 from .symmetric_eigenvalues import symmetric_eigenvalues
 
 __all__ = [
+    "block_coefficients",
     "check_outputs",
     "hermite_connectivity",
     "jacobian",

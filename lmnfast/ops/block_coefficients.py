@@ -1,0 +1,289 @@
+"""``lmnfast::block_coefficients``: the hidden layer of a transformer's block along paths, as coefficients of polynomials."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from .._chain import ACTIVATIONS, Activation
+from .._native import plain
+from ._checks import KERNEL_DTYPES, check_array, check_tensor
+
+MOST_COEFFICIENTS = 64  # kMostCoefficients in csrc/ops.h
+
+
+class Normalisation(NamedTuple):
+    """What normalises the samples: LayerNorm or RMSNorm."""
+
+    own: Tensor
+    """(samples,) float64, each sample's variance or mean square."""
+    cross: Tensor
+    """(rows,) float64, the covariance, or mean product, of the two samples of a row."""
+    epsilon: float
+
+
+def block_coefficients(
+    z: Tensor,
+    first: Tensor,
+    second: Tensor,
+    activation: Activation,
+    nodes: Tensor,
+    polynomials: Tensor,
+    *,
+    gated: bool = False,
+    normalisation: Normalisation | None = None,
+    shift: Tensor | None = None,
+    begin: int = 0,
+    end: int | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`lmnfast.reference.block_coefficients` without temporaries; float32 or float64, on the CPU or on CUDA.
+
+    The residual of the hidden layer from its chord is zero at both ends. Its coefficients in polynomials that are orthonormal
+    under the path's rule give the statistics of a Linear behind the layer: the variance is the sum of the squared coefficients.
+    The coefficients of a smooth layer fall fast with the degree, so a Linear need only be applied to the first few of them.
+
+    A normalisation of the samples divides pre-activations by a root of a quadratic in t, so that the Linear before the layer
+    is applied to the samples alone.
+
+    Args:
+        z: (samples, units), the layer's pre-activations at the samples, before they are divided by the normalisation's root;
+            with a gate (samples, 2 * units), the gate's units last. float32 or float64.
+        first, second: (rows,) int64, the samples at t = 0 and t = 1.
+        activation: of the hidden layer, in front of the gate's product.
+        nodes: (nodes,) float64, from 0 to 1, at most 66.
+        polynomials: (degrees, nodes) float64, at most 64 degrees: the weight of each node times the polynomial's value there.
+        gated: whether the layer is ``activation(a) * g``.
+        normalisation: None: there is none.
+        shift: (units,) or (2 * units,) of z's dtype, added to the pre-activations; None: 0.
+        begin, end: the degrees (rows of `polynomials`) whose coefficients are returned. end None: all from begin on.
+        scale: a power of two that brings hidden values to the order of 1. Squares for the energy are of scaled values.
+
+    Returns:
+        Coefficients (end - begin, rows, units) of z's dtype; and the energy (rows, degrees) float64: the sums over units of the
+        squared, scaled coefficients, for all degrees.
+
+    Raises:
+        TypeError: dtypes or devices differ, or are none of these.
+        ValueError: shapes do not fit; a begin, end or scale out of range; on the CPU also an index of no sample.
+        RuntimeError: the CUDA kernels do not run on that device.
+
+    Source:
+        docs/mathematics.md, "A block of a transformer".
+
+    Example:
+        >>> nodes, weights = lmnfast.quadrature.path_nodes("uniform", 3)
+        >>> z, i, j = torch.tensor([[-1.0], [1.0]]), torch.tensor([0]), torch.tensor([1])
+        >>> constant = weights[None]  # the polynomial 1: the coefficient is the mean of the residual
+        >>> relu = lmnfast._chain.Activation("relu")
+        >>> lmnfast.ops.block_coefficients(z, i, j, relu, nodes, constant)[0]  # 0, 0, 1 minus 0, 0.5, 1
+        tensor([[[-0.1667]]])
+    """
+    own, cross, epsilon = (None, None, 0.0) if normalisation is None else normalisation
+    return torch.ops.lmnfast.block_coefficients(
+        z,
+        first,
+        second,
+        ACTIVATIONS.index(activation.name),
+        [activation.alpha, activation.beta],
+        nodes,
+        polynomials,
+        gated,
+        shift,
+        own,
+        cross,
+        epsilon,
+        begin,
+        polynomials.shape[0] if end is None else end,
+        scale,
+    )
+
+
+torch.library.define(
+    "lmnfast::block_coefficients",
+    "(Tensor z, Tensor first, Tensor second, int activation, float[] parameters, Tensor nodes, Tensor polynomials, "
+    "bool gated, Tensor? shift, Tensor? own, Tensor? cross, float epsilon, int begin, int end, float scale) "
+    "-> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("lmnfast::block_coefficients", "default")
+def _block_coefficients(
+    z: Tensor,
+    first: Tensor,
+    second: Tensor,
+    activation: int,
+    parameters: list[float],
+    nodes: Tensor,
+    polynomials: Tensor,
+    gated: bool,
+    shift: Tensor | None,
+    own: Tensor | None,
+    cross: Tensor | None,
+    epsilon: float,
+    begin: int,
+    end: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    units = _check(
+        z,
+        first,
+        second,
+        activation,
+        parameters,
+        nodes,
+        polynomials,
+        gated,
+        shift,
+        own,
+        cross,
+        begin,
+        end,
+        scale,
+    )
+    if not _native.has_kernels(z):
+        named = Activation(ACTIVATIONS[activation], *parameters)
+        norm = None if own is None or cross is None else Normalisation(own, cross, epsilon)
+        coefficients, energy = reference.block_coefficients(
+            z,
+            first,
+            second,
+            named,
+            nodes.to(z.device),
+            polynomials.to(z.device),
+            gated=gated,
+            normalisation=norm,
+            shift=shift,
+            scale=scale,
+        )
+        return coefficients[begin:end], energy
+    z, first, second, shift, own, cross = (
+        None if t is None else plain(t) for t in (z, first, second, shift, own, cross)
+    )
+    assert z is not None
+    assert first is not None
+    t, rule = plain(nodes[1:-1].to(z.device)), plain(polynomials[:, 1:-1].to(z.device))
+    coefficients = _native.empty(z, end - begin, len(first), units)
+    energy = z.new_empty(len(first), len(rule), dtype=torch.float64)
+    call = _native._C.BlockCoefficients(
+        z.dtype == torch.float64,
+        *map(_native.address, (z, shift, own, cross, first, second, t, rule)),
+        epsilon,
+        scale,
+        len(z),
+        len(first),
+        units,
+        len(t),
+        len(rule),
+        begin,
+        end,
+        gated,
+        activation,
+        *parameters,
+    )
+    return _native.run(call, coefficients, energy), energy
+
+
+@torch.library.register_fake("lmnfast::block_coefficients")
+def _(
+    z: Tensor,
+    first: Tensor,
+    second: Tensor,
+    activation: int,
+    parameters: list[float],
+    nodes: Tensor,
+    polynomials: Tensor,
+    gated: bool,
+    shift: Tensor | None,
+    own: Tensor | None,
+    cross: Tensor | None,
+    epsilon: float,
+    begin: int,
+    end: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    units = _check(
+        z,
+        first,
+        second,
+        activation,
+        parameters,
+        nodes,
+        polynomials,
+        gated,
+        shift,
+        own,
+        cross,
+        begin,
+        end,
+        scale,
+        fake=True,
+    )
+    rows = first.shape[0]
+    return z.new_empty(end - begin, rows, units), z.new_empty(rows, polynomials.shape[0], dtype=torch.float64)
+
+
+def _check(
+    z: Tensor,
+    first: Tensor,
+    second: Tensor,
+    activation: int,
+    parameters: list[float],
+    nodes: Tensor,
+    polynomials: Tensor,
+    gated: bool,
+    shift: Tensor | None,
+    own: Tensor | None,
+    cross: Tensor | None,
+    begin: int,
+    end: int,
+    scale: float,
+    fake: bool = False,
+) -> int:
+    """Checks the op's arguments; returns the number of units."""
+    on = z.device
+    check_tensor("z", z, KERNEL_DTYPES, on)
+    if z.dim() != 2 or z.shape[1] == 0 or (gated and z.shape[1] % 2):
+        units = "2 * units" if gated else "units"
+        raise ValueError(f"z: expected (samples, {units}), got shape {tuple(z.shape)}")
+    _check_rule(nodes, polynomials, begin, end)
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise ValueError(f"activation: expected a code from 0 to {len(ACTIVATIONS) - 1}, got {activation}")
+    if len(parameters) != 2:
+        raise ValueError(f"parameters: expected 2 numbers, got {len(parameters)}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale: expected a positive finite number, got {scale}")
+    if (own is None) != (cross is None):
+        raise ValueError("own, cross: expected both or neither")
+    check_array("shift", shift, z.shape[1:], z.dtype, on)
+    check_array("own", own, z.shape[:1], torch.float64, on)
+    if first.dim() != 1:
+        raise ValueError(f"first: expected (rows,), got shape {tuple(first.shape)}")
+    check_array("cross", cross, first.shape, torch.float64, on)
+    for name, tensor in (("first", first), ("second", second)):
+        check_array(name, tensor, first.shape, torch.int64, on)
+        if fake or on.type != "cpu" or tensor.numel() == 0:
+            continue
+        if not 0 <= int(tensor.min()) <= int(tensor.max()) < len(z):
+            raise ValueError(
+                f"{name}: expected samples 0 to {len(z) - 1}, got {tensor.min()} to {tensor.max()}"
+            )
+    return z.shape[1] // (2 if gated else 1)
+
+
+def _check_rule(nodes: Tensor, polynomials: Tensor, begin: int, end: int) -> None:
+    check_tensor("nodes", nodes, (torch.float64,), nodes.device)
+    check_tensor("polynomials", polynomials, (torch.float64,), nodes.device)
+    if nodes.dim() != 1 or not 3 <= nodes.shape[0] <= MOST_COEFFICIENTS + 2:
+        raise ValueError(
+            f"nodes: expected (nodes,), 3 to {MOST_COEFFICIENTS + 2}, got shape {tuple(nodes.shape)}"
+        )
+    degrees = polynomials.shape[0] if polynomials.dim() == 2 else 0
+    if not 1 <= degrees <= MOST_COEFFICIENTS or polynomials.shape[1] != nodes.shape[0]:
+        raise ValueError(
+            f"polynomials: expected (degrees, {nodes.shape[0]}), 1 to {MOST_COEFFICIENTS} degrees, "
+            f"got shape {tuple(polynomials.shape)}"
+        )
+    if not 0 <= begin <= end <= degrees:
+        raise ValueError(f"begin, end: expected 0 <= begin <= end <= {degrees}, got {begin} and {end}")
