@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,12 +22,15 @@ from .ops.path_connectivity import ChainConnectivity
 from .quadrature import orthonormal_polynomials
 from .reference import CONSTANT_ULPS
 
-# Bytes of the coefficients in a tile, all degrees of the first guess together. Larger tiles leave the caches between the kernel
+# Bytes of the hidden layer's coefficients in a tile. Larger tiles leave the caches between the kernel
 # and the product, smaller ones are too few rows for the product.
 CPU_TILE, CUDA_TILE = 16 * 2**20, 2**30
 
-# The degrees of the first guess. A GELU or SiLU layer of PyTorch's initialisation needs 4 to 6, a trained one 6 to 10.
-FIRST_DEGREES = 6
+# The polynomials of the first tile; later tiles take as many as the tile before needed. A GELU or SiLU layer of PyTorch's
+# initialisation needs 6 to 8, one with weights three times as large 10 to 13, one with kinks all.
+FIRST_TERMS = 6
+
+TURNED = 16  # rows that determine the polynomials
 
 # The bound of the operator norm comes from half this many products with W^T W of so many random vectors. It fails with a
 # probability of 1e-18 at a width of 3072: Dixon (1983), P(norm^2 > factor estimate) <= 0.8 factor^(-powers / 2) sqrt(width) for
@@ -138,60 +140,60 @@ class _Outputs:
         self, block: Block, rows: _Rows, positions: int, nodes: Tensor, weights: Tensor, own: Tensor | None
     ) -> None:
         """own: `Widened.rounding`, (2, P * K)."""
-        self.last, self.positions = block.last, positions
-        self.dtype, self.device = block.last.dtype, block.last.device
-        t = nodes - weights @ nodes
-        self.variance_t = float(weights @ t**2)
-        outputs = rows.outputs.unflatten(0, (-1, positions))  # (N, P, K)
-        spread = (outputs - outputs[:1]).abs().amax(0)
-        self.scale = torch.where(spread > 0, torch.exp2(-torch.frexp(spread)[1].double()), 1.0)  # (P, K)
-        self.outputs = (outputs * self.scale).flatten(0, 1)
-        magnitude = self.outputs.abs().unflatten(0, (-1, positions)).amax(0)
-        least = magnitude * LEAST_ROUNDING
-        own = None if own is None else own.double().unflatten(1, self.scale.shape) * self.scale
-        self.computed_from = (least if own is None else least + own[0]).to(self.dtype)
-        self.least = torch.zeros_like(self.computed_from) if own is None else own[1].to(self.dtype)
-        squared = self.last.double().square().sum(1)
-        bound = squared.clamp(max=squared_norm_bound(self.last))  # (K,)
-        self.bound = bound * self.scale**2 * (self.variance_t / rows.hidden_scale**2 / self.last.shape[0])
-
-    @cached_property
-    def epsilon(self) -> float:
-        return torch.finfo(self.dtype).eps
+        self.positions, self.dtype = positions, block.last.dtype
+        self.epsilon = torch.finfo(self.dtype).eps
+        self.variance_t = float(weights @ nodes**2 - (weights @ nodes) ** 2)
+        spread = (rows.outputs - rows.outputs[:1]).abs().amax(0)
+        scale = torch.where(
+            spread > 0, torch.exp2(-torch.frexp(spread)[1].double()), 1.0
+        )  # (K,), powers of two
+        self.last = (block.last * scale[:, None]).to(self.dtype)
+        self.outputs = rows.outputs * scale
+        self.magnitudes = self.outputs.abs().to(self.dtype)
+        self.least = self.magnitudes.new_zeros(positions, len(scale))
+        self.terms = self.magnitudes.unflatten(0, (-1, positions)).amax(0) * LEAST_ROUNDING
+        if own is not None:
+            own = own.double().unflatten(1, self.terms.shape) * scale
+            self.terms, self.least = self.terms + own[0].to(self.dtype), own[1].to(self.dtype)
+        bound = block.last.double().square().sum(1).clamp(max=squared_norm_bound(block.last))
+        self.bound = (bound * scale**2 * (self.variance_t / rows.hidden_scale**2 / len(scale))).to(self.dtype)
 
     def shares(
         self, coefficients: Tensor, first: Tensor, second: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """1 - r2 of each row, averaged over its outputs; counts of constant and of unresolved outputs; and the error of
-        the first for each unit of energy in the degrees that are left out. Each (rows,).
+        """1 - r2 of each row, averaged over its outputs; counts of constant and of unresolved outputs; and a bound for the
+        error of the first, for each unit of energy in the degrees that are left out. Each (rows,).
 
-        coefficients: (degrees, rows, K), from degree 1 on, of the block's last Linear. The rules are those of
-        csrc/statistics.h.
+        coefficients: (degrees, rows, K), from degree 1 on, by `last`. The rules are those of csrc/statistics.h.
         """
-        position = first % self.positions
-        scale = self.scale[position].to(self.dtype)
-        start, end = self.outputs[first], self.outputs[second]
-        chord = (end - start).to(self.dtype)
-        magnitude = torch.maximum(start.abs(), end.abs()).to(self.dtype)
-        slope = coefficients[0] * scale
-        bend = (coefficients[1:] * scale).square().sum(0) * self.variance_t
-        covariance = chord * self.variance_t + slope * math.sqrt(self.variance_t)
-        total = covariance.square() + bend
-        tolerance = magnitude * (CONSTANT_ULPS * self.epsilon)
-        constant_total = tolerance.square() * self.variance_t
-        least_total, largest_total = (1e-24, 1e30) if self.dtype == torch.float32 else (1e-280, 1e290)
-        moved = (chord != 0) | (slope != 0) | (bend != 0)
-        constant = torch.where(constant_total >= least_total, total <= constant_total, ~moved)
-        least = self.least[position]
-        constant &= magnitude >= torch.where(magnitude > 0, least.abs(), least)
-        computed_from = self.computed_from[position]
-        resolved_ulps = RESOLVED_ULPS[self.dtype] * self.epsilon
-        resolved_total = (magnitude.square() + computed_from.square()) * (resolved_ulps**2 * self.variance_t)
-        resolved = (total > resolved_total) & (total > least_total) & (total < largest_total)
+        chord = (self.outputs[second] - self.outputs[first]).to(self.dtype)
+        bend = torch.zeros_like(coefficients[0])
+        for each in coefficients[1:]:  # faster than a reduction over the first dimension
+            bend.addcmul_(each, each, value=self.variance_t)
+        covariance = torch.add(chord * self.variance_t, coefficients[0], alpha=math.sqrt(self.variance_t))
+        total = covariance.square_().add_(bend)
+        magnitude = torch.maximum(self.magnitudes[first], self.magnitudes[second])
+        terms = self._of_rows(self.terms, first)
+        rounding = (RESOLVED_ULPS[self.dtype] * self.epsilon) ** 2 * self.variance_t
+        least, largest = (1e-24, 1e30) if self.dtype == torch.float32 else (1e-280, 1e290)
+        resolved = (
+            total > torch.addcmul(terms.square(), magnitude, magnitude).mul_(rounding).clamp_(min=least)
+        ) & (total < largest)
+        sensitivity = torch.where(self.bound > 0, self.bound / total, 0.0).amax(1)
+        if total.device.type == "cpu" and bool(resolved.all()):  # then no output is constant either
+            none = first.new_zeros(len(first))
+            return bend.div_(total).mean(1), none, none.clone(), sensitivity
+        tolerance = (magnitude * (CONSTANT_ULPS * self.epsilon)).square_().mul_(self.variance_t)
+        still = (chord == 0) & (coefficients[0] == 0) & (bend == 0)
+        constant = torch.where(tolerance >= least, total <= tolerance, still)
+        known = self._of_rows(self.least, first)
+        constant &= magnitude >= torch.where(magnitude > 0, known.abs(), known)
         share = torch.where(constant | ~(total > 0), 0.0, bend / total)
-        bound = self.bound[position]
-        sensitivity = torch.where(bound > 0, bound / total, 0.0).amax(1)
         return share.mean(1), constant.sum(1), (~constant & ~resolved).sum(1), sensitivity
+
+    def _of_rows(self, values: Tensor, first: Tensor) -> Tensor:
+        """Values (P, K) for rows (rows, K), or (1, K) if there is one position."""
+        return values if self.positions == 1 else values[first % self.positions]
 
 
 class _Measured:
@@ -201,7 +203,19 @@ class _Measured:
         self.block, self.rows, self.outputs, self.nodes = block, rows, outputs, nodes
         self.polynomials = orthonormal_polynomials(nodes, weights)
         self.degrees = len(self.polynomials)
-        self.guess = min(FIRST_DEGREES, self.degrees)
+        self.guess = min(FIRST_TERMS, self.degrees)
+
+    def turn(self, first: Tensor, second: Tensor) -> None:
+        """Turns all polynomials but the first, so that these rows' hidden layers have most of their energy in the first few.
+
+        Sums of squares stay as they are, so any rows may be used. Principal components of 16 rows: a GELU layer behind a
+        LayerNorm then needs 8 polynomials in place of 12.
+        """
+        hidden, _ = self._hidden(first, second, 1, self.degrees)
+        hidden = (hidden.double() * self.rows.hidden_scale).flatten(1).cpu()
+        _, vectors = torch.linalg.eigh(hidden @ hidden.mT)  # in rising order
+        if bool(vectors.isfinite().all()):
+            self.polynomials = torch.cat([self.polynomials[:1], vectors.flip(1).mT @ self.polynomials[1:]])
 
     def shares(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """1 - r2 of each row, averaged over its outputs, and counts of constant and of unresolved outputs. Each (rows,)."""
@@ -229,8 +243,12 @@ class _Measured:
 
     def _coefficients(self, first: Tensor, second: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """The coefficients of the outputs (end - begin, rows, K), and the energy of the hidden layer (rows, degrees)."""
+        hidden, energy = self._hidden(first, second, begin, end)
+        return (hidden.flatten(0, 1) @ self.outputs.last.mT).unflatten(0, hidden.shape[:2]), energy
+
+    def _hidden(self, first: Tensor, second: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
         block, rows = self.block, self.rows
-        hidden, energy = block_coefficients(
+        return block_coefficients(
             rows.z,
             first,
             second,
@@ -244,7 +262,6 @@ class _Measured:
             end=end,
             scale=rows.hidden_scale,
         )
-        return (hidden.flatten(0, 1) @ block.last.mT).unflatten(0, hidden.shape[:2]), energy
 
 
 def block_paths(
@@ -267,11 +284,15 @@ def block_paths(
         measured = _Measured(block, rows, outputs, nodes, weights)
     L = torch.ones(len(x), len(x), dtype=x.dtype, device=x.device)
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
-    of_row = FIRST_DEGREES * len(block.first) * x.element_size()
+    of_row = FIRST_TERMS * len(block.first) * x.element_size()
     most = max(1, min(tile, CPU_TILE if x.device.type == "cpu" else CUDA_TILE) // (of_row * positions))
     places = torch.arange(positions, device=x.device)
     finished = 0
     for first, second in pairs_of(len(x), most, x.device):
+        if not finished:
+            some = torch.linspace(0, len(first) - 1, TURNED, device=x.device).long()
+            where = torch.arange(TURNED, device=x.device) * 7 % positions
+            measured.turn(first[some] * positions + where, second[some] * positions + where)
         finished += len(first)
         apart = ~indistinct(x[first], x[second])
         if not apart.all():

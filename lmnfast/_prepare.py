@@ -84,9 +84,7 @@ class Prepared:
             self.refute()
 
     def settle(self) -> None:
-        """Also checks that f, if it is no chain, gives the same on some of the samples; that a block is f; and hoists f's affine
-        maps.
-        """
+        """Also checks, if f is no chain, that f repeats its outputs and that a block is f; and hoists f's affine maps."""
         self.check_outputs()
         if self.chain is not None:
             return

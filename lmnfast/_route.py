@@ -32,10 +32,10 @@ OTHER_BLOCK = "the transformer's block that they look like has other outputs"
 class Route:
     """How a function is measured, and why.
 
-    "fused": the function is a chain, and a kernel takes all of it. "block": the function is a block of a transformer; a kernel
-    takes its hidden layer, and its last Linear is applied to as few coefficients as are needed. "hoisted": the function begins with affine maps, which
-    commute with a path. They are applied to the samples alone, and the rest of the function is called on tiles of path points.
-    "generic": the whole function is called on tiles of path points, or of samples.
+    "fused": the function is a chain, and a kernel takes all of it. "block": the function is a block of a transformer. A kernel
+    takes its hidden layer, and its last Linear is applied to as few coefficients as are needed. "hoisted": the function begins
+    with affine maps, which commute with a path. They are applied to the samples alone, and the rest of the function is called
+    on tiles of path points. "generic": the whole function is called on tiles of path points, or of samples.
     """
 
     kind: Literal["fused", "block", "hoisted", "generic"]

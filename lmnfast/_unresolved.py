@@ -6,8 +6,10 @@ constant to rounding. In float64 f is evaluated on the path itself, without a ch
 """
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -360,8 +362,10 @@ def in_double(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _by_mode(mode: InDouble, f: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     mode.begin_anew()
-    # Compiled functions run uncompiled: their compiler would see another dtype and compile again.
-    with torch.compiler.set_stance("force_eager"), mode:
+    # Compiled functions run uncompiled: their compiler would see another dtype and compile again. Where there are none, the
+    # compiler is not loaded, which takes two seconds.
+    compiled = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), mode:
         return f(points)
 
 

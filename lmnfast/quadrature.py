@@ -86,8 +86,8 @@ def _lobatto(points: int) -> tuple[np.ndarray, np.ndarray]:
 def orthonormal_polynomials(nodes: Tensor, weights: Tensor) -> Tensor:
     """Values of the polynomials of degree 1, 2, ... that are orthonormal under a rule, times the rule's weights.
 
-    The constant is left out. Degrees end where the rule does: at the number of nodes with a weight, less 1. Applied to values at
-    the nodes, row d gives their coefficient of degree d, and the squared coefficients sum to the values' variance.
+    The constant is left out. Degrees end where the rule does: at the number of nodes with a weight, less 1. Applied to values
+    at the nodes, row d gives their coefficient of degree d + 1, and the squared coefficients sum to the values' variance.
 
     Args:
         nodes, weights: as `path_nodes` returns them.
