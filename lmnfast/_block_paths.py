@@ -28,7 +28,7 @@ CPU_TILE, CUDA_TILE = 16 * 2**20, 2**30
 
 # The polynomials of the first tile; later tiles take as many as the tile before needed. A GELU or SiLU layer of PyTorch's
 # initialisation needs 6 to 8, one with weights three times as large 10 to 13, one with kinks all.
-FIRST_TERMS = 6
+FIRST_TERMS = 8
 
 TURNED = 16  # rows that determine the polynomials
 
@@ -155,8 +155,10 @@ class _Outputs:
         if own is not None:
             own = own.double().unflatten(1, self.terms.shape) * scale
             self.terms, self.least = self.terms + own[0].to(self.dtype), own[1].to(self.dtype)
-        bound = block.last.double().square().sum(1).clamp(max=squared_norm_bound(block.last))
-        self.bound = (bound * scale**2 * (self.variance_t / rows.hidden_scale**2 / len(scale))).to(self.dtype)
+        squares = block.last.double().square().sum(1)
+        directions = block.last / torch.where(squares > 0, squares.sqrt(), 1.0).to(self.dtype)[:, None]
+        factor = squared_norm_bound(directions) * self.variance_t / rows.hidden_scale**2 / len(scale)
+        self.bound = (squares * scale**2 * factor).to(self.dtype)
 
     def shares(
         self, coefficients: Tensor, first: Tensor, second: Tensor
