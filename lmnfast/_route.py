@@ -75,17 +75,15 @@ def find_route(
     as_block = method == "path" and points <= MOST_COEFFICIENTS + 1
     try:
         chain = known or chain_or_reason(f, put_back)
+        reason = why_no_kernel(chain, x, method)
     except NotAChain as error:
+        chain, reason = None, str(error)
+    if chain is None or reason is not None:
         block = _block(f, x, put_back) if as_block else None
-        if block is not None:
-            return Route("block", str(error), block=block)
-        return _unfused(f, method, str(error))
-    reason = why_no_kernel(chain, x, method)
-    if reason is not None:
-        return _unfused(f, method, reason)
+        return _unfused(f, method, str(reason)) if block is None else Route("block", str(reason), block=block)
     block = wide_block(chain) if as_block else None
     if block is not None and _takes_block(block, x) and (x is None or not _native.on_cuda(x)):
-        return Route("block", "few coefficients of its wide outputs are enough", block=block)
+        return Route("block", "a few coefficients give its many outputs", block=block)
     return Route("fused", chain=chain)
 
 
