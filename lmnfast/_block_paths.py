@@ -55,7 +55,7 @@ class _Rows:
     normalised: Tensor | None
     """(N * P, inputs), the samples, centred for a LayerNorm."""
     outputs: Tensor
-    """(N * P, K), the block's outputs."""
+    """(N * P, K), the block's outputs without the last bias, which would only cost digits."""
     hidden_scale: float
 
     @classmethod
@@ -85,9 +85,7 @@ class _Rows:
         a, *gate = a.chunk(2, -1) if block.gate is not None else (a,)
         hidden = _native.pointwise(block.activation, a.contiguous())
         hidden = hidden * gate[0] if gate else hidden
-        y = _native.linear(
-            hidden, block.last.double(), None if block.last_bias is None else block.last_bias.double()
-        )
+        y = _native.linear(hidden, block.last.double(), None)
         largest = float(hidden.abs().amax()) if hidden.numel() else 0.0
         return cls(
             z.to(dtype),
