@@ -188,7 +188,7 @@ WHOLES = {
     ),
     "a part of the activated": (
         lambda m, x: m.last(F.gelu(m.both(x)).chunk(2, -1)[0]),
-        "a part of other values than a Linear's result",
+        "a part of other values than the first Linear's result",
     ),
     "parts of tokens": (
         lambda m, x: m.last(m.both(x).chunk(2, 1)[0]),
@@ -199,6 +199,18 @@ WHOLES = {
         "or along another dimension than the last",
     ),
     "a token": (lambda m, x: mlp(m, x[:, 0]), "an index of other values"),
+    "a part of the flattened": (
+        lambda m, x: mlp(m, x).flatten(1)[..., :4],
+        "a part of other values than the first Linear's result",
+    ),
+    "a part of the result": (
+        lambda m, x: (x + mlp(m, x))[..., :4],
+        "a part of other values than the first Linear's result",
+    ),
+    "a negative epsilon": (
+        lambda m, x: mlp(m, F.layer_norm(x, (WIDTH,), eps=-1.0)),
+        "a normalisation with the epsilon -1",
+    ),
     "every second unit": (lambda m, x: m.last(F.gelu(m.both(x)[..., ::2])), "an index of other values"),
     "mixed tokens": (lambda m, x: mlp(m, x.transpose(1, 2)), "a transposition of other values than weights"),
     "a flatten before": (lambda m, x: mlp(m, x.flatten(1)), "a flatten before the last Linear"),
