@@ -416,10 +416,13 @@ class Reader:
             raise NotAChain("a view behind a flatten")
         return self._flattened(rows) if layout == Layout.FLAT else replace(rows, layout=layout)
 
-    def on_size(self, rows: Any, dim: int | None = None) -> Any:
-        if not isinstance(rows, Rows):
-            raise NotAChain("a size of a parameter is read")
-        sizes = Sizes(rows.layout, Size.WIDTH if rows.width is None else rows.width)
+    def on_size(self, value: Any, dim: int | None = None) -> Any:
+        if isinstance(value, Parameter):
+            sizes: Any = tuple(value.tensor.shape)
+        elif isinstance(value, Rows):
+            sizes = Sizes(value.layout, Size.WIDTH if value.width is None else value.width)
+        else:
+            raise NotAChain("a size of something other than a tensor is read")
         return sizes if dim is None else sizes[dim]
 
     def on_floordiv(self, size: Any, divisor: Any) -> int:

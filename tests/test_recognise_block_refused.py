@@ -345,7 +345,17 @@ class TwoArguments(nn.Module):
         return x * mask
 
 
-def shared_norm_scale():
+class Tagged(nn.Parameter):
+    """A tensor of another class, whose operations may be others."""
+
+
+def with_tagged(part):
+    f = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
+    f[part].weight = Tagged(f[part].weight.detach())
+    return f
+
+
+def norm_of_another_dtype():
     f = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
     f[0].double()
     return f
@@ -363,7 +373,9 @@ MODULES = {
         "weights are torch.bfloat16",
     ),
     "two dtypes": (mixed(), "weights are torch.float32 on cpu and torch.float64 on cpu"),
-    "a norm of another dtype": (shared_norm_scale(), "a scale or shift of another shape or dtype"),
+    "a norm of another dtype": (norm_of_another_dtype(), "a scale or shift of another shape or dtype"),
+    "a weight of another class": (with_tagged(1), "a weight that is no plain dense tensor"),
+    "a scale of another class": (with_tagged(0), "a scale or shift of another shape or dtype"),
     "a subclass": (nn.Sequential(nn.Linear(6, 6), nn.GELU(), Doubling(6, 6)), "beyond one sum with x"),
     "an adapter": (nn.Sequential(LowRank(), nn.GELU(), nn.Linear(6, 6)), "beyond one sum with x"),
     "widths": (
