@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -213,13 +214,13 @@ class Reader:
 
     def on_chunk(self, rows: Any, chunks: int, dim: int = 0) -> tuple[Rows, ...]:
         if not isinstance(rows, Rows) or rows.width is None or rows.width % chunks:
-            raise NotAChain("a part of other values than a Linear's result")
+            raise NotAChain("a part of other values than the first Linear's result")
         return self.on_split(rows, rows.width // chunks, dim)
 
     def on_split(self, rows: Any, sizes: Any, dim: int = 0) -> tuple[Rows, ...]:
         if not isinstance(rows, Rows) or rows.width is None or dim != -1:
             raise NotAChain(
-                "a part of other values than a Linear's result, or along another dimension than the last"
+                "a part of other values than the first Linear's result, or along another dimension than the last"
             )
         if isinstance(sizes, int):
             sizes = [sizes] * (rows.width // sizes)
@@ -230,8 +231,8 @@ class Reader:
 
     def _part(self, rows: Rows, units: slice) -> Rows:
         made = self.maps.get(rows.expression)
-        if made is None:
-            raise NotAChain("a part of other values than a Linear's result")
+        if made is None or rows.level != HIDDEN:
+            raise NotAChain("a part of other values than the first Linear's result")
         bias = None if made.bias is None else made.bias[units]
         return self._result(replace(made, weight=made.weight[units], bias=bias), rows.level, rows.layout)
 
@@ -257,16 +258,13 @@ class Reader:
     def on_layer_norm(
         self, rows: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
     ) -> Rows:
-        return self._normed(rows, shape, weight, bias, lambda dtype: Norm(True, eps))
+        return self._normed(rows, shape, weight, bias, lambda dtype: Norm(True, _epsilon(eps)))
 
     def on_rms_norm(self, rows: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Rows:
-        return self._normed(
-            rows,
-            shape,
-            weight,
-            None,
-            lambda dtype: Norm(False, torch.finfo(dtype).eps if eps is None else eps),
-        )
+        def norm(dtype: torch.dtype) -> Norm:
+            return Norm(False, torch.finfo(dtype).eps if eps is None else _epsilon(eps))
+
+        return self._normed(rows, shape, weight, None, norm)
 
     def _normed(
         self, rows: Any, shape: Any, weight: Any, bias: Any, norm: Callable[[torch.dtype], Norm]
@@ -418,10 +416,13 @@ class Reader:
             raise NotAChain("a view behind a flatten")
         return self._flattened(rows) if layout == Layout.FLAT else replace(rows, layout=layout)
 
-    def on_size(self, rows: Any, dim: int | None = None) -> Any:
-        if not isinstance(rows, Rows):
-            raise NotAChain("a size of a parameter is read")
-        sizes = Sizes(rows.layout, Size.WIDTH if rows.width is None else rows.width)
+    def on_size(self, value: Any, dim: int | None = None) -> Any:
+        if isinstance(value, Parameter):
+            sizes: Any = tuple(value.tensor.shape)
+        elif isinstance(value, Rows):
+            sizes = Sizes(value.layout, Size.WIDTH if value.width is None else value.width)
+        else:
+            raise NotAChain("a size of something other than a tensor is read")
         return sizes if dim is None else sizes[dim]
 
     def on_floordiv(self, size: Any, divisor: Any) -> int:
@@ -476,3 +477,9 @@ class Reader:
 
 def _parameter(tensor: Any) -> Parameter | None:
     return None if tensor is None else Parameter(tensor)
+
+
+def _epsilon(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise NotAChain(f"a normalisation with the epsilon {value}")
+    return float(value)

@@ -151,7 +151,7 @@ def _joined(reader: Reader, result: Rows) -> Block:
 def _checked_dtype(reader: Reader, maps: list[LinearMap]) -> torch.dtype:
     """The dtype of all weights. Raises NotAChain unless they are plain and dense, have one dtype and device, and fit."""
     tensors = [t for made in maps for t in (made.weight, made.bias) if t is not None]
-    if any(type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided for t in tensors):
+    if not all(map(_is_plain, tensors)):
         raise NotAChain("a weight that is no plain dense tensor")
     kinds = {(t.dtype, t.device) for t in tensors}
     dtype = tensors[0].dtype
@@ -174,7 +174,8 @@ def _norm(
         return None
     core, scale, shift = affine_parts(source)
     for tensor in (scale, shift):
-        if tensor is not None and (tensor.shape, tensor.dtype, tensor.device) != ((inputs,), dtype, device):
+        kind = None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, _is_plain(tensor))
+        if kind not in (None, ((inputs,), dtype, device, True)):
             raise NotAChain("a normalisation with a scale or shift of another shape or dtype")
     found: Norm | None = None
     if core in reader.norms:
@@ -184,6 +185,10 @@ def _norm(
     if found is None:
         raise NotAChain("what precedes the first Linear is no LayerNorm or RMSNorm over the last dimension")
     return replace(found, scale=_detached(scale), shift=_detached(shift))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def _has_parameters(expression: Expression) -> bool:

@@ -63,7 +63,7 @@ def activation_of(
 ) -> tuple[Activation, int] | None:
     """The activation a with hidden = a(maps[0]), or the activation a and n with hidden = a(maps[n]) * maps[1 - n].
 
-    hidden is compared with each activation that the kernels know, in float64, at some 3000 points from -1e30 to 1e30, most in
+    hidden is compared with each activation that the kernels know, in float64, at some 3000 points from -1e38 to 1e38, most in
     [-30, 30]. A spelled form that overflows there, as log(1 + exp(z)), is another function in float32 as well, and is refused.
 
     Args:
@@ -96,7 +96,7 @@ def _points() -> Tensor:
     """Points of the real line, an odd number."""
     dense = torch.linspace(-30, 30, 2001, dtype=torch.float64, device="cpu")
     near = torch.logspace(-8, 0, 300, dtype=torch.float64, device="cpu")
-    far = torch.logspace(1.5, 30, 115, dtype=torch.float64, device="cpu")
+    far = torch.logspace(1.5, 38, 147, dtype=torch.float64, device="cpu")
     return torch.cat([dense, near, -near, far, -far])
 
 

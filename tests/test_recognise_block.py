@@ -95,7 +95,7 @@ def in_place(m, x):
 def in_rows(m, x):
     rows = x.reshape(-1, x.size(-1))
     y = torch.addmm(m.units, rows, m.table).sigmoid()
-    return m.last(y).view(x.size()[:-1] + (WIDTH,)) + x
+    return m.last(y).view(x.size()[:-1] + (WIDTH,)) + x  # noqa: RUF005  # as Hugging Face's Conv1D
 
 
 def with_tokens(m, x):
@@ -128,6 +128,14 @@ FORMS = {
     "1 + scale": (lambda m, x: gated(m, rms(x) * (1 + m.scale), new_gelu), tanh_gelu, root, True, False),
     "without a scale": (lambda m, x: mlp(m, rms(x, 0.1)), gelu, (False, 0.1), False, False),
     "an old root of squares": (lambda m, x: mlp(m, old_rms(m, x)), gelu, (False, 1e-5), False, False),
+    "a scale's shape": (
+        lambda m, x: x + mlp(m, F.layer_norm(x, m.scale.shape, m.scale, m.shift, 1e-5)),
+        *(gelu, layer_norm, False, True),
+    ),
+    "a mean of products": (
+        lambda m, x: gated(m, (x * torch.rsqrt(torch.mean(x * x, -1, True) + 1e-6)).to(x.dtype) * m.scale),
+        *(silu, root, True, False),
+    ),
     "a variance": (lambda m, x: x + mlp(m, centered(m, x)), gelu, (True, 1e-12), False, True),
     "conversions to its dtype": (
         lambda m, x: x + gated(m, m.scale * rms(x.to(x.dtype)).type_as(x).to(m.scale.dtype)),

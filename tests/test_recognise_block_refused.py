@@ -188,7 +188,7 @@ WHOLES = {
     ),
     "a part of the activated": (
         lambda m, x: m.last(F.gelu(m.both(x)).chunk(2, -1)[0]),
-        "a part of other values than a Linear's result",
+        "a part of other values than the first Linear's result",
     ),
     "parts of tokens": (
         lambda m, x: m.last(m.both(x).chunk(2, 1)[0]),
@@ -199,6 +199,18 @@ WHOLES = {
         "or along another dimension than the last",
     ),
     "a token": (lambda m, x: mlp(m, x[:, 0]), "an index of other values"),
+    "a part of the flattened": (
+        lambda m, x: mlp(m, x).flatten(1)[..., :4],
+        "a part of other values than the first Linear's result",
+    ),
+    "a part of the result": (
+        lambda m, x: (x + mlp(m, x))[..., :4],
+        "a part of other values than the first Linear's result",
+    ),
+    "a negative epsilon": (
+        lambda m, x: mlp(m, F.layer_norm(x, (WIDTH,), eps=-1.0)),
+        "a normalisation with the epsilon -1",
+    ),
     "every second unit": (lambda m, x: m.last(F.gelu(m.both(x)[..., ::2])), "an index of other values"),
     "mixed tokens": (lambda m, x: mlp(m, x.transpose(1, 2)), "a transposition of other values than weights"),
     "a flatten before": (lambda m, x: mlp(m, x.flatten(1)), "a flatten before the last Linear"),
@@ -333,7 +345,17 @@ class TwoArguments(nn.Module):
         return x * mask
 
 
-def shared_norm_scale():
+class Tagged(nn.Parameter):
+    """A tensor of another class, whose operations may be others."""
+
+
+def with_tagged(part):
+    f = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
+    f[part].weight = Tagged(f[part].weight.detach())
+    return f
+
+
+def norm_of_another_dtype():
     f = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
     f[0].double()
     return f
@@ -351,7 +373,9 @@ MODULES = {
         "weights are torch.bfloat16",
     ),
     "two dtypes": (mixed(), "weights are torch.float32 on cpu and torch.float64 on cpu"),
-    "a norm of another dtype": (shared_norm_scale(), "a scale or shift of another shape or dtype"),
+    "a norm of another dtype": (norm_of_another_dtype(), "a scale or shift of another shape or dtype"),
+    "a weight of another class": (with_tagged(1), "a weight that is no plain dense tensor"),
+    "a scale of another class": (with_tagged(0), "a scale or shift of another shape or dtype"),
     "a subclass": (nn.Sequential(nn.Linear(6, 6), nn.GELU(), Doubling(6, 6)), "beyond one sum with x"),
     "an adapter": (nn.Sequential(LowRank(), nn.GELU(), nn.Linear(6, 6)), "beyond one sum with x"),
     "widths": (
