@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, 2) block_coefficients_kernel(BlockCo
   }
   __syncthreads();
   T energy[kDegrees<T>] = {};
-  with_kind(op.activation.kind, [&](auto kind) { row_coefficients<decltype(kind)::value>(op, rule, from, energy); });
+  const RowRule<T>& filled = rule;  // GCC, which compiles it for the emulator, does not count a use inside a generic lambda
+  with_kind(op.activation.kind, [&](auto kind) { row_coefficients<decltype(kind)::value>(op, filled, from, energy); });
 #pragma unroll
   for (int d = 0; d < kDegrees<T>; ++d) {
     const double sum = warp_sum(double(energy[d]));

@@ -1,5 +1,6 @@
 """``lmnfast::block_coefficients``: the hidden layer of a transformer's block along paths, as coefficients of polynomials."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,13 +53,14 @@ def block_coefficients(
             with a gate (samples, 2 * units), the gate's units last. float32 or float64.
         first, second: (rows,) int64, the samples at t = 0 and t = 1.
         activation: of the hidden layer, in front of the gate's product.
-        nodes: (nodes,) float64, from 0 to 1, at most 66.
+        nodes: (nodes,) float64, 0 first and 1 last, at most 66; on any device.
         polynomials: (degrees, nodes) float64, at most 64 degrees: the weight of each node times the polynomial's value there.
         gated: whether the layer is ``activation(a) * g``.
         normalisation: None: there is none.
         shift: (units,) or (2 * units,) of z's dtype, added to the pre-activations; None: 0.
         begin, end: the degrees (rows of `polynomials`) whose coefficients are returned. end None: all from begin on.
-        scale: a power of two that brings hidden values to the order of 1. Squares for the energy are of scaled values.
+        scale: a power of two in the range of z's dtype that brings hidden values to the order of 1. Squares for the energy are of
+            scaled values.
 
     Returns:
         Coefficients (end - begin, rows, units) of z's dtype; and the energy (rows, degrees) float64: the sums over units of the
@@ -247,13 +249,18 @@ def _check(
     if z.dim() != 2 or z.shape[1] == 0 or (gated and z.shape[1] % 2):
         units = "2 * units" if gated else "units"
         raise ValueError(f"z: expected (samples, {units}), got shape {tuple(z.shape)}")
-    _check_rule(nodes, polynomials, begin, end)
+    _check_rule(nodes, polynomials, begin, end, fake)
     if not 0 <= activation < len(ACTIVATIONS):
         raise ValueError(f"activation: expected a code from 0 to {len(ACTIVATIONS) - 1}, got {activation}")
     if len(parameters) != 2:
         raise ValueError(f"parameters: expected 2 numbers, got {len(parameters)}")
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale: expected a positive finite number, got {scale}")
+    if not all(map(math.isfinite, parameters)):
+        raise ValueError(f"parameters: expected finite numbers, got {parameters}")
+    least, most = torch.finfo(z.dtype).smallest_normal / 4, torch.finfo(z.dtype).max
+    if not least <= scale <= most:  # the kernels take it in z's dtype
+        raise ValueError(
+            f"scale: expected a number from {least:.1e} to {most:.1e} for {z.dtype}, got {scale}"
+        )
     if (own is None) != (cross is None):
         raise ValueError("own, cross: expected both or neither")
     check_array("shift", shift, z.shape[1:], z.dtype, on)
@@ -272,13 +279,16 @@ def _check(
     return z.shape[1] // (2 if gated else 1)
 
 
-def _check_rule(nodes: Tensor, polynomials: Tensor, begin: int, end: int) -> None:
+def _check_rule(nodes: Tensor, polynomials: Tensor, begin: int, end: int, fake: bool) -> None:
     check_tensor("nodes", nodes, (torch.float64,), nodes.device)
     check_tensor("polynomials", polynomials, (torch.float64,), nodes.device)
     if nodes.dim() != 1 or not 3 <= nodes.shape[0] <= MOST_COEFFICIENTS + 2:
         raise ValueError(
             f"nodes: expected (nodes,), 3 to {MOST_COEFFICIENTS + 2}, got shape {tuple(nodes.shape)}"
         )
+    # Values on a card are not looked at, because that would wait for it.
+    if not fake and nodes.device.type == "cpu" and (float(nodes[0]), float(nodes[-1])) != (0.0, 1.0):
+        raise ValueError(f"nodes: expected 0 first and 1 last, got {float(nodes[0])} and {float(nodes[-1])}")
     degrees = polynomials.shape[0] if polynomials.dim() == 2 else 0
     if not 1 <= degrees <= MOST_COEFFICIENTS or polynomials.shape[1] != nodes.shape[0]:
         raise ValueError(
