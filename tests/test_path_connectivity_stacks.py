@@ -21,12 +21,12 @@ STACKS = {
     "one hidden layer": ([7, 20, 5], "identity silu identity", (), 17),
     "one hidden layer, 20 outputs": ([9, 33, 20], "identity gelu identity", (), 9),
     "two hidden layers": ([6, 40, 50, 9], "identity silu silu identity", (), 13),
-    "three hidden layers": ([5, 30, 20, 17, 6], "tanh silu relu elu identity", (), 9),
-    "few outputs behind a wide layer": ([3, 17, 272, 10], "identity silu gelu identity", (), 9),
+    "three hidden layers": ([5, 30, 20, 17, 6], "tanh silu relu elu identity", (), 7),
+    "few outputs behind a wide layer": ([3, 17, 272, 10], "identity silu gelu identity", (), 5),
     "an activation on the output": ([5, 12, 4], "identity silu sigmoid", (), 11),
     "many outputs": ([5, 20, 70], "identity softplus identity", (), 10),
     "no hidden layer": ([6, 4], "silu identity", (), 12),
-    **{name: (widths, names, skips, 10) for name, (widths, names, skips) in SUMS.items()},
+    **{name: (widths, names, skips, 7) for name, (widths, names, skips) in SUMS.items()},
 }
 
 
