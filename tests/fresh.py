@@ -1,4 +1,4 @@
-"""New processes for code that must not find what other tests imported.
+"""New processes, for code that must not find what other tests imported or that runs beside this process.
 
 Each is forked from a server that has imported PyTorch alone, with the parts that an optimiser imports. A process that imports
 these by itself spends 4 s of a core on them.
