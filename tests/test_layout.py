@@ -222,8 +222,8 @@ def test_the_environment_chooses_the_instruction_set(tmp_path):
 
 def test_the_readmes_example_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    exec(blocks[0], {})
+    assert len(blocks) == 1 and blocks[0].count("torch.randn(500, 64)") == 1
+    exec(blocks[0].replace("500", "60"), {})  # the time grows with the square of the number of samples
     said = capsys.readouterr().out
     assert "Measurement(lmn=" in said and "'layer': '1'" in said
 
