@@ -25,11 +25,12 @@ class Done:
 
 
 def run_fresh(script: Path, folder: Path, *arguments: str, **environment: str) -> Done:
-    """Runs a script as `python script arguments` in the folder would, with these environment variables besides its own.
+    """Runs a script as `python script arguments` in the folder would, with these environment variables besides the tests' own.
 
     What reads its environment as PyTorch is imported, as OpenMP does, finds that of the tests.
     """
     files = folder / "stdout", folder / "stderr"
+    environment = {**os.environ, **environment}  # the server has those of its start
     process = CONTEXT.Process(target=_run, args=(script, folder, files, arguments, environment))
     process.start()
     process.join(600)
@@ -46,6 +47,7 @@ def _run(
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     assert not any(name.startswith("lmnfast") for name in sys.modules)
     os.chdir(folder)
+    os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))

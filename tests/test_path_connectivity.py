@@ -60,7 +60,7 @@ def test_any_number_of_samples(n, device, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_width(widths, bias, device, dtype):
     chain = random_chain(widths, ["tanh", "silu", "identity"], bias=bias, seed=sum(widths))
-    assert_as_right_as_pytorch(chain, samples(21, widths[0]), device, dtype)
+    assert_as_right_as_pytorch(chain, samples(fewer(21, 14), widths[0]), device, dtype)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
@@ -82,7 +82,7 @@ def test_any_nodes_and_weights(rule, device, dtype):
 def test_separated_exponentials_and_direct_evaluation_agree_with_the_reference(
     name, magnitude, device, dtype
 ):
-    x = samples(33, 8)
+    x = samples(fewer(33, 18), 8)
     x *= magnitude / x.abs().max()
     assert_as_right_as_pytorch(random_chain([8, 6], [name, "identity"], bias=False), x, device, dtype)
 
@@ -399,7 +399,8 @@ def test_sums_with_earlier_values(sums, device, dtype):
 @pytest.mark.parametrize("seed", range(12))
 def test_any_sums_in_any_chain(seed, device, dtype):
     chain = random_sums(seed)
-    assert_as_right_as_pytorch(chain, samples(18, len(chain.weights[0].mT)), device, dtype)
+    x = samples(fewer(18, 11), len(chain.weights[0].mT))
+    assert_as_right_as_pytorch(chain, x, device, dtype)
 
 
 def test_sums_have_the_same_bits_for_any_thread_count(device, dtype, threads):
