@@ -1,7 +1,7 @@
 """New processes, for code that must not find what other tests imported or that runs beside this process.
 
-Each is forked from a server that has imported PyTorch alone, with the parts that an optimiser imports. A process that imports
-these by itself spends 4 s of a core on them.
+Each is forked from a server that has imported PyTorch alone, with the parts that an optimiser imports. A process that
+imports these by itself spends 4 s of a core on them.
 """
 
 import multiprocessing
@@ -25,9 +25,9 @@ class Done:
 
 
 def run_fresh(script: Path, folder: Path, *arguments: str, **environment: str) -> Done:
-    """Runs a script as `python script arguments` in the folder would, with these environment variables besides the tests' own.
+    """Runs a script as `python script arguments` in the folder would, with these environment variables besides its own.
 
-    What reads its environment as PyTorch is imported, as OpenMP does, finds that of the tests.
+    What reads its environment while PyTorch is imported, as OpenMP does, finds the one of the server's start.
     """
     files = folder / "stdout", folder / "stderr"
     environment = {**os.environ, **environment}  # the server has those of its start
