@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import lmnfast
 
-CLASSES, TRAINED_ON, MEASURED = 13, 512, 40
+CLASSES, TRAINED_ON = 13, 512
 
 
 @dataclass
@@ -150,9 +150,9 @@ def lstm() -> Task:
 MODELS = {"gpt2": gpt2, "vit": vit, "resnet": resnet, "lstm": lstm}
 
 
-def measured(task: Task) -> list[tuple[str, float, float]]:
+def measured(task: Task, samples: int) -> list[tuple[str, float, float]]:
     """For each block its name, LMN of the block alone, and LMN of the network behind it."""
-    inputs, rows = task.first(MEASURED), []
+    inputs, rows = task.first(samples), []
     for name in lmnfast.match_layers(task.model, task.blocks):
         alone = lmnfast.cut(task.model, block=name, inputs=inputs)
         behind = lmnfast.cut(task.model, name, inputs, output=task.logits)
@@ -166,6 +166,9 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=MODELS, default="resnet")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--samples", type=int, default=40, help="the time grows with the square of their number"
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
     task = MODELS[options.model]()
@@ -174,7 +177,7 @@ def main() -> None:
     for step in range(options.steps + 1):
         loss = F.cross_entropy(task.predict(), task.labels)
         if step in (0, options.steps // 3, options.steps):
-            for name, alone, behind in measured(task):
+            for name, alone, behind in measured(task, options.samples):
                 print(f"{step:5} {loss.item():7.3f} {name:>15} {alone:10.2f} {behind:11.2f}")
         optimiser.zero_grad()
         loss.backward()

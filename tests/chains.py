@@ -252,10 +252,10 @@ def in_dtype(chain: Chain, dtype: torch.dtype) -> tuple:
     )
 
 
-def nearly_equal(distance: float, width: int = 8) -> torch.Tensor:
-    """Ten float32 samples, and each again a relative `distance` off."""
-    x = samples(10, width).float()
-    return torch.cat([x, x * (1 + distance * samples(10, width, seed=2).float())])
+def nearly_equal(distance: float, width: int = 8, n: int = 10) -> torch.Tensor:
+    """n float32 samples, and each again a relative `distance` off."""
+    x = samples(n, width).float()
+    return torch.cat([x, x * (1 + distance * samples(n, width, seed=2).float())])
 
 
 def condition(chain: Chain, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,6 +22,13 @@ from lmnfast.grokking.train import train
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what a test starts
     torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With -k emulated, leaves out files without such a test: what these import, such as Lightning, takes 10 s."""
+    if config.option.keyword != "emulated" or not collection_path.match("test_*.py"):
+        return None
+    return None if re.search(r"\b(device|emulated|EMULATED|LEVELS)\b", collection_path.read_text()) else True
 
 
 @pytest.fixture(autouse=True)

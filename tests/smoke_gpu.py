@@ -22,6 +22,7 @@ from lmnfast.quadrature import path_nodes
 RULE = path_nodes("uniform", 21)
 DTYPES = (torch.float32, torch.float64)
 ACTIVATIONS = (nn.SiLU, nn.GELU, nn.ReLU)
+SAMPLES = 37
 
 
 class Call(NamedTuple):
@@ -64,7 +65,7 @@ def path_connectivity() -> Iterator[Call]:
     shapes = ((7, 10, 3), (20, 100, 31), (20, 40, 50, 33))
     for dtype, widths, activation in product(DTYPES, shapes, ACTIVATIONS):
         net = network(widths, activation, dtype)
-        x = torch.randn(37, widths[0], dtype=dtype)
+        x = torch.randn(SAMPLES, widths[0], dtype=dtype)
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             bound: Tensor | float = 1e-4 if dtype == torch.float32 else 1e-10
             if precision == "high":
@@ -83,7 +84,7 @@ def hermite_connectivity() -> Iterator[Call]:
     """At "high" with the bound of tests/test_hermite_connectivity.py."""
     shapes = ((7, 10, 3), (20, 40, 33))
     for dtype, widths, midpoint in product(DTYPES, shapes, (False, True)):
-        net, x = network(widths, nn.SiLU, dtype), torch.randn(37, widths[0], dtype=dtype)
+        net, x = network(widths, nn.SiLU, dtype), torch.randn(SAMPLES, widths[0], dtype=dtype)
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             yield Call(
                 f"{dtype} {precision} {widths} {'midpoint' if midpoint else ''}",
@@ -97,7 +98,7 @@ def hermite_connectivity() -> Iterator[Call]:
 
 def jacobian() -> Iterator[Call]:
     for dtype, widths in product(DTYPES, ((7, 3), (7, 10, 3), (20, 100, 31), (20, 40, 50, 33))):
-        net, x = network(widths, nn.GELU, dtype), torch.randn(37, widths[0], dtype=dtype)
+        net, x = network(widths, nn.GELU, dtype), torch.randn(SAMPLES, widths[0], dtype=dtype)
         yield Call(
             f"{dtype} {widths}",
             lambda device, net=net, x=x: ops.jacobian(recognise(net.to(device)), x.to(device)),

@@ -27,6 +27,11 @@ def samples(n: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def fewer(many: int, few: int) -> int:
+    """How many samples: few in the emulator, which takes a thousand times as long."""
+    return few if _native._C.isa() == EMULATED else many
+
+
 def mlp(
     *widths: int, activation: type[nn.Module] = nn.SiLU, seed: int = 0, gain: float = 1.0
 ) -> nn.Sequential:

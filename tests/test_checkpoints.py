@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpointed import LAYERS, command, failure, random_state, table
+from fresh import run_fresh
 from torch import nn
 
 import lmnfast
@@ -269,8 +269,10 @@ def test_the_example_of_the_documentation_runs(place, capsys):
     script, commands, program = re.findall(r"```(?:python|sh)\n(.*?)```", DOCS.read_text(), re.DOTALL)
     Path("digits.py").write_text(script)
     train, measure = commands.strip().splitlines()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *train.split()[1:]], check=True, env=environment)
+    python, script, *arguments = train.split()
+    assert python == "python"
+    done = run_fresh(place / script, place, *arguments)
+    assert done.returncode == 0, done.stderr
     assert cli.main([word.strip("'") for word in measure.split()[1:]]) == 0
     assert [row["step"] for row in table()] == ["0", "10", "20", "30", "40"]
     capsys.readouterr()

@@ -17,6 +17,7 @@ from lmnfast import cli
 from lmnfast._connectivity import measured
 from lmnfast.checkpoints import measure as measuring
 from lmnfast.checkpoints import measure_checkpoints
+from lmnfast.runs import pool
 
 
 def test_a_killed_command_goes_on_where_it_was(trained):
@@ -212,7 +213,8 @@ def test_a_file_replaced_by_one_of_the_same_size_and_time_is_measured_anew(train
     assert again == [second | {"step": 2, "checkpoint": "step_2.pt"}, second, third]
 
 
-def test_a_process_that_dies_is_said(trained, capsys):
+def test_a_process_that_dies_is_said(trained, capsys, monkeypatch):
+    monkeypatch.setattr(pool, "DEATHS", 0)
     line = failure(capsys, command("--jobs=2", model="nets:dies"))
     assert line.startswith("jobs: a process died")
 

@@ -1,11 +1,10 @@
 import os
-import subprocess
-import sys
 from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fresh import run_fresh
 
 from lmnfast import _native, cli
 from lmnfast._threads import cores
@@ -109,11 +108,12 @@ def facts(said):
     return {line[:15].rstrip(): line[17:] for line in said.splitlines()}
 
 
-def test_info_works_without_the_extra():
+def test_info_works_without_the_extra(tmp_path):
     blocked = "import sys; sys.modules.update(tqdm=None, matplotlib=None); "
-    program = blocked + "from lmnfast.cli import main; main(['info'])"
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    native, said = _native.info(), facts(said)
+    (tmp_path / "code.py").write_text(blocked + "from lmnfast.cli import main; main(['info'])")
+    done = run_fresh(tmp_path / "code.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    native, said = _native.info(), facts(done.stdout)
     assert said["lmnfast"] == version("lmnfast")
     assert said["torch"].startswith(torch.__version__)
     assert said["instruction set"].startswith(native["isa"])

@@ -1,12 +1,11 @@
 """The methods by derivatives: their definitions, limit cases, what they evaluate."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from chains import hermite_condition
+from fresh import run_fresh
 from networks import NAN, ON_A_CARD, counted, inputs, mlp
 from support import CUDA, UNIFORM
 from torch import nn
@@ -58,7 +57,8 @@ def test_every_method_agrees_with_its_definition(widths, method, wrap, dtype):
 @pytest.mark.parametrize("method", HERMITE)
 @pytest.mark.parametrize("budget", [1, 20_000, 200_000, 2**30])
 def test_tiles_of_jacobians_change_no_number(method, budget):
-    net, x = mlp(6, 20, 4).double(), inputs(40, 6, dtype=torch.float64)
+    n = 16 if budget == 1 else 40  # then every pair is a tile
+    net, x = mlp(6, 20, 4).double(), inputs(n, 6, dtype=torch.float64)
     f, truth = counted(net), definition(net, x, method)
     assert (lmnfast.connectivity(f, x, method=method, budget=budget) - truth).abs().max() < 1e-12
 
@@ -171,19 +171,20 @@ def test_a_jacobian_that_is_not_finite_is_an_error_and_no_number(method):
 
 
 @pytest.mark.parametrize("method", HERMITE)
-def test_peak_memory_of_hermite_on_the_generic_route(method):
-    """A hundred inputs and outputs: all slopes at once would need 70 MB, all Jacobians 12 MB."""
-    code = f"""
+def test_peak_memory_of_hermite_on_the_generic_route(method, tmp_path):
+    """300 outputs: all slopes at once would need 73 MB."""
+    (tmp_path / "code.py").write_text(f"""
 import resource, torch, lmnfast
 from torch import nn
-net = nn.Sequential(nn.Linear(100, 100), nn.SiLU(), nn.Linear(100, 100))
-x = torch.randn(600, 100)
+net = nn.Sequential(nn.Linear(40, 20), nn.SiLU(), nn.Linear(20, 300))
+x = torch.randn(350, 40)
 lmnfast.connectivity(lambda x: net(x), x[:50], method={method!r}, budget=2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 L = lmnfast.connectivity(lambda x: net(x), x, method={method!r}, budget=2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - L.numel() * 4 // 1024)
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+""")
+    done = run_fresh(tmp_path / "code.py", tmp_path)
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) / 1024 < 48
 
 

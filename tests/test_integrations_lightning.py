@@ -274,6 +274,9 @@ def test_other_ranks_measure_nothing_and_do_not_wait():
 
 
 DDP = """
+import os
+import socket
+
 import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -297,6 +300,11 @@ class Module(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+second = os.fork()  # behind the imports, which take longest: where there is a rank, Lightning starts no process
+os.environ["LOCAL_RANK"] = "0" if second else "1"
 x, weights = torch.randn(32, 5, generator=torch.Generator().manual_seed(0)), []
 for callbacks in [], [LMNCallback(x[:20], "net.0", every=2)]:
     module = Module()
@@ -308,6 +316,8 @@ for callbacks in [], [LMNCallback(x[:20], "net.0", every=2)]:
 assert all(map(torch.equal, *weights))
 steps = [row["step"] for row in callbacks[0].history]
 print("rank", module.global_rank, "measured", steps, flush=True)
+if second:
+    assert os.waitpid(second, 0)[1] == 0
 """
 
 

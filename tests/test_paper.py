@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fresh import CONTEXT
 
 import lmnfast
 from lmnfast import cli
@@ -42,7 +43,9 @@ def finished(tmp_path_factory) -> Path:
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    run_study(out, ("s4",), 2, 2, TINY)
+    with pytest.MonkeyPatch.context() as quick:  # processes that do not import PyTorch again
+        quick.setattr(multiprocessing, "get_context", lambda _: CONTEXT)
+        run_study(out, ("s4",), 2, 2, TINY)
     killer.join()
     return out
 

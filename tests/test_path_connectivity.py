@@ -16,7 +16,7 @@ from chains import (
     raw,
     samples,
 )
-from support import EMULATED, UNIFORM
+from support import EMULATED, UNIFORM, fewer
 
 from lmnfast import _native, ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
@@ -29,7 +29,7 @@ LANES = 16  # of the widest vectors in float32
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_on_the_input_and_between_layers(name, device, dtype):
     chain = random_chain([9, 33, 20, 5], [name, name, name, "identity"])
-    x = 2 * samples(37, 9)
+    x = 2 * samples(fewer(37, 19), 9)
     assert_as_right_as_pytorch(chain, x, device, dtype)
     if name != "identity":
         truth = reference.path_connectivity(chain, x, *UNIFORM)
@@ -60,7 +60,7 @@ def test_any_number_of_samples(n, device, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_width(widths, bias, device, dtype):
     chain = random_chain(widths, ["tanh", "silu", "identity"], bias=bias, seed=sum(widths))
-    assert_as_right_as_pytorch(chain, samples(21, widths[0]), device, dtype)
+    assert_as_right_as_pytorch(chain, samples(fewer(21, 14), widths[0]), device, dtype)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
@@ -82,7 +82,7 @@ def test_any_nodes_and_weights(rule, device, dtype):
 def test_separated_exponentials_and_direct_evaluation_agree_with_the_reference(
     name, magnitude, device, dtype
 ):
-    x = samples(33, 8)
+    x = samples(fewer(33, 18), 8)
     x *= magnitude / x.abs().max()
     assert_as_right_as_pytorch(random_chain([8, 6], [name, "identity"], bias=False), x, device, dtype)
 
@@ -90,7 +90,7 @@ def test_separated_exponentials_and_direct_evaluation_agree_with_the_reference(
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_coincident_samples_are_connected_by_exactly_one(name, device, dtype):
     chain = random_chain([7, 20, 12, 3], [name, name, name, "identity"])
-    x = samples(40, 7)
+    x = samples(fewer(40, 22), 7)
     x[1::2] = x[::2]
     L = measured(chain, x, device, dtype)
     assert (L.diagonal(1)[::2] == 1).all()
@@ -155,7 +155,7 @@ def test_the_scale_of_the_outputs_does_not_matter(factor, device):
 
 def test_the_same_bits_for_any_thread_count(device, dtype, threads):
     chain = random_chain([6, 30, 20, 7], ["identity", "silu", "tanh", "identity"])
-    x = samples(70, 6)
+    x = samples(fewer(70, 35), 6)
     results = []
     for count in (1, 2, 3, 7):
         threads(count)
@@ -230,7 +230,7 @@ def tail(name: str) -> Chain:
 @pytest.mark.parametrize("matmul, bound", [("highest", 2e-5), ("high", 1e-3)])
 def test_errors_at_each_matmul_precision(name, matmul, bound, device, precision):
     widths = TAILS[name][0]
-    chain, x = tail(name), 2 * samples(40 if widths[0] == 100 else 24, widths[0])
+    chain, x = tail(name), 2 * samples(fewer(40 if widths[0] == 100 else 24, 18), widths[0])
     precision(matmul)
     if matmul == "highest":
         L, truth = assert_as_right_as_pytorch(chain, x, device, torch.float32)
@@ -246,7 +246,7 @@ def test_errors_at_each_matmul_precision(name, matmul, bound, device, precision)
 @pytest.mark.parametrize("name", ["silu", "relu", "two hidden layers", "130 outputs", "300 units"])
 def test_emulated_cards_with_less_shared_memory(name, kilobytes, emulated, dtype, monkeypatch):
     monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
-    assert_as_right_as_pytorch(tail(name), samples(20, TAILS[name][0][0]), emulated, dtype)
+    assert_as_right_as_pytorch(tail(name), samples(12, TAILS[name][0][0]), emulated, dtype)
 
 
 @pytest.mark.parametrize("kilobytes", [48, 99, 227])
@@ -257,7 +257,7 @@ def test_emulated_wide_sums_in_any_shared_memory(kilobytes, rule, emulated, dtyp
     names = ["silu", "tanh", "gelu", "identity"]
     skips = ((3, 1), (4, 2), (5, 3))
     chain = random_chain([130, 130, 130, 150], names, skips, scale=0.7)
-    assert_as_right_as_pytorch(chain, samples(10, 130), emulated, dtype, path_nodes(*rule))
+    assert_as_right_as_pytorch(chain, samples(6, 130), emulated, dtype, path_nodes(*rule))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_emulated_panels_of_every_shape(
 ):
     monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
     chain = random_chain(widths, ["identity", *[name] * (len(widths) - 2), "identity"], scale=1.0)
-    x, rule = 2 * samples(9, widths[0]), path_nodes("uniform", 21 if name == "silu" else 9)
+    x, rule = 2 * samples(6, widths[0]), path_nodes("uniform", 21 if name == "silu" else 9)
     precision(matmul)
     L, truth = measured(chain, x, emulated, torch.float32, rule), reference.path_connectivity(chain, x, *rule)
     assert torch.equal(L, L.mT) and truth.min() < 0.95
@@ -311,7 +311,7 @@ def test_what_no_half_can_hold_is_unresolved(width, name, matmul, emulated, prec
         assert (found.L - reference.path_connectivity(chain, x, *UNIFORM)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("far", [1e3, 1e5, 1e6, 1e7, 1e8, 1e9])
+@pytest.mark.parametrize("far", [1e3, 1e5, 1e7, 1e9])
 @pytest.mark.parametrize("alone", [False, True])  # the sample in one unit
 @pytest.mark.parametrize("name", ["silu", "gelu", "relu"])
 @pytest.mark.parametrize("widths", [(24, 8), (24, 20, 8), (24, 40)])
@@ -391,18 +391,20 @@ def test_units_that_are_off_at_both_ends_stay_off_where_rounding_leaves_more_tha
 @pytest.mark.parametrize("sums", SUMS)
 def test_sums_with_earlier_values(sums, device, dtype):
     chain = chain_with(sums, scale=1.0)
-    _, truth = assert_as_right_as_pytorch(chain, 2 * samples(37, len(chain.weights[0].mT)), device, dtype)
+    x = 2 * samples(fewer(37, 19), len(chain.weights[0].mT))
+    _, truth = assert_as_right_as_pytorch(chain, x, device, dtype)
     assert truth.min() < 0.9 or sums == "no nonlinearity", "the input does not exercise the nonlinearity"
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_sums_in_any_chain(seed, device, dtype):
     chain = random_sums(seed)
-    assert_as_right_as_pytorch(chain, samples(18, len(chain.weights[0].mT)), device, dtype)
+    x = samples(fewer(18, 11), len(chain.weights[0].mT))
+    assert_as_right_as_pytorch(chain, x, device, dtype)
 
 
 def test_sums_have_the_same_bits_for_any_thread_count(device, dtype, threads):
-    chain, x = chain_with("one in another"), samples(70, 9)
+    chain, x = chain_with("one in another"), samples(fewer(70, 35), 9)
     results = []
     for count in (1, 3):
         threads(count)
