@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lmnfast import _native, ops
 from lmnfast._chain import ACTIVATIONS
-from lmnfast.quadrature import path_nodes
+from lmnfast.quadrature import orthonormal_polynomials, path_nodes
 
 REFUSALS = (ValueError, TypeError, RuntimeError)
 MAGNITUDES = (0.0, 1e-320, 1e-200, 1e-38, 1e-3, 1.0, 1.0, 1.0, 30.0, 1e5, 1e38, 1e200, 1e308)
@@ -169,7 +169,7 @@ SPOILS: tuple[Callable[[Case, Tensor], Tensor], ...] = (
         case.random.choice((torch.float16, torch.float32, torch.float64, torch.int32, torch.bool))
     ),
     lambda case, t: t.to(torch.complex64),
-    lambda case, t: t.to_sparse() if t.dim() else t,
+    lambda case, t: t.to_sparse() if t.dim() and t.numel() < 2**30 else t,  # it looks at all of 2^60 copies
     lambda case, t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
     lambda case, t: torch.nested.nested_tensor([t, t]),
     lambda case, t: t.to_mkldnn() if t.dtype == torch.float32 and t.dim() else t,
@@ -188,6 +188,34 @@ def _path_r2(case: Case) -> list[Any]:
         *indices,
         nodes,
         weights,
+    ]
+
+
+def _block(case: Case) -> list[Any]:
+    nodes, weights = case.rule()
+    polynomials = orthonormal_polynomials(nodes, weights)
+    polynomials = polynomials[: case.size(len(polynomials))]
+    rows, samples, units, gated = case.size(40), case.size(20), case.size(130), case.random.random() < 0.5
+    width = units * (2 if gated else 1)
+    own = cross = None
+    if case.random.random() < 0.5:
+        own, cross = (case.tensor(n, dtype=torch.float64) for n in (samples, rows))
+    end = case.random.randint(0, len(polynomials))
+    return [
+        case.tensor(samples, width),
+        *(case.placed(torch.randint(samples, (rows,), generator=case.generator)) for _ in range(2)),
+        case.random.randrange(len(ACTIVATIONS)),
+        [case.random.choice((0.0, 0.01, 1.0, 20.0, -1.0)) for _ in range(2)],
+        nodes,
+        case.placed(polynomials),
+        gated,
+        case.random.choice((None, case.tensor(width))),
+        own,
+        cross,
+        case.random.choice((0.0, 1e-5, 1.0)),
+        case.random.randint(0, end),
+        end,
+        2.0 ** case.random.randint(-20, 20),
     ]
 
 
@@ -228,6 +256,7 @@ def _outputs(case: Case) -> list[Any]:
 
 
 MAKERS: dict[str, Callable[[Case], list[Any]]] = {
+    "block_coefficients": _block,
     "check_outputs": _outputs,
     "path_connectivity": Case.path,
     "hermite_connectivity": lambda case: [*case.path(), case.random.random() < 0.5],

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lmnfast import ops
+from lmnfast._chain import Activation
 from lmnfast._recognise import recognise
-from lmnfast.quadrature import path_nodes
+from lmnfast.ops.block_coefficients import Normalisation
+from lmnfast.quadrature import orthonormal_polynomials, path_nodes
 
 RULE = path_nodes("uniform", 21)
 DTYPES = (torch.float32, torch.float64)
@@ -59,6 +61,34 @@ def path_r2() -> Iterator[Call]:
             lambda device, arguments=arguments: ops.path_r2(*(v.to(device) for v in arguments), *RULE),
             1e-4 if dtype == torch.float32 else 1e-10,
         )
+
+
+def block_coefficients() -> Iterator[Call]:
+    """Both results in one tensor. 29 degrees take more than one pass."""
+    rule = path_nodes("uniform", 30)
+    polynomials = orthonormal_polynomials(*rule)
+    for dtype, units, gated in product(DTYPES, (1, 33, 131), (False, True)):
+        z = torch.randn(9, units * (2 if gated else 1), dtype=dtype)
+        norm = Normalisation(torch.rand(9).double(), torch.rand(37).double(), 1e-3) if gated else None
+        first, second = torch.randint(9, (2, 37))
+
+        def on(device: str, z=z, first=first, second=second, gated=gated, norm=norm) -> Tensor:
+            coefficients, energy = ops.block_coefficients(
+                *(v.to(device) for v in (z, first, second)),
+                Activation("gelu"),
+                rule[0],
+                polynomials,
+                gated=gated,
+                normalisation=norm
+                and Normalisation(norm.own.to(device), norm.cross.to(device), norm.epsilon),
+                shift=z[0].to(device) if gated else None,
+                begin=1,
+                end=23,
+                scale=2.0**-5,
+            )
+            return torch.cat([coefficients.double().flatten(), energy.flatten()])
+
+        yield Call(f"{dtype} {units} {gated=}", on, 1e-4 if dtype == torch.float32 else 1e-10)
 
 
 def path_connectivity() -> Iterator[Call]:
@@ -156,6 +186,7 @@ def symmetric_eigenvalues() -> Iterator[Call]:
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {
     f.__name__: f
     for f in (
+        block_coefficients,
         check_outputs,
         hermite_connectivity,
         jacobian,

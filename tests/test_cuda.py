@@ -10,9 +10,10 @@ from support import has_cuda
 from torch import Tensor
 
 from lmnfast import ops
-from lmnfast._chain import Chain
+from lmnfast._chain import Activation, Chain
+from lmnfast.ops.block_coefficients import Normalisation
 from lmnfast.ops.path_connectivity import chain_connectivity
-from lmnfast.quadrature import path_nodes
+from lmnfast.quadrature import orthonormal_polynomials, path_nodes
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="no CUDA device")
 
@@ -40,6 +41,20 @@ def path_r2(x: Tensor) -> Callable[[], Tensor]:
     def call() -> Tensor:
         interior.copy_(x[first][:, None].expand_as(interior))
         return torch.ops.lmnfast.path_r2(interior.sin_(), x, first, second, *RULE)[0]
+
+    return call
+
+
+def block_coefficients(x: Tensor) -> Callable[[], Tensor]:
+    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    rule = [v.to(x.device) for v in (RULE[0], orthonormal_polynomials(*RULE))]
+
+    def call() -> Tensor:
+        norm = Normalisation(x.double().square().mean(1), (x[first] * x[second]).double().mean(1), 1e-5)
+        results = ops.block_coefficients(
+            x, first, second, Activation("silu"), *rule, gated=True, normalisation=norm, shift=x[0], end=5
+        )
+        return torch.cat([result.double().flatten() for result in results])
 
     return call
 
@@ -98,6 +113,7 @@ OPS = (
     path_connectivity,
     hermite_connectivity,
     path_r2,
+    block_coefficients,
     check_outputs,
     spectral_entropy,
     jacobian,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmnfast.quadrature import PAPER_POINTS, path_nodes
+from lmnfast.quadrature import PAPER_POINTS, orthonormal_polynomials, path_nodes
 
 GRID = np.linspace(0, 1, PAPER_POINTS)
 
@@ -86,3 +86,44 @@ def test_the_residuals_moments_keep_their_digits(rule, points):
     root = np.sqrt(w[1:-1])
     shares = np.linalg.eigvalsh(form[1:-1, 1:-1] / (root[:, None] * root)) / v
     assert shares.min() == pytest.approx(min(ends, ends / (4 * v)), rel=1e-9) and shares.min() > 0.09
+
+
+RULES = [("uniform", points) for points in (3, 4, 21, 40, 66)] + [("lobatto", 3), ("lobatto", 9)]
+
+
+@pytest.mark.parametrize("rule, points", RULES)
+def test_polynomials_are_orthonormal_and_each_of_its_degree(rule, points):
+    nodes, weights = path_nodes(rule, points)
+    weighted = orthonormal_polynomials(nodes, weights)
+    assert weighted.dtype == torch.float64 and weighted.shape == (points - 1, points)
+    gram = weighted / weights @ weighted.mT
+    assert (gram - torch.eye(points - 1)).abs().max() < 1e-13
+    # Degree d is orthogonal to Legendre's polynomials of degrees 0 to d - 1, and not to the one of degree d.
+    legendre = torch.from_numpy(np.polynomial.legendre.legvander(2 * nodes.numpy() - 1, points - 1))
+    products = weighted @ legendre
+    assert products.tril(0).abs().max() < 1e-13
+    leading = products.diagonal(1)[
+        : min(points - 1, 12)
+    ]  # on more points Legendre's own are soon almost dependent
+    assert (leading > 0.1).all()
+
+
+def test_the_first_polynomials_by_hand():
+    """t = 0, 1/2, 1 with equal weights: sqrt(3/2) (2 t - 1), and sqrt(2) (-1/2, 1, -1/2) but for the sign."""
+    weighted = orthonormal_polynomials(*path_nodes("uniform", 3))
+    expected = torch.tensor([[-(1.5**0.5), 0, 1.5**0.5], [0.5**0.5, -(2**0.5), 0.5**0.5]]) / 3
+    assert (weighted - expected).abs().max() < 1e-7
+
+
+def test_nodes_without_a_weight_take_no_part():
+    nodes, weights = path_nodes("uniform", 9)
+    weights[[0, 4, 8]] = 0
+    weights /= weights.sum()
+    weighted = orthonormal_polynomials(nodes, weights)
+    assert weighted.shape == (5, 9) and (weighted[:, [0, 4, 8]] == 0).all()
+    some = weights > 0
+    alone = orthonormal_polynomials(nodes[some], weights[some])
+    assert (weighted[:, some] - alone).abs().max() < 1e-15
+    gram = weighted[:, some] / weights[some] @ weighted[:, some].mT
+    assert (gram - torch.eye(5)).abs().max() < 1e-13
+    assert weighted.sum(1).abs().max() < 1e-15

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmnfast import reference
-from lmnfast.quadrature import path_nodes
+from lmnfast.quadrature import orthonormal_polynomials, path_nodes
 
 F64 = torch.float64
 UNIFORM = path_nodes("uniform", 21)
@@ -366,3 +366,51 @@ def test_an_affine_network_has_lmn_one_and_one_relu_more():
     assert reference.linear_mapping_number(L).item() == pytest.approx(1, abs=1e-9)
     L = reference.path_connectivity(lambda x: torch.relu(x @ weight.mT), x, *UNIFORM)
     assert 1.5 < reference.linear_mapping_number(L).item() < 12
+
+
+# ---- a block's hidden layer ----
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_blocks_coefficients_are_those_of_its_hidden_layer_in_numpy(rule, gated, normalised):
+    """The layer is evaluated at points of the path, in place of pre-activations between the samples'."""
+    nodes, weights = path_nodes(*rule)
+    x, linear, bias = draw(5, 7), draw(14, 7, seed=1), draw(14, seed=2)
+    first, second = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 4, 0, 2])
+    centred = x - x.mean(1, keepdim=True) if normalised else x
+    norm = None
+    if normalised:
+        norm = (centred.square().mean(1), (centred[first] * centred[second]).mean(1), 0.01)
+    polynomials = orthonormal_polynomials(nodes, weights)
+    coefficients, energy = reference.block_coefficients(
+        centred @ linear.mT,
+        first,
+        second,
+        torch.tanh,
+        nodes,
+        polynomials,
+        gated=gated,
+        normalisation=norm,
+        shift=bias,
+        scale=0.5,
+    )
+    t, w = nodes.numpy(), weights.numpy()
+    basis = np.polynomial.polynomial.polyvander(2 * t - 1, min(4, len(t) - 1))
+    q, r = np.linalg.qr(np.sqrt(w)[:, None] * basis)
+    q *= np.sign(np.diag(r))
+    for row, (i, j) in enumerate(zip(first, second)):
+        points = x[i].numpy() + t[:, None] * (x[j] - x[i]).numpy()
+        if normalised:
+            points = points - points.mean(1, keepdims=True)
+            points /= np.sqrt(points.var(1, keepdims=True) + 0.01)
+        a = points @ linear.numpy().T + bias.numpy()
+        hidden = np.tanh(a[:, :7]) * a[:, 7:] if gated else np.tanh(a)
+        residual = hidden - (1 - t)[:, None] * hidden[0] - t[:, None] * hidden[-1]
+        numpys = q.T @ (np.sqrt(w)[:, None] * residual)
+        ours = coefficients[: len(numpys) - 1, row].numpy()
+        assert np.abs(ours - numpys[1:]).max() < 1e-13 and np.abs(numpys[1:]).max() > 0.1
+        # Parseval: the squares of all degrees sum to the variance of the residual, times 0.5^2 for the scale.
+        variance = w @ residual**2 - (w @ residual) ** 2
+        assert float(energy[row].sum()) == pytest.approx(variance.sum() / 4, rel=1e-12)
