@@ -196,25 +196,10 @@ struct BlockCoefficientsArguments : Arguments {
     expect(0 < interior && interior <= lmn::kMostCoefficients, "interior");
     expect(0 <= begin && begin <= end && end <= degrees && degrees <= lmn::kMostCoefficients, "begin, end, degrees");
     expect((own.number == 0) == (cross.number == 0), "own, cross");
-    return {z,
-            shift,
-            own,
-            cross,
-            first,
-            second,
-            t,
-            polynomials,
-            epsilon,
-            T(scale),
-            samples,
-            rows,
-            units,
-            interior,
-            degrees,
-            begin,
-            end,
-            gated,
-            Layers::activation(kind, alpha, beta)};
+    const T factor = T(scale);
+    const lmn::Activation act = Layers::activation(kind, alpha, beta);
+    return {z,       shift, own,   cross,    first,   second, t,   polynomials, epsilon, factor,
+            samples, rows,  units, interior, degrees, begin,  end, gated,       act};
   }
   template <class Op>
   static auto results(Op& op) {

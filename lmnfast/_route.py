@@ -15,8 +15,7 @@ from ._block import Block, wide_block
 from ._chain import Chain
 from ._recognise import NotAChain, chain_or_reason
 from ._recognise_block import block_or_reason
-from .ops._checks import KERNEL_DTYPES
-from .ops.block_coefficients import MOST_COEFFICIENTS
+from .ops._checks import KERNEL_DTYPES, MOST_COEFFICIENTS
 
 # Methods that use Jacobians. The kernels do not differentiate residual sums. A Jacobian depends on the coordinates of the
 # samples, so no affine map may be taken out of the function.

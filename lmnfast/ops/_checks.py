@@ -13,6 +13,7 @@ from torch import Tensor
 from .._chain import ACTIVATIONS, check_layers
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
+MOST_COEFFICIENTS = 64  # of block_coefficients; kMostCoefficients in csrc/ops.h
 # The largest allowed difference from 1 of the sum of a rule's weights. Weights computed in float64 differ only by rounding.
 # Weights that were rounded to float32 differ by 1e-8 and are refused.
 WEIGHT_SUM_ERROR = 1e-9

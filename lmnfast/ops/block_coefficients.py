@@ -9,9 +9,7 @@ from torch import Tensor
 from .. import _native, reference
 from .._chain import ACTIVATIONS, Activation
 from .._native import plain
-from ._checks import KERNEL_DTYPES, check_array, check_tensor
-
-MOST_COEFFICIENTS = 64  # kMostCoefficients in csrc/ops.h
+from ._checks import KERNEL_DTYPES, MOST_COEFFICIENTS, check_array, check_tensor
 
 
 class Normalisation(NamedTuple):
