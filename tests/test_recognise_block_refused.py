@@ -215,6 +215,10 @@ WHOLES = {
     "mixed tokens": (lambda m, x: mlp(m, x.transpose(1, 2)), "a transposition of other values than weights"),
     "a flatten before": (lambda m, x: mlp(m, x.flatten(1)), "a flatten before the last Linear"),
     "a view that mixes": (lambda m, x: mlp(m, x.view(-1, 3)), "widths that do not fit together"),
+    "a view to the samples' width": (
+        lambda m, x: m.last(F.gelu(m.first(x)).view(-1, x.size(-1)).view(-1, UNITS)),
+        "widths that do not fit together",
+    ),
     "rows and x": (lambda m, x: x + mlp(m, x.reshape(-1, WIDTH)), "add.. of tensors of other shapes"),
     "one token and x": (
         lambda m, x: x + mlp(m, x.view(x.size(0), -1, WIDTH)),
