@@ -38,6 +38,18 @@ NORMS = {
     ),
     "a mean over squares of other values": (lambda m, x: centered(x) * torch.rsqrt(square(x) + 1e-5), NORM),
     "the mean of absolute values": (lambda m, x: x / (x.abs().mean(-1, keepdim=True) + 1e-5), NORM),
+    "the mean without its sign": (
+        lambda m, x: (x - x.mean(-1, keepdim=True).abs()) / (x.var(-1, False, True) + 1e-5).sqrt(),
+        NORM,
+    ),
+    "positive means alone": (
+        lambda m, x: (x - x.mean(-1, keepdim=True).clamp(min=0)) / (x.var(-1, False, True) + 1e-5).sqrt(),
+        NORM,
+    ),
+    "positive means alone, in the root": (
+        lambda m, x: x * torch.rsqrt(square(x) + 1e-5 + 1e-3 * x.mean(-1, keepdim=True).clamp(max=0)),
+        NORM,
+    ),
     "a sum in place of a mean": (
         lambda m, x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-5),
         NORM,
