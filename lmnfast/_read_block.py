@@ -411,6 +411,9 @@ class Reader:
         if width is Size.WIDTH and type(last) is int and last > 0:
             self.widths.add(last)
             last = width
+        elif last is Size.WIDTH and width is not Size.WIDTH:
+            self.widths.add(width)
+            last = width
         layout = viewed(tuple(lead), last, width)
         if rows.layout == Layout.FLAT:
             raise NotAChain("a view behind a flatten")

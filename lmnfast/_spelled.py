@@ -131,7 +131,7 @@ def norm_of(expression: Expression, x: Expression, width: Expression, inputs: in
     """The normalisation of x (N, inputs), without scale and shift, that an expression is; None if it is none.
 
     Its epsilon is measured where the variance is far below it. The expression is then compared with the normalisation in
-    float64 on rows of 15 magnitudes, whose mean is twice their deviation.
+    float64 on rows of 15 magnitudes and both signs, whose mean is twice their deviation.
 
     Args:
         expression: made of pointwise operations and of sums over the last dimension.
@@ -157,7 +157,8 @@ def _rows(inputs: int) -> Tensor:
     magnitudes = 10.0 ** torch.arange(-8, 7, dtype=torch.float64, device="cpu")
     generator = torch.Generator("cpu").manual_seed(0)
     values = torch.randn(len(magnitudes), inputs, generator=generator, dtype=torch.float64, device="cpu")
-    return magnitudes[:, None] * (values + 2)
+    rows = magnitudes[:, None] * values
+    return torch.cat([rows + 2 * magnitudes[:, None], rows - 2 * magnitudes[:, None]])
 
 
 def _written(measured: float, square: float, expression: Expression) -> float:

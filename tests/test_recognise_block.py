@@ -104,6 +104,12 @@ def with_tokens(m, x):
     return (x + y).flatten(1)
 
 
+def with_width(m, x):
+    n, t, d = x.shape
+    rows = x.view(-1, d)
+    return rows.view(n, t, d) + mlp(m, m.norm(rows)).view(n, t, d).view(x.shape)
+
+
 gelu, tanh_gelu, silu = Activation("gelu"), Activation("gelu_tanh"), Activation("silu")
 layer_norm, root = (True, 1e-5), (False, 1e-6)
 
@@ -149,6 +155,7 @@ FORMS = {
     "in place": (in_place, Activation("relu"), layer_norm, False, True),
     "rows": (in_rows, Activation("sigmoid"), None, False, True),
     "tokens, flattened": (with_tokens, gelu, None, False, True),
+    "tokens of the samples' width": (with_width, gelu, layer_norm, False, True),
     "dropout and factors of 1": (
         lambda m, x: x + 1.0 * m.drop(m.last(m.drop(F.silu(m.first(m.norm(x * 1)))) / 1)).contiguous(),
         *(silu, layer_norm, False, True),
@@ -214,9 +221,7 @@ def test_a_written_block_is_what_it_computes(name):
     f = written(forward).double()
     block = block_or_reason(f)
     assert described(block) == tuple(expected)
-    shapes = (
-        [(7, 3)] if name == "tokens, flattened" else [(7, 3), (2, 5)] if name == "rows" else [(7,), (7, 3)]
-    )
+    shapes = [(7, 3), (2, 5)] if name.startswith("tokens") else [(7,), (7, 3)]
     for shape in shapes:
         for scale in (1e-4, 1.0, 30.0):
             check(f, block, inputs(*shape, scale=scale))

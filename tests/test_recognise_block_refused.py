@@ -38,6 +38,18 @@ NORMS = {
     ),
     "a mean over squares of other values": (lambda m, x: centered(x) * torch.rsqrt(square(x) + 1e-5), NORM),
     "the mean of absolute values": (lambda m, x: x / (x.abs().mean(-1, keepdim=True) + 1e-5), NORM),
+    "the mean without its sign": (
+        lambda m, x: (x - x.mean(-1, keepdim=True).abs()) / (x.var(-1, False, True) + 1e-5).sqrt(),
+        NORM,
+    ),
+    "positive means alone": (
+        lambda m, x: (x - x.mean(-1, keepdim=True).clamp(min=0)) / (x.var(-1, False, True) + 1e-5).sqrt(),
+        NORM,
+    ),
+    "positive means alone, in the root": (
+        lambda m, x: x * torch.rsqrt(square(x) + 1e-5 + 1e-3 * x.mean(-1, keepdim=True).clamp(max=0)),
+        NORM,
+    ),
     "a sum in place of a mean": (
         lambda m, x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-5),
         NORM,
@@ -215,6 +227,10 @@ WHOLES = {
     "mixed tokens": (lambda m, x: mlp(m, x.transpose(1, 2)), "a transposition of other values than weights"),
     "a flatten before": (lambda m, x: mlp(m, x.flatten(1)), "a flatten before the last Linear"),
     "a view that mixes": (lambda m, x: mlp(m, x.view(-1, 3)), "widths that do not fit together"),
+    "a view to the samples' width": (
+        lambda m, x: m.last(F.gelu(m.first(x)).view(-1, x.size(-1)).view(-1, UNITS)),
+        "widths that do not fit together",
+    ),
     "rows and x": (lambda m, x: x + mlp(m, x.reshape(-1, WIDTH)), "add.. of tensors of other shapes"),
     "one token and x": (
         lambda m, x: x + mlp(m, x.view(x.size(0), -1, WIDTH)),
