@@ -95,7 +95,7 @@ def in_place(m, x):
 def in_rows(m, x):
     rows = x.reshape(-1, x.size(-1))
     y = torch.addmm(m.units, rows, m.table).sigmoid()
-    return m.last(y).view((*x.size()[:-1], WIDTH)) + x  # noqa: RUF005  # as Hugging Face's Conv1D
+    return m.last(y).view(x.size()[:-1] + (WIDTH,)) + x  # noqa: RUF005  # as Hugging Face's Conv1D
 
 
 def with_tokens(m, x):
