@@ -42,6 +42,8 @@ PARTS = {  # the text of the document about each bench/bench_PART.py
     "path_connectivity": "Floor: the kernel's multiply-adds at the run's own large-sgemm rate, plus its activations at "
     "the best rate seen. Below 1 the products ran faster than PyTorch's `mm`.",
     "path_r2": "Floor: a sum of y, which reads as much.",
+    "block_coefficients": "The hidden layer of a transformer's block. Floor: its activations at PyTorch's rate in cache, and "
+    "the multiply-adds of all degrees as one matrix product.",
     "connectivity": "Networks that are no chain. Floor: the network alone on the points of all paths, in batches of the "
     "best of five sizes, nothing interpolated or reduced. Below 1: what is affine at the beginning runs on the samples "
     "alone, or tiles stay in cache.",

@@ -195,11 +195,11 @@ struct BlockCoefficientsArguments : Arguments {
                                double alpha, double beta) {
     expect(0 < interior && interior <= lmn::kMostCoefficients, "interior");
     expect(0 <= begin && begin <= end && end <= degrees && degrees <= lmn::kMostCoefficients, "begin, end, degrees");
-    expect((own.number == 0) == (cross.number == 0), "own, cross");
+    expect(rows == 0 || (own.number == 0) == (cross.number == 0), "own, cross");  // an array of no rows has no address
     const T factor = T(scale);
-    const lmn::Activation act = Layers::activation(kind, alpha, beta);
-    return {z,       shift, own,   cross,    first,   second, t,   polynomials, epsilon, factor,
-            samples, rows,  units, interior, degrees, begin,  end, gated,       act};
+    const lmn::Activation activation = Layers::activation(kind, alpha, beta);
+    return {z,       shift, own,   cross,    first,   second, t,   polynomials, epsilon,   factor,
+            samples, rows,  units, interior, degrees, begin,  end, gated,       activation};
   }
   template <class Op>
   static auto results(Op& op) {

@@ -93,7 +93,7 @@ class _Rows:
             own,
             normalised,
             wide + y if block.adds_input else y,
-            2.0 ** -math.frexp(largest)[1] if 0 < largest < math.inf else 1.0,
+            _scale_of(largest, dtype),
         )
 
     def normalisation(self, block: Block, first: Tensor, second: Tensor) -> Normalisation | None:
@@ -103,6 +103,14 @@ class _Rows:
             torch.linalg.vecdot(self.normalised[first], self.normalised[second]) / self.normalised.shape[1]
         )
         return Normalisation(self.own, cross, block.norm.epsilon)
+
+
+def _scale_of(largest: float, dtype: torch.dtype) -> float:
+    """The power of two that brings a number to the order of 1, within the range of the dtype."""
+    if not 0 < largest < math.inf:
+        return 1.0
+    most = 126 if dtype == torch.float32 else 1022
+    return 2.0 ** -max(-most, min(most, math.frexp(largest)[1]))
 
 
 def _stacked(first: Tensor, gate: Tensor | None) -> Tensor:
@@ -200,8 +208,9 @@ class _Measured:
     """A block's rows, measured with as many degrees as each of them needs."""
 
     def __init__(self, block: Block, rows: _Rows, outputs: _Outputs, nodes: Tensor, weights: Tensor) -> None:
-        self.block, self.rows, self.outputs, self.nodes = block, rows, outputs, nodes
-        self.polynomials = orthonormal_polynomials(nodes, weights)
+        self.block, self.rows, self.outputs = block, rows, outputs
+        self.nodes = nodes.to(rows.z.device)
+        self.polynomials = orthonormal_polynomials(nodes, weights).to(rows.z.device)
         self.degrees = len(self.polynomials)
         self.guess = min(FIRST_TERMS, self.degrees)
 
@@ -215,7 +224,8 @@ class _Measured:
         hidden = (hidden.double() * self.rows.hidden_scale).flatten(1).cpu()
         _, vectors = torch.linalg.eigh(hidden @ hidden.mT)  # in rising order
         if bool(vectors.isfinite().all()):
-            self.polynomials = torch.cat([self.polynomials[:1], vectors.flip(1).mT @ self.polynomials[1:]])
+            turned = vectors.flip(1).mT.to(self.polynomials.device) @ self.polynomials[1:]
+            self.polynomials = torch.cat([self.polynomials[:1], turned])
 
     def shares(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """1 - r2 of each row, averaged over its outputs, and counts of constant and of unresolved outputs. Each (rows,)."""

@@ -132,6 +132,11 @@ def test_any_normalisation_and_shift(gated, normalised, shifted, device, dtype):
     assert_right(problem, device, dtype)
 
 
+def test_no_rows_have_no_cross_products(device, dtype):
+    coefficients, energy = Problem(0, 5, normalised=True).ours(device, dtype)
+    assert coefficients.shape == (20, 0, 5) and energy.shape == (0, 20)
+
+
 @pytest.mark.parametrize("name", ["gelu", "relu"])
 @pytest.mark.parametrize("rule", [("uniform", p) for p in (3, 4, 21, 40, 66)] + [("lobatto", 9)])
 def test_all_degrees_of_any_rule(rule, name, device, dtype):
