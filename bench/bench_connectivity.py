@@ -174,7 +174,7 @@ BLOCKS = {
     "x + SwiGLU of RMSNorm": lambda: Mlp(nn.RMSNorm(768), nn.SiLU(), True, True),
 }
 # The ratio hardly depends on the number: at 256 samples on 2 cores the loop takes minutes.
-BLOCK_SAMPLES = {"cpu": 48, "cuda": 512}
+BLOCK_SAMPLES = {"cpu": 24, "cuda": 512}
 
 
 @functools.cache

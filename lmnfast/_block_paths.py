@@ -236,7 +236,8 @@ class _Measured:
         left = torch.cat([left, left.new_zeros(len(left), 1)], 1)
         share, constants, unresolved, sensitivity = self.outputs.shares(coefficients, first, second)
         most = LEFT_OUT_ULPS * self.outputs.epsilon
-        needed = (sensitivity[:, None] * left > most).sum(1)
+        # With all terms nothing is left out. A NaN, of 0 inf, asks for all terms.
+        needed = (~(sensitivity[:, None] * left[:, :-1] <= most)).sum(1)
         rows = (needed > end).nonzero()[:, 0]
         coefficients = coefficients[:, rows]
         while len(rows):
@@ -245,7 +246,9 @@ class _Measured:
             coefficients = torch.cat([coefficients, more])
             found = self.outputs.shares(coefficients, first[rows], second[rows])
             share[rows], constants[rows], unresolved[rows], sensitivity = found
-            open = sensitivity * left[rows, end] > most
+            if end == self.degrees:
+                break
+            open = ~(sensitivity * left[rows, end] <= most)
             rows, coefficients = rows[open], coefficients[:, open]
         # The next tile begins with the degrees that nine of ten rows of this one need.
         self.guess = max(2, int(needed.kthvalue(max(1, 9 * len(needed) // 10)).values))

@@ -121,6 +121,16 @@ def test_tiny_and_huge_outputs(size, dtype):
     assert_right(f, samples(9, WIDTH, dtype=dtype))
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e15])
+def test_tiny_and_huge_samples(size, dtype):
+    f = Mlp(gated=True, activation=nn.SiLU)
+    with torch.no_grad():
+        for layer in (f.first, f.gate, f.last):  # beside a bias of the last Linear, PyTorch loses the outputs
+            layer.bias.zero_()
+    x = size * samples(9, WIDTH, dtype=dtype)
+    assert (lmnfast.connectivity(f.to(dtype), x).double() - truth(f, x)).abs().max() <= 10 * ALLOWED[dtype]
+
+
 def test_dead_and_repeated_outputs(dtype):
     f = Mlp(norm="layer", outputs=20)
     with torch.no_grad():
