@@ -107,7 +107,11 @@ class HookTail(nn.Module):
             if call.end is not None:
                 call.end.calls = call.end.before  # modules that are replayed do not call their parts
             if not self.in_place:
-                return replaced(output, self.path, x.clone())
+                with (
+                    torch.inference_mode(False),
+                    torch.enable_grad(),
+                ):  # the tail begins here, whatever is around the layer
+                    return replaced(output, self.path, x.clone())
             own = at_path(output, self.path)
             if own.shape != x.shape or own.dtype != x.dtype:
                 raise ValueError(

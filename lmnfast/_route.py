@@ -61,7 +61,7 @@ def find_route(
     if not fuse:
         return Route("generic", "it is to be called as it is")
     try:
-        chain = known or chain_or_reason(f, put_back)
+        chain = known or chain_or_reason(f, put_back, method not in ("path", REGIONS))
     except NotAChain as error:
         return _unfused(f, method, str(error))
     reason = why_no_kernel(chain, x, method)

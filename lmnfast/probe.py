@@ -151,7 +151,7 @@ class Probe:
             self.layers = tuple(tails)
 
     def _tail(self, layer: str) -> Tail:
-        return Tail(cut_at(self.model, layer, self.inputs, **self._call)[0])
+        return Tail(cut_at(self.model, layer, self.inputs, **self._call)[0], self._settings.method)
 
     def _start(self) -> None:
         """Creates everything that belongs to this process: the thread, the streams, the tails."""
@@ -267,7 +267,7 @@ class Probe:
                 except Exception:  # this tail may be outdated; only an error with a new tail counts
                     pass
             tail, samples = cut_at(self.model, layer, self.inputs, **self._call)
-            self._tails[layer] = Tail(tail), state
+            self._tails[layer] = Tail(tail, self._settings.method), state
             return self._measure(self._tails[layer][0], samples, None)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{error} (probe of layer {layer!r}, step {step})") from error
