@@ -16,7 +16,7 @@ from ._checks import Checks, is_like
 from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
 from ._route import DIFFERENTIATING, Route, find_route, refuted
 from ._samples import check_dtypes, checked_samples
-from ._tiles import AllocationCount, bytes_of
+from ._tiles import AllocationCount, bytes_of, outputs_for
 from ._undisturbed import evaluating
 
 
@@ -87,9 +87,11 @@ class Prepared:
         self.check_outputs()
         if self.chain is not None:
             return
-        for rows in rows_again(len(self.x)):
-            again, self.allocated = bytes_of(self.calls, self.x, rows, self.method != "path")
-            self.checks.repeats(self.calls, self.x, self.ends, again, rows, f"{len(rows)} samples alone")
+        last, first = rows_again(len(self.x))
+        again = outputs_for(self.calls, self.x, last)
+        self.checks.repeats(self.calls, self.x, self.ends, again, last, f"{len(last)} samples alone")
+        again, self.allocated = bytes_of(self.calls, self.x, first, self.method != "path")
+        self.checks.repeats(self.calls, self.x, self.ends, again, first, f"{len(first)} samples alone")
         if self.route.parts is not None:
             self._hoist(*self.route.parts)
 

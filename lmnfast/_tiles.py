@@ -126,10 +126,15 @@ class AllocationCount(TorchFunctionMode):
         weakref.finalize(value, drop, id(value)).atexit = False
 
 
+def outputs_for(f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int]) -> Tensor:
+    """f's outputs for some of the samples, in a call of its own."""
+    return outputs_of(f, torch.stack([x[row] for row in rows]))
+
+
 def bytes_of(
     f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int], differentiated: bool = False
 ) -> tuple[Tensor, int]:
-    """f's outputs for some of the samples, and the bytes that f takes for all samples.
+    """`outputs_for`, and the bytes that f takes for all samples. Following the bytes takes as long as a small call.
 
     These are the bytes that exist at one time; with differentiation, which keeps results, the bytes of all results. Of a
     compiled f they are those of the original, as a compiler would follow the count too.
