@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ._nested import at_path, contents
+from ._nested import at_path, contents, mapped, path_to_tensor
 from ._threads import alone, uninterrupted
 from ._undisturbed import hooked, keeps_nothing
 from ._vocabulary import ADDITIONS, FUNCTIONS, TENSOR_METHODS
@@ -53,23 +53,29 @@ class End:
     number: int
     """Of the call, from 0 on."""
     path: list | None = None
-    """Keys to the tensor in the result of the call; None before the first pass."""
+    """Keys to the tensor in the result of the call; None before the first pass, which finds them."""
     before: int = 0
     """How many calls return before the layer does with which the tail begins."""
     calls: int = 0
     """How many calls have returned in the pass that runs now."""
     tracing: bool = False
     """Whether `Tracer` counts the calls. A hook would keep it from tracing into the module."""
+    is_counting: bool = False
+    """Whether a pass goes on behind the call, so that `calls` becomes the number of all calls."""
+    result: Any = None
+    """Of the call, in a pass that is counting."""
 
     def returned(self, result: Any) -> None:
         self.calls += 1
         if self.calls == self.number + 1:
-            raise Reached(self, result)
+            if not self.is_counting:
+                raise Reached(self, result)
+            self.result = mapped(result, torch.Tensor.clone)  # later parts may work in place
 
     @contextmanager
     def counted(self) -> Iterator[None]:
         """In this context the calls are counted, and the last one ends the pass."""
-        self.calls = 0
+        self.calls, self.result = 0, None
         if self.tracing:
             yield
             return
@@ -117,14 +123,23 @@ class Call(nn.Module):
     def forward(self, inputs: Any) -> Any:
         if self.end is None:
             return self.selected(self._result(inputs), self.path)
+        end, result = self.end, None
         try:
-            with self.end.counted():
+            with end.counted():
                 self._result(inputs)
         except Reached as reached:
-            if reached.end is not self.end:
+            if reached.end is not end:
                 raise
-            return self.selected(reached.result, self.end.path)
-        raise NeverReached("the model does not make the call at which its forward is to end")
+            result = reached.result
+        except Exception:  # the model may fail behind the call
+            if not end.is_counting or end.calls <= end.number:
+                raise
+        if end.calls <= end.number:
+            raise NeverReached("the model does not make the call at which its forward is to end")
+        result = end.result if end.is_counting else result
+        if end.path is None and not end.tracing:
+            end.path = path_to_tensor(result)
+        return self.selected(result, end.path)
 
     def _result(self, inputs: Any) -> Any:
         if self.run is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._enqueue import Enqueued, enqueue, on_stream
 from ._layers import for_layers
+from ._layout import plain_layout
 from ._probed import NumberOnDevice, Tail
 from ._python_state import python_state
 from ._run_to import run_to
@@ -260,7 +261,7 @@ class Probe:
         kept = self._tails.get(layer)
         try:
             if kept is not None and kept[1] == state:
-                known = self._call | {"batch_dim": kept[0].layout}
+                known = self._call | {"batch_dim": kept[0].layout or plain_layout(self.inputs)}
                 samples, output = run_to(self.model, layer, self.inputs, **known)
                 try:
                     return self._measure(kept[0], samples, output)
