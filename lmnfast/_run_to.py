@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,31 @@ from ._nested import at_path, mapped, path_to_tensor, tensors_in
 from ._threads import alone
 from ._tracing import Call, End, Forward, NeverReached, Output
 from ._undisturbed import PLAIN, evaluating, refuse_sharded
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How a model is cut: the arguments that `cut`, `explain`, `Probe` and `measure_checkpoints` have in common."""
+
+    forward: Forward = None
+    output: Output = None
+    until: str | None = None
+    block: bool = False
+    """Whether the name is that of a block in place of a layer."""
+    batch_dim: int | Layout | None = None
+    """As in `cut`; or the layout, if it is known. Then a run never waits for a device."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError for arguments that a block does not take, and for an `until` that is wrong for every layer."""
+        if self.block and self.batch_dim:
+            raise ValueError(
+                f"batch_dim: expected with a layer alone, got {self.batch_dim} with block, whose samples lie along the first "
+                "dimension"
+            )
+        if self.block and self.until is not None:
+            raise ValueError("until: expected with a layer alone, as a block ends where its module ends")
+        if self.until is not None and isinstance(model, nn.Module):
+            find_layer(model, self.until, "until")
 
 
 @dataclass(frozen=True)
@@ -47,39 +72,19 @@ class Start:
 
 
 @alone()
-def run_to(
-    model: nn.Module,
-    layer: str,
-    inputs: Any,
-    forward: Forward = None,
-    output: Output = None,
-    until: str | None = None,
-    block: bool = False,
-    batch_dim: int | Layout | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The layer's output and the model's for `inputs`, checked as in `cut`.
-
-    block: the layer's name is that of a block, whose argument and output are returned.
-    batch_dim: as in `cut`, or the layout, if it is known. With a known or plain layout it never waits for a device.
-    """
-    start = (
-        start_of_block(model, layer, inputs, forward, output)
-        if block
-        else start_of(model, layer, inputs, forward, output, until, batch_dim)
-    )
+def run_to(model: nn.Module, name: str, inputs: Any, how: Cutting) -> tuple[Tensor, Tensor]:
+    """The layer's output and the model's for `inputs`, checked as in `cut`; of a block its argument and its output."""
+    start = start_of(model, name, inputs, how)
     return start.samples, start.output
 
 
-def start_of(
-    model: nn.Module,
-    layer: str,
-    inputs: Any,
-    forward: Forward,
-    output: Output,
-    until: str | None = None,
-    batch_dim: int | Layout | None = None,
-) -> Start:
+def start_of(model: nn.Module, name: str, inputs: Any, how: Cutting) -> Start:
     """Runs the model once, or more often to find where the samples lie. Raises the errors of `cut` on the way."""
+    return (_start_of_block if how.block else _start_of_layer)(model, name, inputs, how)
+
+
+def _start_of_layer(model: nn.Module, layer: str, inputs: Any, how: Cutting) -> Start:
+    forward, output, until, batch_dim = how.forward, how.output, how.until, how.batch_dim
     _check_model(model)
     if not isinstance(batch_dim, Layout):
         check_batch_dim(batch_dim)
@@ -96,7 +101,7 @@ def start_of(
         result = _captured(run, inputs, part, call, seen)
     except NeverReached:
         if isinstance(batch_dim, Layout):  # says why
-            return start_of(model, layer, inputs, forward, output, until, batch_dim.inputs[0])
+            return start_of(model, layer, inputs, replace(how, batch_dim=batch_dim.inputs[0] or None))
         result = None
     except Exception as error:
         if end is not None and end.calls:
@@ -262,8 +267,9 @@ def _in_inputs(model: nn.Module, layer: str, inputs: Any) -> tuple[Tensor, list]
     return first.detach().clone(), path or []
 
 
-def start_of_block(model: nn.Module, block: str, inputs: Any, forward: Forward, output: Output) -> Start:
+def _start_of_block(model: nn.Module, block: str, inputs: Any, how: Cutting) -> Start:
     """Runs the model once, for the arguments of one module. Raises the errors of `cut` on the way."""
+    forward, output = how.forward, how.output
     _check_model(model)
     check_inputs(inputs, forward)
     rows = len(next(tensors_in(inputs)))

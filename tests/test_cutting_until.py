@@ -19,6 +19,7 @@ from torch import fx, nn
 
 import lmnfast
 from lmnfast import cut
+from lmnfast._run_to import Cutting, run_to
 
 
 class Untraceable(Functional):
@@ -322,7 +323,7 @@ def test_a_map_to_a_layer_costs_no_pass_of_its_own():
     model, x = Counted(), vectors()
     for layer in ("first", "inputs"):
         COUNTS[:] = 0, 0
-        lmnfast._run_to.run_to(model, layer, x, until="second")
+        run_to(model, layer, x, Cutting(until="second"))
         assert COUNTS == [1, 1]
     with lmnfast.Probe(model, x, "first", until="second", every=1) as probe:
         COUNTS[:] = 0, 0
