@@ -189,6 +189,12 @@ def _other_model() -> RuntimeError:
     )
 
 
+def _other_compiled() -> RuntimeError:
+    return RuntimeError(
+        "f: has other outputs on the samples compiled by torch.compile than uncompiled; measure it uncompiled"
+    )
+
+
 def _other_chain() -> NotTheChain:
     return NotTheChain(
         "f: looks like a chain of Linear and activations, or begins with affine maps, but that chain has other outputs"
@@ -212,10 +218,11 @@ class Checks:
             lambda failing, first: _not_finite(name, failing, first),
         )
 
-    def agree(self, ends: Tensor, expected: Tensor) -> None:
+    def agree(self, ends: Tensor, expected: Tensor, compiled: bool = False) -> None:
+        """Checks f's outputs against the model's; compiled: against those of f uncompiled."""
         self._expect(
             same_output(ends, expected),
-            lambda *_: _other_model(),
+            lambda *_: _other_compiled() if compiled else _other_model(),
         )
 
     def reproduces(self, chain: Chain, x: Tensor, ends: Tensor) -> bool:

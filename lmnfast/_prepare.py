@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import _native
 from ._chain import Chain
 from ._checks import Checks, is_like
-from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
+from ._outputs import COMPILED, Calls, first_outputs, gives_outputs, original_of, outputs_of, rows_again
 from ._route import DIFFERENTIATING, Route, find_route, refuted
 from ._samples import check_dtypes, checked_samples
 from ._tiles import AllocationCount, bytes_of, outputs_for
@@ -87,6 +87,9 @@ class Prepared:
         self.check_outputs()
         if self.chain is not None:
             return
+        if self.expected is None and (original := original_of(self.calls.f)) is not self.calls.f:
+            calls = Calls(original, self.calls.begin_anew, self.calls.shape)
+            self.checks.agree(self.ends, outputs_of(calls, self.x.clone()), compiled=True)
         last, first = rows_again(len(self.x))
         again = outputs_for(self.calls, self.x, last)
         self.checks.repeats(self.calls, self.x, self.ends, again, last, f"{len(last)} samples alone")
@@ -133,6 +136,8 @@ def prepared(
     Raises:
         TypeError, ValueError: as connectivity.
     """
+    if method != "path" and getattr(f, COMPILED, False):
+        f = original_of(f)
     x = checked_samples(f, x)
     checks = Checks(x.is_cuda if deferred is None else deferred)
     late = _native.on_cuda(x) if method in DIFFERENTIATING else checks.deferred

@@ -35,6 +35,7 @@ class Cutting:
     """Whether the name is that of a block in place of a layer."""
     batch_dim: int | Layout | None = None
     """As in `cut`; or the layout, if it is known. Then a run never waits for a device."""
+    compile: bool = False
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError for arguments that a block does not take, and for an `until` that is wrong for every layer."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._outputs import Calls, outputs_of, rows_between
+from ._outputs import Calls, original_of, outputs_of, rows_between
 
 DEFAULT_BUDGET = 256 * 2**20
 
@@ -141,7 +141,7 @@ def bytes_of(
     """
     chosen = torch.stack([x[row] for row in rows])
     given = f.f if isinstance(f, Calls) else f
-    original = getattr(given, "_orig_mod", getattr(given, "_torchdynamo_orig_callable", given))
+    original = original_of(given)
     with AllocationCount(live=not differentiated) as count:
         again = outputs_of(f if original is given else original, chosen)
     if original is not given:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ._compiled import compiled
 from ._hook_tail import hook_tail, other_arguments, other_ways, reproduces_output, takes_any_rows, taped
 from ._inputs import named_inputs
 from ._layers import called_model, find_layer, means_inputs
@@ -34,6 +35,7 @@ def cut(
     output: Output = None,
     stacked: Stacked | None = None,
     batch_dim: int | None = None,
+    compile: bool = False,
 ) -> tuple[nn.Module, Tensor]:
     """The network behind a layer, and the layer's output: ``tail(samples) == model(inputs)``.
 
@@ -64,6 +66,8 @@ def cut(
             where it does not, as in an output (N, classes), calls on some of the samples show the dimension. None: the first
             dimension, or, if the layer's output or the model's output has no row per sample there, the one that such calls
             show for samples along the first or second dimension of the inputs. A block's samples lie along the first.
+        compile: compile the tail by torch.compile, once for any number of path points. This takes seconds, in this call. A tail
+            that a fused kernel measures stays as it is. Derivatives are not compiled.
 
     Returns:
         (tail, samples): a module, and the layer's output (N, ...), detached. Samples lie along the first dimension of both, and
@@ -76,9 +80,11 @@ def cut(
             depends on the inputs on a way around the layer; the model's output does not have one row per input, or no samples
             along batch_dim; the model is on several devices or on meta, or has lazy parameters without values; `until` is not
             behind the layer; the output of the block depends on another of its arguments that differs between samples; not
-            exactly one of layer and block is given, or until or batch_dim with block.
+            exactly one of layer and block is given, or until or batch_dim with block; compile with stacked, or with a tail that
+            is no graph.
         TypeError: the model is no module; inputs, the layer's output or the model's output are no (floating-point) tensors;
             inputs do not fit the model's forward; or the block has no floating-point argument with N rows.
+        RuntimeError: torch.compile does not work here, or not for this tail.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
@@ -98,8 +104,12 @@ def cut(
         (torch.Size([20, 5, 16]), torch.Size([20, 5, 8]))
     """
     name = chosen(layer, block)
-    how = Cutting(forward, output, until, block is not None, batch_dim)
+    how = Cutting(forward, output, until, block is not None, batch_dim, compile)
     how.check(model)
+    if stacked is not None and compile:
+        raise ValueError(
+            "compile: expected without stacked, whose networks have other parameters than the tail"
+        )
     if stacked is None:
         return cut_at(model, name, inputs, how)
     found = []
@@ -120,7 +130,7 @@ def cut_at(model: nn.Module, name: str, inputs: Any, how: Cutting) -> tuple[nn.M
     tail = _tail(start, model, name, inputs, how)
     if not start.layout.is_plain:
         setattr(tail, LAYOUT, start.layout)
-    return tail, start.samples
+    return compiled(tail, start.samples, name) if how.compile else tail, start.samples
 
 
 def _tail(start: Start, model: nn.Module, name: str, inputs: Any, how: Cutting) -> nn.Module:

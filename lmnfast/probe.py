@@ -74,6 +74,7 @@ class Probe:
         every: the probe measures when step % every == 0.
         method, points, rule, budget: as in `connectivity`.
         forward, output, batch_dim: as in `cut`.
+        compile: as in `cut`. Tails are compiled when the probe is made, and again when it cuts again.
         negative: as in `lmn`.
         writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
@@ -111,6 +112,7 @@ class Probe:
         forward: Forward = None,
         output: Output = None,
         batch_dim: int | None = None,
+        compile: bool = False,
         negative: str = "absolute",
         writers: Sequence[Writer] = (),
     ) -> None:
@@ -118,7 +120,7 @@ class Probe:
             raise ValueError(f"every: expected at least 1, got {every}")
         named = chosen(layers, blocks, ("layers", "blocks"))
         argument = "layers" if blocks is None else "blocks"
-        how = Cutting(forward, output, until, blocks is not None, batch_dim)
+        how = Cutting(forward, output, until, blocks is not None, batch_dim, compile)
         how.check(model)
         patterns = (named,) if isinstance(named, str) else tuple(named)
         if not patterns or len(set(patterns)) != len(patterns):
