@@ -16,6 +16,7 @@ from ._checks import Checks, is_like
 from ._outputs import COMPILED, Calls, first_outputs, gives_outputs, original_of, outputs_of, rows_again
 from ._route import DIFFERENTIATING, Route, find_route, refuted
 from ._samples import check_dtypes, checked_samples
+from ._selected import selected
 from ._tiles import AllocationCount, bytes_of, outputs_for
 from ._undisturbed import evaluating
 
@@ -90,6 +91,7 @@ class Prepared:
         if self.expected is None and (original := original_of(self.calls.f)) is not self.calls.f:
             calls = Calls(original, self.calls.begin_anew, self.calls.shape)
             self.checks.agree(self.ends, outputs_of(calls, self.x.clone()), compiled=True)
+        self._move_index()
         last, first = rows_again(len(self.x))
         again = outputs_for(self.calls, self.x, last)
         self.checks.repeats(self.calls, self.x, self.ends, again, last, f"{len(last)} samples alone")
@@ -97,6 +99,16 @@ class Prepared:
         self.checks.repeats(self.calls, self.x, self.ends, again, first, f"{len(first)} samples alone")
         if self.route.parts is not None:
             self._hoist(*self.route.parts)
+
+    def _move_index(self) -> None:
+        """Takes the graph in which the last index of f stands in front, if it then gives f's outputs."""
+        if self.method != "path" or self.route.parts is not None or self.checks.deferred:
+            return
+        moved = selected(self.calls.f, self.x)
+        if moved is not None:
+            calls = Calls(moved, self.calls.begin_anew, self.calls.shape)
+            if self.checks.same(outputs_of(calls, self.x.clone()), self.ends):
+                self.calls = calls
 
     def _hoist(self, first: nn.Module, rest: nn.Module) -> None:
         """Applies the affine maps at f's beginning to the samples, if the rest of f then gives f's outputs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -293,10 +293,15 @@ def graph_after(graph: fx.Graph, root: nn.Module, start: list[fx.Node], dimensio
             copied(node)
     if not any(node.op == "output" for node in tail.nodes):
         raise ValueError("the output depends on more than the layer's output")
-    for node in reversed(tail.nodes):
-        if not node.users and _pure(node):  # for example a loss beside the output
-            tail.erase_node(node)
+    erase_unused(tail)  # for example a loss beside the output
     return module_of(root, tail)
+
+
+def erase_unused(graph: fx.Graph, pure: Collection[fx.Node | None] = ()) -> None:
+    """Removes calls whose results nothing takes, unless they may write. pure: calls of modules among them that do not."""
+    for node in reversed(graph.nodes):
+        if not node.users and (node in pure or _pure(node)):
+            graph.erase_node(node)
 
 
 def _copier(
@@ -331,11 +336,11 @@ def _check_gradient(node: fx.Node, fixed: set[fx.Node], root: nn.Module) -> None
     given = [n for n in node.all_input_nodes if n not in fixed]
     if OWN in (n.meta.get(GRADIENT) for n in (node, *given)):
         raise ValueError(f"the model {OWN}")
-    if any(GRADIENT in n.meta for n in (node, *given)) and _may_write(node, root):
+    if any(GRADIENT in n.meta for n in (node, *given)) and may_write(node, root):
         raise ValueError(f"the model {OFF} around work in place")
 
 
-def _may_write(node: fx.Node, root: nn.Module) -> bool:
+def may_write(node: fx.Node, root: nn.Module) -> bool:
     """Whether a call may write into its arguments."""
     if node.op == "call_module":
         parts = root.get_submodule(str(node.target)).modules()
@@ -402,6 +407,9 @@ def _pure(node: fx.Node) -> bool:
         return False
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "_")
     in_place = (
-        name.endswith("_") or name.startswith(("i", "setitem")) or node.kwargs.keys() & {"inplace", "out"}
+        name.endswith("_")
+        or name.startswith(("i", "setitem"))
+        or node.kwargs.get("inplace", False) is not False
+        or "out" in node.kwargs
     )
     return not in_place
