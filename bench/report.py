@@ -47,8 +47,9 @@ PARTS = {  # the text of the document about each bench/bench_PART.py
     "connectivity": "Networks that are no chain. Floor: the network alone on the points of all paths, in batches of the "
     "best of five sizes, nothing interpolated or reduced. Below 1: what is affine at the beginning runs on the samples "
     "alone, or tiles stay in cache.",
-    "cutting": "Models of Hugging Face that torch.fx cannot trace, small, so that the cost of each call shows. `tail by hand` "
-    "is the part behind the layer in a few lines; `the model with a hook` runs all of the model for each path point. No floor.",
+    "cutting": "Models of Hugging Face, most of which torch.fx cannot trace, and of torch.nn, small, so that the cost of each "
+    "call shows. `by hand` is the part behind the layer in a few lines; `the model with a hook` runs all of the model for each "
+    "path point. No floor.",
     "hermite_connectivity": "Floor: all products of a Jacobian and a sample as one matrix product; the moments of every "
     "pair and output come on top. With more hidden layers ours is further above it: it forms no Jacobian, but carries "
     "the slopes of every pair from layer to layer. `ours, exact` and `lobatto` are the path's own r2, for comparison.",

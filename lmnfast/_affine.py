@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ._chain import IDENTITY
 from ._tracing import graph_after
+from ._undisturbed import hooked
 from ._vocabulary import FLATTEN, FUNCTIONS, MODULES, TENSOR_METHODS, is_plain
 
 # Affine in eval mode.
@@ -71,7 +72,7 @@ def _affine_step(node: fx.Node, before: fx.Node, root: nn.Module) -> int | None:
         return None
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        if not is_plain(module):
+        if not is_plain(module) or hooked(module, backward=True):
             return None
         if type(module) in AFFINE_MODULES:
             # Batch norm without running statistics uses those of the batch, so it is not affine.
@@ -79,6 +80,8 @@ def _affine_step(node: fx.Node, before: fx.Node, root: nn.Module) -> int | None:
         return 0 if type(module) in MODULES and MODULES[type(module)](module) in (IDENTITY, FLATTEN) else None
     if node.target in AFFINE_FUNCTIONS:
         return 1
+    if node.target == "detach":  # in front of the path it would have no effect
+        return None
     table: dict[Any, Any] = FUNCTIONS if node.op == "call_function" else TENSOR_METHODS
     step = table[node.target](*node.args, **node.kwargs) if node.target in table else None
     if node.target is operator.getitem and _keeps_rows(node.args[1]):

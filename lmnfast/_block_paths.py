@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _native
 from ._block import Block
-from ._generic import indistinct, pairs_of
+from ._generic import mark_near, pairs_apart
 from ._native import Progress
 from ._outputs import Calls
 from ._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED, Widened, resolve
@@ -300,30 +300,26 @@ def block_paths(
     of_row = FIRST_TERMS * len(block.first) * x.element_size()
     most = max(1, min(tile, CPU_TILE if x.device.type == "cpu" else CUDA_TILE) // (of_row * positions))
     places = torch.arange(positions, device=x.device)
-    finished = 0
-    for first, second in pairs_of(len(x), most, x.device):
-        if not finished:
+    near, finished = mark_near(x, L, counts)
+    turned = False
+    for first, second in pairs_apart(x, most, near):
+        if len(first) == 0:
+            continue
+        if not turned:
+            turned = True
             some = torch.linspace(0, len(first) - 1, TURNED, device=x.device).long()
             where = torch.arange(TURNED, device=x.device) * 7 % positions
             measured.turn(first[some] * positions + where, second[some] * positions + where)
+        at = [(samples[:, None] * positions + places).flatten() for samples in (first, second)]
+        share, constants, unresolved = (
+            values.unflatten(0, (-1, positions)) for values in measured.shares(*at)
+        )
+        left = unresolved.any(1)
+        r2 = torch.where(left, UNRESOLVED, 1 - share.mean(1))
+        L[first, second] = L[second, first] = r2
+        counts[0] += constants[~left].sum()
+        counts[1] += left.sum()
         finished += len(first)
-        apart = ~indistinct(x[first], x[second])
-        if not apart.all():
-            i, j = first[~apart], second[~apart]
-            near = (x[i] != x[j]).flatten(1).any(1)  # other pairs are equal samples, and their entry is 1
-            L[i[near], j[near]] = L[j[near], i[near]] = UNRESOLVED
-            counts[1] += near.sum()
-            first, second = first[apart], second[apart]
-        if len(first):
-            at = [(samples[:, None] * positions + places).flatten() for samples in (first, second)]
-            share, constants, unresolved = (
-                values.unflatten(0, (-1, positions)) for values in measured.shares(*at)
-            )
-            left = unresolved.any(1)
-            r2 = torch.where(left, UNRESOLVED, 1 - share.mean(1))
-            L[first, second] = L[second, first] = r2
-            counts[0] += constants[~left].sum()
-            counts[1] += left.sum()
         if progress is not None:
             progress(2 * finished / (len(x) * (len(x) - 1)))
 

@@ -48,7 +48,10 @@ class Differentiated:
         self.chunk_outputs = max(1, budget // sample)
         self.ways = [self._forwards] if self.inputs < self.outputs else []
         self.ways += [self._backwards, self._output_by_output]
+        self.gradient: Tensor | None = None
         self.constant = self._is_constant()
+        if self.gradient is not None and self.ways[0] == self._forwards:
+            self._check_forwards(self.gradient.flatten())
 
     def __call__(self, begin: int, end: int) -> Tensor:
         J = widened(self.y.new_empty(end - begin, self.outputs, self.inputs))
@@ -83,7 +86,8 @@ class Differentiated:
             y = self._with_graph(leaf)
             if y.requires_grad:
                 try:
-                    if torch.autograd.grad(y.sum(), leaf, allow_unused=True)[0] is not None:
+                    (self.gradient,) = torch.autograd.grad(self._mixed(y), leaf, allow_unused=True)
+                    if self.gradient is not None:
                         return False
                 except RuntimeError as error:
                     raise ValueError(f"f: cannot be differentiated: {error}") from error
@@ -93,6 +97,28 @@ class Differentiated:
                 "them to the samples (a detach, no_grad, or a layer without a derivative)"
             )
         return True
+
+    def _mixed(self, y: Tensor) -> Tensor:
+        """A sum over outputs (..., K) with unequal weights: a plain sum of a softmax has the derivative 0."""
+        return y @ torch.arange(y.shape[-1], device=y.device).sin().add(1).to(y.dtype)
+
+    def _check_forwards(self, gradient: Tensor) -> None:
+        """Gives up differentiation forwards if it does not give the gradient of the mixed outputs at the first sample.
+
+        Forwards, a region without gradients has a derivative, and an autograd.Function may have another than its backward.
+        """
+        try:
+            J = self._differentiate(self.x[:1])[0][0].T.to(gradient.dtype)
+        except ValueError:
+            return  # and so will the measurement
+        if self.ways[0] == self._forwards:
+            tolerance = min(0.1, 64 * torch.finfo(gradient.dtype).eps ** 0.75)
+            difference, size = (
+                (self._mixed(J) - gradient).abs(),
+                self._mixed(J.abs()).max() + gradient.abs().max(),
+            )
+            if not (difference <= tolerance * size).all():
+                self.ways.pop(0)
 
     def _with_graph(self, leaf: Tensor) -> Tensor:
         try:

@@ -14,10 +14,11 @@ from ._hook_tail import HookTail
 from ._layers import for_layers
 from ._prepare import Prepared, prepared
 from ._route import Route, find_route, why_no_kernel
+from ._run_to import Cutting
 from ._settings import DEFAULT
 from ._tiles import tile_bytes, tile_pairs, tile_points
 from ._tracing import Forward, Output
-from .cutting import check_call, chosen, cut_at, why_not_traced
+from .cutting import chosen, cut_at, why_not_traced
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,11 @@ def explain(
         'fused'
     """
     name = chosen(layer, block)
-    check_call(model, block is not None, until, batch_dim)
-    call = {
-        "forward": forward,
-        "output": output,
-        "until": until,
-        "block": block is not None,
-        "batch_dim": batch_dim,
-    }
+    how = Cutting(forward, output, until, block is not None, batch_dim)
+    how.check(model)
 
     def explained(name: str) -> LayerRoute:
-        return _explained(model, name, inputs, call)
+        return _explained(model, name, inputs, how)
 
     routes = for_layers(model, name, explained, "layer" if block is None else "block")
     explanation = Explanation(tuple(routes.values()))
@@ -142,13 +137,13 @@ def explain(
     return explanation
 
 
-def _explained(model: nn.Module, layer: str, inputs: Any, call: dict[str, Any]) -> LayerRoute:
-    traced, reason = why_not_traced(model, layer, inputs, **call)
+def _explained(model: nn.Module, layer: str, inputs: Any, how: Cutting) -> LayerRoute:
+    traced, reason = why_not_traced(model, layer, inputs, how)
     if inputs is None:
         if traced is None:
             return LayerRoute(layer, "generic", reason, hooked=True)
         return _of_route(layer, find_route(traced, None, DEFAULT.method, points=DEFAULT.points))
-    tail, samples = cut_at(model, layer, inputs, **call)
+    tail, samples = cut_at(model, layer, inputs, how)
     about: dict[str, Any] = {
         "samples": tuple(samples.shape),
         "dtype": str(samples.dtype),

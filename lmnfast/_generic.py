@@ -9,8 +9,11 @@ from ._checks import Checks
 from ._native import Progress
 from ._outputs import Calls, on_device, out_of_memory, outputs_of, rows_between, widened
 from ._tiles import keep_freed_pages, tile_pairs, tile_points
-from ._unresolved import UNRESOLVED, Widened, are_close, resolve
+from ._unresolved import CLOSE, UNRESOLVED, Widened, are_close, resolve
 from .ops.path_connectivity import ChainConnectivity
+
+# Pairs whose entries are written together, if a tile has fewer.
+BLOCK = 2**14
 
 
 def outputs_between(f: Calls, points: Tensor, x: Tensor, ends: Tensor, checks: Checks) -> Tensor:
@@ -51,17 +54,8 @@ def generic_paths(
         keep_freed_pages()
     widened_f = Widened(f, x, original)
     most = tile_pairs(tile, len(x), allocated, len(t))
-    finished = 0
-    for first, second in pairs_of(len(x), most, x.device):
-        pairs = len(first)
-        # In their own dtype the path between two close samples has few distinct points.
-        apart = ~indistinct(x[first], x[second])
-        if not apart.all():
-            i, j = first[~apart], second[~apart]
-            near = (x[i] != x[j]).flatten(1).any(1)  # other pairs are equal samples, and their entry is 1
-            L[i[near], j[near]] = L[j[near], i[near]] = UNRESOLVED
-            counts[1] += near.sum()
-            first, second = first[apart], second[apart]
+    near, finished = mark_near(x, L, counts)
+    for first, second in pairs_apart(x, max(most, BLOCK), near):
         r2 = x.new_empty(len(first), dtype=ends.dtype)
         done = 0
         while done < len(first):
@@ -83,12 +77,12 @@ def generic_paths(
                     raise
                 most = -(-most // 2)  # also for later tiles; finished pairs keep their results
                 continue
-            done += most
+            done += taken
+            finished += taken
+            if progress is not None:
+                progress(2 * finished / (len(x) * (len(x) - 1)))
         L[first, second] = r2
         L[second, first] = r2
-        if progress is not None:
-            finished += pairs
-            progress(2 * finished / (len(x) * (len(x) - 1)))
 
     def resolved() -> None:
         if int(counts[1]):
@@ -99,11 +93,36 @@ def generic_paths(
     return ChainConnectivity(L, counts, resolved)
 
 
-def indistinct(first: Tensor, second: Tensor) -> Tensor:
-    """Which pairs of samples are close, see `are_close`. In float64 only equal samples are."""
-    if first.dtype == torch.float64:
-        return (first == second).flatten(1).all(1)
-    return are_close(first, second)
+def mark_near(x: Tensor, L: Tensor, counts: Tensor) -> tuple[Tensor | None, int]:
+    """Marks pairs of close samples in L as UNRESOLVED, and counts them: in their own dtype a path between them has few distinct
+    points. Returns `_near` and the number of these pairs.
+    """
+    near = _near(x)
+    if near is None:
+        return None, 0
+    first, second = _numbered(near.nonzero().flatten(), len(x))
+    differ = (x[first] != x[second]).flatten(1).any(1)  # other pairs are equal samples, and their entry is 1
+    finished, first, second = len(first), first[differ], second[differ]
+    L[first, second] = L[second, first] = UNRESOLVED
+    counts[1] += len(first)
+    return near, finished
+
+
+def _near(x: Tensor) -> Tensor | None:
+    """Which pairs i < j of samples are close, see `are_close`; in float64, which are equal. None: no pair is."""
+    if len(x) < 2:
+        return None
+    if x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda"):
+        flat = x.flatten(1)
+        distance, size = torch.pdist(flat, torch.inf), flat.abs().amax(1)
+        share = CLOSE if x.dtype == torch.float32 else 0.0
+        if distance.min() > share * size.max():  # waits on CUDA
+            return None
+        larger = torch.cat([torch.maximum(size[i], size[i + 1 :]) for i in range(len(x))])
+        near = distance <= share * larger
+    else:
+        near = torch.cat([are_close(x[i : i + 1], x[i + 1 :]) for i in range(len(x) - 1)])
+    return near if near.any() else None
 
 
 def _like(x: Tensor, values: Tensor) -> Tensor:
@@ -111,10 +130,16 @@ def _like(x: Tensor, values: Tensor) -> Tensor:
     return on_device(values.to(x.dtype), x.device)
 
 
-def pairs_of(samples: int, tile: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs i < j, row by row, in tiles. The indices of all pairs never exist at once."""
-    row_starts = torch.arange(samples, device=device).neg().add(samples - 1).cumsum(0)
-    for start in range(0, samples * (samples - 1) // 2, tile):
-        pair = torch.arange(start, min(start + tile, samples * (samples - 1) // 2), device=device)
-        first = torch.searchsorted(row_starts, pair, right=True)
-        yield first, pair - row_starts[first] + samples
+def pairs_apart(x: Tensor, size: int, near: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs i < j that are not near, row by row. The indices of all pairs never exist at once."""
+    pairs = len(x) * (len(x) - 1) // 2
+    for start in range(0, pairs, size):
+        pair = torch.arange(start, min(start + size, pairs), device=x.device)
+        yield _numbered(pair if near is None else pair[~near[start : start + size]], len(x))
+
+
+def _numbered(pair: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """The samples i < j of pairs that are numbered row by row."""
+    row_starts = torch.arange(samples, device=pair.device).neg().add(samples - 1).cumsum(0)
+    first = torch.searchsorted(row_starts, pair, right=True)
+    return first, pair - row_starts[first] + samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,11 +14,11 @@ from ._inputs import named_inputs
 from ._layout import Layout
 from ._nested import at_path, everywhere, mapped, replaced, substituted, tensors_in
 from ._recorded import Recording, repeated
-from ._run_to import Start, behind, run_on_copies, start_of
+from ._run_to import Cutting, Start, behind, run_on_copies, start_of
 from ._samples import same_output
 from ._tape import ROWS, Tape, Unseen
 from ._taped import taped_tail
-from ._tracing import Call, Forward, Output
+from ._tracing import Call
 from ._undisturbed import evaluating, measurement_of, without_fast_path
 
 
@@ -107,7 +108,11 @@ class HookTail(nn.Module):
             if call.end is not None:
                 call.end.calls = call.end.before  # modules that are replayed do not call their parts
             if not self.in_place:
-                return replaced(output, self.path, x.clone())
+                with (
+                    torch.inference_mode(False),
+                    torch.enable_grad(),
+                ):  # the tail begins here, whatever is around the layer
+                    return replaced(output, self.path, x.clone())
             own = at_path(output, self.path)
             if own.shape != x.shape or own.dtype != x.dtype:
                 raise ValueError(
@@ -248,19 +253,16 @@ def other_ways(
     model: nn.Module,
     layer: str,
     inputs: Any,
-    forward: Forward,
-    output: Output,
+    how: Cutting,
     ways: list[int],
     layout: Layout,
-    until: str | None = None,
 ) -> str:
     """The error message for an output that depends on the inputs on ways around the layer, with advice."""
+    until = how.until
     of = "the model's output" if until is None else f"the output of {until!r}"
     said = f"layer: {of} depends on the inputs also by another way than through {layer!r}"
-    varying = _varying(named_inputs(model, inputs, forward), layout)
-    around = partial(
-        _measurable_around, model, layer, forward=forward, output=output, until=until, layout=layout
-    )
+    varying = _varying(named_inputs(model, inputs, how.forward), layout)
+    around = partial(_measurable_around, model, layer, how=replace(how, batch_dim=layout.inputs[0] or None))
     alone = f"block={layer!r} measures that part alone"
     if len(varying) < 2:
         said += " (a skip connection around it, say); expected a layer that all of it passes through"
@@ -328,21 +330,12 @@ def other_arguments(start: Start, named: list[tuple[str, Tensor]], ways: list[in
     )
 
 
-def _measurable_around(
-    model: nn.Module,
-    layer: str,
-    inputs: Any,
-    forward: Forward,
-    output: Output,
-    until: str | None,
-    layout: Layout,
-) -> str | None:
+def _measurable_around(model: nn.Module, layer: str, inputs: Any, how: Cutting) -> str | None:
     """The innermost part of the model that contains the layer and can be cut at; None if no part can."""
-    batch_dim = layout.inputs[0] or None
     name = layer.partition("@")[0]
     while name := name.rpartition(".")[0]:
         try:
-            if hook_tail(start_of(model, name, inputs, forward, output, until, batch_dim))[0] is not None:
+            if hook_tail(start_of(model, name, inputs, how))[0] is not None:
                 return name
         except Exception:  # for example, the part is never called itself
             continue

@@ -9,6 +9,14 @@ from torch import Tensor
 from ._chain import IDENTITY, Chain
 from .ops._checks import KERNEL_DTYPES
 
+# Set on a tail that `cut` has compiled.
+COMPILED = "_lmnfast_compiled"
+
+
+def original_of(f: Any) -> Any:
+    """What torch.compile has compiled; any other function itself."""
+    return getattr(f, "_orig_mod", getattr(f, "_torchdynamo_orig_callable", f))
+
 
 class Calls:
     """The function f as it is measured: every call behaves like the first call, on any number of samples.

@@ -14,10 +14,11 @@ from . import _native
 from ._block import Block
 from ._chain import Chain
 from ._checks import Checks, is_like
-from ._outputs import Calls, first_outputs, gives_outputs, outputs_of, rows_again
+from ._outputs import COMPILED, Calls, first_outputs, gives_outputs, original_of, outputs_of, rows_again
 from ._route import DIFFERENTIATING, Route, find_route, refuted
 from ._samples import check_dtypes, checked_samples
-from ._tiles import AllocationCount, bytes_of
+from ._selected import selected
+from ._tiles import AllocationCount, bytes_of, outputs_for
 from ._undisturbed import evaluating
 
 
@@ -88,9 +89,15 @@ class Prepared:
         self.check_outputs()
         if self.chain is not None:
             return
-        for rows in rows_again(len(self.x)):
-            again, self.allocated = bytes_of(self.calls, self.x, rows, self.method != "path")
-            self.checks.repeats(self.calls, self.x, self.ends, again, rows, f"{len(rows)} samples alone")
+        if self.expected is None and (original := original_of(self.calls.f)) is not self.calls.f:
+            calls = Calls(original, self.calls.begin_anew, self.calls.shape)
+            self.checks.agree(self.ends, outputs_of(calls, self.x.clone()), compiled=True)
+        self._move_index()
+        last, first = rows_again(len(self.x))
+        again = outputs_for(self.calls, self.x, last)
+        self.checks.repeats(self.calls, self.x, self.ends, again, last, f"{len(last)} samples alone")
+        again, self.allocated = bytes_of(self.calls, self.x, first, self.method != "path")
+        self.checks.repeats(self.calls, self.x, self.ends, again, first, f"{len(first)} samples alone")
         block = self.route.block
         if block is not None and not self._is_block(block):
             self.refute()
@@ -103,6 +110,16 @@ class Prepared:
         between = torch.lerp(self.x[rows], self.x.roll(1, 0)[rows], 0.5)
         y = block(torch.cat([self.x, between])).flatten(1)
         return self.checks.same(y, torch.cat([self.ends, outputs_of(self.calls, between)]))
+
+    def _move_index(self) -> None:
+        """Takes the graph in which the last index of f stands in front, if it then gives f's outputs."""
+        if self.method != "path" or self.route.kind != "generic" or self.checks.deferred:
+            return
+        moved = selected(self.calls.f, self.x)
+        if moved is not None:
+            calls = Calls(moved, self.calls.begin_anew, self.calls.shape)
+            if self.checks.same(outputs_of(calls, self.x.clone()), self.ends):
+                self.calls = calls
 
     def _hoist(self, first: nn.Module, rest: nn.Module) -> None:
         """Applies the affine maps at f's beginning to the samples, if the rest of f then gives f's outputs."""
@@ -143,6 +160,8 @@ def prepared(
     Raises:
         TypeError, ValueError: as connectivity.
     """
+    if method != "path" and getattr(f, COMPILED, False):
+        f = original_of(f)
     x = checked_samples(f, x)
     checks = Checks(x.is_cuda if deferred is None else deferred)
     late = _native.on_cuda(x) if method in DIFFERENTIATING else checks.deferred

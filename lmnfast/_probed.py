@@ -13,11 +13,11 @@ from ._recognise import recognise
 
 
 class Tail:
-    """A tail, and the chain that it is. Valid as long as `python_state` stays the same."""
+    """A tail, and the chain that it is for a method. Valid as long as `python_state` stays the same."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, method: str) -> None:
         self.module, self.layout = module, layout_of(module)
-        chain = recognise(module)
+        chain = recognise(module, method != "path")
         if chain is None:
             self._chain = None
             return

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._chain import CHAIN_DTYPES, IDENTITY, Activation, Chain
-from ._tracing import Call, Tracer, uncompiled
+from ._tracing import GRADIENT, OFF, Call, Tracer, uncompiled
 from ._undisturbed import evaluating, hooked
 from ._vocabulary import (
     ADDITIONS,
@@ -34,27 +34,34 @@ class NotAChain(Exception):
     """The reason why a module is no chain of Linear maps and activations, in a few words."""
 
 
-def recognise(f: Any) -> Chain | None:
+def recognise(f: Any, differentiated: bool = False) -> Chain | None:
     """The chain of Linear maps and activations that an nn.Module is in eval mode, or None.
+
+    differentiated: also None if autograd has another derivative for f than the chain has: f turns gradients off, or has a
+    backward or backward hooks of its own.
 
     Returns None for anything else, for modules with hooks, and in case of doubt. This function sees no samples, so it does
     not see branches on the input's type or shape: compare chain(x) with f(x) on samples before use. Computed weights
     (parametrisations, a frozen batch norm folded into its neighbour) have their present values.
     """
     try:
-        return chain_or_reason(f)
+        return chain_or_reason(f, None, differentiated)
     except NotAChain:
         return None
 
 
-def chain_or_reason(f: Any, put_back: Callable[[], None] | None = None) -> Chain:
+def chain_or_reason(
+    f: Any, put_back: Callable[[], None] | None = None, differentiated: bool = False
+) -> Chain:
     """:func:`recognise`, but raises NotAChain with the reason in place of None.
 
     put_back: undoes the changes that a trace of f's forward makes, for a caller that is inside `evaluating` already. None: the
-    caller is not.
+    caller is not. differentiated: as in `recognise`.
     """
     if not isinstance(f, nn.Module):
         raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
+    if differentiated and any(hooked(part, backward=True) for part in f.modules()):
+        raise NotAChain("its backward runs hooks")
     f = uncompiled(f)
     if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and not hooked(f):
         f = f.module
@@ -64,11 +71,11 @@ def chain_or_reason(f: Any, put_back: Callable[[], None] | None = None) -> Chain
     with evaluating(f) if put_back is None else _afterwards(put_back):
         try:
             if isinstance(f, fx.GraphModule) and is_plain(f):
-                return _chain_of(_read_graph(f.graph, f))
+                return _chain_of(_read_graph(f.graph, f, differentiated))
             if parts is not None:
                 return _chain_of([_read_module(part) for part in parts])
             root = Call(f)
-            return _chain_of(_read_graph(Tracer().trace(root), root))
+            return _chain_of(_read_graph(Tracer().trace(root), root, differentiated))
         except NotAChain:
             raise
         except (
@@ -100,10 +107,10 @@ def _in_order(f: nn.Module) -> list[nn.Module] | None:
     return parts
 
 
-def _read_graph(graph: fx.Graph, root: nn.Module) -> list[Step]:
+def _read_graph(graph: fx.Graph, root: nn.Module, differentiated: bool) -> list[Step]:
     """The steps of a graph whose nodes each work on the result of the node before, and may add an earlier result.
 
-    Raises NotAChain for any other graph.
+    Raises NotAChain for any other graph, and if `differentiated` for one that autograd differentiates in another way.
     """
     # The number of steps that lead to each result. Overwritten results are removed.
     results: dict[fx.Node, int] = {}
@@ -111,6 +118,8 @@ def _read_graph(graph: fx.Graph, root: nn.Module) -> list[Step]:
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
+        if differentiated and (GRADIENT in node.meta or node.target == "detach"):
+            raise NotAChain(f"it {node.meta.get(GRADIENT, OFF)}")
         if node.op == "placeholder" and not results:
             results[node] = 0
             continue

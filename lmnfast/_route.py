@@ -73,7 +73,7 @@ def find_route(
         return Route("generic", "it is to be called as it is")
     as_block = method == "path" and points <= MOST_COEFFICIENTS + 1
     try:
-        chain = known or chain_or_reason(f, put_back)
+        chain = known or chain_or_reason(f, put_back, method not in ("path", REGIONS))
         reason = why_no_kernel(chain, x, method)
     except NotAChain as error:
         chain, reason = None, str(error)

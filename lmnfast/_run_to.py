@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,32 @@ from ._nested import at_path, mapped, path_to_tensor, tensors_in
 from ._threads import alone
 from ._tracing import Call, End, Forward, NeverReached, Output
 from ._undisturbed import PLAIN, evaluating, refuse_sharded
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How a model is cut: the arguments that `cut`, `explain`, `Probe` and `measure_checkpoints` have in common."""
+
+    forward: Forward = None
+    output: Output = None
+    until: str | None = None
+    block: bool = False
+    """Whether the name is that of a block in place of a layer."""
+    batch_dim: int | Layout | None = None
+    """As in `cut`; or the layout, if it is known. Then a run never waits for a device."""
+    compile: bool = False
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError for arguments that a block does not take, and for an `until` that is wrong for every layer."""
+        if self.block and self.batch_dim:
+            raise ValueError(
+                f"batch_dim: expected with a layer alone, got {self.batch_dim} with block, whose samples lie along the first "
+                "dimension"
+            )
+        if self.block and self.until is not None:
+            raise ValueError("until: expected with a layer alone, as a block ends where its module ends")
+        if self.until is not None and isinstance(model, nn.Module):
+            find_layer(model, self.until, "until")
 
 
 @dataclass(frozen=True)
@@ -47,39 +73,19 @@ class Start:
 
 
 @alone()
-def run_to(
-    model: nn.Module,
-    layer: str,
-    inputs: Any,
-    forward: Forward = None,
-    output: Output = None,
-    until: str | None = None,
-    block: bool = False,
-    batch_dim: int | Layout | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The layer's output and the model's for `inputs`, checked as in `cut`.
-
-    block: the layer's name is that of a block, whose argument and output are returned.
-    batch_dim: as in `cut`, or the layout, if it is known. With a known or plain layout it never waits for a device.
-    """
-    start = (
-        start_of_block(model, layer, inputs, forward, output)
-        if block
-        else start_of(model, layer, inputs, forward, output, until, batch_dim)
-    )
+def run_to(model: nn.Module, name: str, inputs: Any, how: Cutting) -> tuple[Tensor, Tensor]:
+    """The layer's output and the model's for `inputs`, checked as in `cut`; of a block its argument and its output."""
+    start = start_of(model, name, inputs, how)
     return start.samples, start.output
 
 
-def start_of(
-    model: nn.Module,
-    layer: str,
-    inputs: Any,
-    forward: Forward,
-    output: Output,
-    until: str | None = None,
-    batch_dim: int | Layout | None = None,
-) -> Start:
+def start_of(model: nn.Module, name: str, inputs: Any, how: Cutting) -> Start:
     """Runs the model once, or more often to find where the samples lie. Raises the errors of `cut` on the way."""
+    return (_start_of_block if how.block else _start_of_layer)(model, name, inputs, how)
+
+
+def _start_of_layer(model: nn.Module, layer: str, inputs: Any, how: Cutting) -> Start:
+    forward, output, until, batch_dim = how.forward, how.output, how.until, how.batch_dim
     _check_model(model)
     if not isinstance(batch_dim, Layout):
         check_batch_dim(batch_dim)
@@ -89,16 +95,24 @@ def start_of(
     end = None if until is None else end_of(model, layer, until)
     run = Call(called_model(model, forward), inputs, forward, output, end)
     check_devices(run.model)
-    if end is not None and until is not None:
-        end.path = _check_end(model, layer, until, Call(run.model, inputs, forward), inputs)
+    if end is not None:  # in a first pass, of which nothing is known
+        end.is_counting = not isinstance(batch_dim, Layout)
     seen: list[tuple[Any, list | None]] = []
     try:
         result = _captured(run, inputs, part, call, seen)
     except NeverReached:
+        if isinstance(batch_dim, Layout):  # says why
+            return start_of(model, layer, inputs, replace(how, batch_dim=batch_dim.inputs[0] or None))
         result = None
     except Exception as error:
+        if end is not None and end.calls:
+            _check_end(model, layer, until, end, run, inputs)
         check_fit(run.model, inputs, forward, error)
         raise
+    if end is not None and end.is_counting:
+        if from_inputs or seen:
+            _check_end(model, layer, until, end, run, inputs)
+        end.is_counting, end.result = False, None
     path: list | None
     if from_inputs:
         samples, path = _in_inputs(model, layer, inputs)
@@ -139,7 +153,7 @@ def _captured(
         tensor = None if path is None else at_path(result, path)
         # Later layers may work in place on this tensor.
         seen.append((tensor.clone() if isinstance(tensor, Tensor) else result, path))
-        if run.end is not None:
+        if run.end is not None and len(seen) == (call or 0) + 1:
             run.end.before = run.end.calls
 
     return run_on_copies(run, inputs, *([] if part is None else [behind(part, record)]))
@@ -223,45 +237,19 @@ def end_of(model: nn.Module, layer: str, until: str) -> End:
     return End(part, number or 0)
 
 
-def _check_end(model: nn.Module, layer: str, until: str, run: Call, inputs: Any) -> list:
-    """Runs the model once. Raises ValueError if `until` is not called once, or returns before the layer does.
-
-    Returns the keys to the tensor in the output of `until`.
-    """
-    first, number = (None, None) if means_inputs(model, layer) else find_layer(model, layer)
-    last, last_number = find_layer(model, until, "until")
-    returned: list[nn.Module] = []
-    results: list[Any] = []  # of `until`, for one pass
-
-    def record(module: nn.Module, args: Any, result: Any) -> None:
-        returned.append(module)
-        results.extend([result] if module is last else [])
-
-    hooks = [behind(part, record) for part in {first, last} if part is not None]
-    try:
-        run_on_copies(run, inputs, *hooks)
-    except Exception:  # the model may fail behind the call; the next pass raises the errors before it
-        if not results:
-            return []
-    if first is not None and first not in returned:
-        return []  # the next pass says why
-    _check_calls(model, until, returned.count(last), run, inputs, "until")
-    result = results[last_number or 0]
-    _check_whole_batch(f"until: {until!r}", next(tensors_in(result), None))
-    before = _place(returned, first, number or 0) > _place(returned, last, last_number or 0)
-    if before and first is not None and last in list(first.modules())[1:]:
+def _check_end(model: nn.Module, layer: str, until: str | None, end: End, run: Call, inputs: Any) -> None:
+    """Raises ValueError if `until` is not called once in a pass that has counted, or returns before the layer does."""
+    assert until is not None
+    _check_calls(model, until, end.calls, Call(run.model, inputs, run.run), inputs, "until")
+    _check_whole_batch(f"until: {until!r}", next(tensors_in(end.result), None))
+    if end.before <= end.number:
+        return
+    part, _ = find_layer(model, layer)
+    if end.part in list(part.modules())[1:]:
         raise ValueError(
             f"until: {until!r} is inside {layer!r} and returns before it; expected a layer that runs behind it"
         )
-    if before:
-        raise ValueError(f"until: {until!r} runs before {layer!r}; expected a layer that runs behind it")
-    return path_to_tensor(result) or []
-
-
-def _place(returned: list[nn.Module], part: nn.Module | None, number: int) -> int:
-    """When the call of a module has returned. The inputs, None, are there before."""
-    places = [place for place, module in enumerate(returned) if module is part]
-    return places[number] if number < len(places) else -1
+    raise ValueError(f"until: {until!r} runs before {layer!r}; expected a layer that runs behind it")
 
 
 def _in_inputs(model: nn.Module, layer: str, inputs: Any) -> tuple[Tensor, list]:
@@ -280,8 +268,9 @@ def _in_inputs(model: nn.Module, layer: str, inputs: Any) -> tuple[Tensor, list]
     return first.detach().clone(), path or []
 
 
-def start_of_block(model: nn.Module, block: str, inputs: Any, forward: Forward, output: Output) -> Start:
+def _start_of_block(model: nn.Module, block: str, inputs: Any, how: Cutting) -> Start:
     """Runs the model once, for the arguments of one module. Raises the errors of `cut` on the way."""
+    forward, output = how.forward, how.output
     _check_model(model)
     check_inputs(inputs, forward)
     rows = len(next(tensors_in(inputs)))

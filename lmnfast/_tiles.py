@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._outputs import Calls, outputs_of, rows_between
+from ._outputs import Calls, original_of, outputs_of, rows_between
 
 DEFAULT_BUDGET = 256 * 2**20
 
@@ -126,17 +126,22 @@ class AllocationCount(TorchFunctionMode):
         weakref.finalize(value, drop, id(value)).atexit = False
 
 
+def outputs_for(f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int]) -> Tensor:
+    """f's outputs for some of the samples, in a call of its own."""
+    return outputs_of(f, torch.stack([x[row] for row in rows]))
+
+
 def bytes_of(
     f: Callable[[Tensor], Tensor], x: Tensor, rows: list[int], differentiated: bool = False
 ) -> tuple[Tensor, int]:
-    """f's outputs for some of the samples, and the bytes that f takes for all samples.
+    """`outputs_for`, and the bytes that f takes for all samples. Following the bytes takes as long as a small call.
 
     These are the bytes that exist at one time; with differentiation, which keeps results, the bytes of all results. Of a
     compiled f they are those of the original, as a compiler would follow the count too.
     """
     chosen = torch.stack([x[row] for row in rows])
     given = f.f if isinstance(f, Calls) else f
-    original = getattr(given, "_orig_mod", getattr(given, "_torchdynamo_orig_callable", given))
+    original = original_of(given)
     with AllocationCount(live=not differentiated) as count:
         again = outputs_of(f if original is given else original, chosen)
     if original is not given:

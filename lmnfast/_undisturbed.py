@@ -368,8 +368,13 @@ class Kept:
     def put_back(self, values: bool = False) -> None:
         """Restores the saved state. values: also compare values, as a change of .data does not change a tensor's version."""
         for now, before in self._containers:
-            if now or before:  # most are empty dicts of hooks
-                _put_back(now, before)
+            # Most are empty dicts of hooks, and most others are dicts of a module that stay as they are.
+            if now or before:
+                is_dict = type(now) is dict and len(now) == len(before)
+                if not (
+                    is_dict and all(map(is_, now, before)) and all(map(is_, now.values(), before.values()))
+                ):
+                    _put_back(now, before)
         with torch._C.DisableTorchFunction():  # see `keep`
             for parameter, data, address in self._storages:
                 if address and parameter.data_ptr() != address:

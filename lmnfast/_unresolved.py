@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -237,9 +237,7 @@ class InDouble(TorchFunctionMode):
         result = self._all_wide(func(*args, **kwargs))
         if self.largest is not None and isinstance(result, Tensor) and result.dtype == torch.float64:
             with torch._C.DisableTorchFunction():
-                size = result.detach().abs()
-                size = torch.where(size <= LARGE, size, 0.0)  # leaves out masks and NaN
-                self.largest = max(self.largest, float(size.max()) if size.numel() else 0.0)
+                self.largest = max(self.largest, _largest(result.detach()))
         return result
 
     def _all_wide(self, value: Any) -> Any:
@@ -262,6 +260,17 @@ class InDouble(TorchFunctionMode):
         if id(value) not in kept:
             kept[id(value)] = value, value.double()
         return kept[id(value)][1]
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude up to LARGE, without NaN."""
+    if not values.numel():
+        return 0.0
+    low, high = torch.stack(torch.aminmax(values)).tolist()
+    if -low <= LARGE and high <= LARGE:
+        return max(-low, high)
+    size = values.abs()  # a mask is among them, or NaN
+    return float(torch.where(size <= LARGE, size, 0.0).max())
 
 
 class Widened:
@@ -306,7 +315,7 @@ class Widened:
             dtype = torch.promote_types(ends.dtype, torch.float32)  # a network in float32 may end in float64
             self.errors = (difference.nan_to_num() / (4 * torch.finfo(dtype).eps)).to(dtype)
 
-    @property
+    @cached_property
     def rounding(self) -> Tensor | None:
         """The rounding of the outputs, (2, K), as `torch.ops.lmnfast.path_r2` takes it."""
         if self.errors is None:

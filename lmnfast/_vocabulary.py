@@ -94,6 +94,7 @@ TENSOR_METHODS: dict[Any, Callable[..., Any]] = {
     "flatten": _flatten(0),
     "contiguous": _unchanged,
     "clone": _unchanged,
+    "detach": _unchanged,  # in value; see `recognise`
 }
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 MODULES: dict[type[nn.Module], Callable[[Any], Any]] = {

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ._compiled import compiled
 from ._hook_tail import hook_tail, other_arguments, other_ways, reproduces_output, takes_any_rows, taped
 from ._inputs import named_inputs
 from ._layers import called_model, find_layer, means_inputs
 from ._layout import LAYOUT, Layout
 from ._nested import everywhere, mapped, substituted, tensors_in
-from ._run_to import Start, end_of, named_arguments, run_to, start_of, start_of_block
+from ._run_to import Cutting, Start, end_of, named_arguments, run_to, start_of
 from ._samples import check_made
 from ._stacked import WHOLE, Stacked, loaded, networks_in
 from ._tape import NotTaped
@@ -34,6 +35,7 @@ def cut(
     output: Output = None,
     stacked: Stacked | None = None,
     batch_dim: int | None = None,
+    compile: bool = False,
 ) -> tuple[nn.Module, Tensor]:
     """The network behind a layer, and the layer's output: ``tail(samples) == model(inputs)``.
 
@@ -64,6 +66,8 @@ def cut(
             where it does not, as in an output (N, classes), calls on some of the samples show the dimension. None: the first
             dimension, or, if the layer's output or the model's output has no row per sample there, the one that such calls
             show for samples along the first or second dimension of the inputs. A block's samples lie along the first.
+        compile: compile the tail by torch.compile, once for any number of path points. This takes seconds, in this call. A tail
+            that a fused kernel measures stays as it is. Derivatives are not compiled.
 
     Returns:
         (tail, samples): a module, and the layer's output (N, ...), detached. Samples lie along the first dimension of both, and
@@ -76,9 +80,11 @@ def cut(
             depends on the inputs on a way around the layer; the model's output does not have one row per input, or no samples
             along batch_dim; the model is on several devices or on meta, or has lazy parameters without values; `until` is not
             behind the layer; the output of the block depends on another of its arguments that differs between samples; not
-            exactly one of layer and block is given, or until or batch_dim with block.
+            exactly one of layer and block is given, or until or batch_dim with block; compile with stacked, or with a tail that
+            is no graph.
         TypeError: the model is no module; inputs, the layer's output or the model's output are no (floating-point) tensors;
             inputs do not fit the model's forward; or the block has no floating-point argument with N rows.
+        RuntimeError: torch.compile does not work here, or not for this tail.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
@@ -98,16 +104,19 @@ def cut(
         (torch.Size([20, 5, 16]), torch.Size([20, 5, 8]))
     """
     name = chosen(layer, block)
-    call: dict[str, Any] = {"forward": forward, "output": output, "until": until, "block": block is not None}
-    call["batch_dim"] = batch_dim
-    check_call(model, block is not None, until, batch_dim)
+    how = Cutting(forward, output, until, block is not None, batch_dim, compile)
+    how.check(model)
+    if stacked is not None and compile:
+        raise ValueError(
+            "compile: expected without stacked, whose networks have other parameters than the tail"
+        )
     if stacked is None:
-        return cut_at(model, name, inputs, **call)
+        return cut_at(model, name, inputs, how)
     found = []
     for number in range(networks_in(stacked)):
         with loaded(model, stacked, number):
-            found.append(run_to(model, name, inputs, **call))
-    tail, _ = cut_at(model, name, inputs, **call)
+            found.append(run_to(model, name, inputs, how))
+    tail, _ = cut_at(model, name, inputs, how)
     setattr(tail, WHOLE, (model,))  # if modules share a tensor, `stacked` has the model's names
     if block is not None:
         _check_arguments(tail, block, stacked, found)
@@ -115,34 +124,16 @@ def cut(
 
 
 @alone()
-def cut_at(
-    model: nn.Module,
-    name: str,
-    inputs: Any,
-    forward: Forward = None,
-    output: Output = None,
-    until: str | None = None,
-    block: bool = False,
-    batch_dim: int | None = None,
-) -> tuple[nn.Module, Tensor]:
-    """As `cut`. block: the name is that of a block."""
-    start = _started(model, name, inputs, forward, output, until, block, batch_dim)
-    tail = _tail(start, model, name, inputs, forward, output, until, block)
+def cut_at(model: nn.Module, name: str, inputs: Any, how: Cutting) -> tuple[nn.Module, Tensor]:
+    """As `cut`, at the layer or block of that name."""
+    start = start_of(model, name, inputs, how)
+    tail = _tail(start, model, name, inputs, how)
     if not start.layout.is_plain:
         setattr(tail, LAYOUT, start.layout)
-    return tail, start.samples
+    return compiled(tail, start.samples, name) if how.compile else tail, start.samples
 
 
-def _tail(
-    start: Start,
-    model: nn.Module,
-    name: str,
-    inputs: Any,
-    forward: Forward,
-    output: Output,
-    until: str | None,
-    block: bool,
-) -> nn.Module:
+def _tail(start: Start, model: nn.Module, name: str, inputs: Any, how: Cutting) -> nn.Module:
     samples, result = start.samples, start.output
     try:
         traced = _traced_tail(start)
@@ -153,7 +144,7 @@ def _tail(
     try:
         replacing, ways = hook_tail(start)
     except Exception as error:
-        if not block:
+        if not how.block:
             raise
         said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise ValueError(
@@ -162,12 +153,12 @@ def _tail(
         ) from error
     if replacing is None:
         if start.layer is not None:
-            raise ValueError(other_ways(model, name, inputs, forward, output, ways, start.layout, until))
-        if block:
+            raise ValueError(other_ways(model, name, inputs, how, ways, start.layout))
+        if how.block:
             named, what = named_arguments(start.call.model, start.inputs), f"block: the output of {name!r}"
         else:
-            named = named_inputs(model, inputs, forward)
-            what = "layer: the model's output" if until is None else f"layer: the output of {until!r}"
+            named = named_inputs(model, inputs, how.forward)
+            what = "layer: the model's output" if how.until is None else f"layer: the output of {how.until!r}"
         raise ValueError(other_arguments(start, named, ways, what))
     try:
         graph = taped(replacing, samples)
@@ -189,33 +180,6 @@ def chosen(layer: Any, block: Any, names: tuple[str, str] = ("layer", "block")) 
     return block if layer is None else layer
 
 
-def check_call(model: nn.Module, block: bool, until: str | None, batch_dim: int | None) -> None:
-    """Raises ValueError for arguments that a block does not take, and for an `until` that is wrong for every layer."""
-    if block and batch_dim:
-        raise ValueError(
-            f"batch_dim: expected with a layer alone, got {batch_dim} with block, whose samples lie along the first dimension"
-        )
-    if block and until is not None:
-        raise ValueError("until: expected with a layer alone, as a block ends where its module ends")
-    if until is not None and isinstance(model, nn.Module):
-        find_layer(model, until, "until")
-
-
-def _started(
-    model: nn.Module,
-    name: str,
-    inputs: Any,
-    forward: Forward,
-    output: Output,
-    until: str | None,
-    block: bool,
-    batch_dim: int | None,
-) -> Start:
-    if block:
-        return start_of_block(model, name, inputs, forward, output)
-    return start_of(model, name, inputs, forward, output, until, batch_dim)
-
-
 def _check_arguments(
     tail: nn.Module, block: str, stacked: Stacked, found: list[tuple[Tensor, Tensor]]
 ) -> None:
@@ -231,39 +195,25 @@ def _check_arguments(
 
 
 @alone()
-def why_not_traced(
-    model: nn.Module,
-    name: str,
-    inputs: Any,
-    forward: Forward,
-    output: Output,
-    until: str | None = None,
-    block: bool = False,
-    batch_dim: int | None = None,
-) -> tuple[nn.Module | None, str]:
+def why_not_traced(model: nn.Module, name: str, inputs: Any, how: Cutting) -> tuple[nn.Module | None, str]:
     """The tail by torch.fx, not compared with the model; or None, and the reason why torch.fx gives no tail."""
     check_made(model, "model")
-    if inputs is not None:
-        start = _started(model, name, inputs, forward, output, until, block, batch_dim)
-    else:
-        start = _guessed(model, name, forward, output, until, block)
+    start = start_of(model, name, inputs, how) if inputs is not None else _guessed(model, name, how)
     try:
         return _traced_tail(start), ""
     except Exception as error:  # the user's forward may fail on proxies
         return None, f"torch.fx cannot trace the model ({type(error).__name__}: {str(error).splitlines()[0]})"
 
 
-def _guessed(
-    model: nn.Module, name: str, forward: Forward, output: Output, until: str | None, block: bool
-) -> Start:
+def _guessed(model: nn.Module, name: str, how: Cutting) -> Start:
     """Where a tail begins, for a model that has not run. Assumes one argument, and one tensor as each layer's output."""
-    if block or means_inputs(model, name):
+    if how.block or means_inputs(model, name):
         part, number = None, None
-        model = find_layer(model, name, "block")[0] if block else model
+        model = find_layer(model, name, "block")[0] if how.block else model
     else:
         part, number = find_layer(model, name)
-    end = None if until is None else end_of(model, name, until)
-    call = Call(called_model(model, forward), None, None if block else forward, output, end)
+    end = None if how.until is None else end_of(model, name, how.until)
+    call = Call(called_model(model, how.forward), None, None if how.block else how.forward, how.output, end)
     unknown = torch.empty(0)
     return Start(call, unknown, part, number, [], unknown, unknown, Layout(()))
 

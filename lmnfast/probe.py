@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from ._enqueue import Enqueued, enqueue, on_stream
 from ._layers import for_layers
+from ._layout import plain_layout
 from ._probed import NumberOnDevice, Tail
 from ._python_state import python_state
-from ._run_to import run_to
+from ._run_to import Cutting, run_to
 from ._settings import Settings
 from ._threads import alone, on_one_core
 from ._tracing import Forward, Output
-from .cutting import check_call, chosen, cut_at
+from .cutting import chosen, cut_at
 from .spectrum import SETTINGS, SHARES, check_negative, measurement
 
 # Limits the memory of waiting connectivity matrices if solving is slower than measuring: 64 MB at N = 1000.
@@ -72,6 +74,7 @@ class Probe:
         every: the probe measures when step % every == 0.
         method, points, rule, budget: as in `connectivity`.
         forward, output, batch_dim: as in `cut`.
+        compile: as in `cut`. Tails are compiled when the probe is made, and again when it cuts again.
         negative: as in `lmn`.
         writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
@@ -109,6 +112,7 @@ class Probe:
         forward: Forward = None,
         output: Output = None,
         batch_dim: int | None = None,
+        compile: bool = False,
         negative: str = "absolute",
         writers: Sequence[Writer] = (),
     ) -> None:
@@ -116,7 +120,8 @@ class Probe:
             raise ValueError(f"every: expected at least 1, got {every}")
         named = chosen(layers, blocks, ("layers", "blocks"))
         argument = "layers" if blocks is None else "blocks"
-        check_call(model, blocks is not None, until, batch_dim)
+        how = Cutting(forward, output, until, blocks is not None, batch_dim, compile)
+        how.check(model)
         patterns = (named,) if isinstance(named, str) else tuple(named)
         if not patterns or len(set(patterns)) != len(patterns):
             raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")
@@ -130,13 +135,7 @@ class Probe:
         self._negative = negative
         self._problems: dict[str, str] = {}  # warnings about offsets that are not given yet, by layer
         self._warned: set[str] = set()
-        self._call: dict[str, Any] = {
-            "forward": forward,
-            "output": output,
-            "until": until,
-            "block": blocks is not None,
-            "batch_dim": batch_dim,
-        }
+        self._how = how
         self._writers = tuple(writers)
         self.next_step = 0  # the step of a call without a step
         self._before: list[dict[str, Any]] = []  # rows of the earlier run that this probe continues
@@ -151,7 +150,7 @@ class Probe:
             self.layers = tuple(tails)
 
     def _tail(self, layer: str) -> Tail:
-        return Tail(cut_at(self.model, layer, self.inputs, **self._call)[0])
+        return Tail(cut_at(self.model, layer, self.inputs, self._how)[0], self._settings.method)
 
     def _start(self) -> None:
         """Creates everything that belongs to this process: the thread, the streams, the tails."""
@@ -260,14 +259,14 @@ class Probe:
         kept = self._tails.get(layer)
         try:
             if kept is not None and kept[1] == state:
-                known = self._call | {"batch_dim": kept[0].layout}
-                samples, output = run_to(self.model, layer, self.inputs, **known)
+                known = replace(self._how, batch_dim=kept[0].layout or plain_layout(self.inputs))
+                samples, output = run_to(self.model, layer, self.inputs, known)
                 try:
                     return self._measure(kept[0], samples, output)
                 except Exception:  # this tail may be outdated; only an error with a new tail counts
                     pass
-            tail, samples = cut_at(self.model, layer, self.inputs, **self._call)
-            self._tails[layer] = Tail(tail), state
+            tail, samples = cut_at(self.model, layer, self.inputs, self._how)
+            self._tails[layer] = Tail(tail, self._settings.method), state
             return self._measure(self._tails[layer][0], samples, None)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{error} (probe of layer {layer!r}, step {step})") from error

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 import lmnfast
 from lmnfast import cut
+from lmnfast._run_to import Cutting, run_to
 
 
 class Untraceable(Functional):
@@ -300,3 +301,58 @@ def test_tokens_are_no_samples():
         "layer: '' is the model's input, of torch.int64; integers (tokens) cannot be interpolated: cut at the embedding, as "
         "'token', or name a floating-point input first"
     )
+
+
+def test_a_map_to_a_layer_costs_no_pass_of_its_own():
+    """A cut runs the model once, to its end; a probe's later measurements only up to the end of the map."""
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 2)
+            self.ran = []
+
+        def forward(self, x):
+            if not isinstance(x, torch.fx.Proxy):
+                COUNTS[0] += len(x) == 14
+            y = self.second(torch.tanh(self.first(x)))
+            if not isinstance(x, torch.fx.Proxy):
+                COUNTS[1] += len(x) == 14
+            return self.last(y)
+
+    model, x = Counted(), vectors()
+    for layer in ("first", "inputs"):
+        COUNTS[:] = 0, 0
+        run_to(model, layer, x, Cutting(until="second"))
+        assert COUNTS == [1, 1]
+    with lmnfast.Probe(model, x, "first", until="second", every=1) as probe:
+        COUNTS[:] = 0, 0
+        for step in range(3):
+            with torch.no_grad():
+                model.first.weight.mul_(1.1)
+            probe(step)
+        rows = probe.history
+    assert COUNTS == [3, 0], "one pass for each measurement, and nothing behind the end"
+    assert len({row["lmn"] for row in rows}) == 3
+    assert rows[-1]["lmn"] == lmnfast.lmn(*cut(model, "first", x, until="second"))
+
+
+COUNTS = [0, 0]
+
+
+def test_a_probe_says_why_a_map_no_longer_ends():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.second(h) if float(self.first.bias.sum()) < 100 else h[:, :4]
+
+    model = Model()
+    with lmnfast.Probe(model, vectors(), "first", until="second", every=1) as probe:
+        with torch.no_grad():
+            model.first.bias.fill_(1000)
+        with pytest.raises(ValueError, match="until: 'second' was called 0 times in one forward pass"):
+            probe(0)

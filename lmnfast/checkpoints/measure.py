@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from .._connectivity import measured, warn_of_offsets
 from .._layers import for_layers, is_pattern, match_layers
 from .._nested import mapped, tensors_in
+from .._run_to import Cutting
 from .._settings import METHODS, Settings
 from .._threads import cores
 from .._tracing import Forward, Output
-from ..cutting import check_call, chosen, cut_at
+from ..cutting import chosen, cut_at
 from ..quadrature import path_nodes
 from ..runs.device import settled_device
 from ..runs.files import claimed
@@ -121,9 +122,8 @@ def measure_checkpoints(
         inputs = load_inputs(inputs)
     model = made(factory)
     call = imported(forward, "forward", "function") if isinstance(forward, str) else forward
-    names = _names(
-        model, inputs, layers, blocks, forward=call, output=output, until=until, batch_dim=batch_dim
-    )
+    how = Cutting(call, output, until, blocks is not None, batch_dim)
+    names = _names(model, inputs, layers, blocks, how)
     with nullcontext() if out is None else claimed(Path(out)):
         stored = None if out is None or force else read_settings(Path(out))
         work = _Work(
@@ -154,13 +154,13 @@ def _names(
     inputs: Any,
     layers: str | Sequence[str] | None,
     blocks: str | Sequence[str] | None,
-    **call: Any,
+    how: Cutting,
 ) -> tuple[str, ...]:
     """The layers or blocks to measure. Those that a pattern matches are cut once, with the weights that the factory gives."""
     patterns = chosen(layers, blocks, ("layers", "blocks"))
     argument = "layers" if blocks is None else "blocks"
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    check_call(model, blocks is not None, call["until"], call["batch_dim"])
+    how.check(model)
     if not any(isinstance(name, str) and is_pattern(name) for name in patterns):
         names = match_layers(model, patterns)
     else:
@@ -168,7 +168,7 @@ def _names(
 
         def shape(name: str) -> tuple[int, ...]:
             try:
-                return tuple(cut_at(model, name, inputs, block=blocks is not None, **call)[1].shape)
+                return tuple(cut_at(model, name, inputs, how)[1].shape)
             except TypeError as error:
                 raise ValueError(str(error)) from error
 
@@ -203,11 +203,8 @@ class _Work:
         settings = {named.get(name, name): plain(value) for name, value in vars(self).items()}
         return settings | {"block": self.block or None}  # None, as in tables from before there were blocks
 
-    @property
-    def call(self) -> dict[str, Any]:
-        return {
-            "output": self.output, "until": self.until, "block": self.block, "batch_dim": self.batch_dim
-        }  # fmt: skip
+    def cutting(self, forward: Forward) -> Cutting:
+        return Cutting(forward, self.output, self.until, self.block, self.batch_dim)
 
 
 def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:
@@ -216,7 +213,7 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
     row: dict[str, Any] = {"step": None, "checkpoint": path}
     for layer in work.layers:
         try:
-            tail, samples = cut_at(model, layer, inputs, forward=call, **work.call)
+            tail, samples = cut_at(model, layer, inputs, work.cutting(call))
             settings = Settings(work.method, work.points, work.rule)
             (enqueued,) = measured(tail, samples, settings)
             warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")

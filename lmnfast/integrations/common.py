@@ -18,7 +18,7 @@ from ..cutting import chosen
 from ..probe import Probe, Writer
 
 # Arguments of a Probe that change no number of a row, or that `Plan.identity` records in another way (inputs).
-NOT_IDENTITY = ("model", "inputs", "every", "budget", "writers")
+NOT_IDENTITY = ("model", "inputs", "every", "budget", "compile", "writers")
 
 
 def required(names: str | tuple[str, ...], extra: str) -> ModuleType:

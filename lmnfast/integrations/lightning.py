@@ -54,7 +54,7 @@ class LMNCallback(Callback):
         layers: as in `Probe`; names begin at the LightningModule.
         every: in optimizer steps.
         settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, budget, forward, output,
-            batch_dim, writers).
+            batch_dim, compile, writers).
 
     Raises:
         ValueError: every < 1; at the start of a fit, if the strategy shards parameters (FSDP, DeepSpeed).

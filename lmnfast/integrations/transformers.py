@@ -46,7 +46,7 @@ class LMNCallback(TrainerCallback):
         every: in optimizer steps.
         output: selects the output of the model that counts, as in `cut`. With until or blocks, "logits" selects nothing.
         settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, budget, forward,
-            batch_dim, writers).
+            batch_dim, compile, writers).
 
     Raises:
         ValueError: every < 1; at the start of a training that shards parameters (FSDP, DeepSpeed).
