@@ -8,7 +8,7 @@ from torch import nn
 
 import lmnfast
 from lmnfast import _generic, _tiles
-from lmnfast._generic import _blocks, _near
+from lmnfast._generic import _near, pairs_apart
 from lmnfast._unresolved import InDouble, _largest, are_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,7 @@ def test_near_samples_are_found_as_pair_by_pair(dtype, samples):
         near = _near(x)
         assert (near is None and not expected.any()) or torch.equal(near, expected)
         first, second = (
-            (torch.cat(part) for part in zip(*_blocks(x, 4, near), strict=True)) if samples > 1 else (i, j)
+            (torch.cat(part) for part in zip(*pairs_apart(x, 4, near), strict=True)) if samples > 1 else (i, j)
         )
         assert torch.equal(first, i[~expected]) and torch.equal(second, j[~expected])
 
