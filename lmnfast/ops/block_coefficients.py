@@ -158,11 +158,8 @@ def _block_coefficients(
             scale=scale,
         )
         return coefficients[begin:end], energy
-    z, first, second, shift, own, cross = (
-        None if t is None else plain(t) for t in (z, first, second, shift, own, cross)
-    )
-    assert z is not None
-    assert first is not None
+    z, first, second = map(plain, (z, first, second))
+    shift, own, cross = (None if t is None else plain(t) for t in (shift, own, cross))
     t, rule = plain(nodes[1:-1].to(z.device)), plain(polynomials[:, 1:-1].to(z.device))
     coefficients = _native.empty(z, end - begin, len(first), units)
     energy = z.new_empty(len(first), len(rule), dtype=torch.float64)
