@@ -59,8 +59,8 @@ def block_coefficients(
         normalisation: None: there is none.
         shift: (units,) or (2 * units,) of z's dtype, added to the pre-activations; None: 0.
         begin, end: the degrees (rows of `polynomials`) whose coefficients are returned. end None: all from begin on.
-        scale: a power of two in the range of z's dtype that brings hidden values to the order of 1. Squares for the energy are of
-            scaled values.
+        scale: a power of two in the range of z's dtype that brings hidden values to the order of 1. Squares for the energy are
+            of scaled values.
 
     Returns:
         Coefficients (end - begin, rows, units) of z's dtype; and the energy (rows, degrees) float64: the sums over units of the
