@@ -171,7 +171,7 @@ def test_samples_that_cancel_where_the_model_divides_by_zero(dtype):
 
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_a_large_last_bias_changes_nothing(norm):
-    f, x = Mlp(norm=norm, outputs=200), samples(9, WIDTH)
+    f, x = Mlp(norm=norm, gated=norm is None, outputs=200), samples(9, WIDTH)
     expected = truth(f, x)
     with torch.no_grad():
         f.last.bias.add_(1e6)
@@ -194,7 +194,7 @@ def test_tiles_of_few_units_and_many_outputs_are_small(monkeypatch):
         return real(*arguments, **more)
 
     monkeypatch.setattr(_block_paths, "block_coefficients", counting)
-    f, x = nn.Sequential(nn.Linear(12, 2), nn.GELU(), nn.Linear(2, 1000)), samples(60, 12)
+    f, x = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 2), nn.GELU(), nn.Linear(2, 1000)), samples(60, 12)
     lmnfast.connectivity(f, x, budget=2**22)
     assert 2 < max(rows) <= 2**22 // (4 * 8 * 1000)
 
@@ -289,7 +289,7 @@ def test_few_terms_are_enough_for_a_smooth_layer(monkeypatch):
         return real(*arguments, begin=begin, end=end, **more)
 
     monkeypatch.setattr(_block_paths, "block_coefficients", counting)
-    f = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 192))
+    f = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 512))
     x = samples(60, 64)
     L = lmnfast.connectivity(f, x)
     assert (L.double() - truth(f, x)).abs().max() <= ALLOWED[torch.float32]
@@ -301,13 +301,14 @@ def test_a_wide_chain_is_a_block_and_others_are_not():
     def chain(*modules):
         return recognise(nn.Sequential(*modules))
 
-    assert wide_block(chain(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 128))) is not None
-    assert wide_block(chain(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 127))) is None
-    assert wide_block(chain(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 128))) is None
-    assert wide_block(chain(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 128), nn.GELU())) is None
-    assert wide_block(chain(nn.GELU(), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 128))) is None
+    assert wide_block(chain(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512))) is not None
+    assert wide_block(chain(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 511))) is None
+    assert wide_block(chain(nn.Linear(8, 511), nn.GELU(), nn.Linear(511, 512))) is None
+    assert wide_block(chain(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 512))) is None
+    assert wide_block(chain(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU())) is None
+    assert wide_block(chain(nn.GELU(), nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512))) is None
     assert (
-        wide_block(chain(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 128)))
+        wide_block(chain(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512)))
         is None
     )
 
