@@ -6,7 +6,7 @@ docs/mathematics.md, "A block of a transformer", has the formulas and the bound 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,14 +15,13 @@ from . import _native
 from ._block import Block
 from ._generic import mark_near, pairs_apart
 from ._native import Progress
-from ._outputs import Calls
 from ._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED, Widened, resolve
 from .ops.block_coefficients import Normalisation, block_coefficients
 from .ops.path_connectivity import ChainConnectivity
 from .quadrature import orthonormal_polynomials
 from .reference import CONSTANT_ULPS
 
-# Bytes of the hidden layer's coefficients in a tile. Larger tiles leave the caches between the kernel
+# Bytes of a tile, mostly the hidden layer's coefficients. Larger tiles leave the caches between the kernel
 # and the product, smaller ones are too few rows for the product.
 CPU_TILE, CUDA_TILE = 16 * 2**20, 2**30
 
@@ -30,6 +29,11 @@ CPU_TILE, CUDA_TILE = 16 * 2**20, 2**30
 # initialisation needs 6 to 8, one with weights three times as large 10 to 13, one with kinks all.
 FIRST_TERMS = 8
 
+# A pair is measured again in float64 if what a normalisation divides by falls at a node below this share of what it is at the
+# ends, in squares. The samples cancel there. The square loses a digit for each digit of this, twice as many as f itself does.
+VANISHING = 2.0**-16
+
+STATISTICS = 8  # numbers that exist for an output at one time, beside its coefficients
 TURNED = 16  # rows that determine the polynomials
 
 # The bound of the operator norm comes from half this many products with W^T W of so many random vectors. It fails with a
@@ -93,7 +97,7 @@ class _Rows:
             own,
             normalised,
             wide + y if block.adds_input else y,
-            _scale_of(largest, dtype),
+            _scale_for(largest, dtype),
         )
 
     def normalisation(self, block: Block, first: Tensor, second: Tensor) -> Normalisation | None:
@@ -105,12 +109,12 @@ class _Rows:
         return Normalisation(self.own, cross, block.norm.epsilon)
 
 
-def _scale_of(largest: float, dtype: torch.dtype) -> float:
-    """The power of two that brings a number to the order of 1, within the range of the dtype."""
+def _scale_for(largest: float, dtype: torch.dtype) -> float:
+    """A power of two, a number of this dtype, that brings numbers to a size near 1. largest: of them."""
     if not 0 < largest < math.inf:
         return 1.0
-    most = 126 if dtype == torch.float32 else 1022
-    return 2.0 ** -max(-most, min(most, math.frexp(largest)[1]))
+    most = -math.frexp(torch.finfo(dtype).smallest_normal)[1]
+    return 2.0 ** max(-most, min(most, -math.frexp(largest)[1]))
 
 
 def _stacked(first: Tensor, gate: Tensor | None) -> Tensor:
@@ -161,10 +165,13 @@ class _Outputs:
         if own is not None:
             own = own.double().unflatten(1, self.terms.shape) * scale
             self.terms, self.least = self.terms + own[0].to(self.dtype), own[1].to(self.dtype)
-        squares = block.last.double().square().sum(1)
-        directions = block.last / torch.where(squares > 0, squares.sqrt(), 1.0).to(self.dtype)[:, None]
-        factor = squared_norm_bound(directions) * self.variance_t / rows.hidden_scale**2 / len(scale)
-        self.bound = (squares * scale**2 * factor).to(self.dtype)
+        directions = block.last.double() * scale[:, None]
+        largest = directions.abs().amax(1)  # taken out first: a square may overflow or underflow
+        directions = directions / torch.where(largest > 0, largest, 1.0)[:, None]
+        sizes = directions.norm(dim=1)
+        directions = (directions / torch.where(sizes > 0, sizes, 1.0)[:, None]).to(self.dtype)
+        factor = squared_norm_bound(directions) * self.variance_t / len(scale)
+        self.bound = ((sizes * largest / rows.hidden_scale).square() * factor).to(self.dtype)
 
     def shares(
         self, coefficients: Tensor, first: Tensor, second: Tensor
@@ -220,29 +227,33 @@ class _Measured:
         Sums of squares stay as they are, so any rows may be used. Principal components of 16 rows: a GELU layer behind a
         LayerNorm then needs 8 polynomials in place of 12.
         """
-        hidden, _ = self._hidden(first, second, 1, self.degrees)
+        normalisation = self.rows.normalisation(self.block, first, second)
+        hidden, _ = self._hidden(first, second, normalisation, 1, self.degrees)
         hidden = (hidden.double() * self.rows.hidden_scale).flatten(1).cpu()
-        _, vectors = torch.linalg.eigh(hidden @ hidden.mT)  # in rising order
-        if bool(vectors.isfinite().all()):
+        products = hidden @ hidden.mT
+        if bool(products.isfinite().all()):  # otherwise eigh raises
+            _, vectors = torch.linalg.eigh(products)  # in rising order
             turned = vectors.flip(1).mT.to(self.polynomials.device) @ self.polynomials[1:]
             self.polynomials = torch.cat([self.polynomials[:1], turned])
 
     def shares(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """1 - r2 of each row, averaged over its outputs, and counts of constant and of unresolved outputs. Each (rows,)."""
         end = self.guess
-        coefficients, energy = self._coefficients(first, second, 0, end)
+        normalisation = self.rows.normalisation(self.block, first, second)
+        coefficients, energy = self._coefficients(first, second, normalisation, 0, end)
         # The energy in all degrees from each one on; none is left behind the last.
-        left = energy.flip(1).cumsum(1).flip(1)
-        left = torch.cat([left, left.new_zeros(len(left), 1)], 1)
+        # Squares that underflow are counted as the smallest number that does not.
+        least = len(self.block.first) * torch.finfo(self.rows.z.dtype).smallest_normal
+        left = (energy + least).flip(1).cumsum(1).flip(1)
         share, constants, unresolved, sensitivity = self.outputs.shares(coefficients, first, second)
         most = LEFT_OUT_ULPS * self.outputs.epsilon
-        # With all terms nothing is left out. A NaN, of 0 inf, asks for all terms.
-        needed = (~(sensitivity[:, None] * left[:, :-1] <= most)).sum(1)
+        needed = (~(sensitivity[:, None] * left <= most)).sum(1)  # all for a NaN
         rows = (needed > end).nonzero()[:, 0]
         coefficients = coefficients[:, rows]
         while len(rows):
             begin, end = end, min(end + max(2, self.guess // 2), self.degrees)
-            more, _ = self._coefficients(first[rows], second[rows], begin, end)
+            part = None if normalisation is None else normalisation._replace(cross=normalisation.cross[rows])
+            more, _ = self._coefficients(first[rows], second[rows], part, begin, end)
             coefficients = torch.cat([coefficients, more])
             found = self.outputs.shares(coefficients, first[rows], second[rows])
             share[rows], constants[rows], unresolved[rows], sensitivity = found
@@ -252,14 +263,20 @@ class _Measured:
             rows, coefficients = rows[open], coefficients[:, open]
         # The next tile begins with the degrees that nine of ten rows of this one need.
         self.guess = max(2, int(needed.kthvalue(max(1, 9 * len(needed) // 10)).values))
+        if normalisation is not None:
+            unresolved += _vanishes(normalisation, first, second, self.nodes)
         return share, constants, unresolved
 
-    def _coefficients(self, first: Tensor, second: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def _coefficients(
+        self, first: Tensor, second: Tensor, normalisation: Normalisation | None, begin: int, end: int
+    ) -> tuple[Tensor, Tensor]:
         """The coefficients of the outputs (end - begin, rows, K), and the energy of the hidden layer (rows, degrees)."""
-        hidden, energy = self._hidden(first, second, begin, end)
+        hidden, energy = self._hidden(first, second, normalisation, begin, end)
         return (hidden.flatten(0, 1) @ self.outputs.last.mT).unflatten(0, hidden.shape[:2]), energy
 
-    def _hidden(self, first: Tensor, second: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def _hidden(
+        self, first: Tensor, second: Tensor, normalisation: Normalisation | None, begin: int, end: int
+    ) -> tuple[Tensor, Tensor]:
         block, rows = self.block, self.rows
         return block_coefficients(
             rows.z,
@@ -269,7 +286,7 @@ class _Measured:
             self.nodes,
             self.polynomials,
             gated=block.gate is not None,
-            normalisation=rows.normalisation(block, first, second),
+            normalisation=normalisation,
             shift=rows.shift,
             begin=begin,
             end=end,
@@ -277,28 +294,44 @@ class _Measured:
         )
 
 
+def _vanishes(normalisation: Normalisation, first: Tensor, second: Tensor, nodes: Tensor) -> Tensor:
+    """Which rows' samples nearly cancel at a node, as VANISHING says. (rows,) bool."""
+    own, cross, epsilon = normalisation
+    t, (i, j) = nodes[1:-1].to(own.device), (own[first][:, None], own[second][:, None])
+    least = ((1 - t) ** 2 * i + 2 * t * (1 - t) * cross[:, None] + t**2 * j).amin(1)
+    return least + epsilon < VANISHING * (torch.maximum(own[first], own[second]) + epsilon)
+
+
+def _row_bytes(block: Block) -> int:
+    """Bytes that a row takes: coefficients of the hidden layer and of the outputs, statistics of these, and two samples."""
+    units, inputs = block.first.shape
+    numbers = FIRST_TERMS * (units + len(block.last)) + STATISTICS * len(block.last)
+    return numbers * block.first.element_size() + (0 if block.norm is None else 2 * 8 * inputs)
+
+
 def block_paths(
     block: Block,
-    f: Calls,
     x: Tensor,
-    ends: Tensor,
     nodes: Tensor,
     weights: Tensor,
     tile: int,
     allocated: int,
     progress: Progress | None,
 ) -> ChainConnectivity:
-    """The connectivity of f, which is the block. The arguments are those of `generic_paths`; f is for unresolved pairs."""
+    """The connectivity of a block. The arguments are those of `generic_paths`."""
     positions = math.prod(x.shape[1:-1])
     with torch.no_grad():
         rows = _Rows.of(block, x.reshape(-1, x.shape[-1]))
-        widened_f = Widened(f, x, ends)
+        # Without the last bias, like the rows: next to a large one float32 rounds all that the outputs vary.
+        bare = replace(block, last_bias=None)
+        widened_f = Widened(bare, x, bare(x).flatten(1))
         outputs = _Outputs(block, rows, positions, nodes, weights, widened_f.rounding)
         measured = _Measured(block, rows, outputs, nodes, weights)
     L = torch.ones(len(x), len(x), dtype=x.dtype, device=x.device)
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
-    of_row = FIRST_TERMS * len(block.first) * x.element_size()
-    most = max(1, min(tile, CPU_TILE if x.device.type == "cpu" else CUDA_TILE) // (of_row * positions))
+    most = max(
+        1, min(tile, CPU_TILE if x.device.type == "cpu" else CUDA_TILE) // (_row_bytes(block) * positions)
+    )
     places = torch.arange(positions, device=x.device)
     near, finished = mark_near(x, L, counts)
     turned = False

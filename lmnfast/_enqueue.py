@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._block import Block
 from ._block_paths import block_paths
 from ._chain import Chain
 from ._checks import Checks, Findings, NotTheChain
@@ -233,9 +234,7 @@ def _run(function: Prepared, settings: Settings, progress: Progress | None) -> C
     tile = tile_bytes(settings.budget, x.device, settings.method != "path")
     how = tile, function.allocated, function.checks, progress
     if function.route.block is not None:
-        return block_paths(
-            function.route.block, function.calls, x, ends, nodes, weights, tile, function.allocated, progress
-        )
+        return block_paths(function.route.block, x, nodes, weights, tile, function.allocated, progress)
     if settings.midpoint is None:
         return generic_paths(function.calls, x, ends, nodes, weights, *how)
     return generic_polynomials(function.calls, x, ends, nodes, weights, settings.midpoint, *how)
@@ -256,26 +255,27 @@ def _checked(function: Prepared, measured: ChainConnectivity) -> Enqueued:
         tuple(checks.errors),
     )
     if checks.deferred:
-        return replace(enqueued, offset=partial(offset_of, function.chain, function.ends))
+        return replace(enqueued, offset=partial(offset_of, function.known, function.ends))
     if enqueued.constant_share() >= WARNED_SHARE:
-        return replace(enqueued, offset=offset_of(function.chain, function.ends))
+        return replace(enqueued, offset=offset_of(function.known, function.ends))
     return enqueued
 
 
-def offset_of(chain: Chain | None, ends: Tensor) -> Tensor:
+def offset_of(known: Chain | Block | None, ends: Tensor) -> Tensor:
     """The size of outputs (N, K), in units of their range over the samples; a hundredth of the outputs are at least this large.
 
     The result is 0 if the size is below ten ranges, or if its rounding hides less than a ten-thousandth of the range: saturated
     and dead units are constant by right. An output that is the same for all samples counts as dead, too. It counts as
-    infinitely offset if it is so large that rounding would hide a ten-thousandth of a range of 1. The kernels leave out a
-    chain's last bias, so that bias is no offset.
+    infinitely offset if it is so large that rounding would hide a ten-thousandth of a range of 1. The last bias of a
+    chain or block is left out of its measurement, so that bias is no offset.
     """
-    if chain is not None and chain.biases[-1] is not None:
-        ends = ends - chain.biases[-1]
+    bias = known.biases[-1] if isinstance(known, Chain) else None if known is None else known.last_bias
+    if bias is not None:
+        ends = (ends.unflatten(1, (-1, len(bias))) - bias).flatten(1)
     low, high = (values.double() for values in ends.aminmax(dim=0))
     size = torch.maximum(low.abs(), high.abs())
     tolerated = max(10.0, 1e-4 / (CONSTANT_ULPS * torch.finfo(ends.dtype).eps))
-    swallowed = torch.where(size >= tolerated, math.inf, 0.0) if chain is None else torch.zeros_like(size)
+    swallowed = torch.where(size >= tolerated, math.inf, 0.0) if known is None else torch.zeros_like(size)
     ratio = torch.where(high > low, size / (high - low), swallowed)
     ratio = ratio.topk(math.ceil(OFFSET_SHARE * len(ratio))).values[-1]
     return torch.where(ratio >= tolerated, ratio, 0.0)

@@ -50,6 +50,11 @@ class Prepared:
         return self.route.chain
 
     @property
+    def known(self) -> Chain | Block | None:
+        """What f is measured as, if it is not called."""
+        return self.route.chain or self.route.block
+
+    @property
     def ends(self) -> Tensor:
         assert self.own_ends is not None
         return self.own_ends

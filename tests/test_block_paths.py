@@ -12,7 +12,6 @@ import lmnfast
 from lmnfast import _block_paths, reference
 from lmnfast._block import Block, Norm, wide_block
 from lmnfast._chain import Activation
-from lmnfast._outputs import Calls
 from lmnfast.ops import recognise
 from lmnfast.quadrature import path_nodes
 
@@ -131,6 +130,85 @@ def test_tiny_and_huge_samples(size, dtype):
     assert (lmnfast.connectivity(f.to(dtype), x).double() - truth(f, x)).abs().max() <= 10 * ALLOWED[dtype]
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e-170, 1e160, 1e200])
+def test_outputs_whose_squares_leave_the_range(size):
+    f = Mlp(norm="layer", gated=True)
+    f.double()
+    with torch.no_grad():
+        f.last.weight.mul_(size)
+        f.last.bias.mul_(size)
+    assert_right(f, samples(9, WIDTH, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1e15, 1e20, 1e23, 1e36])
+def test_a_huge_unit_that_no_output_uses(size, dtype):
+    f, x = Mlp(gated=True, activation=nn.ReLU), samples(10, WIDTH, dtype=dtype)
+    f.to(dtype)
+    with torch.no_grad():
+        f.first.weight[0], f.first.bias[0], f.last.weight[:, 0] = 0, 0, 0
+        f.first.weight[0, 0] = size if dtype == torch.float32 else size**8
+        x[:, 0] = -x[:, 0].abs()
+        x[0, 0] = 1  # the unit is dead on all paths but this sample's: their energies underflow
+    assert_right(f, x)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-40])
+def test_a_tiny_hidden_layer(size):
+    f = Mlp(gated=True)
+    with torch.no_grad():
+        f.gate.weight.mul_(size)
+        f.gate.bias.mul_(size)
+    assert lmnfast.connectivity(f, samples(6, WIDTH)).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_samples_that_nearly_cancel_behind_a_normalisation(norm, size, dtype):
+    f, x = Mlp(norm=norm, gated=True), size * samples(20, WIDTH, dtype=dtype)
+    f.norm.eps = 1e-30
+    x[19] = -x[18] * (1 + 3e-4)
+    assert_right(f, x)
+
+
+def test_samples_that_cancel_where_the_model_divides_by_zero(dtype):
+    f, x = Mlp(norm="rms", gated=True).to(dtype), samples(6, WIDTH, dtype=dtype)
+    f.norm.eps = 0.0
+    x[1] = -x[0]
+    assert route_of(f, x[1:]) == "block"
+    with pytest.raises(ValueError, match="on the path from sample 0 to sample 1"):
+        lmnfast.connectivity(f, x)
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_a_large_last_bias_changes_nothing(norm):
+    f, x = Mlp(norm=norm, gated=norm is None, outputs=200), samples(9, WIDTH)
+    expected = truth(f, x)
+    with torch.no_grad():
+        f.last.bias.add_(1e6)
+        f.last.weight[:4] = 0  # constant by right
+    assert route_of(f, x) == "block"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        L = lmnfast.connectivity(f, x)
+    f.last.bias.data.zero_()
+    assert (L.double() - truth(f, x)).abs().max() <= ALLOWED[torch.float32]
+    assert (L.double() - expected).abs().max() > 1e-4
+
+
+def test_tiles_of_few_units_and_many_outputs_are_small(monkeypatch):
+    rows = []
+    real = _block_paths.block_coefficients
+
+    def counting(*arguments, **more):
+        rows.append(len(arguments[1]))
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(_block_paths, "block_coefficients", counting)
+    f, x = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 2), nn.GELU(), nn.Linear(2, 1000)), samples(60, 12)
+    lmnfast.connectivity(f, x, budget=2**22)
+    assert 2 < max(rows) <= 2**22 // (4 * 8 * 1000)
+
+
 def test_dead_and_repeated_outputs(dtype):
     f = Mlp(norm="layer", outputs=20)
     with torch.no_grad():
@@ -178,7 +256,8 @@ def test_what_is_left_out_is_bounded(seed):
         measured = _block_paths._Measured(block, rows, outputs, nodes, weights)
         first, second = torch.triu_indices(10, 10, 1)
         measured.turn(first[:16], second[:16])
-        coefficients, energy = measured._coefficients(first, second, 0, 20)
+        normalisation = rows.normalisation(block, first, second)
+        coefficients, energy = measured._coefficients(first, second, normalisation, 0, 20)
     whole = outputs.shares(coefficients, first, second)[0]
     weight = f.last.weight.detach()
     directions = weight / weight.norm(dim=1, keepdim=True)
@@ -220,7 +299,7 @@ def test_few_terms_are_enough_for_a_smooth_layer(monkeypatch):
         return real(*arguments, begin=begin, end=end, **more)
 
     monkeypatch.setattr(_block_paths, "block_coefficients", counting)
-    f = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 192))
+    f = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 512))
     x = samples(60, 64)
     L = lmnfast.connectivity(f, x)
     assert (L.double() - truth(f, x)).abs().max() <= ALLOWED[torch.float32]
@@ -232,13 +311,14 @@ def test_a_wide_chain_is_a_block_and_others_are_not():
     def chain(*modules):
         return recognise(nn.Sequential(*modules))
 
-    assert wide_block(chain(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 128))) is not None
-    assert wide_block(chain(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 127))) is None
-    assert wide_block(chain(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 128))) is None
-    assert wide_block(chain(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 128), nn.GELU())) is None
-    assert wide_block(chain(nn.GELU(), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 128))) is None
+    assert wide_block(chain(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512))) is not None
+    assert wide_block(chain(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 511))) is None
+    assert wide_block(chain(nn.Linear(8, 511), nn.GELU(), nn.Linear(511, 512))) is None
+    assert wide_block(chain(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 512))) is None
+    assert wide_block(chain(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU())) is None
+    assert wide_block(chain(nn.GELU(), nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512))) is None
     assert (
-        wide_block(chain(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 128)))
+        wide_block(chain(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512)))
         is None
     )
 
@@ -310,18 +390,14 @@ def test_progress_reaches_one_and_budgets_change_nothing_but_rounding():
     assert (lmnfast.connectivity(f, x, budget=20_000) - whole).abs().max() <= ALLOWED[torch.float32]
 
 
-def test_unresolved_pairs_are_measured_by_the_function_itself():
+def test_unresolved_pairs_are_measured_in_float64():
     f, x = Mlp(norm="layer", adds=True), samples(6, WIDTH)
     with torch.no_grad():
         x[:, 0] = 1e5  # an output is this and a small number, which float32 rounds more than it varies
         f.last.weight.mul_(1e-4)
-    calls = Calls(f.eval(), lambda: None)
-    with torch.no_grad():
-        ends = f(x)
-        block = _block_of(f)
-        measured = _block_paths.block_paths(
-            block, calls, x, ends, *path_nodes("uniform", 21), 2**20, ends.nbytes * 20, None
-        )
+    measured = _block_paths.block_paths(
+        _block_of(f), x, *path_nodes("uniform", 21), 2**20, x.nbytes * 20, None
+    )
     assert int(measured.counts[1]) > 0
     measured.resolve()
     assert int(measured.counts[1]) == 0

@@ -36,7 +36,9 @@ def test_near_samples_are_found_as_pair_by_pair(dtype, samples):
         near = _near(x)
         assert (near is None and not expected.any()) or torch.equal(near, expected)
         first, second = (
-            (torch.cat(part) for part in zip(*pairs_apart(x, 4, near), strict=True)) if samples > 1 else (i, j)
+            (torch.cat(part) for part in zip(*pairs_apart(x, 4, near), strict=True))
+            if samples > 1
+            else (i, j)
         )
         assert torch.equal(first, i[~expected]) and torch.equal(second, j[~expected])
 
