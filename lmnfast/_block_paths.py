@@ -34,6 +34,7 @@ FIRST_TERMS = 8
 VANISHING = 2.0**-16
 
 STATISTICS = 8  # numbers that exist for an output at one time, beside its coefficients
+SAMPLE_VALUES = 2**22  # values of the first Linear that are computed at a time at the samples, 32 MB
 TURNED = 16  # rows that determine the polynomials
 
 # The bound of the operator norm comes from half this many products with W^T W of so many random vectors. It fails with a
@@ -65,39 +66,33 @@ class _Rows:
     @classmethod
     def of(cls, block: Block, x: Tensor) -> _Rows:
         """x: (N * P, inputs)."""
-        dtype, wide = x.dtype, x.double()
-        first, bias = _stacked(block.first, block.gate), _stacked_biases(block)
-        shift = own = normalised = None
-        if block.norm is None:
-            z = _native.linear(wide, first.double(), None if bias is None else bias.double())
-            a = z
-        else:
-            norm = block.norm
-            normalised = wide - wide.mean(-1, keepdim=True) if norm.centers else wide
+        wide = x.double()
+        weight, shift = _first_linear(block)
+        own = normalised = None
+        if block.norm is not None:
+            normalised = wide - wide.mean(-1, keepdim=True) if block.norm.centers else wide
             own = normalised.square().mean(-1)
-            weight = first.double() if norm.scale is None else first.double() * norm.scale.double()
-            z = _native.linear(normalised, weight, None)
-            shift = (
-                _native.linear(norm.shift.double()[None], first.double(), None)[0]
-                if norm.shift is not None
-                else None
-            )
-            if bias is not None:
-                shift = bias.double() if shift is None else shift + bias.double()
-            a = z * torch.rsqrt(own + norm.epsilon)[:, None]
-            a = a if shift is None else a + shift
-        a, *gate = a.chunk(2, -1) if block.gate is not None else (a,)
-        hidden = _native.pointwise(block.activation, a.contiguous())
-        hidden = hidden * gate[0] if gate else hidden
-        y = _native.linear(hidden, block.last.double(), None)
-        largest = float(hidden.abs().amax()) if hidden.numel() else 0.0
+        last, largest, z, y = block.last.double(), 0.0, [], []
+        # A few samples at a time: their values in float64 would not fit every machine.
+        most = max(1, SAMPLE_VALUES // len(weight))
+        for n, inputs in enumerate((wide if normalised is None else normalised).split(most)):
+            a = _native.linear(inputs, weight, shift if block.norm is None else None)
+            z.append(a.to(x.dtype))
+            if own is not None and block.norm is not None:
+                a = a * torch.rsqrt(own[n * most : (n + 1) * most] + block.norm.epsilon)[:, None]
+                a = a if shift is None else a + shift
+            a, *gate = a.chunk(2, -1) if block.gate is not None else (a,)
+            hidden = _native.pointwise(block.activation, a.contiguous())
+            hidden = hidden * gate[0] if gate else hidden
+            largest = max(largest, float(hidden.abs().amax()))
+            y.append(_native.linear(hidden, last, None))
         return cls(
-            z.to(dtype),
-            None if shift is None else shift.to(dtype),
+            torch.cat(z),
+            None if shift is None or block.norm is None else shift.to(x.dtype),
             own,
             normalised,
-            wide + y if block.adds_input else y,
-            _scale_for(largest, dtype),
+            wide + torch.cat(y) if block.adds_input else torch.cat(y),
+            _scale_for(largest, x.dtype),
         )
 
     def normalisation(self, block: Block, first: Tensor, second: Tensor) -> Normalisation | None:
@@ -117,16 +112,19 @@ def _scale_for(largest: float, dtype: torch.dtype) -> float:
     return 2.0 ** max(-most, min(most, -math.frexp(largest)[1]))
 
 
-def _stacked(first: Tensor, gate: Tensor | None) -> Tensor:
-    return first if gate is None else torch.cat([first, gate])
-
-
-def _stacked_biases(block: Block) -> Tensor | None:
-    if block.gate is None or (block.first_bias is None and block.gate_bias is None):
-        return block.first_bias
-    zero = block.first.new_zeros(len(block.first))
-    parts = (zero if bias is None else bias for bias in (block.first_bias, block.gate_bias))
-    return torch.cat(list(parts))
+def _first_linear(block: Block) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in float64 of one Linear for the units and the gate's, with the normalisation's scale and shift."""
+    weight = (block.first if block.gate is None else torch.cat([block.first, block.gate])).double()
+    bias = block.first_bias
+    if block.gate is not None and not (bias is None and block.gate_bias is None):
+        zero = block.first.new_zeros(len(block.first))
+        bias = torch.cat([zero if each is None else each for each in (bias, block.gate_bias)])
+    shift = None if bias is None else bias.double()
+    norm = block.norm
+    if norm is not None and norm.shift is not None:
+        moved = _native.linear(norm.shift.double()[None], weight, None)[0]
+        shift = moved if shift is None else shift + moved
+    return (weight if norm is None or norm.scale is None else weight * norm.scale.double()), shift
 
 
 def squared_norm_bound(weight: Tensor) -> float:
