@@ -21,12 +21,8 @@ from .ops.path_connectivity import ChainConnectivity
 from .quadrature import orthonormal_polynomials
 from .reference import CONSTANT_ULPS
 
-# Bytes of a tile, mostly the hidden layer's coefficients. Larger tiles leave the caches between the kernel
-# and the product, smaller ones are too few rows for the product.
-CPU_TILE, CUDA_TILE = 16 * 2**20, 2**30
-
-# The polynomials of the first tile; later tiles take as many as the tile before needed. A GELU or SiLU layer of PyTorch's
-# initialisation needs 6 to 8, one with weights three times as large 10 to 13, one with kinks all.
+# The terms that the size of a tile counts with. A GELU or SiLU layer of PyTorch's initialisation needs 6 to 8, one with weights
+# three times as large 10 to 13, one with kinks all.
 FIRST_TERMS = 8
 
 # A pair is measured again in float64 if what a normalisation divides by falls at a node below this share of what it is at the
@@ -34,6 +30,7 @@ FIRST_TERMS = 8
 VANISHING = 2.0**-16
 
 STATISTICS = 8  # numbers that exist for an output at one time, beside its coefficients
+AGAIN = 5  # terms that a row's hidden layer costs once more, where the first guess is too low
 SAMPLE_VALUES = 2**22  # values of the first Linear that are computed at a time at the samples, 32 MB
 TURNED = 16  # rows that determine the polynomials
 
@@ -220,36 +217,55 @@ class _Measured:
         self.guess = min(FIRST_TERMS, self.degrees)
 
     def turn(self, first: Tensor, second: Tensor) -> None:
-        """Turns all polynomials but the first, so that these rows' hidden layers have most of their energy in the first few.
+        """Turns all polynomials but the first, so that these rows' hidden layers have most energy in the first few, and
+        guesses how many are enough.
 
         Sums of squares stay as they are, so any rows may be used. Principal components of 16 rows: a GELU layer behind a
         LayerNorm then needs 8 polynomials in place of 12.
         """
         normalisation = self.rows.normalisation(self.block, first, second)
-        hidden, _ = self._hidden(first, second, normalisation, 1, self.degrees)
-        hidden = (hidden.double() * self.rows.hidden_scale).flatten(1).cpu()
-        products = hidden @ hidden.mT
-        if bool(products.isfinite().all()):  # otherwise eigh raises
-            _, vectors = torch.linalg.eigh(products)  # in rising order
-            turned = vectors.flip(1).mT.to(self.polynomials.device) @ self.polynomials[1:]
-            self.polynomials = torch.cat([self.polynomials[:1], turned])
+        hidden, energy = self._hidden(first, second, normalisation, 0, self.degrees)
+        scaled = (hidden[1:].double() * self.rows.hidden_scale).flatten(1)
+        products = (scaled @ scaled.mT).cpu()
+        if not bool(products.isfinite().all()):  # eigh would raise
+            return
+        _, vectors = torch.linalg.eigh(products)  # in rising order
+        turn = vectors.flip(1).mT.to(scaled.device)
+        self.polynomials = torch.cat([self.polynomials[:1], turn @ self.polynomials[1:]])
+        hidden = torch.cat([hidden[:1], (turn.to(hidden.dtype) @ hidden[1:].flatten(1)).view_as(hidden[1:])])
+        energy[:, 1:] = (turn @ scaled).view(self.degrees - 1, len(first), -1).square().sum(-1).mT
+        sensitivity = self.outputs.shares(hidden @ self.outputs.last.mT, first, second)[3]
+        self._guess(self._needed(sensitivity, self._left(energy)))
+
+    def _left(self, energy: Tensor) -> Tensor:
+        """The energy in all degrees from each one on. (rows, degrees)"""
+        # Squares that underflow are counted as the smallest number that does not.
+        least = len(self.block.first) * torch.finfo(self.rows.z.dtype).smallest_normal
+        return (energy + least).flip(1).cumsum(1).flip(1)
+
+    def _needed(self, sensitivity: Tensor, left: Tensor) -> Tensor:
+        """The number of terms that each row needs; all for a NaN. (rows,)"""
+        return (~(sensitivity[:, None] * left <= LEFT_OUT_ULPS * self.outputs.epsilon)).sum(1)
+
+    def _guess(self, needed: Tensor) -> None:
+        """Sets the terms with which the next rows begin: those that would have cost these rows least."""
+        terms = torch.arange(self.degrees + 1, device=needed.device)
+        more = (needed[:, None] - terms).clamp(min=0).double()
+        more = (more + (more > 0) * AGAIN).mean(0)
+        self.guess = min(self.degrees, max(2, int((terms + more).argmin())))
 
     def shares(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """1 - r2 of each row, averaged over its outputs, and counts of constant and of unresolved outputs. Each (rows,)."""
         end = self.guess
         normalisation = self.rows.normalisation(self.block, first, second)
         coefficients, energy = self._coefficients(first, second, normalisation, 0, end)
-        # The energy in all degrees from each one on; none is left behind the last.
-        # Squares that underflow are counted as the smallest number that does not.
-        least = len(self.block.first) * torch.finfo(self.rows.z.dtype).smallest_normal
-        left = (energy + least).flip(1).cumsum(1).flip(1)
+        left = self._left(energy)
         share, constants, unresolved, sensitivity = self.outputs.shares(coefficients, first, second)
-        most = LEFT_OUT_ULPS * self.outputs.epsilon
-        needed = (~(sensitivity[:, None] * left <= most)).sum(1)  # all for a NaN
+        needed = self._needed(sensitivity, left)
         rows = (needed > end).nonzero()[:, 0]
         coefficients = coefficients[:, rows]
         while len(rows):
-            begin, end = end, min(end + max(2, self.guess // 2), self.degrees)
+            begin, end = end, min(end + max(2, end // 3), self.degrees)
             part = None if normalisation is None else normalisation._replace(cross=normalisation.cross[rows])
             more, _ = self._coefficients(first[rows], second[rows], part, begin, end)
             coefficients = torch.cat([coefficients, more])
@@ -257,10 +273,9 @@ class _Measured:
             share[rows], constants[rows], unresolved[rows], sensitivity = found
             if end == self.degrees:
                 break
-            open = ~(sensitivity * left[rows, end] <= most)
+            open = ~(sensitivity * left[rows, end] <= LEFT_OUT_ULPS * self.outputs.epsilon)
             rows, coefficients = rows[open], coefficients[:, open]
-        # The next tile begins with the degrees that nine of ten rows of this one need.
-        self.guess = max(2, int(needed.kthvalue(max(1, 9 * len(needed) // 10)).values))
+        self._guess(needed)
         if normalisation is not None:
             unresolved += _vanishes(normalisation, first, second, self.nodes)
         return share, constants, unresolved
@@ -327,9 +342,7 @@ def block_paths(
         measured = _Measured(block, rows, outputs, nodes, weights)
     L = torch.ones(len(x), len(x), dtype=x.dtype, device=x.device)
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
-    most = max(
-        1, min(tile, CPU_TILE if x.device.type == "cpu" else CUDA_TILE) // (_row_bytes(block) * positions)
-    )
+    most = max(1, tile // (_row_bytes(block) * positions))
     places = torch.arange(positions, device=x.device)
     near, finished = mark_near(x, L, counts)
     turned = False

@@ -22,7 +22,7 @@ from ._native import Progress
 from ._polynomials import generic_polynomials
 from ._prepare import Prepared, prepared
 from ._settings import DEFAULT, Settings
-from ._tiles import tile_bytes
+from ._tiles import CPU_TILE, CPU_TILE_DIFFERENTIATED, CPU_TILE_OF_BLOCK, tile_bytes
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .reference import CONSTANT_ULPS
 
@@ -231,10 +231,13 @@ def _run(function: Prepared, settings: Settings, progress: Progress | None) -> C
     if chain is not None:
         with _native.reporting(progress):
             return chain_connectivity(chain, x, nodes, weights, settings.midpoint)
-    tile = tile_bytes(settings.budget, x.device, settings.method != "path")
-    how = tile, function.allocated, function.checks, progress
     if function.route.block is not None:
+        tile = tile_bytes(settings.budget, x.device, CPU_TILE_OF_BLOCK)
         return block_paths(function.route.block, x, nodes, weights, tile, function.allocated, progress)
+    tile = tile_bytes(
+        settings.budget, x.device, CPU_TILE if settings.method == "path" else CPU_TILE_DIFFERENTIATED
+    )
+    how = tile, function.allocated, function.checks, progress
     if settings.midpoint is None:
         return generic_paths(function.calls, x, ends, nodes, weights, *how)
     return generic_polynomials(function.calls, x, ends, nodes, weights, settings.midpoint, *how)
