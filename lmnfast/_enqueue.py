@@ -22,7 +22,7 @@ from ._native import Progress
 from ._polynomials import generic_polynomials
 from ._prepare import Prepared, prepared
 from ._settings import DEFAULT, Settings
-from ._tiles import CPU_TILE, CPU_TILE_DIFFERENTIATED, CPU_TILE_OF_BLOCK, tile_bytes
+from ._tiles import tile_bytes
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .reference import CONSTANT_ULPS
 
@@ -232,11 +232,9 @@ def _run(function: Prepared, settings: Settings, progress: Progress | None) -> C
         with _native.reporting(progress):
             return chain_connectivity(chain, x, nodes, weights, settings.midpoint)
     if function.route.block is not None:
-        tile = tile_bytes(settings.budget, x.device, CPU_TILE_OF_BLOCK)
+        tile = tile_bytes(settings.budget, x.device, of_block=True)
         return block_paths(function.route.block, x, nodes, weights, tile, function.allocated, progress)
-    tile = tile_bytes(
-        settings.budget, x.device, CPU_TILE if settings.method == "path" else CPU_TILE_DIFFERENTIATED
-    )
+    tile = tile_bytes(settings.budget, x.device, differentiated=settings.method != "path")
     how = tile, function.allocated, function.checks, progress
     if settings.midpoint is None:
         return generic_paths(function.calls, x, ends, nodes, weights, *how)

@@ -53,12 +53,15 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + held
 
 
-def tile_bytes(budget: int | None, device: torch.device, most: int = CPU_TILE) -> int:
+def tile_bytes(
+    budget: int | None, device: torch.device, *, differentiated: bool = False, of_block: bool = False
+) -> int:
     """Bytes for a tile on a device, as `bytes_of` counts them.
 
-    budget: as in :func:`lmnfast.connectivity`, which documents the default. most: on a CPU.
+    budget: as in :func:`lmnfast.connectivity`, which documents the default.
     """
     if device.type == "cpu":
+        most = CPU_TILE_OF_BLOCK if of_block else CPU_TILE_DIFFERENTIATED if differentiated else CPU_TILE
         return min(DEFAULT_BUDGET if budget is None else budget, most)
     if budget is not None or device.type != "cuda":
         return DEFAULT_BUDGET if budget is None else budget

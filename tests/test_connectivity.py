@@ -149,7 +149,8 @@ def test_the_default_budget_follows_the_free_memory_of_a_card(monkeypatch):
         assert _tiles.tile_bytes(2**33, card) == 2**33
     cpu = torch.device("cpu")
     assert _tiles.tile_bytes(None, cpu) == _tiles.tile_bytes(2**33, cpu) == 8 * 2**20
-    assert _tiles.tile_bytes(None, cpu, _tiles.CPU_TILE_DIFFERENTIATED) == 24 * 2**20
+    assert _tiles.tile_bytes(None, cpu, differentiated=True) == 24 * 2**20
+    assert _tiles.tile_bytes(None, cpu, of_block=True) == 32 * 2**20
     assert _tiles.tile_bytes(1000, cpu) == 1000
 
 
