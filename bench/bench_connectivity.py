@@ -173,7 +173,7 @@ BLOCKS = {
     "x + GELU of LayerNorm": lambda: Mlp(nn.LayerNorm(768), nn.GELU(), False, True),
     "x + SwiGLU of RMSNorm": lambda: Mlp(nn.RMSNorm(768), nn.SiLU(), True, True),
 }
-# The ratio hardly depends on the number: at 256 samples on 2 cores the loop takes minutes.
+# At 256 samples on 2 cores the loop takes about a minute. With few samples, what ours does once counts for more.
 BLOCK_SAMPLES = {"cpu": 24, "cuda": 512}
 
 
@@ -196,8 +196,8 @@ def block_problem(block: str, device: torch.device):
 def bench_block(benchmark, measure, precision, device, block, bar):
     """Predicted, of the loop's time: it multiplies at 19 nodes by two Linears, or three with a gate; ours by one, for 6 to 8
     coefficients, and spends about a fifth of that time on the hidden layer. So 1 / 4 to 1 / 5, and 1 / 6 to 1 / 8 with a gate.
-    Measured at N = 256 on 2 cores with AVX2: 1 / 3.8 and 1 / 6.2; behind a normalisation, with 8 or 9 terms, 1 / 3.2 and 1 / 5.
-    What the bound asks for beyond the truth, which needs 5 or 6, is the difference.
+    Measured at N = 256 on 2 cores with AVX2: 1 / 3.8 and 1 / 6.2; behind a normalisation 1 / 3.2 and 1 / 5.
+    There 8 or 9 coefficients are needed, as the bound asks for more than the truth.
     """
     f, x, truth, chunk = block_problem(block, device)
     benchmark.group = f"connectivity, MLP block 768-3072-768, {block}, N={len(x)}, {device.type}"

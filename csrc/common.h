@@ -1,5 +1,5 @@
-// Definitions that host and device share: sizes, the numbers of a dtype, an output's scale, the pieces of a workspace, the
-// slots of values that a chain adds. Plain C++, without CPU vectors and without CUDA's header.
+// Definitions that host and device share: sizes, the numbers of a dtype, a normalisation's factor, an output's scale, the
+// pieces of a workspace, the slots of values that a chain adds. Plain C++, without CPU vectors and without CUDA's header.
 #pragma once
 #include <math.h>
 
@@ -46,6 +46,15 @@ struct Vanishing<double> {
 template <class V>
 LMN_FN V larger(V a, V b) {
   return a < b ? b : a;
+}
+
+// ---- a normalisation along a path ----
+
+/// What LayerNorm or RMSNorm multiplies by at a point t of a path. own: the variances, or mean squares, of the samples at both
+/// ends. cross: their covariance, or mean product.
+LMN_FN double normalisation_factor(double own_first, double own_second, double cross, double epsilon, double t) {
+  const double square = (1 - t) * (1 - t) * own_first + 2 * t * (1 - t) * cross + t * t * own_second;
+  return 1 / sqrt((square > 0 ? square : 0) + epsilon);
 }
 
 // ---- the outputs' scale ----

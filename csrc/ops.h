@@ -114,7 +114,7 @@ struct PathR2 {
 /// and s(t) = 1, or, behind a normalisation, 1 / sqrt((1 - t)^2 own_i + 2 t (1 - t) cross + t^2 own_j + epsilon).
 ///
 /// e(t) = h(t) - (h_i + t (h_j - h_i)) is the residual from the chord. Coefficient d of a unit is the sum over the interior
-/// nodes m of polynomials[d][m] e(t_m). lmnfast/_polynomial_basis.py makes the polynomials orthonormal under the rule.
+/// nodes m of polynomials[d][m] e(t_m). `orthonormal_polynomials` in lmnfast/quadrature.py makes them.
 template <class T>
 struct BlockCoefficients {
   const T* z;                  // [samples, units]; with a gate [samples, 2 * units], the gate's units last

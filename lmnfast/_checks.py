@@ -275,9 +275,8 @@ class Checks:
             self._repeated = ends, rows, ends[index], magnitude, tight
         _, _, expected, magnitude, tight = self._repeated
         difference = (again - expected).abs()
-        if (
-            not self.deferred and float(difference.max()) <= tight
-        ):  # nearly always, and every tile of paths comes here
+        # Nearly always. Every tile of paths comes here.
+        if not self.deferred and float(difference.max()) <= tight:
             return
         difference = difference.amax(1)
         if self.deferred:

@@ -14,7 +14,7 @@ from ._undisturbed import evaluating
 
 
 def compiled(tail: nn.Module, samples: Tensor, name: str) -> nn.Module:
-    """The tail compiled, which takes seconds; the tail itself if a fused kernel measures it, and calls of it do not matter.
+    """The tail compiled, which takes seconds; the tail itself if a kernel measures it, as calls of it do not matter then.
 
     The parameters are arguments of what is compiled, so it follows the training. It runs on the paths alone: derivatives are
     those of the tail itself, see `prepared`.
@@ -28,7 +28,7 @@ def compiled(tail: nn.Module, samples: Tensor, name: str) -> nn.Module:
         raise ValueError(
             f"compile: the part behind {name!r} is no graph of torch's functions, as {why}; expected one, or compile=False"
         )
-    if find_route(tail, samples, "path").kind == "fused":
+    if find_route(tail, samples, "path").kind in ("fused", "block"):
         return tail
     setattr(tail, COMPILED, True)
     result: Any = torch.compile(tail, fullgraph=True)

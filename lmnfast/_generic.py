@@ -1,6 +1,6 @@
 """Measures paths of a function that is no chain by calling the function on tiles of path points."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -84,13 +84,22 @@ def generic_paths(
         L[first, second] = r2
         L[second, first] = r2
 
+    at_once = tile * len(x) // allocated
+    return ChainConnectivity(L, counts, resolver(widened_f, x, L, counts, nodes, weights, at_once))
+
+
+def resolver(
+    widened_f: Widened, x: Tensor, L: Tensor, counts: Tensor, nodes: Tensor, weights: Tensor, points: int
+) -> Callable[[], None]:
+    """`ChainConnectivity.resolve` for f called in float64. points: that a tile holds in x's dtype."""
+
     def resolved() -> None:
         if int(counts[1]):
-            points = max(1, tile * len(x) // allocated // 4)  # float64 takes more memory
+            fewer = max(1, points // 4)  # float64 takes more memory
             values, noise = widened_f.values(), widened_f.noise()
-            resolve(values, x, L, counts, nodes, weights, points=points, noise=noise)
+            resolve(values, x, L, counts, nodes, weights, points=fewer, noise=noise)
 
-    return ChainConnectivity(L, counts, resolved)
+    return resolved
 
 
 def mark_near(x: Tensor, L: Tensor, counts: Tensor) -> tuple[Tensor | None, int]:

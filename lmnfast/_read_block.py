@@ -443,16 +443,8 @@ class Reader:
         raise NotAChain(f"the attribute {name} of a tensor is read")
 
     def on_t(self, value: Any, *dims: int) -> Parameter:
-        if (
-            not isinstance(value, Parameter)
-            or value.tensor.dim() != 2
-            or set(dims)
-            not in (
-                set(),
-                {0, 1},
-                {-2, -1},
-            )
-        ):
+        swaps = set(dims) in (set(), {0, 1}, {-2, -1})
+        if not isinstance(value, Parameter) or value.tensor.dim() != 2 or not swaps:
             raise NotAChain("a transposition of other values than weights")
         return replace(value, tensor=value.tensor.t())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +58,14 @@ def chain_or_reason(
     put_back: undoes the changes that a trace of f's forward makes, for a caller that is inside `evaluating` already. None: the
     caller is not. differentiated: as in `recognise`.
     """
-    if not isinstance(f, nn.Module):
-        raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
+    bare = bare_module(f)
     if differentiated and any(hooked(part, backward=True) for part in f.modules()):
         raise NotAChain("its backward runs hooks")
-    f = uncompiled(f)
-    if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and not hooked(f):
-        f = f.module
+    f = bare
     parts = _in_order(f)
     if parts is not None and not any(map(is_parametrised, parts)):
         return _chain_of([_read_module(part) for part in parts])  # runs no code of the model
-    with evaluating(f) if put_back is None else _afterwards(put_back):
+    with inside(f, put_back):
         try:
             if isinstance(f, fx.GraphModule) and is_plain(f):
                 return _chain_of(_read_graph(f.graph, f, differentiated))
@@ -82,6 +79,21 @@ def chain_or_reason(
             Exception
         ) as error:  # the user's forward ran on proxies: any error means that it cannot be read
             raise NotAChain(f"torch.fx cannot trace its forward ({type(error).__name__}: {error})") from error
+
+
+def bare_module(f: Any) -> nn.Module:
+    """The module f without the wrappers of torch.compile and of data-parallel training. Raises NotAChain if f is no module."""
+    if not isinstance(f, nn.Module):
+        raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
+    f = uncompiled(f)
+    if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and not hooked(f):
+        return f.module
+    return f
+
+
+def inside(f: nn.Module, put_back: Callable[[], None] | None) -> AbstractContextManager[Any]:
+    """A context for a trace of f. put_back: as in `chain_or_reason`."""
+    return evaluating(f) if put_back is None else _afterwards(put_back)
 
 
 @contextmanager

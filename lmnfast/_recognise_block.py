@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import Tensor, fx, nn
 
 from ._block import Block, Norm
 from ._read_block import OUTPUT, SUM, LinearMap, Reader, Rows
-from ._recognise import NotAChain
+from ._recognise import NotAChain, bare_module, inside
 from ._spelled import TOLERANCES, Expression, activation_of, affine_parts, norm_of, parts_of
-from ._tracing import Call, Tracer, uncompiled
-from ._undisturbed import FORWARDS, evaluating, hooked
+from ._tracing import Call, Tracer
+from ._undisturbed import FORWARDS
 from ._vocabulary import class_of, is_plain
 
 
@@ -37,16 +36,8 @@ def block_or_reason(f: Any, put_back: Callable[[], None] | None = None) -> Block
 
     Raises NotAChain, with the reason, for anything else, for modules with hooks, and in case of doubt.
     """
-    if not isinstance(f, nn.Module):
-        raise NotAChain(f"{getattr(f, '__name__', type(f).__name__)!r} is no nn.Module")
-    f = uncompiled(f)
-    if isinstance(f, (nn.DataParallel, nn.parallel.DistributedDataParallel)) and not hooked(f):
-        f = f.module
-    with ExitStack() as stack:
-        if put_back is None:
-            stack.enter_context(evaluating(f))
-        else:
-            stack.callback(put_back)
+    f = bare_module(f)
+    with inside(f, put_back):
         try:
             graph, root = _graph_of(f)
             reader = Reader(root)

@@ -28,6 +28,8 @@ CLOSE = 2.0**-10
 
 # An output that varies by less than this many epsilons is unresolved; kResolvedUlps32, kResolvedUlps64 in csrc/statistics.h.
 RESOLVED_ULPS = {torch.float32: 2.0**8, torch.float64: 2.0**24}
+# The range of var(t) var(y) in which squares keep their digits; kLeastTotal32, kLargestTotal32 and so on in csrc/statistics.h.
+TOTALS = {torch.float32: (1e-24, 1e30), torch.float64: (1e-280, 1e290)}
 LEAST_ROUNDING = 2.0**-6  # kLeastRounding in csrc/statistics.h
 
 # Larger numbers stand for infinity in masks. Outputs are not computed from them.

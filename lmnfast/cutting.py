@@ -67,7 +67,7 @@ def cut(
             dimension, or, if the layer's output or the model's output has no row per sample there, the one that such calls
             show for samples along the first or second dimension of the inputs. A block's samples lie along the first.
         compile: compile the tail by torch.compile, once for any number of path points. This takes seconds, in this call. A tail
-            that a fused kernel measures stays as it is. Derivatives are not compiled.
+            that a kernel measures, a chain or a block, stays as it is. Derivatives are not compiled.
 
     Returns:
         (tail, samples): a module, and the layer's output (N, ...), detached. Samples lie along the first dimension of both, and

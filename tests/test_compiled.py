@@ -138,9 +138,16 @@ def test_derivatives_are_those_of_the_tail_itself(method, backend):
     assert torch.equal(lmnfast.jacobians(tail, samples), lmnfast.jacobians(original_of(tail), samples))
 
 
-def test_a_chain_is_not_compiled(monkeypatch):
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)),
+        nn.Sequential(nn.Identity(), nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)),
+    ],
+    ids=["chain", "block"],
+)
+def test_what_a_kernel_measures_is_not_compiled(model, monkeypatch):
     monkeypatch.setattr(torch, "compile", None)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     tail, samples = lmnfast.cut(model, "0", torch.randn(9, 4), compile=True)
     assert isinstance(tail, fx.GraphModule) and lmnfast.lmn(tail, samples) > 1
 

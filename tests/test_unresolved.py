@@ -18,6 +18,7 @@ from lmnfast._unresolved import (
     CLOSE,
     LEAST_ROUNDING,
     RESOLVED_ULPS,
+    TOTALS,
     UNRESOLVED,
     are_close,
 )
@@ -28,6 +29,10 @@ CONSTANTS = {
     "kConstantUlps": reference.CONSTANT_ULPS,
     "kResolvedUlps32": RESOLVED_ULPS[torch.float32],
     "kResolvedUlps64": RESOLVED_ULPS[torch.float64],
+    "kLeastTotal32": TOTALS[torch.float32][0],
+    "kLargestTotal32": TOTALS[torch.float32][1],
+    "kLeastTotal64": TOTALS[torch.float64][0],
+    "kLargestTotal64": TOTALS[torch.float64][1],
     "kCloseSamples": CLOSE,
     "kLeastRounding": LEAST_ROUNDING,
     "kSameOutputUlps": SAME_OUTPUT_ULPS,

@@ -1,7 +1,7 @@
 // One row, a pair of samples, at a time; lanes run over its units. A vector of units is evaluated at every node, and its
-// residuals stay in L1 while all degrees are summed. That costs interior * degrees multiply-adds per unit, about a tenth of
-// what the block's last Linear then takes for the few degrees that are needed. Rows do not depend on each other, so the bits
-// are the same for any thread count.
+// residuals stay in L1 while all degrees are summed. That costs interior * degrees multiply-adds per unit: 380 with 21 points.
+// The block's last Linear then takes 5000 for 7 terms and 768 outputs. Rows do not depend on each other, so the bits are the
+// same for any thread count.
 #include "level.h"
 
 #include "../activation.h"
@@ -28,12 +28,6 @@ struct BlockRule {
   }
 };
 
-/// The factor of the normalisation at a point of a path.
-inline double block_scale(double own_first, double own_second, double cross, double epsilon, double t) {
-  const double square = (1 - t) * (1 - t) * own_first + 2 * t * (1 - t) * cross + t * t * own_second;
-  return 1 / sqrt((square > 0 ? square : 0) + epsilon);
-}
-
 /// The normalisation along a row's path. All factors are 1 where there is none.
 template <class T>
 struct RowScales {
@@ -42,9 +36,9 @@ struct RowScales {
   RowScales(const BlockCoefficients<T>& op, std::int64_t row) {
     if (!op.own) return;
     const double i = op.own[op.first[row]], j = op.own[op.second[row]], cross = op.cross[row];
-    first = T(block_scale(i, j, cross, op.epsilon, 0));
-    second = T(block_scale(i, j, cross, op.epsilon, 1));
-    for (int m = 0; m < op.interior; ++m) nodes[m] = T(block_scale(i, j, cross, op.epsilon, op.t[m]));
+    first = T(normalisation_factor(i, j, cross, op.epsilon, 0));
+    second = T(normalisation_factor(i, j, cross, op.epsilon, 1));
+    for (int m = 0; m < op.interior; ++m) nodes[m] = T(normalisation_factor(i, j, cross, op.epsilon, op.t[m]));
   }
 };
 

@@ -251,7 +251,7 @@ inline V per_lane(V v, Function function) {
 }
 
 // Chebyshev interpolation of erf(x) / x in x^2 on [0, 1], and of erfc(x) e^(x^2) in 1 / (1 + x / 2) on [1, 4];
-// together within 1.2e-7 of erf, one or two ulps. The second takes two thirds of the time, and many vectors need it in no lane.
+// together within 1.2e-7 of erf, one or two ulps. The second is the longer part, and many vectors need it in no lane.
 inline F erf(F x) {
   const F a = smaller(absolute(x), splat<F>(4.0f));  // erf(4) rounds to 1
   const F u = a * a;

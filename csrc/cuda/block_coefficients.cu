@@ -12,12 +12,6 @@ constexpr int kThreads = 128;
 template <class T>
 constexpr int kDegrees = sizeof(T) == 4 ? 20 : 10;  // 20 doubles and their sums of squares would not fit into the registers
 
-/// The factor of the normalisation at a point of a path.
-__device__ inline double block_scale(double own_first, double own_second, double cross, double epsilon, double t) {
-  const double square = (1 - t) * (1 - t) * own_first + 2 * t * (1 - t) * cross + t * t * own_second;
-  return 1 / sqrt((square > 0 ? square : 0) + epsilon);
-}
-
 /// What a block of threads shares.
 template <class T>
 struct RowRule {
@@ -77,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2) block_coefficients_kernel(BlockCo
   for (int m = threadIdx.x; m < interior + 2; m += kThreads) {
     const double t = m < interior ? op.t[m] : double(m - interior);
     if (m < interior) rule.t[m] = T(t);
-    rule.scales[m] = op.own ? T(block_scale(op.own[i], op.own[j], op.cross[row], op.epsilon, t)) : T(1);
+    rule.scales[m] = op.own ? T(normalisation_factor(op.own[i], op.own[j], op.cross[row], op.epsilon, t)) : T(1);
   }
   __syncthreads();
   T energy[kDegrees<T>] = {};

@@ -4,6 +4,7 @@ The ops are registered by ``torch.library.define`` and ``impl``. The ``custom_op
 first call, which takes two seconds.
 """
 
+from .._chain import Activation as Activation  # an argument of block_coefficients
 from .._recognise import recognise as recognise  # returns the chains that are the ops' arguments
 from .block_coefficients import block_coefficients
 from .check_outputs import check_outputs

@@ -45,6 +45,16 @@ def check_array(
         raise ValueError(f"{name}: expected {shape}, got shape {tuple(tensor.shape)}")
 
 
+def check_indices(name: str, indices: Tensor, samples: int, *, fake: bool) -> None:
+    """Raises ValueError for an index of no sample. Indices on a card are not looked at, because that would wait for it."""
+    if fake or indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    if not 0 <= int(indices.min()) <= int(indices.max()) < samples:
+        raise ValueError(
+            f"{name}: expected samples 0 to {samples - 1}, got {indices.min()} to {indices.max()}"
+        )
+
+
 def check_chain(
     name: str,
     x: Tensor,

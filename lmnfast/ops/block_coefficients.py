@@ -1,7 +1,7 @@
 """``lmnfast::block_coefficients``: the hidden layer of a transformer's block along paths, as coefficients of polynomials."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _native, reference
 from .._chain import ACTIVATIONS, Activation
 from .._native import plain
-from ._checks import KERNEL_DTYPES, MOST_COEFFICIENTS, check_array, check_tensor
+from ._checks import KERNEL_DTYPES, MOST_COEFFICIENTS, check_array, check_indices, check_tensor
 
 
 class Normalisation(NamedTuple):
@@ -76,7 +76,7 @@ def block_coefficients(
         >>> nodes, weights = lmnfast.quadrature.path_nodes("uniform", 3)
         >>> z, i, j = torch.tensor([[-1.0], [1.0]]), torch.tensor([0]), torch.tensor([1])
         >>> constant = weights[None]  # the polynomial 1: the coefficient is the mean of the residual
-        >>> relu = lmnfast._chain.Activation("relu")
+        >>> relu = lmnfast.ops.Activation("relu")
         >>> lmnfast.ops.block_coefficients(z, i, j, relu, nodes, constant)[0]  # 0, 0, 1 minus 0, 0.5, 1
         tensor([[[-0.1667]]])
     """
@@ -108,170 +108,121 @@ torch.library.define(
 )
 
 
+class _Arguments(NamedTuple):
+    """The arguments of the registered op."""
+
+    z: Tensor
+    first: Tensor
+    second: Tensor
+    activation: int
+    parameters: list[float]
+    nodes: Tensor
+    polynomials: Tensor
+    gated: bool
+    shift: Tensor | None
+    own: Tensor | None
+    cross: Tensor | None
+    epsilon: float
+    begin: int
+    end: int
+    scale: float
+
+    @property
+    def units(self) -> int:
+        return self.z.shape[1] // (2 if self.gated else 1)
+
+
 @torch.library.impl("lmnfast::block_coefficients", "default")
-def _block_coefficients(
-    z: Tensor,
-    first: Tensor,
-    second: Tensor,
-    activation: int,
-    parameters: list[float],
-    nodes: Tensor,
-    polynomials: Tensor,
-    gated: bool,
-    shift: Tensor | None,
-    own: Tensor | None,
-    cross: Tensor | None,
-    epsilon: float,
-    begin: int,
-    end: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    units = _check(
-        z,
-        first,
-        second,
-        activation,
-        parameters,
-        nodes,
-        polynomials,
-        gated,
-        shift,
-        own,
-        cross,
-        begin,
-        end,
-        scale,
-    )
-    if not _native.has_kernels(z):
-        named = Activation(ACTIVATIONS[activation], *parameters)
-        norm = None if own is None or cross is None else Normalisation(own, cross, epsilon)
-        coefficients, energy = reference.block_coefficients(
-            z,
-            first,
-            second,
-            named,
-            nodes.to(z.device),
-            polynomials.to(z.device),
-            gated=gated,
-            normalisation=norm,
-            shift=shift,
-            scale=scale,
-        )
-        return coefficients[begin:end], energy
-    z, first, second = map(plain, (z, first, second))
-    shift, own, cross = (None if t is None else plain(t) for t in (shift, own, cross))
-    t, rule = plain(nodes[1:-1].to(z.device)), plain(polynomials[:, 1:-1].to(z.device))
-    coefficients = _native.empty(z, end - begin, len(first), units)
+def _block_coefficients(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = _Arguments(*arguments)
+    _check(given)
+    if not _native.has_kernels(given.z):
+        return _plain(given)
+    z, first, second = map(plain, (given.z, given.first, given.second))
+    shift, own, cross = (None if t is None else plain(t) for t in (given.shift, given.own, given.cross))
+    t, rule = (plain(values[..., 1:-1].to(z.device)) for values in (given.nodes, given.polynomials))
+    coefficients = _native.empty(z, given.end - given.begin, len(first), given.units)
     energy = z.new_empty(len(first), len(rule), dtype=torch.float64)
     call = _native._C.BlockCoefficients(
         z.dtype == torch.float64,
         *map(_native.address, (z, shift, own, cross, first, second, t, rule)),
-        epsilon,
-        scale,
+        given.epsilon,
+        given.scale,
         len(z),
         len(first),
-        units,
+        given.units,
         len(t),
         len(rule),
-        begin,
-        end,
-        gated,
-        activation,
-        *parameters,
+        given.begin,
+        given.end,
+        given.gated,
+        given.activation,
+        *given.parameters,
     )
     return _native.run(call, coefficients, energy), energy
 
 
 @torch.library.register_fake("lmnfast::block_coefficients")
-def _(
-    z: Tensor,
-    first: Tensor,
-    second: Tensor,
-    activation: int,
-    parameters: list[float],
-    nodes: Tensor,
-    polynomials: Tensor,
-    gated: bool,
-    shift: Tensor | None,
-    own: Tensor | None,
-    cross: Tensor | None,
-    epsilon: float,
-    begin: int,
-    end: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    units = _check(
-        z,
-        first,
-        second,
-        activation,
-        parameters,
-        nodes,
-        polynomials,
-        gated,
-        shift,
-        own,
-        cross,
-        begin,
-        end,
-        scale,
-        fake=True,
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = _Arguments(*arguments)
+    _check(given, fake=True)
+    rows = given.first.shape[0]
+    return (
+        given.z.new_empty(given.end - given.begin, rows, given.units),
+        given.z.new_empty(rows, given.polynomials.shape[0], dtype=torch.float64),
     )
-    rows = first.shape[0]
-    return z.new_empty(end - begin, rows, units), z.new_empty(rows, polynomials.shape[0], dtype=torch.float64)
 
 
-def _check(
-    z: Tensor,
-    first: Tensor,
-    second: Tensor,
-    activation: int,
-    parameters: list[float],
-    nodes: Tensor,
-    polynomials: Tensor,
-    gated: bool,
-    shift: Tensor | None,
-    own: Tensor | None,
-    cross: Tensor | None,
-    begin: int,
-    end: int,
-    scale: float,
-    fake: bool = False,
-) -> int:
-    """Checks the op's arguments; returns the number of units."""
+def _plain(given: _Arguments) -> tuple[Tensor, Tensor]:
+    """The op in plain PyTorch, for a device without a kernel."""
+    on = given.z.device
+    norm = None if given.own is None or given.cross is None else (given.own, given.cross, given.epsilon)
+    coefficients, energy = reference.block_coefficients(
+        given.z,
+        given.first,
+        given.second,
+        Activation(ACTIVATIONS[given.activation], *given.parameters),
+        given.nodes.to(on),
+        given.polynomials.to(on),
+        gated=given.gated,
+        normalisation=norm,
+        shift=given.shift,
+        scale=given.scale,
+    )
+    return coefficients[given.begin : given.end], energy
+
+
+def _check(given: _Arguments, fake: bool = False) -> None:
+    z, first = given.z, given.first
     on = z.device
     check_tensor("z", z, KERNEL_DTYPES, on)
-    if z.dim() != 2 or z.shape[1] == 0 or (gated and z.shape[1] % 2):
-        units = "2 * units" if gated else "units"
+    if z.dim() != 2 or z.shape[1] == 0 or (given.gated and z.shape[1] % 2):
+        units = "2 * units" if given.gated else "units"
         raise ValueError(f"z: expected (samples, {units}), got shape {tuple(z.shape)}")
-    _check_rule(nodes, polynomials, begin, end, fake)
-    if not 0 <= activation < len(ACTIVATIONS):
-        raise ValueError(f"activation: expected a code from 0 to {len(ACTIVATIONS) - 1}, got {activation}")
-    if len(parameters) != 2:
-        raise ValueError(f"parameters: expected 2 numbers, got {len(parameters)}")
-    if not all(map(math.isfinite, parameters)):
-        raise ValueError(f"parameters: expected finite numbers, got {parameters}")
-    least, most = torch.finfo(z.dtype).smallest_normal / 4, torch.finfo(z.dtype).max
-    if not least <= scale <= most:  # the kernels take it in z's dtype
+    _check_rule(given.nodes, given.polynomials, given.begin, given.end, fake)
+    if not 0 <= given.activation < len(ACTIVATIONS):
         raise ValueError(
-            f"scale: expected a number from {least:.1e} to {most:.1e} for {z.dtype}, got {scale}"
+            f"activation: expected a code from 0 to {len(ACTIVATIONS) - 1}, got {given.activation}"
         )
-    if (own is None) != (cross is None):
+    if len(given.parameters) != 2:
+        raise ValueError(f"parameters: expected 2 numbers, got {len(given.parameters)}")
+    if not all(map(math.isfinite, given.parameters)):
+        raise ValueError(f"parameters: expected finite numbers, got {given.parameters}")
+    least, most = torch.finfo(z.dtype).smallest_normal / 4, torch.finfo(z.dtype).max
+    if not least <= given.scale <= most:  # the kernels take it in z's dtype
+        raise ValueError(
+            f"scale: expected a number from {least:.1e} to {most:.1e} for {z.dtype}, got {given.scale}"
+        )
+    if (given.own is None) != (given.cross is None):
         raise ValueError("own, cross: expected both or neither")
-    check_array("shift", shift, z.shape[1:], z.dtype, on)
-    check_array("own", own, z.shape[:1], torch.float64, on)
+    check_array("shift", given.shift, z.shape[1:], z.dtype, on)
+    check_array("own", given.own, z.shape[:1], torch.float64, on)
     if first.dim() != 1:
         raise ValueError(f"first: expected (rows,), got shape {tuple(first.shape)}")
-    check_array("cross", cross, first.shape, torch.float64, on)
-    for name, tensor in (("first", first), ("second", second)):
+    check_array("cross", given.cross, first.shape, torch.float64, on)
+    for name, tensor in (("first", first), ("second", given.second)):
         check_array(name, tensor, first.shape, torch.int64, on)
-        if fake or on.type != "cpu" or tensor.numel() == 0:
-            continue
-        if not 0 <= int(tensor.min()) <= int(tensor.max()) < len(z):
-            raise ValueError(
-                f"{name}: expected samples 0 to {len(z) - 1}, got {tensor.min()} to {tensor.max()}"
-            )
-    return z.shape[1] // (2 if gated else 1)
+        check_indices(name, tensor, z.shape[0], fake=fake)
 
 
 def _check_rule(nodes: Tensor, polynomials: Tensor, begin: int, end: int, fake: bool) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _native, reference
 from .._native import plain
 from .._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED
-from ._checks import KERNEL_DTYPES, check_rule, check_tensor
+from ._checks import KERNEL_DTYPES, check_indices, check_rule, check_tensor
 
 
 def path_r2(
@@ -160,9 +160,4 @@ def _check(
     for name, tensor in (("first", first), ("second", second)):
         if tensor.shape != interior.shape[:1]:
             raise ValueError(f"{name}: expected ({interior.shape[0]},), got shape {tuple(tensor.shape)}")
-        if fake or on.type != "cpu" or tensor.numel() == 0:
-            continue
-        if not 0 <= int(tensor.min()) <= int(tensor.max()) < len(ends):
-            raise ValueError(
-                f"{name}: expected samples 0 to {len(ends) - 1}, got {tensor.min()} to {tensor.max()}"
-            )
+        check_indices(name, tensor, ends.shape[0], fake=fake)
