@@ -196,7 +196,7 @@ def block_problem(block: str, device: torch.device):
 def bench_block(benchmark, measure, precision, device, block, bar):
     """Predicted, of the loop's time: it multiplies at 19 nodes by two Linears, or three with a gate; ours by one, for 6 to 8
     coefficients, and spends about a fifth of that time on the hidden layer. So 1 / 4 to 1 / 5, and 1 / 6 to 1 / 8 with a gate.
-    Measured at N = 256 on 2 cores with AVX2: 1 / 3.8 and 1 / 6.2; behind a normalisation 1 / 3.2 and 1 / 5.
+    Measured at N = 256 on 2 cores with AVX-512: 1 / 4.5 and 1 / 6.5; behind a normalisation 1 / 3.7 and 1 / 5.9.
     There 8 or 9 coefficients are needed, as the bound asks for more than the truth.
     """
     f, x, truth, chunk = block_problem(block, device)

@@ -1,5 +1,7 @@
 """What f may do, and what is refused: rows that depend on each other, states, randomness, other numbers of samples."""
 
+import copy
+
 import pytest
 import support
 import torch
@@ -99,6 +101,22 @@ def test_a_function_that_does_something_else_on_more_rows_than_samples_is_refuse
 
     with pytest.raises(ValueError, match="f: gives other outputs .* a batch of"):
         lmnfast.connectivity(f, samples(25), method=method)
+
+
+def test_products_that_torch_rounds_for_large_batches_only_are_allowed_where_that_was_asked_for(precision):
+    net = mlp()
+
+    def f(z):  # as on a CPU with AMX
+        if len(z) <= 40:
+            return net(z)
+        rounded = copy.deepcopy(net).bfloat16()
+        return rounded.float()(z.bfloat16().float())
+
+    precision("medium")
+    assert lmnfast.measure(f, samples(25)).precision == "medium"
+    precision("highest")
+    with pytest.raises(ValueError, match="f: gives other outputs .* a batch of"):
+        lmnfast.measure(f, samples(25))
 
 
 @pytest.mark.parametrize("measure", [lmnfast.jacobians, lmnfast.jacobian_distances])

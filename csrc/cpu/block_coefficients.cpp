@@ -1,4 +1,4 @@
-// One row, a pair of samples, at a time; lanes run over its units. A vector of units is evaluated at every node, and its
+// One row, a pair of samples, at a time; lanes run over its units. Two vectors of units are evaluated at every node, and their
 // residuals stay in L1 while all degrees are summed. That costs interior * degrees multiply-adds per unit: 380 with 21 points.
 // The block's last Linear then takes 5000 for 7 terms and 768 outputs. Rows do not depend on each other, so the bits are the
 // same for any thread count.
@@ -9,7 +9,8 @@
 namespace lmn {
 namespace {
 
-constexpr int kDegrees = 4;  // summed at a time: as many chains of multiply-adds hide the latency of one
+// Summed at a time: 4 degrees of 2 vectors. So many chains of multiply-adds hide the latency of one, and a load serves two.
+constexpr int kDegrees = 4, kVectors = 2;
 
 /// What all rows share.
 template <class T>
@@ -81,32 +82,52 @@ inline void block_residuals(const BlockCoefficients<T>& op, const BlockRule<T>& 
   }
 }
 
-template <ActivationKind kKind, class T>
-void block_row(const BlockCoefficients<T>& op, const BlockRule<T>& rule, std::int64_t row) {
+/// The coefficients of kVectors vectors of units from `unit` on.
+template <ActivationKind kKind, int kVectors, class T>
+inline void block_units(const BlockCoefficients<T>& op, const BlockRule<T>& rule, const RowScales<T>& scales, std::int64_t row,
+                        std::int64_t unit, Vector<T>* energy) {
   using V = Vector<T>;
-  const RowScales<T> scales(op, row);
-  V residual[kMostCoefficients], energy[kMostCoefficients + kDegrees] = {};
-  for (std::int64_t unit = 0; unit < op.units; unit += kLanes<T>) {
-    const std::int64_t count = at_most(kLanes<T>, op.units - unit);
-    block_residuals<kKind>(op, rule, scales, row, unit, count, residual);
-    const T* polynomial = rule.polynomials;
-    for (int d = 0; d < op.degrees; d += kDegrees) {
-      V sums[kDegrees] = {};
-      for (int m = 0; m < op.interior; ++m, polynomial += kDegrees) {
+  V residual[kVectors][kMostCoefficients];
+  std::int64_t count[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const std::int64_t from = unit + v * kLanes<T>;
+    count[v] = at_most(kLanes<T>, op.units - from);
+    block_residuals<kKind>(op, rule, scales, row, from, count[v], residual[v]);
+  }
+  const T* polynomial = rule.polynomials;
+  for (int d = 0; d < op.degrees; d += kDegrees) {
+    V sums[kDegrees][kVectors] = {};
+    for (int m = 0; m < op.interior; ++m, polynomial += kDegrees) {
 #pragma GCC unroll 4
-        for (int n = 0; n < kDegrees; ++n) sums[n] = fma(splat<V>(polynomial[n]), residual[m], sums[n]);
-      }
       for (int n = 0; n < kDegrees; ++n) {
-        for (std::int64_t lane = count; lane < kLanes<T>; ++lane) sums[n][lane] = 0;
-        const V value = sums[n] * op.scale;
+        const V value = splat<V>(polynomial[n]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[n][v] = fma(value, residual[v][m], sums[n][v]);
+      }
+    }
+    for (int n = 0; n < kDegrees; ++n) {
+      for (int v = 0; v < kVectors; ++v) {
+        for (std::int64_t lane = count[v]; lane < kLanes<T>; ++lane) sums[n][v][lane] = 0;
+        const V value = sums[n][v] * op.scale;
         energy[d + n] = fma(value, value, energy[d + n]);
         if (op.begin <= d + n && d + n < op.end) {
-          T* const to = op.coefficients + ((d + n - op.begin) * op.rows + row) * op.units + unit;
-          memcpy(to, &sums[n], std::size_t(count) * sizeof(T));
+          T* const to = op.coefficients + ((d + n - op.begin) * op.rows + row) * op.units + unit + v * kLanes<T>;
+          memcpy(to, &sums[n][v], std::size_t(count[v]) * sizeof(T));
         }
       }
     }
   }
+}
+
+template <ActivationKind kKind, class T>
+void block_row(const BlockCoefficients<T>& op, const BlockRule<T>& rule, std::int64_t row) {
+  const RowScales<T> scales(op, row);
+  Vector<T> energy[kMostCoefficients + kDegrees] = {};
+  std::int64_t unit = 0;
+  for (; unit + kVectors * kLanes<T> <= op.units; unit += kVectors * kLanes<T>) {
+    block_units<kKind, kVectors>(op, rule, scales, row, unit, energy);
+  }
+  for (; unit < op.units; unit += kLanes<T>) block_units<kKind, 1>(op, rule, scales, row, unit, energy);
   for (int d = 0; d < op.degrees; ++d) {
     double total = 0;
     for (int lane = 0; lane < kLanes<T>; ++lane) total += double(energy[d][lane]);
