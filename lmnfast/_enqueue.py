@@ -19,6 +19,7 @@ from ._checks import Checks, Findings, NotTheChain
 from ._features import compare_chain, compare_differentiated
 from ._generic import generic_paths
 from ._native import Progress
+from ._outputs import original_of
 from ._polynomials import generic_polynomials
 from ._prepare import Prepared, prepared
 from ._settings import DEFAULT, Settings
@@ -234,7 +235,10 @@ def _run(function: Prepared, settings: Settings, progress: Progress | None) -> C
     if function.route.block is not None:
         tile = tile_bytes(settings.budget, x.device, of_block=True)
         return block_paths(function.route.block, x, nodes, weights, tile, function.allocated, progress)
-    tile = tile_bytes(settings.budget, x.device, differentiated=settings.method != "path")
+    compiled = original_of(function.calls.f) is not function.calls.f
+    tile = tile_bytes(
+        settings.budget, x.device, differentiated=settings.method != "path", is_compiled=compiled
+    )
     how = tile, function.allocated, function.checks, progress
     if settings.midpoint is None:
         return generic_paths(function.calls, x, ends, nodes, weights, *how)
