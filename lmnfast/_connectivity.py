@@ -53,8 +53,9 @@ def connectivity(
         rule: "uniform" (the definition, with 21 points) or "lobatto" (approximates the 21-point sums with fewer points).
         budget: bytes for a tile of path points or Jacobians together with f's intermediate results, as many as exist at one
             time. None: 256 MiB on the CPU. On CUDA a quarter of the card's free memory, at most 4 GiB; memory that torch's
-            allocator holds unused counts as free. On the CPU a tile of path points has at most 8 MiB (24 if f is
-            compiled), so that it stays near the caches. A tile has whole pairs, at least one. If a device still runs out of memory, tiles are halved until they fit.
+            allocator holds unused counts as free. On the CPU a tile of path points has at most 8 MiB (24 if f is compiled), so
+            that it stays near the caches. A tile has whole pairs, at least one. If a device still runs out of memory, tiles are
+            halved until they fit.
         stacked: parameters and buffers of B networks with the structure of the module f, as torch.func.stack_module_state
             returns them. x is then (B, N, *in), samples for each network. On CUDA chains are measured together, with the
             same bits.

@@ -24,9 +24,9 @@ CPU_TILE = 8 * 2**20
 # of the best, on the same machine: 1.10 1.04 1.00 1.08.
 CPU_TILE_OF_BLOCK = 32 * 2**20
 
-# Of a compiled function, which keeps fewer results than the original, whose bytes are counted. Time with 8, 16, 24, 32, 48 MB on
-# 2 cores of an Intel Xeon, as a multiple of the best: GPT-2 1.18 1.02 1.04 1.02 1.0, BERT 1.06 1.05 1.0 1.06 1.05, Llama 1.12
-# 1.04 1.05 1.05 1.0, ResNet 1.02 1.0 1.0 1.03 1.39, ViT 1.05 1.02 1.0 1.04 1.11.
+# Of a compiled function, which keeps fewer results than the original, whose bytes are counted. Time with 8, 16, 24, 32, 48 MB
+# on 2 cores of an Intel Xeon, as a multiple of the best: GPT-2 1.18 1.02 1.04 1.02 1.0, BERT 1.06 1.05 1.0 1.06 1.05, Llama
+# 1.12 1.04 1.05 1.05 1.0, ResNet 1.02 1.0 1.0 1.03 1.39, ViT 1.05 1.02 1.0 1.04 1.11.
 CPU_TILE_COMPILED = 24 * 2**20
 
 # Differentiation keeps results. All of them are counted, and a tile may hold more.

@@ -76,7 +76,7 @@ def test_one_graph_takes_tiles_of_all_sizes_and_gives_the_numbers_of_the_tail(ki
     tail, same = lmnfast.cut(model, "first", x, compile=True)
     assert torch.equal(samples, same) and isinstance(original_of(tail), fx.GraphModule) and len(graphs) == 1
     for tile in (20_000, 100_000, 2**23):
-        monkeypatch.setattr(_tiles, "CPU_TILE", tile)
+        monkeypatch.setattr(_tiles, "CPU_TILE_COMPILED", tile)
         assert (lmnfast.connectivity(tail, samples) - lmnfast.connectivity(plain, samples)).abs().max() < 1e-6
     assert len(graphs) == 1 and len(set(rows)) > 5
 
