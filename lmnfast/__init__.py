@@ -5,6 +5,9 @@ from importlib.metadata import version as _version
 from ._connectivity import connectivity
 from ._explain import explain
 from ._layers import match_layers
+from ._observables import observables, register_observable
+from ._observed import Observation
+from ._ratios import negative_share, participation_ratio
 from .cutting import cut
 from .jacobian import jacobian_distances, jacobians, linear_regions
 from .probe import Probe
@@ -21,6 +24,7 @@ __version__ = _version("lmnfast")
 
 __all__ = [
     "Measurement",
+    "Observation",
     "Probe",
     "connectivity",
     "cut",
@@ -33,5 +37,9 @@ __all__ = [
     "lmn",
     "match_layers",
     "measure",
+    "negative_share",
     "nonlinear_complexity",
+    "observables",
+    "participation_ratio",
+    "register_observable",
 ]
