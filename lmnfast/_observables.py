@@ -267,7 +267,7 @@ def _undisturbing(function: Function, reads: tuple[str, ...]) -> Function:
         return function
 
     def observed(o: Observation) -> Any:
-        with evaluating(o.model, o.network):
+        with evaluating(o.model, o.network, changed=True):
             return function(o)
 
     return observed

@@ -239,4 +239,4 @@ def number_of(value: Any) -> float | None:
     """What the function of an observable has returned, as a number; None if it does not apply."""
     if callable(value) and not isinstance(value, Tensor):
         value = value()
-    return None if value is None else float(value)
+    return value if value is None else float(value.detach() if isinstance(value, Tensor) else value)
