@@ -200,6 +200,9 @@ def observables() -> Observables:
         Those of the package, then those of :func:`register_observable`. Each has name, formula, source, cost, invariances and
         limits (what it cannot show).
 
+    Raises:
+        KeyError: ``observables()[name]`` with an unknown name.
+
     Example:
         >>> print(lmnfast.observables()["curvature"].formula)
         1 - mean over pairs i < j of L[i, j]
@@ -219,7 +222,7 @@ def register_observable(
     cost: str = "",
     invariances: str = "",
     limits: str = "",
-) -> None:
+) -> Observable:
     """Registers an observable of your own, for this process. Registering a name again replaces it.
 
     Args:
@@ -233,12 +236,15 @@ def register_observable(
             beside the training. "spectrum" does not go together with these two.
         formula, source, cost, invariances, limits: texts for :func:`observables`.
 
+    Returns:
+        The observable, as :func:`observables` lists it.
+
     Raises:
         TypeError: the function cannot be called.
         ValueError: the name is no identifier, or is one of the package's; reads names another field.
 
     Example:
-        >>> lmnfast.register_observable(
+        >>> registered = lmnfast.register_observable(
         ...     "worst_pair", lambda o: 1 - o.connectivity.min(), reads=["connectivity"], formula="1 - min L"
         ... )
         >>> m = lmnfast.measure(nn.Sequential(nn.Linear(8, 16), nn.SiLU()), torch.randn(30, 8), observables="worst_pair")
@@ -259,6 +265,7 @@ def register_observable(
     _registry[name] = Observable(
         name, formula, source, cost, invariances, limits, named, _undisturbing(function, named), own=True
     )
+    return _registry[name]
 
 
 def _undisturbing(function: Function, reads: tuple[str, ...]) -> Function:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._chain import Chain
 from ._enqueue import Enqueued
 from ._layout import layout_of
-from ._observables import Chosen, Values
+from ._observables import Values
 from ._observed import Observation, Spectrum, pooled_of
 from ._recognise import recognise
 
@@ -70,7 +70,7 @@ class Pending:
     """On CUDA: the event that the connectivity is done."""
     values: Values
     samples: Tensor
-    """Of the training, or a copy of them if an observable reads them later."""
+    """A cut gives copies, which the training does not overwrite."""
     network: nn.Module
     model: nn.Module
 
@@ -97,9 +97,3 @@ class Pending:
         enqueued = self.enqueued
         pooled = pooled_of(enqueued)
         return Observation(enqueued.L, pooled, spectrum, self.samples, self.network, self.model)
-
-
-def kept_samples(samples: Tensor, chosen: Chosen) -> Tensor:
-    """The samples, copied if an observable reads them after the step: the training may overwrite them."""
-    later = any("samples" in each.reads for each in chosen.later)
-    return samples.detach().clone() if later else samples

@@ -19,7 +19,7 @@ from ._enqueue import enqueue, on_stream
 from ._layers import for_layers
 from ._layout import plain_layout
 from ._observables import Chosen, Values, problem_of, settings_for
-from ._probed import NumberOnDevice, Pending, Tail, kept_samples
+from ._probed import NumberOnDevice, Pending, Tail
 from ._python_state import python_state
 from ._run_to import Cutting, run_to
 from ._schedule import Every, Schedule
@@ -152,6 +152,9 @@ class Probe:
         self._rows: dict[int, list[Future]] = {}
         self._unread: deque[Future] = deque()  # rows that new_rows has not returned yet
         self._waiting: deque[Future] = deque()  # one thread solves them, so they end in order
+        for writer in self._writers:
+            if hasattr(writer, "expect"):
+                writer.expect(chosen_observables.names)
         self._start()
         with self._timed(), alone():
             tails = for_layers(model, patterns, self._tail, argument)
@@ -286,13 +289,13 @@ class Probe:
     def _measure(self, tail: Tail, samples: Tensor, output: Tensor | None) -> Pending:
         """Enqueues the connectivity of a tail. output: the expected outputs; None: not compared."""
         stream = self._streams_on(samples.device)[0] if samples.is_cuda else None
-        kept, chain = kept_samples(samples, self._observables), tail.chain()
+        chain = tail.chain()
         enqueued = enqueue(tail.module, samples, self._settings, expected=output, known=chain, stream=stream)
         done = None
         if stream is not None:
             done = torch.cuda.Event(blocking=True)
             done.record(stream)
-        return Pending(enqueued, done, Values(self._observables), kept, tail.module, self.model)
+        return Pending(enqueued, done, Values(self._observables), samples, tail.module, self.model)
 
     def _solve(self, step: int, layer: str, pending: Pending, extra: dict[str, Any]) -> dict[str, Any]:
         enqueued = pending.enqueued
