@@ -301,6 +301,7 @@ def test_writers_log_the_observables_that_were_asked_for(tmp_path):
     writers = [TensorBoardWriter(tmp_path), WandbWriter(run, commit=True), CSVWriter(tmp_path / "lmn.csv")]
     probe = Probe(model, X, "0", every="log", observables=names, writers=writers)
     with warnings.catch_warnings(record=True) as said, probe:
+        warnings.simplefilter("always")
         for step in range(3):
             probe(step, curvature_of_mine=1.0)
     assert [str(each.message)[:48] for each in said] == ["layer '0': observable 'local_complexity' does no"]
