@@ -203,10 +203,12 @@ class Measurement:
     negative: str
     """The treatment of negative eigenvalues: "absolute" or "clip"."""
     constant_share: float
-    """Share of the paths, over all pairs and outputs, that are constant to rounding and so count as straight. 0 for
-    "jacobian", which uses no path."""
+    """Share of the paths, over all pairs and outputs, that are constant to rounding and so count as straight (with a
+    stabiliser as bent). 0 for "jacobian", which uses no path."""
     negative_share: float
     """sum |w| over the negative eigenvalues, as a share of sum |w| over all eigenvalues."""
+    stabiliser: float = 0.0
+    """What was added to the denominators of r2, as in :func:`connectivity`."""
 
     def __repr__(self) -> str:
         names = (f.name for f in fields(self) if f.type is not Tensor)
@@ -260,6 +262,7 @@ def measurement(enqueued: Enqueued, settings: Settings, negative: str = "absolut
         negative=negative,
         constant_share=enqueued.constant_share(),
         negative_share=negative_share,
+        stabiliser=settings.stabiliser,
     )
 
 
@@ -273,6 +276,7 @@ def measure(
     budget: int | None = None,
     negative: str = "absolute",
     progress: bool | Progress = False,
+    stabiliser: float = 0.0,
 ) -> Measurement:
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
 
@@ -282,6 +286,7 @@ def measure(
         method, points, rule, budget: as in :func:`connectivity`.
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
         progress: a bar (True), or a function of the share done, as in :func:`connectivity`.
+        stabiliser: as in :func:`connectivity`; 0 is the definition.
 
     Returns:
         The `Measurement`. LMN has no unit and lies between 1 and N. It carries no autograd graph.
@@ -303,7 +308,7 @@ def measure(
         True
     """
     check_negative(negative)
-    settings = Settings(method, points, rule, budget)
+    settings = Settings(method, points, rule, budget, stabiliser)
     each = measured(f, x, settings, progress=progress)
     warn_of_offsets(each)
     return measurement(each[0], settings, negative)
@@ -319,6 +324,7 @@ def lmn(
     budget: int | None = None,
     stacked: Stacked | None = None,
     negative: str = "absolute",
+    stabiliser: float = 0.0,
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
@@ -329,6 +335,7 @@ def lmn(
             the method with it.
         points, rule, budget, stacked: as in :func:`connectivity`.
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
+        stabiliser: as in :func:`connectivity`; 0 is the definition.
 
     Returns:
         0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no autograd graph.
@@ -347,7 +354,7 @@ def lmn(
         1.0
     """
     check_negative(negative)
-    each = measured(f, x, Settings(method, points, rule, budget), stacked)
+    each = measured(f, x, Settings(method, points, rule, budget, stabiliser), stacked)
     warn_of_offsets(each)
     L = each[0].L if stacked is None else stacked_matrices(each)
     return torch.exp2(_spectrum(L, negative)[2].to(L.device))
