@@ -157,7 +157,8 @@ struct ConnectivityArguments : Arguments {
            const std::vector<int>& kinds, const std::vector<double>& parameters, std::vector<std::int32_t> skips_,
            std::vector<std::uintptr_t> shifts_, std::vector<double> t, std::vector<double> node_weights, double mean_t,
            double variance_t, std::int64_t samples, bool halves_alone, Address exact, Address inputs, std::int64_t exact_width,
-           std::int64_t input_width, std::int64_t networks, More... more) {
+           std::int64_t input_width, std::int64_t networks, double stabiliser, Address first, Address second,
+           std::int64_t pairs, More... more) {
     layers.keep(std::move(weights), std::move(biases), std::move(widths), kinds, parameters);
     const lmn::PathNodes rule = nodes.keep(std::move(t), std::move(node_weights), mean_t, variance_t);
     skips = std::move(skips_), shifts = std::move(shifts_);
@@ -168,16 +169,34 @@ struct ConnectivityArguments : Arguments {
     expect(exact.number ? inputs.number && sizeof(T) == 4 && exact_width == moving && input_width >= 0 : !inputs.number,
            "exact, inputs");
     expect(networks >= 1, "networks");
+    expect(stabiliser >= 0, "stabiliser");
+    expect((first.number == 0) == (second.number == 0) && pairs >= 0 && (first.number || pairs == 0), "first, second, pairs");
     const bool sums = !skips.empty();
-    return {lmn::PathConnectivity<T>{z, pointers<T>(layers.weights), pointers<T>(layers.biases), layers.widths.data(),
-                                     layers.activations.data(), sums ? skips.data() : nullptr,
-                                     sums ? pointers<T>(shifts) : nullptr, rule, samples, std::int32_t(layers.weights.size()),
-                                     halves_alone, exact, inputs, exact_width, input_width, networks},
+    return {lmn::PathConnectivity<T>{z,
+                                     pointers<T>(layers.weights),
+                                     pointers<T>(layers.biases),
+                                     layers.widths.data(),
+                                     layers.activations.data(),
+                                     sums ? skips.data() : nullptr,
+                                     sums ? pointers<T>(shifts) : nullptr,
+                                     rule,
+                                     samples,
+                                     std::int32_t(layers.weights.size()),
+                                     halves_alone,
+                                     exact,
+                                     inputs,
+                                     exact_width,
+                                     input_width,
+                                     networks,
+                                     stabiliser,
+                                     first,
+                                     second,
+                                     pairs},
             more...};
   }
   template <class Any>
   static auto results(Any& op) {
-    return std::tie(op.connectivity, op.counts);
+    return std::tie(op.connectivity, op.pooled, op.counts);
   }
   template <class Any>
   static void expect_for_cpu(const Any& op) {
@@ -305,13 +324,14 @@ struct PathR2Arguments : Arguments {
   template <class T>
   lmn::PathR2<T> op(Address interior, Address ends, Address first, Address second, std::vector<double> t,
                     std::vector<double> weights, double mean_t, double variance_t, std::int64_t pairs, std::int64_t samples,
-                    std::int64_t outputs, Address rounding) {
-    return {interior, ends,    first,   second,  nodes.keep(std::move(t), std::move(weights), mean_t, variance_t),
-            pairs,    samples, outputs, rounding};
+                    std::int64_t outputs, Address rounding, double stabiliser) {
+    expect(stabiliser >= 0, "stabiliser");
+    return {interior, ends,    first,   second,   nodes.keep(std::move(t), std::move(weights), mean_t, variance_t),
+            pairs,    samples, outputs, rounding, stabiliser};
   }
   template <class Op>
   static auto results(Op& op) {
-    return std::tie(op.r2, op.counts);
+    return std::tie(op.r2, op.pooled, op.counts);
   }
 };
 

@@ -79,8 +79,13 @@ struct PathConnectivity {
   const double* exact;  // [samples, exact_width], z and the shifts side by side, before they were rounded to float
   const float* inputs;  // [samples, input_width], the network's inputs; equal rows are the same sample
   std::int64_t exact_width, input_width;
-  std::int64_t networks;           // 1 or more; on the CPU 1
+  std::int64_t networks;  // 1 or more; on the CPU 1
+  double stabiliser;      // 0, or what is added to var(t) var(y), in the square of the outputs' unit
+  // CPU; null: all pairs. [pairs], samples at t = 0 and t = 1. Both results are then [pairs].
+  const std::int64_t *first, *second;
+  std::int64_t pairs;
   T* connectivity = nullptr;       // [samples, samples]; kUnresolved for a pair that T cannot resolve
+  T* pooled = nullptr;             // null, or as connectivity: r2 pooled over the outputs
   std::int64_t* counts = nullptr;  // [2], outputs counted as constant over the resolved pairs; unresolved pairs
   void* workspace = nullptr;
   const Watch* watch = nullptr;  // CPU; null: the kernel runs to its end
@@ -104,7 +109,9 @@ struct PathR2 {
   std::int64_t pairs, samples, outputs;
   const T* rounding;               // [2, outputs] or null. Row 0: f's own rounding of each output, in epsilons. Row 1:
                                    // `least` of share_of_output (csrc/statistics.h)
+  double stabiliser;               // as of PathConnectivity
   T* r2 = nullptr;                 // [pairs]; kUnresolved for a pair that T cannot resolve
+  T* pooled = nullptr;             // null, or [pairs]: r2 pooled over the outputs
   std::int64_t* counts = nullptr;  // [2], outputs counted as constant over the resolved pairs; unresolved pairs
   T* workspace = nullptr;
 };

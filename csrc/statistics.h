@@ -56,10 +56,37 @@ LMN_FN void add_moments(Moments<V>& moments, V e, T w, T w_t) {
 /// The contribution of one output to the entry of one pair.
 template <class V>
 struct Share {
-  V nonlinear;   // 1 - r2; 0 where the output is constant
-  V constant;    // 1 where the output is constant, else 0
-  V unresolved;  // 1 where rounding may determine 1 - r2, else 0
+  V nonlinear;    // 1 - r2; without a stabiliser 0 where the output is constant
+  V constant;     // 1 where the output is constant, else 0
+  V unresolved;   // 1 where rounding may determine 1 - r2, else 0
+  V bend, total;  // the terms of 1 - r2 = bend / total, for pooling; 0 where the output is constant
 };
+
+/// A stabiliser in the units of an output that is multiplied by `scale`. At most so large that r2 is 0 and nothing overflows.
+template <class T>
+LMN_FN T scaled_stabiliser(double stabiliser, T scale) {
+  constexpr double kLargest = sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64;
+  const double scaled = stabiliser * double(scale) * double(scale);
+  return T(scaled < kLargest ? scaled : kLargest);
+}
+/// What brings the bend and the total of an output, which is multiplied by `scale`, to the unit that all outputs share.
+template <class T>
+LMN_FN T pooling_factor(T common, T scale) {
+  return common / scale * (common / scale);
+}
+/// r2 pooled over outputs: the share of the path's variance, summed over the outputs, that lies on its chord. bend, total: sums
+/// over the outputs in their common unit. stabiliser: in this unit.
+template <class T>
+LMN_FN T pooled_r2(T bend, T total, T stabiliser) {
+  const T all = total + stabiliser;
+  return all > 0 ? 1 - (bend + stabiliser) / all : T(1);
+}
+/// Whether sums over outputs, `constants` of them constant, underflow.
+template <class T>
+LMN_FN bool pool_underflows(T total, T stabiliser, std::int64_t constants, std::int64_t outputs) {
+  constexpr T kLeast = static_cast<T>(sizeof(T) == 4 ? kLeastTotal32 : kLeastTotal64);
+  return constants < outputs && !(total + stabiliser > kLeast);
+}
 
 /// 1 - r2 of one output, from its chord and the moments of its residual.
 /// With cov(y, t) = chord var(t) + te and var(e) = ee - e^2:
@@ -67,10 +94,11 @@ struct Share {
 /// magnitude: the larger |y| of the two ends. least: an output below |least| never counts as constant, because its own
 /// rounding is unknown; exception: with a negative `least`, an output that is 0 at both ends does count as constant.
 /// rounding_squared: of both ends together, see kResolvedUlps32. All values are in the units of the chord, in which the
-/// outputs' spread over the samples is of order 1.
+/// outputs' spread over the samples is of order 1. stabiliser: is added to var(t) var(y); an output that is constant then has
+/// r2 = 0.
 template <class V, class T>
-LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V least, V rounding_squared, T variance_t,
-                                T epsilon) {
+LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V least, V rounding_squared, T variance_t, T epsilon,
+                                V stabiliser = V{}) {
   const V zero{}, one = zero + T(1);
   const V covariance = chord * variance_t + m.te;
   const V residual = variance_t * (m.ee - m.e * m.e) - m.te * m.te;
@@ -89,11 +117,14 @@ LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V lea
   constant = constant_total >= zero + kLeast ? constant : moved + sizes > zero ? zero : constant;
   const V known_from = least < zero ? -least : least, zeros_from = least < zero ? zero : least;
   constant = magnitude >= (magnitude > zero ? known_from : zeros_from) ? constant : zero;
-  V resolved = total > resolved_total ? one : zero;  // a NaN makes it 0
-  resolved = total > zero + kLeast ? resolved : zero;
+  const V stable = total + stabiliser;
+  V resolved = stable > resolved_total ? one : zero;  // a NaN makes it 0
+  resolved = stable > zero + kLeast ? resolved : zero;
   resolved = total < zero + kLargest ? resolved : zero;
-  const V share = total > zero ? nonlinear / total : zero;
-  return {constant > zero ? zero : share, constant, constant > zero ? zero : one - resolved};
+  const V bend = constant > zero ? zero : nonlinear, moving = constant > zero ? zero : total;
+  const V all = moving + stabiliser;
+  const V share = all > zero ? (bend + stabiliser) / all : zero;
+  return {share, constant, constant > zero ? zero : one - resolved, bend, moving};
 }
 
 /// Whether an output may be constant in appearance only. Activations bend over a distance of about 1. If the rounding of the

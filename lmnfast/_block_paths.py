@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _native
 from ._block import Block
-from ._generic import mark_near, pairs_apart, resolver
+from ._generic import mark_near, mark_near_pairs, pairs_apart, resolver
 from ._native import Progress
-from ._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, TOTALS, UNRESOLVED, Widened
+from ._settings import PLAIN, Statistic
+from ._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, TOTALS, UNRESOLVED, Entries, ListEntries, Widened
 from .ops.block_coefficients import Normalisation, block_coefficients
 from .ops.path_connectivity import ChainConnectivity
 from .quadrature import orthonormal_polynomials
@@ -140,13 +142,35 @@ def squared_norm_bound(weight: Tensor) -> float:
     return FACTOR * math.exp(2 * float(logarithm.amax()) / POWERS)
 
 
+class _Shares(NamedTuple):
+    """Of rows, each (rows,)."""
+
+    nonlinear: Tensor
+    """1 - r2, averaged over the row's outputs."""
+    sums: Tensor | None
+    """(rows, 2), the terms of 1 - r2 pooled over the outputs, and of its denominator; None if it is not asked for."""
+    constants: Tensor
+    unresolved: Tensor
+    """Counts of constant and of unresolved outputs."""
+    sensitivity: Tensor
+    """A bound for the error of 1 - r2, for each unit of energy in the degrees that are left out."""
+
+
 class _Outputs:
     """The statistics of a block's outputs along rows' paths, from the coefficients of its hidden layer."""
 
     def __init__(
-        self, block: Block, rows: _Rows, positions: int, nodes: Tensor, weights: Tensor, own: Tensor | None
+        self,
+        block: Block,
+        rows: _Rows,
+        positions: int,
+        nodes: Tensor,
+        weights: Tensor,
+        own: Tensor | None,
+        statistic: Statistic,
     ) -> None:
         """own: `Widened.rounding`, (2, P * K)."""
+        self.pooled = statistic.pooled
         self.positions, self.dtype = positions, block.last.dtype
         self.epsilon = torch.finfo(self.dtype).eps
         self.variance_t = float(weights @ nodes**2 - (weights @ nodes) ** 2)
@@ -154,6 +178,12 @@ class _Outputs:
         scale = torch.where(
             spread > 0, torch.exp2(-torch.frexp(spread)[1].double()), 1.0
         )  # (K,), powers of two
+        most = TOTALS[self.dtype][1]
+        self.added = (statistic.stabiliser * scale**2).clamp(max=most).to(self.dtype)
+        # Brings the outputs to a unit that all share, that of the output that varies most.
+        common = scale[spread > 0].amin() if bool((spread > 0).any()) else torch.ones_like(scale[0])
+        self.pooling = ((common / scale) ** 2).to(self.dtype)
+        self.pooled_added = float((statistic.stabiliser * common**2).clamp(max=most))
         self.last = (block.last * scale[:, None]).to(self.dtype)
         self.outputs = rows.outputs * scale
         self.magnitudes = self.outputs.abs().to(self.dtype)
@@ -173,11 +203,8 @@ class _Outputs:
         most = min(squared_norm_bound(directions), float(len(scale)))
         self.most = (most - torch.arange(math.ceil(most), dtype=self.dtype)).clamp(max=1).to(scale.device)
 
-    def shares(
-        self, coefficients: Tensor, first: Tensor, second: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """1 - r2 of each row, averaged over its outputs; counts of constant and of unresolved outputs; and a bound for the
-        error of the first, for each unit of energy in the degrees that are left out. Each (rows,).
+    def shares(self, coefficients: Tensor, first: Tensor, second: Tensor) -> _Shares:
+        """The statistics of each row, and a bound for their error for each unit of energy in the degrees that are left out.
 
         coefficients: (degrees, rows, K), from degree 1 on, by `last`. The rules are those of csrc/statistics.h.
         """
@@ -187,25 +214,46 @@ class _Outputs:
             bend.addcmul_(each, each, value=self.variance_t)
         covariance = torch.add(chord * self.variance_t, coefficients[0], alpha=math.sqrt(self.variance_t))
         total = covariance.square_().add_(bend)
+        stable = total + self.added
         magnitude = torch.maximum(self.magnitudes[first], self.magnitudes[second])
         terms = self._of_rows(self.terms, first)
         rounding = (RESOLVED_ULPS[self.dtype] * self.epsilon) ** 2 * self.variance_t
         least, largest = TOTALS[self.dtype]
         resolved = (
-            total > torch.addcmul(terms.square(), magnitude, magnitude).mul_(rounding).clamp_(min=least)
+            stable > torch.addcmul(terms.square(), magnitude, magnitude).mul_(rounding).clamp_(min=least)
         ) & (total < largest)
-        sensitivity = torch.where(self.bound > 0, self.bound / total, 0.0)
+        sensitivity = torch.where(self.bound > 0, self.bound / stable, 0.0)
         sensitivity = (sensitivity.topk(len(self.most), 1).values * self.most).sum(1)
         if total.device.type == "cpu" and bool(resolved.all()):  # then no output is constant either
             none = first.new_zeros(len(first))
-            return bend.div_(total).mean(1), none, none.clone(), sensitivity
+            return self._pooled(bend, total, sensitivity, stable, none, none.clone())
         tolerance = (magnitude * (CONSTANT_ULPS * self.epsilon)).square_().mul_(self.variance_t)
         still = (chord == 0) & (coefficients[0] == 0) & (bend == 0)
         constant = torch.where(tolerance >= least, total <= tolerance, still)
         known = self._of_rows(self.least, first)
         constant &= magnitude >= torch.where(magnitude > 0, known.abs(), known)
-        share = torch.where(constant | ~(total > 0), 0.0, bend / total)
-        return share.mean(1), constant.sum(1), (~constant & ~resolved).sum(1), sensitivity
+        moving, total = torch.where(constant, 0.0, bend), torch.where(constant, 0.0, total)
+        stable = total + self.added
+        counts = constant.sum(1), (~constant & ~resolved).sum(1)
+        return self._pooled(moving, total, sensitivity, stable, *counts)
+
+    def _pooled(
+        self,
+        bend: Tensor,
+        total: Tensor,
+        sensitivity: Tensor,
+        stable: Tensor,
+        constants: Tensor,
+        unresolved: Tensor,
+    ) -> _Shares:
+        """The sums over a row's outputs."""
+        sums = None
+        if self.pooled:
+            sums = torch.stack([bend @ self.pooling, total @ self.pooling], 1)
+            largest = (self.bound * self.pooling).amax() * len(self.pooling) * self.most.sum()
+            sensitivity = torch.maximum(sensitivity, largest / (sums[:, 1] + self.pooled_added))
+        share = torch.where(stable > 0, (bend + self.added) / stable, 0.0).mean(1)
+        return _Shares(share, sums, constants, unresolved, sensitivity)
 
     def _of_rows(self, values: Tensor, first: Tensor) -> Tensor:
         """Values (P, K) for rows (rows, K), or (1, K) if there is one position."""
@@ -240,7 +288,7 @@ class _Measured:
         self.polynomials = torch.cat([self.polynomials[:1], turn @ self.polynomials[1:]])
         hidden = torch.cat([hidden[:1], (turn.to(hidden.dtype) @ hidden[1:].flatten(1)).view_as(hidden[1:])])
         energy[:, 1:] = (turn @ scaled).view(self.degrees - 1, len(first), -1).square().sum(-1).mT
-        sensitivity = self.outputs.shares(hidden @ self.outputs.last.mT, first, second)[3]
+        sensitivity = self.outputs.shares(hidden @ self.outputs.last.mT, first, second).sensitivity
         self._guess(self._needed(sensitivity, self._left(energy)))
 
     def _left(self, energy: Tensor) -> Tensor:
@@ -260,14 +308,14 @@ class _Measured:
         more = (more + (more > 0) * AGAIN).mean(0)
         self.guess = min(self.degrees, max(2, int((terms + more).argmin())))
 
-    def shares(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """1 - r2 of each row, averaged over its outputs, and counts of constant and of unresolved outputs. Each (rows,)."""
+    def shares(self, first: Tensor, second: Tensor) -> _Shares:
+        """The statistics of each row, with as many terms as it needs."""
         end = self.guess
         normalisation = self.rows.normalisation(self.block, first, second)
         coefficients, energy = self._coefficients(first, second, normalisation, 0, end)
         left = self._left(energy)
-        share, constants, unresolved, sensitivity = self.outputs.shares(coefficients, first, second)
-        needed = self._needed(sensitivity, left)
+        result = self.outputs.shares(coefficients, first, second)
+        needed = self._needed(result.sensitivity, left)
         rows = (needed > end).nonzero()[:, 0]
         coefficients = coefficients[:, rows]
         while len(rows):
@@ -276,15 +324,17 @@ class _Measured:
             more, _ = self._coefficients(first[rows], second[rows], part, begin, end)
             coefficients = torch.cat([coefficients, more])
             found = self.outputs.shares(coefficients, first[rows], second[rows])
-            share[rows], constants[rows], unresolved[rows], sensitivity = found
+            for whole, part_of in zip(result, found):
+                if whole is not None and part_of is not None:
+                    whole[rows] = part_of
             if end == self.degrees:
                 break
-            open = ~(sensitivity * left[rows, end] <= LEFT_OUT_ULPS * self.outputs.epsilon)
+            open = ~(found.sensitivity * left[rows, end] <= LEFT_OUT_ULPS * self.outputs.epsilon)
             rows, coefficients = rows[open], coefficients[:, open]
         self._guess(needed)
         if normalisation is not None:
-            unresolved += _vanishes(normalisation, first, second, self.nodes)
-        return share, constants, unresolved
+            result.unresolved.add_(_vanishes(normalisation, first, second, self.nodes))
+        return result
 
     def _coefficients(
         self, first: Tensor, second: Tensor, normalisation: Normalisation | None, begin: int, end: int
@@ -328,6 +378,65 @@ def _row_bytes(block: Block) -> int:
     return numbers * block.first.element_size() + (0 if block.norm is None else 2 * 8 * inputs)
 
 
+class BlockPaths:
+    """Measures paths of a block.
+
+    x: (N, *tokens, inputs). tile: bytes of a tile. allocated: bytes that the block takes for all samples.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        x: Tensor,
+        nodes: Tensor,
+        weights: Tensor,
+        tile: int,
+        allocated: int,
+        statistic: Statistic,
+    ) -> None:
+        self.positions, self.statistic = math.prod(x.shape[1:-1]), statistic
+        with torch.no_grad():
+            rows = _Rows.of(block, x.reshape(-1, x.shape[-1]))
+            # Without the last bias, like the rows: next to a large one float32 rounds all that the outputs vary.
+            bare = replace(block, last_bias=None)
+            self.widened = Widened(bare, x, bare(x).flatten(1))
+            self.outputs = _Outputs(
+                block, rows, self.positions, nodes, weights, self.widened.rounding, statistic
+            )
+            self.measured = _Measured(block, rows, self.outputs, nodes, weights)
+        self.counts = torch.zeros(2, dtype=torch.int64, device=x.device)
+        self.most = max(1, tile // (_row_bytes(block) * self.positions))
+        self.points = tile * len(x) // allocated
+        self.places = torch.arange(self.positions, device=x.device)
+        self.turned = False
+
+    def entries(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        """r2 of pairs, (pairs,), and r2 pooled over the outputs if it is asked for; UNRESOLVED where they are not resolved."""
+        if not self.turned:
+            self.turned = True
+            some = torch.linspace(0, len(first) - 1, TURNED, device=first.device).long()
+            where = torch.arange(TURNED, device=first.device) * 7 % self.positions
+            self.measured.turn(first[some] * self.positions + where, second[some] * self.positions + where)
+        at = [(samples[:, None] * self.positions + self.places).flatten() for samples in (first, second)]
+        found = self.measured.shares(*at)
+        share, constants, unresolved = (
+            values.unflatten(0, (-1, self.positions))
+            for values in (found.nonlinear, found.constants, found.unresolved)
+        )
+        left = unresolved.any(1)
+        pooled = None
+        if found.sums is not None:
+            bend, total = found.sums.unflatten(0, (-1, self.positions)).sum(1).unbind(1)
+            added, outputs = self.outputs.pooled_added, self.positions * len(self.outputs.pooling)
+            stable = total + added
+            left = left | ((constants.sum(1) < outputs) & ~(stable > TOTALS[share.dtype][0]))
+            pooled = torch.where(stable > 0, 1 - (bend + added) / stable, 1.0)
+            pooled = torch.where(left, UNRESOLVED, pooled)
+        self.counts[0] += constants[~left].sum()
+        self.counts[1] += left.sum()
+        return torch.where(left, UNRESOLVED, 1 - share.mean(1)), pooled
+
+
 def block_paths(
     block: Block,
     x: Tensor,
@@ -336,42 +445,52 @@ def block_paths(
     tile: int,
     allocated: int,
     progress: Progress | None,
+    statistic: Statistic = PLAIN,
 ) -> ChainConnectivity:
-    """The connectivity of a block. The arguments are those of `generic_paths`."""
-    positions = math.prod(x.shape[1:-1])
-    with torch.no_grad():
-        rows = _Rows.of(block, x.reshape(-1, x.shape[-1]))
-        # Without the last bias, like the rows: next to a large one float32 rounds all that the outputs vary.
-        bare = replace(block, last_bias=None)
-        widened_f = Widened(bare, x, bare(x).flatten(1))
-        outputs = _Outputs(block, rows, positions, nodes, weights, widened_f.rounding)
-        measured = _Measured(block, rows, outputs, nodes, weights)
+    """The connectivity of a block. The arguments are those of `BlockPaths`."""
+    paths = BlockPaths(block, x, nodes, weights, tile, allocated, statistic)
     L = torch.ones(len(x), len(x), dtype=x.dtype, device=x.device)
-    counts = torch.zeros(2, dtype=torch.int64, device=x.device)
-    most = max(1, tile // (_row_bytes(block) * positions))
-    places = torch.arange(positions, device=x.device)
-    near, finished = mark_near(x, L, counts)
-    turned = False
-    for first, second in pairs_apart(x, most, near):
+    pooled = L.clone() if statistic.pooled else None
+    entries = Entries(L, pooled, paths.counts, statistic.stabiliser)
+    near, finished = mark_near(x, entries)
+    for first, second in pairs_apart(x, paths.most, near):
         if len(first) == 0:
             continue
-        if not turned:
-            turned = True
-            some = torch.linspace(0, len(first) - 1, TURNED, device=x.device).long()
-            where = torch.arange(TURNED, device=x.device) * 7 % positions
-            measured.turn(first[some] * positions + where, second[some] * positions + where)
-        at = [(samples[:, None] * positions + places).flatten() for samples in (first, second)]
-        share, constants, unresolved = (
-            values.unflatten(0, (-1, positions)) for values in measured.shares(*at)
-        )
-        left = unresolved.any(1)
-        r2 = torch.where(left, UNRESOLVED, 1 - share.mean(1))
-        L[first, second] = L[second, first] = r2
-        counts[0] += constants[~left].sum()
-        counts[1] += left.sum()
+        entries.write((first, second), *paths.entries(first, second))
         finished += len(first)
         if progress is not None:
             progress(2 * finished / (len(x) * (len(x) - 1)))
+    return ChainConnectivity(
+        L, paths.counts, resolver(paths.widened, x, entries, nodes, weights, paths.points), pooled
+    )
 
-    points = tile * len(x) // allocated
-    return ChainConnectivity(L, counts, resolver(widened_f, x, L, counts, nodes, weights, points))
+
+def block_pairs(
+    block: Block,
+    x: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    tile: int,
+    allocated: int,
+    progress: Progress | None,
+    statistic: Statistic,
+    first: Tensor,
+    second: Tensor,
+) -> ChainConnectivity:
+    """Entries of some pairs. The arguments are those of `BlockPaths`. first, second: (pairs,) int64."""
+    paths = BlockPaths(block, x, nodes, weights, tile, allocated, statistic)
+    r2 = torch.ones(len(first), dtype=x.dtype, device=x.device)
+    pooled = r2.clone() if statistic.pooled else None
+    entries = ListEntries(r2, pooled, paths.counts, statistic.stabiliser, first, second)
+    apart = mark_near_pairs(x, entries)
+    finished = len(first) - len(apart)
+    for pair in apart.split(paths.most):
+        if len(pair) == 0:
+            continue
+        entries.write(pair, *paths.entries(first[pair], second[pair]))
+        finished += len(pair)
+        if progress is not None:
+            progress(finished / len(first))
+    return ChainConnectivity(
+        r2, paths.counts, resolver(paths.widened, x, entries, nodes, weights, paths.points), pooled
+    )

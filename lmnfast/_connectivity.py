@@ -29,6 +29,8 @@ def connectivity(
     budget: int | None = None,
     stacked: Stacked | None = None,
     progress: bool | Progress = False,
+    pooled: bool = False,
+    stabiliser: float = 0.0,
 ) -> Tensor:
     """Linear connectivity matrix: how straight f's outputs run along the line between every two samples.
 
@@ -62,13 +64,19 @@ def connectivity(
         progress: True shows a bar (needs tqdm). A function receives the share that is done, from 0 to 1, about ten times a
             second, or after each tile of paths. It runs in this thread, and an exception from it ends the measurement. A
             fused kernel on CUDA and method "jacobian" report only the end.
+        pooled: pool the outputs: ``R2[i, j] = sum_k cov(y_k, t)^2 / (var(t) sum_k var(y_k))``, the share of the path's variance
+            on its regression line. A rotation or a common scale of the outputs does not change it. docs/mathematics.md.
+        stabiliser: is added to the denominators, ``cov^2 / (var(t) var(y) + stabiliser)``, in the square of the outputs' unit.
+            An output that hardly varies then counts as bent, and the scale of the outputs matters. The definition has 0; the
+            matrices of the paper's figures are those of 8e-8.
 
     Returns:
         (N, N), symmetric, ones on the diagonal; float64 for float64 samples, otherwise float32. (B, N, N) with `stacked`.
 
     Raises:
         TypeError: x is not a floating-point tensor, f does not return a floating-point tensor, or the dtypes do not fit.
-        ValueError: no samples; unknown method or rule; points or budget out of range; x and f on different devices; a NaN or
+        ValueError: no samples; unknown method or rule; points, budget or stabiliser out of range; pooled or a stabiliser with
+            method "jacobian"; x and f on different devices; a NaN or
             Inf in samples, outputs or Jacobians (the message names the first sample; on CUDA, f may be called before this
             check); an f that is no chain and gives a sample other outputs in a smaller batch; with a method other than
             "path", an f that cannot be differentiated.
@@ -76,7 +84,7 @@ def connectivity(
         KeyboardInterrupt: Ctrl-C, also while a kernel runs.
 
     Source:
-        arXiv 2310.05918, Eq. 1-2. "hermite" and "hermite-midpoint": docs/methods.md.
+        arXiv 2310.05918, Eq. 1-2. "hermite" and "hermite-midpoint": docs/methods.md. `pooled`, `stabiliser`: docs/number.md.
 
     Example:
         >>> f = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
@@ -86,18 +94,30 @@ def connectivity(
         >>> bool((lmnfast.connectivity(nn.Linear(8, 3), torch.randn(50, 8)) > 0.9999).all())  # a linear map
         True
     """
-    each = measured(f, x, Settings(method, points, rule, budget), stacked, progress)
+    settings = Settings(method, points, rule, budget, stabiliser, bool(pooled))
+    each = measured(f, x, settings, stacked, progress)
     warn_of_offsets(each)
     with one_core_after_fork():
-        return each[0].L if stacked is None else stacked_matrices(each)
+        return (
+            _matrix(each[0], settings.pooled) if stacked is None else stacked_matrices(each, settings.pooled)
+        )
 
 
-def stacked_matrices(each: Sequence[Enqueued]) -> Tensor:
+def _matrix(enqueued: Enqueued, pooled: bool) -> Tensor:
+    if not pooled:
+        return enqueued.L
+    assert enqueued.pooled is not None
+    return enqueued.pooled
+
+
+def stacked_matrices(each: Sequence[Enqueued], pooled: bool = False) -> Tensor:
     """Connectivities as (networks, N, N). If one launch has measured all networks, its result without a copy."""
     together = each[0].together
     if together is not None and all(one.together is together for one in each):
-        return together
-    return torch.stack([one.L for one in each])
+        whole = together[int(pooled)]
+        assert whole is not None
+        return whole
+    return torch.stack([_matrix(one, pooled) for one in each])
 
 
 def measured(

@@ -51,12 +51,17 @@ class Enqueued:
     """0-dim float64 from `offset_of`, or a function that computes it. None: not needed, as hardly any output is constant."""
     findings: Findings | None = None
     """For a chain on a device: takes the place of verdicts."""
-    together: Tensor | None = None
-    """(networks, N, N), if several networks were measured together. L is a part of it."""
+    together: tuple[Tensor, Tensor | None] | None = None
+    """(networks, N, N) each, if several networks were measured together. L and `pooled` are parts of these."""
 
     @property
     def L(self) -> Tensor:
         return self.measured.L
+
+    @property
+    def pooled(self) -> Tensor | None:
+        """As L, r2 pooled over the outputs. None if the settings do not ask for it."""
+        return self.measured.pooled
 
     @property
     def constants(self) -> int:
@@ -207,7 +212,7 @@ def _run_before_checks(function: Prepared, settings: Settings) -> Enqueued | Non
             return Enqueued(_resolved(L), function.precision, len(chain.weights[-1]))
         function.refute()
         return None
-    measured = chain_connectivity(chain, x, *settings.nodes, settings.midpoint)
+    measured = chain_connectivity(chain, x, *settings.nodes, settings.midpoint, settings.statistic)
     return Enqueued(
         measured,
         function.precision,
@@ -231,18 +236,19 @@ def _run(function: Prepared, settings: Settings, progress: Progress | None) -> C
     nodes, weights = settings.nodes
     if chain is not None:
         with _native.reporting(progress):
-            return chain_connectivity(chain, x, nodes, weights, settings.midpoint)
+            return chain_connectivity(chain, x, nodes, weights, settings.midpoint, settings.statistic)
     if function.route.block is not None:
         tile = tile_bytes(settings.budget, x.device, of_block=True)
-        return block_paths(function.route.block, x, nodes, weights, tile, function.allocated, progress)
+        how = tile, function.allocated, progress, settings.statistic
+        return block_paths(function.route.block, x, nodes, weights, *how)
     compiled = original_of(function.calls.f) is not function.calls.f
     tile = tile_bytes(
         settings.budget, x.device, differentiated=settings.method != "path", is_compiled=compiled
     )
-    how = tile, function.allocated, function.checks, progress
+    given = tile, function.allocated, function.checks, progress, settings.statistic
     if settings.midpoint is None:
-        return generic_paths(function.calls, x, ends, nodes, weights, *how)
-    return generic_polynomials(function.calls, x, ends, nodes, weights, settings.midpoint, *how)
+        return generic_paths(function.calls, x, ends, nodes, weights, *given)
+    return generic_polynomials(function.calls, x, ends, nodes, weights, settings.midpoint, *given)
 
 
 def _checked(function: Prepared, measured: ChainConnectivity) -> Enqueued:

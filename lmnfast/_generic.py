@@ -1,6 +1,7 @@
 """Measures paths of a function that is no chain by calling the function on tiles of path points."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +9,9 @@ from torch import Tensor
 from ._checks import Checks
 from ._native import Progress
 from ._outputs import Calls, on_device, out_of_memory, outputs_of, rows_between, widened
+from ._settings import Statistic
 from ._tiles import keep_freed_pages, tile_pairs, tile_points
-from ._unresolved import CLOSE, UNRESOLVED, Widened, are_close, resolve
+from ._unresolved import CLOSE, UNRESOLVED, Entries, ListEntries, Widened, are_close, resolve
 from .ops.path_connectivity import ChainConnectivity
 
 # Pairs whose entries are written together, if a tile has fewer.
@@ -31,79 +33,129 @@ def outputs_between(f: Calls, points: Tensor, x: Tensor, ends: Tensor, checks: C
     return y[: -len(rows)]
 
 
-def generic_paths(
-    f: Calls,
-    x: Tensor,
-    ends: Tensor,
-    nodes: Tensor,
-    weights: Tensor,
-    tile: int,
-    allocated: int,
-    checks: Checks,
-    progress: Progress | None,
-) -> ChainConnectivity:
-    """The connectivity of f by calls on tiles of path points. At the paths' ends f's outputs on the samples are used.
+class GenericPaths:
+    """Measures paths of f by calls on tiles of path points. At the paths' ends f's outputs on the samples are used.
 
-    ends: (N, K), f(x). tile: bytes of a tile. allocated: bytes that f takes for all samples.
+    Args:
+        x: (N, *in), the samples. ends: (N, K), f(x).
+        nodes, weights: the rule.
+        tile: bytes of a tile. allocated: bytes that f takes for all samples.
+        progress: receives the share that is done of `pairs`.
     """
-    original, ends = ends, widened(ends)
-    L = torch.ones(len(x), len(x), dtype=ends.dtype, device=x.device)
-    counts = torch.zeros(2, dtype=torch.int64, device=x.device)
-    t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
-    if x.device.type == "cpu":
-        keep_freed_pages()
-    widened_f = Widened(f, x, original)
-    most = tile_pairs(tile, len(x), allocated, len(t))
-    near, finished = mark_near(x, L, counts)
-    for first, second in pairs_apart(x, max(most, BLOCK), near):
-        r2 = x.new_empty(len(first), dtype=ends.dtype)
+
+    def __init__(
+        self,
+        f: Calls,
+        x: Tensor,
+        ends: Tensor,
+        nodes: Tensor,
+        weights: Tensor,
+        tile: int,
+        allocated: int,
+        checks: Checks,
+        progress: Progress | None,
+        statistic: Statistic,
+    ) -> None:
+        self.f, self.x, self.original, self.ends, self.checks = f, x, ends, widened(ends), checks
+        self.rule, self.statistic, self.progress = (nodes, weights), statistic, progress
+        self.counts = torch.zeros(2, dtype=torch.int64, device=x.device)
+        self.t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
+        self.widened = Widened(f, x, ends)
+        self.most = tile_pairs(tile, len(x), allocated, len(self.t))
+        self.at_once = tile * len(x) // allocated
+        self.finished, self.pairs = 0, len(x) * (len(x) - 1) // 2
+        if x.device.type == "cpu":
+            keep_freed_pages()
+
+    def entries(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        """r2 of pairs, (pairs,), and r2 pooled over the outputs if it is asked for; UNRESOLVED where they are not resolved."""
+        x, t = self.x, self.t
+        r2 = x.new_empty(len(first), dtype=self.ends.dtype)
+        pooled = torch.empty_like(r2) if self.statistic.pooled else None
         done = 0
         while done < len(first):
-            pair = slice(done, done + most)
+            pair = slice(done, done + self.most)
             try:
                 taken = len(first[pair])
                 points = x.new_empty(tile_points(taken, len(x), len(t)), *x.shape[1:])
                 on_paths = points[: taken * len(t)].unflatten(0, (taken, len(t)))
                 torch.lerp(x[first[pair], None], x[second[pair], None], t, out=on_paths)
-                y = widened(outputs_between(f, points, x, original, checks)).reshape(
-                    -1, len(t), ends.shape[1]
-                )
-                r2[pair], found = torch.ops.lmnfast.path_r2(
-                    y, ends, first[pair], second[pair], nodes, weights, widened_f.rounding
-                )
-                counts += found
+                y = widened(outputs_between(self.f, points, x, self.original, self.checks))
+                y = y.reshape(-1, len(t), self.ends.shape[1])
+                arguments = y, self.ends, first[pair], second[pair], *self.rule, self.widened.rounding
+                r2[pair], found, pool = torch.ops.lmnfast.path_r2(*arguments, *self.statistic)
+                if pooled is not None:
+                    pooled[pair] = pool
+                self.counts += found
             except RuntimeError as error:
-                if most == 1 or not out_of_memory(error):
+                if self.most == 1 or not out_of_memory(error):
                     raise
-                most = -(-most // 2)  # also for later tiles; finished pairs keep their results
+                self.most = -(-self.most // 2)  # also for later tiles; finished pairs keep their results
                 continue
             done += taken
-            finished += taken
-            if progress is not None:
-                progress(2 * finished / (len(x) * (len(x) - 1)))
-        L[first, second] = r2
-        L[second, first] = r2
+            self.finished += taken
+            if self.progress is not None:
+                self.progress(self.finished / self.pairs)
+        return r2, pooled
 
-    at_once = tile * len(x) // allocated
-    return ChainConnectivity(L, counts, resolver(widened_f, x, L, counts, nodes, weights, at_once))
+
+def generic_paths(
+    f: Calls, x: Tensor, ends: Tensor, nodes: Tensor, weights: Tensor, *how: Any
+) -> ChainConnectivity:
+    """The connectivity of f. The arguments are those of `GenericPaths`."""
+    paths = GenericPaths(f, x, ends, nodes, weights, *how)
+    L = torch.ones(len(x), len(x), dtype=paths.ends.dtype, device=x.device)
+    pooled = L.clone() if paths.statistic.pooled else None
+    entries = Entries(L, pooled, paths.counts, paths.statistic.stabiliser)
+    near, paths.finished = mark_near(x, entries)
+    for first, second in pairs_apart(x, max(paths.most, BLOCK), near):
+        entries.write((first, second), *paths.entries(first, second))
+    return ChainConnectivity(
+        L, paths.counts, resolver(paths.widened, x, entries, nodes, weights, paths.at_once), pooled
+    )
+
+
+def generic_pairs(
+    f: Calls,
+    x: Tensor,
+    ends: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    *how: Any,
+    first: Tensor,
+    second: Tensor,
+) -> ChainConnectivity:
+    """Entries of some pairs. The arguments are those of `GenericPaths`. first, second: (pairs,) int64."""
+    paths = GenericPaths(f, x, ends, nodes, weights, *how)
+    paths.pairs = len(first)
+    r2 = torch.ones(len(first), dtype=paths.ends.dtype, device=x.device)
+    pooled = r2.clone() if paths.statistic.pooled else None
+    entries = ListEntries(r2, pooled, paths.counts, paths.statistic.stabiliser, first, second)
+    apart = mark_near_pairs(x, entries)
+    paths.finished = len(first) - len(apart)
+    for pair in apart.split(max(paths.most, BLOCK)):
+        entries.write(pair, *paths.entries(first[pair], second[pair]))
+    return ChainConnectivity(
+        r2, paths.counts, resolver(paths.widened, x, entries, nodes, weights, paths.at_once), pooled
+    )
 
 
 def resolver(
-    widened_f: Widened, x: Tensor, L: Tensor, counts: Tensor, nodes: Tensor, weights: Tensor, points: int
+    widened_f: Widened, x: Tensor, entries: Entries, nodes: Tensor, weights: Tensor, points: int
 ) -> Callable[[], None]:
     """`ChainConnectivity.resolve` for f called in float64. points: that a tile holds in x's dtype."""
 
     def resolved() -> None:
-        if int(counts[1]):
+        if int(entries.counts[1]):
             fewer = max(1, points // 4)  # float64 takes more memory
             values, noise = widened_f.values(), widened_f.noise()
-            resolve(values, x, L, counts, nodes, weights, points=fewer, noise=noise)
+            resolve(values, x, entries, nodes, weights, points=fewer, noise=noise)
 
     return resolved
 
 
-def mark_near(x: Tensor, L: Tensor, counts: Tensor) -> tuple[Tensor | None, int]:
-    """Marks pairs of close samples in L as UNRESOLVED, and counts them: in their own dtype a path between them has few distinct
+def mark_near(x: Tensor, entries: Entries) -> tuple[Tensor | None, int]:
+    """Marks pairs of close samples as UNRESOLVED, and counts them: in their own dtype a path between them has few distinct
     points. Returns `_near` and the number of these pairs.
     """
     near = _near(x)
@@ -112,9 +164,35 @@ def mark_near(x: Tensor, L: Tensor, counts: Tensor) -> tuple[Tensor | None, int]
     first, second = _numbered(near.nonzero().flatten(), len(x))
     differ = (x[first] != x[second]).flatten(1).any(1)  # other pairs are equal samples, and their entry is 1
     finished, first, second = len(first), first[differ], second[differ]
-    L[first, second] = L[second, first] = UNRESOLVED
-    counts[1] += len(first)
+    _leave(entries, (first, second), len(first))
     return near, finished
+
+
+def mark_near_pairs(x: Tensor, entries: ListEntries) -> Tensor:
+    """`mark_near` of a list of pairs. Returns the places of the other pairs."""
+    first, second = entries.first, entries.second
+    near = [
+        _are_near(x[i], x[j]) for i, j in zip(first.split(BLOCK), second.split(BLOCK))
+    ]  # some pairs at a time
+    found = torch.cat([*near, first.new_empty(0, dtype=torch.bool)])
+    places = found.nonzero()[:, 0]
+    places = places[(x[first[places]] != x[second[places]]).flatten(1).any(1)]
+    _leave(entries, places, len(places))
+    return (~found).nonzero()[:, 0]
+
+
+def _leave(entries: Entries, at: Any, count: int) -> None:
+    """Marks pairs as UNRESOLVED."""
+    left = torch.full((count,), UNRESOLVED, dtype=entries.L.dtype, device=entries.L.device)
+    entries.write(at, left, None if entries.pooled is None else left)
+    entries.counts[1] += count
+
+
+def _are_near(first: Tensor, second: Tensor) -> Tensor:
+    """Whether samples are close, see `are_close`; in float64, whether they are equal. (pairs,) bool."""
+    if first.dtype == torch.float64:
+        return (first == second).flatten(1).all(1)
+    return are_close(first, second)
 
 
 def _near(x: Tensor) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from . import _observed
@@ -310,8 +310,8 @@ class Chosen:
 
 
 def settings_for(chosen: Chosen, settings: Settings) -> Settings:
-    """The settings with the pooled matrix, if an observable reads it."""
-    return settings  # THE OTHER PLACE of the pooled matrix: `return replace(settings, pooled=chosen.read("pooled"))`
+    """The settings with the pooled matrix, if an observable reads it. Without paths there is none."""
+    return replace(settings, pooled=chosen.read("pooled") and settings.method != "jacobian")
 
 
 class Values:

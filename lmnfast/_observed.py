@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from . import _native, ops
 from ._chain import IDENTITY, Chain
 from ._differentiated import check_jacobian, differentiated_features
-from ._enqueue import Enqueued
 from ._features import chain_features, merged, tiled
 from ._prepare import Prepared, prepared
 from ._route import REGIONS
@@ -57,11 +56,6 @@ class Observation:
     """The measured function: the tail behind the cut."""
     model: nn.Module | None
     """The whole model. None if a function is measured that is no ``nn.Module``."""
-
-
-def pooled_of(enqueued: Enqueued) -> Tensor | None:
-    """The pooled matrix (N, N) of a measurement; None if it has none."""
-    return None  # THE ONE PLACE of the pooled matrix: `return enqueued.pooled`
 
 
 def participation(L: Tensor) -> Tensor:

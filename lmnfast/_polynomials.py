@@ -8,7 +8,8 @@ from ._differentiated import Differentiated
 from ._generic import outputs_between
 from ._native import Progress
 from ._outputs import Calls, rows_between, widened
-from ._unresolved import CLOSE, LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED, Widened, resolve
+from ._settings import Statistic
+from ._unresolved import CLOSE, LEAST_ROUNDING, RESOLVED_ULPS, TOTALS, UNRESOLVED, Entries, Widened, resolve
 from .ops.path_connectivity import ChainConnectivity
 from .reference import CONSTANT_ULPS
 
@@ -24,6 +25,7 @@ def generic_polynomials(
     allocated: int,
     checks: Checks,
     progress: Progress | None,
+    statistic: Statistic,
 ) -> ChainConnectivity:
     """The polynomials' r2, from Jacobians of two tiles of samples at a time. allocated: bytes that f takes for all samples.
 
@@ -33,9 +35,11 @@ def generic_polynomials(
     y, outputs, inputs = widened(ends), ends.shape[1], x[0].numel()
     L = torch.ones(len(x), len(x), dtype=y.dtype, device=x.device)
     counts = torch.zeros(2, dtype=torch.int64, device=x.device)
+    pooled = L.clone() if statistic.pooled else None
+    entries = Entries(L, pooled, counts, statistic.stabiliser)
     sample = torch.arange(len(x), device=x.device)
     differentiated = Differentiated(f, x, ends, allocated, tile // 2, checks)
-    moments = _PolynomialMoments(nodes, weights, midpoint)
+    moments = _PolynomialMoments(nodes, weights, midpoint, statistic.stabiliser)
     widened_f = Widened(f, x, ends)
     # rounding: size of the terms behind each output. least: magnitude below which an output may be rounding alone. Both as in
     # csrc/statistics.h.
@@ -65,7 +69,7 @@ def generic_polynomials(
                 length = step.abs().amax(-1)
                 # The slopes of an output that is 0 at both ends may be rounding alone. GELU far below zero is an example.
                 slight = torch.where(magnitude == 0, torch.maximum(length[..., None], rounding), rounding)
-                share, constant, unresolved = moments.nonlinear_share(
+                share, pool, constant, unresolved = moments.nonlinear_share(
                     chord, values, magnitude, slight, torch.maximum(least[first, None], least[second])
                 )
                 left = unresolved.any(-1)
@@ -73,15 +77,17 @@ def generic_polynomials(
                     largest = torch.maximum(flat[second].abs().amax(1), flat[first, None].abs().amax(2))
                     left |= length <= CLOSE * largest
                 equal = (step == 0).all(-1)
-                r2 = torch.where(left, UNRESOLVED, 1 - share.mean(-1))
-                r2 = torch.where(equal, 1.0, r2)
                 above = ~equal & (sample[second] > sample[first, None])
                 counts[0] += (constant & (above & ~left)[..., None]).sum()
                 counts[1] += (left & above).sum()
-                if second.start == i:  # this block holds the diagonal, and every pair twice
-                    diagonal = r2[:, : len(r2)]
-                    diagonal.copy_(diagonal.triu(1) + diagonal.triu(1).mT).fill_diagonal_(1)
-                L[first, second], L[second, first] = r2, r2.mT
+                for matrix, r2 in ((L, 1 - share.mean(-1)), (pooled, pool)):
+                    if matrix is None:
+                        continue
+                    r2 = torch.where(equal, 1.0, torch.where(left, UNRESOLVED, r2))
+                    if second.start == i:  # this block holds the diagonal, and every pair twice
+                        diagonal = r2[:, : len(r2)]
+                        diagonal.copy_(diagonal.triu(1) + diagonal.triu(1).mT).fill_diagonal_(1)
+                    matrix[first, second], matrix[second, first] = r2, r2.mT
         if progress is not None:
             later = len(x) - begin - len(J_first)  # samples whose pairs with one another are not measured yet
             progress(1 - (later / len(x)) ** 2)
@@ -90,9 +96,9 @@ def generic_polynomials(
         if int(counts[1]):
             points = max(1, tile // 4 * len(x) // allocated)
             values, noise = widened_f.values(), widened_f.noise()
-            resolve(values, x, L, counts, nodes, weights, points=points, midpoint=midpoint, noise=noise)
+            resolve(values, x, entries, nodes, weights, points=points, midpoint=midpoint, noise=noise)
 
-    return ChainConnectivity(L, counts, resolved)
+    return ChainConnectivity(L, counts, resolved, pooled)
 
 
 def _half_way(f: Calls, x: Tensor, ends: Tensor, first: slice, second: slice, checks: Checks) -> Tensor:
@@ -113,7 +119,8 @@ def _half_way(f: Calls, x: Tensor, ends: Tensor, first: slice, second: slice, ch
 class _PolynomialMoments:
     """Sums over the nodes of the polynomials that belong to A, B and C, computed once; see csrc/statistics.h."""
 
-    def __init__(self, nodes: Tensor, weights: Tensor, midpoint: bool) -> None:
+    def __init__(self, nodes: Tensor, weights: Tensor, midpoint: bool, stabiliser: float) -> None:
+        self.stabiliser = stabiliser
         t = nodes - weights @ nodes
         self.variance_t = float(weights @ t**2)
         bump = 16 * (nodes * (1 - nodes)) ** 2
@@ -130,8 +137,10 @@ class _PolynomialMoments:
 
     def nonlinear_share(
         self, chord: Tensor, values: list[Tensor], magnitude: Tensor, rounding: Tensor, least: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """1 - r2 (0 for a constant output), which outputs are constant, and which are unresolved. Overwrites ``values``."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """1 - r2 of outputs (without a stabiliser 0 for a constant output), r2 pooled over them, which outputs are constant,
+        and which are unresolved. Overwrites ``values``.
+        """
         scale = chord.abs()
         for value in values:
             torch.maximum(scale, value.abs(), out=scale)
@@ -149,6 +158,22 @@ class _PolynomialMoments:
         epsilon = torch.finfo(chord.dtype).eps * self.variance_t**0.5
         variation = total.sqrt() * scale
         constant = (variation <= magnitude * (CONSTANT_ULPS * epsilon)) & (magnitude >= least)
-        share = torch.where(constant, 0.0, nonlinear / total)  # the caller drops unresolved values
+        bend, total = torch.where(constant, 0.0, nonlinear), torch.where(constant, 0.0, total)
+        added = self._added(safe)
+        share = torch.where(
+            constant & (added == 0), 0.0, (bend + added) / (total + added)
+        )  # unresolved ones are dropped
+        largest = scale.amax(-1)
+        largest = torch.where(largest > 0, largest, 1.0)
+        factor = (safe / largest[..., None]) ** 2
+        stable = (total * factor).sum(-1) + self._added(largest)
+        pool = 1 - ((bend * factor).sum(-1) + self._added(largest)) / stable
+        pool = torch.where(stable > 0, pool, 1.0)
+        varied = variation if self.stabiliser == 0 else torch.hypot(variation, safe * added.sqrt())
         ulps = RESOLVED_ULPS[chord.dtype]
-        return share, constant, ~(variation > torch.hypot(magnitude, rounding) * (ulps * epsilon)) & ~constant
+        unresolved = ~(varied > torch.hypot(magnitude, rounding) * (ulps * epsilon)) & ~constant
+        return share, pool, constant, unresolved
+
+    def _added(self, scale: Tensor) -> Tensor:
+        """The stabiliser where outputs are divided by `scale`, at most what no total comes near."""
+        return (self.stabiliser / scale / scale).clamp(max=TOTALS[scale.dtype][1])

@@ -13,7 +13,7 @@ from ._chain import Chain
 from ._enqueue import Enqueued
 from ._layout import layout_of
 from ._observables import Values
-from ._observed import Observation, Spectrum, pooled_of
+from ._observed import Observation, Spectrum
 from ._recognise import recognise
 
 
@@ -95,5 +95,4 @@ class Pending:
 
     def _observation(self, spectrum: Spectrum | None) -> Observation:
         enqueued = self.enqueued
-        pooled = pooled_of(enqueued)
-        return Observation(enqueued.L, pooled, spectrum, self.samples, self.network, self.model)
+        return Observation(enqueued.L, enqueued.pooled, spectrum, self.samples, self.network, self.model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,12 +15,25 @@ from .quadrature import path_nodes
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
 
 
+class Statistic(NamedTuple):
+    """What is computed of the outputs along a path."""
+
+    stabiliser: float = 0.0
+    """As in :func:`lmnfast.connectivity`."""
+    pooled: bool = False
+    """Whether r2 pooled over the outputs is computed beside the mean of r2."""
+
+
+PLAIN = Statistic()
+
+
 @dataclass(frozen=True)
 class Settings:
     """Checked arguments, as :func:`lmnfast.connectivity` describes them.
 
     Raises:
-        ValueError: unknown method or rule; points or budget out of range.
+        ValueError: unknown method or rule; points, budget or stabiliser out of range, or a stabiliser or pooled outputs with
+            method "jacobian".
         TypeError: points is not an integer.
     """
 
@@ -26,6 +41,9 @@ class Settings:
     points: int = 21
     rule: str = "uniform"
     budget: int | None = None
+    stabiliser: float = 0.0
+    pooled: bool = False
+    """Also compute r2 pooled over the outputs."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -33,6 +51,14 @@ class Settings:
         _ = self.nodes
         object.__setattr__(self, "points", operator.index(self.points))
         check_budget(self.budget)
+        object.__setattr__(self, "stabiliser", checked_stabiliser(self.stabiliser))
+        if self.method == "jacobian" and (self.stabiliser or self.pooled):
+            name, value = ("stabiliser", self.stabiliser) if self.stabiliser else ("pooled", True)
+            raise ValueError(f"{name}: expected a method with paths, got {value} with method 'jacobian'")
+
+    @property
+    def statistic(self) -> Statistic:
+        return Statistic(self.stabiliser, self.pooled)
 
     @cached_property
     def nodes(self) -> tuple[Tensor, Tensor]:
@@ -43,6 +69,15 @@ class Settings:
     def midpoint(self) -> bool | None:
         """Whether the method's polynomial uses the midpoint; None if the method uses no polynomial."""
         return self.method == "hermite-midpoint" if self.method.startswith("hermite") else None
+
+
+def checked_stabiliser(stabiliser: float) -> float:
+    """The stabiliser as a float. Raises TypeError if it is no number, ValueError if it is below 0 or not finite."""
+    if isinstance(stabiliser, bool) or not hasattr(stabiliser, "__float__"):
+        raise TypeError(f"stabiliser: expected a number of at least 0, got {stabiliser!r}")
+    if not 0 <= float(stabiliser) < math.inf:
+        raise ValueError(f"stabiliser: expected a number of at least 0, got {stabiliser!r}")
+    return float(stabiliser)
 
 
 def check_budget(budget: int | None) -> None:

@@ -36,7 +36,9 @@ def enqueue_together(f: nn.Module, x: Tensor, settings: Settings, stacked: Stack
         if not all(is_like(y, outputs[0]) for y in ends):
             return None
         nodes, weights = settings.nodes
-        L, counts, each = stack_connectivity(chains, x, nodes, weights, settings.midpoint)
+        L, counts, pooled, each = stack_connectivity(
+            chains, x, nodes, weights, settings.midpoint, settings.statistic
+        )
         y, again = (torch.stack(ends), outputs) if ends else (outputs, None)
         findings = StackFindings(x, y, again, L, counts)
     return [
@@ -46,7 +48,7 @@ def enqueue_together(f: nn.Module, x: Tensor, settings: Settings, stacked: Stack
             y.shape[2],
             offset=partial(_offset_of_network, chains, y, number),
             findings=findings.of_network(number),
-            together=L,
+            together=(L, pooled),
         )
         for number, one in enumerate(each)
     ]

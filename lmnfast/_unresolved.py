@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from .reference import CONSTANT_ULPS, hermite_path, r2_of_outputs
+from .reference import CONSTANT_ULPS, hermite_path, pooled_r2_of_outputs, r2_of_outputs
 
 UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
 
@@ -62,11 +62,52 @@ def are_close(first: Tensor, second: Tensor) -> Tensor:
     return (second - first).abs().amax(1) <= CLOSE * largest
 
 
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """A connectivity matrix in which a kernel has left unresolved pairs."""
+
+    L: Tensor
+    """(N, N), with UNRESOLVED for each unresolved pair."""
+    pooled: Tensor | None
+    """As L, r2 pooled over the outputs; None if it is not asked for."""
+    counts: Tensor
+    """(2,) int64: the number of constant outputs over the resolved pairs, and the number of unresolved pairs."""
+    stabiliser: float = 0.0
+
+    def unresolved(self, most: int) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Where the unresolved pairs are, and their samples, at most `most` at a time."""
+        for first, second in _unresolved_pairs(self.L, most):
+            yield (first, second), first, second
+
+    def write(self, at: Any, r2: Tensor, pooled: Tensor | None) -> None:
+        (first, second), rows = at, ((self.L, r2), (self.pooled, pooled))
+        for matrix, values in rows:
+            if matrix is not None and values is not None:
+                matrix[first, second] = matrix[second, first] = values
+
+
+@dataclass(frozen=True, eq=False)
+class ListEntries(Entries):
+    """The entries of a list of pairs. L and pooled are (pairs,)."""
+
+    first: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """(pairs,) int64, the samples at t = 0."""
+    second: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def unresolved(self, most: int) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        for pair in (self.L == UNRESOLVED).nonzero()[:, 0].split(most):
+            yield pair, self.first[pair], self.second[pair]
+
+    def write(self, at: Any, r2: Tensor, pooled: Tensor | None) -> None:
+        self.L[at] = r2
+        if self.pooled is not None and pooled is not None:
+            self.pooled[at] = pooled
+
+
 def resolve(
     values: Values,
     x: Tensor,
-    L: Tensor,
-    counts: Tensor,
+    entries: Entries,
     nodes: Tensor,
     weights: Tensor,
     *,
@@ -75,14 +116,12 @@ def resolve(
     inputs: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> None:
-    """Replaces the unresolved entries of L in place, and completes the counts. Waits for a CUDA device.
+    """Replaces unresolved entries in place, and completes the counts. Waits for a CUDA device.
 
     Args:
         values: f in float64.
         x: (N, *in), the samples.
-        L: (N, N), with UNRESOLVED for each unresolved pair.
-        counts: (2,) int64: the number of constant outputs over the resolved pairs, and the number of unresolved pairs. The
-            second becomes 0.
+        entries: with the unresolved pairs. The second of their counts becomes 0.
         nodes, weights: (nodes,) float64, on the CPU.
         points: the largest number of points in one call of f.
         midpoint: None: r2 of f itself. A bool: r2 of f's Hermite polynomials, with or without the midpoint.
@@ -92,19 +131,22 @@ def resolve(
     The machine epsilon of L's dtype determines which outputs are constant. For close samples the epsilon of float64 does, as
     the samples' own rounding is no property of f.
     """
+    counts, dtype, stabiliser = entries.counts, entries.L.dtype, entries.stabiliser
     if int(counts[1]) == 0:
         return
-    epsilon, inputs = torch.finfo(L.dtype).eps, x if inputs is None else inputs
-    on_device = nodes.to(L.device)
-    for first, second in _unresolved_pairs(L, max(1, points // len(nodes))):
+    epsilon, inputs = torch.finfo(dtype).eps, x if inputs is None else inputs
+    on_device = nodes.to(x.device)
+    for at, first, second in entries.unresolved(max(1, points // len(nodes))):
         same = (inputs[first] == inputs[second]).flatten(1).all(1) | _agree(x[first], x[second])
-        L[first, second] = L[second, first] = 1.0
         others = (~same).nonzero()[:, 0]  # waits once on CUDA
+        entry = torch.ones(len(first), dtype=dtype, device=x.device)
+        pool = None if entries.pooled is None else entry.clone()
         if len(others) == 0:
+            entries.write(at, entry, pool)
             continue
         first, second = first[others], second[others]
         samples = x[first].double(), x[second].double()
-        y, least = _path(values, *samples, on_device, midpoint, L.dtype)
+        y, least = _path(values, *samples, on_device, midpoint, dtype)
         ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
         close = are_close(*samples)[:, None]
         rounding = ends * torch.where(close, _DOUBLE_EPSILON, epsilon)
@@ -113,8 +155,12 @@ def resolve(
             rounding = torch.where(close, torch.maximum(rounding, least), rounding)
         if noise is not None:
             rounding = torch.maximum(rounding, torch.maximum(noise[first], noise[second]))
-        r2, constant = r2_of_outputs(y, nodes, weights, rounding)
-        L[first, second] = L[second, first] = r2.mean(1).clamp(0, 1).to(L.dtype)  # rounding may exceed 1
+        r2, constant = r2_of_outputs(y, nodes, weights, rounding, stabiliser=stabiliser)
+        entry[others] = r2.mean(1).clamp(0, 1).to(dtype)  # rounding may exceed 1
+        if pool is not None:
+            pooled = pooled_r2_of_outputs(y, nodes, weights, rounding, stabiliser=stabiliser)
+            pool[others] = pooled.clamp(0, 1).to(dtype)
+        entries.write(at, entry, pool)
         counts[0] += constant.sum()
     counts[1] = 0
 

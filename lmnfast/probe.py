@@ -313,7 +313,8 @@ class Probe:
                     m = measurement(enqueued, self._settings, self._negative)
                     measured, spectrum = {name: getattr(m, name) for name in measured}, spectrum_of(m)
                 else:
-                    measured |= unsolved(enqueued, self._settings, self._negative)
+                    known = unsolved(enqueued, self._settings, self._negative)
+                    measured |= {name: known[name] for name in measured if name in known}
                 measured |= pending.observe_later(spectrum)
                 problems = {name: problem_of(name, why) for name, why in pending.values.problems.items()}
                 if (layer, "") not in self._warned and (problem := enqueued.offset_problem()):

@@ -14,38 +14,78 @@ from torch import Tensor
 CONSTANT_ULPS = 4.0
 
 
-def r2_along_path(y: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
-    """Squared Pearson correlation of each output with t, averaged over the outputs.
+def r2_along_path(
+    y: Tensor, nodes: Tensor, weights: Tensor, *, stabiliser: float = 0.0, pooled: bool = False
+) -> Tensor:
+    """Squared Pearson correlation of each output with t, averaged over the outputs or pooled over them.
 
-    ``cov(y_k, t)^2 / (var(t) var(y_k))``; 1 for an output that is constant to rounding.
+    Averaged: the mean of ``cov(y_k, t)^2 / (var(t) var(y_k) + stabiliser)``. Pooled:
+    ``sum_k cov(y_k, t)^2 / (var(t) sum_k var(y_k) + stabiliser)``. An output that is constant to rounding has a correlation
+    of 1 (0 with a stabiliser) and no part in the sums.
 
     Args:
         y: (..., nodes, outputs), the outputs at every node, the path's ends first and last.
         nodes: (nodes,) float64, the values of t, 0 first and 1 last.
         weights: (nodes,) float64, sum 1.
+        stabiliser: 0 or more, in the square of the outputs' unit.
+        pooled: whether the outputs are pooled.
 
     Returns:
         (...) of y's dtype.
 
     Source:
-        arXiv 2310.05918, Eq. 1.
+        arXiv 2310.05918, Eq. 1, without a stabiliser, averaged; docs/mathematics.md, "Pooled over the outputs".
     """
-    return r2_of_outputs(y, nodes, weights)[0].mean(-1)
+    if pooled:
+        return pooled_r2_of_outputs(y, nodes, weights, stabiliser=stabiliser)
+    return r2_of_outputs(y, nodes, weights, stabiliser=stabiliser)[0].mean(-1)
 
 
 def r2_of_outputs(
-    y: Tensor, nodes: Tensor, weights: Tensor, rounding: Tensor | None = None
+    y: Tensor, nodes: Tensor, weights: Tensor, rounding: Tensor | None = None, *, stabiliser: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Squared Pearson correlation of each output with t, and which outputs are constant to rounding (r2 = 1).
 
     Args:
-        y, nodes, weights: as in `r2_along_path`.
+        y, nodes, weights, stabiliser: as in `r2_along_path`.
         rounding: (..., outputs), an output whose standard deviation is at most CONSTANT_ULPS times this is constant;
             None: the machine epsilon of y's dtype times the larger magnitude of the path's two ends.
 
     Returns:
         (..., outputs) of y's dtype, and (..., outputs) bool.
     """
+    covariance, variance, variance_t, scale, constant = _moments(y, nodes, weights, rounding)
+    added = (stabiliser / scale) / scale  # in the units of the other two
+    r2 = covariance**2 / (variance_t * variance + added)
+    return torch.where(constant, 0.0 if stabiliser else 1.0, r2), constant
+
+
+def pooled_r2_of_outputs(
+    y: Tensor, nodes: Tensor, weights: Tensor, rounding: Tensor | None = None, *, stabiliser: float = 0.0
+) -> Tensor:
+    """The outputs' variance along the path that lies on their regression lines in t, as a share of all their variance.
+
+    Args:
+        y, nodes, weights, stabiliser: as in `r2_along_path`.
+        rounding: as in `r2_of_outputs`.
+
+    Returns:
+        (...) of y's dtype; 1 where all outputs are constant, 0 with a stabiliser.
+    """
+    covariance, variance, variance_t, scale, constant = _moments(y, nodes, weights, rounding)
+    common = torch.where(constant, 0.0, scale).amax(-1, keepdim=True)
+    common = torch.where(common > 0, common, 1.0)
+    factor = torch.where(constant, 0.0, (scale / common) ** 2)
+    on_line, all_of_it = (covariance**2 * factor).sum(-1), variance_t * (variance * factor).sum(-1)
+    common = common.squeeze(-1)
+    r2 = on_line / (all_of_it + (stabiliser / common) / common)
+    return torch.where(constant.all(-1), 0.0 if stabiliser else 1.0, r2)
+
+
+def _moments(
+    y: Tensor, nodes: Tensor, weights: Tensor, rounding: Tensor | None
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    """Covariance with t and variance of each output over its `scale`; the variance of t; the scale; which are constant."""
     t = nodes - weights @ nodes
     variance_t = float(weights @ t**2)
     weights, t = (v.to(y)[:, None] for v in (weights, t))
@@ -56,12 +96,21 @@ def r2_of_outputs(
     scale = centred.abs().amax(-2, keepdim=True)  # r2 does not see it; squares of tiny or huge outputs do
     centred = centred / torch.where(scale > 0, scale, 1.0)
     covariance, variance = (weights * t * centred).sum(-2), (weights * centred**2).sum(-2)
-    constant = scale.squeeze(-2) * variance.sqrt() <= CONSTANT_ULPS * rounding
-    return torch.where(constant, 1.0, covariance**2 / (variance_t * variance)), constant
+    scale = scale.squeeze(-2)
+    constant = scale * variance.sqrt() <= CONSTANT_ULPS * rounding
+    return covariance, variance, variance_t, torch.where(scale > 0, scale, 1.0), constant
 
 
 def path_r2(
-    interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
+    interior: Tensor,
+    ends: Tensor,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    *,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
 ) -> Tensor:
     """:func:`r2_along_path` where the paths' ends are the samples' own outputs.
 
@@ -70,6 +119,7 @@ def path_r2(
         ends: (samples, outputs).
         first, second: (pairs,) int64, the samples at t = 0 and t = 1.
         nodes, weights: (nodes,) float64, as above.
+        stabiliser, pooled: as in :func:`r2_along_path`.
 
     Returns:
         (pairs,) of interior's dtype.
@@ -81,19 +131,28 @@ def path_r2(
         tensor([1.])
     """
     y = torch.cat([ends[first][:, None], interior, ends[second][:, None]], 1)
-    return r2_along_path(y, nodes, weights)
+    return r2_along_path(y, nodes, weights, stabiliser=stabiliser, pooled=pooled)
 
 
-def path_connectivity(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
+def path_connectivity(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    *,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
+) -> Tensor:
     """Linear connectivity matrix: r2 of f's outputs along the straight line between every two samples.
 
     Args:
         f: maps (B, *in) to (B, *out); the outputs are flattened.
         x: (N, *in), the samples.
         nodes, weights: (nodes,) float64, as above.
+        stabiliser, pooled: as in :func:`r2_along_path`.
 
     Returns:
-        (N, N) of f's dtype, symmetric, ones on the diagonal.
+        (N, N) of f's dtype, symmetric, ones on the diagonal and between equal samples.
 
     Source:
         arXiv 2310.05918, Eq. 1-2.
@@ -110,7 +169,8 @@ def path_connectivity(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, w
         others = x[i + 1 :, None]
         y = f(torch.lerp(x[i], others, t).flatten(0, 1)).reshape(len(others), len(nodes), -1)
         coincident = (others == x[i]).flatten(1).all(1)
-        result[i, i + 1 :] = torch.where(coincident, 1.0, r2_along_path(y, nodes, weights))
+        r2 = r2_along_path(y, nodes, weights, stabiliser=stabiliser, pooled=pooled)
+        result[i, i + 1 :] = torch.where(coincident, 1.0, r2)
     return result.triu() + result.triu(1).mT
 
 
@@ -169,7 +229,14 @@ def block_coefficients(
 
 
 def hermite_connectivity(
-    f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    midpoint: bool,
+    *,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
 ) -> Tensor:
     """:func:`path_connectivity` of polynomials in place of f along the paths, which f's Jacobians make cheap.
 
@@ -181,6 +248,7 @@ def hermite_connectivity(
         x: (N, *in), the samples.
         nodes, weights: (nodes,) float64, as above.
         midpoint: whether the midpoint is matched.
+        stabiliser, pooled: as in :func:`r2_along_path`.
 
     Returns:
         (N, N) of f's dtype, symmetric, ones on the diagonal.
@@ -201,7 +269,8 @@ def hermite_connectivity(
         start = torch.einsum("kd,nd->nk", J[i], step.flatten(1))
         end = torch.einsum("nkd,nd->nk", J[i + 1 :], step.flatten(1))
         half = f(torch.lerp(x[i], others, 0.5)).flatten(1) if midpoint else None
-        r2 = r2_along_path(hermite_path(y[i], y[i + 1 :], start, end, half, nodes), nodes, weights)
+        path = hermite_path(y[i], y[i + 1 :], start, end, half, nodes)
+        r2 = r2_along_path(path, nodes, weights, stabiliser=stabiliser, pooled=pooled)
         coincident = (others == x[i]).flatten(1).all(1)
         result[i, i + 1 :] = torch.where(coincident, 1.0, r2)
     return result.triu() + result.triu(1).mT

@@ -16,7 +16,7 @@ from ._connectivity import measured, stacked_matrices, warn_of_offsets
 from ._enqueue import Enqueued
 from ._native import Progress
 from ._observables import Chosen, Values, problem_of, settings_for
-from ._observed import Observation, Spectrum, pooled_of
+from ._observed import Observation, Spectrum
 from ._settings import Settings
 from ._stacked import Stacked
 from ._threads import one_core_after_fork
@@ -206,10 +206,12 @@ class Measurement:
     negative: str
     """The treatment of negative eigenvalues: "absolute" or "clip"."""
     constant_share: float
-    """Share of the paths, over all pairs and outputs, that are constant to rounding and so count as straight. 0 for
-    "jacobian", which uses no path."""
+    """Share of the paths, over all pairs and outputs, that are constant to rounding and so count as straight (with a
+    stabiliser as bent). 0 for "jacobian", which uses no path."""
     negative_share: float
     """sum |w| over the negative eigenvalues, as a share of sum |w| over all eigenvalues."""
+    stabiliser: float = 0.0
+    """What was added to the denominators of r2, as in :func:`connectivity`."""
     observables: dict[str, float] = field(default_factory=dict)
     """The observables that were asked for, by name; NaN for one that does not apply."""
 
@@ -283,6 +285,7 @@ def unsolved(enqueued: Enqueued, settings: Settings, negative: str) -> dict[str,
         "precision": enqueued.precision,
         "negative": negative,
         "constant_share": enqueued.constant_share(),
+        "stabiliser": settings.stabiliser,
     }
 
 
@@ -296,6 +299,7 @@ def measure(
     budget: int | None = None,
     negative: str = "absolute",
     progress: bool | Progress = False,
+    stabiliser: float = 0.0,
     observables: str | Sequence[str] = (),
 ) -> Measurement:
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
@@ -306,6 +310,7 @@ def measure(
         method, points, rule, budget: as in :func:`connectivity`.
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
         progress: a bar (True), or a function of the share done, as in :func:`connectivity`.
+        stabiliser: as in :func:`connectivity`; 0 is the definition.
         observables: names of numbers to measure beside LMN, as :func:`lmnfast.observables` lists them.
 
     Returns:
@@ -333,7 +338,7 @@ def measure(
     """
     check_negative(negative)
     chosen = Chosen(observables)
-    settings = settings_for(chosen, Settings(method, points, rule, budget))
+    settings = settings_for(chosen, Settings(method, points, rule, budget, stabiliser))
     each = measured(f, x, settings, progress=progress)
     warn_of_offsets(each)
     m = measurement(each[0], settings, negative)
@@ -341,7 +346,7 @@ def measure(
         return m
     values = Values(chosen)
     model = f if isinstance(f, nn.Module) else None
-    o = Observation(each[0].L, pooled_of(each[0]), spectrum_of(m), x, f, model)
+    o = Observation(each[0].L, each[0].pooled, spectrum_of(m), x, f, model)
     values.observe((*chosen.at_step, *chosen.later), o)
     m = replace(m, observables=values.numbers())
     for name, reason in values.problems.items():
@@ -364,6 +369,7 @@ def lmn(
     budget: int | None = None,
     stacked: Stacked | None = None,
     negative: str = "absolute",
+    stabiliser: float = 0.0,
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
@@ -374,6 +380,7 @@ def lmn(
             the method with it.
         points, rule, budget, stacked: as in :func:`connectivity`.
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
+        stabiliser: as in :func:`connectivity`; 0 is the definition.
 
     Returns:
         0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no autograd graph.
@@ -392,7 +399,7 @@ def lmn(
         1.0
     """
     check_negative(negative)
-    each = measured(f, x, Settings(method, points, rule, budget), stacked)
+    each = measured(f, x, Settings(method, points, rule, budget, stabiliser), stacked)
     warn_of_offsets(each)
     L = each[0].L if stacked is None else stacked_matrices(each)
     return torch.exp2(_spectrum(L, negative)[2].to(L.device))

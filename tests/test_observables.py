@@ -48,10 +48,6 @@ def pooled_matrix(f, x):
     return R
 
 
-def with_pooled(monkeypatch, f, x):
-    monkeypatch.setattr(lmnfast.spectrum, "pooled_of", lambda enqueued: pooled_matrix(f, x))
-
-
 def effective_rank(values):
     p = values[values > 0] / values.sum()
     return torch.exp(-(p * p.log()).sum()).item()
@@ -82,31 +78,28 @@ def expected_values(f, x):
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.GELU, nn.Tanh])
-def test_every_observable_is_its_formula(activation, monkeypatch):
+def test_every_observable_is_its_formula(activation):
     f, x = mlp(activation), samples()
-    with_pooled(monkeypatch, f, x)
     m = lmnfast.measure(f, x, observables=NAMES)
     assert list(m.observables) == NAMES
     assert m.observables == pytest.approx(expected_values(f, x), rel=1e-9)
     assert m.observables["lmn"] == m.lmn and m.observables["negative_share"] == m.negative_share
 
 
-def test_in_float32_they_are_those_of_float64_to_rounding(monkeypatch):
+def test_in_float32_they_are_those_of_float64_to_rounding():
     f, x = mlp(), samples()
     expected = expected_values(f, x)
-    with_pooled(monkeypatch, f, x)
     m = lmnfast.measure(mlp(dtype=torch.float32), x.float(), observables=NAMES)
     assert m.observables == pytest.approx(expected, rel=1e-4)
 
 
-def test_pooled_curvature_does_not_see_a_rotation_of_the_outputs(monkeypatch):
+def test_pooled_curvature_does_not_see_a_rotation_of_the_outputs():
     f, x = mlp(), samples()
     Q = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
     g = nn.Sequential(f, nn.Linear(4, 4, bias=False, dtype=torch.float64))
     g[1].weight.data = Q
     values = []
     for network in (f, g):
-        with_pooled(monkeypatch, network, x)
         m = lmnfast.measure(network, x, observables=["curvature", "pooled_curvature"])
         values.append(m.observables)
     assert values[0]["pooled_curvature"] == pytest.approx(values[1]["pooled_curvature"], rel=1e-9)
@@ -185,11 +178,9 @@ class Sin(nn.Module):
         (nn.Sequential(nn.Linear(6, 3), Sin()), "local_complexity", "sin"),
         (lambda x: x.tanh(), "l2_norm", "it is no nn.Module"),
         (lambda x: x.detach().tanh(), "jacobian_rank", "cannot be differentiated"),
-        (nn.Sequential(nn.Linear(6, 3)), "pooled_curvature", "the method gives no pooled matrix"),
     ],
 )
-def test_what_does_not_apply_is_named_once_and_the_others_are_measured(f, name, why, monkeypatch):
-    monkeypatch.setattr(lmnfast.spectrum, "pooled_of", lambda enqueued: None)
+def test_what_does_not_apply_is_named_once_and_the_others_are_measured(f, name, why):
     with pytest.warns(
         UserWarning, match=f"^f: observable '{name}' does not apply, its value is NaN: .*{why}"
     ) as said:
@@ -197,6 +188,25 @@ def test_what_does_not_apply_is_named_once_and_the_others_are_measured(f, name, 
     assert len(said) == 1
     assert math.isnan(m.observables[name]) and 0 <= m.observables["curvature"] < 1
     assert m == lmnfast.Measurement(**m.to_dict()) and hash(m)
+
+
+def test_without_paths_there_is_no_pooled_curvature():
+    with pytest.warns(
+        UserWarning, match="'pooled_curvature' does not apply, .*: the method gives no pooled matrix"
+    ):
+        m = lmnfast.measure(
+            mlp(), samples(), method="jacobian", observables=["curvature", "pooled_curvature"]
+        )
+    assert math.isnan(m.observables["pooled_curvature"]) and m.observables["curvature"] > 0
+
+
+def test_observables_follow_the_stabiliser():
+    f, x = mlp(), samples()
+    plain, bent = (
+        lmnfast.measure(f, x, stabiliser=s, observables=["curvature", "pooled_curvature"]).observables
+        for s in (0, 1e-3)
+    )
+    assert all(bent[name] > plain[name] for name in plain)
 
 
 def test_of_zeros_there_is_no_rank():

@@ -13,7 +13,7 @@ from probed import Network
 from support import CUDA
 
 import lmnfast
-from lmnfast import _observables, _probed
+from lmnfast import _observables
 from lmnfast.cutting import cut
 from lmnfast.probe import COLUMNS, Probe
 
@@ -26,13 +26,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 def registry(monkeypatch):
     """What a test registers is gone after it."""
     monkeypatch.setattr(_observables, "_registry", dict(_observables._registry))
-
-
-@pytest.fixture
-def pooled(monkeypatch):
-    """A stand-in for the pooled matrix, in a probe and in `measure`."""
-    for module in (_probed, lmnfast.spectrum):
-        monkeypatch.setattr(module, "pooled_of", lambda enqueued: enqueued.L.square())
 
 
 def noisy(o):
@@ -67,13 +60,13 @@ def trained(device, observables, steps=7):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_training_with_all_observables_is_bit_identical_to_training_without(device, pooled):
+def test_training_with_all_observables_is_bit_identical_to_training_without(device):
     lmnfast.register_observable("noisy", noisy)
     for ours, plain in zip(trained(device, [*NAMES, "noisy"]), trained(device, None), strict=True):
         assert torch.equal(ours, plain)
 
 
-def test_a_row_holds_what_measuring_the_cut_gives(model, x, pooled):
+def test_a_row_holds_what_measuring_the_cut_gives(model, x):
     names = [name for name in NAMES if name != "l2_norm"]
     with Probe(model, x, ["inputs", "first"], observables=NAMES) as probe:
         probe(0, loss=0.5)
@@ -215,8 +208,7 @@ def test_a_copied_and_a_resumed_probe_go_on_with_the_same_observables(model, x):
         assert other.history == probe.history
 
 
-def test_a_probe_by_jacobians_has_no_pooled_matrix(model, x, monkeypatch):
-    monkeypatch.setattr(_probed, "pooled_of", lambda enqueued: None)
+def test_a_probe_by_jacobians_has_no_pooled_matrix(model, x):
     probe = Probe(model, x, "first", method="jacobian", observables=["curvature", "pooled_curvature"])
     probe(0)
     with pytest.warns(UserWarning, match="layer 'first': observable 'pooled_curvature' does not apply"):

@@ -15,23 +15,24 @@ constexpr int kNodeChunk = 32;            // nodes gathered at a time, 2 kB
 template <class T>
 struct Lane {
   using V = Vector<T>;
-  V first, chord, magnitude, scale, rounding, least;
+  V first, chord, magnitude, scale, rounding, least, stabiliser;
   Moments<V> moments{};
 
   Lane() = default;
-  Lane(V y_first, V y_second, V y_scale, V y_rounding, V y_least)
+  Lane(V y_first, V y_second, V y_scale, V y_rounding, V y_least, V y_stabiliser)
       : first(y_first),
         chord(y_second - y_first),
         magnitude(larger(absolute(y_first), absolute(y_second)) * y_scale),
         scale(y_scale),
         rounding(y_rounding),
-        least(y_least) {}
+        least(y_least),
+        stabiliser(y_stabiliser) {}
   inline void add(V y, T t, T weight, T weight_t) {
     add_moments(moments, (y - fma(splat<V>(t), chord, first)) * scale, weight, weight_t);
   }
   inline Share<V> share(const PathNodes& nodes) const {
     return share_of_output<V, T>(chord * scale, moments, magnitude, least, fma(magnitude, magnitude, rounding * rounding),
-                                 T(nodes.variance_t), Epsilon<T>::value);
+                                 T(nodes.variance_t), Epsilon<T>::value, stabiliser);
   }
 };
 
@@ -51,8 +52,22 @@ inline Vector<T> load_row(const T* from, const T* end) {
 /// Sums over the outputs of a pair.
 template <class T>
 struct PairSums {
-  CompensatedSum<Vector<T>> nonlinear;
+  CompensatedSum<Vector<T>> nonlinear, bend, total;  // the last two for pooling
   Vector<T> constants{}, unresolved{};
+};
+
+/// The workspace: five numbers of each output, and one of all.
+template <class T>
+struct Outputs {
+  const T *scale, *rounding, *least, *stabiliser, *pooling;  // [outputs]; rounding: of all numbers that it is computed from
+  const T* pooled_stabiliser;
+  explicit Outputs(const PathR2<T>& op)
+      : scale(op.workspace),
+        rounding(scale + op.outputs),
+        least(rounding + op.outputs),
+        stabiliser(least + op.outputs),
+        pooling(stabiliser + op.outputs),
+        pooled_stabiliser(pooling + op.outputs) {}
 };
 
 /// The op's counts, see ops.h.
@@ -60,32 +75,37 @@ struct Counts {
   std::int64_t constants = 0, unresolved = 0;
 };
 
-/// The entry of a pair, from its sums.
+/// Sums over all outputs of a pair.
 template <class T>
-inline T entry_of(T nonlinear, T constants, T unresolved, std::int64_t outputs, Counts& counts) {
-  if (unresolved > 0) {
-    ++counts.unresolved;
-    return T(kUnresolved);
+struct Entry {
+  T nonlinear = 0, bend = 0, total = 0, constants = 0, unresolved = 0;
+
+  void write(const PathR2<T>& op, std::int64_t pair, Counts& counts) {
+    const T stabiliser = *Outputs<T>(op).pooled_stabiliser;
+    if (op.pooled && pool_underflows(total, stabiliser, std::int64_t(constants), op.outputs)) unresolved = 1;
+    const bool resolved = !(unresolved > 0);
+    counts.constants += resolved ? std::int64_t(constants) : 0;
+    counts.unresolved += !resolved;
+    op.r2[pair] = resolved ? 1 - nonlinear / T(op.outputs) : T(kUnresolved);
+    if (op.pooled) op.pooled[pair] = resolved ? pooled_r2(bend, total, stabiliser) : T(kUnresolved);
   }
-  counts.constants += std::int64_t(constants);
-  return 1 - nonlinear / T(outputs);
-}
+};
 
 /// Adds the shares of kVectors vectors of a pair's outputs from start on.
 template <class T, int kVectors>
 inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t start, PairSums<T>& sums) {
   const T* interior_end = op.interior + op.pairs * op.nodes.interior * op.outputs;
-  const T *ends_end = op.ends + op.samples * op.outputs, *scale_end = op.workspace + 3 * op.outputs;
+  const T *ends_end = op.ends + op.samples * op.outputs, *outputs_end = Outputs<T>(op).pooled_stabiliser;
+  const Outputs<T> outputs(op);
   const T* y = op.interior + pair * op.nodes.interior * op.outputs + start;
   const T* first = op.ends + op.first[pair] * op.outputs + start;
   const T* second = op.ends + op.second[pair] * op.outputs + start;
   Lane<T> lanes[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const int at = v * kLanes<T>;
-    lanes[v] =
-        Lane<T>(load_row(first + at, ends_end), load_row(second + at, ends_end), load_row(op.workspace + start + at, scale_end),
-                load_row(op.workspace + op.outputs + start + at, scale_end),
-                load_row(op.workspace + 2 * op.outputs + start + at, scale_end));
+    const auto row = [&](const T* values) { return load_row(values + start + at, outputs_end); };
+    lanes[v] = Lane<T>(load_row(first + at, ends_end), load_row(second + at, ends_end), row(outputs.scale),
+                       row(outputs.rounding), row(outputs.least), row(outputs.stabiliser));
   }
   for (int m = 0; m < op.nodes.interior; ++m, y += op.outputs) {
     const Node<T> node(op.nodes, m);
@@ -99,36 +119,45 @@ inline void add_shares(const PathR2<T>& op, std::int64_t pair, std::int64_t star
   for (int v = 0; v < kVectors; ++v) {
     Share<Vector<T>> share = lanes[v].share(op.nodes);
     for (std::int64_t lane = op.outputs - start - v * kLanes<T>; lane < kLanes<T>; ++lane) {
-      share.nonlinear[lane] = share.constant[lane] = share.unresolved[lane] = 0;
+      share.nonlinear[lane] = share.constant[lane] = share.unresolved[lane] = share.bend[lane] = share.total[lane] = 0;
     }
     sums.nonlinear.add(share.nonlinear);
+    if (op.pooled) {
+      const Vector<T> pooling = load_row(outputs.pooling + start + v * kLanes<T>, outputs_end);
+      sums.bend.add(share.bend * pooling);
+      sums.total.add(share.total * pooling);
+    }
     sums.constants += share.constant;
     sums.unresolved += share.unresolved;
   }
 }
 
 template <class T>
-T wide_pair(const PathR2<T>& op, std::int64_t pair, Counts& counts) {
+void wide_pair(const PathR2<T>& op, std::int64_t pair, Counts& counts) {
   PairSums<T> sums;
   std::int64_t start = 0;
   for (; start + kGroup * kLanes<T> <= op.outputs; start += kGroup * kLanes<T>) {
     add_shares<T, kGroup>(op, pair, start, sums);
   }
   for (; start < op.outputs; start += kLanes<T>) add_shares<T, 1>(op, pair, start, sums);
-  T nonlinear = 0, constants = 0, unresolved = 0;
+  Entry<T> entry;
   for (int lane = 0; lane < kLanes<T>; ++lane) {
-    nonlinear += sums.nonlinear.sum[lane];
-    constants += sums.constants[lane];
-    unresolved += sums.unresolved[lane];
+    entry.nonlinear += sums.nonlinear.sum[lane];
+    entry.bend += sums.bend.sum[lane];
+    entry.total += sums.total.sum[lane];
+    entry.constants += sums.constants[lane];
+    entry.unresolved += sums.unresolved[lane];
   }
-  return entry_of(nonlinear, constants, unresolved, op.outputs, counts);
+  entry.write(op, pair, counts);
 }
 
 /// Handles as many pairs as fit into one vector.
 template <class T>
 void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, Counts& counts) {
   using V = Vector<T>;
+  const Outputs<T> outputs(op);
   T first[kLanes<T>] = {}, second[kLanes<T>] = {}, scale[kLanes<T>] = {}, rounding[kLanes<T>] = {}, least[kLanes<T>] = {};
+  T stabiliser[kLanes<T>] = {};
   const T* y[kLanes<T>];
   for (const T*& row : y) row = op.interior;  // lanes without an output read any number
   int lane = 0;
@@ -137,12 +166,13 @@ void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, C
       y[lane] = op.interior + pair * op.nodes.interior * op.outputs + k;
       first[lane] = op.ends[op.first[pair] * op.outputs + k];
       second[lane] = op.ends[op.second[pair] * op.outputs + k];
-      scale[lane] = op.workspace[k];
-      rounding[lane] = op.workspace[op.outputs + k];
-      least[lane] = op.workspace[2 * op.outputs + k];
+      scale[lane] = outputs.scale[k];
+      rounding[lane] = outputs.rounding[k];
+      least[lane] = outputs.least[k];
+      stabiliser[lane] = outputs.stabiliser[k];
     }
   }
-  Lane<T> lanes(load<V>(first), load<V>(second), load<V>(scale), load<V>(rounding), load<V>(least));
+  Lane<T> lanes(load<V>(first), load<V>(second), load<V>(scale), load<V>(rounding), load<V>(least), load<V>(stabiliser));
   T gathered[kNodeChunk * kLanes<T>];
   for (int from = 0; from < op.nodes.interior; from += kNodeChunk) {
     const int nodes = op.nodes.interior - from < kNodeChunk ? op.nodes.interior - from : kNodeChunk;
@@ -158,21 +188,22 @@ void narrow_pairs(const PathR2<T>& op, std::int64_t begin, std::int64_t pairs, C
   }
   const Share<V> share = lanes.share(op.nodes);
   for (std::int64_t pair = 0; pair < pairs; ++pair) {
-    T nonlinear = 0, constants = 0, unresolved = 0;
-    for (std::int64_t at = pair * op.outputs; at < (pair + 1) * op.outputs; ++at) {
-      nonlinear += share.nonlinear[at];
-      constants += share.constant[at];
-      unresolved += share.unresolved[at];
+    Entry<T> entry;
+    for (std::int64_t k = 0; k < op.outputs; ++k) {
+      const std::int64_t at = pair * op.outputs + k;
+      entry.nonlinear += share.nonlinear[at];
+      entry.bend += share.bend[at] * outputs.pooling[k];
+      entry.total += share.total[at] * outputs.pooling[k];
+      entry.constants += share.constant[at];
+      entry.unresolved += share.unresolved[at];
     }
-    op.r2[begin + pair] = entry_of(nonlinear, constants, unresolved, op.outputs, counts);
+    entry.write(op, begin + pair, counts);
   }
 }
 
-/// The workspace holds three numbers of each output: its scale, the rounding of all numbers that it is computed from, and
-/// `least` of share_of_output.
 template <class T>
 std::size_t workspace_of(const PathR2<T>& op) {
-  return 3 * std::size_t(op.outputs) * sizeof(T);
+  return (5 * std::size_t(op.outputs) + 1) * sizeof(T);
 }
 
 template <class T>
@@ -189,7 +220,16 @@ void path_r2_on(const PathR2<T>& op, int threads) {
     const T own = op.rounding ? op.rounding[k] * op.workspace[k] : 0;
     op.workspace[op.outputs + k] = magnitude * op.workspace[k] * T(kLeastRounding) + own;
     op.workspace[2 * op.outputs + k] = op.rounding ? op.rounding[op.outputs + k] * op.workspace[k] : 0;
+    op.workspace[3 * op.outputs + k] = scaled_stabiliser(op.stabiliser, op.workspace[k]);
+    op.workspace[4 * op.outputs + k] = largest;  // for now
   }
+  T common = 0;  // the scale of the output that varies most
+  for (std::int64_t k = 0; k < op.outputs; ++k) {
+    if (op.workspace[4 * op.outputs + k] > 0 && (common == 0 || op.workspace[k] < common)) common = op.workspace[k];
+  }
+  common = common > 0 ? common : T(1);
+  for (std::int64_t k = 0; k < op.outputs; ++k) op.workspace[4 * op.outputs + k] = pooling_factor(common, op.workspace[k]);
+  op.workspace[5 * op.outputs] = scaled_stabiliser(op.stabiliser, common);
   std::int64_t constants = 0, unresolved = 0;
   // Chunks are short. If another process takes the core of a thread, the other threads wait for one chunk at most.
   const std::int64_t values = op.nodes.interior * op.outputs;
@@ -199,7 +239,7 @@ void path_r2_on(const PathR2<T>& op, int threads) {
     reduction(+ : constants, unresolved)
     for (std::int64_t pair = 0; pair < op.pairs; ++pair) {
       Counts counts;
-      op.r2[pair] = wide_pair(op, pair, counts);
+      wide_pair(op, pair, counts);
       constants += counts.constants;
       unresolved += counts.unresolved;
     }

@@ -11,13 +11,22 @@ from torch import Tensor
 from .. import _native
 from .._chain import ACTIVATIONS, IDENTITY, Activation, Chain
 from .._native import plain
+from .._settings import PLAIN, Statistic, checked_stabiliser
 from .._stacked import ChainStack
-from .._unresolved import Values, resolve
-from ._checks import check_chain, check_rule, check_sums, check_tensor
+from .._unresolved import Entries, ListEntries, Values, resolve
+from ._checks import check_chain, check_indices, check_rule, check_sums, check_tensor
 
 
-def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
-    """``reference.path_connectivity(chain, x, nodes, weights)``, fused; on the CPU, or on CUDA in a build with CUDA.
+def path_connectivity(
+    chain: Chain,
+    x: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    *,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
+) -> Tensor:
+    """``reference.path_connectivity`` of the same arguments, fused; on the CPU, or on CUDA in a build with CUDA.
 
     A first Linear commutes with the path, so it is applied only to the samples, in float64. With float32 samples the statistics
     and the result are float32, and sums over outputs are compensated or float64. With float64 samples everything is float64.
@@ -35,6 +44,7 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
         chain: weights on the samples' device, of their dtype.
         x: (N, D), or (N, *in) where the chain flattens.
         nodes, weights: (nodes,) float64, as :func:`lmnfast.quadrature.path_nodes` returns them.
+        stabiliser, pooled: as in :func:`lmnfast.connectivity`.
 
     Returns:
         (N, N) float64 for float64 samples, else float32.
@@ -53,89 +63,146 @@ def path_connectivity(chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor) -
         >>> lmnfast.ops.path_connectivity(chain, torch.randn(50, 8), *rule).shape
         torch.Size([50, 50])
     """
-    measured = chain_connectivity(chain, x, nodes, weights)
+    measured = chain_connectivity(chain, x, nodes, weights, statistic=Statistic(stabiliser, pooled))
     measured.resolve()
-    return measured.L
+    return measured.L if measured.pooled is None else measured.pooled
 
 
 class ChainConnectivity(NamedTuple):
-    """A connectivity matrix as the kernels leave it."""
+    """A connectivity matrix, or the entries of a list of pairs, as the kernels leave it."""
 
     L: Tensor
-    """(N, N), with UNRESOLVED in place of an entry that the dtype cannot resolve. On CUDA the kernels themselves measure most
-    of the pairs that float32 cannot resolve."""
+    """(N, N) or (pairs,), with UNRESOLVED in place of an entry that the dtype cannot resolve. On CUDA the kernels themselves
+    measure most of the pairs that float32 cannot resolve."""
     counts: Tensor
     """(2,) int64 on L's device: outputs counted as constant over the resolved pairs; unresolved pairs."""
     resolve: Callable[[], None]
-    """Measures the unresolved pairs and completes L and counts. Waits for the device."""
+    """Measures the unresolved pairs and completes L, pooled and counts. Waits for the device."""
+    pooled: Tensor | None = None
+    """As L, r2 pooled over the outputs; None if it was not asked for."""
 
 
 def chain_connectivity(
-    chain: Chain, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None = None
+    chain: Chain,
+    x: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    midpoint: bool | None = None,
+    statistic: Statistic = PLAIN,
 ) -> ChainConnectivity:
     """`path_connectivity`, or `hermite_connectivity` if midpoint is not None, before the unresolved pairs are measured.
 
     On CUDA the op is enqueued on the current stream. It never synchronises, and takes all memory from torch.
     """
     parts = _hoisted(chain, x)
-    L, counts = _measured(parts, x, nodes, weights, midpoint)
-    resolved = partial(_resolved, lambda: parts, x, L, counts, nodes, weights, midpoint)
-    return ChainConnectivity(L, counts, resolved)
+    L, counts, pooled = _measured(parts, x, nodes, weights, midpoint, statistic)
+    entries = Entries(L, pooled, counts, statistic.stabiliser)
+    resolved = partial(_resolved, lambda: parts, x, entries, nodes, weights, midpoint)
+    return ChainConnectivity(L, counts, resolved, pooled)
+
+
+# Bytes of the samples' values that a list of pairs may take at a time in the kernel, per value of a layer.
+LIST_BYTES = 16 * 2**20
+BYTES_PER_VALUE = 32
+
+
+def chain_pairs(
+    chain: Chain,
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    midpoint: bool | None = None,
+    statistic: Statistic = PLAIN,
+) -> ChainConnectivity:
+    """`chain_connectivity` of some pairs of samples alone, on the CPU. first, second: (pairs,) int64; no pair of a sample with
+    itself.
+
+    The memory does not depend on the number of samples: the kernel takes a few thousand pairs at a time, and their samples.
+    """
+    values = sum(map(len, chain.weights)) + chain.weights[0].shape[1] if chain.weights else x[0].numel()
+    most = max(64, LIST_BYTES // (2 * BYTES_PER_VALUE * x.element_size() * values // 4))
+    parts = []
+    for pair in torch.arange(len(first)).split(most):
+        used, places = torch.stack([first[pair], second[pair]]).unique(return_inverse=True)
+        own = _hoisted(chain, x[used])
+        parts.append((_measured(own, x[used], nodes, weights, midpoint, statistic, *places), used, places))
+    r2, counts, pooled = map(list, zip(*(found for found, *_ in parts)))
+    whole = torch.cat(pooled) if statistic.pooled else None
+    result = ChainConnectivity(torch.cat(r2), torch.stack(counts).sum(0), lambda: None, whole)
+
+    def resolved() -> None:
+        for n, (_, used, places) in enumerate(parts):
+            own = slice(n * most, (n + 1) * most)
+            part = None if whole is None else whole[own]
+            entries = ListEntries(result.L[own], part, counts[n], statistic.stabiliser, *places)
+            _resolved(partial(_hoisted, chain, x[used]), x[used], entries, nodes, weights, midpoint)
+        result.counts.copy_(torch.stack(counts).sum(0))
+
+    return result._replace(resolve=resolved)
 
 
 def stack_connectivity(
-    chains: ChainStack, x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None = None
-) -> tuple[Tensor, Tensor, list[ChainConnectivity]]:
+    chains: ChainStack,
+    x: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    midpoint: bool | None = None,
+    statistic: Statistic = PLAIN,
+) -> tuple[Tensor, Tensor, Tensor | None, list[ChainConnectivity]]:
     """`chain_connectivity` of several networks on x (networks, N, *in), with the same bits. On CUDA all networks share one
     launch.
 
     Returns:
-        L (networks, N, N); counts (networks, 2); and per network its parts of L and counts.
+        L (networks, N, N); counts (networks, 2); pooled as L, or None; and per network its parts of these.
     """
     parts = _hoisted(chains, x)
-    L, counts = _measured(parts, x, nodes, weights, midpoint)
-    return (
-        L,
-        counts,
-        [
-            ChainConnectivity(
-                one,
-                count,
-                partial(_resolved, partial(parts.of_network, n), x[n], one, count, nodes, weights, midpoint),
-            )
-            for n, (one, count) in enumerate(zip(L.unbind(), counts.unbind()))
-        ],
-    )
+    L, counts, pooled = _measured(parts, x, nodes, weights, midpoint, statistic)
+    each = []
+    for n in range(len(L)):
+        entries = Entries(L[n], None if pooled is None else pooled[n], counts[n], statistic.stabiliser)
+        resolved = partial(_resolved, partial(parts.of_network, n), x[n], entries, nodes, weights, midpoint)
+        each.append(ChainConnectivity(entries.L, entries.counts, resolved, entries.pooled))
+    return L, counts, pooled, each
 
 
 def _measured(
-    parts: "_Hoisted", x: Tensor, nodes: Tensor, weights: Tensor, midpoint: bool | None
-) -> tuple[Tensor, Tensor]:
-    """L and counts, as the registered ops return them."""
+    parts: "_Hoisted",
+    x: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    midpoint: bool | None,
+    statistic: Statistic,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """L, counts and pooled, as the registered ops return them; None for a pooled result that was not asked for."""
     arguments = (
         *parts.arguments(torch.float64 if x.dtype == torch.float64 else torch.float32),
         nodes,
         weights,
     )
-    at_once = {}
+    at_once: dict[str, Any] = {**statistic._asdict(), "first": first, "second": second}
     if _native.on_cuda(x) and x.dtype != torch.float64:
-        at_once = {"exact": parts.samples(), "inputs": x.flatten(parts.z.dim() - 1).float()}
+        at_once |= {"exact": parts.samples(), "inputs": x.flatten(parts.z.dim() - 1).float()}
     if midpoint is None:
-        return torch.ops.lmnfast.path_connectivity(*arguments, **at_once)
-    return torch.ops.lmnfast.hermite_connectivity(*arguments, midpoint, **at_once)
+        L, counts, pooled = torch.ops.lmnfast.path_connectivity(*arguments, **at_once)
+    else:
+        L, counts, pooled = torch.ops.lmnfast.hermite_connectivity(*arguments, midpoint, **at_once)
+    return L, counts, pooled if statistic.pooled else None
 
 
 def _resolved(
     parts_of: Callable[[], "_Hoisted"],
     x: Tensor,
-    L: Tensor,
-    counts: Tensor,
+    entries: Entries,
     nodes: Tensor,
     weights: Tensor,
     midpoint: bool | None,
 ) -> None:
     """`ChainConnectivity.resolve` of one network."""
-    if int(counts[1]) == 0:  # saves widening the network to float64
+    if int(entries.counts[1]) == 0:  # saves widening the network to float64
         return
     parts = parts_of()
     width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
@@ -144,8 +211,7 @@ def _resolved(
     resolve(
         parts.values(),
         parts.samples(),
-        L,
-        counts,
+        entries,
         nodes,
         weights,
         points=values // width,
@@ -320,15 +386,22 @@ def activation_arguments(activations: Sequence[Activation]) -> tuple[list[int], 
 torch.library.define(
     "lmnfast::path_connectivity",
     "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, int[] skips, "
-    "Tensor?[] shifts, Tensor nodes, Tensor node_weights, Tensor? exact=None, Tensor? inputs=None) -> (Tensor, Tensor)",
+    "Tensor?[] shifts, Tensor nodes, Tensor node_weights, Tensor? exact=None, Tensor? inputs=None, float stabiliser=0.0, "
+    "bool pooled=False, Tensor? first=None, Tensor? second=None) -> (Tensor, Tensor, Tensor)",
 )
 
 
-def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+OPTIONAL = ("exact", "inputs", "stabiliser", "pooled", "first", "second")
+
+
+def fake(*arguments: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes and dtypes that `run` returns for the same arguments, without midpoint. Tensors need no values."""
-    z = arguments[0]
-    _check(*arguments, fake=True)
-    return z.new_empty(*z.shape[:-1], z.shape[-2]), z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
+    z, given = arguments[0], {**dict(zip(OPTIONAL, arguments[9:])), **more}
+    pooled, first = given.pop("pooled", False), given.get("first")
+    _check(*arguments[:9], **given, fake=True)
+    shape = (*z.shape[:-1], z.shape[-2]) if first is None else first.shape
+    counts = z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
+    return z.new_empty(shape), counts, z.new_empty(shape if pooled else (0,))
 
 
 def _check(
@@ -343,10 +416,15 @@ def _check(
     node_weights: Tensor,
     exact: Tensor | None = None,
     inputs: Tensor | None = None,
+    stabiliser: float = 0.0,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
     *,
     fake: bool = False,
 ) -> list[int]:
     """Raises TypeError or ValueError for arguments that do not fit; returns the widths. fake: does not read tensors' values."""
+    checked_stabiliser(stabiliser)
+    _check_pairs(z, first, second, fake)
     if z.dim() == 3:
         _check_stacks(z, weights=weights, biases=biases, shifts=shifts, exact=[exact], inputs=[inputs])
         z, weights, biases, shifts, exact, inputs = _of_network(0, z, weights, biases, shifts, exact, inputs)
@@ -355,6 +433,22 @@ def _check(
     check_rule(nodes, node_weights, "node_weights", fake=fake)
     _check_exact(z, shifts, exact, inputs)
     return widths
+
+
+def _check_pairs(z: Tensor, first: Tensor | None, second: Tensor | None, fake: bool) -> None:
+    """Raises TypeError or ValueError for a list of pairs that does not fit."""
+    if first is None and second is None:
+        return
+    if first is None or second is None or z.dim() != 2 or z.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"first, second: expected both or neither, and these with samples (N, D) on the CPU, got {z.dim()} dimensions "
+            f"on {z.device}"
+        )
+    for name, tensor in (("first", first), ("second", second)):
+        check_tensor(name, tensor, (torch.int64,), z.device)
+        if tensor.dim() != 1 or tensor.shape != first.shape:
+            raise ValueError(f"{name}: expected ({first.numel()},), got shape {tuple(tensor.shape)}")
+        check_indices(name, tensor, len(z), fake=fake)
 
 
 def _check_stacks(z: Tensor, **lists: Sequence[Tensor | None]) -> None:
@@ -409,9 +503,13 @@ def run(
     node_weights: Tensor,
     exact: Tensor | None = None,
     inputs: Tensor | None = None,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
     *,
     midpoint: bool | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """path_connectivity, or hermite_connectivity if midpoint is not None.
 
     The tensors of several networks may be stacked: all tensors except those of the rule then have one more dimension in front.
@@ -423,25 +521,32 @@ def run(
         exact: z and the shifts side by side in float64, or None.
         inputs: the network's inputs in float32, or None. With `exact` and `inputs` the CUDA kernels measure most unresolved
             pairs. The CPU kernels do not read them.
+        stabiliser, pooled: as in `Statistic`.
+        first, second: (pairs,) int64, a list of pairs; on the CPU. None: all pairs.
         midpoint: as in `hermite_connectivity`.
 
     Returns:
-        L and counts, see `ChainConnectivity`.
+        L, counts and pooled, see `ChainConnectivity`; pooled is (0,) if it was not asked for.
     """
     chain = z, weights, biases, activations, parameters, skips, shifts
-    widths = _check(*chain, nodes, node_weights, exact, inputs)
+    widths = _check(*chain, nodes, node_weights, exact, inputs, stabiliser, first, second)
     if z.dim() == 3 and not _native.on_cuda(z):  # on the CPU one network keeps all cores busy
         L = _native.empty(z, len(z), z.shape[1], z.shape[1])
         counts = z.new_empty(len(z), 2, dtype=torch.int64)
+        pool = _native.empty(z, *(L.shape if pooled else (0,)))
         for n in range(len(z)):
             own_z, own_weights, own_biases, own_shifts = _of_network(n, z, weights, biases, shifts)
             own = own_z, own_weights, own_biases, activations, parameters, skips, own_shifts
-            L[n], counts[n] = run(*own, nodes, node_weights, midpoint=midpoint)
-        return L, counts
+            L[n], counts[n], one = run(
+                *own, nodes, node_weights, stabiliser=stabiliser, pooled=pooled, midpoint=midpoint
+            )
+            if pooled:
+                pool[n] = one
+        return L, counts, pool
     shifts = [None if s is None else plain(s) for s in shifts]
     z, weights = plain(z), [plain(w) for w in weights]
     biases = [None if b is None else plain(b) for b in biases]
-    exact, inputs = None if exact is None else plain(exact), None if inputs is None else plain(inputs)
+    exact, inputs, first, second = (None if t is None else plain(t) for t in (exact, inputs, first, second))
     op = _native._C.PathConnectivity if midpoint is None else _native._C.HermiteConnectivity
     call = op(
         z.dtype == torch.float64,
@@ -461,10 +566,18 @@ def run(
         0 if exact is None else exact.shape[-1],
         0 if inputs is None else inputs.shape[-1],
         z.shape[:-2].numel(),
+        stabiliser,
+        _native.address(first),
+        _native.address(second),
+        0 if first is None else len(first),
         *(() if midpoint is None else (midpoint,)),
     )
+    shape = (*z.shape[:-1], z.shape[-2]) if first is None else first.shape
     counts = z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
-    return _native.run(call, _native.empty(z, *z.shape[:-1], z.shape[-2]), counts), counts
+    L, pool = _native.empty(z, *shape), _native.empty(z, *(shape if pooled else (0,)))
+    if first is not None and len(first) == 0:  # an array of no pairs has no address
+        return L, counts.zero_(), pool
+    return _native.run(call, L, pool if pooled else None, counts), counts, pool
 
 
 torch.library.impl("lmnfast::path_connectivity", "default", run)

@@ -5,12 +5,21 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._native import plain
+from .._settings import checked_stabiliser
 from .._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, UNRESOLVED
 from ._checks import KERNEL_DTYPES, check_indices, check_rule, check_tensor
 
 
 def path_r2(
-    interior: Tensor, ends: Tensor, first: Tensor, second: Tensor, nodes: Tensor, weights: Tensor
+    interior: Tensor,
+    ends: Tensor,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    *,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
 ) -> Tensor:
     """:func:`lmnfast.reference.path_r2` in one pass over memory, without temporaries; float32 or float64.
 
@@ -18,8 +27,9 @@ def path_r2(
     digits. Pairs that the kernel leaves unresolved (docs/mathematics.md) are computed again in float64, from the same outputs.
     The call waits for CUDA to learn whether there are such pairs.
 
-    ``torch.ops.lmnfast.path_r2`` leaves such pairs as UNRESOLVED. It returns r2 and two counts, (2,) int64: the number of
-    constant outputs over all resolved pairs, and the number of unresolved pairs. Its argument `rounding`, (2, outputs) of
+    ``torch.ops.lmnfast.path_r2`` leaves such pairs as UNRESOLVED. It returns r2; two counts, (2,) int64: the number of
+    constant outputs over all resolved pairs, and the number of unresolved pairs; and r2 pooled over the outputs, (0,) if it was
+    not asked for. Its argument `rounding`, (2, outputs) of
     interior's dtype, has two numbers per output. The first is f's own rounding of the output in machine epsilons. The second is
     the magnitude below which the rounding of the output is unknown; if it is negative, the rounding is known for an output of
     0. The op enqueues on the current stream and never waits. It can therefore not check indices of samples on CUDA: a pair with
@@ -30,6 +40,7 @@ def path_r2(
         ends: (samples, outputs), the same dtype.
         first, second: (pairs,) int64, samples at t = 0 and t = 1.
         nodes, weights: (nodes,) float64, on the CPU.
+        stabiliser, pooled: as in :func:`lmnfast.connectivity`.
 
     Returns:
         (pairs,) of interior's dtype.
@@ -45,13 +56,19 @@ def path_r2(
         >>> lmnfast.ops.path_r2(torch.tensor([[[1.0]]]), ends, i, j, nodes, weights)  # 0, 1, 2: a line
         tensor([1.])
     """
-    r2, counts = torch.ops.lmnfast.path_r2(interior, ends, first, second, nodes, weights)
+    arguments = interior, ends, first, second, nodes, weights
+    r2, counts, pool = torch.ops.lmnfast.path_r2(*arguments, stabiliser=stabiliser, pooled=pooled)
+    r2 = pool if pooled else r2
     if int(counts[1]):
         left = (r2 == UNRESOLVED).nonzero().flatten()
         y = _all_nodes(interior[left], ends, first[left], second[left]).double()
         rounding = torch.maximum(y[:, 0].abs(), y[:, -1].abs()) * torch.finfo(r2.dtype).eps
         rule = nodes.to(y.device), weights.to(y.device)
-        r2[left] = reference.r2_of_outputs(y, *rule, rounding)[0].mean(1).to(r2.dtype)
+        if pooled:
+            again = reference.pooled_r2_of_outputs(y, *rule, rounding, stabiliser=stabiliser)
+        else:
+            again = reference.r2_of_outputs(y, *rule, rounding, stabiliser=stabiliser)[0].mean(1)
+        r2[left] = again.to(r2.dtype)
     return r2
 
 
@@ -62,7 +79,7 @@ def _all_nodes(interior: Tensor, ends: Tensor, first: Tensor, second: Tensor) ->
 torch.library.define(
     "lmnfast::path_r2",
     "(Tensor interior, Tensor ends, Tensor first, Tensor second, Tensor nodes, Tensor weights, "
-    "Tensor? rounding=None) -> (Tensor, Tensor)",
+    "Tensor? rounding=None, float stabiliser=0.0, bool pooled=False) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -75,10 +92,13 @@ def _path_r2(
     nodes: Tensor,
     weights: Tensor,
     rounding: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(interior, ends, first, second, nodes, weights, rounding)
+    stabiliser: float = 0.0,
+    pooled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(interior, ends, first, second, nodes, weights, rounding, stabiliser)
     if not _native.has_kernels(interior):
-        return _plain(interior, ends, first, second, nodes.to(ends.device), weights.to(ends.device), rounding)
+        rule = nodes.to(ends.device), weights.to(ends.device)
+        return _plain(interior, ends, first, second, *rule, rounding, stabiliser, pooled)
     interior, ends, first, second = map(plain, (interior, ends, first, second))
     rounding = None if rounding is None else plain(rounding)
     result, counts = interior.new_empty(len(interior)), interior.new_empty(2, dtype=torch.int64)
@@ -89,8 +109,10 @@ def _path_r2(
         len(interior),
         *ends.shape,
         _native.address(rounding),
+        stabiliser,
     )
-    return _native.run(call, result, counts), counts
+    pool = interior.new_empty(len(interior) if pooled else 0)
+    return _native.run(call, result, pool if pooled else None, counts), counts, pool
 
 
 @torch.library.register_fake("lmnfast::path_r2")
@@ -102,9 +124,13 @@ def _(
     nodes: Tensor,
     weights: Tensor,
     rounding: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(interior, ends, first, second, nodes, weights, rounding, fake=True)
-    return interior.new_empty(interior.shape[0]), interior.new_empty(2, dtype=torch.int64)
+    stabiliser: float = 0.0,
+    pooled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(interior, ends, first, second, nodes, weights, rounding, stabiliser, fake=True)
+    pairs = interior.shape[0]
+    counts = interior.new_empty(2, dtype=torch.int64)
+    return interior.new_empty(pairs), counts, interior.new_empty(pairs if pooled else 0)
 
 
 def _plain(
@@ -115,10 +141,12 @@ def _plain(
     nodes: Tensor,
     weights: Tensor,
     own: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    stabiliser: float,
+    pooled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain PyTorch, for a device without a kernel. own: the op's argument `rounding`."""
     y = _all_nodes(interior, ends, first, second)
-    r2, constant = reference.r2_of_outputs(y, nodes, weights)
+    r2, constant = reference.r2_of_outputs(y, nodes, weights, stabiliser=stabiliser)
     magnitude = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
     computed_from = ends.abs().amax(0) * LEAST_ROUNDING
     if own is not None:
@@ -128,7 +156,11 @@ def _plain(
     rounding = torch.finfo(y.dtype).eps * ulps * torch.hypot(magnitude, computed_from)
     unresolved = (reference.r2_of_outputs(y, nodes, weights, rounding)[1] & ~constant).any(1)
     counts = torch.stack([(constant & ~unresolved[:, None]).sum(), unresolved.sum()])
-    return torch.where(unresolved, UNRESOLVED, r2.mean(1)), counts
+    pool = r2.new_empty(0)
+    if pooled:
+        pool = reference.pooled_r2_of_outputs(y, nodes, weights, stabiliser=stabiliser)
+        pool = torch.where(unresolved, UNRESOLVED, pool)
+    return torch.where(unresolved, UNRESOLVED, r2.mean(1)), counts, pool
 
 
 def _check(
@@ -139,8 +171,10 @@ def _check(
     nodes: Tensor,
     weights: Tensor,
     rounding: Tensor | None,
+    stabiliser: float,
     fake: bool = False,
 ) -> None:
+    checked_stabiliser(stabiliser)
     on = interior.device
     check_tensor("interior", interior, KERNEL_DTYPES, on)
     check_tensor("ends", ends, (interior.dtype,), on)

@@ -1,4 +1,5 @@
-// The pairs: r2 along the paths from one first sample to a vector of second samples, one lane per second sample. A few nodes
+// The pairs: r2 along the paths from one first sample to a vector of second samples, one lane per second sample, or along the
+// paths of a list of pairs, one lane per pair. A few nodes
 // are handled at a time. The chord residuals of the hidden units form a panel in L1. The packed weights carry the panel from
 // layer to layer. The last layer's products go from the accumulators straight into the moments of each output.
 // path_connectivity and hermite_connectivity call connectivity_on().
@@ -21,14 +22,25 @@ void join_residuals(const Plan<T>& plan, const Scratch<T>& s, int value, Vector<
   if (plan.kept[value] >= 0) memcpy(s.kept + plan.kept[value] * slot, panel, std::size_t(size) * sizeof(Vector<T>));
 }
 
-/// A layer at both ends of the paths from s's first sample to the block's lanes. before: number of units in earlier layers.
+/// A layer at both ends of the paths: from s's first sample to the block's lanes, or of the lanes' own pairs. before: number of
+/// units in earlier layers.
 template <class T>
 Ends<T> ends_of(const Plan<T>& plan, const Scratch<T>& s, int l, std::int64_t before, std::int64_t block) {
   const Layer<T>& layer = plan.layers[l];
+  if (plan.paired()) {
+    const std::int64_t at = before * kLanes<T>;
+    T* const* values = s.gathered;
+    return {values[0] + at, values[1] + at, values[2] + at, values[3] + at, values[4] + at, values[5] + at, layer.width, true};
+  }
   const std::int64_t start = block * layer.width * kLanes<T>;
-  return {s.first_z + before, s.first_a + before, s.first_slope ? s.first_slope + before : nullptr,
-          layer.z + start,    layer.a + start,    layer.slope ? layer.slope + start : nullptr,
-          layer.width};
+  return {s.first_z + before,
+          s.first_a + before,
+          s.first_slope ? s.first_slope + before : nullptr,
+          layer.z + start,
+          layer.a + start,
+          layer.slope ? layer.slope + start : nullptr,
+          layer.width,
+          false};
 }
 
 /// Moments of all outputs along the paths from sample i to the block's lanes.
@@ -169,15 +181,14 @@ void fill_first_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t beg
   }
 }
 
-/// 1 in each lane whose sample is close to the first sample (see kCloseSamples), 0 in the other lanes.
+/// 1 in each lane whose two samples are close (see kCloseSamples), 0 in the other lanes.
 template <class T>
 Vector<T> close_samples(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
   using V = Vector<T>;
-  const Layer<T>& layer = plan.layers[0];
-  const T* zj = layer.z + block * layer.width * kLanes<T>;
+  const Ends<T> ends = ends_of(plan, s, 0, 0, block);
   V distance{}, first{}, second{};
-  for (std::int64_t unit = 0; unit < layer.width; ++unit) {
-    const V z_first = splat<V>(s.first_z[unit]), z_second = load<V>(zj + unit * kLanes<T>);
+  for (std::int64_t unit = 0; unit < ends.width; ++unit) {
+    const V z_first = ends.first(ends.first_z, unit), z_second = load<V>(ends.second_z + unit * kLanes<T>);
     distance = larger(distance, absolute(z_second - z_first));
     first = larger(first, absolute(z_first));
     second = larger(second, absolute(z_second));
@@ -187,50 +198,140 @@ Vector<T> close_samples(const Plan<T>& plan, const Scratch<T>& s, std::int64_t b
 
 // ---- entries ----
 
+/// The scaled outputs at both ends of the paths.
 template <class T>
-void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64_t block) {
+struct OutputEnds {
+  const T *first_y, *first_y_low, *first_rounding;     // [outputs], or [outputs][lanes] if paired
+  const T *second_y, *second_y_low, *second_rounding;  // [outputs][lanes]
+  bool paired;
+
+  OutputEnds(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std::int64_t block) : paired(plan.paired()) {
+    if (paired) {
+      T* const* ends = s.gathered_ends;
+      first_y = ends[0], first_y_low = ends[1], first_rounding = ends[2];
+      second_y = ends[3], second_y_low = ends[4], second_rounding = ends[5];
+    } else {
+      const std::int64_t at = i * plan.outputs, start = block * plan.outputs * kLanes<T>;
+      first_y = plan.row_y + at, first_y_low = plan.row_y_low + at, first_rounding = plan.row_rounding + at;
+      second_y = plan.y + start, second_y_low = plan.y_low + start, second_rounding = plan.rounding + start;
+    }
+  }
+  Vector<T> first(const T* values, std::int64_t k) const { return first_end<T>(values, k, paired); }
+  Vector<T> second(const T* values, std::int64_t k) const { return load<Vector<T>>(values + k * kLanes<T>); }
+};
+
+/// The entries of the lanes' pairs.
+template <class T>
+struct Entries {
+  Vector<T> r2, pooled, constants;
+  Vector<T> unresolved;  // above 0 where a pair is not resolved; r2 and pooled are then kUnresolved
+};
+
+template <class T>
+Entries<T> entries_of(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std::int64_t block) {
   using V = Vector<T>;
   const PathConnectivity<T>& op = plan.op;
-  const T *first_y = plan.row_y + i * plan.outputs, *first_y_low = plan.row_y_low + i * plan.outputs;
-  const T* first_rounding = plan.row_rounding + i * plan.outputs;
-  const std::int64_t start_j = block * plan.outputs * kLanes<T>;
+  const OutputEnds<T> ends(plan, s, i, block);
   // An activation that is never 0 can underflow. An output near 0 at an end has underflowed, or nearly so.
   const T vanishing = never_zero(plan.last().activation.kind) ? Vanishing<T>::value : T(0);
-  CompensatedSum<V> nonlinear;
+  CompensatedSum<V> nonlinear, bend, total;
   V constants{}, unresolved{};
   for (std::int64_t k = 0; k < plan.outputs; ++k) {
-    const std::int64_t at_j = start_j + k * kLanes<T>;
-    const V first = splat<V>(first_y[k]), second = load<V>(plan.y + at_j);
-    const V rounding = load<V>(plan.rounding + at_j);
+    const V first = ends.first(ends.first_y, k), second = ends.second(ends.second_y, k);
+    const V first_rounding = ends.first(ends.first_rounding, k), rounding = ends.second(ends.second_rounding, k);
     const V magnitude = larger(absolute(first), absolute(second));
-    const V chord = (second - first) + (load<V>(plan.y_low + at_j) - first_y_low[k]);
-    const V rounding_squared = fma(rounding, rounding, splat<V>(first_rounding[k] * first_rounding[k]));
-    const Share<V> share =
-        share_of_output<V, T>(chord, s.moments[k], magnitude, V{}, rounding_squared, T(op.nodes.variance_t), Epsilon<T>::value);
+    const V chord = (second - first) + (ends.second(ends.second_y_low, k) - ends.first(ends.first_y_low, k));
+    const V rounding_squared = fma(rounding, rounding, first_rounding * first_rounding);
+    const Share<V> share = share_of_output<V, T>(chord, s.moments[k], magnitude, V{}, rounding_squared, T(op.nodes.variance_t),
+                                                 Epsilon<T>::value, splat<V>(plan.stabiliser[k]));
     nonlinear.add(share.nonlinear);
+    if (op.pooled) {
+      bend.add(share.bend * plan.pooling[k]);
+      total.add(share.total * plan.pooling[k]);
+    }
     constants += share.constant;
     unresolved += share.unresolved;
-    const V largest_rounding = larger(splat<V>(first_rounding[k]), rounding);
+    const V largest_rounding = larger(first_rounding, rounding);
     unresolved += share.constant * hides_rounding<V, T>(largest_rounding, plan.scale[k], Epsilon<T>::value);
     const V least = splat<V>(vanishing * plan.scale[k]);
     unresolved += smaller(absolute(first), absolute(second)) < least ? splat<V>(T(1)) : V{};
   }
   // Outputs of close samples may be equal to rounding and still bend between the samples. Only float32 has this rule: no
-  // dtype wider than float64 could measure the pair again.
-  if (sizeof(T) == 4 && any<V>(constants > V{})) {
+  // dtype wider than float64 could measure the pair again. With a stabiliser the entry of a constant output is 0, but that of
+  // equal samples is 1, and the function that measures unresolved pairs compares the samples.
+  if ((sizeof(T) == 4 || op.stabiliser > 0) && any<V>(constants > V{})) {
     unresolved += constants > V{} ? close_samples(plan, s, block) : V{};
   }
-  const V r2 = 1 - nonlinear.sum / T(plan.outputs);
-  const V entries = unresolved > V{} ? splat<V>(T(kUnresolved)) : r2;
+  V pooled{};
+  for (int lane = 0; op.pooled && lane < kLanes<T>; ++lane) {
+    const T all = total.sum[lane];
+    pooled[lane] = pooled_r2(bend.sum[lane], all, plan.pooled_stabiliser);
+    if (pool_underflows(all, plan.pooled_stabiliser, std::int64_t(constants[lane]), plan.outputs)) unresolved[lane] = 1;
+  }
+  const V r2 = 1 - nonlinear.sum / T(plan.outputs), none = splat<V>(T(kUnresolved));
+  return {unresolved > V{} ? none : r2, unresolved > V{} ? none : pooled, constants, unresolved};
+}
+
+/// Counts a pair whose entry is written.
+template <class T>
+void count_pair(const Entries<T>& entries, int lane, std::int64_t (&counts)[2]) {
+  const bool resolved = !(entries.unresolved[lane] > 0);
+  counts[0] += resolved ? std::int64_t(entries.constants[lane]) : 0;
+  counts[1] += !resolved;
+}
+
+template <class T>
+void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64_t block) {
+  const PathConnectivity<T>& op = plan.op;
+  const Entries<T> entries = entries_of(plan, s, i, block);
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     const std::int64_t j = block * kLanes<T> + lane;
     if (j <= i || j >= op.samples) continue;
-    op.connectivity[i * op.samples + j] = op.connectivity[j * op.samples + i] = entries[lane];
-    const bool resolved = !(unresolved[lane] > 0);
-    s.counts[0] += resolved ? std::int64_t(constants[lane]) : 0;
-    s.counts[1] += !resolved;
+    op.connectivity[i * op.samples + j] = op.connectivity[j * op.samples + i] = entries.r2[lane];
+    if (op.pooled) op.pooled[i * op.samples + j] = op.pooled[j * op.samples + i] = entries.pooled[lane];
+    count_pair(entries, lane, s.counts);
   }
 }
+
+// ---- a list of pairs ----
+
+/// Copies rows of `from`, one for each lane, into lanes. samples: of the lanes.
+template <class T>
+void gather(T* to, const T* from, std::int64_t width, const std::int64_t (&samples)[kLanes<T>]) {
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    const T* const row = from + samples[lane] * width;
+    for (std::int64_t n = 0; n < width; ++n) to[n * kLanes<T> + lane] = row[n];
+  }
+}
+
+/// Measures the pairs from `begin` on, one in each lane. Lanes beyond the last pair repeat the last pair.
+template <bool kStencil, class T>
+void run_list(const Plan<T>& plan, Scratch<T>& s, std::int64_t begin) {
+  const PathConnectivity<T>& op = plan.op;
+  for (int end = 0; end < 2; ++end) {
+    std::int64_t samples[kLanes<T>];
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      samples[lane] = (end == 0 ? op.first : op.second)[at_most(begin + lane, op.pairs - 1)];
+    }
+    const T* const values[] = {plan.row_z, plan.row_a, plan.row_slope};
+    for (int n = 0; n < (kStencil ? 3 : 2); ++n) gather(s.gathered[3 * end + n], values[n], plan.total_width, samples);
+    const T* const outputs[] = {plan.row_y, plan.row_y_low, plan.row_rounding};
+    for (int n = 0; n < 3; ++n) gather(s.gathered_ends[3 * end + n], outputs[n], plan.outputs, samples);
+  }
+  if constexpr (kStencil) {
+    polynomial_moments(plan, s, 0);
+  } else {
+    path_moments(plan, s, 0, 0);
+  }
+  const Entries<T> entries = entries_of(plan, s, 0, 0);
+  for (int lane = 0; lane < kLanes<T> && begin + lane < op.pairs; ++lane) {
+    op.connectivity[begin + lane] = entries.r2[lane];
+    if (op.pooled) op.pooled[begin + lane] = entries.pooled[lane];
+    count_pair(entries, lane, s.counts);
+  }
+}
+
+// ---- all pairs ----
 
 template <bool kStencil, class T>
 void run_task(const Plan<T>& plan, Scratch<T>& s, std::int64_t task, std::int64_t block, Tasks& tasks) {
@@ -273,7 +374,8 @@ void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, i
   static_assert(kTaskRows % kLanes<T> == 0);
   constexpr std::int64_t kBlocksPerTask = kTaskRows / kLanes<T>;
   const std::int64_t task_rows = blocks_of(op.samples, kTaskRows);
-  const std::int64_t count = task_rows * plan.lane_blocks - kBlocksPerTask * (task_rows * (task_rows - 1) / 2);
+  const std::int64_t tiles = task_rows * plan.lane_blocks - kBlocksPerTask * (task_rows * (task_rows - 1) / 2);
+  const std::int64_t count = plan.paired() ? blocks_of(op.pairs, kLanes<T>) : tiles;
   Tasks tasks(op.watch, count);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (std::int64_t block = 0; block < plan.lane_blocks; ++block) {
@@ -284,16 +386,23 @@ void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, i
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * plan.total_width))
   for (std::int64_t i = 0; i < op.samples; ++i) fill_rows(plan, i);
   if (plan.separable) plan.separable = separates(op.activations[0].kind, op.z, op.samples * op.widths[0]);
-  for (std::int64_t i = 0; i < op.samples; ++i) op.connectivity[i * (op.samples + 1)] = T(1);
+  for (std::int64_t i = 0; !plan.paired() && i < op.samples; ++i) {
+    op.connectivity[i * (op.samples + 1)] = T(1);
+    if (op.pooled) op.pooled[i * (op.samples + 1)] = T(1);
+  }
 #pragma omp parallel num_threads(threads)
   {
     Scratch<T>& scratch = plan.scratch[omp_get_thread_num()];
 #pragma omp for schedule(dynamic)
     for (std::int64_t n = 0; n < count; ++n) {
       if (!tasks.go_on()) continue;
-      std::int64_t row = 0, rest = n;
-      while (rest >= plan.lane_blocks - row * kBlocksPerTask) rest -= plan.lane_blocks - row++ * kBlocksPerTask;
-      run_task<kStencil>(plan, scratch, row, row * kBlocksPerTask + rest, tasks);
+      if (plan.paired()) {
+        run_list<kStencil>(plan, scratch, n * kLanes<T>);
+      } else {
+        std::int64_t row = 0, rest = n;
+        while (rest >= plan.lane_blocks - row * kBlocksPerTask) rest -= plan.lane_blocks - row++ * kBlocksPerTask;
+        run_task<kStencil>(plan, scratch, row, row * kBlocksPerTask + rest, tasks);
+      }
       tasks.count_one();
     }
   }

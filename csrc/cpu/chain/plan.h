@@ -31,10 +31,13 @@ struct Scratch {
   Moments<V>* moments;                       // [outputs]
   V* values;                                 // [outputs][nodes of the stencil]
   const T *first_z, *first_a, *first_slope;  // [sum of widths], all layers at the first sample, one after the other
-  V* second_table;                           // [widths[0]][nodes], exp(-t z_j)
-  T* first_table;                            // [kTaskRows][widths[0]][nodes], exp(-(1 - t) z_i)
-  std::int64_t table_task;                   // the task whose rows first_table holds; -1: no task
-  std::int64_t counts[2];                    // this thread's share of the op's counts
+  // Of a list of pairs: all layers at the lanes' own samples, [sum of widths][lanes] each. z, a and slope of the first samples,
+  // then of the second samples; y, y_low and rounding of the outputs, [outputs][lanes], likewise.
+  T *gathered[6], *gathered_ends[6];
+  V* second_table;          // [widths[0]][nodes], exp(-t z_j)
+  T* first_table;           // [kTaskRows][widths[0]][nodes], exp(-(1 - t) z_i)
+  std::int64_t table_task;  // the task whose rows first_table holds; -1: no task
+  std::int64_t counts[2];   // this thread's share of the op's counts
 };
 
 template <class T>
@@ -46,6 +49,8 @@ struct Plan {
   int *added = nullptr, *kept = nullptr;         // [values], slot of the value added to each, slot that keeps each; or -1
   T *t = nullptr, *w = nullptr, *w_t = nullptr;  // [interior] nodes, weights, weights times t - mean t
   T* scale = nullptr;                            // [outputs]
+  T *stabiliser = nullptr, *pooling = nullptr;   // [outputs], as scaled_stabiliser and pooling_factor say
+  T pooled_stabiliser = 0;                       // in the outputs' common unit
   // Scaled outputs, laid out as a layer. y + y_low is a two-term representation of linear outputs: y_low is the rounding
   // error of y in T.
   T *y = nullptr, *y_low = nullptr;
@@ -55,6 +60,7 @@ struct Plan {
   Scratch<T>* scratch = nullptr;                               // [threads]
   bool separable = false;                                      // the first layer is computed from two exponentials
 
+  bool paired() const { return op.first != nullptr; }
   const Layer<T>& last() const { return layers[op.layers]; }
   bool ends_linear() const { return op.layers > 0 && last().activation.kind == ActivationKind::kIdentity; }
   /// Whether the outputs' residuals are the last product and nothing else. Their scale is then in the weights, and the
@@ -92,6 +98,8 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
   plan.w = arena.take<T>(interior);
   plan.w_t = arena.take<T>(interior);
   plan.scale = arena.take<T>(plan.outputs);
+  plan.stabiliser = arena.take<T>(plan.outputs);
+  plan.pooling = arena.take<T>(plan.outputs);
   plan.y = arena.take<T>(plan.lane_blocks * plan.outputs * kLanes<T>);
   plan.y_low = arena.take<T>(plan.lane_blocks * plan.outputs * kLanes<T>);
   plan.row_z = arena.take<T>(op.samples * plan.total_width);
@@ -113,7 +121,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     layer.packed = l == 0 ? nullptr : arena.take<T>(op.widths[l] * op.widths[l - 1]);
     if (arena.base) plan.layers[l] = layer;
   }
-  plan.separable = stencil.size == 0 && is_separable(op.activations[0].kind);
+  plan.separable = stencil.size == 0 && is_separable(op.activations[0].kind) && !plan.paired();
   for (int thread = 0; thread < threads; ++thread) {
     Scratch<T> s{};
     s.panel = arena.take<V>(plan.widest * kBlockColumns);
@@ -123,6 +131,11 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     s.values = arena.take<V>(stencil.size * plan.outputs);
     s.second_table = arena.take<V>(plan.separable ? op.widths[0] * interior : 0);
     s.first_table = arena.take<T>(plan.separable ? kTaskRows * op.widths[0] * interior : 0);
+    for (int n = 0; n < 6; ++n) {
+      const bool unused = !plan.paired() || (n % 3 == 2 && stencil.size == 0);  // slopes belong to a stencil
+      s.gathered[n] = arena.take<T>(unused ? 0 : plan.total_width * kLanes<T>);
+      s.gathered_ends[n] = arena.take<T>(plan.paired() ? plan.outputs * kLanes<T> : 0);
+    }
     s.table_task = -1;
     s.counts[0] = s.counts[1] = 0;
     if (arena.base) plan.scratch[thread] = s;

@@ -10,12 +10,21 @@
 namespace lmn {
 namespace {
 
+/// A value of unit n at the first end of the paths. values: [n], or [n][lanes] if each lane has a first sample of its own.
+template <class T>
+inline Vector<T> first_end(const T* values, std::int64_t n, bool paired) {
+  return paired ? load<Vector<T>>(values + n * kLanes<T>) : splat<Vector<T>>(values[n]);
+}
+
 /// The units of one layer at both ends of the paths.
 template <class T>
 struct Ends {
   const T *first_z, *first_a, *first_slope;     // [width], before and after the activation; slope only with a stencil
   const T *second_z, *second_a, *second_slope;  // [width][lanes]
   std::int64_t width;
+  bool paired;  // each lane has a first sample of its own: first_z, first_a and first_slope are [width][lanes]
+
+  Vector<T> first(const T* values, std::int64_t unit) const { return first_end<T>(values, unit, paired); }
 };
 
 // ---- at every node ----
@@ -39,8 +48,8 @@ __attribute__((noinline)) void residuals(const Ends<T>& ends, Activation activat
   using V = Vector<T>;
   const T alpha = T(activation.alpha), beta = T(activation.beta);
   for (std::int64_t unit = 0; unit < ends.width; ++unit) {
-    const V z_first = splat<V>(ends.first_z[unit]), z_second = load<V>(ends.second_z + unit * kLanes<T>);
-    const V a_first = splat<V>(ends.first_a[unit]), a_second = load<V>(ends.second_a + unit * kLanes<T>);
+    const V z_first = ends.first(ends.first_z, unit), z_second = load<V>(ends.second_z + unit * kLanes<T>);
+    const V a_first = ends.first(ends.first_a, unit), a_second = load<V>(ends.second_a + unit * kLanes<T>);
     for (int c = 0; c < columns; ++c) {
       V& residual = panel[unit * columns + c];
       V z = on_chord(z_first, z_second, t[c]);
@@ -128,13 +137,13 @@ __attribute__((noinline)) void stencil_residuals(const Ends<T>& ends, Activation
   const bool slopes = begin == 0, midpoint = begin + columns == 3;
   const T alpha = T(activation.alpha), beta = T(activation.beta);
   for (std::int64_t unit = 0; unit < ends.width; ++unit) {
-    const V z_first = splat<V>(ends.first_z[unit]), z_second = load<V>(ends.second_z + unit * kLanes<T>);
-    const V a_first = splat<V>(ends.first_a[unit]), a_second = load<V>(ends.second_a + unit * kLanes<T>);
+    const V z_first = ends.first(ends.first_z, unit), z_second = load<V>(ends.second_z + unit * kLanes<T>);
+    const V a_first = ends.first(ends.first_a, unit), a_second = load<V>(ends.second_a + unit * kLanes<T>);
     const V z_chord = z_second - z_first, a_chord = a_second - a_first;
     V* const residual = panel + unit * columns;
     if (slopes) {
       const V slope_second = load<V>(ends.second_slope + unit * kLanes<T>);
-      residual[0] = fma(splat<V>(ends.first_slope[unit]), kDeviates ? z_chord + residual[0] : z_chord, -a_chord);
+      residual[0] = fma(ends.first(ends.first_slope, unit), kDeviates ? z_chord + residual[0] : z_chord, -a_chord);
       residual[1] = fma(slope_second, kDeviates ? z_chord + residual[1] : z_chord, -a_chord);
     }
     if (midpoint) {

@@ -114,8 +114,9 @@ void forward_block(const Plan<T>& plan, std::int64_t block) {
 
 /// Scales each output to order 1. If the chain ends in a product, the weights of that product take the factor.
 template <class T>
-void scale_outputs(const Plan<T>& plan) {
+void scale_outputs(Plan<T>& plan) {
   const Layer<T>& last = plan.last();
+  T common = 0;  // the scale of the output that varies most
   for (std::int64_t k = 0; k < plan.outputs; ++k) {
     T largest = 0;
     for (std::int64_t block = 0; block < plan.lane_blocks; ++block) {
@@ -126,6 +127,7 @@ void scale_outputs(const Plan<T>& plan) {
       }
     }
     plan.scale[k] = output_scale(largest);
+    if (largest > 0 && (common == 0 || plan.scale[k] < common)) common = plan.scale[k];
     for (std::int64_t block = 0; block < plan.lane_blocks; ++block) {
       const std::int64_t start = (block * plan.outputs + k) * kLanes<T>;
       for (int lane = 0; lane < kLanes<T>; ++lane) {
@@ -135,6 +137,12 @@ void scale_outputs(const Plan<T>& plan) {
       }
     }
   }
+  common = common > 0 ? common : T(1);
+  for (std::int64_t k = 0; k < plan.outputs; ++k) {
+    plan.stabiliser[k] = scaled_stabiliser(plan.op.stabiliser, plan.scale[k]);
+    plan.pooling[k] = pooling_factor(common, plan.scale[k]);
+  }
+  plan.pooled_stabiliser = scaled_stabiliser(plan.op.stabiliser, common);
   if (!plan.ends_in_product()) return;
   scale_packed(last.packed, plan.outputs, plan.layers[plan.op.layers - 1].width, plan.scale);
 }
