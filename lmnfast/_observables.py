@@ -253,7 +253,7 @@ def register_observable(
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name: expected a Python identifier, got {name!r}")
-    if name in TAKEN or (name in _registry and not _registry[name].own):
+    if name in TAKEN or name.startswith("lmn_") or (name in _registry and not _registry[name].own):
         raise ValueError(f"name: expected one that is not the package's own, got {name!r}")
     if not callable(function):
         raise TypeError(f"function: expected a function of an Observation, got {type(function).__name__}")

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from . import __version__, _native
+from ._observables import observables
 from ._settings import METHODS
 from ._threads import cores
 from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_checkpoints
@@ -240,7 +241,17 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) 
     parser.add_argument(
         "--negative", choices=NEGATIVE, help=f"what negative eigenvalues count ({defaults['negative']})"
     )
+    parser.add_argument(
+        "--observables",
+        type=_names,
+        metavar="NAME[,NAME...]",
+        help=f"numbers beside LMN, among {', '.join(each.name for each in observables())} (none)",
+    )
     parser.add_argument("--device", choices=DEVICES, help="where to compute (auto)")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _methods(text: str) -> tuple[str, ...]:
@@ -284,8 +295,13 @@ def _paper(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
-    path, rows = measure(**_given_options(options), progress=True)
-    _print_rows(rows, [path, draw_methods(path, rows)] if "+" in rows[0]["method"] else [path])
+    given = _given_options(options)
+    path, rows = measure(**given, progress=True)
+    _print_rows(
+        rows,
+        given.get("observables", ()),
+        [path, draw_methods(path, rows)] if "+" in rows[0]["method"] else [path],
+    )
 
 
 def _checkpoints(options: argparse.Namespace) -> None:
@@ -307,12 +323,14 @@ def _checkpoints(options: argparse.Namespace) -> None:
         progress=True,
         **given,
     )
-    _print_rows(rows, [out / "lmn.csv", draw_checkpoints(out, rows)])
+    asked = given.get("observables", ())
+    _print_rows(rows, asked, [out / "lmn.csv", draw_checkpoints(out, rows)])
 
 
-def _print_rows(rows: Sequence[Mapping[str, Any]], written: Sequence[Path]) -> None:
-    """Prints the LMN of each row, and the names of the written files."""
-    columns = [name for name in rows[0] if name == "step" or name.startswith("lmn_")]
+def _print_rows(rows: Sequence[Mapping[str, Any]], asked: Sequence[str], written: Sequence[Path]) -> None:
+    """Prints the LMN and the observables of each row that were asked for, and the names of the written files."""
+    kinds = ("lmn_", *(f"{name}_" for name in asked))
+    columns = [name for name in rows[0] if name == "step" or name.startswith(kinds)]
     widths = [max(16, len(name)) for name in columns]
     print(*(f"{name:>{width}}" for name, width in zip(columns, widths)))
     for row in rows:

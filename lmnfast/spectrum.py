@@ -342,16 +342,28 @@ def measure(
     each = measured(f, x, settings, progress=progress)
     warn_of_offsets(each)
     m = measurement(each[0], settings, negative)
+    m, problems = with_observables(m, each[0], chosen, x, f, f if isinstance(f, nn.Module) else None)
+    for problem in problems:
+        warnings.warn(f"f: {problem}", stacklevel=2)
+    return m
+
+
+def with_observables(
+    m: Measurement,
+    enqueued: Enqueued,
+    chosen: Chosen,
+    x: Tensor,
+    f: Callable[[Tensor], Tensor],
+    model: nn.Module | None,
+) -> tuple[Measurement, list[str]]:
+    """The measurement of f on x with its observables, and the warnings for those that do not apply."""
     if not chosen.names:
-        return m
+        return m, []
     values = Values(chosen)
-    model = f if isinstance(f, nn.Module) else None
-    o = Observation(each[0].L, each[0].pooled, spectrum_of(m), x, f, model)
+    o = Observation(enqueued.L, enqueued.pooled, spectrum_of(m), x, f, model)
     values.observe((*chosen.at_step, *chosen.later), o)
     m = replace(m, observables=values.numbers())
-    for name, reason in values.problems.items():
-        warnings.warn(f"f: {problem_of(name, reason)}", stacklevel=2)
-    return m
+    return m, [problem_of(name, reason) for name, reason in values.problems.items()]
 
 
 def spectrum_of(m: Measurement) -> Spectrum:

@@ -1,11 +1,13 @@
 """The settings of a run of the paper's training (arXiv 2310.05918, section 3)."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
+from .._observables import Chosen
 from .._settings import METHODS
 from ..probe import Probe
 from ..quadrature import path_nodes
@@ -37,6 +39,8 @@ class Config:
     """The number of training samples that are measured, the first ones in their random order; None: all. The LMN of fewer
     samples is not an estimate of the LMN of all samples."""
     negative: str = "absolute"
+    observables: tuple[str, ...] = ()
+    """Numbers that are measured beside LMN, as `lmnfast.observables` lists them."""
     init: str = "default"
     activation: str = "silu"
     device: str = "auto"
@@ -60,6 +64,7 @@ class Config:
             )
         object.__setattr__(self, "points", len(path_nodes(self.rule, self.points)[0]))
         check_negative(self.negative)
+        object.__setattr__(self, "observables", Chosen(self.observables).names)
         for name, known in (("method", METHODS), ("init", INITS), ("activation", tuple(ACTIVATION_MODULES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -89,6 +94,11 @@ class Config:
         if self.steps % self.every:
             raise ValueError(f"steps: expected a multiple of every ({self.every}), got {self.steps}")
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The observables that a training measures. The L2 norm is a column of every run already."""
+        return tuple(name for name in self.observables if name != "l2_norm")
+
     def settled(self) -> "Config":
         """The config with a definite device and number of threads, taken from this machine if the config leaves them open.
         Raises ValueError if the device is missing."""
@@ -107,8 +117,15 @@ def start(config: Config) -> tuple[Task, nn.Sequential]:
     return replace(task, **tensors), model.to(config.device)
 
 
-def probe_of(model: nn.Module, inputs: Tensor, config: Config, every: int, until: str | None = None) -> Probe:
-    """A probe with the config's settings. until: as in `Probe`."""
+def probe_of(
+    model: nn.Module,
+    inputs: Tensor,
+    config: Config,
+    every: int,
+    until: str | None = None,
+    observables: Sequence[str] = (),
+) -> Probe:
+    """A probe with the config's settings, of LMN and these observables. until: as in `Probe`."""
     return Probe(
         model,
         inputs,
@@ -119,4 +136,5 @@ def probe_of(model: nn.Module, inputs: Tensor, config: Config, every: int, until
         points=config.points,
         rule=config.rule,
         negative=config.negative,
+        observables=tuple(dict.fromkeys(("lmn", *observables))) if observables else (),
     )

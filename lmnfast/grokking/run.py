@@ -134,7 +134,7 @@ def read_metrics(path: Path, config: Config) -> list[dict]:
         FileNotFoundError: there is no file.
     """
     file = path / "metrics.csv"
-    columns = _columns(METRICS, [f"lmn_{layer}" for layer in config.layers])
+    columns = _columns(METRICS, [f"lmn_{layer}" for layer in config.layers], config.beside)
     rows = read_rows(file, columns)
     count = training_samples(config.task, p=config.p, bits=config.bits)
     expected = {"samples": config.samples or count} | {
@@ -197,30 +197,34 @@ def steps_of(run: Path) -> list[int]:
     return sorted(int(file.stem[5:]) for file in files)
 
 
-def by_step(history: Iterable[dict], suffix: str = "") -> list[dict]:
+def by_step(history: Iterable[dict], suffix: str = "", observables: Sequence[str] = ()) -> list[dict]:
     """Merges the rows of a probe, one per step and layer, into one row per step.
 
     Args:
         history: as `Probe.history`.
         suffix: the end of the names of the columns that each layer has.
+        observables: the names of those in the rows.
     """
     steps: dict[int, dict] = {}
     for row in history:
         one = steps.setdefault(row["step"], dict(row))
-        one |= {f"{name}_{row['layer']}{suffix}": row[name] for name in ("lmn", *SHARES)}
+        one |= {f"{name}_{row['layer']}{suffix}": row[name] for name in ("lmn", *SHARES, *observables)}
         one |= {name: joined(one[name], row[name]) for name in ("precision", "solver")}
     return list(steps.values())
 
 
-def write_rows(path: Path, rows: Sequence[dict], metrics: Sequence[str]) -> None:
-    """Writes a table with columns for these metrics and for the LMN in the rows."""
-    columns = _columns(metrics, [name for name in rows[0] if name.startswith("lmn_")])
+def write_rows(
+    path: Path, rows: Sequence[dict], metrics: Sequence[str], observables: Sequence[str] = ()
+) -> None:
+    """Writes a table with columns for these metrics, for the LMN in the rows, and for these observables."""
+    columns = _columns(metrics, [name for name in rows[0] if name.startswith("lmn_")], observables)
     write_table(path, columns, rows)
 
 
-def _columns(metrics: Sequence[str], numbers: Sequence[str]) -> list[str]:
+def _columns(metrics: Sequence[str], numbers: Sequence[str], observables: Sequence[str]) -> list[str]:
     """The columns of a table with these metrics and numbers. The name of a number begins with lmn_."""
-    shares = [kind + name.removeprefix("lmn") for kind in SHARES for name in numbers]
+    kinds = [kind for kind in dict.fromkeys((*SHARES, *observables)) if kind != "lmn"]
+    shares = [kind + name.removeprefix("lmn") for kind in kinds for name in numbers]
     return ["step", *metrics, *numbers, *SETTINGS, *shares]
 
 
@@ -296,7 +300,7 @@ def _some_of(names: Iterable[str]) -> str:
     return rf"{one}(?:\+{one})*"
 
 
-_MEASURED = rf"-{_some_of(LAYERS)}-{_some_of(METHODS)}-{_some_of(RULES)}\d+(?:-\d+samples)?(?:-clip)?"
+_MEASURED = rf"-{_some_of(LAYERS)}-{_some_of(METHODS)}-{_some_of(RULES)}\d+(?:-\d+samples)?(?:-clip)?(?:-and-\w+(?:\+\w+)*)?"
 # By folder, the names of the files that a run writes in addition to its config, and of the parts that a killed write leaves.
 OWN = {
     folder: re.compile(rf"(?:{names})(?:\.\d+\.part)?")

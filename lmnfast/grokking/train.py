@@ -166,7 +166,7 @@ class _Training:
         # The capture of a CUDA graph fails if another thread calls CUDA. So it happens before the probe starts its thread.
         update = self._captured() if config.device == "cuda" else self._update
         with (
-            probe_of(self.model, self.samples, config, config.every) as self.probe,
+            probe_of(self.model, self.samples, config, config.every, None, config.beside) as self.probe,
             progress_bar(config.steps, max(self.step, 0), progress) as self.bar,
         ):
             if self.step < 0:
@@ -223,9 +223,10 @@ class _Training:
         self.tick("training")
         history = self.probe.history  # waits for pending rows
         self.tick("measuring")
-        self.rows += by_step(row for row in history if row["step"] > self.step)
+        new, beside = [row for row in history if row["step"] > self.step], self.config.beside
+        self.rows += by_step(new, observables=beside)
         self.check_there()
-        write_rows(self.path / "metrics.csv", self.rows, METRICS)
+        write_rows(self.path / "metrics.csv", self.rows, METRICS, beside)
         self.step, self.unwritten = self.state["step"], 0
         save_tensors(self.path / "state.pt", {**self.state, "seconds": self.seconds})
         if self.bar:
