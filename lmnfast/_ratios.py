@@ -22,7 +22,7 @@ def participation_ratio(L: Tensor) -> Tensor:
         TypeError, ValueError: as :func:`eigenvalues`. ValueError also if all entries are 0.
 
     Source:
-        docs/mathematics.md, numbers of the matrix alone.
+        docs/mathematics.md, section 11.
 
     Example:
         >>> lmnfast.participation_ratio(torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)))

@@ -17,15 +17,16 @@ from lmnfast import _observables
 from lmnfast.cutting import cut
 from lmnfast.probe import COLUMNS, Probe
 
-NAMES = [each.name for each in lmnfast.observables()]
+NAMES = [each.name for each in _observables.BUILT_IN]
 FREE = ["curvature", "participation_ratio", "local_complexity", "l2_norm"]
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(_observables, "_registry", dict(_observables._registry))
+    """A test begins with the package's own observables. What it registers is gone after it."""
+    own = {each.name: each for each in _observables.BUILT_IN}
+    monkeypatch.setattr(_observables, "_registry", own)
 
 
 def noisy(o):
