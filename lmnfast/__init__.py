@@ -6,6 +6,7 @@ from ._connectivity import connectivity
 from ._explain import explain
 from ._layers import match_layers
 from .cutting import cut
+from .estimate import Estimate, curvature
 from .jacobian import jacobian_distances, jacobians, linear_regions
 from .probe import Probe
 from .spectrum import (
@@ -20,9 +21,11 @@ from .spectrum import (
 __version__ = _version("lmnfast")
 
 __all__ = [
+    "Estimate",
     "Measurement",
     "Probe",
     "connectivity",
+    "curvature",
     "cut",
     "eigenvalues",
     "explain",
