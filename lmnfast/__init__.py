@@ -9,6 +9,7 @@ from ._observables import observables, register_observable
 from ._observed import Observation
 from ._ratios import negative_share, participation_ratio
 from .cutting import cut
+from .estimate import Estimate, curvature
 from .jacobian import jacobian_distances, jacobians, linear_regions
 from .probe import Probe
 from .spectrum import (
@@ -23,10 +24,12 @@ from .spectrum import (
 __version__ = _version("lmnfast")
 
 __all__ = [
+    "Estimate",
     "Measurement",
     "Observation",
     "Probe",
     "connectivity",
+    "curvature",
     "cut",
     "eigenvalues",
     "explain",

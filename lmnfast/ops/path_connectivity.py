@@ -101,9 +101,9 @@ def chain_connectivity(
     return ChainConnectivity(L, counts, resolved, pooled)
 
 
-# Bytes of the samples' values that a list of pairs may take at a time in the kernel, per value of a layer.
-LIST_BYTES = 16 * 2**20
-BYTES_PER_VALUE = 32
+# The memory of the kernel for the samples of a list of pairs, and what it takes of it for each value of a sample.
+LIST_BYTES = 32 * 2**20
+NUMBERS_PER_VALUE = 8
 
 
 def chain_pairs(
@@ -119,10 +119,12 @@ def chain_pairs(
     """`chain_connectivity` of some pairs of samples alone, on the CPU. first, second: (pairs,) int64; no pair of a sample with
     itself.
 
-    The memory does not depend on the number of samples: the kernel takes a few thousand pairs at a time, and their samples.
+    The memory does not depend on the number of samples: if they are many, the kernel takes some pairs at a time, and their
+    samples.
     """
-    values = sum(map(len, chain.weights)) + chain.weights[0].shape[1] if chain.weights else x[0].numel()
-    most = max(64, LIST_BYTES // (2 * BYTES_PER_VALUE * x.element_size() * values // 4))
+    values = sum(map(len, chain.weights)) + chain.weights[0].shape[1]
+    samples = LIST_BYTES // (NUMBERS_PER_VALUE * x.element_size() * values)
+    most = max(len(first), 1) if len(x) <= samples else max(64, samples // 2)
     parts = []
     for pair in torch.arange(len(first)).split(most):
         used, places = torch.stack([first[pair], second[pair]]).unique(return_inverse=True)
