@@ -94,6 +94,13 @@ def test_in_float32_they_are_those_of_float64_to_rounding():
     assert m.observables == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_curvatures_are_those_of_the_estimate_from_all_pairs():
+    f, x = mlp(), samples()
+    m = lmnfast.measure(f, x, observables=["curvature", "pooled_curvature"])
+    for name, pooled in (("curvature", False), ("pooled_curvature", True)):
+        assert m.observables[name] == pytest.approx(lmnfast.curvature(f, x, pooled=pooled).value, rel=1e-9)
+
+
 def test_pooled_curvature_does_not_see_a_rotation_of_the_outputs():
     f, x = mlp(), samples()
     Q = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
