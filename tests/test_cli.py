@@ -273,7 +273,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch, caps
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("lmnfast.grokking.train._evaluate", interrupted)
+        patched.setattr("lmnfast.grokking.training._evaluate", interrupted)
         assert cli.main([*TINY, f"--out={tmp_path}"]) == 130
     assert "interrupted; the same command continues the run" in capsys.readouterr().err
     assert cli.main([*TINY, f"--out={tmp_path}"]) == 0
