@@ -70,8 +70,7 @@ class Run:
         return next((row["step"] for row in self.rows if row["test_accuracy"] == 1), None)
 
     def phase(self, row: dict) -> str:
-        """The phase of a row: "memorising" until train accuracy is 1, "generalising" until test accuracy is 1, then
-        "finalising"."""
+        """The phase of a row: "memorising", from train accuracy 1 on "generalising", from test accuracy 1 on "finalising"."""
         if self.generalised is not None and row["step"] >= self.generalised:
             return "finalising"
         return "memorising" if self.memorised is None or row["step"] < self.memorised else "generalising"
