@@ -417,9 +417,8 @@ def _summary(run: Run) -> str:
     lost = [row for row in run.rows if row.get("lost_gradients")]  # older runs have no such column
     if lost:
         most = max(row["lost_gradients"] for row in lost)
-        lines.append(
-            f"round-off       takes true-class gradients from step {lost[0]['step']} on, at most {most} of {config.trained_on}"
-        )
+        since = f"round-off       reaches true-class gradients from step {lost[0]['step']} on"
+        lines.append(f"{since}, at most {most} of {config.trained_on}")
     lines += [
         f"Pearson r       of test loss while generalising, with {', '.join(correlations)}",
         f"time            training {seconds['training']:.0f} s, measuring {seconds['measuring']:.0f} s",

@@ -50,13 +50,13 @@ def test_grok_runs_every_task(task, tmp_path):
     assert cli.main(["grok", *task, "--steps=2", "--every=1", "--init=lecun-first", f"--out={tmp_path}"]) == 0
 
 
-def test_grok_says_when_round_off_takes_gradients(tmp_path, capsys):
+def test_grok_says_when_round_off_reaches_gradients(tmp_path, capsys):
     command = ["grok", "modular-addition", "--p=5", "--steps=100", "--every=100", "--lr=0.01", "--threads=1"]
     for dtype in ("float32", "float64"):
         out = tmp_path / dtype
         assert cli.main([*command, "--device=cpu", f"--loss-dtype={dtype}", f"--out={out}"]) == 0
         lost = read_run(out).rows[-1]["lost_gradients"]
-        line = f"round-off       takes true-class gradients from step 100 on, at most {lost} of 20\n"
+        line = f"round-off       reaches true-class gradients from step 100 on, at most {lost} of 20\n"
         said = capsys.readouterr().out
         assert (line in said) == (dtype == "float32") == ("round-off" in said) == (lost > 0)
 

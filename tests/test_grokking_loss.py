@@ -102,18 +102,31 @@ def test_a_lost_gradient_is_a_softmax_of_exactly_1_at_the_label(dtype):
     assert torch.equal(leaf.grad[:, 0] == 0, actual)
 
 
-def test_the_threshold_is_half_an_ulp_of_1_for_the_sum_of_all_other_classes():
+def test_lost_are_those_that_a_sum_from_1_on_loses_and_no_order_of_summation_loses_others():
     rng = np.random.default_rng(0)
-    others = rng.dirichlet(np.ones(30), 400) * 2 ** rng.uniform(-26, -22, (400, 1))
+    others = rng.dirichlet(np.ones(30), 400) * 2 ** rng.uniform(-26, -18, (400, 1))
     logits = torch.from_numpy(np.log(np.concatenate([np.ones((400, 1)), others], 1)))
     labels = torch.zeros(400, dtype=torch.int64)
-    rounded = np.float32(1) + others.sum(1).astype(np.float32)
-    assert 0 < (rounded == 1).sum() < 400
-    assert lost_gradients(logits, labels, torch.float32) == (rounded == 1).sum()
+    counted = np.array([lost_gradients(z[None], labels[:1], torch.float32).item() for z in logits]) == 1
+    assert 100 < counted.sum() < 300 and counted.sum() == lost_gradients(logits, labels, torch.float32)
     assert lost_gradients(logits, labels, torch.float64) == 0
-    at = torch.tensor([[0.0, -24 * math.log(2)]], dtype=torch.float64)
+    total = np.ones(400, np.float32)
+    for e in others.astype(np.float32).T:
+        total += e
+    assert ((total == 1) == counted).all()
+    for order in (slice(None), slice(None, None, -1), rng.permutation(31)):
+        moved = logits.float()[:, np.arange(31)[order].copy()]
+        softmax = [torch.softmax(moved, 1), torch.softmax(moved.T.contiguous(), 0).T]
+        actual = np.array([(p.amax(1) == 1).numpy() for p in softmax])
+        assert actual.any(1).all() and not (actual & ~counted).any()
+    assert (counted >= (others.sum(1) <= 2**-24)).all()
+
+
+def test_the_threshold_is_half_an_ulp_of_1():
+    at = torch.tensor([[0.0, -24 * math.log(2), -40.0]], dtype=torch.float64)
     for more, count in ((-1e-9, 1), (1e-9, 0)):
-        assert lost_gradients(at + torch.tensor([0, more]), labels[:1], torch.float32) == count
+        found = lost_gradients(at + torch.tensor([0, more, 0]), torch.tensor([0]), torch.float32)
+        assert found == count
 
 
 def test_a_sample_that_is_wrong_or_has_nan_has_lost_nothing():

@@ -53,9 +53,9 @@ class Run:
     """The run's settings."""
     rows: list[dict]
     """The rows of metrics.csv, one per measured step. Each has the step; train_loss and test_loss in nats; train_accuracy and
-    test_accuracy; l2_norm, of all parameters; lost_gradients, the number of training samples whose true-class gradient is 0 by
-    round-off in the loss's dtype, because the sum of their other probabilities is below half an ulp of 1; lmn_LAYER of each
-    layer, and what this number depends on."""
+    test_accuracy; l2_norm, of all parameters; lost_gradients, the number of training samples whose true-class gradient the
+    round-off of the loss's dtype can turn into 0, because each of their other probabilities is at most half an ulp of the
+    true one; lmn_LAYER of each layer, and what this number depends on."""
     seconds: dict[str, float]
     """The time of "training" and of "measuring"."""
 
