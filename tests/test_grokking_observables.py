@@ -7,7 +7,7 @@ from tiny import TINY
 
 from lmnfast import cli
 from lmnfast.grokking.measure import measure
-from lmnfast.grokking.train import train
+from lmnfast.grokking.training import train
 
 
 def test_a_run_with_observables_has_their_columns_and_is_measured_again_with_others(tmp_path, capsys):
