@@ -16,7 +16,7 @@ from .._nested import first_names
 from ..spectrum import SETTINGS, SHARES
 from .files import write_file
 
-INTEGERS = ("samples", "outputs", "points", "seed")
+INTEGERS = ("samples", "outputs", "points", "seed", "lost_gradients")
 WORDS = (
     *("run", "task", "activation", "layer", "checkpoint", "question", "variant"),
     *(name for name in SETTINGS if name not in INTEGERS),
