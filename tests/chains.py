@@ -121,7 +121,7 @@ def assert_stack_is_its_networks(
     chains = [cast(chain, dtype, device) for chain in chains]
     x = x.to(device, dtype)
     expected = [chain_connectivity(chain, own, *rule, midpoint) for chain, own in zip(chains, x)]
-    L, counts, each = stack_connectivity(stack_of_chains(chains), x, *rule, midpoint)
+    L, counts, _, each = stack_connectivity(stack_of_chains(chains), x, *rule, midpoint)
     assert L.dtype == dtype and L.shape == (len(x), x.shape[1], x.shape[1]) and L.device.type == device.type
     for _ in range(2):
         for n, (one, alone) in enumerate(zip(each, expected, strict=True)):
