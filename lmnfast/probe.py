@@ -36,7 +36,10 @@ COLUMNS = ("step", "layer", "lmn", "complexity_bits", *SETTINGS, *SHARES)
 
 
 class Writer(Protocol):
-    """Receives a probe's rows; see `lmnfast.integrations.writers`."""
+    """Receives a probe's rows; see `lmnfast.integrations.writers`.
+
+    A writer may also have `resume()`, see `Probe.load_state_dict`, and `expect(names)`: the observables that rows will have.
+    """
 
     def write(self, row: dict[str, Any]) -> None: ...
 
