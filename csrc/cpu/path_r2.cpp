@@ -208,20 +208,27 @@ std::size_t workspace_of(const PathR2<T>& op) {
 
 template <class T>
 void path_r2_on(const PathR2<T>& op, int threads) {
+  using V = Vector<T>;
+  const T* const end = op.ends + op.samples * op.outputs;
+  // A row of outputs at a time: down a column of many samples every output would read a cache line of its own.
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * op.outputs))
-  for (std::int64_t k = 0; k < op.outputs; ++k) {
-    T largest = 0, magnitude = 0;
-    for (std::int64_t n = 0; n < op.samples; ++n) {
-      const T y = op.ends[n * op.outputs + k], difference = y - op.ends[k];
-      largest = difference > largest ? difference : -difference > largest ? -difference : largest;
-      magnitude = y > magnitude ? y : -y > magnitude ? -y : magnitude;
+  for (std::int64_t start = 0; start < op.outputs; start += kLanes<T>) {
+    V largest{}, magnitude{};
+    const V first = load_row(op.ends + start, end);
+    for (const T* row = op.ends + start; row < end; row += op.outputs) {
+      const V y = load_row(row, end), difference = absolute(y - first), size = absolute(y);
+      largest = difference > largest ? difference : largest;  // a NaN is no larger
+      magnitude = size > magnitude ? size : magnitude;
     }
-    op.workspace[k] = output_scale(largest);
-    const T own = op.rounding ? op.rounding[k] * op.workspace[k] : 0;
-    op.workspace[op.outputs + k] = magnitude * op.workspace[k] * T(kLeastRounding) + own;
-    op.workspace[2 * op.outputs + k] = op.rounding ? op.rounding[op.outputs + k] * op.workspace[k] : 0;
-    op.workspace[3 * op.outputs + k] = scaled_stabiliser(op.stabiliser, op.workspace[k]);
-    op.workspace[4 * op.outputs + k] = largest;  // for now
+    for (std::int64_t k = start; k < at_most(start + kLanes<T>, op.outputs); ++k) {
+      const T own_largest = largest[k - start], scale = output_scale(own_largest);
+      op.workspace[k] = scale;
+      const T own = op.rounding ? op.rounding[k] * scale : 0;
+      op.workspace[op.outputs + k] = magnitude[k - start] * scale * T(kLeastRounding) + own;
+      op.workspace[2 * op.outputs + k] = op.rounding ? op.rounding[op.outputs + k] * scale : 0;
+      op.workspace[3 * op.outputs + k] = scaled_stabiliser(op.stabiliser, scale);
+      op.workspace[4 * op.outputs + k] = own_largest;  // for now
+    }
   }
   T common = 0;  // the scale of the output that varies most
   for (std::int64_t k = 0; k < op.outputs; ++k) {
