@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from chains import (
+    STATISTICS,
     SUMS,
     assert_refused,
     assert_stack_is_its_networks,
@@ -59,6 +60,15 @@ def test_any_number_of_networks_and_samples(networks, n, midpoint, device, dtype
     assert_stack_is_its_networks(chains, x[:, :n], device, dtype, midpoint)
 
 
+@pytest.mark.parametrize("midpoint", [None, True], ids=["path", "quartic"])
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("name", ["one hidden layer", "block(h) + h, twice"])
+def test_stabilised_and_pooled_r2_of_a_stack(name, statistic, midpoint, device, dtype, monkeypatch):
+    """In the emulator of three networks in two launches."""
+    monkeypatch.setenv("LMNFAST_EMULATED_STACK", str(200 * 1024))
+    assert_stack_is_its_networks(*stack(name, 3), device, dtype, midpoint, statistic=statistic)
+
+
 @pytest.mark.parametrize("kilobytes", [48, 227])
 @pytest.mark.parametrize("widths", [[3, 600, 17, 33], [130, 130, 130, 150]])
 @pytest.mark.parametrize("midpoint", [None, True], ids=["path", "quartic"])
@@ -107,7 +117,7 @@ def test_a_stack_for_the_registered_op(device, dtype):
         [b.expand(count, *b.shape) for b in biases],
     ]
     many = [v.to(device) if isinstance(v, torch.Tensor) else [w.to(device) for w in v] for v in many]
-    L, counts = torch.ops.lmnfast.path_connectivity(*many, *arguments[3:])
+    L, counts, _ = torch.ops.lmnfast.path_connectivity(*many, *arguments[3:])
     assert L.shape == (count, 12, 12) and counts.shape == (count, 2) and not torch.equal(L[0], L[1])
     for k in range(count):
         own = [
@@ -115,7 +125,7 @@ def test_a_stack_for_the_registered_op(device, dtype):
             [((k + 1) * first).to(device), last.to(device)],
             [b.to(device) for b in biases],
         ]
-        one, its_counts = torch.ops.lmnfast.path_connectivity(*own, *arguments[3:])
+        one, its_counts, _ = torch.ops.lmnfast.path_connectivity(*own, *arguments[3:])
         assert torch.equal(L[k], one) and torch.equal(counts[k], its_counts)
 
 
