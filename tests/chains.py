@@ -167,6 +167,7 @@ FOR_STATISTICS: dict[str, Callable[[], Chain]] = {
     "three hidden layers": lambda: _silu(6, 20, 30, 11, 4),
     "residual sums": lambda: chain_with("block(h) + h, twice", scale=1.0),
     "behind an activation": lambda: _silu(6, 20, 7, last="sigmoid"),
+    "one Linear and an activation": lambda: _silu(6, 4, last="silu"),
     "130 outputs": lambda: _silu(5, 20, 130),
     "a wide layer": lambda: _silu(5, 300, 6),
     "sizes from 1e-6 to 1e6": lambda: _of_sizes(_silu(6, 20, 5), torch.logspace(-6, 6, 5).double()),

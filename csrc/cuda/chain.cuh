@@ -61,7 +61,8 @@ Problem<T> make_problem(const PathConnectivity<T>& op, Arena& arena) {
   return problem;
 }
 
-/// Whether an op needs the kernels of kPooled, see PairSums. The kernels that keep a pair's sums in registers do not take it.
+/// Whether an op needs a kernel with kPooled, see PairSums. Of those there are panels_kernel and general64_kernel, which take
+/// every network.
 template <class T>
 bool pools(const PathConnectivity<T>& op) {
   return op.pools || op.stabiliser > 0;
