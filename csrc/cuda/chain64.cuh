@@ -1,7 +1,7 @@
 // path_connectivity and hermite_connectivity in float64, on the FP64 matrix instruction. This file is the host's side: the plan
 // and the launches. There are two kernels. chain64/shallow.cuh takes one hidden layer of SiLU, sigmoid or tanh over equally
-// spaced nodes; its warps make their matrix fragments themselves. chain64/general.cuh takes every other network, pooled r2 and r2
-// with a stabiliser; its blocks carry panels of residuals from layer to layer.
+// spaced nodes; its warps make their matrix fragments themselves. chain64/general.cuh takes every other network, pooled r2 and
+// r2 with a stabiliser; its blocks carry panels of residuals from layer to layer.
 //
 // In both kernels a tile of matrix rows is 8 pairs (one first sample and 8 second samples) at one node, and all rows of a lane,
 // g = lane / 4, belong to one pair. Of 8 hidden units, lane q = lane % 4 of a group has the units 2 q and 2 q + 1, as columns q

@@ -76,8 +76,8 @@ constexpr std::int64_t kChainedSamples = 1 << 16;  // so many samples have fewer
 /// Whether one of these kernels takes a problem, apart from its activations, widths and shared memory.
 inline bool takes(const PathConnectivity<float>& op) {
   return op.layers >= 1 && op.layers <= 2 && !op.skips && op.activations[op.layers].kind == ActivationKind::kIdentity &&
-         !pools(op) && op.widths[op.layers] <= kChainedOutputs && op.nodes.interior <= kMostNodes && op.samples <= kChainedSamples &&
-         op.samples * padded(op.widths[0]) < std::int64_t(1) << 30;
+         !pools(op) && op.widths[op.layers] <= kChainedOutputs && op.nodes.interior <= kMostNodes &&
+         op.samples <= kChainedSamples && op.samples * padded(op.widths[0]) < std::int64_t(1) << 30;
 }
 
 /// apart: bytes between the workspaces of two networks.

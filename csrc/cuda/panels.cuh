@@ -44,8 +44,8 @@ inline PanelPlan make_panel_plan(const PathConnectivity<float>& op, const HalfPl
   panels.units = count_units(op.samples, kGroup);
   const std::int64_t output_steps = steps(op.layers), chunks = blocks_of(output_steps, kChunkSteps);
   panels.output_steps = int(output_steps), panels.chunks = int(chunks);
-  plan.straight = straight && !pools(op) && problem.ends_linear && !polynomial && slots == 0 && problem.outputs <= kStraightOutputs &&
-                  steps(op.layers - 1) > kNarrowSteps;
+  plan.straight = straight && !pools(op) && problem.ends_linear && !polynomial && slots == 0 &&
+                  problem.outputs <= kStraightOutputs && steps(op.layers - 1) > kNarrowSteps;
   std::int64_t widest[2] = {0, 0};  // the widest layer of each panel, in steps
   for (int l = 0; l < panels.hidden - plan.straight; ++l) {
     if (steps(l) > widest[l % 2]) widest[l % 2] = steps(l);

@@ -55,9 +55,9 @@ __device__ T common_scale(const PathR2<T>& op) {
   return spread > 0 ? 1 / spread : T(1);
 }
 
-/// Sums over a pair's outputs: of shares, a NaN if an output is unresolved; the number of constant outputs; and, if r2 is pooled,
-/// bend and total of Share in the outputs' common unit. kPooled, here and of the kernels: there is a stabiliser, or r2 is pooled,
-/// or both.
+/// Sums over a pair's outputs: of shares, a NaN if an output is unresolved; the number of constant outputs; and, if r2 is
+/// pooled, bend and total of Share in the outputs' common unit. kPooled, here and of the kernels: there is a stabiliser, or r2
+/// is pooled, or both.
 enum Sum { kShares, kConstants, kBend, kTotal };
 template <bool kPooled>
 constexpr int kSums = kPooled ? 4 : 2;
@@ -382,8 +382,8 @@ const char* path_r2_on(const PathR2<T>& op, CUstream_st* stream) {
   while (columns < kScaleColumns && columns < op.outputs) columns *= 2;
   const char* error = op.pooled ? message(cudaMemsetAsync(spread_of(op), 0, sizeof(T), stream)) : nullptr;
   if (error) return error;
-  error = launch(scale_kernel<T>, blocks_of(op.outputs, columns), kScaleThreads, 2 * kScaleThreads * sizeof(T),
-                             stream, op, columns);
+  error = launch(scale_kernel<T>, blocks_of(op.outputs, columns), kScaleThreads, 2 * kScaleThreads * sizeof(T), stream, op,
+                 columns);
   if (error) return error;
   DeviceNodes<T> nodes;
   error = store_nodes(op.nodes, op.workspace + 3 * op.outputs, nodes, stream);

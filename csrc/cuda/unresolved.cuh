@@ -36,8 +36,8 @@ struct Unresolved {
   Unit layers[kMostLayers + 1];
   double t[kMostNodes], w[kMostNodes];  // all nodes and their weights
   double mean_t, variance_t;
-  const double* exact;  // [samples, exact_width]
-  const float* inputs;  // [samples, input_width]
+  const double* exact;           // [samples, exact_width]
+  const float* inputs;           // [samples, input_width]
   float *connectivity, *pooled;  // [samples, samples]; pooled may be null
   std::int64_t* counts;
   double stabiliser;

@@ -78,9 +78,9 @@ __device__ inline void add_output(PairSums<kPooled>& sums, const Problem<T>& pro
   const T first = y[at_i], second = y[at_j];
   const T chord = (second - first) + (y_low[at_j] - y_low[at_i]);
   const T rounding_squared = rounding[at_i] * rounding[at_i] + rounding[at_j] * rounding[at_j];
-  const Share<T> share = share_of_output<T, T>(chord, moments, larger(absolute(first), absolute(second)), T(0),
-                                               rounding_squared, problem.nodes.variance_t, Epsilon<T>::value,
-                                               stabiliser_of<kPooled>(problem.stabiliser, scale));
+  const Share<T> share =
+      share_of_output<T, T>(chord, moments, larger(absolute(first), absolute(second)), T(0), rounding_squared,
+                            problem.nodes.variance_t, Epsilon<T>::value, stabiliser_of<kPooled>(problem.stabiliser, scale));
   const bool vanishes = absolute(first) < least || absolute(second) < least;
   const T largest_rounding = larger(rounding[at_i], rounding[at_j]);
   const bool hides = share.constant > 0 && hides_rounding<T, T>(largest_rounding, scale, Epsilon<T>::value) > 0;
@@ -123,8 +123,8 @@ __device__ inline void store_entry(T* connectivity, std::int64_t* counts, const 
   connectivity[i * samples + j] = connectivity[j * samples + i] = entry;
 }
 
-/// The same of a problem, whose first layer is `layer`. With a stabiliser, float64 has the rule of close samples, too: the entry
-/// of a constant output is 0, that of equal samples 1, and Python compares the samples.
+/// The same of a problem, whose first layer is `layer`. With a stabiliser, float64 has the rule of close samples, too: the
+/// entry of a constant output is 0, that of equal samples 1, and Python compares the samples.
 template <bool kPooled, class T>
 __device__ inline void store_entry(const Problem<T>& of_first, const PairSums<kPooled>& sums, const Layer<T>& layer,
                                    std::int64_t i, std::int64_t j) {
@@ -140,8 +140,7 @@ __device__ inline void store_entry(const Problem<T>& of_first, const PairSums<kP
     const bool compares = (sizeof(T) == 4 || problem.stabiliser > 0) && sums.constants > 0;
     if (i == j) {
       entry = pooled = T(1);
-    } else if (isnan(sums.nonlinear) || underflows ||
-               (compares && are_close(layer.z, layer.stride, layer.width, i, j))) {
+    } else if (isnan(sums.nonlinear) || underflows || (compares && are_close(layer.z, layer.stride, layer.width, i, j))) {
       entry = pooled = T(kUnresolved);
       count(problem.counts + 1, 1);
     } else if (sums.constants > 0) {
