@@ -169,8 +169,8 @@ struct ConnectivityArguments : Arguments {
     expect(exact.number ? inputs.number && sizeof(T) == 4 && exact_width == moving && input_width >= 0 : !inputs.number,
            "exact, inputs");
     expect(networks >= 1, "networks");
-    expect(stabiliser >= 0, "stabiliser");
-    expect((first.number == 0) == (second.number == 0) && pairs >= 0 && (first.number || pairs == 0), "first, second, pairs");
+    expect(stabiliser >= 0 && (first.number == 0) == (second.number == 0) && (first.number ? pairs >= 0 : pairs == 0),
+           "stabiliser, first, second, pairs");
     const bool sums = !skips.empty();
     return {lmn::PathConnectivity<T>{z,
                                      pointers<T>(layers.weights),
@@ -360,11 +360,6 @@ struct SymmetricEigenvaluesArguments : Arguments {
 
 // ---- a call ----
 
-template <class Op, class = void>
-constexpr bool kHasWatch = false;
-template <class Op>
-constexpr bool kHasWatch<Op, decltype(void(Op::watch))> = true;
-
 template <class OpArguments, class Op, class... Values>
 Op made_by(Op (OpArguments::*)(Values...));
 
@@ -428,7 +423,7 @@ class Call {
     std::size_t n = 0;
     std::apply([&](auto&... member) { ((member = results[n++]), ...); }, OpArguments::results(op));
     if constexpr (lmn::kHasWorkspace<Any>) op.workspace = workspace;
-    if constexpr (kHasWatch<Any>) op.watch = watch;
+    if constexpr (lmn::kHasWatch<Any>) op.watch = watch;
   }
 
   OpArguments arguments_;
@@ -475,7 +470,6 @@ void bind(py::module_& m, const char* name, Op (OpArguments::*)(Values...), std:
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "lmnfast kernels; use lmnfast.ops, which checks and allocates.";
-
   m.def("isas", [] {
     std::vector<std::string> names;
     for (int n = 0; n < lmn::level_count(); ++n) {
@@ -500,7 +494,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("activation_count") = int(lmn::ActivationKind::kCount);
   m.attr("findings") = lmn::kFindings;
   m.attr("isometry_units") = lmn::kIsometryUnits;
-
 #define LMN_BIND(m, Op) \
   bind(m, #Op, &Op##Arguments::template op<float>, std::make_index_sequence<Call<Op##Arguments>::kResults>());
   LMN_ON_BOTH(LMN_BIND, m)

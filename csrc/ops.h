@@ -306,6 +306,12 @@ constexpr bool kHasWorkspace = false;
 template <class Op>
 constexpr bool kHasWorkspace<Op, decltype(void(Op::workspace))> = true;
 
+/// Whether a kernel of an op looks at a watch.
+template <class Op, class = void>
+constexpr bool kHasWatch = false;
+template <class Op>
+constexpr bool kHasWatch<Op, decltype(void(Op::watch))> = true;
+
 // The entries in csrc/cuda. All pointers are device pointers of the current device, except those marked "host". The size of the
 // workspace depends on the current device. cuda_run enqueues on the stream and returns null or an error message. The entries in
 // csrc/cpu are in csrc/levels.h.

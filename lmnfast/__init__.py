@@ -5,7 +5,11 @@ from importlib.metadata import version as _version
 from ._connectivity import connectivity
 from ._explain import explain
 from ._layers import match_layers
+from ._observables import observables, register_observable
+from ._observed import Observation
+from ._ratios import negative_share, participation_ratio
 from .cutting import cut
+from .estimate import Estimate, curvature
 from .jacobian import jacobian_distances, jacobians, linear_regions
 from .probe import Probe
 from .spectrum import (
@@ -20,9 +24,12 @@ from .spectrum import (
 __version__ = _version("lmnfast")
 
 __all__ = [
+    "Estimate",
     "Measurement",
+    "Observation",
     "Probe",
     "connectivity",
+    "curvature",
     "cut",
     "eigenvalues",
     "explain",
@@ -33,5 +40,9 @@ __all__ = [
     "lmn",
     "match_layers",
     "measure",
+    "negative_share",
     "nonlinear_complexity",
+    "observables",
+    "participation_ratio",
+    "register_observable",
 ]

@@ -472,8 +472,8 @@ def block_pairs(
     weights: Tensor,
     tile: int,
     allocated: int,
-    progress: Progress | None,
     statistic: Statistic,
+    *,
     first: Tensor,
     second: Tensor,
 ) -> ChainConnectivity:
@@ -482,15 +482,9 @@ def block_pairs(
     r2 = torch.ones(len(first), dtype=x.dtype, device=x.device)
     pooled = r2.clone() if statistic.pooled else None
     entries = ListEntries(r2, pooled, paths.counts, statistic.stabiliser, first, second)
-    apart = mark_near_pairs(x, entries)
-    finished = len(first) - len(apart)
-    for pair in apart.split(paths.most):
-        if len(pair) == 0:
-            continue
-        entries.write(pair, *paths.entries(first[pair], second[pair]))
-        finished += len(pair)
-        if progress is not None:
-            progress(finished / len(first))
+    for pair in mark_near_pairs(x, entries).split(paths.most):
+        if len(pair):
+            entries.write(pair, *paths.entries(first[pair], second[pair]))
     return ChainConnectivity(
         r2, paths.counts, resolver(paths.widened, x, entries, nodes, weights, paths.points), pooled
     )

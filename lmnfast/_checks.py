@@ -182,7 +182,10 @@ def _not_finite(name: str, failing: int, first: int) -> ValueError:
 
 
 def _not_finite_entry(first: int, samples: int) -> ValueError:
-    i, j = divmod(first, samples)
+    return _not_finite_path(*divmod(first, samples))
+
+
+def _not_finite_path(i: int, j: int) -> ValueError:
     return ValueError(f"f: NaN or Inf in an output on the path from sample {i} to sample {j}")
 
 
@@ -208,8 +211,9 @@ def _other_chain() -> NotTheChain:
 class Checks:
     """Checks that raise at once, or, deferred, are collected on the device and read together later."""
 
-    def __init__(self, deferred: bool) -> None:
-        self.deferred = deferred
+    def __init__(self, deferred: bool, numbers: Tensor | None = None) -> None:
+        """numbers: (N,) int64, the caller's numbers of the samples, for messages. None: 0 to N - 1."""
+        self.deferred, self._numbers = deferred, numbers
         self.verdicts: list[Tensor] = []
         self.errors: list[Callable[[int, int], Exception]] = []
         self._repeated: tuple[Tensor, list[int], Tensor, Tensor, float] | None = None
@@ -219,7 +223,7 @@ class Checks:
             return
         self._expect(
             values.isfinite().flatten(1).all(1),
-            lambda failing, first: _not_finite(name, failing, first),
+            lambda failing, first: _not_finite(name, failing, self._number(first)),
         )
 
     def agree(self, ends: Tensor, expected: Tensor, compiled: bool = False) -> None:
@@ -306,15 +310,26 @@ class Checks:
                             f"{most / magnitude:.1%} of their largest; expected samples and weights of a size that "
                             f"{ends.dtype} resolves"
                         )
+        at = self._number
         self._expect(
             good,
             lambda _, first: ValueError(
-                f"f: gives other outputs for sample {rows[first]} when called on {called}; it is random (dropout left on, "
+                f"f: gives other outputs for sample {at(rows[first])} when called on {called}; it is random (dropout left on, "
                 "sampling, noise), keeps a state between calls (a hidden state, a cache, observers of quantisation), or rows "
                 "of a batch depend on each other (batch norm or quantisation by the batch's statistics, a sequence along the "
                 "first axis where batch_first=True is forgotten; lmnfast.cut takes batch_dim=1)"
             ),
         )
+
+    def _number(self, sample: int) -> int:
+        return sample if self._numbers is None else int(self._numbers[sample])
+
+    def pairs(self, r2: Tensor, first: Tensor, second: Tensor) -> None:
+        """Checks the entries of a list of pairs (pairs,)."""
+        if not all_finite(r2):
+            at = int((~r2.isfinite()).byte().argmax())
+            i, j = (self._number(int(samples[at])) for samples in (first, second))
+            raise _not_finite_path(i, j)
 
     def entries(self, L: Tensor) -> None:
         if self.deferred or not all_finite(L):

@@ -309,9 +309,13 @@ def tiled(
     width: int,
     dtype: torch.dtype,
     measure: Callable[[Tensor, Tensor], Tensor],
+    tile: int | None = None,
 ) -> Tensor:
-    """Applies `measure` to every two rows of features, (samples, samples). Two tiles of features exist at a time."""
-    tile = _tile_rows(samples, width)
+    """Applies `measure` to every two rows of features, (samples, samples). Two tiles of features exist at a time.
+
+    tile: rows of features in a tile. None: by `_tile_rows`.
+    """
+    tile = _tile_rows(samples, width) if tile is None else tile
     if tile == samples:
         features = rows(0, samples)
         return measure(features, features)

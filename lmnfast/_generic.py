@@ -161,7 +161,7 @@ def mark_near(x: Tensor, entries: Entries) -> tuple[Tensor | None, int]:
     near = _near(x)
     if near is None:
         return None, 0
-    first, second = _numbered(near.nonzero().flatten(), len(x))
+    first, second = numbered(near.nonzero().flatten(), len(x))
     differ = (x[first] != x[second]).flatten(1).any(1)  # other pairs are equal samples, and their entry is 1
     finished, first, second = len(first), first[differ], second[differ]
     _leave(entries, (first, second), len(first))
@@ -222,10 +222,10 @@ def pairs_apart(x: Tensor, size: int, near: Tensor | None) -> Iterator[tuple[Ten
     pairs = len(x) * (len(x) - 1) // 2
     for start in range(0, pairs, size):
         pair = torch.arange(start, min(start + size, pairs), device=x.device)
-        yield _numbered(pair if near is None else pair[~near[start : start + size]], len(x))
+        yield numbered(pair if near is None else pair[~near[start : start + size]], len(x))
 
 
-def _numbered(pair: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+def numbered(pair: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """The samples i < j of pairs that are numbered row by row."""
     row_starts = torch.arange(samples, device=pair.device).neg().add(samples - 1).cumsum(0)
     first = torch.searchsorted(row_starts, pair, right=True)

@@ -150,6 +150,7 @@ def prepared(
     deferred: bool | None = None,
     spare: bool = False,
     points: int = 3,
+    numbers: Tensor | None = None,
 ) -> Iterator[Prepared]:
     """f on its checked samples, in eval mode for as long as the context lasts.
 
@@ -160,6 +161,7 @@ def prepared(
         method, fuse, known, points: as in `find_route`.
         expected: f(x), if known.
         deferred: leave the checks to the caller. None: only on CUDA.
+        numbers: as of `Checks`.
         spare: do not call modules in order whose outputs the chain gives, also for methods without Jacobians.
 
     Raises:
@@ -168,7 +170,7 @@ def prepared(
     if method != "path" and getattr(f, COMPILED, False):
         f = original_of(f)
     x = checked_samples(f, x)
-    checks = Checks(x.is_cuda if deferred is None else deferred)
+    checks = Checks(x.is_cuda if deferred is None else deferred, numbers)
     late = _native.on_cuda(x) if method in DIFFERENTIATING else checks.deferred
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)

@@ -1,14 +1,19 @@
-"""What a probe keeps between measurements: tails with their chains, and numbers that are still on a CUDA device."""
+"""What a probe keeps: tails with their chains, measurements not solved yet, numbers that are still on a CUDA device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._chain import Chain
+from ._enqueue import Enqueued
 from ._layout import layout_of
+from ._observables import Values
+from ._observed import Observation, Spectrum
 from ._recognise import recognise
 
 
@@ -54,3 +59,40 @@ class NumberOnDevice:
         self._ready.synchronize()
         with torch.cuda.stream(self._stream):
             return self._value.item()
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A measurement whose connectivity is enqueued, with the values of the observables that are of its step."""
+
+    enqueued: Enqueued
+    done: torch.cuda.Event | None
+    """On CUDA: the event that the connectivity is done."""
+    values: Values
+    samples: Tensor
+    """A cut gives copies, which the training does not overwrite."""
+    network: nn.Module
+    model: nn.Module
+
+    def observe_now(self, number: Callable[[Any], Any]) -> None:
+        """Computes what belongs to the step. number: takes a number from the training."""
+        chosen = self.values.chosen
+        if self.done is not None and any({"connectivity", "pooled"} & set(o.reads) for o in chosen.at_step):
+            self.done.synchronize()
+            self.enqueued.check()
+        self.values.observe(chosen.at_step, self._observation(None))
+
+        def kept(value: Any) -> Any:
+            value = number(value)
+            return value.read if isinstance(value, NumberOnDevice) else value
+
+        self.values.convert(kept)
+
+    def observe_later(self, spectrum: Spectrum | None) -> dict[str, float]:
+        """Computes the rest, once the connectivity is checked. Returns all values by name."""
+        self.values.observe(self.values.chosen.later, self._observation(spectrum))
+        return self.values.numbers()
+
+    def _observation(self, spectrum: Spectrum | None) -> Observation:
+        enqueued = self.enqueued
+        return Observation(enqueued.L, enqueued.pooled, spectrum, self.samples, self.network, self.model)

@@ -12,16 +12,17 @@ from typing import Any, cast
 import torch
 
 from . import __version__, _native
+from ._observables import observables
 from ._settings import METHODS
 from ._threads import cores
 from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_checkpoints
-from .grokking.config import Config
+from .grokking.config import LOSS_DTYPES, OPTIMIZERS, Config
 from .grokking.figures import draw, draw_methods, named
 from .grokking.measure import measure
 from .grokking.model import ACTIVATION_MODULES, INITS, LAYERS
 from .grokking.run import Run
-from .grokking.tasks import TASKS, training_samples
-from .grokking.train import train
+from .grokking.tasks import TASKS
+from .grokking.training import train
 from .paper.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, Study, run_study
 from .quadrature import RULES
 from .runs.device import DEVICES, refuse_unusable
@@ -117,20 +118,48 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
     )
     grok.add_argument("--every", type=int, help=f"steps from one measurement to the next ({Config.every})")
     grok.add_argument("--seed", type=int, help=f"of the split and the weights ({Config.seed})")
-    grok.add_argument("--init", choices=INITS, help=f"initialisation of the weights ({Config.init})")
+    grok.add_argument(
+        "--init",
+        choices=INITS,
+        help=f"initialisation of the weights ({Config.init}: PyTorch's; the other is kept for runs begun with it)",
+    )
     grok.add_argument(
         "--activation", choices=ACTIVATION_MODULES, help=f"between the layers ({Config.activation})"
     )
+    _add_training(grok)
     grok.add_argument("--threads", type=int, help="on the CPU (the run's; torch's for a new one)")
     grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
     grok.add_argument(
         "--force", action="store_true", help="delete the existing run (nothing else), start a new one"
     )
-    names = f"some of {', '.join(LAYERS)} ({' '.join(Config.layers)})"
+    names = f"some of {', '.join(LAYERS)} and those of --depth ({' '.join(Config.layers)})"
     grok.add_argument("--layers", nargs="+", metavar="LAYER", help=names)
     _add_samples(grok, "of the training samples are measured, a fixed random choice (all)")
     grok.add_argument("--method", choices=METHODS, help=f"of the connectivity ({Config.method})")
     _add_settings(grok, vars(Config))
+
+
+def _add_training(grok: argparse.ArgumentParser) -> None:
+    """The options of the network and of its training. Their defaults are the paper's."""
+    grok.add_argument("--width", type=int, help=f"units of a hidden layer ({Config.width})")
+    grok.add_argument("--depth", type=int, help=f"number of hidden layers ({Config.depth})")
+    grok.add_argument("--optimizer", choices=OPTIMIZERS, help=f"sgd: without momentum ({Config.optimizer})")
+    grok.add_argument(
+        "--lr", dest="learning_rate", type=float, metavar="LR", help=f"learning rate ({Config.learning_rate})"
+    )
+    grok.add_argument("--weight-decay", type=float, help=f"of the optimiser ({Config.weight_decay})")
+    grok.add_argument("--batch", type=int, help="training samples in an update (all)")
+    grok.add_argument(
+        "--train-fraction",
+        type=float,
+        metavar="SHARE",
+        help=f"of all pairs, for training ({Config.train_fraction})",
+    )
+    grok.add_argument(
+        "--loss-dtype",
+        choices=LOSS_DTYPES,
+        help=f"of the softmax of the loss; with float32 long runs collapse by round-off ({Config.loss_dtype})",
+    )
 
 
 def _add_measure(again: argparse.ArgumentParser) -> None:
@@ -139,7 +168,7 @@ def _add_measure(again: argparse.ArgumentParser) -> None:
     again.add_argument(
         "--force", action="store_true", help="replace the existing table, also one with more steps"
     )
-    _add_layers(again, f"some of {', '.join(LAYERS)} (the run's)")
+    _add_layers(again, f"some of {', '.join(LAYERS)} and others of the run's depth (the run's)")
     _add_until(again)
     _add_samples(again, "of the training samples are measured, a fixed random choice (the run's)")
     again.add_argument(
@@ -240,7 +269,17 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) 
     parser.add_argument(
         "--negative", choices=NEGATIVE, help=f"what negative eigenvalues count ({defaults['negative']})"
     )
+    parser.add_argument(
+        "--observables",
+        type=_names,
+        metavar="NAME[,NAME...]",
+        help=f"numbers beside LMN, among {', '.join(each.name for each in observables())} (none)",
+    )
     parser.add_argument("--device", choices=DEVICES, help="where to compute (auto)")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _methods(text: str) -> tuple[str, ...]:
@@ -284,8 +323,13 @@ def _paper(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     _need_extra()
     _need_device(options)
-    path, rows = measure(**_given_options(options), progress=True)
-    _print_rows(rows, [path, draw_methods(path, rows)] if "+" in rows[0]["method"] else [path])
+    given = _given_options(options)
+    path, rows = measure(**given, progress=True)
+    _print_rows(
+        rows,
+        given.get("observables", ()),
+        [path, draw_methods(path, rows)] if "+" in rows[0]["method"] else [path],
+    )
 
 
 def _checkpoints(options: argparse.Namespace) -> None:
@@ -307,12 +351,14 @@ def _checkpoints(options: argparse.Namespace) -> None:
         progress=True,
         **given,
     )
-    _print_rows(rows, [out / "lmn.csv", draw_checkpoints(out, rows)])
+    asked = given.get("observables", ())
+    _print_rows(rows, asked, [out / "lmn.csv", draw_checkpoints(out, rows)])
 
 
-def _print_rows(rows: Sequence[Mapping[str, Any]], written: Sequence[Path]) -> None:
-    """Prints the LMN of each row, and the names of the written files."""
-    columns = [name for name in rows[0] if name == "step" or name.startswith("lmn_")]
+def _print_rows(rows: Sequence[Mapping[str, Any]], asked: Sequence[str], written: Sequence[Path]) -> None:
+    """Prints the LMN and the observables of each row that were asked for, and the names of the written files."""
+    kinds = ("lmn_", *(f"{name}_" for name in asked))
+    columns = [name for name in rows[0] if name == "step" or name.startswith(kinds)]
     widths = [max(16, len(name)) for name in columns]
     print(*(f"{name:>{width}}" for name, width in zip(columns, widths)))
     for row in rows:
@@ -368,9 +414,7 @@ def _summary(run: Run) -> str:
         return "-" if math.isnan(value) else f"{value:.4f}"
 
     config, last, seconds = run.config, run.rows[-1], run.seconds
-    of = (
-        "" if config.samples is None else f"of {training_samples(config.task, p=config.p, bits=config.bits)} "
-    )
+    of = "" if config.samples is None else f"of {config.trained_on} "
     lines = [
         f"{config.task}, seed {config.seed}: {last['step']} steps, measured every {config.every} on "
         f"{last['samples']} {of}samples ({_how(config)})",
@@ -388,6 +432,11 @@ def _summary(run: Run) -> str:
         *(f"{name} {layer} {r(f'lmn_{layer}')}" for layer in config.layers),
         f"L2 norm {r('l2_norm')}",
     ]
+    lost = [row for row in run.rows if row.get("lost_gradients")]  # older runs have no such column
+    if lost:
+        most = max(row["lost_gradients"] for row in lost)
+        since = f"round-off       reaches true-class gradients from step {lost[0]['step']} on"
+        lines.append(f"{since}, at most {most} of {config.trained_on}")
     lines += [
         f"Pearson r       of test loss while generalising, with {', '.join(correlations)}",
         f"time            training {seconds['training']:.0f} s, measuring {seconds['measuring']:.0f} s",

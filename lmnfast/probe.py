@@ -8,24 +8,26 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ._enqueue import Enqueued, enqueue, on_stream
+from ._enqueue import enqueue, on_stream
 from ._layers import for_layers
 from ._layout import plain_layout
-from ._probed import NumberOnDevice, Tail
+from ._observables import Chosen, Values, problem_of, settings_for
+from ._probed import NumberOnDevice, Pending, Tail
 from ._python_state import python_state
 from ._run_to import Cutting, run_to
+from ._schedule import Every, Schedule
 from ._settings import Settings
 from ._threads import alone, on_one_core
 from ._tracing import Forward, Output
 from .cutting import chosen, cut_at
-from .spectrum import SETTINGS, SHARES, check_negative, measurement
+from .spectrum import SETTINGS, SHARES, check_negative, measurement, spectrum_of, unsolved
 
 # Limits the memory of waiting connectivity matrices if solving is slower than measuring: 64 MB at N = 1000.
 MOST_PENDING = 16
@@ -34,7 +36,10 @@ COLUMNS = ("step", "layer", "lmn", "complexity_bits", *SETTINGS, *SHARES)
 
 
 class Writer(Protocol):
-    """Receives a probe's rows; see `lmnfast.integrations.writers`."""
+    """Receives a probe's rows; see `lmnfast.integrations.writers`.
+
+    A writer may also have `resume()`, see `Probe.load_state_dict`, and `expect(names)`: the observables that rows will have.
+    """
 
     def write(self, row: dict[str, Any]) -> None: ...
 
@@ -61,8 +66,8 @@ class Probe:
     values on the device are therefore raised later, by `history`: NaN or Inf, or outputs that are no longer the model's after a
     change that only outputs show.
 
-    A probe warns as `lmn` does, once for each layer, with the layer's name: at the first call, or reading of rows, after the
-    row is ready.
+    A probe warns as `measure` does, once for each layer, with the layer's name: at the first call, or reading of rows, after
+    the row is ready.
 
     Args:
         model: as in `cut`.
@@ -71,17 +76,21 @@ class Probe:
             connection goes around it) is left out, with a warning. The attribute `layers` has the names that are measured.
         until: as in `cut`, for all layers.
         blocks: in place of `layers`, names or patterns of blocks as in `cut`. Their names are in the column "layer".
-        every: the probe measures when step % every == 0.
+        every: a number: the probe measures when step % every == 0. A sequence of steps: at these. "log": at 0, 1, 2, 5, 10, 20,
+            50, 100, ... A function of a step: where it returns True.
         method, points, rule, budget: as in `connectivity`.
         forward, output, batch_dim: as in `cut`.
+        observables: names of numbers to measure beside LMN, as `lmnfast.observables` lists them; each is a column. If none of
+            them needs eigenvalues, no eigenproblem is solved, and the columns of LMN have None. Observables of the network or
+            the model are computed on the calling thread, and on CUDA may wait for the device.
         compile: as in `cut`. Tails are compiled when the probe is made, and again when it cuts again.
         negative: as in `lmn`.
         writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
 
     Raises:
-        ValueError: as `cut`; no layers, a layer named twice, layers and blocks both or neither, every < 1, an unknown rule or
-            negative, or points out of range.
+        ValueError: as `cut`; no layers, a layer named twice, layers and blocks both or neither, every < 1 or without a
+            step, an unknown rule, negative or observable, or points out of range.
         TypeError: as `cut`; points is not an integer.
 
     Example:
@@ -104,7 +113,7 @@ class Probe:
         *,
         until: str | None = None,
         blocks: str | Sequence[str] | None = None,
-        every: int = 100,
+        every: Every = 100,
         method: str = "path",
         points: int = 21,
         rule: str = "uniform",
@@ -114,10 +123,10 @@ class Probe:
         batch_dim: int | None = None,
         compile: bool = False,
         negative: str = "absolute",
+        observables: str | Sequence[str] = (),
         writers: Sequence[Writer] = (),
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every: expected at least 1, got {every}")
+        schedule, chosen_observables = Schedule(every), Chosen(observables)
         named = chosen(layers, blocks, ("layers", "blocks"))
         argument = "layers" if blocks is None else "blocks"
         how = Cutting(forward, output, until, blocks is not None, batch_dim, compile)
@@ -125,16 +134,20 @@ class Probe:
         patterns = (named,) if isinstance(named, str) else tuple(named)
         if not patterns or len(set(patterns)) != len(patterns):
             raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")
-        settings = Settings(method, points, rule, budget)
+        settings = settings_for(chosen_observables, Settings(method, points, rule, budget))
         check_negative(negative)
         self.model = model
         self.inputs = inputs
         self.every = every
         self.seconds = 0.0  # wall time of the calling thread in this class, waiting included
+        self._schedule = schedule
+        self._observables = chosen_observables
         self._settings = settings
         self._negative = negative
-        self._problems: dict[str, str] = {}  # warnings about offsets that are not given yet, by layer
-        self._warned: set[str] = set()
+        self._problems: dict[
+            tuple[str, str], str
+        ] = {}  # warnings not given yet, by layer and observable, "" for offsets
+        self._warned: set[tuple[str, str]] = set()
         self._how = how
         self._writers = tuple(writers)
         self.next_step = 0  # the step of a call without a step
@@ -142,6 +155,9 @@ class Probe:
         self._rows: dict[int, list[Future]] = {}
         self._unread: deque[Future] = deque()  # rows that new_rows has not returned yet
         self._waiting: deque[Future] = deque()  # one thread solves them, so they end in order
+        for writer in self._writers:
+            if hasattr(writer, "expect"):
+                writer.expect(chosen_observables.names)
         self._start()
         with self._timed(), alone():
             tails = for_layers(model, patterns, self._tail, argument)
@@ -183,7 +199,7 @@ class Probe:
             )
 
     def __call__(self, step: int | None = None, **extra: float | Tensor) -> bool:
-        """Call once per training step; measures when step % every == 0.
+        """Call once per training step; measures at the steps that `every` says.
 
         Args:
             step: the number of the step. None: one more than in the last call, 0 in the first.
@@ -202,7 +218,7 @@ class Probe:
         self._check_process()
         if step is None:
             step = self.next_step
-        due = step % self.every == 0
+        due = self._schedule.due(step)
         self.next_step = step + 1
         self._warn()
         if due:
@@ -213,7 +229,7 @@ class Probe:
     def reach(self, step: int) -> bool:
         """Call in place of the probe itself if the step number may jump or repeat, as with several optimisers.
 
-        Measures at the first step that reaches or passes a new multiple of `every`. Writers get nothing before the next
+        Measures at the first step that reaches or passes a step that is due by `every`. Writers get nothing before the next
         `flush`.
 
         Args:
@@ -225,7 +241,7 @@ class Probe:
         Raises:
             RuntimeError: the measurement failed; the message has the step and the layers.
         """
-        due = step // self.every > (self.next_step - 1) // self.every
+        due = self._schedule.passed(self.next_step - 1, step)
         self.next_step = step + 1
         if due:
             try:
@@ -238,94 +254,91 @@ class Probe:
 
     def _measure_all(self, step: int, extra: dict[str, Any]) -> None:
         """Measures all layers. The rows are ready when the solver's thread has solved them."""
-        if clash := set(extra) & set(COLUMNS):
+        if clash := set(extra) & {*COLUMNS, *self._observables.names}:
             raise ValueError(f"extra: expected names not the probe's own, got {', '.join(sorted(clash))}")
         if self._solver is None:
             raise RuntimeError("probe: closed; expected an open one")
         extra = {name: self._number(value) for name, value in extra.items()}
         with self._timed(), alone():
             state = python_state(self.model, self.inputs)
-            enqueued = [self._enqueue(layer, state, step) for layer in self.layers]
+            pending = [self._enqueue(layer, state, step) for layer in self.layers]
             for layer in self.layers:
-                row = self._solver.submit(self._solve, step, layer, *enqueued.pop(0), extra)
+                row = self._solver.submit(self._solve, step, layer, pending.pop(0), extra)
                 self._rows.setdefault(step, []).append(row)
                 self._waiting.append(row)
                 self._unread.append(row)
             while self.pending > MOST_PENDING:
                 self._waiting[0].exception()
 
-    def _enqueue(self, layer: str, state: list[Any], step: int) -> tuple[Enqueued, torch.cuda.Event | None]:
-        """Enqueues the connectivity of a layer. On CUDA it also returns the event that the connectivity is done."""
+    def _enqueue(self, layer: str, state: list[Any], step: int) -> Pending:
+        """Enqueues the connectivity of a layer, and computes the observables of the step."""
         kept = self._tails.get(layer)
+        pending = None
         try:
             if kept is not None and kept[1] == state:
                 known = replace(self._how, batch_dim=kept[0].layout or plain_layout(self.inputs))
                 samples, output = run_to(self.model, layer, self.inputs, known)
-                try:
-                    return self._measure(kept[0], samples, output)
-                except Exception:  # this tail may be outdated; only an error with a new tail counts
-                    pass
-            tail, samples = cut_at(self.model, layer, self.inputs, self._how)
-            self._tails[layer] = Tail(tail, self._settings.method), state
-            return self._measure(self._tails[layer][0], samples, None)
+                with suppress(Exception):  # this tail may be outdated; only an error with a new tail counts
+                    pending = self._measure(kept[0], samples, output)
+            if pending is None:
+                tail, samples = cut_at(self.model, layer, self.inputs, self._how)
+                self._tails[layer] = Tail(tail, self._settings.method), state
+                pending = self._measure(self._tails[layer][0], samples, None)
+            pending.observe_now(self._number)
+            return pending
         except (ValueError, TypeError) as error:
             raise type(error)(f"{error} (probe of layer {layer!r}, step {step})") from error
 
-    def _measure(
-        self, tail: Tail, samples: Tensor, output: Tensor | None
-    ) -> tuple[Enqueued, torch.cuda.Event | None]:
+    def _measure(self, tail: Tail, samples: Tensor, output: Tensor | None) -> Pending:
         """Enqueues the connectivity of a tail. output: the expected outputs; None: not compared."""
         stream = self._streams_on(samples.device)[0] if samples.is_cuda else None
-        enqueued = enqueue(
-            tail.module,
-            samples,
-            self._settings,
-            expected=output,
-            known=tail.chain(),
-            stream=stream,
-        )
-        if stream is None:
-            return enqueued, None
-        done = torch.cuda.Event(blocking=True)
-        done.record(stream)
-        return enqueued, done
+        chain = tail.chain()
+        enqueued = enqueue(tail.module, samples, self._settings, expected=output, known=chain, stream=stream)
+        done = None
+        if stream is not None:
+            done = torch.cuda.Event(blocking=True)
+            done.record(stream)
+        return Pending(enqueued, done, Values(self._observables), samples, tail.module, self.model)
 
-    def _solve(
-        self,
-        step: int,
-        layer: str,
-        enqueued: Enqueued,
-        done: torch.cuda.Event | None,
-        extra: dict[str, Any],
-    ) -> dict[str, Any]:
+    def _solve(self, step: int, layer: str, pending: Pending, extra: dict[str, Any]) -> dict[str, Any]:
+        enqueued = pending.enqueued
         L = enqueued.L
         # Solving has its own stream, so that the next connectivity, and a training that waits for it, do not wait for this.
         stream = self._streams_on(L.device)[1] if L.is_cuda else None
         try:
             with on_stream(stream):
-                if done is not None:
-                    done.synchronize()
+                if pending.done is not None:
+                    pending.done.synchronize()
                 enqueued.check()
                 numbers = {k: v.read() if isinstance(v, NumberOnDevice) else v for k, v in extra.items()}
-                m = measurement(enqueued, self._settings, self._negative)
-                if layer not in self._warned and (problem := enqueued.offset_problem()):
-                    self._problems[layer] = problem
+                measured, spectrum = dict.fromkeys(COLUMNS[2:]), None
+                if self._observables.solves:
+                    m = measurement(enqueued, self._settings, self._negative)
+                    measured, spectrum = {name: getattr(m, name) for name in measured}, spectrum_of(m)
+                else:
+                    known = unsolved(enqueued, self._settings, self._negative)
+                    measured |= {name: known[name] for name in measured if name in known}
+                measured |= pending.observe_later(spectrum)
+                problems = {name: problem_of(name, why) for name, why in pending.values.problems.items()}
+                if (layer, "") not in self._warned and (problem := enqueued.offset_problem()):
+                    problems[""] = problem
         except Exception as error:
             self._tails.pop(layer, None)  # if the tail was outdated, the next row need not fail as well
-            del L, enqueued  # the traceback keeps this frame; the frame must not keep the matrix
+            m = None
+            del L, enqueued, pending  # the traceback keeps this frame; the frame must not keep the matrix
             raise RuntimeError(
                 f"probe: solving layer {layer!r} at step {step} failed: {error}"
             ) from error.with_traceback(None)
-        measured = {name: getattr(m, name) for name in COLUMNS[2:]}
+        self._problems |= {(layer, name): problem for name, problem in problems.items()}
         return {"step": step, "layer": layer, **measured, **numbers}
 
     def _warn(self) -> None:
         """Gives the warnings, on the training's thread: its filters may turn warnings into errors."""
-        for layer, problem in list(self._problems.items()):
-            del self._problems[layer]
-            if layer not in self._warned:
-                self._warned.add(layer)
-                warnings.warn(f"layer {layer!r}: {problem}", stacklevel=3)
+        for about, problem in list(self._problems.items()):
+            del self._problems[about]
+            if about not in self._warned:
+                self._warned.add(about)
+                warnings.warn(f"layer {about[0]!r}: {problem}", stacklevel=3)
 
     def _streams_on(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
         """The stream for connectivities, and the stream for solving."""
@@ -342,8 +355,8 @@ class Probe:
     def history(self) -> list[dict[str, Any]]:
         """One row per step and layer, in order.
 
-        A row has step, layer, lmn, complexity_bits, all other fields of a `Measurement` except its tensors, and the step's
-        extra. Waits for pending rows.
+        A row has step, layer, lmn, complexity_bits, all other fields of a `Measurement` except its tensors, the observables,
+        and the step's extra. Waits for pending rows.
 
         Raises:
             RuntimeError: a row failed.

@@ -1,19 +1,22 @@
 """From a connectivity matrix to its eigenvalues, its entropy, and the linear mapping number."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _native, ops
 from ._checks import all_finite
 from ._connectivity import measured, stacked_matrices, warn_of_offsets
 from ._enqueue import Enqueued
 from ._native import Progress
+from ._observables import Chosen, Values, problem_of, settings_for
+from ._observed import Observation, Spectrum
 from ._settings import Settings
 from ._stacked import Stacked
 from ._threads import one_core_after_fork
@@ -50,7 +53,7 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
         >>> lmnfast.eigenvalues(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
         tensor([1.5000, 0.5000], dtype=torch.float64)
     """
-    _check_matrix(L)
+    check_matrix(L)
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if solver == "cuda" and not L.is_cuda:
@@ -209,9 +212,15 @@ class Measurement:
     """sum |w| over the negative eigenvalues, as a share of sum |w| over all eigenvalues."""
     stabiliser: float = 0.0
     """What was added to the denominators of r2, as in :func:`connectivity`."""
+    observables: dict[str, float] = field(default_factory=dict)
+    """The observables that were asked for, by name; NaN for one that does not apply."""
 
     def __repr__(self) -> str:
-        names = (f.name for f in fields(self) if f.type is not Tensor)
+        names = [
+            f.name
+            for f in fields(self)
+            if f.type is not Tensor and (f.name != "observables" or self.observables)
+        ]
         return f"Measurement({', '.join(f'{name}={_formatted(getattr(self, name))}' for name in names)})"
 
     def __float__(self) -> float:
@@ -223,7 +232,9 @@ class Measurement:
         return all(_same(value, getattr(other, name)) for name, value in self.to_dict().items())
 
     def __hash__(self) -> int:
-        return hash(tuple(value for value in self.to_dict().values() if not isinstance(value, Tensor)))
+        return hash(
+            tuple(value for value in self.to_dict().values() if not isinstance(value, (Tensor, dict)))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by their names: plain values, and the two tensors without a copy."""
@@ -237,6 +248,11 @@ def _formatted(value: Any) -> str:
 def _same(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor):
         return value.dtype == other.dtype and torch.equal(value.cpu(), other.cpu())
+    if isinstance(value, dict):  # NaN is the same as NaN
+        return list(value) == list(other) and all(
+            value[name] == other[name] or (math.isnan(value[name]) and math.isnan(other[name]))
+            for name in value
+        )
     return value == other
 
 
@@ -246,24 +262,31 @@ def measurement(enqueued: Enqueued, settings: Settings, negative: str = "absolut
     values = _by_magnitude(values) if solver == "cuda" else values
     below_zero = values.clamp(max=0).abs().sum() / values.abs().sum()
     # Three numbers in one copy: each copy from a card would wait for it.
-    lmn, complexity_bits, negative_share = torch.stack([torch.exp2(bits), bits, below_zero]).tolist()
+    lmn, complexity_bits, share = torch.stack([torch.exp2(bits), bits, below_zero]).tolist()
     return Measurement(
         lmn=lmn,
         complexity_bits=complexity_bits,
         eigenvalues=values.to(enqueued.L.device),
         connectivity=enqueued.L,
-        samples=len(enqueued.L),
-        outputs=enqueued.outputs,
-        points=settings.points,
-        rule=settings.rule,
-        method=settings.method,
-        precision=enqueued.precision,
         solver=solver,
-        negative=negative,
-        constant_share=enqueued.constant_share(),
-        negative_share=negative_share,
-        stabiliser=settings.stabiliser,
+        negative_share=share,
+        **unsolved(enqueued, settings, negative),
     )
+
+
+def unsolved(enqueued: Enqueued, settings: Settings, negative: str) -> dict[str, Any]:
+    """The fields of a `Measurement` that no eigenvalue is needed for, but for the matrix."""
+    return {
+        "samples": len(enqueued.L),
+        "outputs": enqueued.outputs,
+        "points": settings.points,
+        "rule": settings.rule,
+        "method": settings.method,
+        "precision": enqueued.precision,
+        "negative": negative,
+        "constant_share": enqueued.constant_share(),
+        "stabiliser": settings.stabiliser,
+    }
 
 
 def measure(
@@ -277,6 +300,7 @@ def measure(
     negative: str = "absolute",
     progress: bool | Progress = False,
     stabiliser: float = 0.0,
+    observables: str | Sequence[str] = (),
 ) -> Measurement:
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
 
@@ -287,15 +311,17 @@ def measure(
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
         progress: a bar (True), or a function of the share done, as in :func:`connectivity`.
         stabiliser: as in :func:`connectivity`; 0 is the definition.
+        observables: names of numbers to measure beside LMN, as :func:`lmnfast.observables` lists them.
 
     Returns:
         The `Measurement`. LMN has no unit and lies between 1 and N. It carries no autograd graph.
 
     Raises:
-        TypeError, ValueError: as :func:`connectivity`. ValueError also for another `negative`.
+        TypeError, ValueError: as :func:`connectivity`. ValueError also for another `negative`, and an unknown observable.
 
     Warns:
-        UserWarning: in 0.2 % of the paths or more, outputs vary so little against their size that rounding hides it.
+        UserWarning: in 0.2 % of the paths or more, outputs vary so little against their size that rounding hides it; or an
+            observable does not apply.
 
     Source:
         arXiv 2310.05918, Eq. 1-3.
@@ -306,12 +332,43 @@ def measure(
         (30, 16, torch.Size([30]), torch.Size([30, 30]))
         >>> 1 < m.lmn < 30
         True
+        >>> m = lmnfast.measure(nn.Linear(8, 3), torch.randn(30, 8), observables=["curvature", "local_complexity"])
+        >>> {name: round(value, 6) for name, value in m.observables.items()}
+        {'curvature': 0.0, 'local_complexity': 0.0}
     """
     check_negative(negative)
-    settings = Settings(method, points, rule, budget, stabiliser)
+    chosen = Chosen(observables)
+    settings = settings_for(chosen, Settings(method, points, rule, budget, stabiliser))
     each = measured(f, x, settings, progress=progress)
     warn_of_offsets(each)
-    return measurement(each[0], settings, negative)
+    m = measurement(each[0], settings, negative)
+    m, problems = with_observables(m, each[0], chosen, x, f, f if isinstance(f, nn.Module) else None)
+    for problem in problems:
+        warnings.warn(f"f: {problem}", stacklevel=2)
+    return m
+
+
+def with_observables(
+    m: Measurement,
+    enqueued: Enqueued,
+    chosen: Chosen,
+    x: Tensor,
+    f: Callable[[Tensor], Tensor],
+    model: nn.Module | None,
+) -> tuple[Measurement, list[str]]:
+    """The measurement of f on x with its observables, and the warnings for those that do not apply."""
+    if not chosen.names:
+        return m, []
+    values = Values(chosen)
+    o = Observation(enqueued.L, enqueued.pooled, spectrum_of(m), x, f, model)
+    values.observe((*chosen.at_step, *chosen.later), o)
+    m = replace(m, observables=values.numbers())
+    return m, [problem_of(name, reason) for name, reason in values.problems.items()]
+
+
+def spectrum_of(m: Measurement) -> Spectrum:
+    """What observables read of a measurement."""
+    return Spectrum(m.lmn, m.complexity_bits, m.negative_share)
 
 
 def lmn(
@@ -379,7 +436,7 @@ def check_negative(negative: str) -> None:
         raise ValueError(f"negative: expected one of {', '.join(NEGATIVE)}, got {negative!r}")
 
 
-def _check_matrix(L: Tensor) -> None:
+def check_matrix(L: Tensor) -> None:
     if isinstance(L, np.ndarray):
         raise TypeError("L: expected a floating-point tensor, got a numpy array; torch.from_numpy(L) is one")
     if not isinstance(L, Tensor) or not L.is_floating_point():

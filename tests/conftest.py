@@ -17,7 +17,7 @@ from support import EMULATED, LEVELS, has_cuda
 from tiny import TINY
 
 from lmnfast import _native, _threads
-from lmnfast.grokking.train import train
+from lmnfast.grokking.training import train
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what a test starts

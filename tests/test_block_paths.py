@@ -12,6 +12,7 @@ import lmnfast
 from lmnfast import _block_paths, reference
 from lmnfast._block import Block, Norm, wide_block
 from lmnfast._chain import Activation
+from lmnfast._settings import Statistic
 from lmnfast.ops import recognise
 from lmnfast.quadrature import path_nodes
 
@@ -252,21 +253,23 @@ def test_what_is_left_out_is_bounded(seed):
     nodes, weights = path_nodes("uniform", 21)
     with torch.no_grad():
         rows = _block_paths._Rows.of(block, x)
-        outputs = _block_paths._Outputs(block, rows, 1, nodes, weights, None)
+        outputs = _block_paths._Outputs(block, rows, 1, nodes, weights, None, Statistic(pooled=True))
         measured = _block_paths._Measured(block, rows, outputs, nodes, weights)
         first, second = torch.triu_indices(10, 10, 1)
         measured.turn(first[:16], second[:16])
         normalisation = rows.normalisation(block, first, second)
         coefficients, energy = measured._coefficients(first, second, normalisation, 0, 20)
-    whole = outputs.shares(coefficients, first, second)[0]
+    whole = outputs.shares(coefficients, first, second)
     weight = f.last.weight.detach()
     directions = weight / weight.norm(dim=1, keepdim=True)
     exact = float(torch.linalg.matrix_norm(directions, 2)) ** 2
     assert exact <= _block_paths.squared_norm_bound(directions) <= 2 * exact
     for terms in range(2, 20):
-        share, _, _, sensitivity = outputs.shares(coefficients[:terms], first, second)
-        bound = sensitivity * energy[:, terms:].sum(1)
-        assert (share <= whole + 1e-14).all() and (whole - share <= bound + 1e-14).all()
+        part = outputs.shares(coefficients[:terms], first, second)
+        bound = part.sensitivity * energy[:, terms:].sum(1)
+        pooled, all_pooled = (found.sums[:, 0] / found.sums[:, 1] for found in (part, whole))
+        for share, truth in ((part.nonlinear, whole.nonlinear), (pooled, all_pooled)):
+            assert (share <= truth + 1e-14).all() and (truth - share <= bound + 1e-14).all()
 
 
 def _block_of(f: Mlp) -> Block:

@@ -13,7 +13,7 @@ from fresh import run_fresh
 from torch import nn
 
 import lmnfast
-from lmnfast import cli
+from lmnfast import _observables, cli
 from lmnfast.checkpoints import find_checkpoints, first_samples, load_inputs, measure_checkpoints
 from lmnfast.checkpoints import measure as measuring
 from lmnfast.spectrum import SETTINGS
@@ -281,3 +281,51 @@ def test_the_example_of_the_documentation_runs(place, capsys):
     assert [float(word) for line in printed for word in line] == [
         float(row[name]) for row in table() for name in ("step", "lmn_1", "lmn_3")
     ]
+
+
+def test_observables_go_into_the_table_and_are_a_setting_of_it(trained, capsys):
+    import nets
+
+    names = ["pooled_curvature", "l2_norm", "jacobian_rank"]
+    for jobs in (1, 2):
+        options = (f"--observables={','.join(names)}", f"--jobs={jobs}", "--out", f"with{jobs}")
+        assert cli.main([*command(layers=["1"]), *options]) == 0
+        header = capsys.readouterr().out.splitlines()[0].split()
+        assert header == ["step", "lmn_1", *(f"{name}_1" for name in names)]
+        rows = measure_checkpoints(
+            "nets:make", "step_*.pt", "x.npy", ["1"], observables=names, out=f"with{jobs}"
+        )
+        assert list(rows[0])[-3:] == [f"{name}_1" for name in names]
+    model, x = nets.make(), torch.from_numpy(np.load("x.npy")).float()
+    for row in rows:
+        model.load_state_dict(trained[row["step"]])
+        m = lmnfast.measure(*lmnfast.cut(model, "1", x), observables=names)
+        norm = torch.nn.utils.parameters_to_vector(model.parameters()).norm().item()
+        expected = m.observables | {"l2_norm": norm}
+        assert {name: row[f"{name}_1"] for name in names} == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(
+        ValueError, match="observables is None there|observables is pooled_curvature, .* there, None here"
+    ):
+        measure_checkpoints("nets:make", "step_*.pt", "x.npy", ["1"], out="with1")
+    with pytest.raises(ValueError, match="observables: expected among lmn, .*, got 'speed'"):
+        measure_checkpoints("nets:make", "step_*.pt", "x.npy", ["1"], observables="speed")
+    assert failure(capsys, [*command(layers=["1"]), "--observables=speed", "--out=new"]).startswith(
+        "observables: expected"
+    )
+
+
+def test_a_table_keeps_what_does_not_apply(trained, monkeypatch):
+    monkeypatch.setattr(_observables, "_registry", dict(_observables._registry))
+    lmnfast.register_observable("nowhere", lambda o: None)
+    given = {
+        "factory": "nets:make",
+        "checkpoints": "step_2.pt",
+        "inputs": "x.npy",
+        "layers": "1",
+        "out": "lmn",
+    }
+    with pytest.warns(UserWarning, match="^layer '1': observable 'nowhere' does not apply, its value is NaN"):
+        rows = measure_checkpoints(**given, observables="nowhere")
+    again = measure_checkpoints(**given, observables="nowhere")  # reads the table
+    assert np.isnan(rows[0]["nowhere_1"]) and np.isnan(again[0]["nowhere_1"])
+    assert rows[0]["lmn_1"] == again[0]["lmn_1"] > 1

@@ -8,6 +8,7 @@ from fresh import run_fresh
 
 from lmnfast import _native, cli
 from lmnfast._threads import cores
+from lmnfast.grokking import read_run
 
 TINY = ["grok", "modular-addition", "--p=5", "--steps=10", "--every=5", "--threads=1", "--device=cpu"]
 
@@ -47,6 +48,17 @@ def test_grok_trains_measures_draws_and_sums_up(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("task", [["s4"], ["xor", "--bits=2"]])
 def test_grok_runs_every_task(task, tmp_path):
     assert cli.main(["grok", *task, "--steps=2", "--every=1", "--init=lecun-first", f"--out={tmp_path}"]) == 0
+
+
+def test_grok_says_when_round_off_reaches_gradients(tmp_path, capsys):
+    command = ["grok", "modular-addition", "--p=5", "--steps=100", "--every=100", "--lr=0.01", "--threads=1"]
+    for dtype in ("float32", "float64"):
+        out = tmp_path / dtype
+        assert cli.main([*command, "--device=cpu", f"--loss-dtype={dtype}", f"--out={out}"]) == 0
+        lost = read_run(out).rows[-1]["lost_gradients"]
+        line = f"round-off       reaches true-class gradients from step 100 on, at most {lost} of 20\n"
+        said = capsys.readouterr().out
+        assert (line in said) == (dtype == "float32") == ("round-off" in said) == (lost > 0)
 
 
 def test_measure_prints_and_writes_a_table(tmp_path, capsys):
@@ -273,7 +285,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, monkeypatch, caps
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("lmnfast.grokking.train._evaluate", interrupted)
+        patched.setattr("lmnfast.grokking.training._evaluate", interrupted)
         assert cli.main([*TINY, f"--out={tmp_path}"]) == 130
     assert "interrupted; the same command continues the run" in capsys.readouterr().err
     assert cli.main([*TINY, f"--out={tmp_path}"]) == 0

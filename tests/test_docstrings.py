@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lmnfast
-from lmnfast import checkpoints, integrations, ops, quadrature, reference
+from lmnfast import checkpoints, grokking, integrations, ops, quadrature, reference
 from lmnfast.integrations import lightning, transformers
 
 PUBLIC = {
@@ -23,6 +23,7 @@ PUBLIC = {
     **{f"reference.{name}": getattr(reference, name) for name in ops.__all__},
     "quadrature.path_nodes": quadrature.path_nodes,
     **{f"checkpoints.{name}": getattr(checkpoints, name) for name in checkpoints.__all__},
+    **{f"grokking.{name}": getattr(grokking, name) for name in grokking.__all__},
     **{f"integrations.{name}": getattr(integrations, name) for name in integrations.__all__},
     "integrations.lightning.LMNCallback": lightning.LMNCallback,
     "integrations.transformers.LMNCallback": transformers.LMNCallback,

@@ -14,13 +14,13 @@ from tiny import TINY
 from torch.nn.functional import cross_entropy
 
 import lmnfast
-from lmnfast.grokking import train as training
+from lmnfast.grokking import training
 from lmnfast.grokking.gradients import Gradients
 from lmnfast.grokking.measure import measure
 from lmnfast.grokking.model import ACTIVATION_MODULES, LAYERS, make_model
 from lmnfast.grokking.run import METRICS, read_run
 from lmnfast.grokking.tasks import answers, make_task
-from lmnfast.grokking.train import train
+from lmnfast.grokking.training import train
 from lmnfast.runs.files import read_tensors
 
 
@@ -191,8 +191,8 @@ def test_every_row_carries_what_its_lmn_depends_on(finished):
     with open(finished.path / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert ",".join(rows[0]) == (
-        "step,train_loss,test_loss,train_accuracy,test_accuracy,l2_norm,lmn_hidden_1,samples,outputs,points,rule,method,"
-        "precision,solver,negative,constant_share_hidden_1,negative_share_hidden_1"
+        "step,train_loss,test_loss,train_accuracy,test_accuracy,l2_norm,lost_gradients,lmn_hidden_1,samples,outputs,points,"
+        "rule,method,precision,solver,negative,constant_share_hidden_1,negative_share_hidden_1"
     )
     settings = ("20", "5", "21", "uniform", "path", "highest", "cpu", "absolute")
     assert all(tuple(row[name] for name in lmnfast.spectrum.SETTINGS) == settings for row in rows)

@@ -16,7 +16,7 @@ from lmnfast.grokking import measure as measuring
 from lmnfast.grokking.config import start
 from lmnfast.grokking.measure import measure
 from lmnfast.grokking.run import METRICS, load_checkpoint, read_run
-from lmnfast.grokking.train import train
+from lmnfast.grokking.training import train
 from lmnfast.runs.files import claimed
 
 

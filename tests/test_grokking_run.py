@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny import TINY
 
-from lmnfast.grokking import train as training
+from lmnfast.grokking import training
 from lmnfast.grokking.figures import draw
 from lmnfast.grokking.measure import measure
 from lmnfast.grokking.run import read_run
-from lmnfast.grokking.train import train
+from lmnfast.grokking.training import train
 from lmnfast.runs import files as run_files
 from lmnfast.runs import tables
 from lmnfast.runs.files import claimed, read_tensors, save_tensors, write_file
@@ -62,12 +62,14 @@ def test_a_run_killed_before_or_within_any_write_ends_as_one_never_stopped(finis
     assert fatal > 8  # config, five checkpoints, metrics and state at least once
 
 
-def test_a_run_ended_by_sigkill_continues_to_the_same_bytes(tmp_path):
-    config = replace(TINY, steps=1000, every=50)
+@pytest.mark.parametrize("more", [{}, {"batch": 7}], ids=["all samples", "batches"])
+def test_a_run_ended_by_sigkill_continues_to_the_same_bytes(more, tmp_path):
+    config = replace(TINY, steps=1000, every=50, **more)
     command = [sys.executable, "-m", "lmnfast.cli", "grok", "modular-addition"]
     for attempt in range(10):  # on a busy machine a run may end before the signal comes
         path = tmp_path / f"killed-{attempt}"
         options = ["--p=5", "--steps=1000", "--every=50", "--threads=1", "--device=cpu", f"--out={path}"]
+        options += [f"--{name}={value}" for name, value in more.items()]
         process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (path / "state.pt").exists() and process.poll() is None:
             time.sleep(0.01)

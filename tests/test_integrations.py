@@ -7,7 +7,9 @@ import re
 import struct
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,3 +291,23 @@ def test_the_pages_examples_run(tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(block, names)
     assert "lmn" in capsys.readouterr().out
+
+
+def test_writers_log_the_observables_that_were_asked_for(tmp_path):
+    model = nn.Sequential(nn.Linear(5, 8), nn.Softmax(1), nn.Linear(8, 3))
+    names = ["curvature", "local_complexity"]  # the latter does not apply
+    logged = []
+    run = SimpleNamespace(define_metric=lambda *a, **k: None, log=lambda v, commit: logged.append(v), step=0)
+    writers = [TensorBoardWriter(tmp_path), WandbWriter(run, commit=True), CSVWriter(tmp_path / "lmn.csv")]
+    probe = Probe(model, X, "0", every="log", observables=names, writers=writers)
+    with warnings.catch_warnings(record=True) as said, probe:
+        warnings.simplefilter("always")
+        for step in range(3):
+            probe(step, curvature_of_mine=1.0)
+    assert [str(each.message)[:48] for each in said] == ["layer '0': observable 'local_complexity' does no"]
+    (first, *_), values = probe.history, scalars(tmp_path)
+    assert set(values) == {"curvature/0"}, "no LMN was asked for, and what has no value is left out"
+    assert values["curvature/0"][0] == (0, pytest.approx(first["curvature"]))
+    assert logged[0] == {"curvature/0": first["curvature"], "lmn_step": 0} and len(logged) == 3
+    row = read(tmp_path / "lmn.csv")[0]
+    assert (row["lmn"], row["curvature"], row["local_complexity"]) == ("", str(first["curvature"]), "nan")

@@ -383,3 +383,19 @@ def test_patterns_blocks_and_ends_go_through_the_callback():
 def test_a_layer_that_is_not_there_is_an_error_before_the_first_step():
     with pytest.raises(ValueError, match="layer: 'net.9' is not in the model"):
         fit([LightningCallback(X, "net.9")])
+
+
+def test_lightning_logs_observables_and_takes_a_schedule(tmp_path):
+    logger = CSVLogger(tmp_path, "csv")
+    callback = LightningCallback(
+        X[:20], ["net.0"], every=[0, 3, 7], observables=["lmn", "curvature", "l2_norm"]
+    )
+    assert same_weights(fit([]), fit([callback], logger=logger))
+    assert steps(callback) == [0, 3, 7]
+    logged = [row for row in read(glob.glob(f"{tmp_path}/csv/*/metrics.csv")[0]) if row["lmn/net.0"]]
+    for name in ("lmn", "curvature", "l2_norm"):
+        assert [float(row[f"{name}/net.0"]) for row in logged] == [row[name] for row in callback.history]
+    plain, other = LightningCallback(X[:20], "net.0"), LightningCallback(X[:20], "net.0", observables="lmn")
+    assert "observables" not in plain.state_key and plain.state_key != other.state_key
+    with pytest.raises(ValueError, match="observables: expected among"):
+        LightningCallback(X[:20], "net.0", observables="speed")

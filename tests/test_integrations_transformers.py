@@ -218,3 +218,22 @@ def test_a_language_model_that_becomes_nan_is_an_error_that_says_when_and_where(
     trainer.add_callback(Break())
     with pytest.raises(RuntimeError, match="LMN at step 3, layers transformer.h.1: .*NaN or Inf"):
         trainer.train()
+
+
+def test_a_trainer_reports_observables_on_a_schedule_and_resumes_with_them(tmp_path):
+    names = ["curvature", "representation_rank", "l2_norm"]  # without eigenvalues
+    bare = trainer_in(tmp_path / "bare")
+    bare.train()
+    callback = watching(every="log", layers="transformer.h.1", observables=names)
+    trainer = trainer_in(tmp_path, callback, save_strategy="steps", save_steps=4)
+    trainer.train()
+    assert same_weights(bare.model, trainer.model)
+    assert steps(callback) == [0, 1, 2, 5]
+    for name in names:
+        values = [(row["step"], row[name]) for row in callback.history]
+        key = f"{name}/transformer.h.1"
+        assert [(e["step"], e[key]) for e in trainer.state.log_history if key in e] == values
+    assert not any(key.startswith("lmn/") for entry in trainer.state.log_history for key in entry)
+    again = watching(every="log", layers="transformer.h.1", observables=names)
+    trainer_in(tmp_path, again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.history == callback.history

@@ -64,7 +64,7 @@ def test_outputs_along_paths(outputs, last_blocks):
     interior[-some:] = torch.randn(some, 19, outputs, generator=torch.Generator().manual_seed(0))
     ends = torch.randn(3, outputs, generator=torch.Generator().manual_seed(1))
     first, second = torch.zeros(pairs, dtype=torch.int64), torch.ones(pairs, dtype=torch.int64)
-    r2, _ = torch.ops.lmnfast.path_r2(interior, ends, first, second, nodes, weights)
+    r2, _, _ = torch.ops.lmnfast.path_r2(interior, ends, first, second, nodes, weights)
     truth = reference.path_r2(
         interior[-some:].double(), ends.double(), first[-some:], second[-some:], nodes, weights
     )

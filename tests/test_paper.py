@@ -20,7 +20,7 @@ import lmnfast
 from lmnfast import cli
 from lmnfast.grokking.config import Config, start
 from lmnfast.grokking.run import Run, load_checkpoint
-from lmnfast.grokking.train import train
+from lmnfast.grokking.training import train
 from lmnfast.paper import claims, stand_ins, study
 from lmnfast.paper.claims import Statistic, interval, judged, levelling, peak, r_squared, second_rise
 from lmnfast.paper.report import write_report

@@ -107,6 +107,11 @@ def test_the_compiled_core_looks_at_lengths_too():
         5,
         0,
         1,
+        0.0,
+        0,
+        0,
+        0,
+        False,
     ]
     _native._C.PathConnectivity(*right)
     for position, value in [
@@ -124,6 +129,10 @@ def test_the_compiled_core_looks_at_lengths_too():
         (17, 4),
         (18, -1),
         (19, 0),
+        (20, -1.0),
+        (21, 1),
+        (22, 1),
+        (23, 3),
     ]:
         wrong = list(right)
         wrong[position] = value

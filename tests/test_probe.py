@@ -302,7 +302,7 @@ def test_a_layer_whose_outputs_hide_behind_an_offset_is_named_once(x, monkeypatc
 
 
 def test_a_warning_that_is_an_error_loses_no_row(model, x, monkeypatch):
-    monkeypatch.setattr(lmnfast.probe.Enqueued, "offset_problem", lambda self: "an offset")
+    monkeypatch.setattr(Enqueued, "offset_problem", lambda self: "an offset")
     probe = Probe(model, x, "first", every=1)
     probe()
     with pytest.raises(UserWarning, match="layer 'first': an offset"):

@@ -22,7 +22,8 @@ from lmnfast._unresolved import (
     UNRESOLVED,
     are_close,
 )
-from lmnfast.ops.path_connectivity import _hoisted, chain_connectivity
+from lmnfast.ops._hoisted import hoisted
+from lmnfast.ops.path_connectivity import chain_connectivity
 
 CONSTANTS = {
     "kUnresolved": UNRESOLVED,
@@ -140,9 +141,9 @@ def test_dead_outputs_of_a_network_that_is_no_chain_are_constant_at_once(monkeyp
     """A ReLU's output that is 0 is known, and not worth float64; a GELU's is not."""
     resolve, left = _generic.resolve, []
 
-    def counting(values, x, L, counts, *arguments, **settings):
-        left.append(int(counts[1]))
-        resolve(values, x, L, counts, *arguments, **settings)
+    def counting(values, x, entries, *arguments, **settings):
+        left.append(int(entries.counts[1]))
+        resolve(values, x, entries, *arguments, **settings)
 
     for module in (_generic, _polynomials):
         monkeypatch.setattr(module, "resolve", counting)
@@ -262,7 +263,7 @@ def test_a_kink_between_samples_that_nearly_agree_counts(device):
 def test_the_registered_op_leaves_and_counts_what_it_cannot_resolve(device):
     chain = cast(random_chain([6, 12, 4], ["identity", "tanh", "identity"]), torch.float32, device)
     x = nearly_equal(1e-6, 6).to(device)
-    L, counts = torch.ops.lmnfast.path_connectivity(*_hoisted(chain, x).arguments(torch.float32), *UNIFORM)
+    L, counts, _ = torch.ops.lmnfast.path_connectivity(*hoisted(chain, x).arguments(torch.float32), *UNIFORM)
     left = L == UNRESOLVED
     assert left.diagonal(10)[:10].all() and torch.equal(left, left.mT)
     assert counts.tolist() == [0, int(left.sum()) // 2]
@@ -318,7 +319,7 @@ def test_slopes_of_a_chain_are_those_of_autograd(where):
         )
         x, step = samples(9, len(chain.weights[0].mT)), samples(9, len(chain.weights[0].mT), seed=2)
         x = x if where == "between kinks" else torch.zeros_like(x)
-        parts = _hoisted(chain, torch.cat([x, x + step]))
+        parts = hoisted(chain, torch.cat([x, x + step]))
         points = parts.samples()
         y, slope, _ = parts.values().along(points[:9], points[9:] - points[:9])
         expected, expected_slope = torch.autograd.functional.jvp(chain, x, step)

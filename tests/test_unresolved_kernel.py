@@ -19,7 +19,8 @@ from lmnfast import _native, reference
 from lmnfast._chain import ACTIVATIONS, Chain
 from lmnfast._settings import PLAIN, Statistic
 from lmnfast._unresolved import UNRESOLVED, Entries, resolve
-from lmnfast.ops.path_connectivity import _hoisted, chain_connectivity
+from lmnfast.ops._hoisted import hoisted
+from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 
 
@@ -28,7 +29,7 @@ def measured_by(
 ):
     """L, counts and pooled as the device leaves them, of a float32 chain; and those that Python gives for the same unresolved
     pairs, with how many these were."""
-    parts = _hoisted(chain, x)
+    parts = hoisted(chain, x)
     op = torch.ops.lmnfast.path_connectivity if midpoint is None else torch.ops.lmnfast.hermite_connectivity
     arguments = (*parts.arguments(torch.float32), *rule, *(() if midpoint is None else (midpoint,)))
     options = statistic._asdict()
@@ -158,7 +159,7 @@ def test_the_device_measures_the_same_bits_every_time(midpoint, on_cuda):
 def test_exact_samples_are_optional_arguments_of_the_ops(midpoint):
     chain = cast(random_chain([6, 12, 4], ["identity", "tanh", "identity"]), torch.float32)
     x = short_chords(6, 1e-6)
-    parts = _hoisted(chain, x)
+    parts = hoisted(chain, x)
     op = torch.ops.lmnfast.path_connectivity if midpoint is None else torch.ops.lmnfast.hermite_connectivity
     arguments = (*parts.arguments(torch.float32), *UNIFORM, *(() if midpoint is None else (midpoint,)))
     torch.library.opcheck(op.default, arguments, {"exact": parts.samples(), "inputs": x})
@@ -214,7 +215,7 @@ def test_short_chords_on_the_device_agree_with_float64(midpoint, on_cuda):
 )
 def test_exact_samples_that_do_not_fit_are_refused(exact, inputs, error, message):
     chain = cast(random_chain([6, 12, 4], ["identity", "tanh", "identity"]), torch.float32)
-    arguments = _hoisted(chain, torch.zeros(9, 6)).arguments(torch.float32)
+    arguments = hoisted(chain, torch.zeros(9, 6)).arguments(torch.float32)
     for op, more in (
         (torch.ops.lmnfast.path_connectivity, ()),
         (torch.ops.lmnfast.hermite_connectivity, (True,)),

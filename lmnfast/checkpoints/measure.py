@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .._connectivity import measured, warn_of_offsets
 from .._layers import for_layers, is_pattern, match_layers
 from .._nested import mapped, tensors_in
+from .._observables import Chosen, settings_for
 from .._run_to import Cutting
 from .._settings import METHODS, Settings
 from .._threads import cores
@@ -28,7 +30,7 @@ from ..runs.files import claimed
 from ..runs.pool import Pool
 from ..runs.progress import progress_bar
 from ..runs.tables import joined
-from ..spectrum import SETTINGS, SHARES, check_negative, measurement
+from ..spectrum import SETTINGS, SHARES, check_negative, measurement, with_observables
 from .sources import find_checkpoints, in_one_line, load_inputs, read_state
 from .table import Table, read_settings
 from .weights import imported, load_state, made, plain
@@ -50,6 +52,7 @@ def measure_checkpoints(
     points: int = 21,
     rule: str = "uniform",
     negative: str = "absolute",
+    observables: str | Sequence[str] = (),
     device: str = "auto",
     jobs: int = 1,
     out: str | os.PathLike | None = None,
@@ -78,6 +81,7 @@ def measure_checkpoints(
         points: as in `connectivity`.
         rule: as in `connectivity`.
         negative: as in `lmn`.
+        observables: as in `measure`. With several processes, the factory's module registers observables of your own.
         device: "cpu", "cuda" or "auto". "auto" is the device of the table in `out`. Without a table it is "cuda" if there is a
             CUDA device, else "cpu".
         jobs: number of processes. More than one are spawned, so a script must call this function under
@@ -88,10 +92,10 @@ def measure_checkpoints(
         progress: show a bar (needs tqdm).
 
     Returns:
-        One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, outputs, points,
-        rule, method, precision, solver, negative, constant_share_LAYER and negative_share_LAYER for each layer, all as
-        in `Measurement`. Numbers have seven digits, as many as float32 holds, as in lmn.csv. Steps are as in `steps_of`. If no
-        name has a number, the steps are 0, 1, 2 and so on, in the order of the names.
+        One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, outputs, points, rule,
+        method, precision, solver, negative, constant_share_LAYER, negative_share_LAYER and OBSERVABLE_LAYER for each layer, all
+        as in `Measurement`. Numbers have seven digits, as many as float32 holds, as in lmn.csv. Steps are as in `steps_of`. If
+        no name has a number, the steps are 0, 1, 2 and so on, in the order of the names.
 
     Raises:
         ValueError: a wrong argument; a checkpoint that cannot be read, does not fit the model, or cannot be measured (the
@@ -116,6 +120,7 @@ def measure_checkpoints(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     points = len(path_nodes(rule, points)[0])
     check_negative(negative)
+    asked = Chosen(observables).names
     patterns = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
     paths = find_checkpoints(patterns)
     if isinstance(inputs, (str, os.PathLike)):
@@ -127,7 +132,7 @@ def measure_checkpoints(
     with nullcontext() if out is None else claimed(Path(out)):
         stored = None if out is None or force else read_settings(Path(out))
         work = _Work(
-            factory, forward, output, batch_dim, until, blocks is not None, key, names, method, points, rule, negative,
+            factory, forward, output, batch_dim, until, blocks is not None, key, names, method, points, rule, negative, asked,
             settled_device(device, stored["device"] if stored else None), torch.get_float32_matmul_precision(),
         )  # fmt: skip
         settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
@@ -194,6 +199,7 @@ class _Work:
     points: int
     rule: str
     negative: str
+    observables: tuple[str, ...]
     device: str
     precision: str
 
@@ -201,7 +207,8 @@ class _Work:
         """All settings that determine the numbers, as plain values for JSON."""
         named = {"factory": "model"}
         settings = {named.get(name, name): plain(value) for name, value in vars(self).items()}
-        return settings | {"block": self.block or None}  # None, as in tables from before there were blocks
+        # None, as in tables from before there were blocks and observables.
+        return settings | {"block": self.block or None, "observables": settings["observables"] or None}
 
     def cutting(self, forward: Forward) -> Cutting:
         return Cutting(forward, self.output, self.until, self.block, self.batch_dim)
@@ -211,16 +218,21 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
     """The row of one checkpoint. Its step is None, because `Table` reads the steps from all names together."""
     load_state(model, read_state(path, work.key), path)
     row: dict[str, Any] = {"step": None, "checkpoint": path}
+    asked = Chosen(work.observables)
     for layer in work.layers:
         try:
             tail, samples = cut_at(model, layer, inputs, work.cutting(call))
-            settings = Settings(work.method, work.points, work.rule)
+            settings = settings_for(asked, Settings(work.method, work.points, work.rule))
             (enqueued,) = measured(tail, samples, settings)
             warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")
             m = measurement(enqueued, settings, work.negative)
+            m, problems = with_observables(m, enqueued, asked, samples, tail, model)
         except Exception as error:  # the user's model can raise any error
             raise ValueError(f"checkpoint: {path}, layer {layer!r}: {in_one_line(error)}") from error
-        row |= {f"{name}_{layer}": float(f"{getattr(m, name):.7g}") for name in ("lmn", *SHARES)}
+        for problem in problems:
+            warnings.warn(f"layer {layer!r}: {problem}", stacklevel=2)
+        numbers = {name: getattr(m, name) for name in ("lmn", *SHARES)} | m.observables
+        row |= {f"{name}_{layer}": float(f"{value:.7g}") for name, value in numbers.items()}
         before = dict(row)
         row |= {name: getattr(m, name) for name in SETTINGS}
         for name in ("precision", "solver"):  # these may differ between layers

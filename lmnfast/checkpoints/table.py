@@ -40,6 +40,7 @@ class Table:
         self, out: Path | None, settings: dict[str, Any], stored: dict[str, Any] | None, paths: Sequence[str]
     ) -> None:
         self.out = out
+        self.observables: Sequence[str] = settings["observables"] or ()
         self.rows: list[dict[str, Any]] = []
         files, now = {}, {os.path.abspath(path): _version(path) for path in paths}
         if out is not None and stored is not None:
@@ -83,19 +84,23 @@ class Table:
         if not self.rows:
             (self.out / "lmn.csv").unlink(missing_ok=True)
             return
-        columns = _columns([n.removeprefix("lmn_") for n in self.rows[0] if n.startswith("lmn_")])
+        columns = _columns(
+            [n.removeprefix("lmn_") for n in self.rows[0] if n.startswith("lmn_")], self.observables
+        )
         write_table(self.out / "lmn.csv", columns, self.rows)
 
 
-def _columns(layers: Sequence[str]) -> list[str]:
-    of_layers = {kind: [f"{kind}_{layer}" for layer in layers] for kind in ("lmn", *SHARES)}
+def _columns(layers: Sequence[str], observables: Sequence[str]) -> list[str]:
+    kinds = dict.fromkeys(("lmn", *SHARES, *observables))
+    of_layers = {kind: [f"{kind}_{layer}" for layer in layers] for kind in kinds}
     return ["step", "checkpoint", *of_layers.pop("lmn"), *SETTINGS, *chain(*of_layers.values())]
 
 
 def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of lmn.csv. Raises ValueError, with the name of the file, if `Table` did not write the file."""
     try:
-        rows = read_table(path, _columns(settings["layers"]), encoding="utf-8-sig")
+        columns = _columns(settings["layers"], settings["observables"] or ())
+        rows = read_table(path, columns, encoding="utf-8-sig")
         fixed = {name: settings[name] for name in ("points", "rule", "method", "negative")}
         if any(row | fixed != row for row in rows) or len({row["checkpoint"] for row in rows}) < len(rows):
             raise ValueError("a row is not of this table")

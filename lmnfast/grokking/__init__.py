@@ -1,1 +1,7 @@
-"""The paper's grokking experiment (arXiv 2310.05918, section 3): tasks, model, training, figures of a run."""
+"""The paper's experiment (arXiv 2310.05918): its tasks, its network, its training, and the LMN during this training."""
+
+from .config import Config
+from .run import Run, read_run
+from .training import train
+
+__all__ = ["Config", "Run", "read_run", "train"]

@@ -1,18 +1,27 @@
 """The settings of a run of the paper's training (arXiv 2310.05918, section 3)."""
 
+import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
+from .._observables import Chosen
 from .._settings import METHODS
 from ..probe import Probe
 from ..quadrature import path_nodes
 from ..runs.device import check_device, settled_device
 from ..spectrum import check_negative
-from .model import ACTIVATION_MODULES, INITS, LAYERS, make_model
-from .tasks import Task, make_task, task_sizes, training_samples
+from .model import ACTIVATION_MODULES, DEPTH, HIDDEN, INITS, layers_of, make_model
+from .tasks import TRAIN_FRACTION, Task, make_task, task_sizes, training_samples
+
+LOSS_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+OPTIMIZERS = ("adamw", "sgd")
+# The largest widths and depths: a matrix of 8192 x 8192 weights takes 256 MiB, and deeper networks no longer train with
+# PyTorch's initialisation.
+WIDEST, DEEPEST = 8192, 64
 
 
 @dataclass(frozen=True)
@@ -21,30 +30,70 @@ class Config:
 
     Raises:
         ValueError: a value that a run cannot have.
+
+    Source: arXiv 2310.05918, section 3; for the loss in float64 arXiv 2605.06152.
+
+    Example:
+        >>> from lmnfast.grokking import Config
+        >>> config = Config("modular-addition", p=7, depth=3, train_fraction=0.5)
+        >>> config.trained_on, config.width, config.steps
+        (24, 100, 20000)
     """
 
     task: str
+    """"modular-addition", "s4" or "xor"."""
     p: int | None = None
+    """The modulus of modular-addition; None: 31. Other tasks have none."""
     bits: int | None = None
+    """The length of the numbers of xor; None: 5. Other tasks have none."""
     steps: int = 20_000
+    """The number of updates, a multiple of `every`."""
     every: int = 100
+    """The steps from one measurement to the next."""
     seed: int = 0
+    """Of the generator that draws first the split, then the weights, then the batches."""
     layers: tuple[str, ...] = ("hidden_1",)
+    """The layers that are measured: "embedding", and "hidden_1_pre" and "hidden_1" for each hidden layer."""
     points: int = 21
+    """The number of nodes on a path, ends included."""
     rule: str = "uniform"
+    """Where on a path they lie: "uniform" or "lobatto"."""
     method: str = "path"
+    """Of the connectivity, as in `lmnfast.connectivity`."""
     samples: int | None = None
     """The number of training samples that are measured, the first ones in their random order; None: all. The LMN of fewer
     samples is not an estimate of the LMN of all samples."""
     negative: str = "absolute"
+    """What negative eigenvalues count, as in `lmnfast.lmn`."""
+    observables: tuple[str, ...] = ()
+    """Numbers that are measured beside LMN, as `lmnfast.observables` lists them."""
     init: str = "default"
+    """The initialisation: "default" is PyTorch's, and the paper's. "lecun-first" is kept for runs begun with it."""
     activation: str = "silu"
+    """Behind each hidden Linear: "silu" or "relu"."""
     device: str = "auto"
     """"auto": the device on which the run was started; for a new run "cuda" if there is a CUDA device, else "cpu"."""
     threads: int | None = None
     """None: the number with which the run was started; for a new run torch's number. It affects the last bits of sums."""
     learning_rate: float = 1e-3
+    """Of the optimiser, constant."""
     weight_decay: float = 0.2
+    """Of the optimiser: each step shrinks every parameter by learning_rate x weight_decay of itself."""
+    optimizer: str = "adamw"
+    """"adamw", or "sgd" without momentum."""
+    batch: int | None = None
+    """The number of training samples in an update; None: all. An epoch is one permutation of the samples, and leaves out what
+    does not fill a batch at its end."""
+    train_fraction: float = TRAIN_FRACTION
+    """The share of all pairs that is for training. The others are for testing."""
+    width: int = HIDDEN
+    """The units of each hidden layer."""
+    depth: int = DEPTH
+    """The number of hidden layers."""
+    loss_dtype: str = "float64"
+    """"float64" or "float32": what the softmax of the loss and its difference from the labels are computed in. All else is
+    float32. With "float32", round-off makes a long run unstable: see `lost_gradients` in its rows. Runs of versions without
+    this setting are float32."""
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -52,42 +101,90 @@ class Config:
         object.__setattr__(self, "p", sizes.get("p"))
         object.__setattr__(self, "bits", sizes.get("bits"))
         object.__setattr__(self, "layers", tuple(self.layers))
-        self._check_counts(training_samples(self.task, **sizes))
-        unknown = [layer for layer in self.layers if layer not in LAYERS]
+        self._check_counts()
+        known_layers = layers_of(self.depth)
+        unknown = [layer for layer in self.layers if layer not in known_layers]
         if unknown or not self.layers or len(set(self.layers)) < len(self.layers):
             raise ValueError(
-                f"layers: expected some of {', '.join(LAYERS)}, each once, got {', '.join(self.layers)}"
+                f"layers: expected some of {', '.join(known_layers)}, each once, got {', '.join(self.layers)}"
             )
         object.__setattr__(self, "points", len(path_nodes(self.rule, self.points)[0]))
         check_negative(self.negative)
-        for name, known in (("method", METHODS), ("init", INITS), ("activation", tuple(ACTIVATION_MODULES))):
+        object.__setattr__(self, "observables", Chosen(self.observables).names)
+        for name, known in (
+            ("method", METHODS),
+            ("init", INITS),
+            ("activation", tuple(ACTIVATION_MODULES)),
+            ("optimizer", OPTIMIZERS),
+            ("loss_dtype", tuple(LOSS_DTYPES)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         check_device(self.device)
 
     def _check_kinds(self) -> None:
-        """Converts values that stand for an integer to int, and refuses values of other types."""
-        for name in ("p", "bits", "steps", "every", "seed", "points", "samples", "threads"):
+        """Converts values that stand for an integer or a number to int or float, and refuses values of other types."""
+        counts = (
+            "p",
+            "bits",
+            "steps",
+            "every",
+            "seed",
+            "points",
+            "samples",
+            "threads",
+            "batch",
+            "width",
+            "depth",
+        )
+        for name in counts:
             value = getattr(self, name)
             try:
-                object.__setattr__(self, name, None if value is None else operator.index(value))
+                optional = value is None and name not in ("width", "depth")
+                object.__setattr__(self, name, None if optional else operator.index(value))
             except TypeError:
                 raise ValueError(f"{name}: expected an integer, got {value!r}") from None
-        for name in ("learning_rate", "weight_decay"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "weight_decay", "train_fraction"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+            object.__setattr__(self, name, float(value))
 
-    def _check_counts(self, trained_on: int) -> None:
-        for name, smallest in (("steps", 0), ("every", 1), ("seed", 0), ("threads", 1)):
+    def _check_counts(self) -> None:
+        for name, smallest, largest in (
+            ("steps", 0, None),
+            ("every", 1, None),
+            ("seed", 0, None),
+            ("threads", 1, None),
+            ("width", 1, WIDEST),
+            ("depth", 1, DEEPEST),
+        ):
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{name}: expected at least {smallest}, got {value}")
-        if self.samples is not None and not 2 <= self.samples <= trained_on:
-            raise ValueError(
-                f"samples: expected 2 to {trained_on}, all that are trained on, got {self.samples}"
-            )
+            if value is not None and largest is not None and value > largest:
+                raise ValueError(f"{name}: expected at most {largest}, got {value}")
+        trained_on = self.trained_on
+        for name, smallest in (("samples", 2), ("batch", 1)):
+            value = getattr(self, name)
+            if value is not None and not smallest <= value <= trained_on:
+                raise ValueError(
+                    f"{name}: expected {smallest} to {trained_on}, all that are trained on, got {value}"
+                )
         if self.steps % self.every:
             raise ValueError(f"steps: expected a multiple of every ({self.every}), got {self.steps}")
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The observables that a training measures. The L2 norm is a column of every run already."""
+        return tuple(name for name in self.observables if name != "l2_norm")
+
+    @property
+    def trained_on(self) -> int:
+        """The number of pairs for training."""
+        return training_samples(self.task, fraction=self.train_fraction, p=self.p, bits=self.bits)
 
     def settled(self) -> "Config":
         """The config with a definite device and number of threads, taken from this machine if the config leaves them open.
@@ -96,19 +193,38 @@ class Config:
         return replace(self, device=settled_device(self.device), threads=threads)
 
 
-def start(config: Config) -> tuple[Task, nn.Sequential]:
-    """The task and the untrained model, on the config's device. One generator draws first the split and then the weights."""
-    generator = torch.Generator().manual_seed(config.seed)
-    task = make_task(config.task, generator, p=config.p, bits=config.bits)
-    model = make_model(task.vocabulary, generator, init=config.init, activation=config.activation)
+def start(config: Config, generator: torch.Generator | None = None) -> tuple[Task, nn.Sequential]:
+    """The task and the untrained model, on the config's device.
+
+    Args:
+        config: of the run.
+        generator: draws first the split and then the weights, on the CPU; None: one with the config's seed.
+    """
+    generator = generator or torch.Generator().manual_seed(config.seed)
+    task = make_task(config.task, generator, fraction=config.train_fraction, p=config.p, bits=config.bits)
+    model = make_model(
+        task.vocabulary,
+        generator,
+        init=config.init,
+        activation=config.activation,
+        width=config.width,
+        depth=config.depth,
+    )
     tensors = {
         f.name: getattr(task, f.name).to(config.device) for f in fields(Task) if f.name != "vocabulary"
     }
     return replace(task, **tensors), model.to(config.device)
 
 
-def probe_of(model: nn.Module, inputs: Tensor, config: Config, every: int, until: str | None = None) -> Probe:
-    """A probe with the config's settings. until: as in `Probe`."""
+def probe_of(
+    model: nn.Module,
+    inputs: Tensor,
+    config: Config,
+    every: int,
+    until: str | None = None,
+    observables: Sequence[str] = (),
+) -> Probe:
+    """A probe with the config's settings, of LMN and these observables. until: as in `Probe`."""
     return Probe(
         model,
         inputs,
@@ -119,4 +235,5 @@ def probe_of(model: nn.Module, inputs: Tensor, config: Config, every: int, until
         points=config.points,
         rule=config.rule,
         negative=config.negative,
+        observables=tuple(dict.fromkeys(("lmn", *observables))) if observables else (),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._connectivity import connectivity
+from .._observables import Chosen
 from .._settings import METHODS
 from ..cutting import cut
 from ..runs.device import torch_threads
@@ -34,6 +35,7 @@ def measure(
     method: str | Sequence[str] | None = None,
     samples: int | None = None,
     negative: str | None = None,
+    observables: str | Sequence[str] | None = None,
     device: str = "auto",
     every: int = 1,
     force: bool = False,
@@ -50,6 +52,7 @@ def measure(
         method: as in `Config`; or several methods, whose numbers become columns beside each other.
         samples: as in `Config`.
         negative: as in `Config`.
+        observables: as in `Config`.
         device: as in `Config`.
         every: only steps that are multiples of this number are measured.
         force: replace the existing table also if it has steps that the new table will not have.
@@ -58,7 +61,8 @@ def measure(
     Returns:
         The path of the written table, RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, and its rows. The columns of numbers are
         lmn_LAYER, or with several methods lmn_LAYER_METHOD. If not all training samples are measured, the file's name also has
-        -NUMBERsamples. If negative eigenvalues count as 0, it also has -clip, and with `until` -until-LAYER.
+        -NUMBERsamples. If negative eigenvalues count as 0, it also has -clip, with observables -and-NAMES, and with `until`
+        -until-LAYER.
 
     Raises:
         ValueError: not a run; a damaged run; no checkpoint; the existing table has more steps; an argument that `Config`
@@ -77,9 +81,11 @@ def measure(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     configs = [replace(stored, device=device, method=name, **changes).settled() for name in methods]
     config, together = configs[0], "+".join(methods)
+    beside = Chosen(stored.observables if observables is None else observables).names
     name = f"measure-{'+'.join(config.layers)}-{together}-{config.rule}{config.points}"
     name += "" if config.samples is None else f"-{config.samples}samples"
     name += "" if config.negative == "absolute" else f"-{config.negative}"
+    name += f"-and-{'+'.join(beside)}" if beside else ""
     name += "" if until is None else f"-until-{until}"
     table = path / f"{name}.csv"
     assert config.threads is not None  # settled
@@ -101,16 +107,17 @@ def measure(
         rows: list[dict] = [{} for _ in steps]
         with progress_bar(len(steps) * len(methods), 0, progress) as bar:
             for each in configs:
-                with probe_of(model, inputs, each, 1, until) as probe:
+                with probe_of(model, inputs, each, 1, until, beside) as probe:
                     for step in steps:
                         load_checkpoint(model, path, step)
                         probe(step)
                         if bar:
                             bar.update()
-                    measured = by_step(probe.history, f"_{each.method}" if len(methods) > 1 else "")
+                    suffix = f"_{each.method}" if len(methods) > 1 else ""
+                    measured = by_step(probe.history, suffix, beside)
                 for row, more in zip(rows, measured, strict=True):
                     row.update(more, method=together)
-        write_rows(table, rows, ())
+        write_rows(table, rows, (), beside)
     return table, rows
 
 

@@ -26,10 +26,9 @@ from ..runs.files import Unreadable, read_tensors, unreadable
 from ..runs.tables import LacksColumns, joined, read_table, write_table
 from ..spectrum import SETTINGS, SHARES
 from .config import Config
-from .model import LAYERS
-from .tasks import TASKS, training_samples
+from .tasks import TASKS
 
-METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "l2_norm")
+METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "l2_norm", "lost_gradients")
 ACTIVITIES = ("training", "measuring")  # the run counts the seconds of each
 LEFT_BEHIND = ("metrics.csv", "state.pt", "checkpoints", "figures")
 CHECKPOINT = r"step_\d{8,}\.pt"
@@ -39,17 +38,26 @@ CHECKPOINT = r"step_\d{8,}\.pt"
 class Run:
     """A run as read from disk.
 
-    Attributes:
-        path: the run's directory.
-        config: the run's settings.
-        rows: the rows of metrics.csv.
-        seconds: the time of each of ACTIVITIES.
+    Source: arXiv 2310.05918, section 3, for the phases.
+
+    Example:
+        >>> from lmnfast.grokking import Config, train
+        >>> run = train(Config("modular-addition", p=7, steps=20, every=10, device="cpu"), "run")
+        >>> run.path.name, run.memorised, run.phase(run.rows[-1])
+        ('run', None, 'memorising')
     """
 
     path: Path
+    """The run's directory."""
     config: Config
+    """The run's settings."""
     rows: list[dict]
+    """The rows of metrics.csv, one per measured step. Each has the step; train_loss and test_loss in nats; train_accuracy and
+    test_accuracy; l2_norm, of all parameters; lost_gradients, the number of training samples whose true-class gradient the
+    round-off of the loss's dtype can turn into 0, because each of their other probabilities is at most half an ulp of the
+    true one; lmn_LAYER of each layer, and what this number depends on."""
     seconds: dict[str, float]
+    """The time of "training" and of "measuring"."""
 
     @property
     def memorised(self) -> int | None:
@@ -62,7 +70,7 @@ class Run:
         return next((row["step"] for row in self.rows if row["test_accuracy"] == 1), None)
 
     def phase(self, row: dict) -> str:
-        """ "memorising" until train accuracy is 1, "generalising" until test accuracy is 1, then "finalising"."""
+        """The phase of a row: "memorising", from train accuracy 1 on "generalising", from test accuracy 1 on "finalising"."""
         if self.generalised is not None and row["step"] >= self.generalised:
             return "finalising"
         return "memorising" if self.memorised is None or row["step"] < self.memorised else "generalising"
@@ -88,8 +96,20 @@ def pearson(pairs: Sequence[tuple[float, float]]) -> float:
 def read_run(path: str | os.PathLike) -> Run:
     """The run in a directory.
 
+    Args:
+        path: the run's directory.
+
+    Returns:
+        The run, with the rows that are written so far.
+
     Raises:
         ValueError: there is no run, or it is damaged; the message names the file.
+
+    Example:
+        >>> from lmnfast.grokking import Config, read_run, train
+        >>> run = train(Config("modular-addition", p=7, steps=20, every=10, device="cpu"), "run")
+        >>> read_run("run") == run
+        True
     """
     path = Path(path)
     config = read_config(path)
@@ -134,16 +154,27 @@ def read_metrics(path: Path, config: Config) -> list[dict]:
         FileNotFoundError: there is no file.
     """
     file = path / "metrics.csv"
-    columns = _columns(METRICS, [f"lmn_{layer}" for layer in config.layers])
-    rows = read_rows(file, columns)
-    count = training_samples(config.task, p=config.p, bits=config.bits)
-    expected = {"samples": config.samples or count} | {
+    rows = _rows_of(file, config)
+    expected = {"samples": config.samples or config.trained_on} | {
         name: getattr(config, name) for name in ("points", "rule", "method", "negative")
     }
     for number, row in enumerate(rows):
         if row["step"] != number * config.every or any(row[name] != expected[name] for name in expected):
             raise ValueError(f"cannot read {file}: row {number + 1} is not one of this run")
     return rows
+
+
+def _rows_of(file: Path, config: Config) -> list[dict]:
+    numbers = [f"lmn_{layer}" for layer in config.layers]
+    try:
+        return read_rows(file, _columns(METRICS, numbers, config.beside))
+    except ValueError:
+        if (
+            config.loss_dtype == "float32"
+        ):  # maybe of a version without lost_gradients, whose runs are float32
+            with suppress(ValueError):
+                return read_rows(file, _columns(METRICS[:-1], numbers, config.beside))
+        raise
 
 
 def read_config(path: Path) -> Config:
@@ -153,7 +184,8 @@ def read_config(path: Path) -> Config:
         ValueError: there is no run.
     """
     try:
-        return Config(**json.loads((path / "config.json").read_text()))
+        stored = json.loads((path / "config.json").read_text())
+        return Config(**{"loss_dtype": "float32", **stored})  # a run of a version without this setting
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"run: {path} is not a run, it holds no config.json") from None
     except (TypeError, ValueError, RecursionError) as error:
@@ -197,30 +229,34 @@ def steps_of(run: Path) -> list[int]:
     return sorted(int(file.stem[5:]) for file in files)
 
 
-def by_step(history: Iterable[dict], suffix: str = "") -> list[dict]:
+def by_step(history: Iterable[dict], suffix: str = "", observables: Sequence[str] = ()) -> list[dict]:
     """Merges the rows of a probe, one per step and layer, into one row per step.
 
     Args:
         history: as `Probe.history`.
         suffix: the end of the names of the columns that each layer has.
+        observables: the names of those in the rows.
     """
     steps: dict[int, dict] = {}
     for row in history:
         one = steps.setdefault(row["step"], dict(row))
-        one |= {f"{name}_{row['layer']}{suffix}": row[name] for name in ("lmn", *SHARES)}
+        one |= {f"{name}_{row['layer']}{suffix}": row[name] for name in ("lmn", *SHARES, *observables)}
         one |= {name: joined(one[name], row[name]) for name in ("precision", "solver")}
     return list(steps.values())
 
 
-def write_rows(path: Path, rows: Sequence[dict], metrics: Sequence[str]) -> None:
-    """Writes a table with columns for these metrics and for the LMN in the rows."""
-    columns = _columns(metrics, [name for name in rows[0] if name.startswith("lmn_")])
+def write_rows(
+    path: Path, rows: Sequence[dict], metrics: Sequence[str], observables: Sequence[str] = ()
+) -> None:
+    """Writes a table with columns for these metrics, for the LMN in the rows, and for these observables."""
+    columns = _columns(metrics, [name for name in rows[0] if name.startswith("lmn_")], observables)
     write_table(path, columns, rows)
 
 
-def _columns(metrics: Sequence[str], numbers: Sequence[str]) -> list[str]:
+def _columns(metrics: Sequence[str], numbers: Sequence[str], observables: Sequence[str]) -> list[str]:
     """The columns of a table with these metrics and numbers. The name of a number begins with lmn_."""
-    shares = [kind + name.removeprefix("lmn") for kind in SHARES for name in numbers]
+    kinds = [kind for kind in dict.fromkeys((*SHARES, *observables)) if kind != "lmn"]
+    shares = [kind + name.removeprefix("lmn") for kind in kinds for name in numbers]
     return ["step", *metrics, *numbers, *SETTINGS, *shares]
 
 
@@ -296,13 +332,15 @@ def _some_of(names: Iterable[str]) -> str:
     return rf"{one}(?:\+{one})*"
 
 
-_MEASURED = rf"-{_some_of(LAYERS)}-{_some_of(METHODS)}-{_some_of(RULES)}\d+(?:-\d+samples)?(?:-clip)?"
+_LAYERS = r"(?:embedding|hidden_\d+(?:_pre)?)"
+_SOME_LAYERS = rf"{_LAYERS}(?:\+{_LAYERS})*"
+_MEASURED = rf"-{_SOME_LAYERS}-{_some_of(METHODS)}-{_some_of(RULES)}\d+(?:-\d+samples)?(?:-clip)?(?:-and-\w+(?:\+\w+)*)?"
 # By folder, the names of the files that a run writes in addition to its config, and of the parts that a killed write leaves.
 OWN = {
     folder: re.compile(rf"(?:{names})(?:\.\d+\.part)?")
     for folder, names in {
         "": rf"metrics\.csv|state\.pt|config\.json\.\d+\.part|measure{_MEASURED}\.csv",
         "checkpoints": CHECKPOINT,
-        "figures": rf"figure2-{_some_of(LAYERS)}\.png|methods{_MEASURED}\.png",
+        "figures": rf"figure2-{_SOME_LAYERS}\.png|methods{_MEASURED}\.png",
     }.items()
 }

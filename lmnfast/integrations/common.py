@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .._nested import mapped, tensors_in
+from .._observables import Chosen
+from .._schedule import Every, Schedule
 from .._undisturbed import sharding_of
 from ..cutting import chosen
 from ..probe import Probe, Writer
@@ -44,14 +47,21 @@ def required(names: str | tuple[str, ...], extra: str) -> ModuleType:
     raise ImportError(f"{names[0]}: not installed; pip install lmnfast[{extra}]")
 
 
-def key(layer: str, before: int = 0) -> str:
-    """The name under which a layer's LMN is logged.
+def key(layer: str, before: int = 0, name: str = "lmn") -> str:
+    """The name under which a number of a layer is logged.
 
     Args:
         layer: the layer's name.
         before: number of earlier callbacks that log the same layer to the same place.
+        name: "lmn", or the observable's name.
     """
-    return f"lmn-{before + 1}/{layer}" if before else f"lmn/{layer}"
+    return f"{name}-{before + 1}/{layer}" if before else f"{name}/{layer}"
+
+
+def numbers(row: dict[str, Any], observables: Iterable[str]) -> dict[str, float]:
+    """The numbers of a row that are logged: its LMN, and these observables; not those without a value."""
+    found = {name: row.get(name) for name in ("lmn", *observables)}
+    return {name: value for name, value in found.items() if value is not None and not math.isnan(value)}
 
 
 def refuse_sharded(model: nn.Module, strategy: str | None = None) -> None:
@@ -84,18 +94,21 @@ class Plan:
 
     Raises:
         TypeError: `Probe` has no such argument.
-        ValueError: every < 1; not exactly one of layers and blocks is given.
+        ValueError: every < 1 or without a step; an unknown observable; not exactly one of layers and blocks is given.
     """
 
     def __init__(
-        self, inputs: Any, layers: str | Sequence[str] | None, every: int, settings: dict[str, Any]
+        self, inputs: Any, layers: str | Sequence[str] | None, every: Every, settings: dict[str, Any]
     ) -> None:
         chosen(layers, settings.get("blocks"), ("layers", "blocks"))
         bound = inspect.signature(Probe).bind(None, inputs, layers, every=every, **settings)
-        if every < 1:
-            raise ValueError(f"every: expected at least 1, got {every}")
+        Schedule(every)
         bound.apply_defaults()
         given = {name: value for name, value in bound.arguments.items() if name not in NOT_IDENTITY}
+        if observables := Chosen(
+            given.pop("observables")
+        ).names:  # rows without them are known by what they were before
+            given["observables"] = observables
         for name in ("layers", "blocks"):
             given[name] = [given[name]] if isinstance(given[name], str) else given[name]
         self.identity = {name: _plain(value) for name, value in given.items()} | {"inputs": _digest(inputs)}
@@ -113,7 +126,7 @@ class Plan:
         prepare: Callable[[Tensor], Tensor],
         step: int,
         state: dict[str, Any],
-        log: Callable[[int, dict[str, float]], None],
+        log: Callable[[int, dict[str, dict[str, float]]], None],
     ) -> Probe:
         """The probe of a training that begins, or continues, after this many steps.
 
@@ -122,7 +135,7 @@ class Plan:
             prepare: brings a tensor of the inputs to the model's device and dtype.
             step: number of optimizer steps so far.
             state: from `state_of` or `new_state`. A state with a later step belongs to another training, and is dropped.
-            log: receives each step and its LMN by layer, in order.
+            log: receives each step and its `numbers` by layer, in order.
         """
         last, rows = state["step"], state["rows"]
         if last is None or last > step:
@@ -151,32 +164,39 @@ def state_of(probe: Probe) -> dict[str, Any]:
 class _StepWriter:
     """A writer that logs the layers of a step together."""
 
-    def __init__(self, log: Callable[[int, dict[str, float]], None]) -> None:
+    def __init__(self, log: Callable[[int, dict[str, dict[str, float]]], None]) -> None:
         self.layers = 0
         """How many layers a step has. Known once the probe is made, before it measures."""
         self._log = log
         self._step = -1
-        self._values: dict[str, float] = {}
+        self._observables: tuple[str, ...] = ()
+        self._values: dict[str, dict[str, float]] = {}
+
+    def expect(self, observables: tuple[str, ...]) -> None:
+        self._observables = observables
 
     def write(self, row: dict[str, Any]) -> None:
         if row["step"] != self._step:
             self.close()
         self._step = row["step"]
-        self._values[row["layer"]] = row["lmn"]
+        self._values[row["layer"]] = numbers(row, self._observables)
         if len(self._values) == self.layers:
             self.close()
 
     def close(self) -> None:
         """Logs the rows of an incomplete step. A step is incomplete if the row of another layer failed."""
-        if self._values:
-            values, self._values = self._values, {}
+        values, self._values = self._values, {}
+        if any(values.values()):
             self._log(self._step, values)
 
 
-def names(probe: Probe, probes: Iterable[Probe | None]) -> dict[str, str]:
-    """The name under which each layer's LMN is logged, by layer.
+def named(
+    by_layer: dict[str, dict[str, float]], probe: Probe, probes: Iterable[Probe | None]
+) -> dict[str, float]:
+    """The numbers of a step by the names under which they are logged.
 
     Args:
+        by_layer: the `numbers` of each layer.
         probe: the probe of one callback.
         probes: the probes of all callbacks that log to the same place, in order; None for a callback that does not measure.
     """
@@ -185,7 +205,11 @@ def names(probe: Probe, probes: Iterable[Probe | None]) -> dict[str, str]:
         if other is probe:
             break
         before += other.layers if other is not None else []
-    return {layer: key(layer, before.count(layer)) for layer in probe.layers}
+    return {
+        key(layer, before.count(layer), name): value
+        for layer, found in by_layer.items()
+        for name, value in found.items()
+    }
 
 
 def _plain(value: Any) -> Any:

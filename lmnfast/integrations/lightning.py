@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .._schedule import Every
 from ..probe import Probe
 from ..runs.files import write_file
-from .common import Plan, names, new_state, refuse_sharded, required, state_of
+from .common import Plan, named, new_state, refuse_sharded, required, state_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,10 +37,10 @@ class LMNCallback(Callback):
     """Measures a LightningModule's linear mapping number every so many optimizer steps.
 
     The callback has a `Probe` of the module. Steps are those of trainer.global_step, which counts one per optimizer step, also
-    with accumulated gradients. Each LMN goes to the trainer's loggers as lmn/<layer>, some steps later, under the step at which
-    it was measured; the last ones at the end of the fit. Do not use it as a metric to monitor: only rank 0 has it. Checkpoints
-    carry the history: a resumed fit continues with it and measures no step twice. Training with the callback ends in the same
-    weights, bit for bit.
+    with accumulated gradients. Each LMN goes to the trainer's loggers as lmn/<layer>, each observable under its own name, as
+    curvature/<layer>, some steps later, under the step at which it was measured; the last ones at the end of the fit. Do not
+    use it as a metric to monitor: only rank 0 has it. Checkpoints carry the history: a resumed fit continues with it and
+    measures no step twice. Training with the callback ends in the same weights, bit for bit.
 
     One trainer may have several callbacks, each with its own rows. A checkpoint distinguishes them by inputs, layers and
     settings (a function counts by its name). The first callback that measures a layer logs lmn/<layer>, the next ones log
@@ -52,9 +53,9 @@ class LMNCallback(Callback):
         inputs: samples for the module's forward, on any device. Floating-point samples are converted to the dtype that the
             trainer's precision gives its batches.
         layers: as in `Probe`; names begin at the LightningModule.
-        every: in optimizer steps.
-        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, budget, forward, output,
-            batch_dim, compile, writers).
+        every: as in `Probe`, in optimizer steps.
+        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, observables, budget, forward,
+            output, batch_dim, compile, writers).
 
     Raises:
         ValueError: every < 1; at the start of a fit, if the strategy shards parameters (FSDP, DeepSpeed).
@@ -68,7 +69,7 @@ class LMNCallback(Callback):
     """
 
     def __init__(
-        self, inputs: Any, layers: str | Sequence[str] | None = None, every: int = 100, **settings: Any
+        self, inputs: Any, layers: str | Sequence[str] | None = None, every: Every = 100, **settings: Any
     ) -> None:
         super().__init__()
         self._plan = Plan(inputs, layers, every, settings)
@@ -155,10 +156,10 @@ class LMNCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state, self._probe = state_dict, None
 
-    def _log(self, trainer: Trainer, step: int, values: dict[str, float]) -> None:
+    def _log(self, trainer: Trainer, step: int, by_layer: dict[str, dict[str, float]]) -> None:
         assert self._probe is not None
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set outside of the class, by its connector
         beside = [c._probe for c in callbacks if isinstance(c, LMNCallback)]
-        known = names(self._probe, beside)
+        values = named(by_layer, self._probe, beside)
         for logger in trainer.loggers:
-            logger.log_metrics({known[layer]: lmn for layer, lmn in values.items()}, step=step)
+            logger.log_metrics(values, step=step)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .._schedule import Every
 from ..probe import Probe
 from ..runs.files import write_file
-from .common import Plan, names, refuse_sharded, required, state_of
+from .common import Plan, named, refuse_sharded, required, state_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,10 +28,10 @@ class LMNCallback(TrainerCallback):
     """Measures a model's linear mapping number every so many optimizer steps of a Trainer.
 
     The callback has a `Probe` of the model. Steps are the trainer's global_step. Each LMN goes to state.log_history, as
-    lmn/<layer> with the step at which it was measured, and to the reporters in args.report_to. A callback does not know its
-    trainer, so reporting needs `attach` in place of Trainer(callbacks=[callback]). The callback then calls on_log of the
-    trainer's callbacks with a state at the measured step (Trainer.log would give the present step). TensorBoard and W&B add a
-    prefix: they show train/lmn/<layer>.
+    lmn/<layer> (an observable under its own name, as curvature/<layer>) with the step at which it was measured, and to the
+    reporters in args.report_to. A callback does not know its trainer, so reporting needs `attach` in place of
+    Trainer(callbacks=[callback]). The callback then calls on_log of the trainer's callbacks with a state at the measured step
+    (Trainer.log would give the present step). TensorBoard and W&B add a prefix: they show train/lmn/<layer>.
 
     The history is kept in output_dir/lmn_history.json, which is rewritten before each checkpoint. A resumed run takes the rows
     up to its step from that file, and measures no step twice. Training with the callback ends in the same weights, bit for
@@ -43,9 +44,9 @@ class LMNCallback(TrainerCallback):
     Args:
         inputs: samples, on any device. A dict is passed as model(**inputs), a tensor as model(inputs). Labels are not needed.
         layers: as in `Probe`.
-        every: in optimizer steps.
+        every: as in `Probe`, in optimizer steps.
         output: selects the output of the model that counts, as in `cut`. With until or blocks, "logits" selects nothing.
-        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, budget, forward,
+        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, observables, budget, forward,
             batch_dim, compile, writers).
 
     Raises:
@@ -63,7 +64,7 @@ class LMNCallback(TrainerCallback):
         self,
         inputs: Any,
         layers: str | Sequence[str] | None = None,
-        every: int = 100,
+        every: Every = 100,
         *,
         output: Any = "logits",
         **settings: Any,
@@ -174,12 +175,11 @@ class LMNCallback(TrainerCallback):
             kept = {**_read(args), self._key: state_of(self._probe)}
             write_file(_history_file(args), json.dumps(kept).encode())
 
-    def _log(self, step: int, by_layer: dict[str, float]) -> None:
+    def _log(self, step: int, by_layer: dict[str, dict[str, float]]) -> None:
         assert self._probe is not None
         args, state, control = self._now
         callbacks = self._trainer.callback_handler.callbacks if self._trainer else [self]
-        known = names(self._probe, (c._probe for c in callbacks if isinstance(c, LMNCallback)))
-        values = {known[layer]: lmn for layer, lmn in by_layer.items()}
+        values = named(by_layer, self._probe, (c._probe for c in callbacks if isinstance(c, LMNCallback)))
         state.log_history.append({**values, "step": step})
         if self._trainer is not None:
             then = copy.copy(state)

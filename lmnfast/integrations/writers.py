@@ -17,7 +17,7 @@ from typing import Any
 
 from ..runs.files import write_file
 from ..runs.tables import csv_entries, csv_line
-from .common import key, required
+from .common import key, numbers, required
 
 
 class CSVWriter:
@@ -117,7 +117,7 @@ class CSVWriter:
 
 
 class TensorBoardWriter:
-    """Adds each row's LMN as a scalar lmn/<layer> at its step.
+    """Adds each row's LMN as a scalar lmn/<layer> at its step, and each observable of the probe as <observable>/<layer>.
 
     The writer adds to a folder with its curves of an earlier run only with `resume`: TensorBoard would draw both runs as one
     curve.
@@ -145,11 +145,20 @@ class TensorBoardWriter:
         self._module: Any = required("torch.utils.tensorboard", "tensorboard") if own else None
         self._folder = Path(to) if own else None
         self._always = self._resume = resume
+        self._observables: tuple[str, ...] = ()
         self._writer: Any = None if own else to
 
     def resume(self) -> None:
         """Continues the curves in the folder."""
         self._resume = True
+
+    def expect(self, observables: tuple[str, ...]) -> None:
+        """A probe calls this when it is made.
+
+        Args:
+            observables: their names.
+        """
+        self._observables = observables
 
     def write(self, row: dict[str, Any]) -> None:
         """Takes one finished row.
@@ -166,7 +175,8 @@ class TensorBoardWriter:
                     "resume=True continues them"
                 )
             self._writer = self._module.SummaryWriter(self._folder, filename_suffix=self.SUFFIX)
-        self._writer.add_scalar(key(row["layer"]), row["lmn"], row["step"])
+        for name, value in numbers(row, self._observables).items():
+            self._writer.add_scalar(key(row["layer"], name=name), value, row["step"])
         self._writer.flush()
 
     def close(self) -> None:
@@ -178,7 +188,9 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Logs each row's LMN as lmn/<layer> to a Weights & Biases run, over its own axis, lmn_step.
+    """Logs each row's LMN as lmn/<layer>, and each observable as <observable>/<layer>, to a Weights & Biases run.
+
+    Their axis is lmn_step.
 
     An LMN is ready some time after its step, when the run has logged later steps. W&B drops values for a step before the last
     logged step. These values are therefore drawn over lmn_step (define_metric), and are added to the W&B step that is current
@@ -213,6 +225,17 @@ class WandbWriter:
         self._joined: tuple[int, int, set[str]] | None = None
         run.define_metric("lmn_step", hidden=True)
         run.define_metric("lmn/*", step_metric="lmn_step")
+        self._observables: tuple[str, ...] = ()
+
+    def expect(self, observables: tuple[str, ...]) -> None:
+        """A probe calls this when it is made.
+
+        Args:
+            observables: their names.
+        """
+        self._observables = observables
+        for name in observables:
+            self._run.define_metric(f"{name}/*", step_metric="lmn_step")
 
     def write(self, row: dict[str, Any]) -> None:
         """Takes one finished row.
@@ -221,10 +244,16 @@ class WandbWriter:
             row: as in `Probe.history`.
         """
         # A key that comes twice for one step (step numbers may begin again) makes a new entry, so that no value is replaced.
-        name = key(row["layer"])
-        if not self._waiting or self._waiting[-1][0] != row["step"] or name in self._waiting[-1][1]:
+        new = {key(row["layer"], name=n): value for n, value in numbers(row, self._observables).items()}
+        if not new:
+            return
+        if (
+            not self._waiting
+            or self._waiting[-1][0] != row["step"]
+            or new.keys() & self._waiting[-1][1].keys()
+        ):
             self._waiting.append((row["step"], {}))
-        self._waiting[-1][1][name] = row["lmn"]
+        self._waiting[-1][1].update(new)
         step, values = self._waiting[0]
         current: int = 0 if self._commit else self._run.step
         last, joined_step, joined = self._joined or (-1, None, set())  # -1: before any W&B step

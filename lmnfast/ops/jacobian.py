@@ -9,7 +9,7 @@ from .. import _native
 from .._chain import Chain
 from .._native import plain
 from ._checks import check_chain
-from .path_connectivity import activation_arguments
+from ._hoisted import activation_arguments
 
 
 def jacobian(chain: Chain, x: Tensor) -> Tensor:

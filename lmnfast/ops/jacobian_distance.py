@@ -9,7 +9,7 @@ from .. import _native, reference
 from .._chain import Activation
 from .._native import plain
 from ._checks import KERNEL_DTYPES, check_array, check_tensor
-from .path_connectivity import activation_arguments
+from ._hoisted import activation_arguments
 
 # Features are scaled if their largest magnitude is outside this range: squares of larger features overflow, and sums of squares
 # of smaller features lose digits.

@@ -26,7 +26,7 @@ from ..grokking.config import Config, start
 from ..grokking.figures import ACCURACY, L2, LMN
 from ..grokking.run import load_checkpoint, pearson, read_config, steps_of
 from ..grokking.tasks import TASKS
-from ..grokking.train import train
+from ..grokking.training import train
 from ..jacobian import linear_regions
 from ..runs.device import processor
 from ..runs.figures import BLACK, save

@@ -20,7 +20,7 @@ from ..cutting import cut
 from ..grokking.config import Config, start
 from ..grokking.run import Run, load_checkpoint, read_config, read_run
 from ..grokking.tasks import TASKS
-from ..grokking.train import train
+from ..grokking.training import train
 from ..jacobian import linear_regions
 from ..runs.device import torch_threads
 from ..runs.files import claimed, write_json

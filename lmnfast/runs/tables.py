@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .._nested import first_names
+from .._observables import observables
 from ..spectrum import SETTINGS, SHARES
 from .files import write_file
 
-INTEGERS = ("samples", "outputs", "points", "seed")
+INTEGERS = ("samples", "outputs", "points", "seed", "lost_gradients")
 WORDS = (
     *("run", "task", "activation", "layer", "checkpoint", "question", "variant"),
     *(name for name in SETTINGS if name not in INTEGERS),
@@ -102,9 +103,15 @@ def _typed(name: str, text: str, optional: Collection[str]) -> int | float | str
     if name in INTEGERS or (name == "step" and text.isdecimal()):
         return int(text)
     number = float(text)
-    if not math.isfinite(number) and not name.startswith(SHARES):
+    if not math.isfinite(number) and not _may_be_nan(name):
         raise ValueError(f"{name} is {text}")
     return number
+
+
+def _may_be_nan(column: str) -> bool:
+    """Whether a column may lack values: shares of matrices of earlier versions, and observables that do not apply."""
+    names = [each.name for each in observables() if each.name != "lmn"]
+    return column.startswith((*SHARES, *(f"{name}_" for name in names)))
 
 
 def check_continues(

@@ -17,8 +17,9 @@ from ..runs.device import torch_threads
 from ..runs.files import claimed, save_tensors, unreadable, write_json
 from ..runs.progress import progress_bar
 from ..runs.tables import check_continues
-from .config import Config, probe_of, start
-from .gradients import Gradients
+from .batches import Batches
+from .config import LOSS_DTYPES, Config, probe_of, start
+from .gradients import Gradients, lost_gradients
 from .measure import say_how_long
 from .run import (
     ACTIVITIES,
@@ -58,6 +59,17 @@ def train(config: Config, out: str | os.PathLike, *, force: bool = False, progre
             run's files.
         OSError: `out` cannot be written, or was deleted meanwhile.
         FloatingPointError: a loss is NaN or infinite.
+
+    Source: arXiv 2310.05918, section 3.
+
+    Example:
+        >>> from lmnfast.grokking import Config, train
+        >>> config = Config("modular-addition", p=7, steps=20, every=10, device="cpu")
+        >>> run = train(config, "run")
+        >>> [row["step"] for row in run.rows]
+        [0, 10, 20]
+        >>> run.rows[0]["lmn_hidden_1"] > 1, run.rows[-1]["lost_gradients"]
+        (True, 0)
     """
     path = Path(out)
     with claimed(path):
@@ -92,10 +104,21 @@ class _Training:
 
     def __init__(self, config: Config, path: Path) -> None:
         self.config, self.path = config, path
-        self.task, self.model = start(config)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.task, self.model = start(config, generator)
+        self.loss_dtype = LOSS_DTYPES[config.loss_dtype]
         self.samples = self.task.train_inputs[: config.samples]
-        self.gradients = Gradients(self.model, self.task.train_inputs, self.task.train_labels)
-        self.optimiser = torch.optim.AdamW(
+        self.gradients = Gradients(
+            self.model,
+            self.task.train_inputs,
+            self.task.train_labels,
+            loss_dtype=self.loss_dtype,
+            batch=config.batch,
+        )
+        self.batches = (
+            Batches(config.trained_on, config.batch, generator, config.device) if config.batch else None
+        )
+        self.optimiser = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer](
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.step = -1  # the last measured step
@@ -117,6 +140,8 @@ class _Training:
             try:
                 self.model.load_state_dict(state["model"])
                 self.optimiser.load_state_dict(state["optimiser"])
+                if self.batches:
+                    self.batches.load_state_dict(state["batches"])
             except Exception as error:  # the file may contain anything
                 raise unreadable(self.path / "state.pt", error) from None
             written = read_metrics(self.path, self.config) if metrics.exists() else []
@@ -127,6 +152,8 @@ class _Training:
         self.rows = [row for row in written if row["step"] <= self.step]
 
     def _update(self) -> None:
+        if self.batches:
+            self.gradients.choose(self.batches.chosen)
         self.gradients()
         self.optimiser.step()
 
@@ -136,7 +163,8 @@ class _Training:
         def set_capturable(value: bool) -> None:
             # The value is True only during the capture, because torch warns if a capturable step is not captured.
             for group in self.optimiser.param_groups:
-                group["capturable"] = value
+                if "capturable" in group:  # SGD has no such option, and needs none
+                    group["capturable"] = value
 
         set_capturable(False)
         # The warm-up and the capture use the same stream, because autograd remembers the stream on which it accumulates
@@ -166,12 +194,14 @@ class _Training:
         # The capture of a CUDA graph fails if another thread calls CUDA. So it happens before the probe starts its thread.
         update = self._captured() if config.device == "cuda" else self._update
         with (
-            probe_of(self.model, self.samples, config, config.every) as self.probe,
+            probe_of(self.model, self.samples, config, config.every, None, config.beside) as self.probe,
             progress_bar(config.steps, max(self.step, 0), progress) as self.bar,
         ):
             if self.step < 0:
                 self.measure(0)
             for step in range(max(self.step, 0) + 1, config.steps + 1):
+                if self.batches:
+                    self.batches.advance()
                 update()
                 if self.bar:
                     self.bar.update()
@@ -183,8 +213,10 @@ class _Training:
 
     def measure(self, step: int) -> None:
         self.settle()
-        metrics = _evaluate(self.model, self.task)
+        metrics = _evaluate(self.model, self.task, self.loss_dtype)
         states = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
+        if self.batches:
+            states["batches"] = self.batches.state_dict()
         self.taken = step, HostCopy({"metrics": metrics, **states})
         if not self.settles_late:
             self.check_metrics()
@@ -209,7 +241,8 @@ class _Training:
         self.taken = None
         self.check_there()
         save_tensors(checkpoint_of(self.path, step), copy.read()["model"])
-        self.state = {"step": step, "model": copy.read()["model"], "optimiser": copy.read()["optimiser"]}
+        kept = {name: value for name, value in copy.read().items() if name != "metrics"}
+        self.state = {"step": step, **kept}
 
     def check_metrics(self) -> None:
         assert self.taken is not None
@@ -223,9 +256,12 @@ class _Training:
         self.tick("training")
         history = self.probe.history  # waits for pending rows
         self.tick("measuring")
-        self.rows += by_step(row for row in history if row["step"] > self.step)
+        new, beside = [row for row in history if row["step"] > self.step], self.config.beside
+        self.rows += by_step(new, observables=beside)
         self.check_there()
-        write_rows(self.path / "metrics.csv", self.rows, METRICS)
+        # The table of a run that an earlier version began keeps the columns that it has.
+        metrics = [name for name in METRICS if name in self.rows[0]]
+        write_rows(self.path / "metrics.csv", self.rows, metrics, beside)
         self.step, self.unwritten = self.state["step"], 0
         save_tensors(self.path / "state.pt", {**self.state, "seconds": self.seconds})
         if self.bar:
@@ -311,13 +347,14 @@ def _warm_up(update: Callable[[], None], model: nn.Module, optimiser: torch.opti
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, task: Task) -> dict[str, Tensor]:
-    """METRICS of the model, as 0-dim float64 tensors on its device. Does not wait for the device."""
+def _evaluate(model: nn.Module, task: Task, loss_dtype: torch.dtype) -> dict[str, Tensor]:
+    """METRICS of the model, as 0-dim tensors of 64 bits on its device. Does not wait for the device."""
     train, test = model(task.train_inputs), model(task.test_inputs)
     return {
-        "train_loss": cross_entropy(train, task.train_labels).double(),
-        "test_loss": cross_entropy(test, task.test_labels).double(),
+        "train_loss": cross_entropy(train.to(loss_dtype), task.train_labels).double(),
+        "test_loss": cross_entropy(test.to(loss_dtype), task.test_labels).double(),
         "train_accuracy": (train.argmax(1) == task.train_labels).double().mean(),
         "test_accuracy": (test.argmax(1) == task.test_labels).double().mean(),
         "l2_norm": nn.utils.parameters_to_vector(model.parameters()).double().norm(),
+        "lost_gradients": lost_gradients(train, task.train_labels, loss_dtype),
     }

@@ -1,0 +1,172 @@
+"""Measures a draw of pairs of samples, and the statistics of such a draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._block_paths import block_pairs
+from ._enqueue import WARNED_SHARE, Enqueued, offset_of
+from ._generic import generic_pairs, numbered
+from ._prepare import prepared
+from ._samples import checked_samples
+from ._settings import Settings
+from ._tiles import tile_bytes
+from .ops.path_connectivity import chain_pairs
+
+# A permutation of all pairs is drawn if all are at most this many times the number that is asked for. Else pairs are drawn one
+# by one, and repeats are dropped.
+PERMUTED = 4
+
+
+def draw_pairs(samples: int, pairs: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A uniform draw of pairs i < j without replacement, each (pairs,) int64 on the CPU, in rising order."""
+    every = samples * (samples - 1) // 2
+    if every <= PERMUTED * pairs:
+        numbers = torch.randperm(every, generator=generator, device="cpu")[:pairs]
+    else:
+        numbers = torch.empty(0, dtype=torch.int64, device="cpu")
+        while len(numbers) < pairs:
+            more = torch.randint(every, (pairs,), generator=generator, device="cpu")
+            numbers = _without_repeats(torch.cat([numbers, more]))
+        numbers = numbers[:pairs]
+    return numbered(numbers.sort().values, samples)
+
+
+def _without_repeats(numbers: Tensor) -> Tensor:
+    """The numbers in the order of their first places."""
+    found, which = numbers.unique(return_inverse=True)
+    places = torch.full((len(found),), len(numbers))
+    places.scatter_reduce_(0, which, torch.arange(len(numbers)), "amin")
+    return numbers[places.sort().values]
+
+
+def measured_pairs(
+    f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, first: Tensor, second: Tensor
+) -> Enqueued:
+    """The checked entries of some pairs: `Enqueued` with L and pooled as (pairs,).
+
+    f is called on the samples of these pairs alone. Arguments and errors as in :func:`lmnfast.connectivity`.
+    """
+    x = checked_samples(f, x)
+    used, places = torch.stack([first, second]).unique(return_inverse=True)
+    first, second = (ends.to(x.device) for ends in places)
+    own = x[used.to(x.device)]
+    with prepared(f, own, "path", deferred=False, points=settings.points, numbers=used) as function:
+        if function.chain is not None and not _takes_lists(own):
+            function.refute()
+        function.settle()
+        rule, statistic = settings.nodes, settings.statistic
+        if function.chain is not None:
+            found = chain_pairs(function.chain, function.x, first, second, *rule, statistic=statistic)
+        elif function.route.block is not None:
+            tile = tile_bytes(settings.budget, own.device, of_block=True)
+            found = block_pairs(
+                function.route.block,
+                function.x,
+                *rule,
+                tile,
+                function.allocated,
+                statistic,
+                first=first,
+                second=second,
+            )
+        else:
+            tile = tile_bytes(settings.budget, own.device)
+            how_called = tile, function.allocated, function.checks, None, statistic
+            found = generic_pairs(
+                function.calls, function.x, function.ends, *rule, *how_called, first=first, second=second
+            )
+        found.resolve()
+        for entries in (found.L, found.pooled):
+            if entries is not None:
+                function.checks.pairs(entries, first, second)
+        enqueued = Enqueued(found, function.precision, function.ends.shape[1])
+        if enqueued.constant_share() >= WARNED_SHARE:
+            return Enqueued(
+                found, function.precision, enqueued.outputs, offset=offset_of(function.known, function.ends)
+            )
+        return enqueued
+
+
+def _takes_lists(x: Tensor) -> bool:
+    """Whether the kernel takes lists of pairs. On CUDA it takes all pairs only."""
+    return x.device.type == "cpu" and _native.has_kernels(x)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over a draw of values h of pairs, and what they say about the mean of h: a U-statistic of order 2.
+
+    Source: Hoeffding, Ann. Math. Statist. 19 (1948); docs/mathematics.md, "A draw of pairs".
+    """
+
+    samples: int
+    pairs: int
+    mean: float
+    variance: float
+    """Of the pairs' values about their mean, over pairs - 1."""
+    between: float
+    """Covariance of the values of two pairs that share one sample; at least 0. NaN if no two pairs share one, or all do."""
+    single: float
+    """Variance of one pair's value, from pairs without a common sample; NaN as above."""
+
+    @classmethod
+    def of_list(cls, h: Tensor, first: Tensor, second: Tensor, samples: int) -> Moments:
+        """h: (pairs,). first, second: (pairs,) int64."""
+        h = h.double()
+        centred = h - h.mean()
+        sums, counts = (torch.zeros(samples, dtype=torch.float64, device=h.device) for _ in range(2))
+        for ends in (first, second):
+            sums.index_add_(0, ends, centred)
+            counts.index_add_(0, ends, torch.ones_like(centred))
+        squares = float(centred.square().sum())
+        return cls._of_sums(samples, len(h), float(h.mean()), squares, sums, counts)
+
+    @classmethod
+    def of_matrix(cls, h: Tensor) -> Moments:
+        """h: (N, N), symmetric, 0 on the diagonal."""
+        samples = len(h)
+        pairs = samples * (samples - 1) // 2
+        mean = float(h.sum(dtype=torch.float64)) / (2 * pairs)
+        sums, squares = torch.empty(samples, dtype=torch.float64, device=h.device), 0.0
+        for rows in torch.arange(samples, device=h.device).split(max(1, 2**22 // samples)):
+            centred = h[rows].double() - mean
+            centred[torch.arange(len(rows), device=h.device), rows] = 0.0
+            sums[rows] = centred.sum(1)
+            squares += float(centred.square().sum()) / 2
+        return cls._of_sums(samples, pairs, mean, squares, sums, torch.full_like(sums, samples - 1))
+
+    @classmethod
+    def _of_sums(
+        cls, samples: int, pairs: int, mean: float, squares: float, sums: Tensor, counts: Tensor
+    ) -> Moments:
+        """squares: of the centred values. sums, counts: (N,), of the centred values of a sample's pairs, and their number."""
+        total = float(sums.sum()) / 2  # 0 but for rounding
+        sharing = float(sums.square().sum()) - 2 * squares
+        number = float(counts.square().sum()) - 2 * pairs
+        apart, number_apart = total**2 - squares - sharing, float(pairs) ** 2 - pairs - number
+        variance = squares / (pairs - 1) if pairs > 1 else math.nan
+        if number <= 0 or number_apart <= 0:
+            return cls(samples, pairs, mean, variance, math.nan, math.nan)
+        level = apart / number_apart  # estimates the square of the mean's error, which the centring left
+        return cls(
+            samples, pairs, mean, variance, max(0.0, sharing / number - level), squares / pairs - level
+        )
+
+    @property
+    def of_pairs(self) -> float:
+        """Variance of the mean as an estimate of the mean over all pairs of these samples."""
+        every = self.samples * (self.samples - 1) // 2
+        return 0.0 if self.pairs == every else (1 - self.pairs / every) * self.variance / self.pairs
+
+    @property
+    def of_samples(self) -> float:
+        """Variance of the mean as an estimate of the mean over the distribution that the samples are drawn from."""
+        every = self.samples * (self.samples - 1) // 2
+        return (2 * (self.samples - 2) * self.between + max(0.0, self.single)) / every + self.of_pairs

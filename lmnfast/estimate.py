@@ -1,0 +1,181 @@
+"""Curvature: the mean nonlinearity of a network's paths, from all pairs of samples or from a draw of pairs, with its error."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from ._connectivity import measured, warn_of_offsets
+from ._pairs import Moments, draw_pairs, measured_pairs
+from ._samples import checked_samples
+from ._settings import Settings
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over pairs of samples, with its errors and everything that it depends on; :func:`curvature` returns it.
+
+    ``float(estimate)`` is its value.
+
+    Example:
+        >>> f, x = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)), torch.randn(500, 8)
+        >>> estimate = lmnfast.curvature(f, x, pairs=2000)
+        >>> low, high = estimate.interval()
+        >>> low < float(estimate) < high, estimate.pairs, estimate.samples
+        (True, 2000, 500)
+    """
+
+    value: float
+    """The mean of 1 - r2 over the pairs, from 0 (straight) to 1."""
+    standard_error: float
+    """Of the value as an estimate of the mean over all pairs of these samples. 0 if all pairs were measured."""
+    sample_standard_error: float
+    """Of the value as an estimate of the mean over the distribution that the samples are independent draws from. It contains
+    the error of the draw of pairs. NaN if there are too few pairs: no two of them share a sample, or all do."""
+    pairs: int
+    """The number of pairs that were measured."""
+    samples: int
+    """N, the number of samples that the pairs were drawn from."""
+    outputs: int
+    """K, the number of f's outputs after flattening."""
+    pooled: bool
+    """Whether the outputs are pooled."""
+    points: int
+    """Nodes on a path, ends included."""
+    rule: str
+    """The places of the nodes, as in :func:`connectivity`."""
+    stabiliser: float
+    """As in :func:`connectivity`."""
+    precision: str
+    """As in `Measurement`."""
+    constant_share: float
+    """As in `Measurement`, of the pairs that were measured."""
+
+    def __float__(self) -> float:
+        return self.value
+
+    def interval(self, level: float = 0.95, of: Literal["pairs", "samples"] = "pairs") -> tuple[float, float]:
+        """An interval that contains the true mean in a share `level` of all draws, by the normal distribution.
+
+        Args:
+            level: above 0 and below 1.
+            of: "pairs": the true mean is that over all pairs of these samples. "samples": it is that over the samples'
+                distribution.
+
+        Returns:
+            The lower and the upper end.
+
+        Raises:
+            ValueError: a level out of range, or another `of`.
+
+        Source:
+            docs/mathematics.md, "A draw of pairs".
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level: expected a number above 0 and below 1, got {level!r}")
+        if of not in ("pairs", "samples"):
+            raise ValueError(f"of: expected 'pairs' or 'samples', got {of!r}")
+        error = self.standard_error if of == "pairs" else self.sample_standard_error
+        reach = NormalDist().inv_cdf((1 + level) / 2) * error
+        return self.value - reach, self.value + reach
+
+
+def curvature(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    pooled: bool = True,
+    pairs: SupportsIndex | None = None,
+    generator: torch.Generator | None = None,
+    points: int = 21,
+    rule: str = "uniform",
+    budget: int | None = None,
+    stabiliser: float = 0.0,
+) -> Estimate:
+    """Mean curvature of f on the samples x: the mean of 1 - r2 over pairs of samples.
+
+    No eigenproblem is solved. A draw of pairs needs no N x N matrix, so N may be any number: f is called on the samples of the
+    drawn pairs alone. Unlike LMN, the curvature of some samples is an estimate of that of all.
+
+    Args:
+        f: maps a batch (B, *in) to (B, *out), each row independent of the others. Outputs are flattened to K.
+        x: (N, *in), floating point, the samples, of f's dtype and on its device.
+        pooled: pool the outputs of a pair (``R2`` of :func:`connectivity`), or take the mean of r2 over them.
+        pairs: the number of pairs, drawn without replacement. None: all, which takes two N x N matrices if pooled.
+        generator: of the draw, on the CPU. None: torch's default generator, whose state then changes.
+        points, rule, budget, stabiliser: as in :func:`connectivity`.
+
+    Returns:
+        The `Estimate`, without a unit.
+
+    Raises:
+        TypeError, ValueError: as :func:`connectivity`. ValueError also for fewer than two samples, and for pairs below 2 or
+            above N (N - 1) / 2.
+
+    Warns:
+        UserWarning: as :func:`measure`.
+
+    Source:
+        The U-statistic and its variance: Hoeffding, Ann. Math. Statist. 19 (1948); docs/mathematics.md, "A draw of pairs".
+
+    Example:
+        >>> f, x = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)), torch.randn(100, 8)
+        >>> all_pairs = lmnfast.curvature(f, x)
+        >>> 0 < all_pairs.value < 1, all_pairs.standard_error, all_pairs.pairs
+        (True, 0.0, 4950)
+        >>> round(lmnfast.curvature(nn.Linear(8, 3), x, pairs=50).value, 6)  # a linear map
+        0.0
+    """
+    settings = Settings("path", points, rule, budget, stabiliser, bool(pooled))
+    x = checked_samples(f, x)
+    every = len(x) * (len(x) - 1) // 2
+    if every < 1:
+        raise ValueError(f"x: expected two samples or more, got {len(x)}")
+    count = _checked_pairs(pairs, every, len(x))
+    if count is None:
+        (enqueued,) = measured(f, x, settings)
+        matrix = enqueued.pooled if settings.pooled else enqueued.L
+        assert matrix is not None
+        moments = Moments.of_matrix((1 - matrix).fill_diagonal_(0))
+    else:
+        first, second = draw_pairs(len(x), count, generator)
+        enqueued = measured_pairs(f, x, settings, first, second)
+        entries = enqueued.pooled if settings.pooled else enqueued.L
+        assert entries is not None
+        moments = Moments.of_list(1 - entries.cpu().double(), first, second, len(x))
+    warn_of_offsets([enqueued])
+    return Estimate(
+        value=moments.mean,
+        standard_error=math.sqrt(moments.of_pairs),
+        sample_standard_error=math.sqrt(moments.of_samples),
+        pairs=moments.pairs,
+        samples=moments.samples,
+        outputs=enqueued.outputs,
+        pooled=settings.pooled,
+        points=settings.points,
+        rule=settings.rule,
+        stabiliser=settings.stabiliser,
+        precision=enqueued.precision,
+        constant_share=enqueued.constant_share(),
+    )
+
+
+def _checked_pairs(pairs: SupportsIndex | None, every: int, samples: int) -> int | None:
+    if pairs is None:
+        return None
+    try:
+        count = operator.index(pairs)
+    except TypeError:
+        raise TypeError(f"pairs: expected an integer or None, got {pairs!r}") from None
+    if not 2 <= count <= every:
+        raise ValueError(
+            f"pairs: expected 2 to {every}, the number of pairs of {samples} samples, or None for all, got {count}"
+        )
+    return count
