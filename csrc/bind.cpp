@@ -158,9 +158,8 @@ struct ConnectivityArguments : Arguments {
            std::vector<std::uintptr_t> shifts_, std::vector<double> t, std::vector<double> node_weights, double mean_t,
            double variance_t, std::int64_t samples, bool halves_alone, Address exact, Address inputs, std::int64_t exact_width,
            std::int64_t input_width, std::int64_t networks, double stabiliser, Address first, Address second,
-           std::int64_t pairs, More... more) {
+           std::int64_t pairs, bool pools, More... more) {
     layers.keep(std::move(weights), std::move(biases), std::move(widths), kinds, parameters);
-    const lmn::PathNodes rule = nodes.keep(std::move(t), std::move(node_weights), mean_t, variance_t);
     skips = std::move(skips_), shifts = std::move(shifts_);
     expect(skips.size() == shifts.size() && (skips.empty() || skips.size() == 2 * kinds.size()), "skips, shifts");
     for (std::size_t n = 0; n < skips.size(); ++n) expect(-1 <= skips[n] && skips[n] < int(n), "skips");
@@ -179,7 +178,7 @@ struct ConnectivityArguments : Arguments {
                                      layers.activations.data(),
                                      sums ? skips.data() : nullptr,
                                      sums ? pointers<T>(shifts) : nullptr,
-                                     rule,
+                                     nodes.keep(std::move(t), std::move(node_weights), mean_t, variance_t),
                                      samples,
                                      std::int32_t(layers.weights.size()),
                                      halves_alone,
@@ -191,7 +190,8 @@ struct ConnectivityArguments : Arguments {
                                      stabiliser,
                                      first,
                                      second,
-                                     pairs},
+                                     pairs,
+                                     pools},
             more...};
   }
   template <class Any>

@@ -84,6 +84,7 @@ struct PathConnectivity {
   // CPU; null: all pairs. [pairs], samples at t = 0 and t = 1. Both results are then [pairs].
   const std::int64_t *first, *second;
   std::int64_t pairs;
+  bool pools;                      // whether `pooled` will not be null; CUDA's kernels and their workspace depend on it
   T* connectivity = nullptr;       // [samples, samples]; kUnresolved for a pair that T cannot resolve
   T* pooled = nullptr;             // null, or as connectivity: r2 pooled over the outputs
   std::int64_t* counts = nullptr;  // [2], outputs counted as constant over the resolved pairs; unresolved pairs

@@ -62,12 +62,27 @@ struct Share {
   V bend, total;  // the terms of 1 - r2 = bend / total, for pooling; 0 where the output is constant
 };
 
+/// Stands for a stabiliser of 0 at compile time.
+struct NoStabiliser {};
+template <class V>
+LMN_FN V operator+(V v, NoStabiliser) {
+  return v;
+}
 /// A stabiliser in the units of an output that is multiplied by `scale`. At most so large that r2 is 0 and nothing overflows.
 template <class T>
 LMN_FN T scaled_stabiliser(double stabiliser, T scale) {
   constexpr double kLargest = sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64;
   const double scaled = stabiliser * double(scale) * double(scale);
   return T(scaled < kLargest ? scaled : kLargest);
+}
+/// The same of a kernel that knows at compile time whether there may be a stabiliser.
+template <bool kPossible, class T>
+LMN_FN auto stabiliser_of(double stabiliser, T scale) {
+  if constexpr (kPossible) {
+    return scaled_stabiliser(stabiliser, scale);
+  } else {
+    return NoStabiliser{};
+  }
 }
 /// What brings the bend and the total of an output, which is multiplied by `scale`, to the unit that all outputs share.
 template <class T>
@@ -96,9 +111,9 @@ LMN_FN bool pool_underflows(T total, T stabiliser, std::int64_t constants, std::
 /// rounding_squared: of both ends together, see kResolvedUlps32. All values are in the units of the chord, in which the
 /// outputs' spread over the samples is of order 1. stabiliser: is added to var(t) var(y); an output that is constant then has
 /// r2 = 0.
-template <class V, class T>
+template <class V, class T, class Stabiliser = NoStabiliser>
 LMN_FN Share<V> share_of_output(V chord, const Moments<V>& m, V magnitude, V least, V rounding_squared, T variance_t, T epsilon,
-                                V stabiliser = V{}) {
+                                Stabiliser stabiliser = {}) {
   const V zero{}, one = zero + T(1);
   const V covariance = chord * variance_t + m.te;
   const V residual = variance_t * (m.ee - m.e * m.e) - m.te * m.te;

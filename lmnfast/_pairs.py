@@ -95,8 +95,8 @@ def measured_pairs(
 
 
 def _takes_lists(x: Tensor) -> bool:
-    """Whether the kernel takes lists of pairs. On CUDA it takes all pairs only."""
-    return x.device.type == "cpu" and _native.has_kernels(x)
+    """Whether the kernel takes lists of pairs. On CUDA, also emulated, it takes all pairs only."""
+    return x.device.type == "cpu" and not _native.emulates_cuda(x)
 
 
 @dataclass(frozen=True)

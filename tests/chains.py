@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from lmnfast import ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
+from lmnfast._settings import PLAIN, Statistic
 from lmnfast._stacked import ChainStack
 from lmnfast.ops.path_connectivity import chain_connectivity, stack_connectivity
 from lmnfast.quadrature import path_nodes
@@ -116,22 +117,99 @@ def assert_stack_is_its_networks(
     dtype: torch.dtype,
     midpoint: bool | None,
     rule: tuple[Tensor, Tensor] = path_nodes("uniform", 21),
+    statistic: Statistic = PLAIN,
 ) -> None:
     """Measured together, and one after the other: the same bits, before unresolved pairs are measured in torch and after."""
     chains = [cast(chain, dtype, device) for chain in chains]
     x = x.to(device, dtype)
-    expected = [chain_connectivity(chain, own, *rule, midpoint) for chain, own in zip(chains, x)]
-    L, counts, _, each = stack_connectivity(stack_of_chains(chains), x, *rule, midpoint)
+    expected = [chain_connectivity(chain, own, *rule, midpoint, statistic) for chain, own in zip(chains, x)]
+    L, counts, pooled, each = stack_connectivity(stack_of_chains(chains), x, *rule, midpoint, statistic)
+    assert (pooled is None) != statistic.pooled
     assert L.dtype == dtype and L.shape == (len(x), x.shape[1], x.shape[1]) and L.device.type == device.type
     for _ in range(2):
         for n, (one, alone) in enumerate(zip(each, expected, strict=True)):
             assert one.L.data_ptr() == L[n].data_ptr() and torch.equal(L[n].isnan(), alone.L.isnan()), n
             assert torch.equal(L[n].nan_to_num(7), alone.L.nan_to_num(7)), n
+            if pooled is not None:
+                assert one.pooled.data_ptr() == pooled[n].data_ptr(), n
+                assert torch.equal(pooled[n].nan_to_num(7), alone.pooled.nan_to_num(7)), n
             assert torch.equal(counts[n], alone.counts) and torch.equal(one.counts, alone.counts), n
             if alone.L.isfinite().all():
                 one.resolve(), alone.resolve()
     if len(x) > 1 and x.shape[1] > 2 and (L[0] < 0.99).any():
         assert not torch.equal(L[0], L[1]), "the networks are all the same"
+
+
+# Stabilisers of outputs of order 1: none, one that is above float32's rounding, and one that dominates; and what is pooled.
+STATISTICS = [
+    Statistic(stabiliser, pooled)
+    for stabiliser in (0.0, 8e-8, 0.3)
+    for pooled in (False, True)
+    if stabiliser or pooled
+]
+
+
+def _of_sizes(chain: Chain, sizes: Tensor) -> Chain:
+    """The chain with each output times its size."""
+    weights = (*chain.weights[:-1], chain.weights[-1] * sizes[:, None])
+    return Chain(weights, (*chain.biases[:-1], chain.biases[-1] * sizes), chain.activations)
+
+
+def _silu(*widths: int, last: str = "identity") -> Chain:
+    return random_chain([*widths], ["identity", *["silu"] * (len(widths) - 2), last], scale=1.0)
+
+
+# Networks for tests of stabilised and of pooled r2.
+FOR_STATISTICS: dict[str, Callable[[], Chain]] = {
+    "one hidden layer": lambda: _silu(7, 20, 5),
+    "one output": lambda: _silu(5, 12, 1),
+    "two hidden layers": lambda: _silu(6, 40, 90, 9),
+    "three hidden layers": lambda: _silu(6, 20, 30, 11, 4),
+    "residual sums": lambda: chain_with("block(h) + h, twice", scale=1.0),
+    "behind an activation": lambda: _silu(6, 20, 7, last="sigmoid"),
+    "one Linear and an activation": lambda: _silu(6, 4, last="silu"),
+    "130 outputs": lambda: _silu(5, 20, 130),
+    "a wide layer": lambda: _silu(5, 300, 6),
+    "sizes from 1e-6 to 1e6": lambda: _of_sizes(_silu(6, 20, 5), torch.logspace(-6, 6, 5).double()),
+    "dead outputs": lambda: _of_sizes(_silu(6, 20, 5), torch.tensor([1.0, 0, 1, 0, 0]).double()),
+    "nothing but dead outputs": lambda: _of_sizes(_silu(6, 20, 3), torch.zeros(3).double()),
+}
+
+
+def assert_statistics_right(
+    measured: Callable[..., Tensor],
+    truth: Callable[..., Tensor],
+    chain: Chain,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Every statistic of the chain, also between equal and nearly equal samples, as the reference has it in float64.
+
+    measured: `op(chain, x, stabiliser=..., pooled=...)`. truth: the same of the reference. In float32 at most twice the
+    reference's own error in float32 between distant samples is allowed.
+    """
+    n, width = support.fewer(19, 13), chain.weights[0].shape[1]
+    x = samples(n, width).to(dtype)
+    x[3], x[6] = x[1], x[2] * (1 + 1e-6)
+    chain = cast(cast(chain, dtype), torch.float64)  # the same numbers in both dtypes
+    found = []
+    for statistic in STATISTICS:
+        options = statistic._asdict()
+        expected = truth(chain, x.double(), **options)
+        ours = measured(cast(chain, dtype, device), x.to(device), **options).cpu()
+        assert ours.dtype == dtype and torch.equal(ours, ours.mT), statistic
+        assert (ours.diagonal() == 1).all() and ours[1, 3] == 1, statistic
+        allowed = torch.full((n, n), 1e-10, dtype=torch.float64)
+        if dtype == torch.float32:
+            error = (truth(cast(chain, dtype), x, **options).double() - expected).abs()
+            error[2, 6] = error[6, 2] = 0
+            allowed[:] = 1e-6 + 2 * error.max()
+            assert error.max() < 1e-4, "the reference leaves too much room"
+        allowed[2, 6] = allowed[6, 2] = 1e-5
+        error = (ours.double() - expected).abs()
+        assert (error <= allowed).all(), (statistic, float((error - allowed).max()))
+        found.append(expected)
+    assert found[0].min() < 0.95 or not chain.weights[-1].any(), "the network is straight"
 
 
 def samples(n: int, width: int, *, seed: int = 1) -> Tensor:

@@ -92,6 +92,13 @@ class Case:
             [self.random.choice((0.0, 0.01, 1.0, 20.0, -1.0)) for _ in range(2 * len(codes))],
         ]
 
+    def statistic(self) -> list[Any]:
+        """A stabiliser and whether r2 is pooled, as the last arguments."""
+        return [
+            self.random.choice((0.0, 5e-324, 8e-8, 0.3, 1e38, 1.7e308)),
+            self.random.random() < 0.5,
+        ]
+
     def path(self) -> list[Any]:
         arguments = self.layers(0)
         samples, values = len(arguments[0]), 2 * len(self.codes)
@@ -188,6 +195,8 @@ def _path_r2(case: Case) -> list[Any]:
         *indices,
         nodes,
         weights,
+        case.random.choice((None, case.tensor(2, outputs).abs())),
+        *case.statistic(),
     ]
 
 
@@ -258,8 +267,14 @@ def _outputs(case: Case) -> list[Any]:
 MAKERS: dict[str, Callable[[Case], list[Any]]] = {
     "block_coefficients": _block,
     "check_outputs": _outputs,
-    "path_connectivity": Case.path,
-    "hermite_connectivity": lambda case: [*case.path(), case.random.random() < 0.5],
+    "path_connectivity": lambda case: [*case.path(), None, None, *case.statistic()],
+    "hermite_connectivity": lambda case: [
+        *case.path(),
+        case.random.random() < 0.5,
+        None,
+        None,
+        *case.statistic(),
+    ],
     "jacobian": lambda case: case.layers(1),
     "jacobian_distance": _distances,
     "path_r2": _path_r2,

@@ -10,7 +10,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator
 from itertools import pairwise, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ RULE = path_nodes("uniform", 21)
 DTYPES = (torch.float32, torch.float64)
 ACTIVATIONS = (nn.SiLU, nn.GELU, nn.ReLU)
 SAMPLES = 37
+STATISTIC: dict[str, Any] = {"stabiliser": 0.1, "pooled": True}
 
 
 class Call(NamedTuple):
@@ -59,6 +60,13 @@ def path_r2() -> Iterator[Call]:
         yield Call(
             f"{dtype} {pairs} x 19 x {k}",
             lambda device, arguments=arguments: ops.path_r2(*(v.to(device) for v in arguments), *RULE),
+            1e-4 if dtype == torch.float32 else 1e-10,
+        )
+        yield Call(
+            f"{dtype} {pairs} x 19 x {k} pooled",
+            lambda device, arguments=arguments: ops.path_r2(
+                *(v.to(device) for v in arguments), *RULE, **STATISTIC
+            ),
             1e-4 if dtype == torch.float32 else 1e-10,
         )
 
@@ -108,6 +116,13 @@ def path_connectivity() -> Iterator[Call]:
                 bound,
                 precision,
             )
+        yield Call(
+            f"{dtype} {widths} {activation.__name__} pooled",
+            lambda device, net=net, x=x: ops.path_connectivity(
+                recognise(net.to(device)), x.to(device), *RULE, **STATISTIC
+            ),
+            1e-4 if dtype == torch.float32 else 1e-10,
+        )
 
 
 def hermite_connectivity() -> Iterator[Call]:
@@ -124,6 +139,13 @@ def hermite_connectivity() -> Iterator[Call]:
                 1e-3 if precision == "high" else 1e-4 if dtype == torch.float32 else 1e-10,
                 precision,
             )
+        yield Call(
+            f"{dtype} {widths} {'midpoint' if midpoint else ''} pooled",
+            lambda device, net=net, x=x, midpoint=midpoint: ops.hermite_connectivity(
+                recognise(net.to(device)), x.to(device), *RULE, midpoint, **STATISTIC
+            ),
+            1e-4 if dtype == torch.float32 else 1e-10,
+        )
 
 
 def jacobian() -> Iterator[Call]:

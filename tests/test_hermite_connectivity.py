@@ -3,12 +3,14 @@
 import pytest
 import torch
 from chains import (
+    FOR_STATISTICS,
     LAYERS_THAT_DO_NOT_FIT,
     RULE,
     RULES_THAT_DO_NOT_FIT,
     SUMS,
     assert_refused,
     assert_stack_is_its_networks,
+    assert_statistics_right,
     cast,
     chain_with,
     hermite_condition,
@@ -116,6 +118,18 @@ def test_coincident_samples_dead_units_and_affine_networks_are_exactly_one(midpo
     assert (measured(affine, samples(20, 6), device, dtype, midpoint) == 1).all()
 
 
+@MIDPOINT
+@pytest.mark.parametrize("name", FOR_STATISTICS)
+def test_stabilised_and_pooled_r2(name, midpoint, device, dtype):
+    def measured(chain, x, **options):
+        return ops.hermite_connectivity(chain, x, *UNIFORM, midpoint, **options)
+
+    def truth(chain, x, **options):
+        return reference.hermite_connectivity(chain, x, *UNIFORM, midpoint, **options)
+
+    assert_statistics_right(measured, truth, FOR_STATISTICS[name](), device, dtype)
+
+
 def test_between_close_samples_the_polynomials_become_the_path(device):
     """Relative to 1 - r2, the network's own distance from a straight line."""
     chain = random_chain([6, 30, 5], ["identity", "silu", "identity"])
@@ -173,10 +187,10 @@ def test_a_stack_for_the_registered_op(widths, device, dtype):
     codes = [ACTIVATIONS.index(name) for name in names]
     rest = [codes, [0.0] * 2 * len(codes), [], [], *UNIFORM, False]
     together = [list(map(torch.stack, zip(*(tensors(c) for c in chains)))) for tensors in (_weights, _biases)]
-    L, counts = op(z, *together, *rest)
+    L, counts, _ = op(z, *together, *rest)
     assert L.shape == (count, 12, 12) and counts.shape == (count, 2) and not torch.equal(L[0], L[1])
     for n, chain in enumerate(chains):
-        one, its_counts = op(z[n], list(chain.weights), list(chain.biases), *rest)
+        one, its_counts, _ = op(z[n], list(chain.weights), list(chain.biases), *rest)
         assert torch.equal(L[n], one) and torch.equal(counts[n], its_counts)
 
 

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from chains import (
+    FOR_STATISTICS,
     SUMS,
     activation,
     assert_as_right_as_pytorch,
+    assert_statistics_right,
     cast,
     chain_with,
     measured,
@@ -356,6 +358,23 @@ def test_ctrl_c_ends_it_and_the_next_result_is_right(interrupted):
     before = ops.path_connectivity(chain, x[:70], *UNIFORM)
     interrupted(lambda: ops.path_connectivity(chain, x, *UNIFORM))
     assert torch.equal(ops.path_connectivity(chain, x[:70], *UNIFORM), before)
+
+
+@pytest.mark.parametrize("name", FOR_STATISTICS)
+def test_stabilised_and_pooled_r2(name, device, dtype):
+    def measured(chain, x, **options):
+        return ops.path_connectivity(chain, x, *UNIFORM, **options)
+
+    def truth(chain, x, **options):
+        return reference.path_connectivity(chain, x, *UNIFORM, **options)
+
+    assert_statistics_right(measured, truth, FOR_STATISTICS[name](), device, dtype)
+
+
+@pytest.mark.parametrize("stabiliser, pooled", [(0.0, True), (0.3, False), (0.3, True)])
+def test_opcheck_of_statistics(stabiliser, pooled, dtype):
+    options = {"stabiliser": stabiliser, "pooled": pooled}
+    torch.library.opcheck(torch.ops.lmnfast.path_connectivity.default, raw(dtype=dtype), options)
 
 
 def test_opcheck(dtype):

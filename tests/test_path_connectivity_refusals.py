@@ -111,6 +111,7 @@ def test_the_compiled_core_looks_at_lengths_too():
         0,
         0,
         0,
+        False,
     ]
     _native._C.PathConnectivity(*right)
     for position, value in [

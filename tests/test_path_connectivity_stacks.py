@@ -1,20 +1,26 @@
 """Networks of a stack in one launch of the fused kernel: the bits that each has alone."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from chains import (
+    STATISTICS,
     SUMS,
     assert_refused,
     assert_stack_is_its_networks,
+    cast,
     random_chain,
     raw,
     samples,
 )
 from support import fewer
 
+from lmnfast import reference
 from lmnfast._chain import Chain
+from lmnfast._settings import PLAIN, Statistic
+from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 
 # Chains and numbers of samples of stacks, so that each kernel is taken, and the names of the activations.
@@ -59,10 +65,22 @@ def test_any_number_of_networks_and_samples(networks, n, midpoint, device, dtype
     assert_stack_is_its_networks(chains, x[:, :n], device, dtype, midpoint)
 
 
+@pytest.mark.parametrize("midpoint", [None, True], ids=["path", "quartic"])
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("name", ["one hidden layer", "block(h) + h, twice"])
+def test_stabilised_and_pooled_r2_of_a_stack(name, statistic, midpoint, device, dtype, monkeypatch):
+    """In the emulator of three networks in two launches."""
+    monkeypatch.setenv("LMNFAST_EMULATED_STACK", str(200 * 1024))
+    assert_stack_is_its_networks(*stack(name, 3), device, dtype, midpoint, statistic=statistic)
+
+
 @pytest.mark.parametrize("kilobytes", [48, 227])
 @pytest.mark.parametrize("widths", [[3, 600, 17, 33], [130, 130, 130, 150]])
 @pytest.mark.parametrize("midpoint", [None, True], ids=["path", "quartic"])
-def test_emulated_stacks_in_any_shared_memory(widths, kilobytes, midpoint, emulated, dtype, monkeypatch):
+@pytest.mark.parametrize("statistic", [PLAIN, Statistic(0.1, True)], ids=["plain", "pooled"])
+def test_emulated_stacks_in_any_shared_memory(
+    widths, kilobytes, midpoint, statistic, emulated, dtype, monkeypatch
+):
     """Panels of paths, of sums and of unresolved pairs in shared memory and in the device's."""
     monkeypatch.setenv("LMNFAST_EMULATED_SHARED", str(kilobytes * 1024))
     skips = ((3, 1), (4, 2)) if widths[0] == widths[1] else ()
@@ -70,7 +88,19 @@ def test_emulated_stacks_in_any_shared_memory(widths, kilobytes, midpoint, emula
     chains = [random_chain(widths, names, skips, seed=seed, scale=0.7) for seed in range(2)]
     x = torch.stack([samples(5, widths[0], seed=seed) for seed in range(2)])
     x[:, 4] = x[:, 1] * (1 + 1e-6)
-    assert_stack_is_its_networks(chains, x, emulated, dtype, midpoint, path_nodes("lobatto", 5))
+    rule = path_nodes("lobatto", 5)
+    assert_stack_is_its_networks(chains, x, emulated, dtype, midpoint, rule, statistic)
+    if statistic != PLAIN:
+        L = chain_connectivity(cast(chains[0], dtype), x[0].to(dtype), *rule, midpoint, statistic)
+        L.resolve()
+        f = (
+            reference.path_connectivity
+            if midpoint is None
+            else partial(reference.hermite_connectivity, midpoint=True)
+        )
+        expected = f(chains[0], x[0], *rule, **statistic._asdict())
+        far = ~torch.eye(5).bool() & ((x[0] - x[0][:, None]).abs().amax(2) > 1e-3)
+        assert (L.pooled - expected)[far].abs().max() < (1e-3 if dtype == torch.float32 else 1e-10)
 
 
 @pytest.mark.parametrize("name", ["one hidden layer", "three hidden layers", "block(h) + h, twice"])
@@ -107,7 +137,7 @@ def test_a_stack_for_the_registered_op(device, dtype):
         [b.expand(count, *b.shape) for b in biases],
     ]
     many = [v.to(device) if isinstance(v, torch.Tensor) else [w.to(device) for w in v] for v in many]
-    L, counts = torch.ops.lmnfast.path_connectivity(*many, *arguments[3:])
+    L, counts, _ = torch.ops.lmnfast.path_connectivity(*many, *arguments[3:])
     assert L.shape == (count, 12, 12) and counts.shape == (count, 2) and not torch.equal(L[0], L[1])
     for k in range(count):
         own = [
@@ -115,7 +145,7 @@ def test_a_stack_for_the_registered_op(device, dtype):
             [((k + 1) * first).to(device), last.to(device)],
             [b.to(device) for b in biases],
         ]
-        one, its_counts = torch.ops.lmnfast.path_connectivity(*own, *arguments[3:])
+        one, its_counts, _ = torch.ops.lmnfast.path_connectivity(*own, *arguments[3:])
         assert torch.equal(L[k], one) and torch.equal(counts[k], its_counts)
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from chains import RULES_THAT_DO_NOT_FIT, assert_refused
+from chains import RULES_THAT_DO_NOT_FIT, STATISTICS, assert_refused
 
 from lmnfast import _native, ops, reference
+from lmnfast._settings import PLAIN
 from lmnfast.quadrature import path_nodes
 
 LANES = 16
@@ -28,16 +29,17 @@ def on(device, dtype, arguments):
     return interior.to(device, dtype), ends.to(device, dtype), first.to(device), second.to(device), *rule
 
 
-def assert_right(arguments, device, dtype):
+def assert_right(arguments, device, dtype, statistic=PLAIN):
     interior, ends, *rest = arguments
-    truth = reference.path_r2(*arguments)
-    ours = ops.path_r2(*on(device, dtype, arguments))
+    options = statistic._asdict()
+    truth = reference.path_r2(*arguments, **options)
+    ours = ops.path_r2(*on(device, dtype, arguments), **options)
     assert ours.dtype == dtype and ours.shape == truth.shape and ours.device.type == device.type
     if truth.numel() == 0:
         return
     # Twice what PyTorch loses, which in float64 is the truth itself, and a few roundings: outputs vary as much as they
     # are large.
-    plain = reference.path_r2(interior.to(dtype), ends.to(dtype), *rest)
+    plain = reference.path_r2(interior.to(dtype), ends.to(dtype), *rest, **options)
     allowed = (
         2 * (plain.double() - truth).abs().max()
         + (2 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
@@ -114,6 +116,31 @@ def test_more_outputs_than_a_block_takes_at_once(pairs, outputs, device, dtype):
     assert_right(problem(pairs, outputs), device, dtype)
 
 
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("outputs", [1, 2, 5, 16, 33, 130, 300, 301])
+def test_stabilised_and_pooled_r2(outputs, statistic, device, dtype):
+    """Also of outputs of very different sizes, some of them constant."""
+    interior, ends, *rest = problem(20, outputs)
+    assert_right((interior, ends, *rest), device, dtype, statistic)
+    sizes = torch.logspace(-6, 6, outputs, dtype=torch.float64)
+    sizes[outputs // 2 :: 3] = 0
+    offset = torch.where(sizes == 0, 1e-3, 0.0)
+    assert_right((interior * sizes + offset, ends * sizes + offset, *rest), device, dtype, statistic)
+
+
+@pytest.mark.parametrize("outputs", [1, 5, 40, 300])
+def test_constant_outputs_have_no_part_in_pooled_r2(outputs, device, dtype):
+    interior, ends, *rest = problem(20, outputs)
+    both = [torch.cat([y, torch.full_like(y, 3.25)], -1) for y in (interior, ends)]
+    for stabiliser in (0.0, 0.3):
+        options = {"stabiliser": stabiliser, "pooled": True}
+        alone = ops.path_r2(*on(device, dtype, (interior, ends, *rest)), **options)
+        together = ops.path_r2(*on(device, dtype, (*both, *rest)), **options)
+        assert (together - alone).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)
+        constant = [y[..., outputs:] for y in both]
+        assert (ops.path_r2(*on(device, dtype, (*constant, *rest)), **options) == (stabiliser == 0)).all()
+
+
 @pytest.mark.parametrize("offset", [1, 2, 3])
 @pytest.mark.parametrize("outputs", [2, 7, 16, 256])
 def test_values_that_begin_anywhere(outputs, offset, device, dtype):
@@ -143,6 +170,12 @@ def test_a_nan_in_an_output_is_a_nan_in_its_path_only(device, dtype):
     arguments[0][7, 3, 2] = float("nan")
     r2 = ops.path_r2(*on(device, dtype, arguments))
     assert r2.isnan().nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_opcheck_of_statistics(statistic, dtype):
+    arguments = on("cpu", dtype, problem(9, 5))
+    torch.library.opcheck(torch.ops.lmnfast.path_r2.default, arguments, statistic._asdict())
 
 
 def test_opcheck(dtype):

@@ -2,37 +2,63 @@
 
 import pytest
 import torch
-from chains import assert_refused, cast, in_dtype, random_chain, random_sums, samples, truth
+from chains import (
+    FOR_STATISTICS,
+    STATISTICS,
+    assert_refused,
+    cast,
+    in_dtype,
+    random_chain,
+    random_sums,
+    samples,
+    truth,
+)
 from support import UNIFORM
 
 from lmnfast import _native, reference
 from lmnfast._chain import ACTIVATIONS, Chain
-from lmnfast._unresolved import UNRESOLVED, resolve
-from lmnfast.ops.path_connectivity import _hoisted, chain_connectivity
+from lmnfast._settings import PLAIN, Statistic
+from lmnfast._unresolved import UNRESOLVED, Entries, resolve
+from lmnfast.ops._hoisted import hoisted
+from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import path_nodes
 
 
-def measured_by(chain: Chain, x: torch.Tensor, midpoint: bool | None, rule=UNIFORM):
-    """L and counts as the device leaves them, of a float32 chain; and those that Python gives for the same unresolved pairs,
-    with how many these were."""
-    parts = _hoisted(chain, x)
+def measured_by(
+    chain: Chain, x: torch.Tensor, midpoint: bool | None, rule=UNIFORM, statistic: Statistic = PLAIN
+):
+    """L, counts and pooled as the device leaves them, of a float32 chain; and those that Python gives for the same unresolved
+    pairs, with how many these were."""
+    parts = hoisted(chain, x)
     op = torch.ops.lmnfast.path_connectivity if midpoint is None else torch.ops.lmnfast.hermite_connectivity
     arguments = (*parts.arguments(torch.float32), *rule, *(() if midpoint is None else (midpoint,)))
-    found = op(*arguments, exact=parts.samples(), inputs=x)
-    L, counts = op(*arguments)
+    options = statistic._asdict()
+    found = op(*arguments, exact=parts.samples(), inputs=x, **options)
+    L, counts, pooled = op(*arguments, **options)
     pairs, settings = int(counts[1]), {"points": 2**18, "midpoint": midpoint, "inputs": x}
     assert pairs == int((L == UNRESOLVED).sum()) // 2
-    resolve(parts.values(), parts.samples(), L, counts, *rule, **settings)
-    return found, (L, counts), pairs
+    assert not statistic.pooled or torch.equal(pooled == UNRESOLVED, L == UNRESOLVED)
+    entries = Entries(L, pooled if statistic.pooled else None, counts, statistic.stabiliser)
+    resolve(parts.values(), parts.samples(), entries, *rule, **settings)
+    return found, (L, counts, pooled), pairs
 
 
 def assert_measured_on_the_device(
-    chain: Chain, x: torch.Tensor, midpoint: bool | None, rule=UNIFORM, tolerance: float = 3e-7
+    chain: Chain,
+    x: torch.Tensor,
+    midpoint: bool | None,
+    rule=UNIFORM,
+    tolerance: float = 3e-7,
+    statistic: Statistic = PLAIN,
 ) -> None:
-    (L, counts), (expected, expected_counts), pairs = measured_by(chain, x, midpoint, rule)
+    (L, counts, pooled), (expected, expected_counts, expected_pooled), pairs = measured_by(
+        chain, x, midpoint, rule, statistic
+    )
     assert pairs > 0, "nothing to measure"
     assert counts.tolist() == expected_counts.tolist() and torch.equal(L, L.mT)
     assert (L - expected).abs().max() < tolerance
+    if statistic.pooled:
+        assert torch.equal(pooled, pooled.mT) and (pooled - expected_pooled).abs().max() < tolerance
 
 
 @pytest.fixture
@@ -66,6 +92,15 @@ def test_the_device_measures_every_activation_as_python_does(name, last, midpoin
     )
 
 
+@pytest.mark.parametrize("midpoint", [None, False, True])
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("name", FOR_STATISTICS)
+def test_the_device_measures_stabilised_and_pooled_r2_as_python_does(name, statistic, midpoint, on_cuda):
+    chain = cast(FOR_STATISTICS[name](), torch.float32, on_cuda)
+    x = short_chords(chain.weights[0].shape[1], 1e-4).to(on_cuda)
+    assert_measured_on_the_device(chain, x, midpoint, tolerance=1e-6, statistic=statistic)
+
+
 @pytest.mark.parametrize("midpoint", [None, True])
 @pytest.mark.parametrize(
     "widths", [[7, 7, 1], [7, 33, 70], [130, 64, 130, 31], [5, 100, 100, 100, 31], [3, 512, 9], [4, 40, 1000]]
@@ -89,13 +124,13 @@ def test_what_the_device_does_not_measure_is_left_to_python(midpoint, on_cuda):
     """More nodes than its kernel takes, and outputs that are not finite."""
     chain = cast(random_chain([6, 20, 4], ["identity", "tanh", "identity"]), torch.float32, on_cuda)
     x = short_chords(6, 1e-6).to(on_cuda)
-    (L, counts), _, pairs = measured_by(chain, x, midpoint, path_nodes("uniform", 65))
+    (L, counts, _), _, pairs = measured_by(chain, x, midpoint, path_nodes("uniform", 65))
     assert counts[1] == pairs and (L == UNRESOLVED).sum() == 2 * pairs > 0
     chain.weights[1].mul_(3e38)  # beyond float32 and not float64
     assert_measured_on_the_device(chain, x, midpoint)
     huge = cast(random_chain([6, 20, 4], ["identity", "relu", "relu"]), torch.float32, on_cuda)
     huge.weights[1].fill_(torch.inf)
-    (L, counts), _, pairs = measured_by(huge, x[:4], midpoint)
+    (L, counts, _), _, pairs = measured_by(huge, x[:4], midpoint)
     assert counts[1] == pairs > 0 and (L == UNRESOLVED).sum() == 2 * pairs
 
 
@@ -124,7 +159,7 @@ def test_the_device_measures_the_same_bits_every_time(midpoint, on_cuda):
 def test_exact_samples_are_optional_arguments_of_the_ops(midpoint):
     chain = cast(random_chain([6, 12, 4], ["identity", "tanh", "identity"]), torch.float32)
     x = short_chords(6, 1e-6)
-    parts = _hoisted(chain, x)
+    parts = hoisted(chain, x)
     op = torch.ops.lmnfast.path_connectivity if midpoint is None else torch.ops.lmnfast.hermite_connectivity
     arguments = (*parts.arguments(torch.float32), *UNIFORM, *(() if midpoint is None else (midpoint,)))
     torch.library.opcheck(op.default, arguments, {"exact": parts.samples(), "inputs": x})
@@ -139,13 +174,13 @@ def test_equal_inputs_are_one_sample_on_the_device_whatever_rounding_made_of_the
     op = torch.ops.lmnfast.path_connectivity if midpoint is None else torch.ops.lmnfast.hermite_connectivity
     arguments = (exact.float(), [one, one], [half, None], codes, [0.0] * 6, [], [], *UNIFORM)
     arguments = (*arguments, *(() if midpoint is None else (midpoint,)))
-    L, counts = op(*arguments)
+    L, counts, _ = op(*arguments)
     assert L[0, 1] == UNRESOLVED and counts[1] == 1
     for inputs, same in (
         (torch.tensor([1.0, 1, 2, 3], device=on_cuda)[:, None], True),
         (exact.float(), False),
     ):
-        L, counts = op(*arguments, exact=exact, inputs=inputs)
+        L, counts, _ = op(*arguments, exact=exact, inputs=inputs)
         assert counts.tolist() == [0, 0] and (L[0, 1] == 1 if same else 0.7 < L[0, 1] < 0.95)
 
 
@@ -180,7 +215,7 @@ def test_short_chords_on_the_device_agree_with_float64(midpoint, on_cuda):
 )
 def test_exact_samples_that_do_not_fit_are_refused(exact, inputs, error, message):
     chain = cast(random_chain([6, 12, 4], ["identity", "tanh", "identity"]), torch.float32)
-    arguments = _hoisted(chain, torch.zeros(9, 6)).arguments(torch.float32)
+    arguments = hoisted(chain, torch.zeros(9, 6)).arguments(torch.float32)
     for op, more in (
         (torch.ops.lmnfast.path_connectivity, ()),
         (torch.ops.lmnfast.hermite_connectivity, (True,)),

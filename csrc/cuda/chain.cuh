@@ -49,13 +49,23 @@ Problem<T> make_problem(const PathConnectivity<T>& op, Arena& arena) {
   problem.samples = op.samples;
   problem.outputs = op.widths[op.layers];
   problem.connectivity = op.connectivity;
+  problem.pooled = op.pooled;
   problem.counts = op.counts;
+  problem.stabiliser = op.stabiliser;
   problem.layers = arena.take<Layer<T>>(op.layers + 1);
   problem.y = arena.take<T>(op.samples * problem.outputs);
   problem.y_low = arena.take<T>(op.samples * problem.outputs);
   problem.rounding = arena.take<T>(op.samples * problem.outputs);
   problem.scale = arena.take<T>(problem.outputs);
+  problem.spread = arena.take<T>(1);
   return problem;
+}
+
+/// Whether an op needs a kernel with kPooled, see PairSums. Of those there are panels_kernel and general64_kernel, which take
+/// every network.
+template <class T>
+bool pools(const PathConnectivity<T>& op) {
+  return op.pools || op.stabiliser > 0;
 }
 
 /// Limit in bytes for the workspaces of all networks that are measured at a time. Networks with larger workspaces have enough
@@ -76,6 +86,8 @@ inline std::int64_t networks_at_once(std::int64_t networks, std::size_t bytes) {
 /// Calls enqueue(op) for as many of the op's networks at a time as networks_at_once says.
 template <class T, class Enqueue>
 const char* in_parts(const PathConnectivity<T>& op, std::size_t bytes, const Enqueue& enqueue) {
+  if (op.first) return "lists of pairs are for the CPU";
+  if (op.pools != (op.pooled != nullptr)) return "pools does not say whether there is a result pooled";
   const std::int64_t most = networks_at_once(op.networks, bytes);
   const std::size_t values = op.skips ? 2 * std::size_t(op.layers + 1) : 0;
   for (std::int64_t first = 0; first < op.networks; first += most) {
@@ -94,6 +106,7 @@ const char* in_parts(const PathConnectivity<T>& op, std::size_t bytes, const Enq
     part.weights = weights.data(), part.biases = biases.data();
     if (op.skips) part.shifts = shifts.data();
     part.connectivity += first * op.samples * op.samples;
+    if (op.pooled) part.pooled += first * op.samples * op.samples;
     part.counts += 2 * first;
     if (op.exact) part.exact += first * op.samples * op.exact_width, part.inputs += first * op.samples * op.input_width;
     if (const char* error = enqueue(part)) return error;

@@ -1,7 +1,7 @@
 // path_connectivity and hermite_connectivity in float64, on the FP64 matrix instruction. This file is the host's side: the plan
 // and the launches. There are two kernels. chain64/shallow.cuh takes one hidden layer of SiLU, sigmoid or tanh over equally
-// spaced nodes; its warps make their matrix fragments themselves. chain64/general.cuh takes every other network; its blocks
-// carry panels of residuals from layer to layer.
+// spaced nodes; its warps make their matrix fragments themselves. chain64/general.cuh takes every other network, pooled r2 and
+// r2 with a stabiliser; its blocks carry panels of residuals from layer to layer.
 //
 // In both kernels a tile of matrix rows is 8 pairs (one first sample and 8 second samples) at one node, and all rows of a lane,
 // g = lane / 4, belong to one pair. Of 8 hidden units, lane q = lane % 4 of a group has the units 2 q and 2 q + 1, as columns q
@@ -31,7 +31,7 @@ inline Range shallow_range(const PathConnectivity<double>& op, std::size_t share
   constexpr int kGroups = 16;  // most groups of four nodes; each has a table for every sample
   const ActivationKind kind = op.activations[0].kind;
   const bool tanh = kind == ActivationKind::kTanh;
-  if (op.layers != 1 || op.activations[1].kind != ActivationKind::kIdentity || (op.skips && op.skips[2] >= 0) ||
+  if (pools(op) || op.layers != 1 || op.activations[1].kind != ActivationKind::kIdentity || (op.skips && op.skips[2] >= 0) ||
       !(kind == ActivationKind::kSilu || kind == ActivationKind::kSigmoid || tanh) || op.nodes.interior > kGroup * kGroups ||
       spacing_of(op.nodes) < 0 || op.widths[1] > 8 * kShallowTiles64 * kShallowChunks64 || shared > shared_limit()) {
     return {0, 0};
@@ -86,6 +86,7 @@ Plan64 make_plan64(const PathConnectivity<double>& op, const Stencil<double>& st
   // preferred to panels in global memory.
   const std::size_t reserved = std::size_t(device_attribute(cudaDevAttrReservedSharedMemoryPerBlock));
   const std::size_t half = std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)) / 2;
+  const std::size_t static_shared = static_shared64(pools(op));
   std::int64_t moments = 0;  // bytes
   const auto plan_rows = [&](int rows) {
     general.passes = int(blocks_of(nodes, rows));
@@ -93,7 +94,7 @@ Plan64 make_plan64(const PathConnectivity<double>& op, const Stencil<double>& st
     general.panel_size = tiles * general.second_blocks * blocks_of(nodes, general.passes) * kWarp;
     moments = general.passes > 1 ? std::int64_t(output_tiles * 6 * kWarp * sizeof(double)) : 0;
     plan.general_shared = std::size_t(2 * general.panel_size) * sizeof(double2);
-    return plan.general_shared + kStaticShared64 <= shared_limit();
+    return plan.general_shared + static_shared <= shared_limit();
   };
   int rows = kPanelTiles64;
   while (rows > kPanelTiles64 / 2 && !plan_rows(rows)) --rows;
@@ -101,8 +102,8 @@ Plan64 make_plan64(const PathConnectivity<double>& op, const Stencil<double>& st
   if (!fits) plan_rows(kPanelTiles64);
   general.units = count_units(op.samples, 8 * general.second_blocks);
   if (!fits) plan.general_shared = 0;
-  const bool two = plan.general_shared + kStaticShared64 + reserved <= half;
-  const std::size_t room = (two ? half - reserved : shared_limit()) - kStaticShared64;
+  const bool two = plan.general_shared + static_shared + reserved <= half;
+  const std::size_t room = (two ? half - reserved : shared_limit()) - static_shared;
   const bool moments_fit = plan.general_shared + std::size_t(moments) <= room;
   if (moments_fit) plan.general_shared += std::size_t(moments);
   plan.general_blocks = at_most(general.units, (two ? 2 : 1) * std::int64_t(processors));
@@ -149,8 +150,8 @@ const char* enqueue64(const PathConnectivity<double>& op, const Stencil<double>&
       if (error) return error;
     }
   }
-  return launch(general64_kernel<kStencil>, Grid(plan.general_blocks, op.networks), kThreads, plan.general_shared, stream,
-                plan.general);
+  return launch(pools(op) ? general64_kernel<kStencil, true> : general64_kernel<kStencil, false>,
+                Grid(plan.general_blocks, op.networks), kThreads, plan.general_shared, stream, plan.general);
 }
 
 /// The workspace of one network.

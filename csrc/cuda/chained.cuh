@@ -7,6 +7,9 @@
 // at a time, so that their residuals immediately become the fragments of the outputs' products. Weights are in shared memory.
 // After the weights are loaded there is no block barrier. For hermite_connectivity the "nodes" are the path's slopes at its two
 // ends (kStencil 2; two groups of second samples side by side), or these slopes and the path's midpoint (kStencil 3).
+//
+// A lane keeps its sums over outputs in registers, and none are left for the sums of pooled r2. Pooled r2 and r2 with a
+// stabiliser are left to panels.cuh.
 #pragma once
 #include "chained/kernel.cuh"
 
@@ -73,8 +76,8 @@ constexpr std::int64_t kChainedSamples = 1 << 16;  // so many samples have fewer
 /// Whether one of these kernels takes a problem, apart from its activations, widths and shared memory.
 inline bool takes(const PathConnectivity<float>& op) {
   return op.layers >= 1 && op.layers <= 2 && !op.skips && op.activations[op.layers].kind == ActivationKind::kIdentity &&
-         op.widths[op.layers] <= kChainedOutputs && op.nodes.interior <= kMostNodes && op.samples <= kChainedSamples &&
-         op.samples * padded(op.widths[0]) < std::int64_t(1) << 30;
+         !pools(op) && op.widths[op.layers] <= kChainedOutputs && op.nodes.interior <= kMostNodes &&
+         op.samples <= kChainedSamples && op.samples * padded(op.widths[0]) < std::int64_t(1) << 30;
 }
 
 /// apart: bytes between the workspaces of two networks.

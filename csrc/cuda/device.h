@@ -5,7 +5,9 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <mutex>
+#include <type_traits>
 
 #include "../common.h"
 
@@ -95,6 +97,15 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 }
 
 // ---- single instructions ----
+
+/// *to = the larger of both, none of them negative: the bits of such numbers have the numbers' order.
+template <class T>
+__device__ inline void atomic_larger(T* to, T value) {
+  using Bits = std::conditional_t<sizeof(T) == 4, int, long long>;
+  Bits bits;
+  memcpy(&bits, &value, sizeof(bits));
+  atomicMax(reinterpret_cast<Bits*>(to), bits);
+}
 
 /// 1 / v to about an ulp; 0 if the reciprocal is not a normal number.
 __device__ inline float reciprocal(float v) {

@@ -44,8 +44,8 @@ inline PanelPlan make_panel_plan(const PathConnectivity<float>& op, const HalfPl
   panels.units = count_units(op.samples, kGroup);
   const std::int64_t output_steps = steps(op.layers), chunks = blocks_of(output_steps, kChunkSteps);
   panels.output_steps = int(output_steps), panels.chunks = int(chunks);
-  plan.straight = straight && problem.ends_linear && !polynomial && slots == 0 && problem.outputs <= kStraightOutputs &&
-                  steps(op.layers - 1) > kNarrowSteps;
+  plan.straight = straight && !pools(op) && problem.ends_linear && !polynomial && slots == 0 &&
+                  problem.outputs <= kStraightOutputs && steps(op.layers - 1) > kNarrowSteps;
   std::int64_t widest[2] = {0, 0};  // the widest layer of each panel, in steps
   for (int l = 0; l < panels.hidden - plan.straight; ++l) {
     if (steps(l) > widest[l % 2]) widest[l % 2] = steps(l);
@@ -96,13 +96,18 @@ inline PanelPlan make_panel_plan(const PathConnectivity<float>& op, const HalfPl
   return plan;
 }
 
-template <int kTiles, bool kStraight, bool kPolynomial>
+template <int kTiles, bool kStraight, bool kPolynomial, bool kPooled>
 const char* launch_panels(const PanelPlan& plan, std::int64_t networks, CUstream_st* stream) {
   const Grid grid(plan.blocks, networks);
-  if (plan.panels.problem.halves_alone) {
-    return launch(panels_kernel<kTiles, false, kStraight, kPolynomial>, grid, plan.threads, plan.shared, stream, plan.panels);
-  }
-  return launch(panels_kernel<kTiles, true, kStraight, kPolynomial>, grid, plan.threads, plan.shared, stream, plan.panels);
+  const auto kernel = plan.panels.problem.halves_alone ? panels_kernel<kTiles, false, kStraight, kPolynomial, kPooled>
+                                                       : panels_kernel<kTiles, true, kStraight, kPolynomial, kPooled>;
+  return launch(kernel, grid, plan.threads, plan.shared, stream, plan.panels);
+}
+/// The same for a plan that is not straight.
+template <int kTiles, bool kPolynomial>
+const char* launch_panels(const PanelPlan& plan, bool pooled, std::int64_t networks, CUstream_st* stream) {
+  return pooled ? launch_panels<kTiles, false, kPolynomial, true>(plan, networks, stream)
+                : launch_panels<kTiles, false, kPolynomial, false>(plan, networks, stream);
 }
 
 /// Enqueues everything of an op, or of its polynomials. apart: bytes between the workspaces of two networks.
@@ -128,11 +133,11 @@ const char* enqueue_by_panels(const PathConnectivity<float>& op, const Stencil<f
   if (error) return error;
   plan.panels.problem = half.problem;
   if constexpr (kPolynomial) {
-    return launch_panels<kFewTiles, false, true>(plan, op.networks, stream);
+    return launch_panels<kFewTiles, true>(plan, pools(op), op.networks, stream);
   } else {
-    if (plan.panels.panels) return launch_panels<kFewTiles, false, false>(plan, op.networks, stream);
-    return plan.straight ? launch_panels<kPathTiles, true, false>(plan, op.networks, stream)
-                         : launch_panels<kPathTiles, false, false>(plan, op.networks, stream);
+    if (plan.panels.panels) return launch_panels<kFewTiles, false>(plan, pools(op), op.networks, stream);
+    return plan.straight ? launch_panels<kPathTiles, true, false, false>(plan, op.networks, stream)
+                         : launch_panels<kPathTiles, false>(plan, pools(op), op.networks, stream);
   }
 }
 

@@ -25,9 +25,10 @@ struct Output {
   __device__ void add(T y, T t, T weight, T weight_t) {
     add_moments(moments, (y - fma(t, chord, first)) * scale, weight, weight_t);
   }
-  __device__ Share<T> share(T rounding, T least, T variance_t) const {
+  template <class Stabiliser>
+  __device__ Share<T> share(T rounding, T least, T variance_t, Stabiliser stabiliser) const {
     return share_of_output<T, T>(chord * scale, moments, magnitude, least, fma(magnitude, magnitude, rounding * rounding),
-                                 variance_t, Epsilon<T>::value);
+                                 variance_t, Epsilon<T>::value, stabiliser);
   }
 };
 
@@ -42,19 +43,65 @@ __device__ bool is_sample(const PathR2<T>& op, std::int64_t n) {
   return n >= 0 && n < op.samples;
 }
 
-/// Stores a pair's entry, and counts. shares: a NaN if an output is unresolved.
+/// The number behind the other arrays of the workspace, used if r2 is pooled: 1 / scale of the output that varies most, 0 if no
+/// output varies.
 template <class T>
-__device__ void store_entry(const PathR2<T>& op, std::int64_t pair, double shares, double constants, bool known) {
-  T entry = T(1) - T(shares / double(op.outputs));
+LMN_FN T* spread_of(const PathR2<T>& op) {
+  return op.workspace + 3 * (op.outputs + op.nodes.interior);
+}
+template <class T>
+__device__ T common_scale(const PathR2<T>& op) {
+  const T spread = *spread_of(op);
+  return spread > 0 ? 1 / spread : T(1);
+}
+
+/// Sums over a pair's outputs: of shares, a NaN if an output is unresolved; the number of constant outputs; and, if r2 is
+/// pooled, bend and total of Share in the outputs' common unit. kPooled, here and of the kernels: there is a stabiliser, or r2
+/// is pooled, or both.
+enum Sum { kShares, kConstants, kBend, kTotal };
+template <bool kPooled>
+constexpr int kSums = kPooled ? 4 : 2;
+template <bool kPooled>
+struct PairSums {
+  double of[kSums<kPooled>] = {};
+
+  /// The sums over neighbouring lanes, whose number is a power of two.
+  __device__ void add_lanes(int lanes = kWarp) {
+#pragma unroll
+    for (int n = 0; n < kSums<kPooled>; ++n) of[n] = warp_sum(of[n], lanes);
+  }
+};
+
+/// Adds an output's terms, if r2 is pooled.
+template <class T>
+__device__ void pool_output(const PathR2<T>& op, PairSums<true>& sums, T bend, T total, T scale) {
+  if (!op.pooled) return;
+  const T factor = pooling_factor(common_scale(op), scale);
+  sums.of[kBend] += double(bend * factor), sums.of[kTotal] += double(total * factor);
+}
+
+/// Stores a pair's entry, and counts.
+template <bool kPooled, class T>
+__device__ void store_entry(const PathR2<T>& op, std::int64_t pair, const PairSums<kPooled>& sums, bool known) {
+  T entry = T(1) - T(sums.of[kShares] / double(op.outputs)), pooled = T(0);
+  bool unresolved = isnan(sums.of[kShares]);
+  if constexpr (kPooled) {
+    if (op.pooled) {
+      const T stabiliser = scaled_stabiliser(op.stabiliser, common_scale(op));
+      pooled = T(pooled_r2(sums.of[kBend], sums.of[kTotal], double(stabiliser)));
+      unresolved |= pool_underflows(T(sums.of[kTotal]), stabiliser, std::int64_t(sums.of[kConstants]), op.outputs);
+    }
+  }
   if (!known) {
-    entry = not_a_number<T>();
-  } else if (isnan(shares)) {
-    entry = T(kUnresolved);
+    entry = pooled = not_a_number<T>();
+  } else if (unresolved) {
+    entry = pooled = T(kUnresolved);
     count(op.counts + 1, 1);
-  } else if (constants > 0) {
-    count(op.counts, constants);
+  } else if (sums.of[kConstants] > 0) {
+    count(op.counts, sums.of[kConstants]);
   }
   op.r2[pair] = entry;
+  if (kPooled && op.pooled) op.pooled[pair] = pooled;
 }
 
 // ---- the outputs' scale ----
@@ -100,6 +147,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(PathR2<T> op, int 
   }
   if (thread < columns && k < op.outputs) {
     op.workspace[k] = output_scale(largest[thread]);
+    if (op.pooled && largest[thread] > 0) atomic_larger(spread_of(op), 1 / op.workspace[k]);
     const T own = op.rounding ? op.rounding[k] * op.workspace[k] : T(0);
     op.workspace[op.outputs + k] = magnitudes[thread] * op.workspace[k] * T(kLeastRounding) + own;
     op.workspace[2 * op.outputs + k] = op.rounding ? op.rounding[op.outputs + k] * op.workspace[k] : T(0);
@@ -149,11 +197,13 @@ __device__ int copy_values(const PathR2<T>& op, std::int64_t begin, int count, i
 
 // A block takes tile.pairs neighbouring pairs, which are contiguous in memory, and reads them 16 bytes at a time. Then each
 // thread takes kItems (pair, output), with the outputs fastest. Then `width` lanes add up each pair's shares.
-template <class T>
+template <class T, bool kPooled>
 __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, DeviceNodes<T> nodes, Tile tile) {
   // The share of each (pair, output), or kConstantShare or kUnresolved.
   T* const shares = reinterpret_cast<T*>(dynamic_shared());  // [kItems * kThreads]
-  T* const values = shares + kItems * kThreads;
+  // Of a pooled kernel bend and total follow, as of Share.
+  [[maybe_unused]] T *const bends = shares + kItems * kThreads, *const totals = bends + kItems * kThreads;
+  T* const values = shares + (kPooled ? 3 : 1) * kItems * kThreads;
   const int outputs = int(op.outputs), pair_values = nodes.interior * outputs, thread = int(threadIdx.x);
   const std::int64_t begin = std::int64_t(blockIdx.x) * tile.pairs;
   const int pairs = int(at_most(tile.pairs, op.pairs - begin));
@@ -185,27 +235,37 @@ __global__ void __launch_bounds__(kThreads) small_pairs_kernel(PathR2<T> op, Dev
 #pragma unroll
   for (int n = 0; n < kItems; ++n) {
     const int item = thread + n * kThreads, k = item % outputs;
-    const Share<T> share = items[n].share(op.workspace[outputs + k], op.workspace[2 * outputs + k], nodes.variance_t);
+    const Share<T> share = items[n].share(op.workspace[outputs + k], op.workspace[2 * outputs + k], nodes.variance_t,
+                                          stabiliser_of<kPooled>(op.stabiliser, op.workspace[k]));
+    if constexpr (kPooled) bends[item] = share.bend, totals[item] = share.total;
     shares[item] = share.unresolved > 0 ? T(kUnresolved) : share.constant > 0 ? T(kConstantShare) : share.nonlinear;
   }
   __syncthreads();
   for (int base = 0; base < pairs; base += kThreads / tile.width) {  // whole warps, so the warp sum stays legal
     const int pair = base + thread / tile.width;
-    double sum = 0, constants = 0;
+    PairSums<kPooled> sums;
     if (pair < pairs) {
       for (int k = thread % tile.width; k < outputs; k += tile.width) {
         const T share = shares[pair * outputs + k];
-        constants += share == T(kConstantShare) ? 1 : 0;
-        sum += share == T(kUnresolved) ? NAN : share == T(kConstantShare) ? 0.0 : double(share);
+        const double constant_share = kPooled && op.stabiliser > 0 ? 1.0 : 0.0;
+        sums.of[kConstants] += share == T(kConstantShare) ? 1 : 0;
+        sums.of[kShares] += share == T(kUnresolved) ? NAN : share == T(kConstantShare) ? constant_share : double(share);
+        if constexpr (kPooled) {
+          pool_output(op, sums, bends[pair * outputs + k], totals[pair * outputs + k], op.workspace[k]);
+        }
       }
     }
-    sum = warp_sum(sum, tile.width);
-    constants = warp_sum(constants, tile.width);
+    sums.add_lanes(tile.width);
     if (pair < pairs && thread % tile.width == 0) {
       const bool known = is_sample(op, op.first[begin + pair]) && is_sample(op, op.second[begin + pair]);
-      store_entry(op, begin + pair, sum, constants, known);
+      store_entry(op, begin + pair, sums, known);
     }
   }
+}
+
+template <class T>
+bool pools(const PathR2<T>& op) {
+  return op.pooled || op.stabiliser > 0;
 }
 
 template <class T>
@@ -221,8 +281,11 @@ const char* small_pairs(const PathR2<T>& op, const DeviceNodes<T>& nodes, CUstre
   const int fitting = stride > 0 ? int(kTileBytes / sizeof(T)) / stride : kItems * kThreads;
   tile.pairs = int(at_most(fitting, kItems * kThreads / outputs));
   for (tile.width = 1; tile.width < kWarp && tile.width < outputs;) tile.width *= 2;
-  const std::size_t shared = (kItems * kThreads + kChunk<T> + std::size_t(tile.pairs) * stride + kChunk<T>)*sizeof(T);
-  return launch(small_pairs_kernel<T>, blocks_of(op.pairs, tile.pairs), kThreads, shared, stream, op, nodes, tile);
+  const int arrays = pools(op) ? 3 : 1;
+  const std::size_t values_at = std::size_t(arrays) * kItems * kThreads;
+  const std::size_t shared = (values_at + kChunk<T> + std::size_t(tile.pairs) * stride + kChunk<T>)*sizeof(T);
+  return launch(pools(op) ? small_pairs_kernel<T, true> : small_pairs_kernel<T, false>, blocks_of(op.pairs, tile.pairs),
+                kThreads, shared, stream, op, nodes, tile);
 }
 
 // ---- large pairs, directly from global memory ----
@@ -241,15 +304,15 @@ __device__ Pack<T, kWidth> load(const T* from) {
 }
 
 // A block takes one pair, and each thread kWidth neighbouring outputs at a time: neighbouring lanes read neighbouring values.
-template <class T, int kWidth>
+template <class T, int kWidth, bool kPooled>
 __global__ void __launch_bounds__(kMostThreads) large_pairs_kernel(PathR2<T> op, DeviceNodes<T> nodes) {
   using Values = Pack<T, kWidth>;
   constexpr int kBatch = kBatchBytes / int(sizeof(Values)) < 8 ? kBatchBytes / int(sizeof(Values)) : 8;
-  __shared__ double sums[kMostThreads / kWarp], counts[kMostThreads / kWarp];
+  __shared__ double of_warps[kSums<kPooled>][kMostThreads / kWarp];
   const std::int64_t pair = blockIdx.x, i = op.first[pair], j = op.second[pair];
   const bool known = is_sample(op, i) && is_sample(op, j);
   const T* const interior = op.interior + pair * nodes.interior * op.outputs;
-  double sum = 0, constants = 0;
+  PairSums<kPooled> sums;
   for (std::int64_t k = std::int64_t(threadIdx.x) * kWidth; known && k < op.outputs; k += blockDim.x * kWidth) {
     Output<T> items[kWidth];
     {
@@ -279,46 +342,48 @@ __global__ void __launch_bounds__(kMostThreads) large_pairs_kernel(PathR2<T> op,
     const Values least = load<T, kWidth>(op.workspace + 2 * op.outputs + k);
 #pragma unroll
     for (int n = 0; n < kWidth; ++n) {
-      const Share<T> share = items[n].share(rounding.values[n], least.values[n], nodes.variance_t);
-      sum += share.unresolved > 0 ? NAN : double(share.nonlinear);
-      constants += double(share.constant);
+      const Share<T> share = items[n].share(rounding.values[n], least.values[n], nodes.variance_t,
+                                            stabiliser_of<kPooled>(op.stabiliser, items[n].scale));
+      sums.of[kShares] += share.unresolved > 0 ? NAN : double(share.nonlinear);
+      sums.of[kConstants] += double(share.constant);
+      if constexpr (kPooled) pool_output(op, sums, share.bend, share.total, items[n].scale);
     }
   }
-  sum = warp_sum(sum);
-  constants = warp_sum(constants);
+  sums.add_lanes();
   if (threadIdx.x % kWarp == 0) {
-    sums[threadIdx.x / kWarp] = sum;
-    counts[threadIdx.x / kWarp] = constants;
+    for (int n = 0; n < kSums<kPooled>; ++n) of_warps[n][threadIdx.x / kWarp] = sums.of[n];
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int warp = 1; warp < int(blockDim.x) / kWarp; ++warp) {
-    sum += sums[warp];
-    constants += counts[warp];
+    for (int n = 0; n < kSums<kPooled>; ++n) sums.of[n] += of_warps[n][warp];
   }
-  store_entry(op, pair, sum, constants, known);
+  store_entry(op, pair, sums, known);
 }
 
 template <class T, int kWidth>
 const char* large_pairs(const PathR2<T>& op, const DeviceNodes<T>& nodes, CUstream_st* stream) {
   const std::int64_t threads = blocks_of(op.outputs, kWarp * kWidth) * kWarp;
-  return launch(large_pairs_kernel<T, kWidth>, op.pairs, int(at_most(threads, kMostThreads)), 0, stream, op, nodes);
+  return launch(pools(op) ? large_pairs_kernel<T, kWidth, true> : large_pairs_kernel<T, kWidth, false>, op.pairs,
+                int(at_most(threads, kMostThreads)), 0, stream, op, nodes);
 }
 
 // ---- launcher ----
 
-/// The scales of the outputs, as on the CPU, and behind them the nodes.
+/// Three numbers of each output, as the first three on the CPU; behind them the nodes and spread_of.
 template <class T>
 std::size_t workspace_of(const PathR2<T>& op) {
-  return 3 * std::size_t(op.outputs + op.nodes.interior) * sizeof(T);
+  return (3 * std::size_t(op.outputs + op.nodes.interior) + 1) * sizeof(T);
 }
 
 template <class T>
 const char* path_r2_on(const PathR2<T>& op, CUstream_st* stream) {
   int columns = 1;
   while (columns < kScaleColumns && columns < op.outputs) columns *= 2;
-  const char* error = launch(scale_kernel<T>, blocks_of(op.outputs, columns), kScaleThreads, 2 * kScaleThreads * sizeof(T),
-                             stream, op, columns);
+  const char* error = op.pooled ? message(cudaMemsetAsync(spread_of(op), 0, sizeof(T), stream)) : nullptr;
+  if (error) return error;
+  error = launch(scale_kernel<T>, blocks_of(op.outputs, columns), kScaleThreads, 2 * kScaleThreads * sizeof(T), stream, op,
+                 columns);
   if (error) return error;
   DeviceNodes<T> nodes;
   error = store_nodes(op.nodes, op.workspace + 3 * op.outputs, nodes, stream);

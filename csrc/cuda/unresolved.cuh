@@ -36,10 +36,11 @@ struct Unresolved {
   Unit layers[kMostLayers + 1];
   double t[kMostNodes], w[kMostNodes];  // all nodes and their weights
   double mean_t, variance_t;
-  const double* exact;  // [samples, exact_width]
-  const float* inputs;  // [samples, input_width]
-  float* connectivity;
+  const double* exact;           // [samples, exact_width]
+  const float* inputs;           // [samples, input_width]
+  float *connectivity, *pooled;  // [samples, samples]; pooled may be null
   std::int64_t* counts;
+  double stabiliser;
   double* panels;  // [blocks][block_panels]; null: in shared memory
   std::int64_t samples, exact_width, input_width;
   std::int64_t panel, block_panels;  // sizes in doubles
@@ -51,6 +52,7 @@ struct Unresolved {
   __device__ const double* own_exact() const { return exact + blockIdx.y * samples * exact_width; }
   __device__ const float* own_inputs() const { return inputs + blockIdx.y * samples * input_width; }
   __device__ float* own_connectivity() const { return connectivity + blockIdx.y * samples * samples; }
+  __device__ float* own_pooled() const { return pooled ? pooled + blockIdx.y * samples * samples : nullptr; }
   __device__ std::int64_t* own_counts() const { return counts + 2 * std::int64_t(blockIdx.y); }
   __device__ const float* own_weights(int l) const {
     return layers[l].weights + std::int64_t(blockIdx.y) * layers[l].width * layers[l - 1].width;
@@ -67,6 +69,33 @@ __device__ inline double between(double first, double second, double t) {
   return t < 0.5 ? first + t * step : second - (1 - t) * step;
 }
 __device__ inline bool is_finite(double v) { return v - v == 0; }
+
+/// A lane's sums over outputs for pooled r2, in the square of `unit`. An output enters with its covariance with t and its
+/// variance times var(t), both for outputs divided by `scale`; the unit becomes the largest scale.
+struct Pool {
+  double unit = 0, on_line = 0, total = 0;
+
+  __device__ static double share_of(double scale, double unit) { return unit > 0 ? scale / unit * (scale / unit) : 0; }
+  __device__ void rescale(double wider) {
+    const double share = share_of(unit, wider);
+    on_line *= share, total *= share, unit = wider;
+  }
+  __device__ void add(double covariance, double output_total, double scale) {
+    if (scale > unit) rescale(scale);
+    const double share = share_of(scale, unit);
+    on_line = fma(covariance * covariance, share, on_line), total = fma(output_total, share, total);
+  }
+  /// r2 over the outputs of all lanes, for lane 0. A warp calls this.
+  __device__ double r2(double stabiliser) {
+    double widest = unit;
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) widest = larger(widest, __shfl_xor_sync(kAllLanes, widest, offset));
+    rescale(widest);
+    const double line = warp_sum(on_line), all = warp_sum(total);
+    if (!(widest > 0)) return stabiliser > 0 ? 0.0 : 1.0;
+    return line / (all + stabiliser / widest / widest);
+  }
+};
 
 enum Nearness { kFar, kClose, kSame, kLeft };  // kLeft: left to Python
 
@@ -232,6 +261,7 @@ struct Block {
     const int lane = int(threadIdx.x) % kWarp, outputs = p.layers[p.last].width;
     const std::int64_t i = first[pair], j = second[pair];
     double sum = 0;
+    Pool pool;
     int constants = 0;
     bool finite = near != kLeft;
     if (near == kFar || near == kClose) {
@@ -268,8 +298,11 @@ struct Block {
             variance = fma(weighted, centred, variance);
           }
           const bool constant = scale * ::sqrt(variance) <= kConstantUlps * rounding;
-          sum += constant ? 1.0 : covariance * covariance / (p.variance_t * variance);
+          const double total = p.variance_t * variance;
+          const double stable = total + p.stabiliser / divisor / divisor;
+          sum += !constant ? covariance * covariance / stable : p.stabiliser > 0 ? 0.0 : 1.0;
           constants += constant;
+          if (p.pooled && !constant) pool.add(covariance, total, scale);
         };
         if constexpr (kPolynomial) {
           const double middle = output(pair, 2, k);
@@ -299,11 +332,16 @@ struct Block {
       }
     }
     sum = warp_sum(sum), constants = warp_sum(constants);
-    if (!__all_sync(kAllLanes, finite) || !is_finite(sum) || lane > 0) return;
+    double pooled = p.pooled ? pool.r2(p.stabiliser) : 1.0;
+    if (!__all_sync(kAllLanes, finite) || !is_finite(sum) || !is_finite(pooled) || lane > 0) return;
     const double mean = near == kSame ? 1.0 : sum / outputs;
     const float entry = float(mean > 1 ? 1.0 : mean);  // rounding may bring the mean above 1
     float* const connectivity = p.own_connectivity();
     connectivity[i * p.samples + j] = connectivity[j * p.samples + i] = entry;
+    if (float* const matrix = p.own_pooled()) {
+      pooled = near == kSame || pooled > 1 ? 1.0 : pooled;
+      matrix[i * p.samples + j] = matrix[j * p.samples + i] = float(pooled);
+    }
     if (constants > 0) count(p.own_counts(), constants);
     atomicAdd(reinterpret_cast<unsigned long long*>(p.own_counts() + 1), ~0ull);  // subtracts one
   }
@@ -419,7 +457,8 @@ inline Plan make_plan(const PathConnectivity<float>& op, int stencil, Arena& are
   p.has_least = rounds(op.activations[op.layers].kind);
   p.exact = op.exact, p.inputs = op.inputs;
   p.exact_width = op.exact_width, p.input_width = op.input_width;
-  p.connectivity = op.connectivity, p.counts = op.counts, p.samples = op.samples;
+  p.connectivity = op.connectivity, p.pooled = op.pooled, p.counts = op.counts, p.samples = op.samples;
+  p.stabiliser = op.stabiliser;
   p.apart = arena.apart;
   p.panel = widest * (p.columns + 1) * (stencil > 0 ? 2 : 1);
   p.block_panels = p.panel * (3 + slots.count);

@@ -278,7 +278,8 @@ def _check_pairs(z: Tensor, first: Tensor | None, second: Tensor | None, fake: b
     """Raises TypeError or ValueError for a list of pairs that does not fit."""
     if first is None and second is None:
         return
-    if first is None or second is None or z.dim() != 2 or z.device.type not in ("cpu", "meta"):
+    elsewhere = z.device.type not in ("cpu", "meta") or _native.emulates_cuda(z)
+    if first is None or second is None or z.dim() != 2 or elsewhere:
         raise ValueError(
             f"first, second: expected both or neither, and these with samples (N, D) on the CPU, got {z.dim()} dimensions "
             f"on {z.device}"
@@ -409,6 +410,7 @@ def run(
         _native.address(first),
         _native.address(second),
         0 if first is None else len(first),
+        pooled,
         *(() if midpoint is None else (midpoint,)),
     )
     shape = (*z.shape[:-1], z.shape[-2]) if first is None else first.shape

@@ -71,12 +71,16 @@ struct Problem {
   T* rounding;   // [samples, outputs], scaled; y's rounding is some epsilons of it
   float4* ends;  // float: the same in the layout of write_end, for kernels of at most kEndOutputs outputs; otherwise null
   T* connectivity;
+  T* pooled;  // null, or as connectivity
   std::int64_t* counts;
+  double stabiliser;
+  T* spread;           // used if pooled: one number, 1 / scale of the output that varies most; 0 if no output varies
   RangeFlags* range;   // used in float
   std::int64_t apart;  // bytes between the workspaces of two networks
 
   __device__ Layer<T>* own_layers() const { return in_network(layers, apart); }
   __device__ T* own_connectivity() const { return in_network(connectivity, samples * samples * std::int64_t(sizeof(T))); }
+  __device__ T* own_pooled() const { return in_network_if(pooled, samples * samples * std::int64_t(sizeof(T))); }
   __device__ std::int64_t* own_counts() const { return in_network(counts, 2 * std::int64_t(sizeof(std::int64_t))); }
 };
 
@@ -88,6 +92,7 @@ __device__ inline Problem<T> of_network(Problem<T> problem) {
   problem.scale = in_network(problem.scale, problem.apart), problem.rounding = in_network(problem.rounding, problem.apart);
   problem.ends = in_network_if(problem.ends, problem.apart), problem.range = in_network_if(problem.range, problem.apart);
   problem.connectivity = problem.own_connectivity(), problem.counts = problem.own_counts();
+  problem.pooled = problem.own_pooled(), problem.spread = in_network(problem.spread, problem.apart);
   return problem;
 }
 

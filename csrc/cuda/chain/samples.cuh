@@ -92,7 +92,10 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
   const std::int64_t across = layer.stride / kForwardTile;
   const std::int64_t sample = blockIdx.x / across * kForwardTile + row;
   const std::int64_t first_unit = blockIdx.x % across * kForwardTile, unit = first_unit + column;
-  if (blockIdx.x == 0 && threadIdx.x == 0) problem.layers[index] = layer;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    problem.layers[index] = layer;
+    if (problem.pooled && !before) *problem.spread = 0;
+  }
   const bool valid = sample < problem.samples && unit < layer.width;
   double sum = 0, squares = 0;
   if (before) {
@@ -153,7 +156,10 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
   if constexpr (sizeof(T) == 4) {
     note_range(problem, layer, first_unit, row, column, valid ? absolute(value) : 0.0f,
                valid ? larger(absolute(activated), absolute(left)) : 0.0f, !before);
-    if (!before && valid && unit == 0) problem.connectivity[sample * (problem.samples + 1)] = 1;
+    if (!before && valid && unit == 0) {
+      problem.connectivity[sample * (problem.samples + 1)] = 1;
+      if (problem.pooled) problem.pooled[sample * (problem.samples + 1)] = 1;
+    }
     return;
   }
   if (before) return;
@@ -182,7 +188,10 @@ __device__ void scale_output(const Problem<T>& problem, std::int64_t k) {
     __syncthreads();
   }
   const T scale = output_scale(T(partial[0]));
-  if (threadIdx.x == 0) problem.scale[k] = scale;
+  if (threadIdx.x == 0) {
+    problem.scale[k] = scale;
+    if (problem.pooled && partial[0] > 0) atomic_larger(problem.spread, 1 / scale);
+  }
   for (std::int64_t n = threadIdx.x; n < problem.samples; n += kThreads) {
     const std::int64_t at = n * problem.outputs + k;
     problem.y[at] = layer.v[n * layer.stride + k] * scale;

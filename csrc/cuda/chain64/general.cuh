@@ -10,7 +10,8 @@ namespace float64 {
 constexpr int kPanelTiles64 = 8;  // row tiles in a panel, at most
 constexpr int kSecondBlocks = 4;  // blocks of 8 second samples in a unit of work, at most; more than one if there are few nodes
 constexpr int kPairs64 = 8 * kSecondBlocks;
-constexpr std::size_t kStaticShared64 = 4608;  // the kernel's static shared memory, beside the dynamic
+/// The kernel's static shared memory, beside the dynamic.
+LMN_FN constexpr std::size_t static_shared64(bool pooled) { return pooled ? 8704 : 4608; }
 
 struct General64 {
   Problem<double> problem;
@@ -163,15 +164,15 @@ __device__ inline double* moments_of(const General64& p) {
 
 /// Adds the outputs of tiles [begin, begin + units), whose residuals are in `out`, to the moments. In the last pass it adds the
 /// shares of these outputs to the pairs' sums. A warp takes 8 outputs of 8 pairs.
-template <int kStencil>
+template <int kStencil, bool kPooled>
 __device__ void add_outputs64(const General64& p, const Work64& work, const double2* out, int begin, int units, int pass,
-                              PairSums* totals) {
+                              PairSums<kPooled>* totals) {
   const Problem<double> problem = of_network(p.problem);
   const bool last_pass = pass + 1 == p.passes;
   const double vanishing = never_zero(problem.layers[problem.last].kind) ? Vanishing<double>::value : 0.0;
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   for (int block = 0; block < p.second_blocks; ++block) {
-    PairSums pair_sums;
+    PairSums<kPooled> pair_sums;
     const std::int64_t j = at_most(work.j0 + 8 * block + lane / 4, problem.samples - 1);
     for (int n = warp; n < units; n += kWarps) {
       const std::int64_t k = 8 * std::int64_t(begin + n) + 2 * (lane % 4);
@@ -216,17 +217,14 @@ __device__ void add_outputs64(const General64& p, const Work64& work, const doub
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         if (k + half >= problem.outputs) break;
-        add_output(pair_sums, problem.y, problem.y_low, problem.rounding, problem.outputs, work.i, j, k + half,
-                   half == 0 ? m[0] : m[1], scale[half], vanishing * scale[half], problem.nodes.variance_t);
+        add_output(pair_sums, problem, work.i, j, k + half, half == 0 ? m[0] : m[1], scale[half], vanishing * scale[half]);
       }
     }
     if (!last_pass) continue;
-    pair_sums.nonlinear = warp_sum(pair_sums.nonlinear, 4);
-    pair_sums.constants = warp_sum(pair_sums.constants, 4);
+    pair_sums = pair_sums.over_lanes(4);
     if (lane % 4 == 0) {
-      PairSums& total = totals[warp * kPairs64 + 8 * block + lane / 4];
-      total.nonlinear += pair_sums.nonlinear;
-      total.constants += pair_sums.constants;
+      PairSums<kPooled>& total = totals[warp * kPairs64 + 8 * block + lane / 4];
+      total = total.plus(pair_sums);
     }
   }
 }
@@ -269,18 +267,18 @@ __device__ void run_layer64(const General64& p, const Work64& work, int l, int b
 
 // A block takes one unit of work after the other: a first sample and up to 32 second samples. Panels are
 // [8 units][row tiles][lanes]. kStencil: the size of the stencil; 0: residuals at every node.
-template <int kStencil>
+template <int kStencil, bool kPooled>
 __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_constant__ General64 p) {
   if (*in_network(p.skip, p.problem.apart)) return;
   const Problem<double>& problem = p.problem;
-  __shared__ PairSums totals[kWarps * kPairs64];
+  __shared__ PairSums<kPooled> totals[kWarps * kPairs64];
   __shared__ Work64 work;  // in registers it would leave too few registers for the products
-  static_assert(sizeof(totals) + sizeof(work) <= kStaticShared64);
+  static_assert(sizeof(totals) + sizeof(work) <= static_shared64(kPooled));
   double2* const panels = p.panels ? in_network(p.panels, problem.apart) + blockIdx.x * 2 * p.panel_size
                                    : reinterpret_cast<double2*>(dynamic_shared());
   const int pairs = 8 * p.second_blocks;
   for (std::int64_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
-    for (int n = int(threadIdx.x); n < kWarps * kPairs64; n += kThreads) totals[n] = PairSums{};
+    for (int n = int(threadIdx.x); n < kWarps * kPairs64; n += kThreads) totals[n] = PairSums<kPooled>{};
     for (int pass = 0; pass < p.passes; ++pass) {
       if (threadIdx.x == 0) {
         const std::int64_t nodes = kStencil > 0 ? kStencil : problem.nodes.interior;
@@ -301,22 +299,18 @@ __global__ void __launch_bounds__(kThreads, 2) general64_kernel(const __grid_con
           run_layer64<kStencil>(p, work, l, begin, units, panel, out);
           __syncthreads();
           if (l < problem.last) continue;
-          add_outputs64<kStencil>(p, work, out, begin, units, pass, totals);
+          add_outputs64<kStencil, kPooled>(p, work, out, begin, units, pass, totals);
           __syncthreads();
         }
       }
     }
     if (int(threadIdx.x) < pairs) {
       const std::int64_t j = work.j0 + threadIdx.x;
-      PairSums total;
-      for (int part = 0; part < kWarps; ++part) {
-        total.nonlinear += totals[part * kPairs64 + threadIdx.x].nonlinear;
-        total.constants += totals[part * kPairs64 + threadIdx.x].constants;
-      }
+      PairSums<kPooled> total;
+#pragma unroll(kPooled ? 1 : kWarps)  // unrolled, the pooled kernel would spill
+      for (int part = 0; part < kWarps; ++part) total = total.plus(totals[part * kPairs64 + threadIdx.x]);
       if (work.i <= j && j < problem.samples) {
-        const Layer<double>& layer = problem.own_layers()[0];
-        store_entry(problem.own_connectivity(), problem.own_counts(), total, layer.z, layer.stride, layer.width,
-                    problem.samples, problem.outputs, work.i, j);
+        store_entry(problem, total, problem.own_layers()[0], work.i, j);
       }
     }
     __syncthreads();  // all threads have read `totals` and `work`

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
     const double2* const first = in_network(p.first, problem.apart) + i * p.steps * arrays * 4 + lane % 4;
     const double2* const second = in_network(p.second, problem.apart) + block * p.steps * arrays * kWarp + lane;
     const std::int64_t j = 8 * block + lane / 4;
-    PairSums pair_sums;
+    PairSums<false> pair_sums;
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
       const double2* const chunk_weights = weights + chunk * p.steps * kShallowTiles64 * kWarp + lane;
       const int tiles = int(at_most(kShallowTiles64, blocks_of(outputs, 8) - chunk * kShallowTiles64));
@@ -160,12 +160,10 @@ __global__ void __launch_bounds__(kShallowThreads64, 1) shallow64_kernel(Shallow
         if (k >= outputs) break;
         const Moments<double> m{at[0], at[kShallowThreads64], at[2 * kShallowThreads64]};
         const Problem<double> own = of_network(problem);
-        add_output(pair_sums, own.y, own.y_low, own.rounding, outputs, i, at_most(j, samples - 1), k, m, own.scale[k], 0.0,
-                   own.nodes.variance_t);
+        add_output(pair_sums, own, i, at_most(j, samples - 1), k, m, own.scale[k], 0.0);
       }
     }
-    pair_sums.nonlinear = warp_sum(pair_sums.nonlinear, 4);
-    pair_sums.constants = warp_sum(pair_sums.constants, 4);
+    pair_sums = pair_sums.over_lanes(4);
     if (lane % 4 == 0 && i <= j && j < samples) {
       store_entry(problem.own_connectivity(), problem.own_counts(), pair_sums, in_network(p.z, problem.apart), p.stride,
                   p.width, samples, outputs, i, j);

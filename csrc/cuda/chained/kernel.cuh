@@ -50,14 +50,12 @@ __device__ inline bool chained_unit(int i, int block) {
   for (int l = 0; l < S::kDepth; ++l) memory += S::kParts * p.layers[l + 1].part_fragments(p.layers[l].steps) / 2;
   warp.moments = const_cast<float4*>(reinterpret_cast<const float4*>(memory)) + warp.lane;
   warp.moments += threadIdx.x / kWarp * (S::kMoments * kWarp);
-  PairSums sums[S::kPaths];
+  PairSums<false> sums[S::kPaths];
   const int j = block * S::kPaths * kGroup + warp.lane / 4;
   if (!warp.run(i, j, sums)) return false;
 #pragma unroll
   for (int path = 0; path < S::kPaths; ++path) {
-    PairSums total;
-    total.nonlinear = warp_sum(sums[path].nonlinear, 4);
-    total.constants = warp_sum(sums[path].constants, 4);
+    const PairSums<false> total = sums[path].over_lanes(4);
     const int second = j + kGroup * path;
     if (warp.q == 0 && i < second && second < p.samples) {
       store_entry(p.connectivity, p.counts, total, p.z, p.stride, p.width, p.samples, p.outputs, i, second);

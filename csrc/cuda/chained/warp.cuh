@@ -254,7 +254,7 @@ struct ChainedWarp {
   /// Sums over a lane's outputs of one path. moments_of(n) gives the moments of the lane's output n in units of the products;
   /// te_and_bend(n, te, bend) gives the two numbers that ordinary_share needs.
   template <class TeAndBend, class MomentsOf>
-  __device__ inline PairSums add_outputs(int i, int j, const TeAndBend& te_and_bend, const MomentsOf& moments_of) const {
+  __device__ inline PairSums<false> add_outputs(int i, int j, const TeAndBend& te_and_bend, const MomentsOf& moments_of) const {
     // Outputs that the loop takes at a time, so that the loads of their ends overlap.
     constexpr int kSide = 2;
     // moments in shared memory allow a loop that is not unrolled
@@ -327,7 +327,7 @@ struct ChainedWarp {
 
   /// Sums over a lane's outputs, for each of its paths from sample i to sample j + 8 path. False: the unit has to be measured
   /// in another way.
-  __device__ inline bool run(int i, int j, PairSums (&sums)[kPaths]) {
+  __device__ inline bool run(int i, int j, PairSums<false> (&sums)[kPaths]) {
     if constexpr (kStencil == 0) {
 #pragma unroll
       for (int n = 0; n < 6; ++n) moments[n * kWarp] = make_float4(0, 0, 0, 0);

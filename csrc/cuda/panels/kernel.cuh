@@ -10,25 +10,24 @@ namespace panels {
 
 // Persistent blocks. A block takes one unit of work at a time; a warp takes a chunk of units or outputs at a set of tiles.
 // kPolynomial: the stencil's residuals take the place of the nodes' residuals, and all tiles are one set and one pass.
-template <int kTiles, bool kSplit, bool kStraight, bool kPolynomial>
+template <int kTiles, bool kSplit, bool kStraight, bool kPolynomial, bool kPooled>
 __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
-  static_assert(!kStraight || !kPolynomial);
+  static_assert(!kStraight || !(kPolynomial || kPooled));
   // With more tiles, 64-bit addresses of panels would take too many registers.
   constexpr bool kAlwaysShared = kTiles > kFewTiles;
   // fewer for outputs, because their moments take registers
   constexpr int kAhead = kSplit ? 1 : 2, kOutputsAhead = kSplit ? 0 : 1;
-  __shared__ PairSums totals[kPanelWarps][kGroup];  // [warp][second sample], sums over the warp's outputs
+  __shared__ PairSums<kPooled> totals[kPanelWarps][kGroup];  // [warp][second sample], sums over the warp's outputs
   static_assert(sizeof(totals) + kPanelWarps * sizeof(Work) <= kStaticShared);
   const Problem<float>& problem = p.problem;
   const auto warp_here = [] { return afresh(int(threadIdx.x)) / kWarp; };
   const int warps = int(blockDim.x) / kWarp;
-  const auto add_total = [&](PairSums sums, bool is_first) {
+  const auto add_total = [&](const PairSums<kPooled>& of_lane, bool is_first) {
     const int lane = lane_here();
-    PairSums& total = totals[warp_here()][lane / 4];
-    sums.nonlinear = warp_sum(sums.nonlinear, 4);
-    sums.constants = warp_sum(sums.constants, 4);
+    PairSums<kPooled>& total = totals[warp_here()][lane / 4];
+    const PairSums<kPooled> sums = of_lane.over_lanes(4);
     if (lane % 4 > 0) return;
-    total = is_first ? sums : PairSums{total.nonlinear + sums.nonlinear, total.constants + sums.constants};
+    total = is_first ? sums : total.plus(sums);
   };
   const auto sets_here = [] { return (work_of_warp().here + kTiles - 1) / kTiles; };
   const auto layer_chunks = [&] { return (layer_here(p)->half.steps.all() + kChunkSteps - 1) / kChunkSteps; };
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
             store_moments(moments, waiting);
             continue;
           }
-          PairSums pair_sums;
+          PairSums<kPooled> pair_sums;
           add_four(pair_sums, problem, true, out, moments);
           add_total(pair_sums, out == 0);
         }
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
             store_moments(moments, waiting());
             continue;
           }
-          PairSums pair_sums;
+          PairSums<kPooled> pair_sums;
 #pragma unroll
           for (int g = 0; g < kChunkSteps; ++g) {
             const Moments<float> four[4] = {moments[4 * g], moments[4 * g + 1], moments[4 * g + 2], moments[4 * g + 3]};
@@ -242,16 +241,13 @@ __global__ void __launch_bounds__(kPanelThreads, 1) panels_kernel(Panels p) {
     if constexpr (!kStraight) __syncthreads();  // the totals are complete, and all warps have finished with the panels
     if (warp_here() > 0) continue;
     const int lane = lane_here();
-    PairSums pair_sums;
+    PairSums<kPooled> pair_sums;
     for (int other = 0; other < (kStraight ? 1 : p.chunks < warps ? p.chunks : warps); ++other) {
-      pair_sums.nonlinear += totals[other][lane / 4].nonlinear;
-      pair_sums.constants += totals[other][lane / 4].constants;
+      pair_sums = pair_sums.plus(totals[other][lane / 4]);
     }
     const std::int64_t i = work_of_warp().i, j = std::int64_t(work_of_warp().group) * kGroup + lane / 4;
     if (lane % 4 == 0 && i < j && j < problem.samples) {
-      const Layer<float>& first = problem.own_layers()[0];
-      store_entry(problem.own_connectivity(), problem.own_counts(), pair_sums, first.z, first.stride, first.width,
-                  problem.samples, problem.outputs, i, j);
+      store_entry(problem, pair_sums, problem.own_layers()[0], i, j);
     }
   }
 }

@@ -9,7 +9,8 @@ namespace panels {
 
 /// Adds a lane's four outputs of a step to the pair's sums. moments: in units of the products (in_products), or of the
 /// residuals times their scales.
-__device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, bool in_products, int step,
+template <bool kPooled>
+__device__ inline void add_four(PairSums<kPooled>& sums, const Problem<float>& of_first, bool in_products, int step,
                                 const Moments<float> (&moments)[4]) {
   const Problem<float> problem = of_network(of_first);
   const int lane = lane_here();
@@ -54,7 +55,7 @@ __device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, 
     for (int c = 0; c < 4; ++c) factor[c] = reciprocal(factor[c]);  // exact, because the factor is a power of two
   }
   float nonlinear = 0;
-  bool ordinary = true;
+  bool ordinary = !kPooled;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     factor[c] *= scale[c];
@@ -76,8 +77,7 @@ __device__ inline void add_four(PairSums& sums, const Problem<float>& of_first, 
   for (int c = 0; c < 4 && k + c < problem.outputs; ++c) {
     const float f = factor[0], unit_scale = problem.scale[k + c];
     const Moments<float> m{next[0].e * f, next[0].te * f, next[0].ee * f * f};
-    add_output(sums, problem.y, problem.y_low, problem.rounding, problem.outputs, i, j, k + c, m, unit_scale,
-               vanishing * unit_scale, problem.nodes.variance_t);
+    add_output(sums, problem, i, j, k + c, m, unit_scale, vanishing * unit_scale);
 #pragma unroll
     for (int n = 0; n < 3; ++n) next[n] = next[n + 1], factor[n] = factor[n + 1];
   }
