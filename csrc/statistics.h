@@ -68,12 +68,13 @@ template <class V>
 LMN_FN V operator+(V v, NoStabiliser) {
   return v;
 }
-/// A stabiliser in the units of an output that is multiplied by `scale`. At most so large that r2 is 0 and nothing overflows.
+/// A stabiliser in the units of an output that is multiplied by `scale`. At most so large that r2 is 0 and nothing overflows,
+/// and not 0 because it is small: a constant output's r2 is then 0 all the same.
 template <class T>
 LMN_FN T scaled_stabiliser(double stabiliser, T scale) {
-  constexpr double kLargest = sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64;
+  constexpr double kLargest = sizeof(T) == 4 ? kLargestTotal32 : kLargestTotal64, kLeast = Vanishing<T>::value;
   const double scaled = stabiliser * double(scale) * double(scale);
-  return T(scaled < kLargest ? scaled : kLargest);
+  return T(stabiliser > 0 && scaled < kLeast ? kLeast : scaled < kLargest ? scaled : kLargest);
 }
 /// The same of a kernel that knows at compile time whether there may be a stabiliser.
 template <bool kPossible, class T>

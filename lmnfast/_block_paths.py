@@ -179,11 +179,12 @@ class _Outputs:
             spread > 0, torch.exp2(-torch.frexp(spread)[1].double()), 1.0
         )  # (K,), powers of two
         most = TOTALS[self.dtype][1]
-        self.added = (statistic.stabiliser * scale**2).clamp(max=most).to(self.dtype)
+        least = torch.finfo(self.dtype).smallest_normal if statistic.stabiliser else 0.0
+        self.added = (statistic.stabiliser * scale**2).clamp(least, most).to(self.dtype)
         # Brings the outputs to a unit that all share, that of the output that varies most.
         common = scale[spread > 0].amin() if bool((spread > 0).any()) else torch.ones_like(scale[0])
         self.pooling = ((common / scale) ** 2).to(self.dtype)
-        self.pooled_added = float((statistic.stabiliser * common**2).clamp(max=most))
+        self.pooled_added = float((statistic.stabiliser * common**2).clamp(least, most))
         self.last = (block.last * scale[:, None]).to(self.dtype)
         self.outputs = rows.outputs * scale
         self.magnitudes = self.outputs.abs().to(self.dtype)

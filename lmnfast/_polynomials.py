@@ -175,5 +175,6 @@ class _PolynomialMoments:
         return share, pool, constant, unresolved
 
     def _added(self, scale: Tensor) -> Tensor:
-        """The stabiliser where outputs are divided by `scale`, at most what no total comes near."""
-        return (self.stabiliser / scale / scale).clamp(max=TOTALS[scale.dtype][1])
+        """The stabiliser where outputs are divided by `scale`, within the limits of scaled_stabiliser in csrc/statistics.h."""
+        least = torch.finfo(scale.dtype).smallest_normal if self.stabiliser else 0.0
+        return (self.stabiliser / scale / scale).clamp(least, TOTALS[scale.dtype][1])

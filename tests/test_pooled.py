@@ -183,3 +183,17 @@ def test_the_method_without_paths_has_neither():
     for how in ({"pooled": True}, {"stabiliser": 1e-8}):
         with pytest.raises(ValueError, match="expected a method with paths"):
             lmnfast.connectivity(mlp(), samples(5, 6), method="jacobian", **how)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_stabiliser_far_below_the_outputs_size_still_makes_constant_outputs_bent(wrapped, method):
+    f, x = mlp(outputs=3), samples(8, 6)
+    with torch.no_grad():
+        f[-1].weight *= torch.tensor([1e18, 1e18, 0.0])[:, None]
+        f[-1].bias[2] = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the dead output's offset
+        L = lmnfast.connectivity((lambda t: f(t)) if wrapped else f, x, stabiliser=8e-8, method=method)
+    off = ~torch.eye(8, dtype=torch.bool)
+    assert (L[off] <= 2 / 3 + 1e-6).all() and L[off].max() > 0.5
