@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class Settings:
     Raises:
         ValueError: unknown method or rule; points, budget or stabiliser out of range, or a stabiliser or pooled outputs with
             method "jacobian".
-        TypeError: points is not an integer.
+        TypeError: points is not an integer, or the stabiliser is not a number.
     """
 
     method: str = "path"
@@ -78,6 +79,21 @@ def checked_stabiliser(stabiliser: float) -> float:
     if not 0 <= float(stabiliser) < math.inf:
         raise ValueError(f"stabiliser: expected a number of at least 0, got {stabiliser!r}")
     return float(stabiliser)
+
+
+def completed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a row, with stabiliser 0 behind "negative" if a version without stabilisers made it.
+
+    A row whose settings are empty gets an empty entry. A row without settings gets none.
+    """
+    if "stabiliser" in row:
+        return dict(row)
+    whole: dict[str, Any] = {}
+    for name, value in row.items():
+        whole[name] = value
+        if name == "negative":
+            whole["stabiliser"] = 0.0 if value else value
+    return whole
 
 
 def check_budget(budget: int | None) -> None:

@@ -270,6 +270,12 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) 
         "--negative", choices=NEGATIVE, help=f"what negative eigenvalues count ({defaults['negative']})"
     )
     parser.add_argument(
+        "--stabiliser",
+        type=float,
+        metavar="NUMBER",
+        help=f"added to the denominators of r2; 8e-8 for the paper's numbers at step 0 ({defaults['stabiliser']})",
+    )
+    parser.add_argument(
         "--observables",
         type=_names,
         metavar="NAME[,NAME...]",
@@ -447,7 +453,9 @@ def _summary(run: Run) -> str:
 
 def _how(config: Config) -> str:
     nodes = "" if config.method == "jacobian" else f", {config.points} {config.rule} points"
-    return config.method + nodes + (", negative eigenvalues clipped" if config.negative == "clip" else "")
+    clipped = ", negative eigenvalues clipped" if config.negative == "clip" else ""
+    stabilised = f", stabiliser {config.stabiliser}" if config.stabiliser else ""
+    return config.method + nodes + clipped + stabilised
 
 
 def _given_options(options: argparse.Namespace) -> dict:

@@ -23,7 +23,7 @@ from ._probed import NumberOnDevice, Pending, Tail
 from ._python_state import python_state
 from ._run_to import Cutting, run_to
 from ._schedule import Every, Schedule
-from ._settings import Settings
+from ._settings import Settings, completed
 from ._threads import alone, on_one_core
 from ._tracing import Forward, Output
 from .cutting import chosen, cut_at
@@ -85,13 +85,15 @@ class Probe:
             the model are computed on the calling thread, and on CUDA may wait for the device.
         compile: as in `cut`. Tails are compiled when the probe is made, and again when it cuts again.
         negative: as in `lmn`.
+        stabiliser: as in `connectivity`.
         writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
 
     Raises:
         ValueError: as `cut`; no layers, a layer named twice, layers and blocks both or neither, every < 1 or without a
-            step, an unknown rule, negative or observable, or points out of range.
-        TypeError: as `cut`; points is not an integer.
+            step, an unknown method, rule, negative or observable, points, budget or stabiliser out of range, a stabiliser
+            with method "jacobian".
+        TypeError: as `cut`; points is not an integer; the stabiliser is not a number.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
@@ -123,6 +125,7 @@ class Probe:
         batch_dim: int | None = None,
         compile: bool = False,
         negative: str = "absolute",
+        stabiliser: float = 0.0,
         observables: str | Sequence[str] = (),
         writers: Sequence[Writer] = (),
     ) -> None:
@@ -134,7 +137,7 @@ class Probe:
         patterns = (named,) if isinstance(named, str) else tuple(named)
         if not patterns or len(set(patterns)) != len(patterns):
             raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")
-        settings = settings_for(chosen_observables, Settings(method, points, rule, budget))
+        settings = settings_for(chosen_observables, Settings(method, points, rule, budget, stabiliser))
         check_negative(negative)
         self.model = model
         self.inputs = inputs
@@ -418,7 +421,7 @@ class Probe:
         Calls resume() of every writer that has it: the writers then continue with the rows of the earlier run.
 
         Args:
-            state: a result of `state_dict`.
+            state: a result of `state_dict`. Rows of versions without the column stabiliser get stabiliser 0.
         """
         self._check_process()
         for writer in self._writers:
@@ -428,7 +431,7 @@ class Probe:
             for row in self._waiting:
                 row.exception()
         self.next_step = state["next_step"]
-        self._before = [dict(row) for row in state["rows"]]
+        self._before = [completed(row) for row in state["rows"]]
         self._rows.clear()
         self._unread.clear()
 

@@ -25,7 +25,7 @@ from .ops.symmetric_eigenvalues import fits
 SOLVERS = ("auto", "cpu", "cuda")
 NEGATIVE = ("absolute", "clip")
 # A number also depends on these, beside network and samples. Every table has them as columns, named as in `Measurement`.
-SETTINGS = ("samples", "outputs", "points", "rule", "method", "precision", "solver", "negative")
+SETTINGS = ("samples", "outputs", "points", "rule", "method", "precision", "solver", "negative", "stabiliser")
 SHARES = ("constant_share", "negative_share")
 
 

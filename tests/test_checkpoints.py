@@ -49,13 +49,13 @@ def test_the_command_prints_and_leaves_a_table_and_a_figure(trained, capsys):
     assert header.split() == ["step", "lmn_1", "lmn_3"]
     rows = table()
     columns = (
-        "step checkpoint lmn_1 lmn_3 samples outputs points rule method precision solver negative constant_share_1 "
-        "constant_share_3 negative_share_1 negative_share_3"
+        "step checkpoint lmn_1 lmn_3 samples outputs points rule method precision solver negative stabiliser "
+        "constant_share_1 constant_share_3 negative_share_1 negative_share_3"
     )
     assert list(rows[0]) == columns.split()
     assert [line.split()[0] for line in lines] == [row["step"] for row in rows] == ["2", "10", "100"]
     assert [row["checkpoint"] for row in rows] == ["step_2.pt", "step_10.pt", "step_100.pt"]
-    settings = ("9", "3", "21", "uniform", "path", "highest", "cpu", "absolute")
+    settings = ("9", "3", "21", "uniform", "path", "highest", "cpu", "absolute", "0.0")
     assert all(tuple(row[name] for name in SETTINGS) == settings for row in rows)
     assert (written, drawn) == ("written: lmn/lmn.csv", "written: lmn/lmn.png")
     assert Path("lmn/lmn.png").read_bytes().startswith(b"\x89PNG")

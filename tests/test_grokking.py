@@ -192,9 +192,9 @@ def test_every_row_carries_what_its_lmn_depends_on(finished):
         rows = list(csv.DictReader(file))
     assert ",".join(rows[0]) == (
         "step,train_loss,test_loss,train_accuracy,test_accuracy,l2_norm,lost_gradients,lmn_hidden_1,samples,outputs,points,"
-        "rule,method,precision,solver,negative,constant_share_hidden_1,negative_share_hidden_1"
+        "rule,method,precision,solver,negative,stabiliser,constant_share_hidden_1,negative_share_hidden_1"
     )
-    settings = ("20", "5", "21", "uniform", "path", "highest", "cpu", "absolute")
+    settings = ("20", "5", "21", "uniform", "path", "highest", "cpu", "absolute", "0.0")
     assert all(tuple(row[name] for name in lmnfast.spectrum.SETTINGS) == settings for row in rows)
     assert all(0 < float(row["negative_share_hidden_1"]) < 1 for row in rows)
 

@@ -67,7 +67,7 @@ def test_draw_writes_a_picture_for_each_layer(config, tmp_path):
         "points": 21,
         "method": "path",
     }
-    setting |= {"samples": 20 if config.p else 819, "negative": "absolute"}
+    setting |= {"samples": 20 if config.p else 819, "negative": "absolute", "stabiliser": 0.0}
     rows = [
         {"step": step} | metrics | layers | setting | shares
         for step in range(0, config.steps + 1, config.every)

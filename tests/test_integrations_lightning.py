@@ -360,6 +360,10 @@ def test_bad_settings_are_refused_at_once(kind):
         kind(X, "net.0", blocks="net.1")
     with pytest.raises(ValueError, match="layers: expected either layers or blocks, got neither"):
         kind(X)
+    with pytest.raises(ValueError, match="stabiliser: expected a number of at least 0, got -1"):
+        kind(X, "net.0", stabiliser=-1)
+    with pytest.raises(ValueError, match="stabiliser: expected a method with paths, got 1.0 with"):
+        kind(X, "net.0", stabiliser=1, method="jacobian")
 
 
 def test_patterns_blocks_and_ends_go_through_the_callback():
@@ -399,3 +403,32 @@ def test_lightning_logs_observables_and_takes_a_schedule(tmp_path):
     assert "observables" not in plain.state_key and plain.state_key != other.state_key
     with pytest.raises(ValueError, match="observables: expected among"):
         LightningCallback(X[:20], "net.0", observables="speed")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_lightning_callback_measures_with_its_stabiliser_and_resumes_rows_without_the_column(tmp_path):
+    def callbacks(*stabilisers):
+        return [LightningCallback(X[:20], "net.0", 2, stabiliser=stabiliser) for stabiliser in stabilisers]
+
+    first = callbacks(0, 0.01)
+    module = fit([*first, ModelCheckpoint(tmp_path, every_n_train_steps=4)], steps=4)
+    tail, samples = lmnfast.cut(module, "net.0", X[:20])
+    for callback, stabiliser in zip(first, (0.0, 0.01), strict=True):
+        row = callback.history[-1]
+        expected = lmnfast.lmn(tail, samples, stabiliser=stabiliser).item()
+        assert (row["step"], row["stabiliser"], row["lmn"]) == (4, stabiliser, pytest.approx(expected))
+    assert first[1].history[-1]["lmn"] > 1.01 * first[0].history[-1]["lmn"]
+    assert "stabiliser" not in first[0].state_key and "'stabiliser': 0.01" in first[1].state_key
+    (path,) = tmp_path.glob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=False)
+    for row in checkpoint["callbacks"][first[0].state_key]["rows"]:
+        del row["stabiliser"]  # as an earlier version left it
+    torch.save(checkpoint, path)
+    *resumed, other = callbacks(0, 0.01, 0.5)
+    fit([*resumed, other], ckpt_path=path, steps=6)
+    for before, after in zip(first, resumed, strict=True):
+        assert after.history[:3] == before.history and steps(after) == [0, 2, 4, 6]
+    assert steps(other) == [4, 6], "the rows of another stabiliser are not its own"
+    other.load_state_dict(checkpoint["callbacks"][first[0].state_key])
+    assert other.history == first[0].history, "also before a fit, and on other ranks"

@@ -237,3 +237,31 @@ def test_a_trainer_reports_observables_on_a_schedule_and_resumes_with_them(tmp_p
     again = watching(every="log", layers="transformer.h.1", observables=names)
     trainer_in(tmp_path, again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.history == callback.history
+
+
+def test_a_trainer_measures_with_a_stabiliser_and_resumes_rows_without_the_column(tmp_path):
+    def attached(steps):
+        trainer = trainer_in(tmp_path, steps=steps, save_strategy="steps", save_steps=4)
+        made = [watching(layers="transformer.h.1", **how) for how in ({}, {"stabiliser": 0.01})]
+        return trainer, [callback.attach(trainer) for callback in made]
+
+    trainer, first = attached(4)
+    trainer.train()
+    tail, samples = lmnfast.cut(trainer.model, "transformer.h.1", {"input_ids": IDS[:6]}, output="logits")
+    for callback, stabiliser in zip(first, (0.0, 0.01), strict=True):
+        row = callback.history[-1]
+        expected = lmnfast.lmn(tail, samples, stabiliser=stabiliser).item()
+        assert (row["step"], row["stabiliser"]) == (4, stabiliser)
+        assert row["lmn"] == pytest.approx(expected, rel=1e-5)
+    assert first[1].history[-1]["lmn"] > 1.01 * first[0].history[-1]["lmn"]
+    path = tmp_path / "lmn_history.json"
+    kept = json.loads(path.read_text())
+    plain, other = kept
+    assert "stabiliser" not in plain and json.loads(other)["stabiliser"] == 0.01
+    for row in kept[plain]["rows"]:
+        del row["stabiliser"]  # as an earlier version left it
+    path.write_text(json.dumps(kept))
+    trainer, second = attached(6)
+    trainer.train(resume_from_checkpoint=True)
+    for before, after in zip(first, second, strict=True):
+        assert after.history[:3] == before.history and steps(after) == [0, 2, 4, 6]

@@ -117,6 +117,7 @@ def test_a_row_holds_what_measuring_the_cut_gives(model, x):
             "precision": "highest",
             "solver": "cpu",
             "negative": "absolute",
+            "stabiliser": 0.0,
             "constant_share": 0.0,
             "negative_share": expected.negative_share,
             "loss": 0.5,

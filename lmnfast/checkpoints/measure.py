@@ -20,11 +20,10 @@ from .._layers import for_layers, is_pattern, match_layers
 from .._nested import mapped, tensors_in
 from .._observables import Chosen, settings_for
 from .._run_to import Cutting
-from .._settings import METHODS, Settings
+from .._settings import Settings
 from .._threads import cores
 from .._tracing import Forward, Output
 from ..cutting import chosen, cut_at
-from ..quadrature import path_nodes
 from ..runs.device import settled_device
 from ..runs.files import claimed
 from ..runs.pool import Pool
@@ -52,6 +51,7 @@ def measure_checkpoints(
     points: int = 21,
     rule: str = "uniform",
     negative: str = "absolute",
+    stabiliser: float = 0.0,
     observables: str | Sequence[str] = (),
     device: str = "auto",
     jobs: int = 1,
@@ -81,6 +81,7 @@ def measure_checkpoints(
         points: as in `connectivity`.
         rule: as in `connectivity`.
         negative: as in `lmn`.
+        stabiliser: as in `connectivity`.
         observables: as in `measure`. With several processes, the factory's module registers observables of your own.
         device: "cpu", "cuda" or "auto". "auto" is the device of the table in `out`. Without a table it is "cuda" if there is a
             CUDA device, else "cpu".
@@ -93,11 +94,12 @@ def measure_checkpoints(
 
     Returns:
         One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, outputs, points, rule,
-        method, precision, solver, negative, constant_share_LAYER, negative_share_LAYER and OBSERVABLE_LAYER for each layer, all
-        as in `Measurement`. Numbers have seven digits, as many as float32 holds, as in lmn.csv. Steps are as in `steps_of`. If
-        no name has a number, the steps are 0, 1, 2 and so on, in the order of the names.
+        method, precision, solver, negative, stabiliser, constant_share_LAYER, negative_share_LAYER and OBSERVABLE_LAYER for
+        each layer, all as in `Measurement`. Numbers have seven digits, as many as float32 holds, as in lmn.csv. Steps are as in
+        `steps_of`. If no name has a number, the steps are 0, 1, 2 and so on, in the order of the names.
 
     Raises:
+        TypeError: points is not an integer, or the stabiliser is not a number.
         ValueError: a wrong argument; a checkpoint that cannot be read, does not fit the model, or cannot be measured (the
             message names it, and the results of the checkpoints that have begun are kept); the names do not determine the
             steps, see `steps_of`; `out` holds a damaged table, or a table with other settings (the message names them);
@@ -116,9 +118,7 @@ def measure_checkpoints(
     """
     if jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    points = len(path_nodes(rule, points)[0])
+    settled = Settings(method, points, rule, stabiliser=stabiliser)
     check_negative(negative)
     asked = Chosen(observables).names
     patterns = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
@@ -132,7 +132,8 @@ def measure_checkpoints(
     with nullcontext() if out is None else claimed(Path(out)):
         stored = None if out is None or force else read_settings(Path(out))
         work = _Work(
-            factory, forward, output, batch_dim, until, blocks is not None, key, names, method, points, rule, negative, asked,
+            factory, forward, output, batch_dim, until, blocks is not None, key, names, method, settled.points, rule, negative,
+            settled.stabiliser, asked,
             settled_device(device, stored["device"] if stored else None), torch.get_float32_matmul_precision(),
         )  # fmt: skip
         settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
@@ -199,6 +200,7 @@ class _Work:
     points: int
     rule: str
     negative: str
+    stabiliser: float
     observables: tuple[str, ...]
     device: str
     precision: str
@@ -222,7 +224,8 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
     for layer in work.layers:
         try:
             tail, samples = cut_at(model, layer, inputs, work.cutting(call))
-            settings = settings_for(asked, Settings(work.method, work.points, work.rule))
+            settings = Settings(work.method, work.points, work.rule, stabiliser=work.stabiliser)
+            settings = settings_for(asked, settings)
             (enqueued,) = measured(tail, samples, settings)
             warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")
             m = measurement(enqueued, settings, work.negative)

@@ -101,7 +101,7 @@ def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         columns = _columns(settings["layers"], settings["observables"] or ())
         rows = read_table(path, columns, encoding="utf-8-sig")
-        fixed = {name: settings[name] for name in ("points", "rule", "method", "negative")}
+        fixed = {name: settings[name] for name in ("points", "rule", "method", "negative", "stabiliser")}
         if any(row | fixed != row for row in rows) or len({row["checkpoint"] for row in rows}) < len(rows):
             raise ValueError("a row is not of this table")
     except LacksColumns as error:
@@ -112,7 +112,8 @@ def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_settings(out: Path) -> dict[str, Any] | None:
-    """The settings of the table in a directory; None if it has no rows.
+    """The settings of the table in a directory; None if it has no rows. Without a stabiliser, as earlier versions wrote them,
+    they are read as with stabiliser 0.
 
     Raises:
         ValueError: lmn.json is missing or damaged.
@@ -133,7 +134,7 @@ def read_settings(out: Path) -> dict[str, Any] | None:
         raise ValueError(f"out: {out} holds lmn.csv but no lmn.json; --force deletes it") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"out: cannot read {path}: {in_one_line(error)}; --force begins anew") from None
-    return stored
+    return {"stabiliser": 0.0, **stored}
 
 
 def _version(path: str) -> list[int | str]:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._observables import Chosen
-from .._settings import METHODS
+from .._settings import Settings
 from ..probe import Probe
-from ..quadrature import path_nodes
 from ..runs.device import check_device, settled_device
 from ..spectrum import check_negative
 from .model import ACTIVATION_MODULES, DEPTH, HIDDEN, INITS, layers_of, make_model
@@ -65,6 +64,8 @@ class Config:
     samples is not an estimate of the LMN of all samples."""
     negative: str = "absolute"
     """What negative eigenvalues count, as in `lmnfast.lmn`."""
+    stabiliser: float = 0.0
+    """Is added to the denominators of r2, as in `lmnfast.connectivity`; 8e-8 gives the paper's numbers at step 0."""
     observables: tuple[str, ...] = ()
     """Numbers that are measured beside LMN, as `lmnfast.observables` lists them."""
     init: str = "default"
@@ -108,11 +109,10 @@ class Config:
             raise ValueError(
                 f"layers: expected some of {', '.join(known_layers)}, each once, got {', '.join(self.layers)}"
             )
-        object.__setattr__(self, "points", len(path_nodes(self.rule, self.points)[0]))
+        Settings(self.method, self.points, self.rule, stabiliser=self.stabiliser)
         check_negative(self.negative)
         object.__setattr__(self, "observables", Chosen(self.observables).names)
         for name, known in (
-            ("method", METHODS),
             ("init", INITS),
             ("activation", tuple(ACTIVATION_MODULES)),
             ("optimizer", OPTIMIZERS),
@@ -144,9 +144,9 @@ class Config:
                 object.__setattr__(self, name, None if optional else operator.index(value))
             except TypeError:
                 raise ValueError(f"{name}: expected an integer, got {value!r}") from None
-        for name in ("learning_rate", "weight_decay", "train_fraction"):
+        for name in ("learning_rate", "weight_decay", "train_fraction", "stabiliser"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
@@ -235,5 +235,6 @@ def probe_of(
         points=config.points,
         rule=config.rule,
         negative=config.negative,
+        stabiliser=config.stabiliser,
         observables=tuple(dict.fromkeys(("lmn", *observables))) if observables else (),
     )

@@ -35,6 +35,7 @@ def measure(
     method: str | Sequence[str] | None = None,
     samples: int | None = None,
     negative: str | None = None,
+    stabiliser: float | None = None,
     observables: str | Sequence[str] | None = None,
     device: str = "auto",
     every: int = 1,
@@ -52,6 +53,7 @@ def measure(
         method: as in `Config`; or several methods, whose numbers become columns beside each other.
         samples: as in `Config`.
         negative: as in `Config`.
+        stabiliser: as in `Config`.
         observables: as in `Config`.
         device: as in `Config`.
         every: only steps that are multiples of this number are measured.
@@ -61,8 +63,8 @@ def measure(
     Returns:
         The path of the written table, RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, and its rows. The columns of numbers are
         lmn_LAYER, or with several methods lmn_LAYER_METHOD. If not all training samples are measured, the file's name also has
-        -NUMBERsamples. If negative eigenvalues count as 0, it also has -clip, with observables -and-NAMES, and with `until`
-        -until-LAYER.
+        -NUMBERsamples. If negative eigenvalues count as 0, it also has -clip, with a stabiliser above 0 -stabiliserNUMBER, with
+        observables -and-NAMES, and with `until` -until-LAYER.
 
     Raises:
         ValueError: not a run; a damaged run; no checkpoint; the existing table has more steps; an argument that `Config`
@@ -77,14 +79,16 @@ def measure(
         raise ValueError(
             f"method: expected some of {', '.join(METHODS)}, each once, got {', '.join(methods)}"
         )
-    given = {"layers": layers, "points": points, "rule": rule, "samples": samples, "negative": negative}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {"layers": layers, "points": points, "rule": rule, "samples": samples}
+    given |= {"negative": negative, "stabiliser": stabiliser}
+    changes = {name: value for name, value in given.items() if value is not None}
     configs = [replace(stored, device=device, method=name, **changes).settled() for name in methods]
     config, together = configs[0], "+".join(methods)
     beside = Chosen(stored.observables if observables is None else observables).names
     name = f"measure-{'+'.join(config.layers)}-{together}-{config.rule}{config.points}"
     name += "" if config.samples is None else f"-{config.samples}samples"
     name += "" if config.negative == "absolute" else f"-{config.negative}"
+    name += f"-stabiliser{config.stabiliser!r}" if config.stabiliser else ""
     name += f"-and-{'+'.join(beside)}" if beside else ""
     name += "" if until is None else f"-until-{until}"
     table = path / f"{name}.csv"

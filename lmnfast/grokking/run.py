@@ -156,7 +156,7 @@ def read_metrics(path: Path, config: Config) -> list[dict]:
     file = path / "metrics.csv"
     rows = _rows_of(file, config)
     expected = {"samples": config.samples or config.trained_on} | {
-        name: getattr(config, name) for name in ("points", "rule", "method", "negative")
+        name: getattr(config, name) for name in ("points", "rule", "method", "negative", "stabiliser")
     }
     for number, row in enumerate(rows):
         if row["step"] != number * config.every or any(row[name] != expected[name] for name in expected):
@@ -334,7 +334,10 @@ def _some_of(names: Iterable[str]) -> str:
 
 _LAYERS = r"(?:embedding|hidden_\d+(?:_pre)?)"
 _SOME_LAYERS = rf"{_LAYERS}(?:\+{_LAYERS})*"
-_MEASURED = rf"-{_SOME_LAYERS}-{_some_of(METHODS)}-{_some_of(RULES)}\d+(?:-\d+samples)?(?:-clip)?(?:-and-\w+(?:\+\w+)*)?"
+_MEASURED = (
+    rf"-{_SOME_LAYERS}-{_some_of(METHODS)}-{_some_of(RULES)}\d+"
+    r"(?:-\d+samples)?(?:-clip)?(?:-stabiliser[\d.e+-]+)?(?:-and-\w+(?:\+\w+)*)?"
+)
 # By folder, the names of the files that a run writes in addition to its config, and of the parts that a killed write leaves.
 OWN = {
     folder: re.compile(rf"(?:{names})(?:\.\d+\.part)?")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._nested import mapped, tensors_in
 from .._observables import Chosen
 from .._schedule import Every, Schedule
+from .._settings import Settings, completed
 from .._undisturbed import sharding_of
 from ..cutting import chosen
 from ..probe import Probe, Writer
@@ -93,8 +94,9 @@ class Plan:
         settings: the other arguments of `Probe`.
 
     Raises:
-        TypeError: `Probe` has no such argument.
-        ValueError: every < 1 or without a step; an unknown observable; not exactly one of layers and blocks is given.
+        TypeError: `Probe` has no such argument; points is not an integer, or the stabiliser is not a number.
+        ValueError: every < 1 or without a step; an unknown method, rule or observable; points, budget or stabiliser out of
+            range, or a stabiliser with method "jacobian"; not exactly one of layers and blocks is given.
     """
 
     def __init__(
@@ -105,10 +107,12 @@ class Plan:
         Schedule(every)
         bound.apply_defaults()
         given = {name: value for name, value in bound.arguments.items() if name not in NOT_IDENTITY}
-        if observables := Chosen(
-            given.pop("observables")
-        ).names:  # rows without them are known by what they were before
-            given["observables"] = observables
+        measuring = ("method", "points", "rule", "budget", "stabiliser")
+        checked = Settings(*(bound.arguments[name] for name in measuring))
+        later = {"observables": Chosen(given.pop("observables")).names, "stabiliser": checked.stabiliser}
+        del given["stabiliser"]
+        # Rows without these are known by what they were before there were any.
+        given |= {name: value for name, value in later.items() if value}
         for name in ("layers", "blocks"):
             given[name] = [given[name]] if isinstance(given[name], str) else given[name]
         self.identity = {name: _plain(value) for name, value in given.items()} | {"inputs": _digest(inputs)}
@@ -159,6 +163,11 @@ def state_of(probe: Probe) -> dict[str, Any]:
     """The state that a resumed training needs: the last step seen, and the rows, as plain values."""
     state = probe.state_dict()
     return {"step": state["next_step"] - 1, "rows": state["rows"]}
+
+
+def kept_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A result of `state_of`, maybe of a version without the column stabiliser: its rows have stabiliser 0."""
+    return {**state, "rows": [completed(row) for row in state["rows"]]}
 
 
 class _StepWriter:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .._schedule import Every
 from ..probe import Probe
 from ..runs.files import write_file
-from .common import Plan, named, new_state, refuse_sharded, required, state_of
+from .common import Plan, kept_state, named, new_state, refuse_sharded, required, state_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -54,11 +54,12 @@ class LMNCallback(Callback):
             trainer's precision gives its batches.
         layers: as in `Probe`; names begin at the LightningModule.
         every: as in `Probe`, in optimizer steps.
-        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, observables, budget, forward,
-            output, batch_dim, compile, writers).
+        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, stabiliser, observables,
+            budget, forward, output, batch_dim, compile, writers).
 
     Raises:
-        ValueError: every < 1; at the start of a fit, if the strategy shards parameters (FSDP, DeepSpeed).
+        TypeError, ValueError: a setting that no row can have, as every < 1 or a stabiliser below 0. ValueError also at the
+            start of a fit, if the strategy shards parameters (FSDP, DeepSpeed).
 
     Example:
         Whole in examples/lightning_callback.py::
@@ -154,7 +155,7 @@ class LMNCallback(Callback):
         return state_of(self._probe) if self._probe else self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state, self._probe = state_dict, None
+        self._state, self._probe = kept_state(state_dict), None
 
     def _log(self, trainer: Trainer, step: int, by_layer: dict[str, dict[str, float]]) -> None:
         assert self._probe is not None

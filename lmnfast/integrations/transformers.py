@@ -46,11 +46,12 @@ class LMNCallback(TrainerCallback):
         layers: as in `Probe`.
         every: as in `Probe`, in optimizer steps.
         output: selects the output of the model that counts, as in `cut`. With until or blocks, "logits" selects nothing.
-        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, observables, budget, forward,
-            batch_dim, compile, writers).
+        settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, stabiliser, observables,
+            budget, forward, batch_dim, compile, writers).
 
     Raises:
-        ValueError: every < 1; at the start of a training that shards parameters (FSDP, DeepSpeed).
+        TypeError, ValueError: a setting that no row can have, as every < 1 or a stabiliser below 0. ValueError also at the
+            start of a training that shards parameters (FSDP, DeepSpeed).
 
     Example:
         Whole in examples/huggingface_trainer.py::

@@ -28,7 +28,8 @@ class CSVWriter:
 
     The writer appends to the rows of an earlier run only with `resume`. It then cuts off an unfinished last line, which a
     killed run may leave. It does not write a row that is in the file already, equal in every column. If a step is measured
-    again with another result, the file has both rows, the later result last.
+    again with another result, the file has both rows, the later result last. Rows of a version without the column stabiliser
+    get stabiliser 0.
 
     Args:
         path: the file. Missing folders are made at the first row.
@@ -69,6 +70,8 @@ class CSVWriter:
         # The file is prepared at the first row: several processes of a training may make a writer, but only one writes.
         if self._columns is None:
             self._columns = self._begin()
+        if "stabiliser" in row and "negative" in self._columns and "stabiliser" not in self._columns:
+            self._add_columns(["stabiliser"], 0.0)
         if self._there:
             (line,) = csv_entries(csv_line(row.get(name, "") for name in self._columns).decode())
             if set(row) <= set(self._columns) and self._there[tuple(line)] > 0:
@@ -103,13 +106,14 @@ class CSVWriter:
         self._there = Counter(map(tuple, rows))
         return columns
 
-    def _add_columns(self, new: list[str]) -> None:
+    def _add_columns(self, new: list[str], value: str | float = "") -> None:
         assert self._columns is not None
         rows = self._read()[1]
         self._columns += new
-        lines = [self._columns, *(row + [""] * len(new) for row in rows)]
+        values = [str(value)] * len(new)
+        lines = [self._columns, *(row + values for row in rows)]
         write_file(self.path, b"".join(map(csv_line, lines)))
-        self._there = Counter({(*line, *[""] * len(new)): count for line, count in self._there.items()})
+        self._there = Counter({(*line, *values): count for line, count in self._there.items()})
 
     def close(self) -> None:
         """Ends the run. A later row begins a new run. No file is open between rows."""

@@ -1,8 +1,8 @@
 """CSV tables with known columns, and a check of the settings with which a table was made.
 
 The name of a column determines the type of its values: INTEGERS, WORDS, or else floats. Floats are written with seven digits,
-as many as float32 holds. A float that is read from a table and written again does not change. A step is written in full; it may
-be an integer or a fraction.
+as many as float32 holds. A float that is read from a table and written again does not change. EXACT floats are written in full:
+a step, which may be an integer or a fraction, and settings.
 """
 
 import csv
@@ -14,13 +14,15 @@ from typing import Any
 
 from .._nested import first_names
 from .._observables import observables
+from .._settings import completed
 from ..spectrum import SETTINGS, SHARES
 from .files import write_file
 
 INTEGERS = ("samples", "outputs", "points", "seed", "lost_gradients")
+EXACT = ("step", "stabiliser")
 WORDS = (
     *("run", "task", "activation", "layer", "checkpoint", "question", "variant"),
-    *(name for name in SETTINGS if name not in INTEGERS),
+    *(name for name in SETTINGS if name not in (*INTEGERS, *EXACT)),
 )
 
 
@@ -40,7 +42,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 
 def _written(column: str, value: Any) -> Any:
-    return f"{value:.7g}" if isinstance(value, float) and column != "step" else value
+    return f"{value:.7g}" if isinstance(value, float) and column not in EXACT else value
 
 
 def csv_line(values: Iterable[Any]) -> bytes:
@@ -65,7 +67,8 @@ def read_table(
     optional: Collection[str] = (),
     encoding: str = "utf-8",
 ) -> list[dict[str, Any]]:
-    """The rows of a table that `write_table` wrote.
+    """The rows of a table that `write_table` wrote. A table of measurements without the column stabiliser, as earlier versions
+    wrote them, is read as with stabiliser 0.
 
     Args:
         path: the file.
@@ -81,11 +84,13 @@ def read_table(
     if not text.endswith("\n"):
         raise ValueError("its last line has no end")
     head, *lines = csv_entries(text, strict=True)
-    _check_head(head, columns)
+    lacks = "negative" in head and "stabiliser" not in head and "stabiliser" in (columns or SETTINGS)
+    _check_head(head, [name for name in columns if name != "stabiliser"] if columns and lacks else columns)
     for number, line in enumerate(lines, 2):
         if len(line) != len(head):
             raise ValueError(f"expected {len(head)} entries in line {number}, got {len(line)}")
-    return [{name: _typed(name, entry, optional) for name, entry in zip(head, line)} for line in lines]
+    rows = [{name: _typed(name, entry, optional) for name, entry in zip(head, line)} for line in lines]
+    return [completed(row) for row in rows] if lacks else rows
 
 
 def _check_head(head: Sequence[str], columns: Sequence[str] | None) -> None:
