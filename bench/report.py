@@ -60,6 +60,7 @@ PARTS = {  # the text of the document about each bench/bench_PART.py
     "which the floor leaves out and the rivals' Gram forms get wrong.",
     "check_outputs": "Floor: the largest and the smallest of the same values. Made for CUDA, where it is one kernel "
     "in place of thirty; on the CPU every check is made before the work that follows it, and this op is not used.",
+    "estimate": "A draw of pairs, and PyTorch by hand on the same pairs. All pairs, and LMN alone, for comparison. No floor.",
     "spectral_entropy": "Floor: a sum of the same values. A logarithm of each is dearer than an addition; at 768 values "
     "it is the call that takes the time.",
     "symmetric_eigenvalues": "On the CPU this is LAPACK, on one core up to N = 1024 for the same bits. Floor: two thirds of "

@@ -177,4 +177,4 @@ class _PolynomialMoments:
     def _added(self, scale: Tensor) -> Tensor:
         """The stabiliser where outputs are divided by `scale`, within the limits of scaled_stabiliser in csrc/statistics.h."""
         least = torch.finfo(scale.dtype).smallest_normal if self.stabiliser else 0.0
-        return (self.stabiliser / scale / scale).clamp(least, TOTALS[scale.dtype][1])
+        return (scale.new_tensor(self.stabiliser) / scale / scale).clamp(least, TOTALS[scale.dtype][1])

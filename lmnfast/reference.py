@@ -55,7 +55,8 @@ def r2_of_outputs(
         (..., outputs) of y's dtype, and (..., outputs) bool.
     """
     covariance, variance, variance_t, scale, constant = _moments(y, nodes, weights, rounding)
-    added = (stabiliser / scale) / scale  # in the units of the other two
+    # In the units of the other two. A float over a tensor would be the float times 1 / tensor, which overflows.
+    added = scale.new_tensor(stabiliser) / scale / scale
     r2 = covariance**2 / (variance_t * variance + added)
     return torch.where(constant, 0.0 if stabiliser else 1.0, r2), constant
 
@@ -78,7 +79,7 @@ def pooled_r2_of_outputs(
     factor = torch.where(constant, 0.0, (scale / common) ** 2)
     on_line, all_of_it = (covariance**2 * factor).sum(-1), variance_t * (variance * factor).sum(-1)
     common = common.squeeze(-1)
-    r2 = on_line / (all_of_it + (stabiliser / common) / common)
+    r2 = on_line / (all_of_it + common.new_tensor(stabiliser) / common / common)
     return torch.where(constant.all(-1), 0.0 if stabiliser else 1.0, r2)
 
 
