@@ -20,6 +20,7 @@ from lmnfast.paper.curves import (
     second_rise,
 )
 from lmnfast.paper.study import Seed
+from lmnfast.paper.text import number
 
 
 def test_an_interval_is_a_bootstrap_of_the_median():
@@ -161,6 +162,7 @@ def test_the_second_rise_is_the_largest_after_the_peak_and_before_the_papers_end
     assert (rise.valley_step, rise.valley, rise.top_step, rise.top) == (600, 10, 700, 18)
     assert peak(run(lmn, generalised=8))["step"] == 200
     assert second_rise(run(lmn)) is None
+    assert second_rise(run(lmn[:150], generalised=8)) is None  # too short to tell
 
 
 def test_the_papers_numbers_are_those_of_its_own_curves():
@@ -199,3 +201,18 @@ def test_numbers_are_compared_within_their_bounds():
 def test_a_statistic_counts_the_seeds_that_have_it():
     statistic = Statistic("name", "s4", "", "1", (1.0, math.nan, 3.0), "")
     assert statistic.middle == 2 and statistic.known == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.0, "0"),
+        (-200.0, "-200"),
+        (1.5e-4, "1.5e-04"),
+        (0.25, "0.250"),
+        (math.nan, "-"),
+        (math.inf, "never"),
+    ],
+)
+def test_numbers_as_text(value, text):
+    assert number(value) == text

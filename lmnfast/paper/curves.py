@@ -76,10 +76,11 @@ class Rise:
 
 
 def second_rise(run: Run) -> Rise | None:
-    """The largest rise of LMN between its peak after memorisation and PAPER_ENDS; None if the run has not generalised."""
+    """The largest rise of LMN between its peak after memorisation and PAPER_ENDS; None if the run has not generalised, or is
+    shorter."""
     first = peak(run)["step"]
     rows = [row for row in run.rows if first <= row["step"] <= PAPER_ENDS]
-    if run.generalised is None or not rows:
+    if run.generalised is None or not rows or run.rows[-1]["step"] < PAPER_ENDS:
         return None
     best, valley = None, rows[0]
     for row in rows:

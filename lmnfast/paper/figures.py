@@ -183,7 +183,7 @@ def _panels(seeds: dict[str, list[Seed]], path: Path, panel: Callable, ylabel: s
         for axes, members in zip(row, seeds.values(), strict=True):
             panel(axes, members)
         row[0].set_ylabel(ylabel)
-        figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(seeds))
         return save(figure, path, **SMALL)
 
 

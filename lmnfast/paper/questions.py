@@ -237,8 +237,8 @@ def _number_of_samples(members: Members, moments: Sequence[int]) -> list[str]:
 def _number_of_outputs(members: Members) -> list[str]:
     kinds = ("LMN", "curvature", "pooled_curvature")
     text = (
-        "The hidden layers of the untrained network with K random outputs in place of its own, N training samples. LMN falls "
-        "with K, the curvatures do not: LMN of tasks with different K are not comparable."
+        "The hidden layers of the untrained network with K random outputs in place of its own, N training samples. LMN of "
+        "tasks with different K are not comparable. The pooled curvature of one output is the curvature."
     )
     return _question(
         "How does LMN depend on the number of outputs?",
