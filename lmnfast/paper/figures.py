@@ -221,10 +221,10 @@ def draw_second_rise(seeds: Sequence[Seed], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     paper = paper_curves(seeds[0].run.config.task)
-    columns = min(4 if len(seeds) <= 8 else 8, len(seeds))
+    columns, size = (min(4, len(seeds)), 3.2) if len(seeds) <= 8 else (8, 1.9)
     with rc_context(STYLE):
         rows = -(-len(seeds) // columns)
-        figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+        figure = Figure(figsize=(size * columns, 0.8 * size * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
         for axes, seed in zip(grid, seeds):
             run = seed.run
