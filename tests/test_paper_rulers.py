@@ -7,7 +7,12 @@ import pytest
 import torch
 from runs_of_values import run
 
-from lmnfast.paper import claims, figures, maps, questions, rulers
+import lmnfast
+from lmnfast.grokking.config import Config, start
+from lmnfast.grokking.run import load_checkpoint
+from lmnfast.grokking.training import train
+from lmnfast.paper import answers, claims, figures, maps, questions, rulers
+from lmnfast.paper.curves import Rise
 from lmnfast.paper.study import Seed
 
 LMN = [24, 15, 30, 28, 22, 20, 14, 10, 8, 8]
@@ -136,8 +141,42 @@ def test_a_random_matrix_has_no_such_clusters():
     assert max(found.values()) < 0.1
 
 
+def test_samples_of_a_group_with_smaller_entries_do_not_share_a_map():
+    same = maps.patterns(PAIRS.numpy(), 1, 2)
+    found = maps.scores(torch.tensor(np.where(same[:, None] == same, 0.5, 1.0)), PAIRS, "valley")
+    assert found["share, a bit, 2 patterns"] < 1e-3  # the other bits, by chance
+    answer = PAIRS[:, 0] ^ PAIRS[:, 1]
+    found = maps.scores(torch.where(answer[:, None] == answer, 1.0, 0.5), PAIRS, "top")
+    assert found["share, the answer"] == pytest.approx(1) and found["index, the answer"] == pytest.approx(1)
+
+
 def test_a_matrix_of_equal_entries_is_explained_by_nothing():
     assert maps.explained(np.ones(10), [np.arange(10) > 4]) == 0.0
+    assert maps.explained(np.arange(10.0), [np.ones(10)]) == 0.0
+
+
+def test_maps_are_measured_at_the_valley_and_the_top_of_a_second_rise_once(tmp_path, monkeypatch):
+    config = Config("xor", bits=3, steps=20, every=10, threads=1, device="cpu")
+    path = train(config, tmp_path / "run").path
+    monkeypatch.setattr(answers, "second_rise", lambda _: Rise(10, 15, 20, 16))
+    asked = answers.Answers(tmp_path / "answers.csv", path, {"points": 9, "rule": "lobatto"})
+    asked.maps()
+    assert asked.rows == []  # a rise by less than a tenth
+    monkeypatch.setattr(answers, "second_rise", lambda _: Rise(10, 15, 20, 20))
+    asked.maps()
+    rows = answers.read_answers(tmp_path / "answers.csv")
+    places = {(row["variant"].partition(":")[0], row["step"]) for row in rows if row["question"] == "maps"}
+    assert places == {("valley", 10), ("top", 20)}
+    task, model = start(config)
+    load_checkpoint(model, path, 20)
+    L = lmnfast.connectivity(*lmnfast.cut(model, "hidden_1", task.train_inputs), points=9, rule="lobatto")
+    expected = maps.scores(L, task.train_inputs, "top")
+    found = {row["variant"]: row["value"] for row in rows}
+    assert {
+        f"top: {name}": pytest.approx(value, abs=1e-6) for name, value in expected.items()
+    }.items() <= found.items()
+    monkeypatch.setattr(answers, "_of_maps", lambda *_: pytest.fail("measured again"))
+    answers.Answers(tmp_path / "answers.csv", path, {}).maps()
 
 
 def test_the_table_of_maps_has_all_groupings_and_no_seed_is_no_table():

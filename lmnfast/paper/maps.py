@@ -47,9 +47,9 @@ def scores(L: Tensor, inputs: Tensor, place: str) -> dict[str, float]:
 
     Returns:
         By "index, GROUPING" the largest adjusted Rand index of a grouping of this name, and as many clusters as it has groups;
-        by "index of so many clusters as LMN, GROUPING" that of 15 or 20 clusters; by "share, GROUPING" the share of the
-        variance of L's entries beside the diagonal that the groupings of this name explain together, by least squares on
-        whether the two samples are in the same group. 0 is the expectation of the index of random clusters.
+        by "index of COUNT clusters, GROUPING" that of 15 or 20 clusters; by "share, GROUPING" the share of the variance of L's
+        entries beside the diagonal that the groupings of this name explain together, by least squares with weights of at least
+        0, on whether the two samples are in the same group. 0 is the expectation of the index of random clusters.
     """
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
@@ -77,11 +77,19 @@ def scores(L: Tensor, inputs: Tensor, place: str) -> dict[str, float]:
 
 
 def explained(entries: np.ndarray, same: Iterable[np.ndarray]) -> float:
-    """The share of the variance of the entries that a linear function of these columns explains."""
+    """The share of the variance of the entries that these columns explain together, with weights of at least 0: samples that
+    share a map have larger entries."""
+    from scipy.optimize import nnls
+
     columns = np.stack([column.astype(float) for column in same])
     columns -= columns.mean(1, keepdims=True)
     centred = entries - entries.mean()
-    if not (total := centred @ centred) > 0:
+    total = centred @ centred
+    if not (total > 0 and columns.any()):
         return 0.0
-    product = columns @ centred
-    return float(product @ np.linalg.lstsq(columns @ columns.T, product, rcond=None)[0] / total)
+    # The same least squares with as many equations as columns: r.T @ r is the columns' matrix of products.
+    values, vectors = np.linalg.eigh(columns @ columns.T)
+    kept = values > 1e-10 * values.max()
+    r = np.sqrt(values[kept, None]) * vectors[:, kept].T
+    target = vectors[:, kept].T @ (columns @ centred) / np.sqrt(values[kept])
+    return float((target @ target - nnls(r, target)[1] ** 2) / total)

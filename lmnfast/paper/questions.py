@@ -144,8 +144,8 @@ def _maps(seeds: list[Seed]) -> list[str]:
         "or without order (three); two patterns: whether the answer's bit is set. The network does not know which of the 31 "
         "parities are the bits, so any parity is tried as well. Index: the largest adjusted Rand index (0: random, 1: equal) "
         "of such a grouping and the clusters of L (average linkage on 1 - L), as many as groups, or 15 or 20. "
-        "Share: of the variance of L's entries that all groupings of a kind explain together. Medians and ranges of the seeds "
-        "with a second rise."
+        "Share: of the variance of L's entries that all groupings of a kind explain together, if samples of one group have "
+        "larger entries. Medians and ranges of the seeds with a second rise."
     )
     kinds = list(
         dict.fromkeys(
