@@ -70,6 +70,13 @@ def test_a_claim_about_the_mean_or_about_all_seeds_is_judged_by_that():
     )
 
 
+def test_the_seconds_of_all_answers_count_also_those_of_one_step():
+    rows = [
+        answers.row("seconds", "", step, "", 0, seconds) for step, seconds in ((0, 1.5), (0, 2.0), (20, 3.0))
+    ]
+    assert Seed(run([1, 1]), None, rows).seconds == 6.5
+
+
 def test_the_papers_rank_among_the_seeds():
     def rank(*values):
         return Statistic("", "s4", "", "20.2", values, "").rank

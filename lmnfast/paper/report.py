@@ -303,7 +303,7 @@ def _how(members: dict[str, list[Seed]], study: Study, command: str) -> list[str
         if run is not None
     ]
     training, measuring = (sum(run.seconds[name] for run in runs) for name in ("training", "measuring"))
-    answers = sum(sum(seed.answer("seconds").values()) for seeds in members.values() for seed in seeds)
+    answers = sum(seed.seconds for seeds in members.values() for seed in seeds)
     main = [seed.run for seeds in members.values() for seed in seeds]
     native = _native.info()
     return [

@@ -266,6 +266,11 @@ class Seed:
             return self.answer("samples", "train")
         return self.answer("layers", "exact", layer)
 
+    @property
+    def seconds(self) -> float:
+        """The time of all answers but the regions of ReLU."""
+        return sum(row["value"] for row in self.answers if row["question"] == "seconds")
+
     def of_sizes(self, step: int, question: str = "number") -> dict[int, float]:
         """LMN of random samples, by the number of samples; empty if the step has no such values. question: "number", or
         "number, curvature" for the pooled curvature."""
