@@ -23,7 +23,7 @@ from .grokking.model import ACTIVATION_MODULES, INITS, LAYERS
 from .grokking.run import Run
 from .grokking.tasks import TASKS
 from .grokking.training import train
-from .paper.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, Study, run_study
+from .paper.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, QUICK_SEEDS, SEEDS, Study, run_study
 from .quadrature import RULES
 from .runs.device import DEVICES, refuse_unusable
 from .spectrum import NEGATIVE
@@ -228,8 +228,8 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
     paper.add_argument(
         "--seeds",
         type=int,
-        help=f"of every task, from 0 on (8; 2 with --quick); a verdict takes {FEWEST_FOR_VERDICT}, an interval "
-        f"{FEWEST_FOR_INTERVAL}",
+        help=f"of every task, from 0 on ({SEEDS}; {QUICK_SEEDS} with --quick); a verdict takes {FEWEST_FOR_VERDICT}, an "
+        f"interval {FEWEST_FOR_INTERVAL}",
     )
     paper.add_argument(
         "--tasks", nargs="+", default=["all"], choices=("all", *TASKS), metavar="TASK",
@@ -241,7 +241,7 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
         "--quick",
         action="store_true",
         default=False,
-        help="1000 steps: a look at everything in minutes, no reproduction",
+        help=f"{QUICK.steps} steps: XOR groks, the other tasks memorise; a look at everything in minutes",
     )
 
 
@@ -313,7 +313,7 @@ def _paper(options: argparse.Namespace) -> None:
 
     study = QUICK if options.quick else Study()
     tasks = tuple(TASKS) if "all" in options.tasks else tuple(dict.fromkeys(options.tasks))
-    seeds = getattr(options, "seeds", 2 if options.quick else 8)
+    seeds = getattr(options, "seeds", QUICK_SEEDS if options.quick else SEEDS)
     jobs = getattr(options, "jobs", 1 if torch.cuda.is_available() else cores())
     _say_jobs(jobs)
     out = Path(options.out)

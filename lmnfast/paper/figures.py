@@ -17,8 +17,11 @@ from ..grokking.figures import ACCURACY, L2, LMN, paper_curves
 from ..grokking.run import Run, load_checkpoint
 from ..runs.figures import BLACK, ORANGE, PURPLE, SKY, save
 from ..spectrum import eigenvalues, linear_mapping_number
-from .claims import COLUMN, PAPER_ENDS, generalising, second_rise
-from .study import LAYER, RULES, STAND_INS, Seed
+from .answers import EPSILON, RULES, STAND_INS
+from .claims import PAPER, at_start
+from .curves import COLUMN, LAYER, PAPER_ENDS, generalising, second_rise
+from .rulers import Ruler, rulers
+from .study import Seed
 
 # With 256 colours a file has a third of the bytes. A figure with a colour bar needs all colours.
 SMALL = {"dpi": 110, "colours": 256}
@@ -152,7 +155,7 @@ def _band_of(axes: Any, tables: Sequence[dict[int, float]], label: str, colour: 
 
 
 def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
-    """Figure 3: LMN of every layer. A Linear between two layers does not change LMN."""
+    """Figure 3: LMN of every layer, of the seeds that have it. A Linear between two layers does not change LMN."""
     layers = {
         "embedding (and before the first SiLU)": ("embedding", ACCURACY),
         "hidden_1 (and before the second SiLU)": (LAYER, LMN),
@@ -161,7 +164,9 @@ def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
 
     def panel(axes: Any, members: list[Seed]) -> None:
         for label, (layer, colour) in layers.items():
-            _band_of(axes, [seed.lmn(layer) for seed in members], label, colour)
+            _band_of(axes, [seed.lmn(layer) for seed in members if seed.relu is not None], label, colour)
+        tables = [seed.answer("layers", "stabilised") for seed in members if seed.relu is not None]
+        _band_of(axes, tables, f"hidden_2, {EPSILON} in r²", PURPLE)
         axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
 
     return _panels(seeds, path, panel, "LMN")
@@ -178,7 +183,7 @@ def _panels(seeds: dict[str, list[Seed]], path: Path, panel: Callable, ylabel: s
         for axes, members in zip(row, seeds.values(), strict=True):
             panel(axes, members)
         row[0].set_ylabel(ylabel)
-        figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(seeds))
         return save(figure, path, **SMALL)
 
 
@@ -216,10 +221,10 @@ def draw_second_rise(seeds: Sequence[Seed], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     paper = paper_curves(seeds[0].run.config.task)
-    columns = min(4, len(seeds))
+    columns, size = (min(4, len(seeds)), 3.2) if len(seeds) <= 8 else (8, 1.9)
     with rc_context(STYLE):
         rows = -(-len(seeds) // columns)
-        figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+        figure = Figure(figsize=(size * columns, 0.8 * size * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
         for axes, seed in zip(grid, seeds):
             run = seed.run
@@ -245,17 +250,13 @@ def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 7.6), layout="constrained")
         (init, nodes, number), (samples, negative, stand_ins) = figure.subplots(2, 3)
-        paper = paper_curves(seeds[0].run.config.task)
-        for label, runs, colour in (
-            ("default", [seed.run for seed in seeds], LMN),
-            ("lecun-first", [seed.lecun for seed in seeds], ACCURACY),
-        ):
-            rows = [row for row in runs[0].rows if row["step"] <= seeds[0].lecun.config.steps]
-            curves = [[row[COLUMN] for row in run.rows[: len(rows)]] for run in runs]
-            _band(init, [row["step"] for row in rows], curves, label, colour)
-        early = [(s, v) for s, v in zip(paper["step"], paper["lmn"]) if s <= seeds[0].lecun.config.steps]
-        init.plot(*zip(*early), "k.", label="the paper's") if early else None
-        init.set(title="Initialisation", xlabel="Training step", ylabel="LMN", ylim=(0, None))
+        for k, how in enumerate(("exact", "stabilised")):
+            values = [at_start(seed, f"{how}: LMN") for seed in seeds]
+            init.plot([k] * len(values), values, ".", color=(LMN, ACCURACY)[k])
+        paper = PAPER[seeds[0].run.config.task]["LMN at step 0"]
+        init.axhline(paper, color="#888888", linestyle=":", label="the paper's")
+        init.set_xticks((0, 1), ("r² as defined", f"{EPSILON} in r²"))
+        init.set(title="Step 0", ylabel="LMN", xlim=(-0.5, 1.5), ylim=(0, None))
 
         for k, (rule, points) in enumerate(RULES):
             errors = [relative_errors(seed, "nodes", f"{rule} {points}") for seed in seeds]
@@ -268,7 +269,7 @@ def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
 
         steps = sorted({row["step"] for row in seeds[0].answers if row["question"] == "number"})
         for step, colour in zip(steps, (ACCURACY, LMN, L2, *MORE)):
-            _band_of(number, [seed.lmn_of_sizes(step) for seed in seeds], f"step {step}", colour)
+            _band_of(number, [seed.of_sizes(step) for seed in seeds], f"step {step}", colour)
         number.set(title="Number of samples N", xscale="log", yscale="log", xlabel="N", ylabel="LMN")
 
         _over_steps(samples, seeds, "samples", ("train", "both", "test", "train, as many as test"))
@@ -308,10 +309,40 @@ def draw_regions(seeds: dict[str, list[Seed]], path: Path) -> Path:
     """ReLU networks: LMN, and the number of linear regions that the samples lie in, over training."""
 
     def panel(axes: Any, members: list[Seed]) -> None:
-        steps = [row["step"] for row in members[0].relu.rows]
-        _band(axes, steps, [[row[COLUMN] for row in seed.relu.rows] for seed in members], "LMN", LMN)
-        _band_of(axes, [seed.answer("regions") for seed in members], "linear regions", ACCURACY)
-        axes.axhline(members[0].relu.rows[0]["samples"], color="#888888", linestyle=":", label="N")
+        asked = [(seed.relu, seed.answer("regions")) for seed in members if seed.relu is not None]
+        rows = asked[0][0].rows
+        curves = [[row[COLUMN] for row in relu.rows] for relu, _ in asked]
+        _band(axes, [row["step"] for row in rows], curves, "LMN", LMN)
+        _band_of(axes, [regions for _, regions in asked], "linear regions", ACCURACY)
+        axes.axhline(rows[0]["samples"], color="#888888", linestyle=":", label="N")
         axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
 
     return _panels(seeds, path, panel, "LMN, regions")
+
+
+def draw_rulers(seeds: dict[str, list[Seed]], path: Path) -> Path:
+    """Every observable: its r with the test loss while generalising, and its lead, one dot a seed, with the medians."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3 + 3.2 * len(seeds), 7), layout="constrained")
+        grid = figure.subplots(2, len(seeds), squeeze=False, sharey=True)
+        for (upper, lower), (task, members) in zip(grid.T, seeds.items(), strict=True):
+            known = list(rulers(members))
+            _dots(upper, known, [ruler.r.known for ruler in known])
+            upper.set(title=task, xlabel="r with the test loss")
+            _dots(lower, known, [ruler.lead.known for ruler in known])
+            lower.axvline(0, color="#888888", linewidth=0.8)
+            lower.set_xlabel("Lead (steps)")
+        return save(figure, path, **SMALL)
+
+
+def _dots(axes: Any, known: Sequence[Ruler], values: Sequence[Sequence[float]]) -> None:
+    """One row for each observable, the first at the top."""
+    for k, each in enumerate(values):
+        axes.plot(each, [k] * len(each), ".", color=LMN, alpha=0.4)
+        if each:
+            axes.plot(np.median(each), k, "|", color=BLACK, markersize=14)
+    axes.set_yticks(range(len(known)), [ruler.name for ruler in known], fontsize=9)
+    axes.set_ylim(len(known) - 0.5, -0.5)

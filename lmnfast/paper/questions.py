@@ -7,8 +7,12 @@ import numpy as np
 
 from ..grokking.run import pearson
 from . import figures
-from .claims import COLUMN, PAPER, PAPER_ENDS, at, peak
-from .study import LAYER, RULES, SIZES, STAND_INS, Seed, Study
+from .answers import EPSILON, OUTPUTS, RULES, SIZES, STAND_INS
+from .claims import FIGURE_4, PAPER, at_start
+from .curves import COLUMN, LAYER, PAPER_ENDS, at
+from .maps import READING
+from .rulers import HALF, rulers
+from .study import Seed, Study
 from .text import number, table
 
 Members = dict[str, list[Seed]]  # by task
@@ -17,8 +21,20 @@ Members = dict[str, list[Seed]]  # by task
 def questions(out: Path, members: Members, study: Study) -> list[str]:
     """Draws the figures of the questions into OUT/figures; returns the lines of the section."""
     folder = out / "figures"
+    asked = {task: [seed for seed in seeds if seed.relu is not None] for task, seeds in members.items()}
     lines = ["## Questions", ""]
-    for task, seeds in members.items():
+    lines += _progress(
+        members, figures.draw_rulers(members, folder / "observables.png").relative_to(out).as_posix()
+    )
+    lines += _step_0(members)
+    if "xor" in members:
+        lines += _maps(members["xor"])
+    count = len(next(iter(asked.values())))
+    lines += [
+        f"The questions below are asked of {'seed 0' if count == 1 else f'seeds 0 to {count - 1}'}.",
+        "",
+    ]
+    for task, seeds in asked.items():
         path = figures.draw_questions(seeds, folder / f"questions-{task}.png")
         lines += [
             f"![Questions, {task}]({path.relative_to(out).as_posix()})",
@@ -26,15 +42,16 @@ def questions(out: Path, members: Members, study: Study) -> list[str]:
             f"*{task}: medians, the middle half and the range of the seeds.*",
             "",
         ]
-    moments = [step for step in study.few if any(at(seeds[0].run, step) > 0 for seeds in members.values())]
-    lines += _initialisation(members, study)
-    lines += _nodes(members, moments)
-    lines += _number_of_samples(members, moments)
-    lines += _which_samples(members)
-    lines += _negative_eigenvalues(members)
-    lines += _stand_ins(members)
-    path = figures.draw_regions(members, folder / "relu-regions.png")
-    lines += _regions(members, study, path.relative_to(out).as_posix())
+    moments = [step for step in study.few if any(at(seeds[0].run, step) > 0 for seeds in asked.values())]
+    lines += _rule(asked, study)
+    lines += _nodes(asked, moments)
+    lines += _number_of_samples(asked, moments)
+    lines += _number_of_outputs(asked)
+    lines += _which_samples(asked)
+    lines += _negative_eigenvalues(asked)
+    lines += _stand_ins(asked)
+    path = figures.draw_regions(asked, folder / "relu-regions.png")
+    lines += _regions(asked, study, path.relative_to(out).as_posix())
     if any(seed.run.rows[-1]["step"] > PAPER_ENDS for seeds in members.values() for seed in seeds):
         lines += _after_the_papers_end(members)
     return lines
@@ -54,24 +71,136 @@ def _question(
     return [f"### {title}", "", text, "", *shown, *table(("task", *head), rows), ""]
 
 
-def _initialisation(members: Members, study: Study) -> list[str]:
-    def row(seeds: list[Seed]) -> list[str]:
-        paper = PAPER[seeds[0].run.config.task]
-        return [
-            number(paper["LMN at step 0"]),
-            _median(at(seed.run, 0) for seed in seeds),
-            _median(at(seed.lecun, 0) for seed in seeds),
-            number(paper["LMN, peak"]),
-            _median(peak(seed.run)[COLUMN] for seed in seeds),
-            _median(max(row[COLUMN] for row in seed.lecun.rows) for seed in seeds),
+def _progress(members: Members, figure: str) -> list[str]:
+    text = (
+        "r: Pearson's, with the test loss, over the measured steps of the generalising phase. More linear than LMN: the size "
+        "of r less that of LMN's in the same run, with its verdict. An alarm is a step at which the observable passes the "
+        "middle of the range that it has in the generalising phase, in the direction in which it goes from the beginning of "
+        "this phase to its end. The lead is the number of steps from the first alarm after memorisation to test accuracy "
+        f"{HALF:g}; below 0 the alarm is late. All other alarms up to step {PAPER_ENDS} are false, and so is every alarm of a "
+        f"run that does not reach test accuracy {HALF:g}. The middle of a range is known only afterwards, so none of this "
+        "is a forecast. `lmnfast.observables()` has the formulas."
+    )
+    head = (
+        "task",
+        "observable",
+        "r",
+        "r in size, less LMN's",
+        "more linear",
+        "lead, steps",
+        "false alarms",
+        "in seeds",
+    )
+    rows = []
+    for task, seeds in members.items():
+        for ruler in rulers(seeds):
+            wrong = ruler.false_alarms.known
+            rows.append(
+                (task, f"`{ruler.name}`", ruler.r.text, "" if ruler.name == "lmn" else ruler.more.text,
+                 ruler.more.verdict, ruler.lead.text, f"{sum(wrong):.0f}" if wrong else "-",
+                 f"{sum(value > 0 for value in wrong)} of {len(wrong)}")
+            )  # fmt: skip
+    title = "Which observable follows the test loss?"
+    return [f"### {title}", "", text, "", f"![{title}]({figure})", "", *table(head, rows), ""]
+
+
+def _step_0(members: Members) -> list[str]:
+    variants = ("LMN", "mean", "standard deviation", "second eigenvalue", "first negative")
+    rows = []
+    for task, seeds in members.items():
+        paper = {"LMN": PAPER[task]["LMN at step 0"], **(FIGURE_4 if task == "modular-addition" else {})}
+        rows.append((task, "paper", *(number(paper[name]) if name in paper else "-" for name in variants)))
+        for how in ("exact", "stabilised"):
+            cells = [
+                _mean_and_deviation(at_start(seed, f"{how}: {variant}") for seed in seeds)
+                for variant in variants
+            ]
+            rows.append((task, how, *cells))
+    text = (
+        f"Stabilised: with {EPSILON} in the denominator of r², `lmnfast.measure(f, x, stabiliser={EPSILON})`, on "
+        "the same weights. The number was fitted once, to the paper's LMN at step 0 on three tasks. At initialisation the "
+        "outputs hardly vary, and it counts those that vary least as bent; later it changes nothing. Mean over the seeds ± "
+        "standard deviation over the seeds; of the entries of L off its diagonal the mean and standard deviation, and of "
+        "the falling eigenvalues the second and the index (from 0) of the first negative one. The paper's are read off its "
+        "Figures 2 and 4."
+    )
+    head = ("task", "r²", "LMN", "mean of L", "its standard deviation", "second eigenvalue", "first negative")
+    return ["### What explains the paper's step 0?", "", text, "", *table(head, rows), ""]
+
+
+def _mean_and_deviation(values: Iterable[float]) -> str:
+    known = [value for value in values if np.isfinite(value)]
+    if not known:
+        return "-"
+    return number(float(np.mean(known))) + (
+        f" ± {number(float(np.std(known, ddof=1)))}" if len(known) > 1 else ""
+    )
+
+
+def _maps(seeds: list[Seed]) -> list[str]:
+    text = (
+        "The paper reads the valley's LMN as 15 = 5 x 3 and the top's as 20 = 5 x 4: three or four linear maps for each bit. "
+        "Samples that share a map are then those with the same pattern of a bit in their two numbers: 00, 01, 10, 11 (four), "
+        "or without order (three); two patterns: whether the answer's bit is set. The network does not know which of the 31 "
+        "parities are the bits, so any parity is tried as well. Index: the largest adjusted Rand index (0: random, 1: equal) "
+        "of such a grouping and the clusters of L (average linkage on 1 - L), as many as groups, or 15 or 20. "
+        "Share: of the variance of L's entries that all groupings of a kind explain together, if samples of one group have "
+        "larger entries. Medians and ranges of the seeds with a second rise."
+    )
+    kinds = list(
+        dict.fromkeys(
+            row["variant"].partition(", ")[2]
+            for seed in seeds
+            for row in seed.answers
+            if row["question"] == "maps" and ": share" in row["variant"]
+        )
+    )
+    places = list(READING)
+
+    def cell(place: str, what: str) -> str:
+        variant = f"{place}: {what}"
+        return _median(value for seed in seeds for value in seed.answer("maps", variant).values())
+
+    rows = [
+        (
+            kind,
+            *(
+                text
+                for place in places
+                for text in (
+                    cell(place, f"index, {kind}"),
+                    cell(place, f"index of {READING[place][0]} clusters, {kind}"),
+                    cell(place, f"share, {kind}"),
+                )
+            ),
+        )
+        for kind in kinds
+    ]
+    head = [
+        f"{place}: {what}"
+        for place in places
+        for what in ("index", f"index of {READING[place][0]} clusters", "share")
+    ]
+    shown = table(("samples grouped by", *head), rows) if rows else ["No seed has a second rise to look at."]
+    return ["### XOR: which samples share a map?", "", text, "", *shown, ""]
+
+
+def _rule(members: Members, study: Study) -> list[str]:
+    def errors(seeds: list[Seed]) -> list[str]:
+        found = [
+            at(seed.run, step) / exact - 1
+            for seed in seeds
+            for step, exact in seed.lmn(LAYER).items()
+            if not np.isnan(at(seed.run, step))
         ]
+        sizes = [100 * abs(error) for error in found]
+        return [str(len(found)), f"{np.median(sizes):.2g}", f"{max(sizes):.2g}"] if sizes else ["0", "-", "-"]
 
     text = (
-        "`lecun-first` scales the first Linear's weights to standard deviation 1/8; all else is PyTorch's default. "
-        f"Peak: within {study.init_steps} steps."
+        f"The runs are measured by {study.points} {study.rule} points, and at {len(study.milestones)} steps by the 21 uniform "
+        "points of the definition as well. The difference in LMN, in per cent."
     )
-    head = ("LMN at step 0, paper", "default", "lecun-first", "peak, paper", "default", "lecun-first")
-    return _question("Which initialisation matches the paper's step 0?", text, members, head, row)
+    return _question("The error of the rule", text, members, ("measurements", "median", "largest"), errors)
 
 
 def _nodes(members: Members, moments: Sequence[int]) -> list[str]:
@@ -93,14 +222,37 @@ def _nodes(members: Members, moments: Sequence[int]) -> list[str]:
 def _number_of_samples(members: Members, moments: Sequence[int]) -> list[str]:
     text = (
         f"Random sub-samples of all pairs, {SIZES[0]} to all of them; exponent of a power law LMN ~ N^k fitted to the "
-        "medians, and LMN of the smallest and of all."
+        "medians, and LMN of the smallest and of all. The same for the pooled curvature, which has no trend with N."
     )
+    kinds = {"LMN": "number", "pooled curvature": "number, curvature"}
     return _question(
         "How does LMN grow with the number of samples?",
         text,
         members,
-        [f"step {step}" for step in moments],
-        lambda seeds: [_growth(seeds, step) for step in moments],
+        [f"{name}, step {step}" for name in kinds for step in moments],
+        lambda seeds: [_growth(seeds, step, kind) for kind in kinds.values() for step in moments],
+    )
+
+
+def _number_of_outputs(members: Members) -> list[str]:
+    kinds = ("LMN", "curvature", "pooled_curvature")
+    text = (
+        "The hidden layers of the untrained network with K random outputs in place of its own, N training samples. LMN of "
+        "tasks with different K are not comparable. The pooled curvature of one output is the curvature."
+    )
+    return _question(
+        "How does LMN depend on the number of outputs?",
+        text,
+        members,
+        ["N", *(f"{kind}, K = {k}" for kind in kinds for k in OUTPUTS)],
+        lambda seeds: [
+            str(seeds[0].run.rows[0]["samples"]),
+            *(
+                _median(seed.answer("outputs", f"{kind}, {k}").get(0, np.nan) for seed in seeds)
+                for kind in kinds
+                for k in OUTPUTS
+            ),
+        ],
     )
 
 
@@ -162,17 +314,17 @@ def _stand_ins(members: Members) -> list[str]:
 
 def _regions(members: Members, study: Study, figure: str) -> list[str]:
     def row(seeds: list[Seed]) -> list[str]:
+        asked = [(seed.relu, seed.answer("regions")) for seed in seeds if seed.relu is not None]
         return [
-            str(seeds[0].relu.rows[0]["samples"]),
-            _median(seed.answer("regions")[0] for seed in seeds),
-            _median(min(seed.answer("regions").values()) for seed in seeds),
-            _median(seed.answer("regions")[study.relu_steps] for seed in seeds),
-            _median(at(seed.relu, 0) for seed in seeds),
-            _median(max(row[COLUMN] for row in seed.relu.rows) for seed in seeds),
-            _median(at(seed.relu, study.relu_steps) for seed in seeds),
+            str(asked[0][0].rows[0]["samples"]),
+            _median(regions[0] for _, regions in asked),
+            _median(min(regions.values()) for _, regions in asked),
+            _median(regions[study.relu_steps] for _, regions in asked),
+            _median(at(relu, 0) for relu, _ in asked),
+            _median(max(row[COLUMN] for row in relu.rows) for relu, _ in asked),
+            _median(at(relu, study.relu_steps) for relu, _ in asked),
             _median(
-                pearson([(row[COLUMN], seed.answer("regions")[row["step"]]) for row in seed.relu.rows])
-                for seed in seeds
+                pearson([(row[COLUMN], regions[row["step"]]) for row in relu.rows]) for relu, regions in asked
             ),
         ]
 
@@ -239,8 +391,8 @@ def _largest_error(seeds: Sequence[Seed], question: str, variant: str) -> str:
     return f"{100 * max(errors):.2g}" if errors else "-"
 
 
-def _growth(seeds: Sequence[Seed], step: int) -> str:
-    tables = [seed.lmn_of_sizes(step) for seed in seeds]
+def _growth(seeds: Sequence[Seed], step: int, question: str) -> str:
+    tables = [seed.of_sizes(step, question) for seed in seeds]
     if not tables[0]:
         return "-"
     sizes = sorted(tables[0])

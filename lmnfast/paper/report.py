@@ -18,27 +18,12 @@ from ..grokking.run import METRICS
 from ..runs.files import write_file
 from ..spectrum import SETTINGS, SHARES
 from . import figures
-from .claims import (
-    COLUMN,
-    CONFIDENCE,
-    PAPER_ENDS,
-    RISE,
-    Statistic,
-    claims,
-    numbers,
-    second_rise,
-    too_few,
-)
+from .answers import OTHER_LAYERS
+from .claims import CONFIDENCE, Statistic, claims, numbers, too_few
+from .curves import COLUMN, LAYER, PAPER_ENDS, RISE, second_rise
 from .questions import questions
-from .study import (
-    FEWEST_FOR_INTERVAL,
-    FEWEST_FOR_VERDICT,
-    LAYER,
-    OTHER_LAYERS,
-    Seed,
-    Study,
-    read_study,
-)
+from .rulers import column, names_in
+from .study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, Seed, Study, read_study
 from .text import number, table
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
@@ -58,7 +43,7 @@ def write_report(out: Path, tasks: Sequence[str], seeds: int, study: Study, comm
         ValueError: a run is missing or damaged.
         OSError: `out` cannot be written.
     """
-    members = read_study(out, tasks, seeds)
+    members = read_study(out, tasks, seeds, study)
     results = _results(members)
     write_file(out / "results.csv", results.to_csv(index=False, float_format="%.7g").encode())
     text = _report(out, members, study, command)
@@ -89,10 +74,15 @@ def _measured(seed: Seed, layer: str) -> dict[int, dict]:
     """LMN of a layer, and the settings of the measurement, by step."""
     if layer == LAYER:
         names = {"lmn": COLUMN, **{n: n for n in SETTINGS}, **{n: f"{n}_{LAYER}" for n in SHARES}}
+        names |= {name: column(name) for name in names_in(seed.run) if name != "l2_norm"}
         rows = seed.run.rows
     else:
         names = {"lmn": "value", **{name: name for name in (*SETTINGS, *SHARES)}}
-        rows = [row for row in seed.answers if row["question"] == "layers" and row["layer"] == layer]
+        rows = [
+            row
+            for row in seed.answers
+            if (row["question"], row["variant"], row["layer"]) == ("layers", "exact", layer)
+        ]
     return {row["step"]: {name: row[column] for name, column in names.items()} for row in rows}
 
 
@@ -109,8 +99,9 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         f"Every figure of [arXiv 2310.05918](https://arxiv.org/abs/2310.05918), its numbers and its claims, by lmnfast: "
         f"{len(members)} task{'s' * (len(members) > 1)}, {count} seed{'s' * (count > 1)} (split and weights), "
         f"{study.steps} steps each, the linear mapping number (LMN) every {study.every} steps on all training samples, from "
-        f"`{LAYER}` on at 21 points. The network, the optimiser and the tasks are the paper's; the initialisation, which the "
-        "paper does not state, is PyTorch's.",
+        f"`{LAYER}` on at {study.points} {study.rule} points. The network, the optimiser and the tasks are the paper's. The "
+        "initialisation, which the paper does not state, is PyTorch's; the early growth of the paper's L2 norm is that of this "
+        "initialisation. The softmax of the loss is in float64, all else in float32.",
         "",
         _judging(count, [*found, *measured]),
         "",
@@ -122,7 +113,7 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         "",
         *table(
             ("claim", "task", "statistic", "paper", ours, "seeds", "verdict"),
-            [(c.name, c.task, c.meaning, c.paper, _ours(c), _counted(c), f"**{c.verdict}**") for c in found],
+            [(c.name, c.task, c.meaning, c.paper, c.text, _counted(c), f"**{c.verdict}**") for c in found],
         ),
         "",
         "## The numbers",
@@ -130,8 +121,8 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         "The paper's are read off its figures (about ±0.15 in LMN, ±0.1 in L2 norm).",
         "",
         *table(
-            ("number", "task", "paper", ours, "all seeds", "difference", "bound"),
-            [(c.name, c.task, c.paper, _ours(c), _all(c), _difference(c), c.verdict) for c in measured],
+            ("number", "task", "paper", ours, "seeds", "difference", "bound", "the paper's value is"),
+            [(c.name, c.task, c.paper, c.text, _all(c), _difference(c), c.verdict, c.rank) for c in measured],
         ),
         "",
         *_figures(out, members),
@@ -143,7 +134,10 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
 
 def _judging(count: int, statistics: Sequence[Statistic]) -> str:
     """The text that explains the verdicts, for this number of seeds."""
-    bounds = "The bounds were set before the seeds were looked at, and none was fitted."
+    bounds = (
+        "A claim about the mean is judged by the mean's interval in the same way. A claim about all seeds holds if it does for "
+        "each, and fails else. The bounds were set before the seeds were looked at, and none was fitted."
+    )
     fewer = (
         f"Fewer than {FEWEST_FOR_INTERVAL} seeds that have a value give no {CONFIDENCE:.0%} interval: their number and their "
         f"range are in the brackets, and the range is judged; fewer than {FEWEST_FOR_VERDICT} are not judged, and their "
@@ -157,7 +151,8 @@ def _judging(count: int, statistics: Sequence[Statistic]) -> str:
         return f"{words} {bounds}"
     words = (
         f"Ours is the median of the seeds with a {CONFIDENCE:.0%} bootstrap interval of that median (percentiles of 9999 "
-        'resamples of the seeds). A claim "holds" where that whole interval is on its side, "fails" where all of it is on '
+        "resamples of the seeds; of normal values it contains the true median in 94 % of draws of 32, in 93 % of draws of 8). "
+        'A claim "holds" where that whole interval is on its side, "fails" where all of it is on '
         f'the other, and is "undecided" else. {bounds}'
     )
     some = any(0 < len(statistic.known) < FEWEST_FOR_INTERVAL for statistic in statistics)
@@ -206,19 +201,11 @@ def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
     if asked:
         lines.append(f"- Of {len(asked)} numbers with a bound, {len(asked) - len(off)} lie within it.")
     lines += [
-        f"- Outside: {each.name} of {each.task}, {number(each.median)} for the paper's {each.paper}, "
-        f"{_difference(each)}."
+        f"- Outside: {each.name} of {each.task}, {number(each.middle)} for the paper's {each.paper}, "
+        f"{_difference(each)}; the paper's is {each.rank}."
         for each in off
     ]
     return [*lines, ""]
-
-
-def _ours(statistic: Statistic) -> str:
-    low, high = statistic.interval
-    if np.isnan(low) and len(statistic.known) > 1:
-        low, high = min(statistic.known), max(statistic.known)
-        return f"{number(statistic.median)} ({len(statistic.known)} seeds: {number(low)} to {number(high)})"
-    return number(statistic.median) + ("" if np.isnan(low) else f" ({number(low)} to {number(high)})")
 
 
 def _counted(statistic: Statistic) -> str:
@@ -226,11 +213,13 @@ def _counted(statistic: Statistic) -> str:
 
 
 def _all(statistic: Statistic) -> str:
-    return ", ".join(map(number, statistic.values))
+    if len(statistic.values) <= 8 or not statistic.known:
+        return ", ".join(map(number, statistic.values))
+    return f"{number(min(statistic.known))} to {number(max(statistic.known))} ({_counted(statistic)})"
 
 
 def _difference(statistic: Statistic) -> str:
-    ratio = statistic.median / float(statistic.paper)
+    ratio = statistic.middle / float(statistic.paper)
     return f"{ratio - 1:+.1%}" if np.isfinite(ratio) else "-"
 
 
@@ -264,7 +253,9 @@ def _figures(out: Path, members: dict[str, list[Seed]]) -> list[str]:
         )
     show(
         "Figure 3: LMN from every layer on",
-        "Median, the middle half and the range of the seeds. From `hidden_2` the rest is linear.",
+        "Median, the middle half and the range of the seeds that are measured there. From `hidden_2` on the rest is linear: "
+        "its LMN is 1 with r² as defined. A stabiliser in r² gives it the curve of the paper's figure, which falls while the "
+        "network memorises.",
         figures.draw_layers(members, folder / "figure3.png"),
     )
     for task, seeds in members.items():
@@ -304,9 +295,15 @@ def _rises(seeds: Sequence[Seed]) -> list[str]:
 
 
 def _how(members: dict[str, list[Seed]], study: Study, command: str) -> list[str]:
-    runs = [run for seeds in members.values() for seed in seeds for run in (seed.run, seed.lecun, seed.relu)]
+    runs = [
+        run
+        for seeds in members.values()
+        for seed in seeds
+        for run in (seed.run, seed.relu)
+        if run is not None
+    ]
     training, measuring = (sum(run.seconds[name] for run in runs) for name in ("training", "measuring"))
-    answers = sum(sum(seed.answer("seconds").values()) for seeds in members.values() for seed in seeds)
+    answers = sum(seed.seconds for seeds in members.values() for seed in seeds)
     main = [seed.run for seeds in members.values() for seed in seeds]
     native = _native.info()
     return [

@@ -32,7 +32,7 @@ from ..runs.device import processor
 from ..runs.figures import BLACK, save
 from ..runs.tables import read_table, write_table
 from ..spectrum import linear_mapping_number
-from .study import STAND_INS
+from .answers import STAND_INS
 
 COLUMNS = ("run", "task", "seed", "activation", "step", "layer", "method", "value", "seconds")
 # The last layer's tail is linear.

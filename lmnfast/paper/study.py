@@ -6,37 +6,29 @@ continued. `report` makes the tables, figures and verdicts from a study.
 """
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from .. import ops
-from ..cutting import cut
-from ..grokking.config import Config, start
-from ..grokking.run import Run, load_checkpoint, read_config, read_run
+from ..grokking.config import Config
+from ..grokking.run import Run, read_run
 from ..grokking.tasks import TASKS
 from ..grokking.training import train
-from ..jacobian import linear_regions
 from ..runs.device import torch_threads
 from ..runs.files import claimed, write_json
 from ..runs.pool import Pool
 from ..runs.progress import progress_bar
-from ..runs.tables import check_continues, read_table, write_table
-from ..spectrum import SETTINGS, SHARES, Measurement, measure
+from ..runs.tables import check_continues
+from .answers import Answers, read_answers
+from .curves import LAYER
 
-LAYER = "hidden_1"  # the paper measures at this layer
-# Each of the remaining two layers is one Linear away from LAYER or one of these. A Linear does not change LMN.
-OTHER_LAYERS = ("embedding", "hidden_2")
-STAND_INS = ("hermite", "hermite-midpoint", "jacobian")
-RULES = (("lobatto", 7), ("lobatto", 9), ("uniform", 5), ("uniform", 11), ("uniform", 51), ("uniform", 101))
-SIZES = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # and all pairs
-COLUMNS = ("question", "variant", "step", "layer", "value", *SETTINGS, *SHARES)
-OPTIONAL = tuple(name for name in COLUMNS if name not in ("step", "samples", "value"))
+# Measured at each logging step beside LMN. The L2 norm is a column of every run.
+OBSERVABLES = (
+    *("complexity_bits", "curvature", "pooled_curvature", "participation_ratio", "negative_share"),
+    *("jacobian_rank", "local_complexity", "representation_rank"),
+)
+SEEDS, QUICK_SEEDS = 32, 4
 # The range of 6 seeds contains the median in 97 % of draws, the range of 5 seeds only in 94 %. So fewer than 6 seeds do not
 # have a 95 % interval.
 FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT = 6, 4
@@ -44,28 +36,40 @@ FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT = 6, 4
 
 @dataclass(frozen=True)
 class Study:
-    """The settings of a study, apart from its tasks and seeds. The defaults are the paper's."""
+    """The settings of a study, apart from its tasks and seeds. The network and its training are the paper's."""
 
     steps: int = 20_000
     every: int = 100
-    milestones: tuple[int, ...] = (0, 200, 400, 700, 1000, 1500, *range(2000, 20_001, 1000))
-    """Steps at which the other layers, other samples and stand-ins are measured."""
+    points: int = 9
+    rule: str = "lobatto"
+    observables: tuple[str, ...] = OBSERVABLES
+    asked: int = 8
+    """The number of seeds, from 0 on, that most questions are asked of: 21 points, other layers, other samples, ReLU."""
+    milestones: tuple[int, ...] = (
+        *(0, 200, 400, 700, 1000, 1500),
+        *range(2000, 10_000, 1000),
+        *range(10_000, 20_001, 2000),
+    )
+    """Steps at which 21 points, the other layers, other samples and stand-ins are measured."""
     few: tuple[int, ...] = (0, 400, 4000, 20_000)
     """Steps of the measurements that take long: other nodes, other numbers of samples."""
-    init_steps: int = 1000
     relu_steps: int = 5000
     relu_every: int = 250
 
     def config(self, task: str, seed: int, **changes: Any) -> Config:
-        given = {"steps": self.steps, "every": self.every, "seed": seed, "threads": 1, **changes}
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in ("steps", "every", "points", "rule", "observables")
+        }
+        given |= {"seed": seed, "threads": 1, **changes}
         return Config(task, layers=(LAYER,), **given)
 
 
+# Seeds 0 to 3 of XOR generalise by step 3800, seed 0 by 2700.
 QUICK = Study(
-    steps=1000,
-    milestones=(0, 400, 1000),
+    steps=4000,
+    asked=1,
+    milestones=(0, 400, 1000, 2000, 3000, 4000),
     few=(400,),
-    init_steps=400,
     relu_steps=500,
     relu_every=100,
 )
@@ -101,7 +105,7 @@ def run_study(
         _check_continues(out, study)
         write_json(out / "study.json", asdict(study))
         work = [(out, study, task, seed) for seed in range(seeds) for task in sorted(tasks, key=_cost)]
-        with progress_bar(_total(study) * len(work), 0, progress) as bar:
+        with progress_bar(sum(_total(study, job[-1]) for job in work), 0, progress) as bar:
             _run(work, min(jobs, len(work)), bar)
 
 
@@ -122,6 +126,11 @@ def _check_continues(out: Path, study: Study) -> None:
         }
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"out: cannot read {file}: {error}") from None
+    if differing := sorted(stored.keys() ^ asdict(study).keys()):
+        raise ValueError(
+            f"out: {out} holds a study of another version of lmnfast, with other settings ({', '.join(differing)}); "
+            "choose another --out"
+        )
     check_continues(out, "another study", stored, asdict(study), most=1)
 
 
@@ -157,27 +166,22 @@ def _run(work: list[Job], processes: int, bar: Any) -> None:
         raise ValueError("; ".join(dict.fromkeys(map(str, failures))))
 
 
-def _total(study: Study) -> int:
+def _total(study: Study, seed: int) -> int:
     """The bar's total for a task and seed: the measured steps of its runs, and the milestones."""
-    runs = (
-        study.steps // study.every
-        + study.init_steps // study.every
-        + study.relu_steps // study.relu_every
-        + 3
-    )
-    return runs + len(study.milestones)
+    total = study.steps // study.every + 1
+    if seed < study.asked:
+        total += study.relu_steps // study.relu_every + 1 + len(study.milestones)
+    return total
 
 
 def _show(bar: Any, work: list[Job]) -> None:
     """Sets the bar from the files on disk, because any process may have written them."""
     done, at_work = 0, []
     for out, study, task, seed in work:
-        paths = [path / "metrics.csv" for path in _runs(out, task, seed)]
-        counts = [_lines(path) for path in paths]
-        answers = _answers_file(out, task, seed)
-        counts.append(_milestones(answers))
+        counts = [_lines(run_path(out, task, seed, kind) / "metrics.csv") for kind in ("", "relu")]
+        counts.append(_milestones(_answers_file(out, task, seed)))
         done += sum(counts)
-        if 0 < sum(counts) < _total(study):
+        if 0 < sum(counts) < _total(study, seed):
             at_work.append(f"{task} {seed}")
     bar.set_postfix_str(", ".join(at_work), refresh=False)
     bar.update(done - bar.n)
@@ -201,12 +205,8 @@ def _lines(path: Path) -> int:
 
 
 def run_path(out: Path, task: str, seed: int, kind: str = "") -> Path:
-    """The run's directory; kind: "", "lecun-first" or "relu"."""
+    """The run's directory; kind: "" or "relu"."""
     return out / "runs" / "-".join(filter(None, (task, kind, f"seed{seed}")))
-
-
-def _runs(out: Path, task: str, seed: int) -> list[Path]:
-    return [run_path(out, task, seed, kind) for kind in ("", "lecun-first", "relu")]
 
 
 def _answers_file(out: Path, task: str, seed: int) -> Path:
@@ -220,117 +220,34 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
     Raises:
         ValueError: files are damaged; the message names them.
     """
-    changes: tuple[dict[str, Any], ...] = (
-        {},
-        {"init": "lecun-first", "steps": study.init_steps},
-        {"activation": "relu", "steps": study.relu_steps, "every": study.relu_every},
-    )
-    for path, change in zip(_runs(out, task, seed), changes, strict=True):
-        try:
-            train(study.config(task, seed, **change), path)
-        except ValueError as error:
-            raise ValueError(f"{error}; to run it again, delete {path} and repeat the command") from None
-    main, _, relu = _runs(out, task, seed)
-    answers = _answers_file(out, task, seed)
-    rows = read_answers(answers)
-    known = {row["step"] for row in rows if row["question"] == "samples"}
-    for step, tails in _tails(main, [step for step in study.milestones if step not in known]):
-        begin = time.perf_counter()
-        rows += _at_milestone(step, tails)
-        if step in study.few:
-            rows += _at_few(step, tails)
-        rows.append(_row("seconds", "", step, "", 0, time.perf_counter() - begin))
-        write_table(answers, COLUMNS, rows)
-    if not any(row["question"] == "regions" for row in rows):
-        for step, tails in _tails(relu, range(0, study.relu_steps + 1, study.relu_every)):
-            f, x = tails(LAYER)[:2]
-            rows.append(_row("regions", "relu", step, LAYER, len(x), linear_regions(f, x)))
-        write_table(answers, COLUMNS, rows)
+    main, relu = run_path(out, task, seed), run_path(out, task, seed, "relu")
+    _train(study.config(task, seed), main)
+    answers = Answers(_answers_file(out, task, seed), main, {"points": study.points, "rule": study.rule})
+    answers.at_start()
+    if task == "xor":
+        answers.maps()
+    if seed < study.asked:
+        answers.outputs()
+        answers.at_milestones(study.milestones, study.few)
+        steps, every = study.relu_steps, study.relu_every
+        _train(study.config(task, seed, activation="relu", steps=steps, every=every, observables=()), relu)
+        answers.regions(relu, range(0, steps + 1, every))
 
 
-# A function from a layer to the tail, its training samples and its test samples.
-Tails = Callable[[str], tuple[nn.Module, Tensor, Tensor]]
-
-
-def _tails(run: Path, steps: Iterable[int]) -> Iterator[tuple[int, Tails]]:
-    task, model = start(read_config(run))
-
-    def tails(layer: str) -> tuple[nn.Module, Tensor, Tensor]:
-        f, samples = cut(model, layer, torch.cat([task.train_inputs, task.test_inputs]))
-        train_samples, test_samples = samples.tensor_split([len(task.train_inputs)])
-        return f, train_samples, test_samples
-
-    for step in steps:
-        load_checkpoint(model, run, step)
-        yield step, tails
-
-
-def _row(
-    question: str, variant: str, step: int, layer: str, m: Measurement | int, value: float | None = None
-) -> dict:
-    """A row of answers.
-
-    Args:
-        question: one of the report's questions.
-        variant: of the question.
-        step: of the run.
-        layer: the layer at which the network is cut.
-        m: the measurement, or only its number of samples.
-        value: the answer; None: the measurement's LMN.
-    """
-    said = {"question": question, "variant": variant, "step": step, "layer": layer, "value": value}
-    if isinstance(m, Measurement):
-        said |= {name: getattr(m, name) for name in (*SETTINGS, *SHARES)}
-        said["value"] = m.lmn if value is None else value
-    else:
-        said["samples"] = m
-    return {**dict.fromkeys(COLUMNS, ""), **said}
-
-
-def _at_milestone(step: int, tails: Tails) -> list[dict]:
-    f, train_samples, test_samples = tails(LAYER)
-    n = len(train_samples)
-    m = measure(f, train_samples)
-    clipped = 2 ** ops.spectral_entropy(m.eigenvalues.clamp(min=0)).item()
-    everywhere = torch.cat([train_samples, test_samples])
-    small = train_samples[: len(test_samples)]
-    rows = [
-        _row("samples", "train", step, LAYER, m),
-        _row("samples", "test", step, LAYER, measure(f, test_samples)),
-        _row("samples", "train, as many as test", step, LAYER, measure(f, small)),
-        _row("samples", "both", step, LAYER, measure(f, everywhere)),
-        _row("negative", "clipped", step, LAYER, replace(m, negative="clip"), clipped),
-        _row("negative", "share", step, LAYER, m, m.negative_share),
-        _row("entries", "mean", step, LAYER, m, ((m.connectivity.double().sum() - n) / (n * (n - 1))).item()),
-    ]
-    rows += [_row("stand-ins", how, step, LAYER, measure(f, train_samples, method=how)) for how in STAND_INS]
-    for layer in OTHER_LAYERS:
-        g, x, _ = tails(layer)
-        rows.append(_row("layers", "path", step, layer, measure(g, x)))
-    return rows
-
-
-def _at_few(step: int, tails: Tails) -> list[dict]:
-    f, train_samples, test_samples = tails(LAYER)
-    rows = [
-        _row("nodes", f"{rule} {k}", step, LAYER, measure(f, train_samples, rule=rule, points=k))
-        for rule, k in RULES
-    ]
-    pairs = torch.cat([train_samples, test_samples])
-    # The sub-samples are nested: each is the beginning of one random order.
-    pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
-    sizes = [*(size for size in SIZES if size < len(pairs)), len(pairs)]
-    return rows + [_row("number", "random", step, LAYER, measure(f, pairs[:size])) for size in sizes]
+def _train(config: Config, path: Path) -> None:
+    try:
+        train(config, path)
+    except ValueError as error:
+        raise ValueError(f"{error}; to run it again, delete {path} and repeat the command") from None
 
 
 @dataclass(frozen=True)
 class Seed:
-    """The content of a study for a task and a seed: its run, the runs with another initialisation and with ReLU, its
-    answers."""
+    """The content of a study for a task and a seed: its run, its answers, and the run with ReLU if the questions are asked of
+    this seed."""
 
     run: Run
-    lecun: Run
-    relu: Run
+    relu: Run | None
     answers: list[dict]
 
     def answer(self, question: str, variant: str | None = None, layer: str | None = None) -> dict[int, float]:
@@ -344,52 +261,35 @@ class Seed:
         }
 
     def lmn(self, layer: str) -> dict[int, float]:
-        """LMN of the training samples at a layer, at the milestones, by step."""
-        return self.answer("samples", "train") if layer == LAYER else self.answer("layers", layer=layer)
+        """LMN of the training samples at a layer, at the milestones, by step; of LAYER by 21 points."""
+        if layer == LAYER:
+            return self.answer("samples", "train")
+        return self.answer("layers", "exact", layer)
 
-    def lmn_of_sizes(self, step: int) -> dict[int, float]:
-        """LMN of random samples, by the number of samples; empty if the step has no such values."""
+    @property
+    def seconds(self) -> float:
+        """The time of all answers but the regions of ReLU."""
+        return sum(row["value"] for row in self.answers if row["question"] == "seconds")
+
+    def of_sizes(self, step: int, question: str = "number") -> dict[int, float]:
+        """LMN of random samples, by the number of samples; empty if the step has no such values. question: "number", or
+        "number, curvature" for the pooled curvature."""
         return {
             row["samples"]: row["value"]
             for row in self.answers
-            if row["question"] == "number" and row["step"] == step
+            if row["question"] == question and row["step"] == step
         }
 
 
-def read_study(out: Path, tasks: Iterable[str], seeds: int) -> dict[str, list[Seed]]:
+def read_study(out: Path, tasks: Iterable[str], seeds: int, study: Study) -> dict[str, list[Seed]]:
     """The seeds of a study, by task.
 
     Raises:
         ValueError: a run or a table is missing or damaged.
     """
-    return {
-        task: [
-            Seed(*_three_runs(out, task, seed), read_answers(_answers_file(out, task, seed)))
-            for seed in range(seeds)
-        ]
-        for task in tasks
-    }
+    return {task: [_read_seed(out, task, seed, study) for seed in range(seeds)] for task in tasks}
 
 
-def _three_runs(out: Path, task: str, seed: int) -> tuple[Run, Run, Run]:
-    main, lecun, relu = map(read_run, _runs(out, task, seed))
-    return main, lecun, relu
-
-
-# Files -----------------------------------------------------------------------------------------------------
-
-
-def read_answers(path: Path) -> list[dict]:
-    """The rows of a table of answers; an empty list if there is no table.
-
-    Raises:
-        ValueError: the table is damaged.
-    """
-    if not path.exists():
-        return []
-    try:
-        return read_table(path, COLUMNS, optional=OPTIONAL)
-    except ValueError:
-        raise ValueError(
-            f"out: cannot read {path}; delete it to make it again (it is damaged, or from another version of lmnfast)"
-        ) from None
+def _read_seed(out: Path, task: str, seed: int, study: Study) -> Seed:
+    relu = read_run(run_path(out, task, seed, "relu")) if seed < study.asked else None
+    return Seed(read_run(run_path(out, task, seed)), relu, read_answers(_answers_file(out, task, seed)))

@@ -13,6 +13,8 @@ def number(value: float) -> str:
     """A number as text: three digits, more if there are more before the point; "-" for NaN, "never" for infinity."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else "never"
-    if value != 0 and abs(value) < 1e-3:
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
