@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+import torch
+from torch import nn
 
 from . import _observed
 from ._observed import DoesNotApply, Observation, number_of
@@ -229,11 +233,12 @@ def register_observable(
         name: a Python identifier; the column's name.
         function: of an :class:`lmnfast.Observation`. Returns a number, a 0-dim tensor, a function without arguments that
             returns one of these (a probe calls it on its solver's thread), or None where the observable does not apply: its
-            column then has NaN. What the function changes in the model, and draws from torch, is put back; it runs in eval
-            mode and without gradients.
+            column then has NaN. What the function changes in the model, and draws from torch, is put back (parameters from a
+            copy that is kept while it runs); it runs in eval mode and without gradients.
         reads: the fields of the `Observation` that the function reads. "pooled" and "spectrum" are computed only for those
-            who read them. An observable that reads neither "network" nor "model" is computed on the probe's solver thread,
-            beside the training. "spectrum" does not go together with these two.
+            who read them; "network" and "model" are withheld from others. An observable that reads neither "network" nor
+            "model" is computed on the probe's solver thread, beside the training. "spectrum" does not go together with these
+            two.
         formula, source, cost, invariances, limits: texts for :func:`observables`.
 
     Returns:
@@ -257,7 +262,7 @@ def register_observable(
         raise ValueError(f"name: expected one that is not the package's own, got {name!r}")
     if not callable(function):
         raise TypeError(f"function: expected a function of an Observation, got {type(function).__name__}")
-    named = (reads,) if isinstance(reads, str) else tuple(reads)
+    named = _names("reads", reads)
     if unknown := [each for each in named if each not in READABLE]:
         raise ValueError(f"reads: expected among {', '.join(READABLE)}, got {unknown[0]!r}")
     if "spectrum" in named and any(each in OF_THE_STEP for each in named):
@@ -269,26 +274,61 @@ def register_observable(
 
 
 def _undisturbing(function: Function, reads: tuple[str, ...]) -> Function:
-    """The user's function with a model in eval mode, which is left as it was."""
-    if not any(each in OF_THE_STEP for each in reads):
-        return function
+    """The user's function with a model in eval mode, which is left as it was; or without the model, if it does not read it."""
+
+    def withheld(x: Any) -> Any:
+        raise ValueError("expected 'network' among `reads` of an observable that calls the network")
 
     def observed(o: Observation) -> Any:
-        with evaluating(o.model, o.network, changed=True):
-            return function(o)
+        model = o.model if "model" in reads else None
+        network = o.network if "network" in reads else withheld
+        if model is None and network is withheld:
+            return function(replace(o, model=None, network=withheld))
+        with evaluating(o.model, o.network, changed=True), _parameters_kept(o.model, o.network):
+            return function(replace(o, model=model, network=network))
 
     return observed
+
+
+@contextmanager
+def _parameters_kept(*modules: Any) -> Iterator[None]:
+    """Puts back the parameters, from copies. `evaluating` does not: a forward pass leaves parameters alone."""
+    roots = [module for module in modules if isinstance(module, nn.Module)]
+    parameters = list(dict.fromkeys(p for module in roots for p in module.parameters()))
+    kept = [(p, p._version, p.detach().clone(), p.requires_grad) for p in parameters]
+    with ExitStack() as stack:
+        for p in parameters:  # values that are put back are no change that autograd must know of
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(p))
+        try:
+            yield
+        finally:
+            for p, version, value, needs in kept:
+                if p.requires_grad != needs:
+                    p.requires_grad_(needs)
+                if p._version != version:
+                    p.data.copy_(value)
+
+
+def _names(argument: str, names: Any) -> tuple[str, ...]:
+    """Names as a tuple, also a single one. Raises TypeError for anything else."""
+    if isinstance(names, str):
+        return (names,)
+    found = tuple(names) if isinstance(names, Iterable) else (None,)
+    if not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{argument}: expected a name or a sequence of names, got {names!r}")
+    return found
 
 
 class Chosen:
     """The observables of a measurement, by their names.
 
     Raises:
+        TypeError: no names.
         ValueError: an unknown name (the message lists the known ones), or a name twice.
     """
 
     def __init__(self, names: str | Sequence[str] = ()) -> None:
-        self.names = (names,) if isinstance(names, str) else tuple(names)
+        self.names = _names("observables", names)
         if unknown := [name for name in self.names if name not in _registry]:
             raise ValueError(f"observables: expected among {', '.join(_registry)}, got {unknown[0]!r}")
         if len(set(self.names)) != len(self.names):
@@ -329,6 +369,10 @@ class Values:
                 self._values[each.name] = each.function(o)
             except DoesNotApply as error:
                 self._values[each.name], self.problems[each.name] = None, str(error)
+            except Exception as error:
+                if each.own:
+                    raise _failed(each.name, error) from error
+                raise
 
     def convert(self, convert: Callable[[Any], Any]) -> None:
         """Replaces the values that are there."""
@@ -342,10 +386,19 @@ class Values:
                 number = number_of(self._values[name])
             except DoesNotApply as error:
                 number, self.problems[name] = None, str(error)
+            except Exception as error:
+                raise _failed(name, error) from error
             if number is None:
                 self.problems.setdefault(name, "its function says so")
             found[name] = float("nan") if number is None else number
         return found
+
+
+def _failed(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"observable {name!r}: {type(error).__name__}: {error}; expected a function that returns a number, a tensor of one "
+        "number, a function of no arguments that returns one of these, or None"
+    )
 
 
 def problem_of(name: str, reason: str) -> str:

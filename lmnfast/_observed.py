@@ -231,6 +231,10 @@ def effective_rank(values: Tensor, why_none: str) -> Tensor:
 
 def number_of(value: Any) -> float | None:
     """What the function of an observable has returned, as a number; None if it does not apply."""
-    if callable(value) and not isinstance(value, Tensor):
+    if callable(value) and not isinstance(value, (Tensor, type)):
         value = value()
-    return value if value is None else float(value.detach() if isinstance(value, Tensor) else value)
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes, type)):
+        raise TypeError(f"it returned {value!r}")
+    return float(value.detach() if isinstance(value, Tensor) else value)

@@ -41,8 +41,8 @@ def draw_pairs(samples: int, pairs: int, generator: torch.Generator | None) -> t
 def _without_repeats(numbers: Tensor) -> Tensor:
     """The numbers in the order of their first places."""
     found, which = numbers.unique(return_inverse=True)
-    places = torch.full((len(found),), len(numbers))
-    places.scatter_reduce_(0, which, torch.arange(len(numbers)), "amin")
+    places = torch.full((len(found),), len(numbers), device="cpu")
+    places.scatter_reduce_(0, which, torch.arange(len(numbers), device="cpu"), "amin")
     return numbers[places.sort().values]
 
 

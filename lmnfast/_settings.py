@@ -74,7 +74,11 @@ class Settings:
 
 def checked_stabiliser(stabiliser: float) -> float:
     """The stabiliser as a float. Raises TypeError if it is no number, ValueError if it is below 0 or not finite."""
-    if isinstance(stabiliser, bool) or not hasattr(stabiliser, "__float__"):
+    if (
+        isinstance(stabiliser, bool)
+        or not hasattr(stabiliser, "__float__")
+        or getattr(stabiliser, "ndim", 0) != 0
+    ):
         raise TypeError(f"stabiliser: expected a number of at least 0, got {stabiliser!r}")
     if not 0 <= float(stabiliser) < math.inf:
         raise ValueError(f"stabiliser: expected a number of at least 0, got {stabiliser!r}")
@@ -97,7 +101,9 @@ def completed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_budget(budget: int | None) -> None:
-    """Raises ValueError if the budget is not a positive number of bytes."""
+    """Raises TypeError or ValueError if the budget is not a positive number of bytes."""
+    if budget is not None and not hasattr(budget, "__float__"):
+        raise TypeError(f"budget: expected a number of bytes or None, got {budget!r}")
     if budget is not None and budget <= 0:
         raise ValueError(f"budget: expected a positive number of bytes, got {budget}")
 

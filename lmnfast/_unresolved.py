@@ -137,9 +137,12 @@ def resolve(
     epsilon, inputs = torch.finfo(dtype).eps, x if inputs is None else inputs
     on_device = nodes.to(x.device)
     for at, first, second in entries.unresolved(max(1, points // len(nodes))):
-        same = (inputs[first] == inputs[second]).flatten(1).all(1) | _agree(x[first], x[second])
+        equal = (inputs[first] == inputs[second]).flatten(1).all(1)
+        same = equal | _agree(x[first], x[second])
         others = (~same).nonzero()[:, 0]  # waits once on CUDA
         entry = torch.ones(len(first), dtype=dtype, device=x.device)
+        if stabiliser:  # between samples that only agree, the outputs are constant
+            entry[same & ~equal] = 0.0
         pool = None if entries.pooled is None else entry.clone()
         if len(others) == 0:
             entries.write(at, entry, pool)

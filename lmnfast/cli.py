@@ -279,13 +279,14 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) 
         "--observables",
         type=_names,
         metavar="NAME[,NAME...]",
-        help=f"numbers beside LMN, among {', '.join(each.name for each in observables())} (none)",
+        help=f"numbers beside LMN, among {', '.join(each.name for each in observables())} "
+        f"({defaults['observables'] or 'none'})",
     )
     parser.add_argument("--device", choices=DEVICES, help="where to compute (auto)")
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _methods(text: str) -> tuple[str, ...]:

@@ -64,6 +64,9 @@ class Estimate:
     def interval(self, level: float = 0.95, of: Literal["pairs", "samples"] = "pairs") -> tuple[float, float]:
         """An interval that contains the true mean in a share `level` of all draws, by the normal distribution.
 
+        It takes many pairs: with 20 pairs an interval of 95 % contained the mean in 86 % of draws, with 2000 in 95 %.
+        For "samples" also many samples: 84 % with all pairs of 10 samples, 93 % of 200.
+
         Args:
             level: above 0 and below 1.
             of: "pairs": the true mean is that over all pairs of these samples. "samples": it is that over the samples'
@@ -73,12 +76,15 @@ class Estimate:
             The lower and the upper end.
 
         Raises:
+            TypeError: the level is no number.
             ValueError: a level out of range, or another `of`.
 
         Source:
             docs/mathematics.md, "A draw of pairs".
         """
-        if not 0 < level < 1:
+        if isinstance(level, (str, bytes)) or not hasattr(level, "__float__"):
+            raise TypeError(f"level: expected a number above 0 and below 1, got {level!r}")
+        if not 0 < float(level) < (1 - 1e-12):
             raise ValueError(f"level: expected a number above 0 and below 1, got {level!r}")
         if of not in ("pairs", "samples"):
             raise ValueError(f"of: expected 'pairs' or 'samples', got {of!r}")
@@ -116,7 +122,8 @@ def curvature(
         The `Estimate`, without a unit.
 
     Raises:
-        TypeError, ValueError: as :func:`connectivity`. ValueError also for fewer than two samples, and for pairs below 2 or
+        TypeError, ValueError: as :func:`connectivity`. TypeError also for a generator or a number of pairs that is none.
+            ValueError also for fewer than two samples, and for pairs below 2 or
             above N (N - 1) / 2.
 
     Warns:
@@ -135,6 +142,8 @@ def curvature(
     """
     settings = Settings("path", points, rule, budget, stabiliser, bool(pooled))
     x = checked_samples(f, x)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}")
     every = len(x) * (len(x) - 1) // 2
     if every < 1:
         raise ValueError(f"x: expected two samples or more, got {len(x)}")
@@ -174,6 +183,8 @@ def _checked_pairs(pairs: SupportsIndex | None, every: int, samples: int) -> int
         count = operator.index(pairs)
     except TypeError:
         raise TypeError(f"pairs: expected an integer or None, got {pairs!r}") from None
+    if every < 2:
+        raise ValueError(f"pairs: expected None for two samples, which have one pair, got {count}")
     if not 2 <= count <= every:
         raise ValueError(
             f"pairs: expected 2 to {every}, the number of pairs of {samples} samples, or None for all, got {count}"

@@ -230,8 +230,29 @@ def test_other_bad_input_is_one_error():
     with pytest.raises(ValueError, match=r"^x: expected two samples or more, got 1"):
         lmnfast.curvature(f, x[:1])
     estimate = lmnfast.curvature(f, x, pairs=20)
-    for level in (0, 1, -0.5, 95):
+    for level in (0, 1, -0.5, 95, 1 - 1e-16):
         with pytest.raises(ValueError, match="^level: expected a number above 0 and below 1"):
+            estimate.interval(level)
+    for level in ("0.9", None):
+        with pytest.raises(TypeError, match="^level: expected a number"):
             estimate.interval(level)
     with pytest.raises(ValueError, match="^of: expected 'pairs' or 'samples'"):
         estimate.interval(of="networks")
+    for pairs in (None, 20):
+        with pytest.raises(TypeError, match=r"^generator: expected a torch\.Generator or None, got 3"):
+            lmnfast.curvature(f, x, pairs=pairs, generator=3)
+        with pytest.raises(TypeError, match=r"^budget: expected a number of bytes or None, got '1'"):
+            lmnfast.curvature(f, x, pairs=pairs, budget="1")
+    with pytest.raises(ValueError, match="^pairs: expected None for two samples"):
+        lmnfast.curvature(f, x[:2], pairs=2)
+
+
+def test_another_default_device_of_torch_does_not_matter():
+    f, x = mlp(), samples(40, 6)
+    expected = [
+        lmnfast.curvature(f, x, pairs=p, generator=torch.Generator().manual_seed(0)) for p in (9, 700)
+    ]
+    with torch.device("meta"):
+        generator = [torch.Generator("cpu").manual_seed(0) for _ in range(2)]
+        found = [lmnfast.curvature(f, x, pairs=p, generator=g) for p, g in zip((9, 700), generator)]
+    assert found == expected

@@ -369,3 +369,59 @@ def test_without_observables_nothing_is_computed(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lmnfast.measure(mlp(), samples())
+
+
+def test_what_a_registered_function_does_to_parameters_is_put_back():
+    def harmful(o):
+        for p in o.model.parameters():
+            p.zero_()
+        o.model[0].weight.requires_grad_(False)
+        return 1.0
+
+    lmnfast.register_observable("harmful", harmful, reads=["model"])
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(16, 4)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = model(x).square().sum()  # a graph over the measurement, as with accumulated gradients
+    assert lmnfast.measure(model, x, observables="harmful").observables == {"harmful": 1.0}
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(p.requires_grad for p in model.parameters())
+    loss.backward()
+    assert model[0].weight.grad.abs().sum() > 0
+
+
+def test_the_model_is_withheld_from_those_who_do_not_read_it():
+    seen = []
+    lmnfast.register_observable("blind", lambda o: seen.append(o.model) or 1, reads=["connectivity"])
+    lmnfast.register_observable("caller", lambda o: o.network(o.samples).sum(), reads=["samples"])
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(16, 4)
+    lmnfast.measure(model, x, observables="blind")
+    assert seen == [None]
+    with pytest.raises(ValueError, match="observable 'caller': ValueError: expected 'network' among `reads`"):
+        lmnfast.measure(model, x, observables="caller")
+
+
+@pytest.mark.parametrize(
+    "result", [torch.ones(2), "abc", "3.5", [1], float, lambda: "later"], ids=lambda value: str(value)[:9]
+)
+def test_a_function_that_returns_no_number_is_named(result):
+    lmnfast.register_observable("wrong", lambda o: result, reads=["connectivity"])
+    lmnfast.register_observable("raises", lambda o: 1 / 0, reads=["connectivity"])
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(9, 4)
+    with pytest.raises(
+        ValueError, match="^observable 'wrong': .*; expected a function that returns a number"
+    ):
+        lmnfast.measure(model, x, observables="wrong")
+    with pytest.raises(
+        ValueError, match="^observable 'raises': ZeroDivisionError: division by zero; expected"
+    ):
+        lmnfast.measure(model, x, observables="raises")
+
+
+@pytest.mark.parametrize("names", [None, 3, [["lmn"]], [1]])
+def test_names_that_are_none_are_refused_by_the_arguments_name(names):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh()), torch.randn(9, 4)
+    with pytest.raises(TypeError, match="^observables: expected a name or a sequence of names, got"):
+        lmnfast.measure(model, x, observables=names)
+    with pytest.raises(TypeError, match="^reads: expected a name or a sequence of names, got"):
+        lmnfast.register_observable("mine", len, reads=names)

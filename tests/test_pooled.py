@@ -197,3 +197,32 @@ def test_a_stabiliser_far_below_the_outputs_size_still_makes_constant_outputs_be
         L = lmnfast.connectivity((lambda t: f(t)) if wrapped else f, x, stabiliser=8e-8, method=method)
     off = ~torch.eye(8, dtype=torch.bool)
     assert (L[off] <= 2 / 3 + 1e-6).all() and L[off].max() > 0.5
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_map_that_is_constant_everywhere_is_bent_with_a_stabiliser(pooled):
+    """Samples whose first pre-activations agree are not the same sample."""
+    f, x = nn.Linear(4, 3), samples(12, 4)
+    nn.init.zeros_(f.weight)
+    x[7] = x[2]
+    off = ~torch.eye(12, dtype=torch.bool)
+    off[2, 7] = off[7, 2] = False
+    for dtype in (torch.float32, torch.float64):
+        f, x = f.to(dtype), x.to(dtype)
+        for g in (f, lambda t: f(t)):  # noqa: B023
+            L = lmnfast.connectivity(g, x, stabiliser=1e-2, pooled=pooled)
+            assert (L[off] == 0).all() and L[2, 7] == 1
+            assert (lmnfast.connectivity(g, x, pooled=pooled) == 1).all()
+        estimate = lmnfast.curvature(f, x[:7], pairs=10, stabiliser=1e-2, pooled=pooled)
+        assert estimate.value == 1
+
+
+@pytest.mark.parametrize("size", [1e-150, 1.0, 1e155, 1e250])
+def test_float64_outputs_of_any_size_that_a_square_would_not_hold(size):
+    f, x = mlp(outputs=3, activation=nn.Tanh).double(), samples(9, 6).double()
+    truth = lmnfast.connectivity(f, x), lmnfast.connectivity(f, x, pooled=True)
+    f[-1].weight.data *= size
+    f[-1].bias = None
+    for pooled in (False, True):
+        L = lmnfast.connectivity(f, x, pooled=pooled)
+        assert (L - truth[pooled]).abs().max() < 1e-9

@@ -189,11 +189,20 @@ def test_an_observable_that_raises_is_named_with_its_step(model, x):
     lmnfast.register_observable("now", fails)
     lmnfast.register_observable("later", fails, reads=["connectivity"])
     probe = Probe(model, x, "first", observables="now")
-    with probe, pytest.raises(ValueError, match=r"no number \(probe of layer 'first', step 100\)"):
+    with (
+        probe,
+        pytest.raises(
+            ValueError,
+            match=r"observable 'now': ValueError: no number; .* \(probe of layer 'first', step 100\)",
+        ),
+    ):
         probe(100)
     with Probe(model, x, "first", observables="later") as probe:
         probe(100)
-    with pytest.raises(RuntimeError, match="solving layer 'first' at step 100 failed: no number"):
+    with pytest.raises(
+        RuntimeError,
+        match="solving layer 'first' at step 100 failed: observable 'later': ValueError: no number",
+    ):
         probe.history  # noqa: B018
 
 

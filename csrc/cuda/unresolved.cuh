@@ -97,7 +97,7 @@ struct Pool {
   }
 };
 
-enum Nearness { kFar, kClose, kSame, kLeft };  // kLeft: left to Python
+enum Nearness { kFar, kClose, kSame, kConstant, kLeft };  // kLeft: left to Python
 
 /// How near two samples are. A warp calls this.
 __device__ inline int nearness(const Unresolved& p, std::int64_t i, std::int64_t j) {
@@ -123,6 +123,8 @@ __device__ inline int nearness(const Unresolved& p, std::int64_t i, std::int64_t
   }
   equal = __all_sync(kAllLanes, equal), agree = __all_sync(kAllLanes, agree), finite = __all_sync(kAllLanes, finite);
   if (!finite) return kLeft;
+  // With a stabiliser, outputs that are constant between two samples count as bent, and only equal samples are one.
+  if (!equal && agree && p.stabiliser > 0) return kConstant;
   return equal || agree ? kSame : distance <= kCloseSamples * largest ? kClose : kFar;
 }
 
@@ -334,12 +336,12 @@ struct Block {
     sum = warp_sum(sum), constants = warp_sum(constants);
     double pooled = p.pooled ? pool.r2(p.stabiliser) : 1.0;
     if (!__all_sync(kAllLanes, finite) || !is_finite(sum) || !is_finite(pooled) || lane > 0) return;
-    const double mean = near == kSame ? 1.0 : sum / outputs;
+    const double mean = near == kSame ? 1.0 : near == kConstant ? 0.0 : sum / outputs;
     const float entry = float(mean > 1 ? 1.0 : mean);  // rounding may bring the mean above 1
     float* const connectivity = p.own_connectivity();
     connectivity[i * p.samples + j] = connectivity[j * p.samples + i] = entry;
     if (float* const matrix = p.own_pooled()) {
-      pooled = near == kSame || pooled > 1 ? 1.0 : pooled;
+      pooled = near == kConstant ? 0.0 : near == kSame || pooled > 1 ? 1.0 : pooled;
       matrix[i * p.samples + j] = matrix[j * p.samples + i] = float(pooled);
     }
     if (constants > 0) count(p.own_counts(), constants);

@@ -101,13 +101,15 @@ class Config:
         sizes = task_sizes(self.task, p=self.p, bits=self.bits)
         object.__setattr__(self, "p", sizes.get("p"))
         object.__setattr__(self, "bits", sizes.get("bits"))
-        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(
+            self, "layers", (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        )
         self._check_counts()
         known_layers = layers_of(self.depth)
         unknown = [layer for layer in self.layers if layer not in known_layers]
         if unknown or not self.layers or len(set(self.layers)) < len(self.layers):
             raise ValueError(
-                f"layers: expected some of {', '.join(known_layers)}, each once, got {', '.join(self.layers)}"
+                f"layers: expected some of {', '.join(known_layers)}, each once, got {', '.join(self.layers) or 'none'}"
             )
         Settings(self.method, self.points, self.rule, stabiliser=self.stabiliser)
         check_negative(self.negative)

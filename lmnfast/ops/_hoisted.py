@@ -69,8 +69,6 @@ class Hoisted:
         # about an epsilon times the root of the sum of its terms' squares.
         epsilon = torch.finfo(torch.float64).eps
         rounds = self.activations[-1].name in ("identity", "relu", "leaky_relu", "sin")
-        if rounds and weights:
-            squares = weights[-1] ** 2, None if biases[-1] is None else biases[-1] ** 2
 
         def through(points: Tensor, *steps: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
             z, *moved = points.split(widths, 1)
@@ -81,7 +79,7 @@ class Hoisted:
             for n, activation in enumerate(self.activations):
                 if n:
                     if rounds and n == len(weights):
-                        terms = _native.linear(z**2, *squares).sqrt()
+                        terms = root_of_squares(z, weights[-1], biases[-1])
                     z = _native.linear(z, weights[n - 1], biases[n - 1])
                     slopes = [_native.linear(s, weights[n - 1], None) for s in slopes]
                 for into in (2 * n, 2 * n + 1):
@@ -108,6 +106,20 @@ class Hoisted:
         # rounds_as_ends: if all units before an output are off, only the rounding of the path's own points is left of their
         # sum.
         return Values(at, along, rounds_as_ends=rounds)
+
+
+def root_of_squares(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The root of the sum of the squares of all terms behind each output of a Linear, in float64, without overflow.
+
+    z: (B, D). Returns (B, outputs).
+    """
+    largest = weight.abs().max()
+    of_weight = torch.exp2(-torch.frexp(torch.where(largest > 0, largest, 1.0))[1].double())
+    sizes = z.abs().amax(1, keepdim=True)
+    of_rows = torch.exp2(-torch.frexp(torch.where(sizes > 0, sizes, 1.0))[1].double())
+    squares = _native.linear((z * of_rows) ** 2, (weight * of_weight) ** 2, None)
+    roots = squares.sqrt() / of_rows / of_weight  # both are powers of two
+    return roots if bias is None else torch.hypot(roots, bias)
 
 
 _aten = torch.ops.aten

@@ -126,7 +126,7 @@ def chain_pairs(
     samples = LIST_BYTES // (NUMBERS_PER_VALUE * x.element_size() * values)
     most = max(len(first), 1) if len(x) <= samples else max(64, samples // 2)
     parts = []
-    for pair in torch.arange(len(first)).split(most):
+    for pair in torch.arange(len(first), device=first.device).split(most):
         used, places = torch.stack([first[pair], second[pair]]).unique(return_inverse=True)
         own = hoisted(chain, x[used])
         parts.append((_measured(own, x[used], nodes, weights, midpoint, statistic, *places), used, places))
