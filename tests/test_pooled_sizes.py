@@ -1,5 +1,7 @@
 """r2 pooled over the outputs of a chain, and a stabiliser: outputs of different sizes, of which some do not vary."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from chains import cast, measured, random_chain, samples
@@ -71,3 +73,18 @@ def test_lists_of_pairs_are_for_the_cpu(emulated):
     arguments = [x, list(chain.weights), list(chain.biases), [0, 4, 0], [0.0] * 6, [], [], *UNIFORM]
     with pytest.raises(ValueError, match="first, second: expected both or neither"):
         torch.ops.lmnfast.path_connectivity(*arguments, first=pair, second=pair + 1)
+
+
+def test_samples_that_only_agree_are_not_one_sample_with_a_stabiliser(device, dtype):
+    """The first pre-activations of all samples are 0, so the outputs are constant: bent, but between equal samples."""
+    chain = random_chain([4, 6, 3], ["identity", "silu", "identity"])
+    chain = replace(chain, weights=(torch.zeros_like(chain.weights[0]), chain.weights[1]))
+    x = samples(9, 4)
+    x[6] = x[2]
+    expected = torch.eye(9, dtype=torch.float64)
+    expected[2, 6] = expected[6, 2] = 1
+    for pooled_too in (False, True):
+        L = ops.path_connectivity(
+            cast(chain, dtype, device), x.to(device, dtype), *UNIFORM, stabiliser=1e-2, pooled=pooled_too
+        )
+        assert torch.equal(L.cpu().double(), expected)
