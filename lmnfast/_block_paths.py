@@ -14,12 +14,11 @@ from torch import Tensor
 
 from . import _native
 from ._block import Block
-from ._generic import mark_near, mark_near_pairs, pairs_apart, resolver
+from ._generic import Paths
 from ._native import Progress
 from ._settings import PLAIN, Statistic
-from ._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, TOTALS, UNRESOLVED, Entries, ListEntries, Widened
+from ._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, TOTALS, UNRESOLVED, Widened
 from .ops.block_coefficients import Normalisation, block_coefficients
-from .ops.path_connectivity import ChainConnectivity
 from .quadrature import orthonormal_polynomials
 from .reference import CONSTANT_ULPS
 
@@ -32,9 +31,8 @@ FIRST_TERMS = 8
 VANISHING = 2.0**-16
 
 STATISTICS = 8  # numbers that exist for an output at one time, beside its coefficients
-AGAIN = (
-    5  # what a row costs in addition, counted in terms, if its first terms are too few: the kernel runs again
-)
+# What a row costs in addition, counted in terms, if its first terms are too few: the kernel runs again.
+AGAIN = 5
 SAMPLE_VALUES = 2**22  # values of the first Linear that are computed at a time at the samples, 32 MB
 TURNED = 16  # rows that determine the polynomials
 
@@ -178,13 +176,16 @@ class _Outputs:
         scale = torch.where(
             spread > 0, torch.exp2(-torch.frexp(spread)[1].double()), 1.0
         )  # (K,), powers of two
-        most = TOTALS[self.dtype][1]
-        least = torch.finfo(self.dtype).smallest_normal if statistic.stabiliser else 0.0
-        self.added = (statistic.stabiliser * scale**2).clamp(least, most).to(self.dtype)
+        # The limits are those of scaled_stabiliser in csrc/statistics.h.
+        limits = (
+            torch.finfo(self.dtype).smallest_normal if statistic.stabiliser else 0.0,
+            TOTALS[self.dtype][1],
+        )
+        self.added = (statistic.stabiliser * scale**2).clamp(*limits).to(self.dtype)
         # Brings the outputs to a unit that all share, that of the output that varies most.
         common = scale[spread > 0].amin() if bool((spread > 0).any()) else torch.ones_like(scale[0])
         self.pooling = ((common / scale) ** 2).to(self.dtype)
-        self.pooled_added = float((statistic.stabiliser * common**2).clamp(least, most))
+        self.pooled_added = float((statistic.stabiliser * common**2).clamp(*limits))
         self.last = (block.last * scale[:, None]).to(self.dtype)
         self.outputs = rows.outputs * scale
         self.magnitudes = self.outputs.abs().to(self.dtype)
@@ -227,7 +228,7 @@ class _Outputs:
         sensitivity = (sensitivity.topk(len(self.most), 1).values * self.most).sum(1)
         if total.device.type == "cpu" and bool(resolved.all()):  # then no output is constant either
             none = first.new_zeros(len(first))
-            return self._pooled(bend, total, sensitivity, stable, none, none.clone())
+            return self._summed(bend, total, sensitivity, stable, none, none.clone())
         tolerance = (magnitude * (CONSTANT_ULPS * self.epsilon)).square_().mul_(self.variance_t)
         still = (chord == 0) & (coefficients[0] == 0) & (bend == 0)
         constant = torch.where(tolerance >= least, total <= tolerance, still)
@@ -236,9 +237,9 @@ class _Outputs:
         moving, total = torch.where(constant, 0.0, bend), torch.where(constant, 0.0, total)
         stable = total + self.added
         counts = constant.sum(1), (~constant & ~resolved).sum(1)
-        return self._pooled(moving, total, sensitivity, stable, *counts)
+        return self._summed(moving, total, sensitivity, stable, *counts)
 
-    def _pooled(
+    def _summed(
         self,
         bend: Tensor,
         total: Tensor,
@@ -379,10 +380,11 @@ def _row_bytes(block: Block) -> int:
     return numbers * block.first.element_size() + (0 if block.norm is None else 2 * 8 * inputs)
 
 
-class BlockPaths:
+class BlockPaths(Paths):
     """Measures paths of a block.
 
-    x: (N, *tokens, inputs). tile: bytes of a tile. allocated: bytes that the block takes for all samples.
+    x: (N, *tokens, inputs). tile: bytes of a tile. allocated: bytes that the block takes for all samples. Other arguments are
+    those of `Paths`.
     """
 
     def __init__(
@@ -393,26 +395,26 @@ class BlockPaths:
         weights: Tensor,
         tile: int,
         allocated: int,
-        statistic: Statistic,
+        progress: Progress | None = None,
+        statistic: Statistic = PLAIN,
     ) -> None:
-        self.positions, self.statistic = math.prod(x.shape[1:-1]), statistic
+        self.positions = math.prod(x.shape[1:-1])
         with torch.no_grad():
             rows = _Rows.of(block, x.reshape(-1, x.shape[-1]))
             # Without the last bias, like the rows: next to a large one float32 rounds all that the outputs vary.
             bare = replace(block, last_bias=None)
-            self.widened = Widened(bare, x, bare(x).flatten(1))
+            in_double = Widened(bare, x, bare(x).flatten(1))
             self.outputs = _Outputs(
-                block, rows, self.positions, nodes, weights, self.widened.rounding, statistic
+                block, rows, self.positions, nodes, weights, in_double.rounding, statistic
             )
             self.measured = _Measured(block, rows, self.outputs, nodes, weights)
-        self.counts = torch.zeros(2, dtype=torch.int64, device=x.device)
-        self.most = max(1, tile // (_row_bytes(block) * self.positions))
-        self.points = tile * len(x) // allocated
+        together = max(1, tile // (_row_bytes(block) * self.positions))
+        at_once = tile * len(x) // allocated
+        super().__init__(x, x.dtype, nodes, weights, statistic, together, in_double, at_once, progress)
         self.places = torch.arange(self.positions, device=x.device)
         self.turned = False
 
     def entries(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
-        """r2 of pairs, (pairs,), and r2 pooled over the outputs if it is asked for; UNRESOLVED where they are not resolved."""
         if not self.turned:
             self.turned = True
             some = torch.linspace(0, len(first) - 1, TURNED, device=first.device).long()
@@ -435,57 +437,5 @@ class BlockPaths:
             pooled = torch.where(left, UNRESOLVED, pooled)
         self.counts[0] += constants[~left].sum()
         self.counts[1] += left.sum()
+        self.finished(len(first))
         return torch.where(left, UNRESOLVED, 1 - share.mean(1)), pooled
-
-
-def block_paths(
-    block: Block,
-    x: Tensor,
-    nodes: Tensor,
-    weights: Tensor,
-    tile: int,
-    allocated: int,
-    progress: Progress | None,
-    statistic: Statistic = PLAIN,
-) -> ChainConnectivity:
-    """The connectivity of a block. The arguments are those of `BlockPaths`."""
-    paths = BlockPaths(block, x, nodes, weights, tile, allocated, statistic)
-    L = torch.ones(len(x), len(x), dtype=x.dtype, device=x.device)
-    pooled = L.clone() if statistic.pooled else None
-    entries = Entries(L, pooled, paths.counts, statistic.stabiliser)
-    near, finished = mark_near(x, entries)
-    for first, second in pairs_apart(x, paths.most, near):
-        if len(first) == 0:
-            continue
-        entries.write((first, second), *paths.entries(first, second))
-        finished += len(first)
-        if progress is not None:
-            progress(2 * finished / (len(x) * (len(x) - 1)))
-    return ChainConnectivity(
-        L, paths.counts, resolver(paths.widened, x, entries, nodes, weights, paths.points), pooled
-    )
-
-
-def block_pairs(
-    block: Block,
-    x: Tensor,
-    nodes: Tensor,
-    weights: Tensor,
-    tile: int,
-    allocated: int,
-    statistic: Statistic,
-    *,
-    first: Tensor,
-    second: Tensor,
-) -> ChainConnectivity:
-    """Entries of some pairs. The arguments are those of `BlockPaths`. first, second: (pairs,) int64."""
-    paths = BlockPaths(block, x, nodes, weights, tile, allocated, statistic)
-    r2 = torch.ones(len(first), dtype=x.dtype, device=x.device)
-    pooled = r2.clone() if statistic.pooled else None
-    entries = ListEntries(r2, pooled, paths.counts, statistic.stabiliser, first, second)
-    for pair in mark_near_pairs(x, entries).split(paths.most):
-        if len(pair):
-            entries.write(pair, *paths.entries(first[pair], second[pair]))
-    return ChainConnectivity(
-        r2, paths.counts, resolver(paths.widened, x, entries, nodes, weights, paths.points), pooled
-    )

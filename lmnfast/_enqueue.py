@@ -13,11 +13,11 @@ from torch import Tensor
 
 from . import _native
 from ._block import Block
-from ._block_paths import block_paths
+from ._block_paths import BlockPaths
 from ._chain import Chain
 from ._checks import Checks, Findings, NotTheChain
 from ._features import compare_chain, compare_differentiated
-from ._generic import generic_paths
+from ._generic import GenericPaths, Paths
 from ._native import Progress
 from ._outputs import original_of
 from ._polynomials import generic_polynomials
@@ -237,18 +237,24 @@ def _run(function: Prepared, settings: Settings, progress: Progress | None) -> C
     if chain is not None:
         with _native.reporting(progress):
             return chain_connectivity(chain, x, nodes, weights, settings.midpoint, settings.statistic)
-    if function.route.block is not None:
-        tile = tile_bytes(settings.budget, x.device, of_block=True)
-        how = tile, function.allocated, progress, settings.statistic
-        return block_paths(function.route.block, x, nodes, weights, *how)
-    compiled = original_of(function.calls.f) is not function.calls.f
-    tile = tile_bytes(
-        settings.budget, x.device, differentiated=settings.method != "path", is_compiled=compiled
-    )
-    given = tile, function.allocated, function.checks, progress, settings.statistic
     if settings.midpoint is None:
-        return generic_paths(function.calls, x, ends, nodes, weights, *given)
+        return paths_of(function, settings, progress).all()
+    tile = tile_bytes(settings.budget, x.device, differentiated=True)
+    given = tile, function.allocated, function.checks, progress, settings.statistic
     return generic_polynomials(function.calls, x, ends, nodes, weights, settings.midpoint, *given)
+
+
+def paths_of(function: Prepared, settings: Settings, progress: Progress | None = None) -> Paths:
+    """The paths of a function that is no chain."""
+    block, x = function.route.block, function.x
+    if block is not None:
+        tile = tile_bytes(settings.budget, x.device, of_block=True)
+        return BlockPaths(block, x, *settings.nodes, tile, function.allocated, progress, settings.statistic)
+    compiled = original_of(function.calls.f) is not function.calls.f
+    tile = tile_bytes(settings.budget, x.device, is_compiled=compiled)
+    nodes, weights = settings.nodes
+    given = tile, function.allocated, function.checks, progress, settings.statistic
+    return GenericPaths(function.calls, x, function.ends, nodes, weights, *given)
 
 
 def _checked(function: Prepared, measured: ChainConnectivity) -> Enqueued:
@@ -267,6 +273,11 @@ def _checked(function: Prepared, measured: ChainConnectivity) -> Enqueued:
     )
     if checks.deferred:
         return replace(enqueued, offset=partial(offset_of, function.known, function.ends))
+    return with_offset(enqueued, function)
+
+
+def with_offset(enqueued: Enqueued, function: Prepared) -> Enqueued:
+    """The connectivity, whose checks are made, with the offset of f's outputs if so many are constant that it matters."""
     if enqueued.constant_share() >= WARNED_SHARE:
         return replace(enqueued, offset=offset_of(function.known, function.ends))
     return enqueued

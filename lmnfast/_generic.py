@@ -1,5 +1,6 @@
 """Measures paths of a function that is no chain by calling the function on tiles of path points."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,14 +34,86 @@ def outputs_between(f: Calls, points: Tensor, x: Tensor, ends: Tensor, checks: C
     return y[: -len(rows)]
 
 
-class GenericPaths:
+class Paths(ABC):
+    """Measures paths between samples: all, or those of a list of pairs. A subclass says how it measures some of them.
+
+    Args:
+        x: (N, *in), the samples. dtype: of the results.
+        nodes, weights: the rule.
+        together: the number of pairs that `entries` is given at a time.
+        widened: f in float64. at_once: the number of points that a tile holds in x's dtype.
+        progress: receives the share of pairs that is done.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        nodes: Tensor,
+        weights: Tensor,
+        statistic: Statistic,
+        together: int,
+        widened: Widened,
+        at_once: int,
+        progress: Progress | None,
+    ) -> None:
+        self.x, self.dtype, self.rule, self.statistic = x, dtype, (nodes, weights), statistic
+        self.together, self.widened, self.at_once, self.progress = together, widened, at_once, progress
+        self.counts = torch.zeros(2, dtype=torch.int64, device=x.device)
+        self._finished = self._pairs = 0
+
+    @abstractmethod
+    def entries(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
+        """r2 of pairs, (pairs,), and r2 pooled over the outputs if it is asked for; UNRESOLVED where they are not resolved.
+
+        Adds to the counts, and calls `finished`.
+        """
+
+    def finished(self, pairs: int) -> None:
+        """Counts pairs as done."""
+        self._finished += pairs
+        if self.progress is not None:
+            self.progress(self._finished / self._pairs)
+
+    def all(self) -> ChainConnectivity:
+        """The connectivity matrix."""
+        samples = len(self.x)
+        entries = Entries(*self._ones(samples, samples), self.counts, self.statistic.stabiliser)
+        self._pairs = samples * (samples - 1) // 2
+        near, self._finished = mark_near(self.x, entries)
+        for first, second in pairs_apart(self.x, self.together, near):
+            if len(first):
+                entries.write((first, second), *self.entries(first, second))
+        return self._of(entries)
+
+    def of_list(self, first: Tensor, second: Tensor) -> ChainConnectivity:
+        """The entries of some pairs. first, second: (pairs,) int64."""
+        ones = self._ones(len(first))
+        entries = ListEntries(*ones, self.counts, self.statistic.stabiliser, first=first, second=second)
+        apart = mark_near_pairs(self.x, entries)
+        self._pairs, self._finished = len(first), len(first) - len(apart)
+        for pair in apart.split(self.together):
+            if len(pair):
+                entries.write(pair, *self.entries(first[pair], second[pair]))
+        return self._of(entries)
+
+    def _ones(self, *shape: int) -> tuple[Tensor, Tensor | None]:
+        """L and pooled."""
+        ones = torch.ones(shape, dtype=self.dtype, device=self.x.device)
+        return ones, ones.clone() if self.statistic.pooled else None
+
+    def _of(self, entries: Entries) -> ChainConnectivity:
+        resolve = resolver(self.widened, self.x, entries, *self.rule, self.at_once)
+        return ChainConnectivity(entries.L, self.counts, resolve, entries.pooled)
+
+
+class GenericPaths(Paths):
     """Measures paths of f by calls on tiles of path points. At the paths' ends f's outputs on the samples are used.
 
     Args:
-        x: (N, *in), the samples. ends: (N, K), f(x).
-        nodes, weights: the rule.
+        ends: (N, K), f(x).
         tile: bytes of a tile. allocated: bytes that f takes for all samples.
-        progress: receives the share that is done of `pairs`.
+        x, nodes, weights, statistic, progress: as of `Paths`.
     """
 
     def __init__(
@@ -56,21 +129,26 @@ class GenericPaths:
         progress: Progress | None,
         statistic: Statistic,
     ) -> None:
-        self.f, self.x, self.original, self.ends, self.checks = f, x, ends, widened(ends), checks
-        self.rule, self.statistic, self.progress = (nodes, weights), statistic, progress
-        self.counts = torch.zeros(2, dtype=torch.int64, device=x.device)
+        self.f, self.original, self.ends, self.checks = f, ends, widened(ends), checks
         self.t = _like(x, nodes[1:-1]).reshape(-1, *[1] * (x.dim() - 1))
-        self.widened = Widened(f, x, ends)
         self.most = tile_pairs(tile, len(x), allocated, len(self.t))
-        self.at_once = tile * len(x) // allocated
-        self.finished, self.pairs = 0, len(x) * (len(x) - 1) // 2
+        super().__init__(
+            x,
+            self.ends.dtype,
+            nodes,
+            weights,
+            statistic,
+            max(self.most, BLOCK),
+            Widened(f, x, ends),
+            tile * len(x) // allocated,
+            progress,
+        )
         if x.device.type == "cpu":
             keep_freed_pages()
 
     def entries(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
-        """r2 of pairs, (pairs,), and r2 pooled over the outputs if it is asked for; UNRESOLVED where they are not resolved."""
         x, t = self.x, self.t
-        r2 = x.new_empty(len(first), dtype=self.ends.dtype)
+        r2 = x.new_empty(len(first), dtype=self.dtype)
         pooled = torch.empty_like(r2) if self.statistic.pooled else None
         done = 0
         while done < len(first):
@@ -93,51 +171,8 @@ class GenericPaths:
                 self.most = -(-self.most // 2)  # also for later tiles; finished pairs keep their results
                 continue
             done += taken
-            self.finished += taken
-            if self.progress is not None:
-                self.progress(self.finished / self.pairs)
+            self.finished(taken)
         return r2, pooled
-
-
-def generic_paths(
-    f: Calls, x: Tensor, ends: Tensor, nodes: Tensor, weights: Tensor, *how: Any
-) -> ChainConnectivity:
-    """The connectivity of f. The arguments are those of `GenericPaths`."""
-    paths = GenericPaths(f, x, ends, nodes, weights, *how)
-    L = torch.ones(len(x), len(x), dtype=paths.ends.dtype, device=x.device)
-    pooled = L.clone() if paths.statistic.pooled else None
-    entries = Entries(L, pooled, paths.counts, paths.statistic.stabiliser)
-    near, paths.finished = mark_near(x, entries)
-    for first, second in pairs_apart(x, max(paths.most, BLOCK), near):
-        entries.write((first, second), *paths.entries(first, second))
-    return ChainConnectivity(
-        L, paths.counts, resolver(paths.widened, x, entries, nodes, weights, paths.at_once), pooled
-    )
-
-
-def generic_pairs(
-    f: Calls,
-    x: Tensor,
-    ends: Tensor,
-    nodes: Tensor,
-    weights: Tensor,
-    *how: Any,
-    first: Tensor,
-    second: Tensor,
-) -> ChainConnectivity:
-    """Entries of some pairs. The arguments are those of `GenericPaths`. first, second: (pairs,) int64."""
-    paths = GenericPaths(f, x, ends, nodes, weights, *how)
-    paths.pairs = len(first)
-    r2 = torch.ones(len(first), dtype=paths.ends.dtype, device=x.device)
-    pooled = r2.clone() if paths.statistic.pooled else None
-    entries = ListEntries(r2, pooled, paths.counts, paths.statistic.stabiliser, first, second)
-    apart = mark_near_pairs(x, entries)
-    paths.finished = len(first) - len(apart)
-    for pair in apart.split(max(paths.most, BLOCK)):
-        entries.write(pair, *paths.entries(first[pair], second[pair]))
-    return ChainConnectivity(
-        r2, paths.counts, resolver(paths.widened, x, entries, nodes, weights, paths.at_once), pooled
-    )
 
 
 def resolver(

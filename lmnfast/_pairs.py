@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._block_paths import block_pairs
-from ._enqueue import WARNED_SHARE, Enqueued, offset_of
-from ._generic import generic_pairs, numbered
+from ._enqueue import Enqueued, paths_of, with_offset
+from ._generic import numbered
 from ._prepare import prepared
 from ._samples import checked_samples
 from ._settings import Settings
-from ._tiles import tile_bytes
 from .ops.path_connectivity import chain_pairs
 
 # A permutation of all pairs is drawn if all are at most this many times the number that is asked for. Else pairs are drawn one
@@ -61,37 +59,16 @@ def measured_pairs(
         if function.chain is not None and not _takes_lists(own):
             function.refute()
         function.settle()
-        rule, statistic = settings.nodes, settings.statistic
         if function.chain is not None:
-            found = chain_pairs(function.chain, function.x, first, second, *rule, statistic=statistic)
-        elif function.route.block is not None:
-            tile = tile_bytes(settings.budget, own.device, of_block=True)
-            found = block_pairs(
-                function.route.block,
-                function.x,
-                *rule,
-                tile,
-                function.allocated,
-                statistic,
-                first=first,
-                second=second,
-            )
+            how = *settings.nodes, settings.midpoint, settings.statistic
+            found = chain_pairs(function.chain, function.x, first, second, *how)
         else:
-            tile = tile_bytes(settings.budget, own.device)
-            how_called = tile, function.allocated, function.checks, None, statistic
-            found = generic_pairs(
-                function.calls, function.x, function.ends, *rule, *how_called, first=first, second=second
-            )
+            found = paths_of(function, settings).of_list(first, second)
         found.resolve()
         for entries in (found.L, found.pooled):
             if entries is not None:
                 function.checks.pairs(entries, first, second)
-        enqueued = Enqueued(found, function.precision, function.ends.shape[1])
-        if enqueued.constant_share() >= WARNED_SHARE:
-            return Enqueued(
-                found, function.precision, enqueued.outputs, offset=offset_of(function.known, function.ends)
-            )
-        return enqueued
+        return with_offset(Enqueued(found, function.precision, function.ends.shape[1]), function)
 
 
 def _takes_lists(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -86,13 +86,13 @@ class Entries:
                 matrix[first, second] = matrix[second, first] = values
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ListEntries(Entries):
     """The entries of a list of pairs. L and pooled are (pairs,)."""
 
-    first: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    first: Tensor
     """(pairs,) int64, the samples at t = 0."""
-    second: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    second: Tensor
 
     def unresolved(self, most: int) -> Iterator[tuple[Any, Tensor, Tensor]]:
         for pair in (self.L == UNRESOLVED).nonzero()[:, 0].split(most):

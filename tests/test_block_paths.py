@@ -398,9 +398,9 @@ def test_unresolved_pairs_are_measured_in_float64():
     with torch.no_grad():
         x[:, 0] = 1e5  # an output is this and a small number, which float32 rounds more than it varies
         f.last.weight.mul_(1e-4)
-    measured = _block_paths.block_paths(
-        _block_of(f), x, *path_nodes("uniform", 21), 2**20, x.nbytes * 20, None
-    )
+    measured = _block_paths.BlockPaths(
+        _block_of(f), x, *path_nodes("uniform", 21), 2**20, x.nbytes * 20
+    ).all()
     assert int(measured.counts[1]) > 0
     measured.resolve()
     assert int(measured.counts[1]) == 0

@@ -62,7 +62,7 @@ def test_a_chain_is_called_on_the_samples_alone_and_any_other_network_on_the_pat
     forwarded = counted(chain)
     generic = lmnfast.connectivity(forwarded, x)
     assert sum(forwarded.batches) == 30 + 14 + 30 + 435 * 19 + 3 * (len(forwarded.batches) - 4)
-    monkeypatch.setattr(_enqueue, "generic_paths", lambda *_: pytest.fail("the chain went the generic route"))
+    monkeypatch.setattr(_enqueue, "GenericPaths", lambda *_: pytest.fail("the chain went the generic route"))
     assert (lmnfast.connectivity(chain, x) - generic).abs().max() < 1e-5
 
 

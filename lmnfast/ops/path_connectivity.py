@@ -131,18 +131,23 @@ def chain_pairs(
         own = hoisted(chain, x[used])
         parts.append((_measured(own, x[used], nodes, weights, midpoint, statistic, *places), used, places))
     r2, counts, pooled = map(list, zip(*(found for found, *_ in parts)))
-    whole = torch.cat(pooled) if statistic.pooled else None
-    result = ChainConnectivity(torch.cat(r2), torch.stack(counts).sum(0), lambda: None, whole)
+    L, total, whole = (
+        torch.cat(r2),
+        torch.stack(counts).sum(0),
+        torch.cat(pooled) if statistic.pooled else None,
+    )
 
     def resolved() -> None:
-        for n, (_, used, places) in enumerate(parts):
-            own = slice(n * most, (n + 1) * most)
+        for n, (_, used, (i, j)) in enumerate(parts):
+            if int(counts[n][1]) == 0:
+                continue
+            own, its_x = slice(n * most, (n + 1) * most), x[used]
             part = None if whole is None else whole[own]
-            entries = ListEntries(result.L[own], part, counts[n], statistic.stabiliser, *places)
-            _resolved(partial(hoisted, chain, x[used]), x[used], entries, nodes, weights, midpoint)
-        result.counts.copy_(torch.stack(counts).sum(0))
+            entries = ListEntries(L[own], part, counts[n], statistic.stabiliser, first=i, second=j)
+            _resolved(partial(hoisted, chain, its_x), its_x, entries, nodes, weights, midpoint)
+        total.copy_(torch.stack(counts).sum(0))
 
-    return result._replace(resolve=resolved)
+    return ChainConnectivity(L, total, resolved, whole)
 
 
 def stack_connectivity(
