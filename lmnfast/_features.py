@@ -1,5 +1,6 @@
 """Compares the Jacobians of a network by rows of features that are exactly as far apart as the Jacobians are."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,9 @@ from .ops.jacobian_distance import (
 ALL_FEATURES = 24 * 2**20
 TILE_FEATURES = 8 * 2**20
 TILE_ROWS = 1024  # more rows would only make the tile of the result larger than the tiles of the features
+
+# Squares and products of numbers between these are right. Rows are scaled by a power of two, which changes no digit.
+TINY, HUGE = 2.0**-400, 2.0**400
 
 # Largest relative error of a squared distance by the features of `_isometry`; a distance is promised to 1e-4.
 ISOMETRY_ERROR = 1e-6
@@ -113,11 +117,41 @@ def compare_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind
     """The same for rows of features, in place of Jacobians."""
     dtype = _result_dtype(x)
     if kind == "connectivity" and not _native.on_cuda(x):
-        return _connectivity(rows, x, width, dtype)
+        return _connectivity(scaled(rows), x, width, dtype)
     if kind == "connectivity":
-        return tiled(rows, len(x), width, dtype, partial(jacobian_connectivity, dtype=dtype))
+        return tiled(scaled(rows), len(x), width, dtype, partial(jacobian_connectivity, dtype=dtype))
     distance = partial(ops.jacobian_distance, squared=kind == "squared", dtype=dtype)
     return tiled(rows, len(x), width, dtype, distance)
+
+
+def scaled(rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+    """Rows of features divided by one power of two, about the largest magnitude in the first rows that are asked for.
+
+    What a ratio of squares needs: squares of the outputs' own size may overflow or vanish. Does not wait for a CUDA device.
+    There, rows whose squares still overflow become NaN. On the CPU a ValueError names them.
+    """
+    scale: Tensor | None = None
+
+    def divided(begin: int, end: int) -> Tensor:
+        nonlocal scale
+        features = rows(begin, end)
+        if scale is None:
+            # 2^-1000 to 2^1000: a factor beyond them is no float64.
+            exponent = torch.frexp(_magnitude(features)).exponent.clamp(-1000, 1000)
+            scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), -exponent)
+        features = features * scale
+        if not features.is_cuda and not _magnitude(features) <= HUGE:
+            raise ValueError(
+                f"f: Jacobians of samples {begin} to {end - 1} are more than 1e120 times as large as those of the first; "
+                "their squares overflow"
+            )
+        return features
+
+    return divided
+
+
+def _magnitude(features: Tensor) -> Tensor:
+    return torch.stack(torch.aminmax(features)).abs().amax()
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
@@ -241,6 +275,8 @@ def _isometry(chain: Chain) -> Tensor | None:
     if sum(a.name != "identity" for a in chain.activations) > 1:
         return None
     first, last = chain.weights[0], chain.weights[-1]
+    if not all(TINY**0.5 <= float(_magnitude(weight)) <= HUGE**0.5 for weight in (first, last)):
+        return None
     if chain.activations[0] != IDENTITY:
         M = last.square().sum(0).diag()
     elif chain.activations[-1] != IDENTITY:
@@ -335,14 +371,20 @@ def tiled(
 
 def _connectivity(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """`jacobian_connectivity` in plain torch, for devices without that kernel."""
-    norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    norms, largest_of = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(2))
 
     def with_norms(begin: int, end: int) -> Tensor:
         features = rows(begin, end)
         norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
+        largest_of[begin:end] = torch.linalg.vector_norm(features, math.inf, dim=1)
         return features
 
     L = tiled(with_norms, len(x), width, dtype, partial(ops.jacobian_distance, dtype=dtype))
+    if (lost := (largest_of > 0) & (largest_of < TINY)).any():
+        raise ValueError(
+            f"f: the Jacobian of sample {int(lost.nonzero()[0])} is less than 1e-120 times as large as those of other "
+            "samples; its squares vanish"
+        )
     # Distances are divided by norms before they are squared: squares of tiny or huge Jacobians would not be finite.
     for begin in range(0, len(x), 256):
         end = min(begin + 256, len(x))

@@ -235,8 +235,8 @@ def register_observable(
             returns one of these (a probe calls it on its solver's thread), or None where the observable does not apply: its
             column then has NaN. What the function changes in the model, and draws from torch, is put back (parameters from a
             copy that is kept while it runs); it runs in eval mode and without gradients.
-        reads: the fields of the `Observation` that the function reads. "pooled" and "spectrum" are computed only for those
-            who read them; "network" and "model" are withheld from others. An observable that reads neither "network" nor
+        reads: the fields of the `Observation` that the function reads. "pooled", "spectrum" and "model" are None for a
+            function that does not read them, and "network" refuses to be called. An observable that reads neither "network" nor
             "model" is computed on the probe's solver thread, beside the training. "spectrum" does not go together with these
             two.
         formula, source, cost, invariances, limits: texts for :func:`observables`.
@@ -279,13 +279,14 @@ def _undisturbing(function: Function, reads: tuple[str, ...]) -> Function:
     def withheld(x: Any) -> Any:
         raise ValueError("expected 'network' among `reads` of an observable that calls the network")
 
+    unread = {name: None for name in ("pooled", "spectrum", "model") if name not in reads}
+
     def observed(o: Observation) -> Any:
-        model = o.model if "model" in reads else None
+        if "model" not in reads and "network" not in reads:
+            return function(replace(o, **unread, network=withheld))
         network = o.network if "network" in reads else withheld
-        if model is None and network is withheld:
-            return function(replace(o, model=None, network=withheld))
         with evaluating(o.model, o.network, changed=True), _parameters_kept(o.model, o.network):
-            return function(replace(o, model=model, network=network))
+            return function(replace(o, **unread, network=network))
 
     return observed
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._checks import Checks
 from ._enqueue import Enqueued, paths_of, with_offset
 from ._generic import numbered
 from ._prepare import prepared
@@ -49,9 +50,11 @@ def measured_pairs(
 ) -> Enqueued:
     """The checked entries of some pairs: `Enqueued` with L and pooled as (pairs,).
 
-    f is called on the samples of these pairs alone. Arguments and errors as in :func:`lmnfast.connectivity`.
+    f is called on the samples of these pairs alone. Arguments and errors as in :func:`lmnfast.connectivity`: samples that are
+    not drawn must be finite, too.
     """
     x = checked_samples(f, x)
+    Checks(deferred=False).finite("x", x)
     used, places = torch.stack([first, second]).unique(return_inverse=True)
     first, second = (ends.to(x.device) for ends in places)
     own = x[used.to(x.device)]

@@ -54,6 +54,21 @@ def test_every_method_agrees_with_its_definition(widths, method, wrap, dtype):
     assert truth.min() < 0.9 and ((L - truth).abs() <= allowed * torch.finfo(dtype).eps).all()
 
 
+@pytest.mark.parametrize(
+    "size, width, message",
+    [
+        # The large ones are another tile than the first.
+        (1e150, 320, "of samples 30 to 39 are more than 1e120 times as large"),
+        (1e-150, 8, "of sample 30 is less than 1e-120 times as large"),
+    ],
+)
+def test_jacobians_of_sizes_that_cannot_be_compared_are_refused(size, width, message):
+    x = inputs(40, width).double()
+    x[30:] *= size
+    with pytest.raises(ValueError, match=message):
+        lmnfast.connectivity(lambda t: t * t.abs(), x, method="jacobian")
+
+
 @pytest.mark.parametrize("method", HERMITE)
 @pytest.mark.parametrize("budget", [1, 20_000, 200_000, 2**30])
 def test_tiles_of_jacobians_change_no_number(method, budget):
@@ -142,6 +157,18 @@ class TestLimitsOfEveryMethod:
             net[2].bias.mul_(scale)
         L = lmnfast.connectivity(wrap(net), x, method=method)
         assert (L - truth).abs().max() <= 2 * plain + 8 * torch.finfo(torch.float32).eps
+
+    @pytest.mark.parametrize("scale", [1e-300, 1e-165, 1e160, 1e290])
+    def test_outputs_whose_squares_are_no_float64(self, method, wrap, scale):
+        net, x = mlp(6, 20, 4).double(), inputs(12, 6).double()
+        truth = definition(net, x, method)
+        rank = lmnfast.measure(net, x, observables="jacobian_rank").observables["jacobian_rank"]
+        with torch.no_grad():
+            net[2].weight.mul_(scale)
+            net[2].bias.mul_(scale)
+        m = lmnfast.measure(wrap(net), x, method=method, observables="jacobian_rank")
+        assert (m.connectivity - truth).abs().max() <= 1e-11
+        assert m.observables["jacobian_rank"] == pytest.approx(rank, rel=1e-12)
 
     def test_not_finite_samples_are_named(self, method, wrap):
         x = inputs(9, 6)

@@ -161,9 +161,12 @@ def test_f_is_called_on_the_samples_of_the_draw_alone_and_errors_name_them():
             pairs=5,
             generator=torch.Generator().manual_seed(0),
         )
-    x[bad] = torch.inf
-    with pytest.raises(ValueError, match=rf"x: NaN or Inf in sample {bad}\b"):
-        lmnfast.curvature(f, x, pairs=5, generator=torch.Generator().manual_seed(0))
+    undrawn = next(n for n in range(1000) if n not in drawn)
+    for wrong in (bad, undrawn):  # all samples are the user's data, also those that no pair needs
+        x[wrong] = torch.inf
+        with pytest.raises(ValueError, match=rf"x: NaN or Inf in sample {wrong}\b"):
+            lmnfast.curvature(f, x, pairs=5, generator=torch.Generator().manual_seed(0))
+        x[wrong] = 0
 
 
 def test_settings_reach_the_pairs():

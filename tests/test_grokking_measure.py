@@ -66,6 +66,17 @@ def test_checkpoints_can_be_measured_at_other_layers_nodes_and_steps(finished):
         measure(finished.path, every=0)
 
 
+def test_the_name_of_a_table_is_no_longer_than_a_file_system_takes(finished):
+    everything = [each.name for each in lmnfast.observables() if not each.own]
+    most = {"until": "hidden_2_pre", "observables": everything}
+    names = []
+    for layers in (["embedding", "hidden_1_pre", "hidden_1"], ["embedding", "hidden_1"]):
+        path, rows = measure(finished.path, every=20, layers=layers, **most)
+        assert path.exists() and len(path.name) <= 204 and len(rows) == 2
+        names.append(path.name)
+    assert names[0] != names[1]
+
+
 def test_checkpoints_can_be_measured_up_to_a_layer(finished):
     path, rows = measure(finished.path, layers=["embedding"], until="hidden_1", every=20)
     assert path.name == "measure-embedding-path-uniform21-until-hidden_1.csv"

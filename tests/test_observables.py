@@ -313,7 +313,7 @@ def test_a_registered_observable_is_measured_and_listed():
     expected = f[0].weight.detach().sum() + x.sum() + m.connectivity.sum()
     assert m.observables["weight"] == pytest.approx(expected.item())
     assert m.observables["bits"] == m.lmn**2 and m.observables["later"] == 3
-    assert seen[0].model is f and seen[0].spectrum.lmn == m.lmn
+    assert seen[0].model is f and seen[0].spectrum is None  # not among those it reads
     assert lmnfast.observables()["weight"].limits == "all" and "weight:\n  formula: W" in str(
         lmnfast.observables()
     )
@@ -397,6 +397,11 @@ def test_the_model_is_withheld_from_those_who_do_not_read_it():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(16, 4)
     lmnfast.measure(model, x, observables="blind")
     assert seen == [None]
+    lmnfast.register_observable(
+        "blind", lambda o: seen.append((o.spectrum, o.pooled)) or 1, reads=["connectivity"]
+    )
+    lmnfast.measure(model, x, observables=("blind", "lmn", "pooled_curvature"))
+    assert seen[1:] == [(None, None)]
     with pytest.raises(ValueError, match="observable 'caller': ValueError: expected 'network' among `reads`"):
         lmnfast.measure(model, x, observables="caller")
 

@@ -1,5 +1,6 @@
 """Measures the checkpoints of a run again, and estimates how long a measurement takes."""
 
+import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from .config import Config, probe_of, start
 from .run import by_step, load_checkpoint, read_config, read_rows, steps_of, write_rows
 
 TRIAL = 1024  # samples; with more samples the time of a measurement is estimated before it
+LONGEST_NAME = 200  # file systems take 255 bytes, and a figure's name is a little longer than its table's
 LONG = 10.0  # seconds; the estimate is printed if it is longer
 
 
@@ -64,7 +66,7 @@ def measure(
         The path of the written table, RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, and its rows. The columns of numbers are
         lmn_LAYER, or with several methods lmn_LAYER_METHOD. If not all training samples are measured, the file's name also has
         -NUMBERsamples. If negative eigenvalues count as 0, it also has -clip, with a stabiliser above 0 -stabiliserNUMBER, with
-        observables -and-NAMES, and with `until` -until-LAYER.
+        observables -and-NAMES, and with `until` -until-LAYER. A name of more than 200 letters is cut and ends in a digest.
 
     Raises:
         ValueError: not a run; a damaged run; no checkpoint; the existing table has more steps; an argument that `Config`
@@ -91,6 +93,8 @@ def measure(
     name += f"-stabiliser{config.stabiliser!r}" if config.stabiliser else ""
     name += f"-and-{'+'.join(beside)}" if beside else ""
     name += "" if until is None else f"-until-{until}"
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     table = path / f"{name}.csv"
     assert config.threads is not None  # settled
     with claimed(path, "run"), torch_threads(config.threads):
