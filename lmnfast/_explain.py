@@ -114,7 +114,8 @@ def explain(
         The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "block", "hoisted" or "generic".
 
     Raises:
-        As :func:`lmnfast.cut`, and as :func:`lmnfast.connectivity` for samples and outputs that it refuses.
+        TypeError, ValueError: as :func:`lmnfast.cut`, and as :func:`lmnfast.connectivity` for samples and outputs that it
+            refuses.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))

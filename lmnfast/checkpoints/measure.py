@@ -76,7 +76,7 @@ def measure_checkpoints(
         forward: as in `cut`, or the function's place as text, "package.module:function".
         output: as in `cut`.
         batch_dim: as in `cut`.
-        key: the place of the state dict in a checkpoint, "a.b" for ["a"]["b"]; None: see `read_state`.
+        key: the place of the state dict in a checkpoint, "a.b" for `["a"]["b"]`; None: see `read_state`.
         method: as in `connectivity`.
         points: as in `connectivity`.
         rule: as in `connectivity`.

@@ -78,7 +78,7 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
 
     Args:
         path: the file.
-        key: another place of the state dict, "a.b" for ["a"]["b"]. The last parts may also be a prefix of names in a state
+        key: another place of the state dict, "a.b" for `["a"]["b"]`. The last parts may also be a prefix of names in a state
             dict. The result then has the entries with this prefix, without the prefix.
 
     Returns:
