@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .._files import csv_entries
 from ..runs.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
-from ..runs.tables import csv_entries
 from .config import Config
 from .run import Run, read_run
 from .tasks import task_sizes

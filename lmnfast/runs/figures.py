@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from .files import write_file
+from .._files import write_file
 
 # The colours of Okabe and Ito, which colour-blind readers can distinguish.
 VERMILION, BLUE, GREEN, PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
