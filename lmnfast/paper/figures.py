@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .._connectivity import connectivity
+from .._eigenvalues import eigenvalues, linear_mapping_number
 from ..cutting import cut
 from ..grokking.config import start
 from ..grokking.figures import ACCURACY, L2, LMN, paper_curves
 from ..grokking.run import Run, load_checkpoint
 from ..runs.figures import BLACK, ORANGE, PURPLE, SKY, save
-from ..spectrum import eigenvalues, linear_mapping_number
 from .answers import EPSILON, RULES, STAND_INS
 from .claims import PAPER, at_start
 from .curves import COLUMN, LAYER, PAPER_ENDS, generalising, second_rise

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .._connectivity import connectivity
+from .._eigenvalues import linear_mapping_number
 from ..cutting import cut
 from ..grokking.config import Config, start
 from ..grokking.figures import ACCURACY, L2, LMN
@@ -31,7 +32,6 @@ from ..jacobian import linear_regions
 from ..runs.device import processor
 from ..runs.figures import BLACK, save
 from ..runs.tables import read_table, write_table
-from ..spectrum import linear_mapping_number
 from .answers import STAND_INS
 
 COLUMNS = ("run", "task", "seed", "activation", "step", "layer", "method", "value", "seconds")

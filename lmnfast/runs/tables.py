@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import csv_entries, csv_line, write_file
+from .._history import WORDS
 from .._nested import first_names
 from .._observables import observables
 from .._settings import completed
@@ -18,10 +19,6 @@ from ..spectrum import SETTINGS, SHARES
 
 INTEGERS = ("samples", "outputs", "points", "seed", "lost_gradients")
 EXACT = ("step", "stabiliser")
-WORDS = (
-    *("run", "task", "activation", "layer", "checkpoint", "question", "variant"),
-    *(name for name in SETTINGS if name not in (*INTEGERS, *EXACT)),
-)
 
 
 def joined(values: str, value: str) -> str:
