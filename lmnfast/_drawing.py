@@ -130,25 +130,25 @@ def band(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], **loo
     axes.plot(x, middle, **look)
 
 
-def log_axis(axis: Any, values: Sequence[float]) -> None:
-    """Makes an axis logarithmic, with plain numbers at its ticks. If it has a 0, that stands at its left end, and the part up
-    to the smallest positive value is linear."""
+def log_axis(axis: Any) -> None:
+    """Makes an axis that has data logarithmic, with plain numbers at its ticks. If the data have a 0, that stands at the lower
+    end, and the part up to the smallest positive value is linear."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-    known = sorted({v for v in values if math.isfinite(v)})
-    positive = [v for v in known if v > 0]
-    if not positive:
+    (low, high), first = axis.get_data_interval(), axis.get_minpos()
+    if not (math.isfinite(first) and high > 0):
         return
-    scale: dict[str, Any] = {"value": "log"}
-    if known[0] <= 0:
-        scale = {"value": "symlog", "linthresh": positive[0], "linscale": 0.4}
-    getattr(axis.axes, f"set_{axis.axis_name}scale")(**scale)
-    narrow = positive[-1] < 100 * positive[0]
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-    if known[0] <= 0:
-        decades = range(math.floor(math.log10(positive[0])), math.ceil(math.log10(positive[-1])) + 1)
-        marks = [s * 10.0**d for d in decades for s in ((1, 2, 5) if narrow else (1,))]
-        axis.set_major_locator(FixedLocator([0.0, *(m for m in marks if m >= positive[0] * 0.999)]))
+    narrow = high < 100 * first
+    steps = (1, 2, 5) if narrow else (1,)
+    set_scale = getattr(axis.axes, f"set_{axis.axis_name}scale")
+    if low > 0:
+        set_scale("log")
+        axis.set_major_locator(LogLocator(subs=steps))
+    else:
+        set_scale("symlog", linthresh=first, linscale=0.4)
+        decades = range(math.floor(math.log10(first)), math.ceil(math.log10(high)) + 1)
+        marks = [step * 10.0**decade for decade in decades for step in steps]
+        axis.set_major_locator(FixedLocator([0.0, *(m for m in marks if m >= 0.999 * first)]))
     axis.set_major_formatter(FuncFormatter(lambda value, place: _plain(value)))
     axis.set_minor_formatter(NullFormatter())
 

@@ -117,7 +117,7 @@ def history(
                 band(each, places, curves, color=colour_of[key], linestyle=style, marker=marker, label=label)
             each.set_ylabel(label_of(name, every))
             if log:
-                log_axis(each.xaxis, [place for places, _ in bands.values() for place in places])
+                log_axis(each.xaxis)
         axes[-1].set_xlabel(label_of(x, every))
         of = f"median, middle half and range of {counts[0] if len(counts) == 1 else 'the'} runs"
         said = [only] * bool(only) + [of if only else of.capitalize()] * (counts != [1])
