@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 
 from lmnfast import _native
-from lmnfast.runs.figures import BLACK, BLUE, GREEN, PURPLE, VERMILION
-from lmnfast.runs.files import write_file
+from lmnfast._drawing import BLACK, BLUE, GREEN, PURPLE, VERMILION
+from lmnfast._files import write_file
 
 from .results import machine, table
 

@@ -2,8 +2,11 @@
 
 from importlib.metadata import version as _version
 
+from . import plot
 from ._connectivity import connectivity
+from ._eigenvalues import eigenvalues, linear_mapping_number, nonlinear_complexity
 from ._explain import explain
+from ._history import history
 from ._layers import match_layers
 from ._observables import observables, register_observable
 from ._observed import Observation
@@ -12,14 +15,7 @@ from .cutting import cut
 from .estimate import Estimate, curvature
 from .jacobian import jacobian_distances, jacobians, linear_regions
 from .probe import Probe
-from .spectrum import (
-    Measurement,
-    eigenvalues,
-    linear_mapping_number,
-    lmn,
-    measure,
-    nonlinear_complexity,
-)
+from .spectrum import Measurement, lmn, measure
 
 __version__ = _version("lmnfast")
 
@@ -33,6 +29,7 @@ __all__ = [
     "cut",
     "eigenvalues",
     "explain",
+    "history",
     "jacobian_distances",
     "jacobians",
     "linear_mapping_number",
@@ -44,5 +41,6 @@ __all__ = [
     "nonlinear_complexity",
     "observables",
     "participation_ratio",
+    "plot",
     "register_observable",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,17 @@ from ._layout import layout_of
 from ._observables import Values
 from ._observed import Observation, Spectrum
 from ._recognise import recognise
+
+
+class Writer(Protocol):
+    """Receives a probe's rows; see `lmnfast.integrations.writers`.
+
+    A writer may also have `resume()`, see `Probe.load_state_dict`, and `expect(names)`: the observables that rows will have.
+    """
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Tail:

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from ._eigenvalues import check_matrix, eigenvalues
 from ._observed import participation
-from .spectrum import check_matrix, eigenvalues
 
 
 def participation_ratio(L: Tensor) -> Tensor:

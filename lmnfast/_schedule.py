@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 Every = int | Iterable[int] | str | Callable[[int], bool]
@@ -22,7 +27,7 @@ class Schedule:
     def __init__(self, every: Any) -> None:
         self._number = 0
         self._steps: list[int] | None = None
-        self._function: Callable[[int], bool] | None = None
+        self._function: Callable[[Any], bool] | None = None
         if isinstance(every, str):
             if every != "log":
                 raise ValueError(f"every: {EXPECTED}, got {every!r}")
@@ -37,18 +42,18 @@ class Schedule:
             if self._number < 1:
                 raise ValueError(f"every: expected at least 1, got {every}")
 
-    def due(self, step: int) -> bool:
+    def due(self, step: float) -> bool:
         """Whether this step is due."""
         return bool(self._function(step)) if self._function else self._last(step) == step
 
-    def passed(self, before: int, step: int) -> bool:
+    def passed(self, before: float, step: float) -> bool:
         """Whether a step after `before` is due, up to and with `step`."""
         if self._function:
-            return any(self._function(each) for each in range(before + 1, step + 1))
+            return any(self._function(each) for each in range(math.floor(before) + 1, math.floor(step) + 1))
         last = self._last(step)
         return last is not None and last > before
 
-    def _last(self, step: int) -> int | None:
+    def _last(self, step: float) -> float | None:
         """The last step up to this one that is due; None if there is none."""
         if self._number:
             return step // self._number * self._number
@@ -67,3 +72,28 @@ def _whole(value: Any) -> int:
         return int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
     except TypeError as error:
         raise TypeError(f"every: {EXPECTED}, got {value!r}") from error
+
+
+def plain_step(step: Any) -> int | float:
+    """A step of any type (of numpy, a tensor, a fraction) as an int or a float, which JSON and CSV files can hold.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not finite.
+    """
+    found = step
+    with suppress(RuntimeError, ValueError):  # several numbers
+        found = step.item() if hasattr(step, "item") else step
+    if not isinstance(found, (Real, Decimal)):
+        raise TypeError(f"step: expected a number, got {step!r}")
+    if not math.isfinite(found):
+        raise ValueError(f"step: expected a finite number, got {step!r}")
+    if isinstance(found, Integral):
+        return int(found)
+    number = float(found)
+    return int(number) if number == found and number.is_integer() and not isinstance(found, float) else number
+
+
+def plain(value: Any) -> Any:
+    """A fraction or a decimal number as a float; any other value as it is."""
+    return float(value) if isinstance(value, (Fraction, Decimal)) else value

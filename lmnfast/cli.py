@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from . import __version__, _native
+from ._eigenvalues import NEGATIVE
 from ._observables import observables
 from ._settings import METHODS
 from ._threads import cores
@@ -26,7 +27,6 @@ from .grokking.training import train
 from .paper.study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, QUICK_SEEDS, SEEDS, Study, run_study
 from .quadrature import RULES
 from .runs.device import DEVICES, refuse_unusable
-from .spectrum import NEGATIVE
 
 INTERRUPTED = 130  # the exit code that a shell reports after Ctrl-C
 

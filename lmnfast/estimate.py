@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Literal, SupportsIndex
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._connectivity import measured, warn_of_offsets
+from ._kept import html_table
 from ._pairs import Moments, draw_pairs, measured_pairs
 from ._samples import checked_samples
 from ._settings import Settings
@@ -60,6 +61,9 @@ class Estimate:
 
     def __float__(self) -> float:
         return self.value
+
+    def _repr_html_(self) -> str:
+        return html_table("Estimate", asdict(self))
 
     def interval(self, level: float = 0.95, of: Literal["pairs", "samples"] = "pairs") -> tuple[float, float]:
         """An interval that contains the true mean in a share `level` of all draws, by the normal distribution.

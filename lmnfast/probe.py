@@ -10,40 +10,31 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._eigenvalues import check_negative
 from ._enqueue import enqueue, on_stream
+from ._extras import required
 from ._layers import for_layers
 from ._layout import plain_layout
 from ._observables import Chosen, Values, problem_of, settings_for
-from ._probed import NumberOnDevice, Pending, Tail
+from ._probed import NumberOnDevice, Pending, Tail, Writer
 from ._python_state import python_state
 from ._run_to import Cutting, run_to
-from ._schedule import Every, Schedule
+from ._schedule import Every, Schedule, plain, plain_step
 from ._settings import Settings, completed
 from ._threads import alone, on_one_core
 from ._tracing import Forward, Output
 from .cutting import chosen, cut_at
-from .spectrum import SETTINGS, SHARES, check_negative, measurement, spectrum_of, unsolved
+from .spectrum import SETTINGS, SHARES, measurement, spectrum_of, unsolved
 
 # Limits the memory of waiting connectivity matrices if solving is slower than measuring: 64 MB at N = 1000.
 MOST_PENDING = 16
 
 COLUMNS = ("step", "layer", "lmn", "complexity_bits", *SETTINGS, *SHARES)
-
-
-class Writer(Protocol):
-    """Receives a probe's rows; see `lmnfast.integrations.writers`.
-
-    A writer may also have `resume()`, see `Probe.load_state_dict`, and `expect(names)`: the observables that rows will have.
-    """
-
-    def write(self, row: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Probe:
@@ -153,9 +144,9 @@ class Probe:
         self._warned: set[tuple[str, str]] = set()
         self._how = how
         self._writers = tuple(writers)
-        self.next_step = 0  # the step of a call without a step
+        self.next_step: float = 0  # the step of a call without a step
         self._before: list[dict[str, Any]] = []  # rows of the earlier run that this probe continues
-        self._rows: dict[int, list[Future]] = {}
+        self._rows: dict[float, list[Future]] = {}
         self._unread: deque[Future] = deque()  # rows that new_rows has not returned yet
         self._waiting: deque[Future] = deque()  # one thread solves them, so they end in order
         for writer in self._writers:
@@ -201,11 +192,12 @@ class Probe:
                 "probe made in this process"
             )
 
-    def __call__(self, step: int | None = None, **extra: float | Tensor) -> bool:
+    def __call__(self, step: float | None = None, **extra: float | Tensor) -> bool:
         """Call once per training step; measures at the steps that `every` says.
 
         Args:
-            step: the number of the step. None: one more than in the last call, 0 in the first.
+            step: the number of the step, of any type that is a number; rows have it as int or float. None: one more than in
+                the last call, 0 in the first.
             extra: numbers for the rows of this step.
 
         Returns:
@@ -219,8 +211,7 @@ class Probe:
                 writers that lack it.
         """
         self._check_process()
-        if step is None:
-            step = self.next_step
+        step = self.next_step if step is None else plain_step(step)
         due = self._schedule.due(step)
         self.next_step = step + 1
         self._warn()
@@ -229,7 +220,7 @@ class Probe:
         self.flush()
         return due
 
-    def reach(self, step: int) -> bool:
+    def reach(self, step: float) -> bool:
         """Call in place of the probe itself if the step number may jump or repeat, as with several optimisers.
 
         Measures at the first step that reaches or passes a step that is due by `every`. Writers get nothing before the next
@@ -244,6 +235,7 @@ class Probe:
         Raises:
             RuntimeError: the measurement failed; the message has the step and the layers.
         """
+        step = plain_step(step)
         due = self._schedule.passed(self.next_step - 1, step)
         self.next_step = step + 1
         if due:
@@ -255,7 +247,7 @@ class Probe:
                 raise RuntimeError(f"LMN at step {step}, layers {', '.join(self.layers)}: {error}") from error
         return due
 
-    def _measure_all(self, step: int, extra: dict[str, Any]) -> None:
+    def _measure_all(self, step: float, extra: dict[str, Any]) -> None:
         """Measures all layers. The rows are ready when the solver's thread has solved them."""
         if clash := set(extra) & {*COLUMNS, *self._observables.names}:
             raise ValueError(f"extra: expected names not the probe's own, got {', '.join(sorted(clash))}")
@@ -273,7 +265,7 @@ class Probe:
             while self.pending > MOST_PENDING:
                 self._waiting[0].exception()
 
-    def _enqueue(self, layer: str, state: list[Any], step: int) -> Pending:
+    def _enqueue(self, layer: str, state: list[Any], step: float) -> Pending:
         """Enqueues the connectivity of a layer, and computes the observables of the step."""
         kept = self._tails.get(layer)
         pending = None
@@ -303,7 +295,7 @@ class Probe:
             done.record(stream)
         return Pending(enqueued, done, Values(self._observables), samples, tail.module, self.model)
 
-    def _solve(self, step: int, layer: str, pending: Pending, extra: dict[str, Any]) -> dict[str, Any]:
+    def _solve(self, step: float, layer: str, pending: Pending, extra: dict[str, Any]) -> dict[str, Any]:
         enqueued = pending.enqueued
         L = enqueued.L
         # Solving has its own stream, so that the next connectivity, and a training that waits for it, do not wait for this.
@@ -352,7 +344,7 @@ class Probe:
     def _number(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_cuda and value.numel() == 1:
             return NumberOnDevice(value, self._streams_on(value.device)[1])
-        return value.item() if hasattr(value, "item") else value
+        return plain(value.item() if hasattr(value, "item") else value)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -372,6 +364,15 @@ class Probe:
             ]
         self._warn()
         return rows
+
+    def to_pandas(self) -> Any:
+        """The `history` as a pandas.DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+            RuntimeError: a row failed.
+        """
+        return required("pandas", "pandas").DataFrame(self.history)
 
     def new_rows(self, wait: bool = False) -> list[dict[str, Any]]:
         """Rows that were finished since the last call, in order.
@@ -442,7 +443,7 @@ class Probe:
             self._waiting.popleft()
         return len(self._waiting)
 
-    def ready(self, step: int) -> bool:
+    def ready(self, step: float) -> bool:
         """Whether all rows of a step are ready or failed. False for a step that was not measured."""
         return step in self._rows and all(row.done() for row in self._rows[step])
 

@@ -1,6 +1,7 @@
-"""From a connectivity matrix to its eigenvalues, its entropy, and the linear mapping number."""
+"""The linear mapping number of a function on samples, with everything that it depends on."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -10,171 +11,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _native, ops
-from ._checks import all_finite
+from . import plot
 from ._connectivity import measured, stacked_matrices, warn_of_offsets
+from ._eigenvalues import by_magnitude, check_negative, solved
 from ._enqueue import Enqueued
+from ._kept import formatted, html_table, read_values, write_values
 from ._native import Progress
 from ._observables import Chosen, Values, problem_of, settings_for
 from ._observed import Observation, Spectrum
 from ._settings import Settings
 from ._stacked import Stacked
-from ._threads import one_core_after_fork
-from .ops.symmetric_eigenvalues import fits
 
-SOLVERS = ("auto", "cpu", "cuda")
-NEGATIVE = ("absolute", "clip")
 # A number also depends on these, beside network and samples. Every table has them as columns, named as in `Measurement`.
 SETTINGS = ("samples", "outputs", "points", "rule", "method", "precision", "solver", "negative", "stabiliser")
 SHARES = ("constant_share", "negative_share")
-
-
-def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
-    """Eigenvalues of a connectivity matrix, by falling magnitude; equal to a sorted ``torch.linalg.eigvalsh``.
-
-    Always solved in float64. Near rank one hundreds of eigenvalues lie below float32 rounding, and their noise adds up:
-    measured, in float32 an affine network has an LMN of 1.0001 instead of 1 at N = 768 and 4096.
-
-    Args:
-        L: (..., N, N), floating point, symmetric.
-        solver: where a matrix on a CUDA device is solved. "cuda": on that device, by the package's kernel if the matrix fits
-            (up to N = 2304 on an H200), otherwise by cuSOLVER; if cuSOLVER fails, on the CPU. "cpu": on the CPU. "auto": as
-            "cuda". A matrix on the CPU is always solved on the CPU.
-
-    Returns:
-        (..., N) float64 on L's device.
-
-    Raises:
-        TypeError: L is not a floating-point tensor.
-        ValueError: L is not square, is empty, not finite, not symmetric to 1e-4 of its largest entry, or all 0; unknown
-            solver, or "cuda" for a matrix elsewhere.
-
-    Example:
-        >>> lmnfast.eigenvalues(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
-        tensor([1.5000, 0.5000], dtype=torch.float64)
-    """
-    check_matrix(L)
-    if solver not in SOLVERS:
-        raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
-    if solver == "cuda" and not L.is_cuda:
-        raise ValueError(f"solver: 'cuda' solves matrices on a CUDA device, got one on {L.device}")
-    L = L.detach()
-    L = L if L.dtype == torch.float32 else L.double()
-    values = None if solver == "cpu" else _by_kernel(L)
-    if values is None or bool(values.isnan().any()):
-        values = _by_library(L, solver)[0]
-    return _by_magnitude(values).to(L.device)
-
-
-def _by_kernel(L: Tensor) -> Tensor | None:
-    """The eigenvalues of a matrix by the package's CUDA kernel, in any order, without waiting for it.
-
-    NaN if the kernel gives up, as not all of its blocks run at once. None if it does not take the matrix.
-    """
-    if not (_native.on_cuda(L) and fits(L)):
-        return None
-    try:
-        return ops.symmetric_eigenvalues(L)
-    except RuntimeError:  # the launch of all blocks at once may be refused, for example on a share of a card
-        return None
-
-
-@one_core_after_fork()
-def _by_library(L: Tensor, solver: str = "auto") -> tuple[Tensor, str]:
-    """The eigenvalues by cuSOLVER or LAPACK, on the device of the solver, and the solver's name."""
-    if L.is_cuda and solver != "cpu":
-        try:
-            return torch.linalg.eigvalsh(L.double()), "cusolver"
-        except torch.linalg.LinAlgError:  # cuSOLVER fails on some nearly rank-one matrices
-            pass
-    return ops.symmetric_eigenvalues(L.cpu()), "cpu"
-
-
-@one_core_after_fork()
-def _by_magnitude(values: Tensor) -> Tensor:
-    return values.gather(-1, values.abs().argsort(-1, descending=True))
-
-
-def _spectrum(L: Tensor, negative: str) -> tuple[Tensor, str, Tensor]:
-    """Eigenvalues of a connectivity (..., N, N) whose checks have passed, the solver's name, and their entropy in bits.
-
-    Eigenvalues of solver "cuda" are in any order, others by falling magnitude. A CUDA device is waited for once, for the
-    entropy: it is NaN if an eigenvalue is NaN or no eigenvalue is left.
-    """
-    L = L.detach()
-    values = _by_kernel(L)
-    if values is not None:
-        bits = ops.spectral_entropy(values.clamp(min=0) if negative == "clip" else values)
-        if all(map(math.isfinite, bits.reshape(-1).tolist())):
-            return values, "cuda", bits
-    values, solver = _by_library(L)
-    values = _by_magnitude(values)
-    return values, solver, _complexity(values, negative)
-
-
-def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
-    """Nonlinear complexity S_NL in bits: the von Neumann entropy of a connectivity matrix.
-
-    ``S_NL = -sum p log2 p`` with ``p = |w| / sum |w|`` over the eigenvalues w; 0 log 0 = 0. All of it in float64.
-
-    Args:
-        L: (..., N, N), floating point, symmetric; without a unit, as r2 has none.
-        negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
-
-    Returns:
-        (...) float64 on L's device, in bits, from 0 to log2 N.
-
-    Raises:
-        TypeError, ValueError: as :func:`eigenvalues`. ValueError also for another `negative`, and if the entropy is not
-            defined: all eigenvalues are 0, or with "clip" none is above 0.
-
-    Source:
-        arXiv 2310.05918, Eq. 3.
-
-    Example:
-        >>> lmnfast.nonlinear_complexity(torch.eye(8))
-        tensor(3., dtype=torch.float64)
-    """
-    check_negative(negative)
-    return _complexity(eigenvalues(L), negative)
-
-
-def linear_mapping_number(L: Tensor, *, negative: str = "absolute") -> Tensor:
-    """Linear mapping number ``2 ** S_NL`` of a connectivity matrix: 1 for one linear map, N for N unrelated linear maps.
-
-    Args:
-        L: (..., N, N), floating point, symmetric; without a unit, as r2 has none.
-        negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
-
-    Returns:
-        (...) float64 on L's device, from 1 to N.
-
-    Raises:
-        TypeError, ValueError: as :func:`nonlinear_complexity`.
-
-    Source:
-        arXiv 2310.05918, Eq. 3.
-
-    Example:
-        >>> lmnfast.linear_mapping_number(torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)))
-        tensor(2.0000, dtype=torch.float64)
-    """
-    return torch.exp2(nonlinear_complexity(L, negative=negative))
 
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """A linear mapping number with everything that it depends on; :func:`measure` returns it.
 
-    ``float(m)`` is ``m.lmn``. Two measurements are equal if all their values are equal, including the tensors' values. To keep
-    a measurement, save its dict: it has plain values and tensors, so that torch.load reads it without running code. The LMN of
-    some of the samples is no estimate of the LMN of all samples: LMN grows with their number.
+    ``float(m)`` is ``m.lmn``. Two measurements are equal if all their values are equal, including the tensors' values. A
+    notebook shows a measurement as a table. The LMN of some of the samples is no estimate of the LMN of all samples: LMN grows
+    with their number.
 
     Example:
         >>> m = lmnfast.measure(nn.Sequential(nn.Linear(8, 16), nn.SiLU()), torch.randn(30, 8))
-        >>> torch.save(m.to_dict(), "measurement.pt")
-        >>> lmnfast.Measurement(**torch.load("measurement.pt")) == m
+        >>> m.save("measurement.npz")
+        >>> lmnfast.Measurement.load("measurement.npz") == m
         True
+        >>> matrix, spectrum = m.plot()  # matplotlib's Axes
     """
 
     lmn: float
@@ -221,7 +87,7 @@ class Measurement:
             for f in fields(self)
             if f.type is not Tensor and (f.name != "observables" or self.observables)
         ]
-        return f"Measurement({', '.join(f'{name}={_formatted(getattr(self, name))}' for name in names)})"
+        return f"Measurement({', '.join(f'{name}={formatted(getattr(self, name))}' for name in names)})"
 
     def __float__(self) -> float:
         return self.lmn
@@ -240,9 +106,69 @@ class Measurement:
         """All fields by their names: plain values, and the two tensors without a copy."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all fields to one file, in numpy's format .npz. The file is written whole or not at all.
 
-def _formatted(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+        Args:
+            path: the file; nothing is added to its name. Missing folders are made.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        every = self.to_dict()
+        arrays = {n: v.detach().cpu().numpy() for n, v in every.items() if isinstance(v, Tensor)}
+        write_values(path, "Measurement", {n: every[n] for n in every if n not in arrays}, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Measurement":
+        """Reads a file of `save`; no code in it is run. The measurement is equal to the saved one, with tensors on the CPU.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: another file, or a damaged one.
+            OSError: there is no file, or it cannot be read.
+        """
+        try:
+            values, arrays = read_values(path, "Measurement")
+            return cls(**_checked_fields(values, arrays))
+        except ValueError as error:
+            where = os.fspath(path)
+            raise ValueError(f"path: expected a file of Measurement.save, got {where}: {error}") from None
+
+    def plot(self, *, cluster: bool = False, ax: Any = None) -> Any:
+        """Draws the matrix and the spectrum side by side, by `lmnfast.plot`. Needs matplotlib.
+
+        Args:
+            cluster: as in `lmnfast.plot.connectivity`.
+            ax: two Axes to draw into. None: a new figure.
+
+        Returns:
+            The two Axes, as a numpy array.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return plot.matrix_and_spectrum(self, cluster=cluster, ax=ax)
+
+    def _repr_html_(self) -> str:
+        plain = {n: v for n, v in self.to_dict().items() if not isinstance(v, (Tensor, dict))}
+        return html_table("Measurement", plain | self.observables)
+
+
+def _checked_fields(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The fields of a measurement as a file has them. Raises ValueError if they are not those of one."""
+    given = {**values, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+    kinds = {each.name: dict if each.name == "observables" else each.type for each in fields(Measurement)}
+    if not kinds.keys() - {"stabiliser", "observables"} <= given.keys() <= kinds.keys():
+        raise ValueError(f"it has the fields {', '.join(sorted(given))}")
+    if wrong := [name for name, value in given.items() if type(value) is not kinds[name]]:
+        raise ValueError(f"{wrong[0]} is a {type(given[wrong[0]]).__name__}")
+    n, shapes = given["samples"], {name: tuple(given[name].shape) for name in arrays}
+    if shapes != {"eigenvalues": (n,), "connectivity": (n, n)}:
+        raise ValueError(f"its tensors have the shapes {shapes} for {n} samples")
+    return given
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -258,8 +184,8 @@ def _same(value: Any, other: Any) -> bool:
 
 def measurement(enqueued: Enqueued, settings: Settings, negative: str = "absolute") -> Measurement:
     """Solves the eigenproblem of a connectivity (N, N) whose checks have passed."""
-    values, solver, bits = _spectrum(enqueued.L, negative)
-    values = _by_magnitude(values) if solver == "cuda" else values
+    values, solver, bits = solved(enqueued.L, negative)
+    values = by_magnitude(values) if solver == "cuda" else values
     below_zero = values.clamp(max=0).abs().sum() / values.abs().sum()
     # Three numbers in one copy: each copy from a card would wait for it.
     lmn, complexity_bits, share = torch.stack([torch.exp2(bits), bits, below_zero]).tolist()
@@ -414,49 +340,4 @@ def lmn(
     each = measured(f, x, Settings(method, points, rule, budget, stabiliser), stacked)
     warn_of_offsets(each)
     L = each[0].L if stacked is None else stacked_matrices(each)
-    return torch.exp2(_spectrum(L, negative)[2].to(L.device))
-
-
-def _complexity(values: Tensor, negative: str) -> Tensor:
-    """Entropy of eigenvalues (..., N), in bits."""
-    if negative == "clip":
-        values = values.clamp(min=0)
-    total = values.abs().sum(-1)
-    if not (good := (total > 0) & (total < float("inf"))).all():
-        raise ValueError(
-            f"L: expected eigenvalues whose magnitudes have a finite sum above 0, got a sum of {float(total[~good][0])} "
-            f"(negative={negative!r})"
-        )
-    return ops.spectral_entropy(values)
-
-
-def check_negative(negative: str) -> None:
-    """Raises ValueError if `lmn` does not accept this `negative`."""
-    if negative not in NEGATIVE:
-        raise ValueError(f"negative: expected one of {', '.join(NEGATIVE)}, got {negative!r}")
-
-
-def check_matrix(L: Tensor) -> None:
-    if isinstance(L, np.ndarray):
-        raise TypeError("L: expected a floating-point tensor, got a numpy array; torch.from_numpy(L) is one")
-    if not isinstance(L, Tensor) or not L.is_floating_point():
-        raise TypeError(f"L: expected a floating-point tensor, got {getattr(L, 'dtype', type(L).__name__)}")
-    if L.dim() < 2 or L.shape[-1] != L.shape[-2] or L.shape[-1] == 0:
-        raise ValueError(f"L: expected square matrices (..., N, N) with N > 0, got shape {tuple(L.shape)}")
-    if not all_finite(L):
-        raise ValueError("L: expected finite entries, got NaN or Inf")
-    if not _symmetric(L):
-        raise ValueError("L: expected a symmetric matrix; eigenvalues would be those of its lower triangle")
-
-
-def _symmetric(L: Tensor) -> bool:
-    """Whether L is symmetric to 1e-4 of its largest entry.
-
-    By tiles this takes 9 ms at N = 2048 on 2 cores; torch.allclose takes 66 ms.
-    """
-    L = L.detach()
-    tolerance = 1e-4 * L.abs().amax()
-    return all(
-        bool((L[..., i : i + 256, i:] - L[..., i:, i : i + 256].mT).abs().amax() <= tolerance)
-        for i in range(0, L.shape[-1], 256)
-    )
+    return torch.exp2(solved(L, negative)[2].to(L.device))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lmnfast
-from lmnfast import reference, spectrum
+from lmnfast import _eigenvalues, reference
 from lmnfast._enqueue import Enqueued
 from lmnfast._settings import DEFAULT
 from lmnfast.ops.path_connectivity import ChainConnectivity
@@ -87,7 +87,7 @@ def test_a_tracked_matrix_gives_a_detached_number():
     assert not lmnfast.linear_mapping_number(L).requires_grad
 
 
-@pytest.mark.parametrize("negative", spectrum.NEGATIVE)
+@pytest.mark.parametrize("negative", _eigenvalues.NEGATIVE)
 def test_numbers_by_either_convention_are_the_definitions(negative, dtype):
     A = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(0), dtype=dtype)
     L = A + A.mT
@@ -330,7 +330,7 @@ def test_the_solver_of_a_matrix_on_the_cpu_is_the_cpu():
 
 
 @CUDA
-@pytest.mark.parametrize("solver", spectrum.SOLVERS)
+@pytest.mark.parametrize("solver", _eigenvalues.SOLVERS)
 @pytest.mark.parametrize("shape", [(30, 30), (3, 30, 30)])
 def test_solvers_agree_and_the_result_is_on_the_matrix_device(solver, shape, dtype):
     L = symmetric(*shape).to(dtype)
@@ -361,13 +361,13 @@ def test_the_emulated_kernel_gives_what_lapack_gives_and_what_it_gives_up_is_sol
         assert torch.allclose(m.eigenvalues.abs(), expected.abs(), rtol=0, atol=1e-11)
         share = expected.clamp(max=0).abs().sum() / expected.abs().sum()
         assert m.negative_share == pytest.approx(share.item(), abs=1e-9)
-    solve, calls = spectrum.ops.symmetric_eigenvalues, []
+    solve, calls = _eigenvalues.ops.symmetric_eigenvalues, []
 
     def gives_up_once(matrices):
         calls.append(matrices)
         return solve(matrices) * (torch.nan if len(calls) == 1 else 1)
 
-    monkeypatch.setattr(spectrum.ops, "symmetric_eigenvalues", gives_up_once)
+    monkeypatch.setattr(_eigenvalues.ops, "symmetric_eigenvalues", gives_up_once)
     again = measurement(enqueued(L), DEFAULT)
     assert len(calls) == 2 and again.solver == "cpu" and again.lmn == pytest.approx(m.lmn, rel=1e-9)
 
@@ -385,7 +385,7 @@ def in_place_of_the_kernel(monkeypatch, kernel):
     if kernel is None:
         monkeypatch.setattr(module, "_workspace_bytes", lambda matrices: 0)
     else:
-        monkeypatch.setattr(spectrum.ops, "symmetric_eigenvalues", kernel)
+        monkeypatch.setattr(_eigenvalues.ops, "symmetric_eigenvalues", kernel)
 
 
 @CUDA
@@ -460,7 +460,7 @@ def test_one_entry_that_differs_from_its_mirror_image_is_found(i, j):
 
 def test_a_matrix_that_the_package_made_is_not_checked_again(monkeypatch):
     f, x = tail_and_samples()
-    monkeypatch.setattr(spectrum, "check_matrix", None)
+    monkeypatch.setattr(_eigenvalues, "check_matrix", None)
     assert lmnfast.lmn(f, x).item() == lmnfast.measure(f, x).lmn
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._connectivity import measured, warn_of_offsets
+from .._eigenvalues import check_negative
 from .._layers import for_layers, is_pattern, match_layers
 from .._nested import mapped, tensors_in
 from .._observables import Chosen, settings_for
@@ -29,7 +30,7 @@ from ..runs.files import claimed
 from ..runs.pool import Pool
 from ..runs.progress import progress_bar
 from ..runs.tables import joined
-from ..spectrum import SETTINGS, SHARES, check_negative, measurement, with_observables
+from ..spectrum import SETTINGS, SHARES, measurement, with_observables
 from .sources import find_checkpoints, in_one_line, load_inputs, read_state
 from .table import Table, read_settings
 from .weights import imported, load_state, made, plain

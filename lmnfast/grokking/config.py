@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from .._eigenvalues import check_negative
 from .._observables import Chosen
 from .._settings import Settings
 from ..probe import Probe
 from ..runs.device import check_device, settled_device
-from ..spectrum import check_negative
 from .model import ACTIVATION_MODULES, DEPTH, HIDDEN, INITS, layers_of, make_model
 from .tasks import TRAIN_FRACTION, Task, make_task, task_sizes, training_samples
 

@@ -1,13 +1,14 @@
 """A run in the form of a row of the paper's Figure 2 (arXiv 2310.05918), with the paper's curves beside ours."""
 
-import math
 import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..runs.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILION, save
-from ..runs.tables import csv_entries
+from .. import plot
+from .._drawing import BLACK, BLUE, GREEN, VERMILION, log_axis, outer_legend, readable
+from .._files import csv_entries
+from ..runs.figures import save
 from .config import Config
 from .run import Run, read_run
 from .tasks import task_sizes
@@ -19,7 +20,6 @@ METHOD_LINES = {
     "hermite-midpoint": (BLACK, ":"),
     "jacobian": (L2, "-."),
 }
-PHASES = {"memorising": ("#555555", "^"), "generalising": (ORANGE, "o"), "finalising": (PURPLE, "s")}
 
 
 def paper_curves(task: str) -> dict[str, list[float]]:
@@ -33,7 +33,7 @@ def paper_curves(task: str) -> dict[str, list[float]]:
     return {name: [float(row[name] or "nan") for row in rows] for name in ("step", "lmn", "l2_norm")}
 
 
-def draw(run: str | os.PathLike) -> list[Path]:
+def draw(run: str | os.PathLike, *, log: bool = False) -> list[Path]:
     """Draws RUN/figures/figure2-LAYER.png for each measured layer. Needs matplotlib.
 
     Left: LMN, L2 norm and accuracies over the steps, with the paper's curves if the task has the paper's size.
@@ -41,6 +41,7 @@ def draw(run: str | os.PathLike) -> list[Path]:
 
     Args:
         run: the run's directory.
+        log: whether the axis of the steps is logarithmic.
 
     Returns:
         The paths of the figures.
@@ -50,7 +51,7 @@ def draw(run: str | os.PathLike) -> list[Path]:
     """
     done = read_run(run)
     return [
-        draw_layer(done, layer, done.path / "figures" / f"figure2-{layer}.png")
+        draw_layer(done, layer, done.path / "figures" / f"figure2-{layer}.png", log=log)
         for layer in done.config.layers
     ]
 
@@ -65,7 +66,6 @@ def draw_methods(table: Path, rows: list[dict]) -> Path:
     Returns:
         RUN/figures/methods-LAYERS-METHODS-RULEPOINTS.png.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     methods = rows[0]["method"].split("+")
@@ -74,7 +74,7 @@ def draw_methods(table: Path, rows: list[dict]) -> Path:
             name.removeprefix("lmn_").rpartition("_")[0] for name in rows[0] if name.startswith("lmn_")
         )
     )
-    with rc_context({"font.size": 13, "legend.frameon": False, "lines.linewidth": 2}):
+    with readable():
         figure = Figure(figsize=(1.5 + 5 * len(layers), 4.4), layout="constrained")
         panels = figure.subplots(1, len(layers), squeeze=False)[0]
         for axes, layer in zip(panels, layers, strict=True):
@@ -86,20 +86,24 @@ def draw_methods(table: Path, rows: list[dict]) -> Path:
             axes.locator_params(axis="x", nbins=5)
         what = "LMN, and its stand-ins by name" if "path" in methods else "Stand-ins for LMN"
         panels[0].set_ylabel(f"{what}\n({rows[0]['samples']} samples)")
-        columns = min(len(methods), 2 * len(layers))  # a legend of four columns is wider than one panel
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
+        outer_legend(figure, panels[0])
         return save(figure, table.parent / "figures" / f"methods{table.stem.removeprefix('measure')}.png")
 
 
-def draw_layer(run: Run, layer: str, path: Path, dpi: int = 200, colours: int | None = None) -> Path:
+def draw_layer(
+    run: Run, layer: str, path: Path, dpi: int = 200, colours: int | None = None, log: bool = False
+) -> Path:
     """Draws the figure of one layer, as in `draw`, into a file; returns the path of the file."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"font.size": 13, "legend.frameon": False, "lines.linewidth": 2}):
-        figure = Figure(figsize=(13, 4.4), layout="constrained")
+    config = run.config
+    with readable():
+        figure = Figure(figsize=(13, 4.8), layout="constrained")
+        samples = run.rows[0].get("samples", config.samples)
+        said = f"{config.task}, seed {config.seed}: LMN of {layer}, N = {samples}"
+        figure.suptitle(said if config.method == "path" else f"{said}, {config.method}")
         left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.15, 1])[0]
-        _draw_curves(left, run, layer)
+        _draw_curves(left, run, layer, log)
         _draw_losses(right, run, layer)
         return save(figure, path, dpi, colours)
 
@@ -117,14 +121,14 @@ def named(config: Config, samples: bool = True) -> str:
     return f"LMN ({', '.join(of)})" if of else "LMN"
 
 
-def _draw_curves(figure: Any, run: Run, layer: str) -> None:
+def _draw_curves(figure: Any, run: Run, layer: str, log: bool) -> None:
     config, rows = run.config, run.rows
     axes = figure.subplots()
     accuracy = axes.twinx()
     steps = [row["step"] for row in rows]
     lines = []
     for column, label, colour in ((f"lmn_{layer}", named(config), LMN), ("l2_norm", "L2 norm", L2)):
-        lines += axes.plot(steps, [row[column] for row in rows], color=colour, label=label)
+        lines += axes.plot(steps, [row[column] for row in rows], color=colour, linewidth=2, label=label)
     for column, label, style in (
         ("test_accuracy", "Test accuracy", "-"),
         ("train_accuracy", "Train accuracy", "--"),
@@ -141,21 +145,22 @@ def _draw_curves(figure: Any, run: Run, layer: str) -> None:
     accuracy.set_ylabel("Accuracy", color=ACCURACY)
     accuracy.set_ylim(-0.03, 1.06)
     accuracy.tick_params(axis="y", colors=ACCURACY)
-    figure.legend(handles=lines, loc="outside upper center", ncols=3)
+    axes.locator_params(axis="x", nbins=5)
+    if log:
+        log_axis(axes.xaxis)
+    outer_legend(figure, axes, lines, most=3)
 
 
 def _draw_losses(figure: Any, run: Run, layer: str) -> None:
     panels = figure.subplots(1, 2, sharey=True)
+    rows = [row | {"phase": run.phase(row)} for row in run.rows]
+    ended = "generalising" if run.generalised is not None else None
     columns = {f"lmn_{layer}": f"{named(run.config)} of {layer}", "l2_norm": "L2 norm"}
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
-        for phase, (colour, marker) in PHASES.items():
-            rows = [row for row in run.rows if run.phase(row) == phase]
-            x, y = [row[column] for row in rows], [row["test_loss"] for row in rows]
-            axes.scatter(x, y, s=22, color=colour, marker=marker, label=phase, clip_on=False, zorder=3)
-        r = run.correlation(column)
-        axes.set_title("" if math.isnan(r) else f"generalising: r = {r:.4f}", fontsize=12)
-        axes.set_xlabel(label)
+        plot.against(rows, column, "test_loss", phase=ended, ax=axes)
+        if ended is None:
+            axes.set_title("")  # the phase has no end yet, and so no correlation
+        axes.set(xlabel=label, ylabel="")
     panels[0].set_ylabel("Test loss (nats)")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, handletextpad=0.2
-    )
+    panels[1].get_legend().remove()
+    outer_legend(figure, panels[0], most=3)

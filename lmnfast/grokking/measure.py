@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .._connectivity import connectivity
+from .._eigenvalues import linear_mapping_number
 from .._observables import Chosen
 from .._settings import METHODS
 from ..cutting import cut
 from ..runs.device import torch_threads
 from ..runs.files import claimed
 from ..runs.progress import progress_bar
-from ..spectrum import linear_mapping_number
 from .config import Config, probe_of, start
 from .run import by_step, load_checkpoint, read_config, read_rows, steps_of, write_rows
 

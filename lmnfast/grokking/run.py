@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from .._series import pearson
 from .._settings import METHODS
 from ..quadrature import RULES
 from ..runs.files import Unreadable, read_tensors, unreadable
@@ -84,13 +84,6 @@ class Run:
             return float("nan")
         rows = [row for row in self.rows if self.phase(row) == "generalising"]
         return pearson([(row["test_loss"], row[column]) for row in rows])
-
-
-def pearson(pairs: Sequence[tuple[float, float]]) -> float:
-    """Pearson's r; NaN for fewer than 3 pairs, or if one of the two series is constant."""
-    if len(pairs) < 3 or min(len(set(series)) for series in zip(*pairs)) == 1:
-        return float("nan")
-    return torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1].item()
 
 
 def read_run(path: str | os.PathLike) -> Run:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,29 +21,6 @@ from ..probe import Probe, Writer
 
 # Arguments of a Probe that change no number of a row, or that `Plan.identity` records in another way (inputs).
 NOT_IDENTITY = ("model", "inputs", "every", "budget", "compile", "writers")
-
-
-def required(names: str | tuple[str, ...], extra: str) -> ModuleType:
-    """The first of these modules that is installed.
-
-    Args:
-        names: one or several module names.
-        extra: the extra of lmnfast that installs the module.
-
-    Raises:
-        ImportError: no module is installed; the message says how to install it. A module that is installed and fails to
-            import raises its own error.
-    """
-    names = (names,) if isinstance(names, str) else names
-    for name in names:
-        package = name.partition(".")[0]
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            # torch.utils.tensorboard exists without tensorboard, and then fails because tensorboard is missing.
-            if error.name is None or error.name.partition(".")[0] not in {package, extra}:
-                raise
-    raise ImportError(f"{names[0]}: not installed; pip install lmnfast[{extra}]")
 
 
 def key(layer: str, before: int = 0, name: str = "lmn") -> str:

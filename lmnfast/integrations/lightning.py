@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .._extras import required
+from .._files import write_file
 from .._schedule import Every
 from ..probe import Probe
-from ..runs.files import write_file
-from .common import Plan, kept_state, named, new_state, refuse_sharded, required, state_of
+from .common import Plan, kept_state, named, new_state, refuse_sharded, state_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .._extras import required
+from .._files import write_file
 from .._schedule import Every
 from ..probe import Probe
-from ..runs.files import write_file
-from .common import Plan, named, refuse_sharded, required, state_of
+from .common import Plan, named, refuse_sharded, state_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -15,9 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..runs.files import write_file
-from ..runs.tables import csv_entries, csv_line
-from .common import key, numbers, required
+from .._extras import required
+from .._files import csv_entries, csv_line, write_file
+from .common import key, numbers
 
 
 class CSVWriter:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from .._series import pearson
 from ..grokking.config import start
 from ..grokking.figures import paper_curves
-from ..grokking.run import Run, pearson
+from ..grokking.run import Run
 from ..grokking.tasks import TASKS, task_sizes
 from ..spectrum import lmn
 from .answers import EPSILON

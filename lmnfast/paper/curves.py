@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..grokking.run import Run, pearson
+from .._series import pearson
+from ..grokking.run import Run
 
 LAYER = "hidden_1"  # the paper measures at this layer
 COLUMN = f"lmn_{LAYER}"

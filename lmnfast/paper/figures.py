@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import plot
 from .._connectivity import connectivity
+from .._drawing import BLACK, COLOURS, GREY, ORANGE, PURPLE, SKY, band, log_axis
+from .._eigenvalues import eigenvalues, linear_mapping_number
 from ..cutting import cut
 from ..grokking.config import start
 from ..grokking.figures import ACCURACY, L2, LMN, paper_curves
 from ..grokking.run import Run, load_checkpoint
-from ..runs.figures import BLACK, ORANGE, PURPLE, SKY, save
-from ..spectrum import eigenvalues, linear_mapping_number
+from ..runs.figures import save
 from .answers import EPSILON, RULES, STAND_INS
 from .claims import PAPER, at_start
 from .curves import COLUMN, LAYER, PAPER_ENDS, generalising, second_rise
@@ -24,10 +26,11 @@ from .rulers import Ruler, rulers
 from .study import Seed
 
 # With 256 colours a file has a third of the bytes. A figure with a colour bar needs all colours.
-SMALL = {"dpi": 110, "colours": 256}
+SMALL: dict[str, Any] = {"dpi": 110, "colours": 256}
 STYLE: dict[Any, Any] = {"font.size": 11, "legend.frameon": False, "lines.linewidth": 1.8}
 MORE = (PURPLE, ORANGE, SKY, BLACK)
 CLUSTERS = 10  # as in the paper
+LABEL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
 
 
 def draw_idea(path: Path) -> Path:
@@ -62,32 +65,20 @@ def draw_idea(path: Path) -> Path:
             code.view(400, 400).T.numpy(), origin="lower", extent=(-2, 2, -2, 2), cmap=ListedColormap(shades)
         )
         left.plot(*samples.T.numpy(), "k.", markersize=4)
-        t = torch.linspace(0, 1, 21, dtype=torch.float64)
-        for (i, j), colour, name in zip(pairs, (L2, ACCURACY, LMN), "ABC", strict=True):
-            points = samples[i] + t[:, None] * (samples[j] - samples[i])
-            with torch.no_grad():
-                y = network(points)[:, 0].numpy()
-            left.plot(*points.T.numpy(), "o-", color=colour, markevery=20)
-            left.annotate(
-                name,
-                points[10].tolist(),
-                color=colour,
-                weight="bold",
-                xytext=(4, 4),
-                textcoords="offset points",
-            )
-            middle.plot(t.numpy(), y, ".-", color=colour, label=f"{name}: r² = {L[i, j]:.3f}")
-            middle.plot([0, 1], y[[0, -1]], ":", color=colour)
+        for (i, j), colour, name in zip(pairs, COLOURS, "ABC"):
+            ends = samples[[i, j]]
+            left.plot(*ends.T.numpy(), "o-", color=colour)
+            place = {"xytext": (7, 7), "textcoords": "offset points"}
+            left.annotate(name, ends.mean(0).tolist(), color=colour, weight="bold", bbox=LABEL, **place)
+        left.set(xlabel="First input", ylabel="Second input")
+        plot.paths(network, samples, pairs, labels="ABC", ax=middle)
         left.set_title(f"{int(code.max()) + 1} linear regions, {len(samples)} samples")
-        middle.set(title="The output along three paths", xlabel="t, from one sample to the other")
-        middle.legend()
-        image = right.imshow(_reordered(L, 4), vmin=0, vmax=1, cmap="viridis")
-        right.set_title(f"Connectivity: LMN {linear_mapping_number(L):.1f}")
-        figure.colorbar(image, ax=right, label="r²")
+        middle.set_title("The output along three paths")
+        plot.connectivity(_reordered(L, 4), ax=right)
         return save(figure, path, 110)
 
 
-def _reordered(L: Tensor, clusters: int) -> np.ndarray:
+def _reordered(L: Tensor, clusters: int) -> Tensor:
     """The matrix with its rows and columns ordered by cluster, large clusters first, by scikit-learn's spectral clustering."""
     from sklearn.cluster import SpectralClustering
     from threadpoolctl import threadpool_limits
@@ -97,7 +88,7 @@ def _reordered(L: Tensor, clusters: int) -> np.ndarray:
         found = model.fit_predict(L.double().clamp(0, 1).numpy())
     counts = np.bincount(found, minlength=clusters)
     order = np.lexsort((found, -counts[found]))
-    return L.numpy()[np.ix_(order, order)]
+    return L[order][:, order]
 
 
 def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
@@ -117,41 +108,33 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
             (left, "l2_norm", "L2 norm", L2),
             (accuracy, "test_accuracy", "test accuracy", ACCURACY),
         ):
-            _band(axes, steps, [[row[column] for row in run.rows] for run in runs], label, colour)
+            curves = [[row[column] for row in run.rows] for run in runs]
+            band(axes, steps, curves, color=colour, label=label)
         paper = paper_curves(task)
         for column, colour in (("lmn", LMN), ("l2_norm", L2)):
             left.plot(
                 paper["step"], paper[column], ".", color=colour, markersize=6, alpha=0.7, mec="k", mew=0.3
             )
         left.plot([], [], ".k", label="dots: the paper's")
-        left.plot([], [], color=SKY, linewidth=1, label="test accuracy (right)")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
         left.set(xlabel="Training step", ylabel="LMN, L2 norm", ylim=(0, None), xlim=(0, steps[-1] or 1))
         left.set_title(f"{task}: median, middle half and range of {len(runs)} seeds", fontsize=11)
+        left.locator_params(axis="x", nbins=5)
         accuracy.set_ylim(-0.03, 1.06)
+        accuracy.set_ylabel("Test accuracy", color=ACCURACY)
         accuracy.tick_params(axis="y", colors=ACCURACY)
-        colours = [*(LMN, L2, ACCURACY), *MORE, "#999999"]
+        rows = [found for run in runs if (found := generalising(run))]
         for axes, column, label in ((middle, COLUMN, "LMN"), (right, "l2_norm", "L2 norm")):
-            for run, colour in zip(runs, (colours * len(runs))[: len(runs)]):
-                rows = generalising(run)
-                x, y = [row[column] for row in rows], [row["test_loss"] for row in rows]
-                axes.plot(x, y, ".", markersize=3, color=colour)
+            if rows:
+                plot.against(rows, column, "test_loss", ax=axes)
             axes.set(xlabel=f"{label} while generalising", ylabel="Test loss (nats)")
         return save(figure, path, **SMALL)
 
 
-def _band(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, colour: str) -> None:
-    """Median, the middle half, and the range."""
-    low, first, middle, third, high = np.quantile(np.asarray(curves), (0, 0.25, 0.5, 0.75, 1), axis=0)
-    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.fill_between(x, first, third, color=colour, alpha=0.3, linewidth=0)
-    axes.plot(x, middle, color=colour, label=label)
-
-
 def _band_of(axes: Any, tables: Sequence[dict[int, float]], label: str, colour: str) -> None:
-    """As `_band`, from one table per seed. All tables have the same keys."""
+    """A `band` from one table per seed. All tables have the same keys."""
     x = sorted(tables[0])
-    _band(axes, x, [[table[key] for key in x] for table in tables], label, colour)
+    band(axes, x, [[table[key] for key in x] for table in tables], color=colour, label=label)
 
 
 def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
@@ -167,7 +150,8 @@ def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
             _band_of(axes, [seed.lmn(layer) for seed in members if seed.relu is not None], label, colour)
         tables = [seed.answer("layers", "stabilised") for seed in members if seed.relu is not None]
         _band_of(axes, tables, f"hidden_2, {EPSILON} in r²", PURPLE)
-        axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
+        axes.set(xlabel="Training step", title=members[0].run.config.task)
+        log_axis(axes.yaxis)
 
     return _panels(seeds, path, panel, "LMN")
 
@@ -196,22 +180,19 @@ def draw_connectivity(run: Run, path: Path) -> Path:
     moments = {name: step for name, step in known.items() if step is not None}
     task, model = start(run.config)
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.1 * len(moments), 6.6), layout="constrained")
+        figure = Figure(figsize=(4.4 * len(moments), 6.6), layout="constrained")
         matrices, spectra = figure.subplots(2, len(moments), height_ratios=[1.6, 1], squeeze=False)
         for upper, lower, (name, step) in zip(matrices, spectra, moments.items(), strict=True):
             load_checkpoint(model, run.path, step)
             L = connectivity(*cut(model, LAYER, task.train_inputs)).cpu()
-            image = upper.imshow(
-                _reordered(L, CLUSTERS), vmin=0, vmax=1, cmap="viridis", interpolation="antialiased"
-            )
+            plot.connectivity(_reordered(L, CLUSTERS), ax=upper)
             upper.set_title(f"{name}, step {step}: LMN {linear_mapping_number(L):.1f}", fontsize=11)
             w = eigenvalues(L).sort(descending=True).values
             lower.plot(w.numpy(), ".", color=LMN, markersize=2)
-            lower.axhline(0, color="#888888", linewidth=0.8)
+            lower.axhline(0, color=GREY, linewidth=0.8)
             lower.set(yscale="symlog", ylim=(-1e3, 1e3), xlabel="Index of the eigenvalue")
             lower.set_yscale("symlog", linthresh=1e-2)
         spectra[0].set_ylabel("Eigenvalue")
-        figure.colorbar(image, ax=list(matrices), label="r²", shrink=0.9)
         return save(figure, path, 80)
 
 
@@ -228,14 +209,14 @@ def draw_second_rise(seeds: Sequence[Seed], path: Path) -> Path:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
         for axes, seed in zip(grid, seeds):
             run = seed.run
-            axes.plot(paper["step"], paper["lmn"], ".", color="#888888", markersize=3)
+            axes.plot(paper["step"], paper["lmn"], ".", color=GREY, markersize=3)
             axes.plot(
                 [row["step"] for row in run.rows], [row[COLUMN] for row in run.rows], color=LMN, linewidth=1.2
             )
             if rise := second_rise(run):
                 axes.plot(rise.valley_step, rise.valley, "v", color=ACCURACY)
                 axes.plot(rise.top_step, rise.top, "^", color=L2)
-            axes.axvline(PAPER_ENDS, color="#888888", linewidth=0.8, linestyle=":")
+            axes.axvline(PAPER_ENDS, color=GREY, linewidth=0.8, linestyle=":")
             axes.set_title(f"seed {run.config.seed}", fontsize=10)
         figure.supxlabel("Training step (dotted: where the paper ends; dots: the paper's curve)", fontsize=10)
         figure.supylabel("LMN", fontsize=10)
@@ -254,7 +235,7 @@ def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
             values = [at_start(seed, f"{how}: LMN") for seed in seeds]
             init.plot([k] * len(values), values, ".", color=(LMN, ACCURACY)[k])
         paper = PAPER[seeds[0].run.config.task]["LMN at step 0"]
-        init.axhline(paper, color="#888888", linestyle=":", label="the paper's")
+        init.axhline(paper, color=GREY, linestyle=":", label="the paper's")
         init.set_xticks((0, 1), ("r² as defined", f"{EPSILON} in r²"))
         init.set(title="Step 0", ylabel="LMN", xlim=(-0.5, 1.5), ylim=(0, None))
 
@@ -270,10 +251,12 @@ def draw_questions(seeds: Sequence[Seed], path: Path) -> Path:
         steps = sorted({row["step"] for row in seeds[0].answers if row["question"] == "number"})
         for step, colour in zip(steps, (ACCURACY, LMN, L2, *MORE)):
             _band_of(number, [seed.of_sizes(step) for seed in seeds], f"step {step}", colour)
-        number.set(title="Number of samples N", xscale="log", yscale="log", xlabel="N", ylabel="LMN")
+        number.set(title="Number of samples N", xlabel="N", ylabel="LMN")
 
         _over_steps(samples, seeds, "samples", ("train", "both", "test", "train, as many as test"))
-        samples.set(title="Which samples", yscale="log")
+        samples.set_title("Which samples")
+        for axis in (number.xaxis, number.yaxis, samples.yaxis):
+            log_axis(axis)
         _over_steps(negative, seeds, "samples", ("train",), {"train": "absolute value"})
         _over_steps(negative, seeds, "negative", ("clipped",), {"clipped": "negative ones clipped"}, 1)
         negative.set(title="Negative eigenvalues")
@@ -312,10 +295,11 @@ def draw_regions(seeds: dict[str, list[Seed]], path: Path) -> Path:
         asked = [(seed.relu, seed.answer("regions")) for seed in members if seed.relu is not None]
         rows = asked[0][0].rows
         curves = [[row[COLUMN] for row in relu.rows] for relu, _ in asked]
-        _band(axes, [row["step"] for row in rows], curves, "LMN", LMN)
+        band(axes, [row["step"] for row in rows], curves, color=LMN, label="LMN")
         _band_of(axes, [regions for _, regions in asked], "linear regions", ACCURACY)
-        axes.axhline(rows[0]["samples"], color="#888888", linestyle=":", label="N")
-        axes.set(yscale="log", xlabel="Training step", title=members[0].run.config.task)
+        axes.axhline(rows[0]["samples"], color=GREY, linestyle=":", label="N")
+        axes.set(xlabel="Training step", title=members[0].run.config.task)
+        log_axis(axes.yaxis)
 
     return _panels(seeds, path, panel, "LMN, regions")
 
@@ -333,7 +317,7 @@ def draw_rulers(seeds: dict[str, list[Seed]], path: Path) -> Path:
             _dots(upper, known, [ruler.r.known for ruler in known])
             upper.set(title=task, xlabel="r with the test loss")
             _dots(lower, known, [ruler.lead.known for ruler in known])
-            lower.axvline(0, color="#888888", linewidth=0.8)
+            lower.axvline(0, color=GREY, linewidth=0.8)
             lower.set_xlabel("Lead (steps)")
         return save(figure, path, **SMALL)
 

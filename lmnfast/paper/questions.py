@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..grokking.run import pearson
+from .._series import pearson
 from . import figures
 from .answers import EPSILON, OUTPUTS, RULES, SIZES, STAND_INS
 from .claims import FIGURE_4, PAPER, at_start

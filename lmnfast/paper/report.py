@@ -13,9 +13,9 @@ import pandas
 import torch
 
 from .. import __version__, _native
+from .._files import write_file
 from ..grokking.figures import draw_layer
 from ..grokking.run import METRICS
-from ..runs.files import write_file
 from ..spectrum import SETTINGS, SHARES
 from . import figures
 from .answers import OTHER_LAYERS

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..grokking.run import Run, pearson
+from .._series import pearson
+from ..grokking.run import Run
 from .claims import Statistic, judged
 from .curves import LAYER, PAPER_ENDS, generalising
 from .study import Seed

@@ -21,17 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from .._connectivity import connectivity
+from .._drawing import BLACK
+from .._eigenvalues import linear_mapping_number
+from .._series import pearson
 from ..cutting import cut
 from ..grokking.config import Config, start
 from ..grokking.figures import ACCURACY, L2, LMN
-from ..grokking.run import load_checkpoint, pearson, read_config, steps_of
+from ..grokking.run import load_checkpoint, read_config, steps_of
 from ..grokking.tasks import TASKS
 from ..grokking.training import train
 from ..jacobian import linear_regions
 from ..runs.device import processor
-from ..runs.figures import BLACK, save
+from ..runs.figures import save
 from ..runs.tables import read_table, write_table
-from ..spectrum import linear_mapping_number
 from .answers import STAND_INS
 
 COLUMNS = ("run", "task", "seed", "activation", "step", "layer", "method", "value", "seconds")

@@ -1,15 +1,10 @@
-"""Colours of figures, and figures as files."""
+"""Figures as files."""
 
 import io
 from pathlib import Path
 from typing import Any
 
-from .files import write_file
-
-# The colours of Okabe and Ito, which colour-blind readers can distinguish.
-VERMILION, BLUE, GREEN, PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
-ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
-COLOURS = (VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY)
+from .._files import write_file
 
 
 def save(figure: Any, path: Path, dpi: int = 200, colours: int | None = None) -> Path:

@@ -1,9 +1,7 @@
 """Directories of runs and tables: files are written whole, and one process works in a directory at a time."""
 
-import glob
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -14,44 +12,14 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from .._files import write_file
+
 CHECKSUM_LENGTH = 22  # also the length of the record at the end of a zip archive without a comment
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader finds either the whole old file or the whole new file.
-
-    The content is first written to the file NAME.PID.part, which no other process uses, and that file is then renamed. If a
-    process was killed in between, the next write of the same file deletes the part that it left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        pid = left.name[len(path.name) + 1 : -len(".part")]
-        if pid.isdecimal() and not _alive(int(pid)):
-            left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """`write_file` of plain values as JSON."""
     write_file(path, json.dumps(content, indent=2).encode() + b"\n")
-
-
-def _alive(pid: int) -> bool:
-    if os.name != "posix":  # on other systems signal 0 is not a harmless test
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # a process of another user
-        return True
-    return True
 
 
 @contextmanager

@@ -5,25 +5,20 @@ as many as float32 holds. A float that is read from a table and written again do
 a step, which may be an integer or a fraction, and settings.
 """
 
-import csv
-import io
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import csv_entries, csv_line, write_file
+from .._history import WORDS
 from .._nested import first_names
 from .._observables import observables
 from .._settings import completed
 from ..spectrum import SETTINGS, SHARES
-from .files import write_file
 
 INTEGERS = ("samples", "outputs", "points", "seed", "lost_gradients")
 EXACT = ("step", "stabiliser")
-WORDS = (
-    *("run", "task", "activation", "layer", "checkpoint", "question", "variant"),
-    *(name for name in SETTINGS if name not in (*INTEGERS, *EXACT)),
-)
 
 
 def joined(values: str, value: str) -> str:
@@ -43,21 +38,6 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 def _written(column: str, value: Any) -> Any:
     return f"{value:.7g}" if isinstance(value, float) and column not in EXACT else value
-
-
-def csv_line(values: Iterable[Any]) -> bytes:
-    """One line of a CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue().encode()
-
-
-def csv_entries(text: str, strict: bool = False) -> list[list[str]]:
-    """The entries of each line of a CSV file. strict: raise ValueError for quotes that do not end."""
-    try:
-        return list(csv.reader(io.StringIO(text, newline=""), strict=strict))
-    except csv.Error as error:
-        raise ValueError(str(error)) from None
 
 
 def read_table(

@@ -1,0 +1,64 @@
+"""Files that are written whole, and lines of CSV files."""
+
+import csv
+import glob
+import io
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write_file(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Writes a file so that a reader finds either the whole old file or the whole new file.
+
+    The content is first written to the file NAME.PID.part, which no other process uses, and that file is then renamed. If a
+    process was killed in between, the next write of the same file deletes the part that it left.
+
+    Args:
+        path: the file. Missing folders are made.
+        content: the bytes, or a function that writes them into an open file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        pid = left.name[len(path.name) + 1 : -len(".part")]
+        if pid.isdecimal() and not _alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":  # on other systems signal 0 is not a harmless test
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # a process of another user
+        return True
+    return True
+
+
+def csv_line(values: Iterable[Any]) -> bytes:
+    """One line of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue().encode()
+
+
+def csv_entries(text: str, strict: bool = False) -> list[list[str]]:
+    """The entries of each line of a CSV file. strict: raise ValueError for quotes that do not end."""
+    try:
+        return list(csv.reader(io.StringIO(text, newline=""), strict=strict))
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
