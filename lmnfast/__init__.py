@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import plot
+from . import plot as plot
 from ._connectivity import connectivity
 from ._eigenvalues import eigenvalues, linear_mapping_number, nonlinear_complexity
 from ._explain import explain
@@ -41,6 +41,5 @@ __all__ = [
     "nonlinear_complexity",
     "observables",
     "participation_ratio",
-    "plot",
     "register_observable",
 ]

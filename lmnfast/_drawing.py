@@ -100,7 +100,7 @@ def scale(axes: Any) -> Any:
     """The colours of viridis that are seen on the background."""
     from matplotlib.colors import ListedColormap
 
-    low, high = (0.25, 1.0) if on_dark(axes) else (0.0, 0.92)
+    low, high = (0.25, 1.0) if on_dark(axes) else (0.0, 0.8)
     return ListedColormap(matplotlib().colormaps["viridis"](np.linspace(low, high, 256)))
 
 

@@ -194,9 +194,9 @@ def settings_of(rows: Iterable[Row]) -> str:
     samples = sorted(values("samples"))
     said = [f"N = {samples[0]}" + (f" to {samples[-1]}" if len(samples) > 1 else "")] if samples else []
     methods = [m for m in values("method") if "+" not in str(m)]
-    said += ["+".join(methods)] if methods and methods != ["path"] else []
+    said += ["+".join(map(str, methods))] if methods and methods != ["path"] else []
     said += ["negative ones clipped"] if values("negative") == ["clip"] else []
-    said += [f"stabiliser {s:g}" for s in values("stabiliser") if s]
+    said += [f"stabiliser {s:g}" for s in values("stabiliser") if s and isinstance(s, (int, float))]
     return ", ".join(said)
 
 

@@ -196,7 +196,7 @@ def against(
         >>> rows = [{"step": s, "lmn": 10 - s + s % 2, "test_loss": 5 - s / 2, "samples": 500} for s in range(8)]
         >>> ax = lmnfast.plot.against(rows)
         >>> ax.get_xlabel(), ax.get_title()
-        ('LMN (N = 500)', 'r = 0.979')
+        ('LMN (N = 500)', 'r = 0.976')
     """
     runs = [run for group in runs_of(rows).values() for run in group]
     points = [points_of(run, x, y, layer) for run in runs]

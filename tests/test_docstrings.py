@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lmnfast
-from lmnfast import checkpoints, grokking, integrations, ops, quadrature, reference
+from lmnfast import checkpoints, grokking, integrations, ops, plot, quadrature, reference
 from lmnfast.integrations import lightning, transformers
 
 PUBLIC = {
@@ -22,6 +22,7 @@ PUBLIC = {
     **{f"ops.{name}": getattr(ops, name) for name in ops.__all__},
     **{f"reference.{name}": getattr(reference, name) for name in ops.__all__},
     "quadrature.path_nodes": quadrature.path_nodes,
+    **{f"plot.{name}": getattr(plot, name) for name in plot.__all__},
     **{f"checkpoints.{name}": getattr(checkpoints, name) for name in checkpoints.__all__},
     **{f"grokking.{name}": getattr(grokking, name) for name in grokking.__all__},
     **{f"integrations.{name}": getattr(integrations, name) for name in integrations.__all__},

@@ -154,12 +154,12 @@ def _draw_curves(figure: Any, run: Run, layer: str, log: bool) -> None:
 def _draw_losses(figure: Any, run: Run, layer: str) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     rows = [row | {"phase": run.phase(row)} for row in run.rows]
-    ended = "generalising" if run.generalised is not None else None
+    ended = run.generalised is not None and any(row["phase"] == "generalising" for row in rows)
     columns = {f"lmn_{layer}": f"{named(run.config)} of {layer}", "l2_norm": "L2 norm"}
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
-        plot.against(rows, column, "test_loss", phase=ended, ax=axes)
-        if ended is None:
-            axes.set_title("")  # the phase has no end yet, and so no correlation
+        plot.against(rows, column, "test_loss", phase="generalising" if ended else None, ax=axes)
+        if not ended:
+            axes.set_title("")  # without an end of the phase there is no correlation over it
         axes.set(xlabel=label, ylabel="")
     panels[0].set_ylabel("Test loss (nats)")
     panels[1].get_legend().remove()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import plot
 from .._connectivity import connectivity
-from .._drawing import BLACK, COLOURS, GREY, ORANGE, PURPLE, SKY, band, log_axis
+from .._drawing import BLACK, COLOURS, GREY, ORANGE, PURPLE, SKY, STYLES, band, log_axis
 from .._eigenvalues import eigenvalues, linear_mapping_number
 from ..cutting import cut
 from ..grokking.config import start
@@ -131,10 +131,13 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
         return save(figure, path, **SMALL)
 
 
-def _band_of(axes: Any, tables: Sequence[dict[int, float]], label: str, colour: str) -> None:
+def _band_of(
+    axes: Any, tables: Sequence[dict[int, float]], label: str, colour: str, style: str = "-"
+) -> None:
     """A `band` from one table per seed. All tables have the same keys."""
     x = sorted(tables[0])
-    band(axes, x, [[table[key] for key in x] for table in tables], color=colour, label=label)
+    curves = [[table[key] for key in x] for table in tables]
+    band(axes, x, curves, color=colour, linestyle=style, label=label)
 
 
 def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
@@ -276,9 +279,9 @@ def _over_steps(
     names: dict | None = None,
     skip: int = 0,
 ) -> None:
-    for variant, colour in zip(variants, (LMN, ACCURACY, L2, *MORE)[skip:]):
+    for variant, colour, style in zip(variants, (LMN, ACCURACY, L2, *MORE)[skip:], (*STYLES, *STYLES)[skip:]):
         tables = [seed.answer(question, variant) for seed in seeds]
-        _band_of(axes, tables, (names or {}).get(variant, variant), colour)
+        _band_of(axes, tables, (names or {}).get(variant, variant), colour, style)
     axes.set(xlabel="Training step", ylabel="LMN")
 
 
