@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
-from .._chain import Chain
+from .. import _native, reference
+from .._chain import ACTIVATIONS, Activation, Chain
 from .._native import plain
 from ._checks import check_chain
 from ._hoisted import activation_arguments
@@ -94,6 +94,8 @@ def _run(
     parameters: Sequence[float],
     with_outputs: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
+    if not _native.HAS_CORE:
+        return _plain(x, weights, biases, activations, parameters, with_outputs)
     x, weights = plain(x), [plain(w) for w in weights]
     biases = [None if b is None else plain(b) for b in biases]
     widths = [x.shape[1], *(w.shape[0] for w in weights)]
@@ -109,6 +111,35 @@ def _run(
     )
     outputs = x.new_empty(x.shape[0], widths[-1]) if with_outputs else None
     return _native.run(call, _native.empty(x, x.shape[0], widths[-1], widths[0]), outputs), outputs
+
+
+# Numbers of the derivatives of a layer's values that the reference computes at a time.
+REFERENCE_VALUES = 2**20
+
+
+def _plain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    with_outputs: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`_run` by the reference in float64, for some samples at a time."""
+    chain = Chain(
+        tuple(w.detach().double() for w in weights),
+        tuple(None if b is None else b.detach().double() for b in biases),
+        tuple(
+            Activation(ACTIVATIONS[code], *parameters[2 * n : 2 * n + 2])
+            for n, code in enumerate(activations)
+        ),
+    )
+    most = max(1, REFERENCE_VALUES // (len(weights[-1]) * max(x.shape[1], *map(len, weights))))
+    with torch.inference_mode(False), torch.no_grad():
+        wide = x.detach().to(torch.float64, copy=True)
+        J = torch.cat([reference.jacobian(chain, part) for part in wide.split(most)])
+        y = chain(wide).to(x.dtype) if with_outputs else None
+    return J.to(x.dtype), y
 
 
 @torch.library.register_fake("lmnfast::jacobian")
