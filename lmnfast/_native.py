@@ -25,7 +25,7 @@ from ._threads import cores_to_use
 
 
 def _load() -> tuple[Any, str | None]:
-    """The compiled core and None, or what stands in for it and why it does. A core that should load and does not is an error."""
+    """The compiled core and None, or what stands in for it and why. A core that should load and does not is an error."""
     wanted = os.environ.get("LMNFAST_CORE") or "auto"
     if wanted not in ("auto", "on", "off"):
         raise RuntimeError(f"LMNFAST_CORE: expected auto, on or off, got {wanted!r}")

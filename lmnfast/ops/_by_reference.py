@@ -105,10 +105,7 @@ def parts_of_arguments(
         z.double(),
         weights,
         biases,
-        [
-            Activation(ACTIVATIONS[code], *parameters[2 * n : 2 * n + 2])
-            for n, code in enumerate(activations)
-        ],
+        [Activation(ACTIVATIONS[code], *parameters[2 * n : 2 * n + 2]) for n, code in enumerate(activations)],
         list(skips),
         [None if s is None else s.double() for s in shifts],
     )

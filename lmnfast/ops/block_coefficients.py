@@ -1,6 +1,7 @@
 """``lmnfast::block_coefficients``: the hidden layer of a transformer's block along paths, as coefficients of polynomials."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -179,8 +180,9 @@ REFERENCE_VALUES = 2**20
 
 
 def _plain(given: _Arguments) -> tuple[Tensor, Tensor]:
-    """The op by its reference, some rows at a time."""
+    """The op by its reference in float64, some rows at a time."""
     on, activation = given.z.device, Activation(ACTIVATIONS[given.activation], *given.parameters)
+    z, shift = given.z.double(), None if given.shift is None else given.shift.double()
     nodes, polynomials = given.nodes.to(on), given.polynomials.to(on)
     most = max(1, REFERENCE_VALUES // (len(nodes) * given.z.shape[1]))
     parts = []
@@ -189,18 +191,18 @@ def _plain(given: _Arguments) -> tuple[Tensor, Tensor]:
         if given.own is not None and given.cross is not None:
             norm = given.own, given.cross[rows], given.epsilon
         coefficients, energy = reference.block_coefficients(
-            given.z,
+            z,
             given.first[rows],
             given.second[rows],
-            activation,
+            partial(_native.pointwise, activation),  # equal arguments have equal values
             nodes,
             polynomials,
             gated=given.gated,
             normalisation=norm,
-            shift=given.shift,
+            shift=shift,
             scale=given.scale,
         )
-        parts.append((coefficients[given.begin : given.end], energy))
+        parts.append((coefficients[given.begin : given.end].to(given.z.dtype), energy))
     return torch.cat([each for each, _ in parts], 1), torch.cat([each for _, each in parts])
 
 
