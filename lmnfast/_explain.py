@@ -28,8 +28,8 @@ class LayerRoute:
 
     layer: str
     route: str
-    """"fused", "block", "hoisted" or "generic", see docs/architecture.md. In an install without the compiled core "reference" in
-    place of "fused" and "block"."""
+    """"fused", "block", "hoisted" or "generic", see docs/architecture.md. Without the compiled core "reference" in place of
+    "fused" and "block"."""
     reason: str
     """Why the route is not "fused". For "fused", "block" and "reference": a drawing of the chain or the block."""
     hooked: bool = False
