@@ -5,7 +5,7 @@ Every pair is measured as a pair that a kernel has left unresolved, by the refer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,18 +93,18 @@ def resolve_in_float64(
 
 def parts_of_arguments(
     z: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    activations: list[int],
-    parameters: list[float],
-    skips: list[int],
-    shifts: list[Tensor | None],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    skips: Sequence[int],
+    shifts: Sequence[Tensor | None],
 ) -> Hoisted:
     """The chain behind the arguments of the registered ops; the inverse of `Hoisted.arguments`."""
     return Hoisted(
         z.double(),
-        weights,
-        biases,
+        list(weights),
+        list(biases),
         [Activation(ACTIVATIONS[code], *parameters[2 * n : 2 * n + 2]) for n, code in enumerate(activations)],
         list(skips),
         [None if s is None else s.double() for s in shifts],
