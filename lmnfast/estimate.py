@@ -87,9 +87,7 @@ class Estimate:
             raise ValueError(f"level: expected a number above 0 and below 1, got {level!r}")
         if of not in ("pairs", "samples"):
             raise ValueError(f"of: expected 'pairs' or 'samples', got {of!r}")
-        from statistics import (
-            NormalDist,
-        )  # with decimal and fractions, which `import lmnfast` need not load
+        from statistics import NormalDist  # here, so that importing lmnfast does not load it
 
         error = self.standard_error if of == "pairs" else self.sample_standard_error
         reach = NormalDist().inv_cdf((1 + level) / 2) * error
