@@ -1,4 +1,8 @@
-"""Builds the extension by CMake. CMakeLists.txt is the only description of the build; the metadata is in pyproject.toml."""
+"""Builds the extension by CMake. CMakeLists.txt is the only description of the build; the metadata is in pyproject.toml.
+
+LMNFAST_CORE=off leaves the extension out, and so does LMNFAST_CORE=auto, the default, where there is no compiler or no CMake.
+The package is then pure Python, and a file in it says why (lmnfast/_without_core.py).
+"""
 
 import os
 import shutil
@@ -8,9 +12,13 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).parent.resolve()
+LEFT_OUT = "_without_core.txt"
+NO_CMAKE = "lmnfast needs CMake 3.24 or newer to build: pip install cmake"
+NO_COMPILER = "lmnfast needs a C++17 compiler to build (Debian: apt install g++), or CXX set to one"
 
 
 def _jobs() -> int:
@@ -27,17 +35,40 @@ def _jobs() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _has_compiler() -> bool:
+    """Whether CXX is set, or a compiler can be called. macOS has a c++ that only says how to install one."""
+    if os.environ.get("CXX"):
+        return True
+    return any(
+        shutil.which(name)
+        and subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0
+        for name in ("c++", "g++", "clang++")
+    )
+
+
+def _left_out() -> str | None:
+    """Why this build leaves the extension out, in words that can follow "as"; None if it builds the extension."""
+    wanted = os.environ.get("LMNFAST_CORE") or "auto"
+    if wanted not in ("auto", "on", "off"):
+        sys.exit(f"LMNFAST_CORE: expected auto, on or off, got {wanted!r}")
+    if wanted == "off":
+        return "LMNFAST_CORE is off"
+    if wanted == "on":
+        return None
+    if shutil.which("cmake") is None:
+        return "no CMake was found when it was installed"
+    return None if _has_compiler() else "no C++ compiler was found when it was installed"
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs into the package folder that setuptools asks for."""
 
     def build_extension(self, ext: Extension) -> None:
         cmake = shutil.which("cmake")
         if cmake is None:
-            raise ExecError("lmnfast needs CMake 3.24 or newer to build: pip install cmake")
-        if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
-            raise ExecError(
-                "lmnfast needs a C++17 compiler to build (Debian: apt install g++), or CXX set to one"
-            )
+            raise ExecError(NO_CMAKE)
+        if not _has_compiler():
+            raise ExecError(NO_COMPILER)
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         settings = {
@@ -63,11 +94,31 @@ class CMakeBuild(build_ext):
             self._run([cmake, "--build", str(build), "--parallel", str(jobs)])
             self._run([cmake, "--install", str(build)])
         except subprocess.CalledProcessError as error:
-            raise ExecError("lmnfast: the build failed; the reason is in CMake's messages above") from error
+            raise ExecError(
+                "lmnfast: the build failed; the reason is in CMake's messages above. LMNFAST_CORE=off installs without the "
+                "compiled core"
+            ) from error
+        (package / LEFT_OUT).unlink(missing_ok=True)  # of an earlier build in this folder
 
     def _run(self, command: list[str]) -> None:
         self.announce(" ".join(command), level=2)
         subprocess.run(command, check=True)
 
 
-setup(ext_modules=[Extension("lmnfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class WithoutCore(build_py):
+    """Writes the reason why the extension is left out into the package."""
+
+    def run(self) -> None:
+        super().run()
+        package = ROOT / "lmnfast" if self.editable_mode else Path(self.build_lib) / "lmnfast"
+        (package / LEFT_OUT).write_text(f"{left_out}\n", encoding="utf-8")
+        self.warn(
+            f"lmnfast: the compiled core is left out, as {left_out}; all numbers take up to hundreds of times as long"
+        )
+
+
+left_out = _left_out()
+if left_out is None:
+    setup(ext_modules=[Extension("lmnfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+else:
+    setup(cmdclass={"build_py": WithoutCore})

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from . import _native
 from ._block import Block
 from ._chain import Chain
 from ._hook_tail import HookTail
@@ -27,9 +28,10 @@ class LayerRoute:
 
     layer: str
     route: str
-    """"fused", "block", "hoisted" or "generic", see docs/architecture.md."""
+    """"fused", "block", "hoisted" or "generic", see docs/architecture.md. Without the compiled core "reference" in place of
+    "fused" and "block"."""
     reason: str
-    """Why the route is not "fused". For "fused" and "block": a drawing of the chain or the block."""
+    """Why the route is not "fused". For "fused", "block" and "reference": a drawing of the chain or the block."""
     hooked: bool = False
     """Whether a forward hook replaces the layer's output, because no graph of the part behind the layer can be made."""
     samples: tuple[int, ...] | None = None
@@ -59,6 +61,8 @@ class LayerRoute:
     def _route_line(self) -> str:
         if self.route == "fused":
             return f"fused kernel: {self.reason}"
+        if self.route == "reference":
+            return f"by reference, without the compiled core, as {_native.without_core}: {self.reason}"
         if self.route == "block":
             return f"block of a transformer, its hidden layer in a kernel: {self.reason}"
         if self.hooked:
@@ -111,7 +115,8 @@ def explain(
             unknown, and the model or block is assumed to have one argument.
 
     Returns:
-        The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "block", "hoisted" or "generic".
+        The printed facts as an object: ``explain(model, "0")["0"].route`` is "fused", "block", "hoisted" or "generic";
+        without the compiled core "reference" in place of the first two.
 
     Raises:
         TypeError, ValueError: as :func:`lmnfast.cut`, and as :func:`lmnfast.connectivity` for samples and outputs that it
@@ -163,14 +168,17 @@ def _explained(model: nn.Module, layer: str, inputs: Any, how: Cutting) -> Layer
 
 
 def _of_route(layer: str, route: Route, **about: Any) -> LayerRoute:
+    kind: str = route.kind
+    if not _native.HAS_CORE and kind in ("fused", "block"):
+        kind = "reference"
     if route.block is not None:
-        return LayerRoute(layer, route.kind, _drawn_block(route.block), **about)
+        return LayerRoute(layer, kind, _drawn_block(route.block), **about)
     if route.chain is None:
-        return LayerRoute(layer, route.kind, route.reason, **about)
+        return LayerRoute(layer, kind, route.reason, **about)
     drawn = _drawn(route.chain)
     if why_no_kernel(route.chain, None, "jacobians") is not None:
         drawn += "; Jacobians by automatic differentiation, as of any network with sums"
-    return LayerRoute(layer, route.kind, drawn, **about)
+    return LayerRoute(layer, kind, drawn, **about)
 
 
 def _tiles(function: Prepared) -> dict[str, int]:

@@ -1,11 +1,15 @@
 """The seam between Python and the compiled core: loads the core and turns tensors into addresses.
 
+In an install without the core, `HAS_CORE` is False and `_C` is the module ``_without_core``. The ops then run by
+``lmnfast.reference``.
+
 The kernels trust what they get. Arguments of `linear` are checked here. All others are checked by ``lmnfast.ops`` before they
 come here, with one exception: `find` of ``lmnfast/ops/check_outputs.py`` trusts its one caller and says why.
 """
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -16,14 +20,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _without_core
 from ._threads import cores_to_use
 
-try:
-    from . import _C
-except ImportError as error:
-    raise ImportError(
-        f"lmnfast's compiled core is missing or does not load ({error}); build it with: pip install ."
-    ) from error
+
+def _load() -> tuple[Any, str | None]:
+    """The compiled core and None, or what stands in for it and why. A core that should load and does not is an error."""
+    wanted = os.environ.get("LMNFAST_CORE") or "auto"
+    if wanted not in ("auto", "on", "off"):
+        raise RuntimeError(f"LMNFAST_CORE: expected auto, on or off, got {wanted!r}")
+    reason = _without_core.ON_REQUEST if wanted == "off" else _without_core.left_out()
+    if reason is not None:
+        if wanted == "on":
+            raise ImportError(
+                f"LMNFAST_CORE is on, but lmnfast was installed without its compiled core, as {reason}"
+            )
+        if reason != _without_core.ON_REQUEST:
+            warnings.warn(
+                f"lmnfast runs without its compiled core, as {reason}: numbers are right, but take up to hundreds of times "
+                "as long. With a compiler, pip install --force-reinstall --no-cache-dir lmnfast builds the core; "
+                "LMNFAST_CORE=off means that it is left out on purpose, without this warning",
+                stacklevel=2,
+            )
+        return _without_core, reason
+    try:
+        from . import _C
+    except ImportError as error:
+        raise ImportError(
+            f"lmnfast's compiled core is missing or does not load ({error}); build it with: pip install . "
+            "LMNFAST_CORE=off runs without it, slowly"
+        ) from error
+    return _C, None
+
+
+_C, without_core = _load()
+HAS_CORE = without_core is None
+"""Whether ops run in the compiled core. `without_core` is the reason why they do not."""
 
 # Results of at least this many bytes get huge pages, because they often lie on pages fresh from the system, whose page faults
 # are slow. With glibc a result of 32 MB or more always lies on fresh pages. A smaller result does if the heap was given back to
@@ -40,8 +72,13 @@ if _isa and not _C.use_isa(_isa):
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Whether this build has kernels for the device of a tensor."""
+    """Whether every op takes tensors on the device of this tensor."""
     return tensor.device.type == "cpu" or on_cuda(tensor)
+
+
+def by_reference(tensor: Tensor) -> bool:
+    """Whether an op that has kernels for some devices runs in plain torch on the device of this tensor."""
+    return not (HAS_CORE and has_kernels(tensor))
 
 
 def on_cuda(tensor: Tensor) -> bool:
@@ -104,6 +141,8 @@ def cuda_problem(device: torch.device | None = None) -> str | None:
     Args:
         device: None: the current CUDA device.
     """
+    if not HAS_CORE:
+        return f"lmnfast runs without its compiled core, as {without_core}"
     if not cuda_built():
         return (
             "this build of lmnfast has none; install it again with nvcc on the path, or with LMNFAST_CUDA=on"
@@ -184,7 +223,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of rows x (B, D) in float64.
 
     On the CPU the result has the same bits for any thread count and any number of rows. Torch's BLAS does not promise that,
-    because it sums products in parts that depend on both. On the CPU there is no autograd.
+    because it sums products in parts that depend on both. On the CPU there is no autograd. Without the compiled core the
+    product is torch's.
 
     The tensors of several networks may be stacked, with one more dimension in front of all tensors. The result then has the
     same bits as the results of one network after the other.
@@ -200,8 +240,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dim() == 3:
         biases = [None] * len(x) if bias is None else bias
         return torch.stack([linear(*one) for one in zip(x, weight, biases)])
-    if x.device.type != "cpu":
-        return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if x.device.type != "cpu" or not HAS_CORE:
+        with nullcontext() if HAS_CORE else torch.no_grad():
+            return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     if not alike:
         x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
     return _linear(x, weight, bias)
@@ -271,9 +312,20 @@ def reporting(progress: Progress | None) -> Iterator[None]:
         _progress.reset(token)
 
 
+def report(share: float) -> None:
+    """Reports the finished share to the function of `reporting`, for an op that runs by its reference."""
+    progress = _progress.get()
+    if progress is not None:
+        progress(share)
+
+
 def info() -> dict[str, object]:
-    """Facts about the build and its use: isa, isas, cuda_built, cuda_archs."""
+    """Facts about the build and its use: core, isa, isas, cuda_built, cuda_archs.
+
+    core is "compiled", or the reason why there is none.
+    """
     return {
+        "core": "compiled" if without_core is None else f"none, as {without_core}",
         "isa": _C.isa(),
         "isas": _C.isas(),
         "cuda_built": cuda_built(),

@@ -389,6 +389,7 @@ def _info(options: argparse.Namespace) -> None:
             "instruction set",
             f"{native['isa']} (of {', '.join(cast(list[str], native['isas']))}; LMNFAST_ISA chooses)",
         ),
+        ("compiled core", str(native["core"])),
         ("CUDA kernels", _kernels(str(native["cuda_archs"]).split())),
     ]
     if reason := _native.no_cuda_device():

@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Literal, SupportsIndex
 
 import torch
@@ -92,6 +91,8 @@ class Estimate:
             raise ValueError(f"level: expected a number above 0 and below 1, got {level!r}")
         if of not in ("pairs", "samples"):
             raise ValueError(f"of: expected 'pairs' or 'samples', got {of!r}")
+        from statistics import NormalDist  # here, so that importing lmnfast does not load it
+
         error = self.standard_error if of == "pairs" else self.sample_standard_error
         reach = NormalDist().inv_cdf((1 + level) / 2) * error
         return self.value - reach, self.value + reach

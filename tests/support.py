@@ -11,9 +11,13 @@ from lmnfast import _native
 from lmnfast.quadrature import path_nodes
 
 LEVELS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
+if not _native.HAS_CORE:
+    LEVELS = _native._C.isas()  # the references, in place of kernels
 EMULATED = "emulated-cuda"  # the CUDA kernels on the CPU, in a build with LMNFAST_CUDA=emulated
 if EMULATED in _native._C.isas():
     LEVELS.append(EMULATED)
+# What only kernels promise: their bits, threads, memory, progress and speed. In a run without the core such a test is skipped.
+COMPILED = pytest.mark.skipif(not _native.HAS_CORE, reason="without the compiled core")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 UNIFORM = path_nodes("uniform", 21)

@@ -9,7 +9,7 @@ import torch
 from chains import activation, assert_refused
 from torch import Tensor
 
-from lmnfast import ops, reference
+from lmnfast import _native, ops, reference
 from lmnfast._chain import ACTIVATIONS
 from lmnfast.ops.block_coefficients import MOST_COEFFICIENTS, Normalisation
 from lmnfast.quadrature import orthonormal_polynomials, path_nodes
@@ -170,7 +170,8 @@ def test_the_scale_brings_the_energy_of_tiny_and_huge_values_into_range(factor, 
     scaled, same = problem.ours(device, torch.float32, scale=1 / factor)
     assert torch.equal(scaled, coefficients * factor) and torch.equal(same, energy)
     _, unscaled = problem.ours(device, torch.float32)
-    assert not (unscaled[0, 0] > 0) or unscaled[0, 0] == math.inf  # float32 squares
+    if _native.HAS_CORE:  # the reference has float64 squares
+        assert not (unscaled[0, 0] > 0) or unscaled[0, 0] == math.inf  # float32 squares
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

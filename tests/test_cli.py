@@ -128,7 +128,7 @@ def test_info_works_without_the_extra(tmp_path):
     native, said = _native.info(), facts(done.stdout)
     assert said["lmnfast"] == version("lmnfast")
     assert said["torch"].startswith(torch.__version__)
-    assert said["instruction set"].startswith(native["isa"])
+    assert said["instruction set"].startswith(native["isa"]) and said["compiled core"] == native["core"]
     assert said["CUDA kernels"].startswith("for sm_") == native["cuda_built"]
     assert ("CUDA device" in said) != torch.cuda.is_available()
 
@@ -194,7 +194,8 @@ def test_a_card_older_than_the_build_is_refused_by_name(tmp_path, monkeypatch, c
 
 
 def test_info_says_why_there_are_no_cuda_kernels(monkeypatch, capsys):
-    monkeypatch.setattr(_native, "info", lambda: {"isa": "avx2", "isas": ["avx2"], "cuda_archs": ""})
+    native = {"core": "compiled", "isa": "avx2", "isas": ["avx2"], "cuda_archs": ""}
+    monkeypatch.setattr(_native, "info", lambda: native)
     monkeypatch.setattr(_native, "cuda_problem", lambda device=None: "this build of lmnfast has none")
     assert cli.main(["info"]) == 0
     assert facts(capsys.readouterr().out)["CUDA kernels"] == "none: this build of lmnfast has none"

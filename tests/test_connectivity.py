@@ -11,7 +11,7 @@ from fresh import run_fresh
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import counted, inputs, mlp
-from support import UNIFORM
+from support import COMPILED, UNIFORM
 from torch import nn
 
 import lmnfast
@@ -292,7 +292,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before - L.numel() * 
 """)
     done = run_fresh(tmp_path / "code.py", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) / 1024 < allowance_mb
+    assert int(done.stdout) / 1024 < allowance_mb * (
+        1 if _native.HAS_CORE else 4
+    )  # the reference has temporaries
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -347,6 +349,7 @@ def test_numpys_integers_are_integers():
     assert m.points == 21 and type(m.points) is int
 
 
+@COMPILED
 @pytest.mark.parametrize("samples, inputs, units", [(34, 64, 100), (300, 500, 40), (211, 1000, 7)])
 def test_one_matrix_for_any_thread_count(samples, inputs, units, threads):
     """The samples of a chain go through its first Linear once; a product of torch is another with other threads."""
@@ -363,6 +366,7 @@ def test_one_matrix_for_any_thread_count(samples, inputs, units, threads):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+@COMPILED
 @pytest.mark.parametrize(
     "widths, half, activation",
     [
@@ -388,6 +392,7 @@ def test_one_number_for_any_thread_count(widths, half, activation, threads):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+@COMPILED
 @pytest.mark.parametrize("activation", [nn.Softplus, nn.Tanh, functools.partial(nn.GELU, "tanh")])
 def test_one_number_in_float64_for_any_thread_count(activation, threads):
     """Torch computes the last numbers of a thread's share of a tensor by other code, here of the activations'."""
@@ -408,6 +413,7 @@ def test_one_number_in_float64_for_any_thread_count(activation, threads):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+@COMPILED
 def test_no_more_threads_than_cores_to_run_on(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert _threads.cores_to_use() == min(64, _threads.cores())

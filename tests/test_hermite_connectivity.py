@@ -18,7 +18,7 @@ from chains import (
     random_sums,
     samples,
 )
-from support import fewer
+from support import COMPILED, fewer
 
 from lmnfast import ops, reference
 from lmnfast._chain import ACTIVATIONS, Chain
@@ -157,6 +157,7 @@ def test_errors_at_each_matmul_precision(matmul, bound, midpoint, device, precis
     assert truth.min() < 0.9 and (L.double() - truth).abs().max() < bound
 
 
+@COMPILED
 def test_the_same_bits_for_any_thread_count(device, dtype, threads):
     chain, x = (
         random_chain([6, 30, 20, 7], ["identity", "silu", "tanh", "identity"]),

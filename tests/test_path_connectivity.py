@@ -18,7 +18,7 @@ from chains import (
     raw,
     samples,
 )
-from support import EMULATED, UNIFORM, fewer
+from support import COMPILED, EMULATED, UNIFORM, fewer
 
 from lmnfast import _native, ops, reference
 from lmnfast._chain import ACTIVATIONS, Activation, Chain
@@ -155,6 +155,7 @@ def test_the_scale_of_the_outputs_does_not_matter(factor, device):
     assert torch.equal(*(measured(c, x, device, torch.float32) for c in (scaled, chain)))
 
 
+@COMPILED
 def test_the_same_bits_for_any_thread_count(device, dtype, threads):
     chain = random_chain([6, 30, 20, 7], ["identity", "silu", "tanh", "identity"])
     x = samples(fewer(70, 35), 6)
@@ -422,6 +423,7 @@ def test_any_sums_in_any_chain(seed, device, dtype):
     assert_as_right_as_pytorch(chain, x, device, dtype)
 
 
+@COMPILED
 def test_sums_have_the_same_bits_for_any_thread_count(device, dtype, threads):
     chain, x = chain_with("one in another"), samples(fewer(70, 35), 9)
     results = []

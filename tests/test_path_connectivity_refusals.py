@@ -10,6 +10,7 @@ from chains import (
     random_chain,
     raw,
 )
+from support import COMPILED
 
 from lmnfast import _native
 
@@ -84,6 +85,7 @@ def test_shifts_that_are_elsewhere_are_named(shift, message):
     assert_refused(torch.ops.lmnfast.path_connectivity, arguments, TypeError, message)
 
 
+@COMPILED
 def test_the_compiled_core_looks_at_lengths_too():
     """Whatever a mistake in Python hands over, no kernel reads past an end."""
     right = [

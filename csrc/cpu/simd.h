@@ -9,6 +9,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../common.h"
@@ -100,8 +102,8 @@ inline D fma(D a, D b, D c) { return _mm512_fmadd_pd(a, b, c); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline D fma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
 #elif defined(__aarch64__)
-inline F fma(F a, F b, F c) { return (F)__builtin_aarch64_fmav4sf(a, b, c); }
-inline D fma(D a, D b, D c) { return (D)__builtin_aarch64_fmav2df(a, b, c); }
+inline F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+inline D fma(D a, D b, D c) { return (D)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
 #else
 inline F fma(F a, F b, F c) { return a * b + c; }
 inline D fma(D a, D b, D c) { return a * b + c; }

@@ -85,8 +85,7 @@ class Hoisted:
                 for into in (2 * n, 2 * n + 1):
                     if into % 2 and activation != IDENTITY:
                         before, z = z, _native.pointwise(activation, z)
-                        behind = _BEHIND[activation.name](activation)
-                        slopes = [_native.pointwise(behind, s, before, z) for s in slopes]
+                        slopes = [slopes_behind(activation, s, before, z) for s in slopes]
                     if skips[into] != -1:
                         earlier, slopes_there = values[skips[into]]
                         z, slopes = z + earlier, [s + e for s, e in zip(slopes, slopes_there)]
@@ -137,6 +136,13 @@ _BEHIND: dict[str, Callable[[Activation], Callable[[Tensor, Tensor, Tensor], Ten
     "softplus": lambda of: lambda s, z, a: _aten.softplus_backward(s, z, of.alpha, of.beta),
     "sin": lambda _: lambda s, z, a: s * z.cos(),
 }
+
+
+def slopes_behind(activation: Activation, slopes: Tensor, z: Tensor, values: Tensor) -> Tensor:
+    """The slopes behind an activation of those in front of it. z, values: its arguments and values."""
+    if activation == IDENTITY:
+        return slopes
+    return _native.pointwise(_BEHIND[activation.name](activation), slopes, z, values)
 
 
 def parts_of(number: int, *arguments: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """``lmnfast::block_coefficients``: the hidden layer of a transformer's block along paths, as coefficients of polynomials."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -136,8 +137,9 @@ class _Arguments(NamedTuple):
 def _block_coefficients(*arguments: Any) -> tuple[Tensor, Tensor]:
     given = _Arguments(*arguments)
     _check(given)
-    if not _native.has_kernels(given.z):
-        return _plain(given)
+    if _native.by_reference(given.z):
+        with torch.no_grad():
+            return _plain(given)
     z, first, second = map(plain, (given.z, given.first, given.second))
     shift, own, cross = (None if t is None else plain(t) for t in (given.shift, given.own, given.cross))
     t, rule = (plain(values[..., 1:-1].to(z.device)) for values in (given.nodes, given.polynomials))
@@ -173,23 +175,35 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+# Hidden values, at all nodes of some rows, that the reference computes at a time. It makes a few tensors of that size.
+REFERENCE_VALUES = 2**20
+
+
 def _plain(given: _Arguments) -> tuple[Tensor, Tensor]:
-    """The op in plain PyTorch, for a device without a kernel."""
-    on = given.z.device
-    norm = None if given.own is None or given.cross is None else (given.own, given.cross, given.epsilon)
-    coefficients, energy = reference.block_coefficients(
-        given.z,
-        given.first,
-        given.second,
-        Activation(ACTIVATIONS[given.activation], *given.parameters),
-        given.nodes.to(on),
-        given.polynomials.to(on),
-        gated=given.gated,
-        normalisation=norm,
-        shift=given.shift,
-        scale=given.scale,
-    )
-    return coefficients[given.begin : given.end], energy
+    """The op by its reference in float64, some rows at a time."""
+    on, activation = given.z.device, Activation(ACTIVATIONS[given.activation], *given.parameters)
+    z, shift = given.z.double(), None if given.shift is None else given.shift.double()
+    nodes, polynomials = given.nodes.to(on), given.polynomials.to(on)
+    most = max(1, REFERENCE_VALUES // (len(nodes) * given.z.shape[1]))
+    parts = []
+    for rows in torch.arange(len(given.first), device=on).split(most):
+        norm = None
+        if given.own is not None and given.cross is not None:
+            norm = given.own, given.cross[rows], given.epsilon
+        coefficients, energy = reference.block_coefficients(
+            z,
+            given.first[rows],
+            given.second[rows],
+            partial(_native.pointwise, activation),  # equal arguments have equal values
+            nodes,
+            polynomials,
+            gated=given.gated,
+            normalisation=norm,
+            shift=shift,
+            scale=given.scale,
+        )
+        parts.append((coefficients[given.begin : given.end].to(given.z.dtype), energy))
+    return torch.cat([each for each, _ in parts], 1), torch.cat([each for _, each in parts])
 
 
 def _check(given: _Arguments, fake: bool = False) -> None:

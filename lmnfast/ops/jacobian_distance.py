@@ -15,6 +15,9 @@ from ._hoisted import activation_arguments
 # of smaller features lose digits.
 SMALLEST, LARGEST = 2.0**-400, 2.0**400
 
+# Rows are equal if their squared distance is at most this share of the larger squared norm; kSameFeatures in csrc/ops.h.
+SAME_FEATURES = (32 * torch.finfo(torch.float64).eps) ** 2
+
 
 def jacobian_distance(
     first: Tensor, second: Tensor, squared: bool = False, dtype: torch.dtype = torch.float64
@@ -64,15 +67,13 @@ torch.library.define(
 @torch.library.impl("lmnfast::jacobian_distance", "default")
 def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype) -> Tensor:
     _check(first, second, dtype)
-    if not _native.has_kernels(first):
-        return reference.jacobian_distance(first, second, squared).to(dtype)
     same = first.data_ptr() == second.data_ptr() and first.stride() == second.stride()
     same = same and first.shape == second.shape and first.is_neg() == second.is_neg()
     first = plain(first)
     second = first if same else plain(second)
     if first.shape[0] == 0 or second.shape[0] == 0:
         return first.new_empty(len(first), len(second), dtype=dtype)
-    if first.is_cuda:
+    if first.device.type != "cpu":
         return _measured(first, second, squared, dtype)
     largest = _largest(first) if same else _largest(first, second)
     if SMALLEST <= largest <= LARGEST or largest == 0:
@@ -99,6 +100,9 @@ def _measured(
     first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype, connectivity: bool = False
 ) -> Tensor:
     """Calls the kernel. connectivity: as in csrc/ops.h; only the CUDA kernels, real or emulated, have it."""
+    if _native.by_reference(first):
+        with torch.no_grad():
+            return _plain(first, second, squared).to(dtype)
     call = _native._C.JacobianDistance(
         dtype == torch.float64,
         first.data_ptr(),
@@ -109,6 +113,15 @@ def _measured(
         connectivity,
     )
     return _native.run(call, _native.empty(first, first.shape[0], second.shape[0], dtype=dtype))
+
+
+def _plain(first: Tensor, second: Tensor, squared: bool) -> Tensor:
+    """The distances by the reference, with 0 for those that are the features' own rounding."""
+    square = reference.jacobian_distance(first, second, squared=True)
+    norms = [v.square().sum(1) for v in (first, second)]
+    same = square <= SAME_FEATURES * torch.maximum(norms[0][:, None], norms[1])
+    square = torch.where(same, 0.0, square)
+    return square if squared else square.sqrt()
 
 
 @torch.library.register_fake("lmnfast::jacobian_distance")

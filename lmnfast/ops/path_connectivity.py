@@ -12,7 +12,8 @@ from .._chain import Chain
 from .._native import plain
 from .._settings import PLAIN, Statistic, checked_stabiliser
 from .._stacked import ChainStack
-from .._unresolved import Entries, ListEntries, resolve
+from .._unresolved import Entries, ListEntries
+from ._by_reference import by_reference, parts_of_arguments, resolve_in_float64
 from ._checks import check_chain, check_indices, check_rule, check_sums, check_tensor
 from ._hoisted import Hoisted, hoisted, parts_of
 
@@ -185,8 +186,13 @@ def _measured(
     second: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """L, counts and pooled, as the registered ops return them; None for a pooled result that was not asked for."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not _native.HAS_CORE:
+        given = parts, x, dtype, nodes, weights, midpoint, statistic, first, second
+        L, counts, pooled = by_reference(*given)
+        return L, counts, pooled if statistic.pooled else None
     arguments = (
-        *parts.arguments(torch.float64 if x.dtype == torch.float64 else torch.float32),
+        *parts.arguments(dtype),
         nodes,
         weights,
     )
@@ -211,20 +217,7 @@ def _resolved(
     """`ChainConnectivity.resolve` of one network."""
     if int(entries.counts[1]) == 0:  # saves widening the network to float64
         return
-    parts = parts_of()
-    width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
-    # On the CPU a layer's values (2 MB) stay in the cache. On CUDA 16 times as many values cost the same per call.
-    values = 2**18 if x.device.type == "cpu" else 2**22
-    resolve(
-        parts.values(),
-        parts.samples(),
-        entries,
-        nodes,
-        weights,
-        points=values // width,
-        midpoint=midpoint,
-        inputs=x.flatten(1),
-    )
+    resolve_in_float64(parts_of(), x, entries, nodes, weights, midpoint)
 
 
 torch.library.define(
@@ -375,6 +368,9 @@ def run(
     """
     chain = z, weights, biases, activations, parameters, skips, shifts
     widths = _check(*chain, nodes, node_weights, exact, inputs, stabiliser, first, second)
+    if not _native.HAS_CORE:
+        how = nodes, node_weights, midpoint, Statistic(stabiliser, pooled)
+        return by_reference(parts_of_arguments(*chain), z, z.dtype, *how, first, second)
     if z.dim() == 3 and not _native.on_cuda(z):  # on the CPU one network keeps all cores busy
         L = _native.empty(z, len(z), z.shape[1], z.shape[1])
         counts = z.new_empty(len(z), 2, dtype=torch.int64)

@@ -96,9 +96,10 @@ def _path_r2(
     pooled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(interior, ends, first, second, nodes, weights, rounding, stabiliser)
-    if not _native.has_kernels(interior):
+    if _native.by_reference(interior):
         rule = nodes.to(ends.device), weights.to(ends.device)
-        return _plain(interior, ends, first, second, *rule, rounding, stabiliser, pooled)
+        with torch.no_grad():
+            return _plain(interior, ends, first, second, *rule, rounding, stabiliser, pooled)
     interior, ends, first, second = map(plain, (interior, ends, first, second))
     rounding = None if rounding is None else plain(rounding)
     result, counts = interior.new_empty(len(interior)), interior.new_empty(2, dtype=torch.int64)
@@ -144,7 +145,7 @@ def _plain(
     stabiliser: float,
     pooled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op in plain PyTorch, for a device without a kernel. own: the op's argument `rounding`."""
+    """The op by its reference. own: the op's argument `rounding`."""
     y = _all_nodes(interior, ends, first, second)
     r2, constant = reference.r2_of_outputs(y, nodes, weights, stabiliser=stabiliser)
     magnitude = torch.maximum(y[:, 0].abs(), y[:, -1].abs())

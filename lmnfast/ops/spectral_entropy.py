@@ -37,13 +37,15 @@ torch.library.define("lmnfast::spectral_entropy", "(Tensor eigenvalues) -> Tenso
 @torch.library.impl("lmnfast::spectral_entropy", "default")
 def _spectral_entropy(eigenvalues: Tensor) -> Tensor:
     _check(eigenvalues)
-    if not _native.has_kernels(eigenvalues):
-        return reference.spectral_entropy(eigenvalues)
-    eigenvalues = plain(eigenvalues)
-    result = eigenvalues.new_empty(eigenvalues.shape[:-1], dtype=torch.float64)
-    is_double, sizes = eigenvalues.dtype == torch.float64, (result.numel(), eigenvalues.shape[-1])
-    _native.run(_native._C.SpectralEntropy(is_double, eigenvalues.data_ptr(), *sizes), result)
-    if eigenvalues.is_cuda:
+    if _native.by_reference(eigenvalues):
+        with torch.no_grad():
+            result = reference.spectral_entropy(eigenvalues)
+    else:
+        eigenvalues = plain(eigenvalues)
+        result = eigenvalues.new_empty(eigenvalues.shape[:-1], dtype=torch.float64)
+        is_double, sizes = eigenvalues.dtype == torch.float64, (result.numel(), eigenvalues.shape[-1])
+        _native.run(_native._C.SpectralEntropy(is_double, eigenvalues.data_ptr(), *sizes), result)
+    if eigenvalues.device.type != "cpu":  # a look at the values would wait for the device
         return result
     undefined = result.isnan()
     if undefined.any() and bool((eigenvalues[undefined] == 0).all(-1).any()):
