@@ -11,7 +11,8 @@ from lmnfast.grokking.run import METRICS
 from lmnfast.paper import claims, figures, report
 from lmnfast.paper.answers import OUTPUTS, RULES, SIZES, STAND_INS, row
 from lmnfast.paper.report import write_report
-from lmnfast.paper.study import OBSERVABLES, Seed, Study
+from lmnfast.paper.settings import OBSERVABLES, Study
+from lmnfast.paper.study import Seed
 from lmnfast.runs.figures import save
 from lmnfast.spectrum import SETTINGS, SHARES
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._choices import METHODS
 from .._connectivity import connectivity
 from .._eigenvalues import linear_mapping_number
 from .._observables import Chosen
-from .._settings import METHODS
 from ..cutting import cut
 from ..runs.device import torch_threads
 from ..runs.files import claimed

@@ -23,7 +23,8 @@ from .claims import CONFIDENCE, Statistic, claims, numbers, too_few
 from .curves import COLUMN, LAYER, PAPER_ENDS, RISE, second_rise
 from .questions import questions
 from .rulers import column, names_in
-from .study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, Seed, Study, read_study
+from .settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, Study
+from .study import Seed, read_study
 from .text import number, table
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
