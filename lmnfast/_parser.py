@@ -6,7 +6,7 @@ from typing import Any
 
 from . import __version__
 from ._choices import DEVICES, METHODS, NEGATIVE, OBSERVABLES, RULES
-from .grokking.choices import ACTIVATIONS, INITS, LAYERS, LOSS_DTYPES, OPTIMIZERS, TASKS
+from .grokking.choices import ACTIVATIONS, INITS, LAYERS, LOSS_DTYPES, OPTIMIZERS, SPLITS, TASKS
 from .grokking.config import Config
 from .paper.settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, QUICK_SEEDS, SEEDS
 
@@ -42,7 +42,7 @@ MEASURE = f"""{METHODS_ARE}
 examples:
   lmnfast measure runs/xor-seed1 --layers embedding hidden_1
   lmnfast measure runs/xor-seed1 --every 1000 --method path,hermite,hermite-midpoint
-  lmnfast measure runs/xor-seed1 --observables curvature,participation_ratio
+  lmnfast measure runs/xor-seed1 --split test --observables curvature,participation_ratio
 """
 CHECKPOINTS = f"""{METHODS_ARE}
 
@@ -204,7 +204,12 @@ def _add_measure(again: argparse.ArgumentParser) -> None:
     )
     _add_layers(again, f"some of {', '.join(LAYERS)} and others of the run's depth (the run's)")
     _add_until(again)
-    _add_samples(again, "of the training samples are measured, a fixed random choice (the run's)")
+    again.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="the samples to measure: those for training or for testing (train)",
+    )
+    _add_samples(again, "of them are measured, a fixed random choice (the run's; of --split test all)")
     again.add_argument(
         "--method",
         type=_methods,

@@ -6,6 +6,7 @@ INITS = ("default", "lecun-first")
 ACTIVATIONS = ("silu", "relu")  # the paper uses the first
 OPTIMIZERS = ("adamw", "sgd")
 LOSS_DTYPES = ("float64", "float32")
+SPLITS = ("train", "test")  # the samples of a run that can be measured
 # The paper's widths of an embedding and of a hidden layer, and its number of hidden layers.
 EMBEDDING, HIDDEN, DEPTH = 32, 100, 2
 TRAIN_FRACTION = 0.8  # the paper's share of the pairs for training
