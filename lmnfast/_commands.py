@@ -79,6 +79,8 @@ def _checkpoints(options: Namespace) -> None:
     output = given.pop("output", None)
     out = Path(given.pop("out", "lmn"))
     _say_jobs(given.get("jobs", 1), options)
+    if given.get("trust"):
+        print("lmnfast: warning: --trust: code that is in the checkpoints is run", file=sys.stderr)
     rows = measure_checkpoints(
         given.pop("model"),
         given.pop("checkpoint"),

@@ -258,6 +258,11 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
     )
     other.add_argument("--forward", metavar="MODULE:FUNCTION", help="called as function(model, inputs)")
     other.add_argument("--key", help="where in a checkpoint the state dict is, as state.ema")
+    other.add_argument(
+        "--trust",
+        action="store_true",
+        help="also read checkpoints that hold other objects, such as whole modules; runs code that is in the files",
+    )
     _add_samples(other, "of the inputs are measured, the first (all)")
     other.add_argument("--method", help=f"of the connectivity, one of {', '.join(METHODS)} ({Config.method})")
     _add_settings(other, vars(Config))
