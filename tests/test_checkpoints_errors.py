@@ -165,3 +165,12 @@ def test_the_api_refuses_what_it_cannot_use(trained):
         } | change
         with pytest.raises(ValueError, match="^" + re.escape(said)):
             measure_checkpoints(**given)
+
+
+def test_integers_in_place_of_numbers_are_named(trained, capsys):
+    np.save("x.npy", np.ones((12, 6), dtype=np.int64))
+    said = failure(capsys, command())
+    assert said.startswith("checkpoint: step_2.pt, layer '1': RuntimeError: ")
+    assert said.endswith(
+        "; the inputs are int64, save them as float32 if the model takes numbers and no tokens"
+    )

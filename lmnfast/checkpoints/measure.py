@@ -245,7 +245,8 @@ def _measured(
             m = measurement(enqueued, settings, work.negative)
             m, problems = with_observables(m, enqueued, asked, samples, tail, model)
         except Exception as error:  # the user's model can raise any error
-            raise ValueError(f"checkpoint: {path}, layer {layer!r}: {in_one_line(error)}") from error
+            said = f"checkpoint: {path}, layer {layer!r}: {in_one_line(error)}{_hint(error, inputs)}"
+            raise ValueError(said) from error
         for problem in problems:
             warnings.warn(f"layer {layer!r}: {problem}", stacklevel=2)
         numbers = {name: getattr(m, name) for name in ("lmn", *SHARES)} | m.observables
@@ -255,6 +256,18 @@ def _measured(
         for name in ("precision", "solver"):  # these may differ between layers
             row[name] = joined(before.get(name, row[name]), row[name])
     return row
+
+
+def _hint(error: Exception, inputs: Any) -> str:
+    """What to do, for an error of torch that comes of inputs that are not floating-point."""
+    kinds = {
+        str(tensor.dtype).removeprefix("torch.")
+        for tensor in tensors_in(inputs)
+        if not tensor.is_floating_point()
+    }
+    if not kinds or "dtype" not in str(error):
+        return ""
+    return f"; the inputs are {' and '.join(sorted(kinds))}, save them as float32 if the model takes numbers and no tokens"
 
 
 def _in_this_process(
