@@ -1,21 +1,44 @@
 """How far a neural network is from linear on your samples: the linear mapping number of arXiv 2310.05918, by C++ and CUDA."""
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from . import plot as plot
-from ._connectivity import connectivity
-from ._eigenvalues import eigenvalues, linear_mapping_number, nonlinear_complexity
-from ._explain import explain
-from ._history import history
-from ._layers import match_layers
-from ._observables import observables, register_observable
-from ._observed import Observation
-from ._ratios import negative_share, participation_ratio
-from .cutting import cut
-from .estimate import Estimate, curvature
-from .jacobian import jacobian_distances, jacobians, linear_regions
-from .probe import Probe
-from .spectrum import Measurement, lmn, measure
+from ._lazy import lazy as _lazy
+
+if TYPE_CHECKING:
+    from . import plot
+    from ._connectivity import connectivity
+    from ._eigenvalues import eigenvalues, linear_mapping_number, nonlinear_complexity
+    from ._explain import explain
+    from ._history import history
+    from ._layers import match_layers
+    from ._observables import observables, register_observable
+    from ._observed import Observation
+    from ._ratios import negative_share, participation_ratio
+    from .cutting import cut
+    from .estimate import Estimate, curvature
+    from .jacobian import jacobian_distances, jacobians, linear_regions
+    from .probe import Probe
+    from .spectrum import Measurement, lmn, measure
+else:  # the same names, but torch is imported when one of them is used
+    __getattr__, __dir__ = _lazy(
+        globals(),
+        {
+            "_connectivity": "connectivity",
+            "_eigenvalues": "eigenvalues linear_mapping_number nonlinear_complexity",
+            "_explain": "explain",
+            "_history": "history",
+            "_layers": "match_layers",
+            "_observables": "observables register_observable",
+            "_observed": "Observation",
+            "_ratios": "negative_share participation_ratio",
+            "cutting": "cut",
+            "estimate": "Estimate curvature",
+            "jacobian": "jacobian_distances jacobians linear_regions",
+            "probe": "Probe",
+            "spectrum": "Measurement lmn measure",
+        },
+    )
 
 __version__ = _version("lmnfast")
 
@@ -41,5 +64,6 @@ __all__ = [
     "nonlinear_complexity",
     "observables",
     "participation_ratio",
+    "plot",
     "register_observable",
 ]

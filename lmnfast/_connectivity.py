@@ -166,7 +166,7 @@ def _measured_stack(
 
     def one(number: int, fuse: bool = True) -> Enqueued:
         with loaded(f, stacked, number):
-            return enqueue(f, x[number], settings, progress=_share_of(report, number, networks), fuse=fuse)
+            return enqueue(f, x[number], settings, progress=share_of(report, number, networks), fuse=fuse)
 
     results = enqueue_together(f, x, settings, stacked) or []
     if results and report is not None:
@@ -200,8 +200,8 @@ def _reported(progress: bool | Progress) -> Iterator[Progress | None]:
         yield lambda done: bar.update(done - bar.n)
 
 
-def _share_of(report: Progress | None, number: int, count: int) -> Progress | None:
-    """Turns the share done of one network into the share done of all, for networks measured one after the other."""
+def share_of(report: Progress | None, number: int, count: int) -> Progress | None:
+    """Turns the share done of one measurement into the share done of all, for measurements one after the other."""
     return None if report is None else lambda done: report((number + done) / count)
 
 

@@ -135,7 +135,11 @@ class Differentiated:
     def _forwards(self, x: Tensor) -> tuple[Tensor, Tensor]:
         jacobian = torch.func.jacfwd(self._of_one, has_aux=True, randomness="different")
         with warnings.catch_warnings():  # torch warns about itself at its first forward differentiation
-            warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
+            for kind in (
+                DeprecationWarning,
+                FutureWarning,
+            ):  # the latter from torch 2.14 on, which every user would see
+                warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", kind)
             return torch.func.vmap(jacobian, randomness="different")(x)
 
     def _backwards(self, x: Tensor) -> tuple[Tensor, Tensor]:

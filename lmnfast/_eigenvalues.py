@@ -8,11 +8,11 @@ from torch import Tensor
 
 from . import _native, ops
 from ._checks import all_finite
+from ._choices import NEGATIVE
 from ._threads import one_core_after_fork
 from .ops.symmetric_eigenvalues import fits
 
 SOLVERS = ("auto", "cpu", "cuda")
-NEGATIVE = ("absolute", "clip")
 
 
 def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:

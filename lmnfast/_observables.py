@@ -279,7 +279,7 @@ def _undisturbing(function: Function, reads: tuple[str, ...]) -> Function:
     def withheld(x: Any) -> Any:
         raise ValueError("expected 'network' among `reads` of an observable that calls the network")
 
-    unread = {name: None for name in ("pooled", "spectrum", "model") if name not in reads}
+    unread: dict[str, Any] = {name: None for name in ("pooled", "spectrum", "model") if name not in reads}
 
     def observed(o: Observation) -> Any:
         if "model" not in reads and "network" not in reads:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ._choices import METHODS
 from .quadrature import path_nodes
-
-METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
 
 
 class Statistic(NamedTuple):

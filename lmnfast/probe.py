@@ -185,6 +185,10 @@ class Probe:
         if not is_open:
             self._solver = None
 
+    def __repr__(self) -> str:
+        s = self._settings
+        return f"Probe(layers={self.layers}, every={self.every!r}, method={s.method!r}, points={s.points}, rule={s.rule!r})"
+
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise RuntimeError(

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RULES = ("uniform", "lobatto")
+from ._choices import RULES
+
 PAPER_POINTS = 21  # arXiv 2310.05918 walks t = 0, 0.05, ..., 1
 
 

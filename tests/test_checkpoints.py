@@ -16,6 +16,7 @@ import lmnfast
 from lmnfast import _observables, cli
 from lmnfast.checkpoints import find_checkpoints, first_samples, load_inputs, measure_checkpoints
 from lmnfast.checkpoints import measure as measuring
+from lmnfast.runs.progress import move
 from lmnfast.spectrum import SETTINGS
 
 DOCS = Path(__file__).parent.parent / "docs/checkpoints.md"
@@ -329,3 +330,14 @@ def test_a_table_keeps_what_does_not_apply(trained, monkeypatch):
     again = measure_checkpoints(**given, observables="nowhere")  # reads the table
     assert np.isnan(rows[0]["nowhere_1"]) and np.isnan(again[0]["nowhere_1"])
     assert rows[0]["lmn_1"] == again[0]["lmn_1"] > 1
+
+
+def test_the_bar_moves_within_a_checkpoint_and_ends_with_the_last(trained, monkeypatch, capsys):
+    places = []
+    monkeypatch.setattr(measuring, "move", lambda bar, done: (places.append(done), move(bar, done)))
+    assert cli.main(command()) == 0
+    assert places == sorted(places) and {1 / len(LAYERS), 1, 1 + 1 / len(LAYERS), 2, 3} <= set(places)
+    assert places[-1] == 3 and "3/3" in capsys.readouterr().err
+    assert cli.main(command("--quiet", "--force")) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.splitlines()[-1] == "written: lmn/lmn.png"

@@ -10,7 +10,7 @@ import torch
 from checkpointed import command, failure, random_state
 from torch import nn
 
-from lmnfast import cli
+from lmnfast import _commands, cli
 from lmnfast.checkpoints import measure as measuring
 from lmnfast.checkpoints import measure_checkpoints
 from lmnfast.checkpoints.weights import imported
@@ -138,7 +138,7 @@ def test_wrong_inputs_layers_and_settings_are_one_line(trained, capsys):
 
 
 def test_more_processes_than_cores_are_said_and_used(trained, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "cores", lambda: 1)
+    monkeypatch.setattr(_commands, "cores", lambda: 1)
     monkeypatch.setattr(measuring, "_in_processes", lambda *_: (row for row in ()))
     assert cli.main(command()) == 0
     assert "jobs: " not in capsys.readouterr().err
@@ -165,3 +165,12 @@ def test_the_api_refuses_what_it_cannot_use(trained):
         } | change
         with pytest.raises(ValueError, match="^" + re.escape(said)):
             measure_checkpoints(**given)
+
+
+def test_integers_in_place_of_numbers_are_named(trained, capsys):
+    np.save("x.npy", np.ones((12, 6), dtype=np.int64))
+    said = failure(capsys, command())
+    assert said.startswith("checkpoint: step_2.pt, layer '1': RuntimeError: ")
+    assert said.endswith(
+        "; the inputs are int64, save them as float32 if the model takes numbers and no tokens"
+    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fresh import run_fresh
 
-from lmnfast import _native, cli
+from lmnfast import _commands, _native, cli
 from lmnfast._threads import cores
 from lmnfast.grokking import read_run
 
@@ -210,7 +210,7 @@ def test_info_says_why_there_are_no_cuda_kernels(monkeypatch, capsys):
     ],
 )
 def test_without_the_extra_the_other_commands_say_what_to_install(command, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(_commands, "find_spec", lambda name: None)
     assert failure(capsys, *command) == "this command needs matplotlib and tqdm: pip install 'lmnfast[grok]'"
 
 

@@ -1,6 +1,7 @@
 """The methods by derivatives: their definitions, limit cases, what they evaluate."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -223,3 +224,24 @@ def test_every_method_on_cuda_is_that_on_the_cpu(method, wrap, dtype):
     truth = definition(net, x, method)
     L = lmnfast.connectivity(wrap(net.cuda()), x.cuda(), method=method)
     assert L.is_cuda and (L.cpu() - truth).abs().max() < ON_A_CARD[dtype]
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, FutureWarning])
+def test_what_torch_says_of_itself_does_not_reach_the_user(kind, monkeypatch):
+    jacfwd, said = torch.func.jacfwd, []
+
+    def loud(*given, **how):
+        def call(x):
+            said.append(1)
+            warnings.warn(
+                "`torch.jit.script` is deprecated. Please switch to `torch.compile`.", kind, stacklevel=2
+            )
+            return jacfwd(*given, **how)(x)
+
+        return call
+
+    monkeypatch.setattr(torch.func, "jacfwd", loud)
+    x = torch.randn(6, 2, dtype=torch.float64)
+    J = lmnfast.jacobians(lambda x: torch.cat([x.sin(), x.cos()], 1), x)
+    torch.testing.assert_close(J[:, :2], torch.diag_embed(x.cos()))
+    assert said

@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 
 import lmnfast
 from lmnfast.grokking import training
+from lmnfast.grokking.choices import ACTIVATIONS, LAYERS
 from lmnfast.grokking.gradients import Gradients
 from lmnfast.grokking.measure import measure
-from lmnfast.grokking.model import ACTIVATION_MODULES, LAYERS, make_model
+from lmnfast.grokking.model import make_model
 from lmnfast.grokking.run import METRICS, read_run
 from lmnfast.grokking.tasks import answers, make_task
 from lmnfast.grokking.training import train
@@ -94,7 +95,7 @@ def test_the_model_can_be_cut_at_every_named_layer(layer):
     torch.testing.assert_close(tail(samples), model(tokens))
 
 
-@pytest.mark.parametrize("activation", ACTIVATION_MODULES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name, sizes", [("modular-addition", {"p": 7}), ("s4", {}), ("xor", {"bits": 1})])
 def test_the_gradients_are_autograds(name, sizes, activation):
     generator = seeded()

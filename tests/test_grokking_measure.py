@@ -181,3 +181,28 @@ def test_several_methods_are_measured_side_by_side(finished):
     for method in ([], ["path", "path"]):
         with pytest.raises(ValueError, match="method: expected some of path, hermite, .*, each once"):
             measure(finished.path, method=method)
+
+
+@pytest.mark.parametrize("count", [None, 3])
+def test_test_samples_are_measured_on_request(finished, count):
+    table, rows = measure(finished.path, split="test", samples=count, every=10)
+    assert table.name == f"measure-hidden_1-path-uniform21-test{'' if count is None else '-3samples'}.csv"
+    task, model = start(finished.config)
+    x = task.test_inputs[:count]
+    assert len(x) == (count or len(task.test_inputs))
+    for row in rows:
+        load_checkpoint(model, finished.path, row["step"])
+        assert row["samples"] == len(x)
+        assert row["lmn_hidden_1"] == pytest.approx(
+            lmnfast.lmn(*lmnfast.cut(model, "hidden_1", x)).item(), rel=1e-6
+        )
+
+
+def test_more_test_samples_than_there_are_or_another_split_are_refused(finished):
+    there = len(start(finished.config)[0].test_inputs)
+    with pytest.raises(
+        ValueError, match=f"^samples: expected 2 to {there}, all of this split, got {there + 1}$"
+    ):
+        measure(finished.path, split="test", samples=there + 1)
+    with pytest.raises(ValueError, match="^split: expected one of train, test, got 'valid'$"):
+        measure(finished.path, split="valid")

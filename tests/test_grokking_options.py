@@ -12,13 +12,14 @@ from torch.nn.functional import cross_entropy
 from lmnfast import cli
 from lmnfast.grokking import train
 from lmnfast.grokking.batches import Batches
+from lmnfast.grokking.choices import layers_of, training_samples
 from lmnfast.grokking.config import start
 from lmnfast.grokking.figures import draw
 from lmnfast.grokking.gradients import Gradients
 from lmnfast.grokking.measure import measure
-from lmnfast.grokking.model import layers_of, make_model
+from lmnfast.grokking.model import make_model
 from lmnfast.grokking.run import METRICS
-from lmnfast.grokking.tasks import make_task, training_samples
+from lmnfast.grokking.tasks import make_task
 from lmnfast.runs.files import read_tensors, save_tensors
 
 # A value of each setting that is not the default, and how the command line spells it.

@@ -16,13 +16,14 @@ import torch
 from fresh import CONTEXT
 
 import lmnfast
-from lmnfast import cli
+from lmnfast import _commands, cli
 from lmnfast.grokking.config import Config, start
 from lmnfast.grokking.run import load_checkpoint
 from lmnfast.grokking.training import train
 from lmnfast.paper import answers, claims, stand_ins, study
 from lmnfast.paper.report import write_report
-from lmnfast.paper.study import Study, read_study, run_path, run_study
+from lmnfast.paper.settings import Study
+from lmnfast.paper.study import read_study, run_path, run_study
 from lmnfast.runs.files import claimed
 
 TINY = Study(steps=20, every=10, asked=1, milestones=(0, 20), few=(20,), relu_steps=10, relu_every=10)
@@ -306,7 +307,7 @@ def test_another_study_or_anything_else_in_the_directory_is_refused(finished, tm
 
 
 def test_more_jobs_than_cores_are_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "run_study", lambda *_, **__: None)
+    monkeypatch.setattr(_commands, "run_study", lambda *_, **__: None)
     monkeypatch.setattr("lmnfast.paper.report.write_report", lambda *_: [])
     assert cli.main(["paper", "--jobs", "9999", "--out", str(tmp_path)]) == 0
     assert "jobs: 9999 processes on" in capsys.readouterr().err

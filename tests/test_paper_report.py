@@ -11,7 +11,8 @@ from lmnfast.grokking.run import METRICS
 from lmnfast.paper import claims, figures, report
 from lmnfast.paper.answers import OUTPUTS, RULES, SIZES, STAND_INS, row
 from lmnfast.paper.report import write_report
-from lmnfast.paper.study import OBSERVABLES, Seed, Study
+from lmnfast.paper.settings import OBSERVABLES, Study
+from lmnfast.paper.study import Seed
 from lmnfast.runs.figures import save
 from lmnfast.spectrum import SETTINGS, SHARES
 
@@ -129,7 +130,12 @@ def text(tmp_path_factory) -> str:
         patch.setattr(figures, "draw_connectivity", drawn)
         patch.setattr(claims, "linear_network_lmn", lambda _: 1.0)
         paths = write_report(out, ("xor",), 32, STUDY, "lmnfast paper --tasks xor")
-    return next(path for path in paths if path.suffix == ".md").read_text()
+    page = next(path for path in paths if path.suffix == ".html").read_text()
+    text = next(path for path in paths if path.suffix == ".md").read_text()
+    for link in re.findall(r"^- \[.*\]\(#(.*)\)$", text, re.MULTILINE):
+        assert page.count(f'<a href="#{link}">') == page.count(f'<h2 id="{link}">') == 1
+    assert "color-scheme: light dark" in page
+    return text
 
 
 def line(text: str, begin: str) -> str:
@@ -138,7 +144,9 @@ def line(text: str, begin: str) -> str:
 
 def test_claims_have_intervals_over_all_seeds(text):
     assert "32 seeds" in text and "ours (median, 95%)" in text and "94 % of draws of 32" in text
-    assert re.search(r"\(\d.* to .*\) \| 32 of 32 \| \*\*holds\*\*", line(text, "| LMN falls while"))
+    falls = line(text, "| LMN falls while")
+    assert falls.startswith("| LMN falls while") and "| xor | **holds** |" in falls
+    assert re.search(r"\(\d.* to .*\) \| 32 of 32 \|$", falls)
     assert "| 8 of 32 |" in line(text, "| The embedding's LMN says less")
     assert "**holds**" in line(text, "| LMN at step 0 is the paper's with 8e-8")
     assert "(32 seeds: " in line(text, "| No late collapse") and "**holds**" in line(
@@ -168,3 +176,37 @@ def test_every_table_has_rows_as_long_as_its_head(text):
     assert len(tables) > 12
     for table in tables:
         assert len({each.count("|") for each in table.splitlines()}) == 1, table.splitlines()[0]
+
+
+def test_the_report_begins_with_its_contents(text):
+    titles = re.findall(r"^- \[(.*)\]\(#", text, re.MULTILINE)
+    assert titles == ["The claims", "The numbers", "The figures", "Questions", "How this was made"]
+    assert titles == [each for each in re.findall(r"^## (.*)$", text, re.MULTILINE) if each != "In short"]
+
+
+@pytest.mark.parametrize(
+    "steps, said",
+    [
+        (
+            20_000,
+            "the generalising phase of such a seed ends at step 15000, about where the paper ends, and its",
+        ),
+        (1000, "such a seed has no generalising phase, as the study ends before step 15000, and its"),
+    ],
+)
+def test_seeds_that_do_not_generalise_are_spoken_of_as_long_as_the_runs_are(steps, said):
+    members = {"s4": [Seed(run(np.ones(5)), None, [])]}
+    assert f"1 of s4 (seeds 0). None is dropped: {said}" in report._unfinished(members, Study(steps=steps))
+
+
+def test_what_lies_inside_and_outside_its_bound_is_said_in_words():
+    def of(name: str, values: tuple[float, ...], verdict: str) -> claims.Statistic:
+        return claims.Statistic(name, "s4", "", "10000", values, verdict)
+
+    inside, above = of("a", (1e4,) * 4, "within 8%"), of("b", (2e4,) * 4, "outside 8%")
+    never = of("c", (np.inf,) * 4, "outside 8%")
+    said = report._summary([], [inside, above, never])
+    assert "- Numbers within their bound: 1 of 3." in said
+    smaller = "the paper's is smaller than all of n = 4 seeds."
+    assert f"- Outside: b of s4, 20000 for the paper's 10000, +100.0%; {smaller}" in said
+    assert f"- Outside: c of s4, never for the paper's 10000; {smaller}" in said

@@ -404,3 +404,11 @@ def test_an_error_names_layer_and_step(model, x):
 def test_layers_may_be_patterns(model, x):
     with Probe(model, x, ["first", "s*"]) as probe:
         assert probe.layers == ("first", "second")
+
+
+def test_a_probe_says_what_it_measures(model, x):
+    with lmnfast.Probe(model, x, "*", every=[1, 10], points=9, rule="lobatto") as probe:
+        layers = ", ".join(map(repr, probe.layers))
+        assert (
+            repr(probe) == f"Probe(layers=({layers}), every=[1, 10], method='path', points=9, rule='lobatto')"
+        )

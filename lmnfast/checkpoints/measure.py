@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._connectivity import measured, warn_of_offsets
+from .._connectivity import measured, share_of, warn_of_offsets
 from .._eigenvalues import check_negative
 from .._layers import for_layers, is_pattern, match_layers
+from .._native import Progress
 from .._nested import mapped, tensors_in
 from .._observables import Chosen, settings_for
 from .._run_to import Cutting
@@ -28,7 +29,7 @@ from ..cutting import chosen, cut_at
 from ..runs.device import settled_device
 from ..runs.files import claimed
 from ..runs.pool import Pool
-from ..runs.progress import progress_bar
+from ..runs.progress import move, progress_bar
 from ..runs.tables import joined
 from ..spectrum import SETTINGS, SHARES, measurement, with_observables
 from .sources import find_checkpoints, in_one_line, load_inputs, read_state
@@ -59,11 +60,12 @@ def measure_checkpoints(
     out: str | os.PathLike | None = None,
     force: bool = False,
     progress: bool = False,
+    trust: bool = False,
 ) -> list[dict[str, Any]]:
     """Linear mapping number of a model at each of its checkpoints.
 
     It is ``measure(*cut(model, layer, inputs))`` for each layer and each checkpoint, with the checkpoint's weights in the
-    model. No code from a checkpoint is ever run: see `read_state`. Any number of processes gives the same numbers.
+    model. No code from a checkpoint is run without `trust`: see `read_state`. Any number of processes gives the same numbers.
 
     Args:
         factory: a function without arguments that returns the model, or its place as text, "package.module:factory".
@@ -91,7 +93,8 @@ def measure_checkpoints(
         out: a directory for the table. The same call continues the table in it. Rows of checkpoints whose files are gone
             remain. A file is measured again if its size, its time of change or its bytes at 16 places have changed.
         force: begin a new table, whatever is in `out`.
-        progress: show a bar (needs tqdm).
+        progress: show a bar with the time that is left (needs tqdm).
+        trust: read checkpoints that hold other objects, such as whole modules, and run the code in them: see `read_state`.
 
     Returns:
         One dict per checkpoint, by rising step: step, checkpoint, lmn_LAYER for each layer, samples, outputs, points, rule,
@@ -135,7 +138,7 @@ def measure_checkpoints(
         work = _Work(
             factory, forward, output, batch_dim, until, blocks is not None, key, names, method, settled.points, rule, negative,
             settled.stabiliser, asked,
-            settled_device(device, stored["device"] if stored else None), torch.get_float32_matmul_precision(),
+            settled_device(device, stored["device"] if stored else None), torch.get_float32_matmul_precision(), trust,
         )  # fmt: skip
         settings = work.settings() | {"checkpoints": [*map(str, patterns)], "inputs": _fingerprint(inputs)}
         table = Table(None if out is None else Path(out), settings, stored, paths)
@@ -143,16 +146,17 @@ def measure_checkpoints(
         if progress and table.rows:
             print(f"{out}: {len(table.rows)} checkpoints measured before, {len(waiting)} to go")
         workers = min(jobs, len(waiting))
-        if workers > 1:
-            rows = _in_processes(work, inputs, waiting, workers)
-        else:
-            rows = _in_this_process(work, model, call, inputs, waiting)
         done = len(table.rows)
-        with closing(rows), progress_bar(done + len(waiting), done, progress) as bar:
-            for row in rows:
-                table.add(row)
-                if bar:
-                    bar.update()
+        with progress_bar(done + len(waiting), done, progress, "checkpoint") as bar:
+            if workers > 1:
+                rows = _in_processes(work, inputs, waiting, workers)
+            else:
+                report = (lambda share: move(bar, len(table.rows) + share)) if bar else None
+                rows = _in_this_process(work, model, call, inputs, waiting, report)
+            with closing(rows):
+                for row in rows:
+                    table.add(row)
+                    move(bar, len(table.rows))
     return table.rows
 
 
@@ -205,11 +209,14 @@ class _Work:
     observables: tuple[str, ...]
     device: str
     precision: str
+    trust: bool
 
     def settings(self) -> dict[str, Any]:
         """All settings that determine the numbers, as plain values for JSON."""
         named = {"factory": "model"}
-        settings = {named.get(name, name): plain(value) for name, value in vars(self).items()}
+        settings = {
+            named.get(name, name): plain(value) for name, value in vars(self).items() if name != "trust"
+        }
         # None, as in tables from before there were blocks and observables.
         return settings | {"block": self.block or None, "observables": settings["observables"] or None}
 
@@ -217,22 +224,29 @@ class _Work:
         return Cutting(forward, self.output, self.until, self.block, self.batch_dim)
 
 
-def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str) -> dict[str, Any]:
-    """The row of one checkpoint. Its step is None, because `Table` reads the steps from all names together."""
-    load_state(model, read_state(path, work.key), path)
+def _measured(
+    work: _Work, model: nn.Module, call: Forward, inputs: Any, path: str, report: Progress | None = None
+) -> dict[str, Any]:
+    """The row of one checkpoint. Its step is None, because `Table` reads the steps from all names together.
+
+    report: receives the share of this checkpoint that is done.
+    """
+    load_state(model, read_state(path, work.key, trust=work.trust), path)
     row: dict[str, Any] = {"step": None, "checkpoint": path}
     asked = Chosen(work.observables)
-    for layer in work.layers:
+    for number, layer in enumerate(work.layers):
         try:
             tail, samples = cut_at(model, layer, inputs, work.cutting(call))
             settings = Settings(work.method, work.points, work.rule, stabiliser=work.stabiliser)
             settings = settings_for(asked, settings)
-            (enqueued,) = measured(tail, samples, settings)
+            share = share_of(report, number, len(work.layers))
+            (enqueued,) = measured(tail, samples, settings, progress=share or False)
             warn_of_offsets([enqueued], f"checkpoint: {path}, layer {layer!r}")
             m = measurement(enqueued, settings, work.negative)
             m, problems = with_observables(m, enqueued, asked, samples, tail, model)
         except Exception as error:  # the user's model can raise any error
-            raise ValueError(f"checkpoint: {path}, layer {layer!r}: {in_one_line(error)}") from error
+            said = f"checkpoint: {path}, layer {layer!r}: {in_one_line(error)}{_hint(error, inputs)}"
+            raise ValueError(said) from error
         for problem in problems:
             warnings.warn(f"layer {layer!r}: {problem}", stacklevel=2)
         numbers = {name: getattr(m, name) for name in ("lmn", *SHARES)} | m.observables
@@ -244,12 +258,24 @@ def _measured(work: _Work, model: nn.Module, call: Forward, inputs: Any, path: s
     return row
 
 
+def _hint(error: Exception, inputs: Any) -> str:
+    """What to do, for an error of torch that comes of inputs that are not floating-point."""
+    kinds = {
+        str(tensor.dtype).removeprefix("torch.")
+        for tensor in tensors_in(inputs)
+        if not tensor.is_floating_point()
+    }
+    if not kinds or "dtype" not in str(error):
+        return ""
+    return f"; the inputs are {' and '.join(sorted(kinds))}, save them as float32 if the model takes numbers and no tokens"
+
+
 def _in_this_process(
-    work: _Work, model: nn.Module, call: Forward, inputs: Any, paths: Sequence[str]
+    work: _Work, model: nn.Module, call: Forward, inputs: Any, paths: Sequence[str], report: Progress | None
 ) -> Generator[dict[str, Any], None, None]:
     model, inputs = _on_device(model, inputs, work.device)
     for path in paths:
-        yield _measured(work, model, call, inputs, path)
+        yield _measured(work, model, call, inputs, path, report)
 
 
 def _in_processes(

@@ -1,4 +1,4 @@
-"""Reads checkpoints and inputs that other programs wrote. No code of a file is ever run."""
+"""Reads checkpoints and inputs that other programs wrote. No code of a file is run, unless the user trusts the file."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._nested import contents, entries_of, first_names, mapped, tensors_in
 
@@ -69,17 +69,19 @@ def natural_order(name: str) -> list[str | int]:
     return [int(piece) if k % 2 else piece for k, piece in enumerate(re.split(r"([0-9]+)", name))]
 
 
-def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any]:
+def read_state(path: str | os.PathLike, key: str | None = None, *, trust: bool = False) -> dict[str, Any]:
     """The state dict in a checkpoint file, with its ``_metadata`` if it has one.
 
     Pickles are only read by ``torch.load(weights_only=True)``, which runs no code from them. Objects of other classes, such as
     a numpy scalar or an ``argparse.Namespace``, are not created. The state dict is the whole file; or it is the value that
-    STATE_KEYS lead to; or it is the only state dict below another key.
+    STATE_KEYS lead to; or it is the only state dict below another key. A whole module in a trusted file has one.
 
     Args:
         path: the file.
         key: another place of the state dict, "a.b" for `["a"]["b"]`. The last parts may also be a prefix of names in a state
             dict. The result then has the entries with this prefix, without the prefix.
+        trust: read a file that cannot be read that way by ``torch.load(weights_only=False)``. That runs whatever code the file
+            has, so whoever made the file can do what you can do.
 
     Returns:
         The state dict, on the CPU.
@@ -94,7 +96,16 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
         >>> list(read_state("step_10.pt"))
         ['weight', 'bias']
     """
-    state = _read_tensors(Path(path), "checkpoint")
+    try:
+        return _state_in(_read_tensors(Path(path), "checkpoint"), path, key)
+    except _NotPlain:
+        if not trust:
+            raise
+    return _state_in(_read_trusted(path), path, key)
+
+
+def _state_in(state: Any, path: str | os.PathLike, key: str | None) -> dict[str, Any]:
+    """The state dict in the content of a file, as `read_state` finds it."""
     for part in key.split(".") if key else ():
         below = _below(state, part)
         if below is None:
@@ -112,9 +123,7 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
         for where, value in [("", state), *(_entries(state))]:
             if isinstance(value, _Unread) and value.is_module:
                 inside = "".join(f"[{part!r}]" for part in key.split(".")) if key else ""
-                raise ValueError(
-                    _not_plain("checkpoint", path, type(value).__name__, f"{inside}{where}.state_dict()")
-                )
+                raise _not_plain("checkpoint", path, type(value).__name__, f"{inside}{where}.state_dict()")
         hint = "" if key else f"; looked for {', '.join(STATE_KEYS)}, --key names another"
         raise ValueError(
             f"{'key' if key else 'checkpoint'}: no state dict in {path}, {_holding(state)}{hint}"
@@ -124,7 +133,7 @@ def read_state(path: str | os.PathLike, key: str | None = None) -> dict[str, Any
     for value in (*state.values(), getattr(state, "_metadata", None)):
         if (unread := next(_unread_in(value), None)) is not None:
             where = "".join(f"[{part!r}]" for part in (*(key.split(".") if key else ()), *found[0]))
-            raise ValueError(_not_plain("checkpoint", path, type(unread).__name__, where))
+            raise _not_plain("checkpoint", path, type(unread).__name__, where)
     return state
 
 
@@ -329,10 +338,25 @@ def _read_tensors(path: Path, argument: str) -> Any:
             unread = [code[1]]
         if not unread:
             raise ValueError(f"{argument}: cannot read {path}: {in_one_line(error)}") from error
-        raise ValueError(
-            _not_plain(argument, path, first_names(unread), "['state_dict']")
-            + ", with the key that is there for 'state_dict'"
-        ) from None
+        said = _not_plain(argument, path, first_names(unread), "['state_dict']")
+        raise _NotPlain(f"{said}, with the key that is there for 'state_dict'") from None
+
+
+def _read_trusted(path: str | os.PathLike) -> Any:
+    """The content of a file of torch.save, with whatever objects it has; modules are turned into their state dicts."""
+    try:
+        with open(path, "rb") as file:
+            return _without_modules(torch.load(file, map_location="cpu", weights_only=False))
+    except Exception as error:  # the code of the file can raise any error
+        raise ValueError(f"checkpoint: cannot read {path}, though trusted: {in_one_line(error)}") from error
+
+
+def _without_modules(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, nn.Module):
+        return value.state_dict()
+    if not isinstance(value, Mapping) or _is_state(value) or depth > len(STATE_KEYS):
+        return value
+    return {name: _without_modules(entry, depth + 1) for name, entry in value.items()}
 
 
 class _Unread:
@@ -371,10 +395,15 @@ def _check_sums(path: Path) -> None:
                         pass
 
 
-def _not_plain(argument: str, path: str | os.PathLike, named: str, where: str) -> str:
-    return (
+class _NotPlain(ValueError):
+    """A file needs code to be read."""
+
+
+def _not_plain(argument: str, path: str | os.PathLike, named: str, where: str) -> _NotPlain:
+    trust = "" if argument == "inputs" else "--trust (trust=True) runs it, or "
+    return _NotPlain(
         f"{argument}: {path} holds more than tensors and plain values ({named}), and no code of a file is run here; "
-        "where you trust it, save its state dict alone: "
+        f"where you trust it, {trust}save its state dict alone: "
         f"torch.save(torch.load({str(path)!r}, weights_only=False){where}, 'plain.pt')"
     )
 

@@ -1,23 +1,36 @@
-"""The settings of a run of the paper's training (arXiv 2310.05918, section 3)."""
+"""The settings of a run of the paper's training (arXiv 2310.05918, section 3).
+
+The command line's help shows the defaults of `Config`. So what imports torch is imported where it is needed.
+"""
+
+from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from .choices import (
+    ACTIVATIONS,
+    DEPTH,
+    HIDDEN,
+    INITS,
+    LOSS_DTYPES,
+    OPTIMIZERS,
+    TRAIN_FRACTION,
+    layers_of,
+    task_sizes,
+    training_samples,
+)
 
-from .._eigenvalues import check_negative
-from .._observables import Chosen
-from .._settings import Settings
-from ..probe import Probe
-from ..runs.device import check_device, settled_device
-from .model import ACTIVATION_MODULES, DEPTH, HIDDEN, INITS, layers_of, make_model
-from .tasks import TRAIN_FRACTION, Task, make_task, task_sizes, training_samples
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-LOSS_DTYPES = {"float64": torch.float64, "float32": torch.float32}
-OPTIMIZERS = ("adamw", "sgd")
+    from ..probe import Probe
+    from .tasks import Task
+
 # The largest widths and depths: a matrix of 8192 x 8192 weights takes 256 MiB, and deeper networks no longer train with
 # PyTorch's initialisation.
 WIDEST, DEEPEST = 8192, 64
@@ -97,6 +110,11 @@ class Config:
     this setting are float32."""
 
     def __post_init__(self) -> None:
+        from .._eigenvalues import check_negative
+        from .._observables import Chosen
+        from .._settings import Settings
+        from ..runs.device import check_device
+
         self._check_kinds()
         sizes = task_sizes(self.task, p=self.p, bits=self.bits)
         object.__setattr__(self, "p", sizes.get("p"))
@@ -116,9 +134,9 @@ class Config:
         object.__setattr__(self, "observables", Chosen(self.observables).names)
         for name, known in (
             ("init", INITS),
-            ("activation", tuple(ACTIVATION_MODULES)),
+            ("activation", ACTIVATIONS),
             ("optimizer", OPTIMIZERS),
-            ("loss_dtype", tuple(LOSS_DTYPES)),
+            ("loss_dtype", LOSS_DTYPES),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -188,9 +206,13 @@ class Config:
         """The number of pairs for training."""
         return training_samples(self.task, fraction=self.train_fraction, p=self.p, bits=self.bits)
 
-    def settled(self) -> "Config":
+    def settled(self) -> Config:
         """The config with a definite device and number of threads, taken from this machine if the config leaves them open.
         Raises ValueError if the device is missing."""
+        import torch
+
+        from ..runs.device import settled_device
+
         threads = self.threads or torch.get_num_threads()
         return replace(self, device=settled_device(self.device), threads=threads)
 
@@ -202,6 +224,11 @@ def start(config: Config, generator: torch.Generator | None = None) -> tuple[Tas
         config: of the run.
         generator: draws first the split and then the weights, on the CPU; None: one with the config's seed.
     """
+    import torch
+
+    from .model import make_model
+    from .tasks import Task, make_task
+
     generator = generator or torch.Generator().manual_seed(config.seed)
     task = make_task(config.task, generator, fraction=config.train_fraction, p=config.p, bits=config.bits)
     model = make_model(
@@ -227,6 +254,8 @@ def probe_of(
     observables: Sequence[str] = (),
 ) -> Probe:
     """A probe with the config's settings, of LMN and these observables. until: as in `Probe`."""
+    from ..probe import Probe
+
     return Probe(
         model,
         inputs,

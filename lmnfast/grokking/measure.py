@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._choices import METHODS
 from .._connectivity import connectivity
 from .._eigenvalues import linear_mapping_number
 from .._observables import Chosen
-from .._settings import METHODS
 from ..cutting import cut
 from ..runs.device import torch_threads
 from ..runs.files import claimed
 from ..runs.progress import progress_bar
+from .choices import SPLITS
 from .config import Config, probe_of, start
 from .run import by_step, load_checkpoint, read_config, read_rows, steps_of, write_rows
 
@@ -35,6 +36,7 @@ def measure(
     points: int | None = None,
     rule: str | None = None,
     method: str | Sequence[str] | None = None,
+    split: str = "train",
     samples: int | None = None,
     negative: str | None = None,
     stabiliser: float | None = None,
@@ -53,7 +55,8 @@ def measure(
         points: as in `Config`.
         rule: as in `Config`.
         method: as in `Config`; or several methods, whose numbers become columns beside each other.
-        samples: as in `Config`.
+        split: "train": the samples are those that the run was trained on. "test": those that it was tested on.
+        samples: as in `Config`, of the split; None with "test": all.
         negative: as in `Config`.
         stabiliser: as in `Config`.
         observables: as in `Config`.
@@ -64,9 +67,10 @@ def measure(
 
     Returns:
         The path of the written table, RUN/measure-LAYERS-METHODS-RULEPOINTS.csv, and its rows. The columns of numbers are
-        lmn_LAYER, or with several methods lmn_LAYER_METHOD. If not all training samples are measured, the file's name also has
-        -NUMBERsamples. If negative eigenvalues count as 0, it also has -clip, with a stabiliser above 0 -stabiliserNUMBER, with
-        observables -and-NAMES, and with `until` -until-LAYER. A name of more than 200 letters is cut and ends in a digest.
+        lmn_LAYER, or with several methods lmn_LAYER_METHOD. If test samples are measured, its name also has -test; if not
+        all samples of the split are measured, -NUMBERsamples; if negative eigenvalues count as 0, -clip; with a stabiliser
+        above 0 -stabiliserNUMBER, with observables -and-NAMES, and with `until` -until-LAYER. A name of more than 200
+        letters is cut and ends in a digest.
 
     Raises:
         ValueError: not a run; a damaged run; no checkpoint; the existing table has more steps; an argument that `Config`
@@ -81,21 +85,17 @@ def measure(
         raise ValueError(
             f"method: expected some of {', '.join(METHODS)}, each once, got {', '.join(methods)}"
         )
-    given: dict[str, Any] = {"layers": layers, "points": points, "rule": rule, "samples": samples}
-    given |= {"negative": negative, "stabiliser": stabiliser}
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    tested = split == "test"
+    given: dict[str, Any] = {"layers": layers, "points": points, "rule": rule}
+    given |= {"negative": negative, "stabiliser": stabiliser, "samples": None if tested else samples}
     changes = {name: value for name, value in given.items() if value is not None}
     configs = [replace(stored, device=device, method=name, **changes).settled() for name in methods]
     config, together = configs[0], "+".join(methods)
     beside = Chosen(stored.observables if observables is None else observables).names
-    name = f"measure-{'+'.join(config.layers)}-{together}-{config.rule}{config.points}"
-    name += "" if config.samples is None else f"-{config.samples}samples"
-    name += "" if config.negative == "absolute" else f"-{config.negative}"
-    name += f"-stabiliser{config.stabiliser!r}" if config.stabiliser else ""
-    name += f"-and-{'+'.join(beside)}" if beside else ""
-    name += "" if until is None else f"-until-{until}"
-    if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    table = path / f"{name}.csv"
+    count = samples if tested else config.samples
+    table = path / f"{_table_name(config, together, count, beside, until, split)}.csv"
     assert config.threads is not None  # settled
     with claimed(path, "run"), torch_threads(config.threads):
         steps = [step for step in steps_of(path) if step % every == 0]
@@ -107,7 +107,7 @@ def measure(
                 "--force to replace it"
             )
         task, model = start(config)
-        inputs = task.train_inputs[: config.samples]
+        inputs = _first(task.test_inputs if tested else task.train_inputs, count)
         if progress:
             say_how_long(
                 path, model, inputs, configs, len(steps)
@@ -127,6 +127,32 @@ def measure(
                     row.update(more, method=together)
         write_rows(table, rows, (), beside)
     return table, rows
+
+
+def _table_name(
+    config: Config, methods: str, count: int | None, beside: Sequence[str], until: str | None, split: str
+) -> str:
+    """The name of a table. Settings that most tables have are not in it."""
+    parts = (
+        f"measure-{'+'.join(config.layers)}-{methods}-{config.rule}{config.points}",
+        "" if split == "train" else split,
+        "" if count is None else f"{count}samples",
+        "" if config.negative == "absolute" else config.negative,
+        f"stabiliser{config.stabiliser!r}" if config.stabiliser else "",
+        f"and-{'+'.join(beside)}" if beside else "",
+        "" if until is None else f"until-{until}",
+    )
+    name = "-".join(part for part in parts if part)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+def _first(inputs: Tensor, count: int | None) -> Tensor:
+    """The first inputs; None: all."""
+    if count is not None and not 2 <= count <= len(inputs):
+        raise ValueError(f"samples: expected 2 to {len(inputs)}, all of this split, got {count}")
+    return inputs[:count]
 
 
 def _steps_in(table: Path) -> set[int]:

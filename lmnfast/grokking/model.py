@@ -6,22 +6,9 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-INITS = ("default", "lecun-first")
-ACTIVATION_MODULES = {"silu": nn.SiLU, "relu": nn.ReLU}  # the paper uses the first
-EMBEDDING, HIDDEN, DEPTH = (
-    32,
-    100,
-    2,
-)  # the paper's: widths of an embedding and of a hidden layer, hidden layers
+from .choices import ACTIVATIONS, DEPTH, EMBEDDING, HIDDEN, INITS
 
-
-def layers_of(depth: int) -> tuple[str, ...]:
-    """The layers to cut at in a network with so many hidden layers: "embedding", "hidden_1_pre", "hidden_1" and so on."""
-    hidden = (f"hidden_{number}{end}" for number in range(1, depth + 1) for end in ("_pre", ""))
-    return ("embedding", *hidden)
-
-
-LAYERS = layers_of(DEPTH)
+ACTIVATION_MODULES = dict(zip(ACTIVATIONS, (nn.SiLU, nn.ReLU), strict=True))
 
 
 def make_model(

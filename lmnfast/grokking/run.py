@@ -19,14 +19,13 @@ from pathlib import Path
 
 from torch import nn
 
+from .._choices import METHODS, RULES
 from .._series import pearson
-from .._settings import METHODS
-from ..quadrature import RULES
 from ..runs.files import Unreadable, read_tensors, unreadable
 from ..runs.tables import LacksColumns, joined, read_table, write_table
 from ..spectrum import SETTINGS, SHARES
+from .choices import TASKS
 from .config import Config
-from .tasks import TASKS
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "l2_norm", "lost_gradients")
 ACTIVITIES = ("training", "measuring")  # the run counts the seconds of each

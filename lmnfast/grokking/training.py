@@ -18,7 +18,7 @@ from ..runs.files import claimed, save_tensors, unreadable, write_json
 from ..runs.progress import progress_bar
 from ..runs.tables import check_continues
 from .batches import Batches
-from .config import LOSS_DTYPES, Config, probe_of, start
+from .config import Config, probe_of, start
 from .gradients import Gradients, lost_gradients
 from .measure import say_how_long
 from .run import (
@@ -106,7 +106,7 @@ class _Training:
         self.config, self.path = config, path
         generator = torch.Generator().manual_seed(config.seed)
         self.task, self.model = start(config, generator)
-        self.loss_dtype = LOSS_DTYPES[config.loss_dtype]
+        self.loss_dtype = getattr(torch, config.loss_dtype)
         self.samples = self.task.train_inputs[: config.samples]
         self.gradients = Gradients(
             self.model,

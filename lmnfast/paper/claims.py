@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from .._series import pearson
+from ..grokking.choices import TASKS, task_sizes
 from ..grokking.config import start
 from ..grokking.figures import paper_curves
 from ..grokking.run import Run
-from ..grokking.tasks import TASKS, task_sizes
 from ..spectrum import lmn
 from .answers import EPSILON
 from .curves import (
@@ -34,7 +34,8 @@ from .curves import (
     r_squared,
     second_rise,
 )
-from .study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, Seed
+from .settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT
+from .study import Seed
 from .text import number
 
 CONFIDENCE = 0.95

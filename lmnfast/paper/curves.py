@@ -7,8 +7,8 @@ import numpy as np
 
 from .._series import pearson
 from ..grokking.run import Run
+from .settings import LAYER
 
-LAYER = "hidden_1"  # the paper measures at this layer
 COLUMN = f"lmn_{LAYER}"
 PAPER_ENDS = 15_000  # the last step of the paper's Figure 2 is 14 500
 RISE = 1.1  # a rise by less than a tenth does not count

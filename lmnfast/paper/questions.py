@@ -12,7 +12,8 @@ from .claims import FIGURE_4, PAPER, at_start
 from .curves import COLUMN, LAYER, PAPER_ENDS, at
 from .maps import READING
 from .rulers import HALF, rulers
-from .study import Seed, Study
+from .settings import Study
+from .study import Seed
 from .text import number, table
 
 Members = dict[str, list[Seed]]  # by task

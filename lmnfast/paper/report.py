@@ -4,7 +4,7 @@ import base64
 import html
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,16 +23,20 @@ from .claims import CONFIDENCE, Statistic, claims, numbers, too_few
 from .curves import COLUMN, LAYER, PAPER_ENDS, RISE, second_rise
 from .questions import questions
 from .rulers import column, names_in
-from .study import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, Seed, Study, read_study
+from .settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, Study
+from .study import Seed, read_study
 from .text import number, table
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib")
+# Colours are those of the browser, light or dark; lines and grounds are half-transparent, to fit both.
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 img { max-width: 100% } table { border-collapse: collapse; margin: 1rem 0; font-size: 0.85rem }
 table { display: block; overflow-x: auto }
-th, td { border: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: left } th { background: #f4f4f4 }
-code { background: #f4f4f4; padding: 0 0.2rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
+th, td { border: 1px solid #8886; padding: 0.25rem 0.6rem; text-align: left } th { background: #8882 }
+code { background: #8882; padding: 0 0.2rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886 }
+@media (max-width: 40rem) { p:has(> img) { overflow-x: auto } p > img { max-width: none; width: 44rem } }
 """
 
 
@@ -92,6 +96,7 @@ def _measured(seed: Seed, layer: str) -> dict[int, dict]:
 def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: str) -> str:
     count = len(next(iter(members.values())))
     found, measured = claims(members), numbers(members)
+    pages = [*_figures(out, members), *questions(out, members, study), *_how(members, study, command)]
     ours = f"ours (median, {CONFIDENCE:.0%})" if count >= FEWEST_FOR_INTERVAL else "ours (median)"
     lines = [
         "# Grokking as compression, reproduced",
@@ -106,14 +111,15 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         _judging(count, [*found, *measured]),
         "",
         f"Memorised and generalised: the first measured step with accuracy 1 on the training and on the test samples. "
-        f"{_unfinished(members)}",
+        f"{_unfinished(members, study)}",
         "",
+        *_contents(["## The claims", "## The numbers", *pages]),
         *_summary(found, measured),
         "## The claims",
         "",
         *table(
-            ("claim", "task", "statistic", "paper", ours, "seeds", "verdict"),
-            [(c.name, c.task, c.meaning, c.paper, c.text, _counted(c), f"**{c.verdict}**") for c in found],
+            ("claim", "task", "verdict", "statistic", "paper", ours, "seeds"),
+            [(c.name, c.task, f"**{c.verdict}**", c.meaning, c.paper, c.text, _counted(c)) for c in found],
         ),
         "",
         "## The numbers",
@@ -125,11 +131,15 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
             [(c.name, c.task, c.paper, c.text, _all(c), _difference(c), c.verdict, c.rank) for c in measured],
         ),
         "",
-        *_figures(out, members),
-        *questions(out, members, study),
-        *_how(members, study, command),
+        *pages,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _contents(lines: Iterable[str]) -> list[str]:
+    """Links to the parts."""
+    titles = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    return [*(f"- [{title}](#{title.lower().replace(' ', '-')})" for title in titles), ""]
 
 
 def _judging(count: int, statistics: Sequence[Statistic]) -> str:
@@ -159,7 +169,7 @@ def _judging(count: int, statistics: Sequence[Statistic]) -> str:
     return f"{words} {fewer}" if some else words
 
 
-def _unfinished(members: dict[str, list[Seed]]) -> str:
+def _unfinished(members: dict[str, list[Seed]], study: Study) -> str:
     """The text about seeds that do not generalise: their number, and how they are treated."""
     counts = {
         task: [seed.run.config.seed for seed in seeds if seed.run.generalised is None]
@@ -172,10 +182,14 @@ def _unfinished(members: dict[str, list[Seed]]) -> str:
     ]
     if not named:
         return "All seeds reach both."
+    phase = (
+        f"the generalising phase of such a seed ends at step {PAPER_ENDS}, about where the paper ends"
+        if study.steps >= PAPER_ENDS
+        else f"such a seed has no generalising phase, as the study ends before step {PAPER_ENDS}"
+    )
     return (
-        f"Not all reach the second: {'; '.join(named)}. None is dropped: the generalising phase of such a seed ends at step "
-        f"{PAPER_ENDS}, about where the paper ends, and its step of generalisation counts as infinite. A seed that has no "
-        'value for a row is missing in the column "seeds".'
+        f"Not all reach the second: {'; '.join(named)}. None is dropped: {phase}, and its step of generalisation counts as "
+        'infinite. A seed that has no value for a row is missing in the column "seeds".'
     )
 
 
@@ -199,13 +213,17 @@ def _summary(found: list[Statistic], measured: list[Statistic]) -> list[str]:
         if (names := [f"{claim.name} ({claim.task})" for claim in found if claim.verdict == verdict])
     ]
     if asked:
-        lines.append(f"- Of {len(asked)} numbers with a bound, {len(asked) - len(off)} lie within it.")
-    lines += [
-        f"- Outside: {each.name} of {each.task}, {number(each.middle)} for the paper's {each.paper}, "
-        f"{_difference(each)}; the paper's is {each.rank}."
-        for each in off
-    ]
+        lines.append(f"- Numbers within their bound: {len(asked) - len(off)} of {len(asked)}.")
+    lines += [f"- Outside: {_outside(each)}." for each in off]
     return [*lines, ""]
+
+
+def _outside(statistic: Statistic) -> str:
+    """What a number outside its bound is, in words."""
+    ours, difference = number(statistic.middle), _difference(statistic)
+    by = f", {difference}" if difference != "-" else ""
+    text = f"{statistic.name} of {statistic.task}, {ours} for the paper's {statistic.paper}{by}"
+    return f"{text}; the paper's is {statistic.rank}"
 
 
 def _counted(statistic: Statistic) -> str:
@@ -331,7 +349,7 @@ def _html(text: str, out: Path) -> str:
         content = base64.b64encode((out / html.unescape(match[1])).read_bytes()).decode()
         return f'src="data:image/png;base64,{content}"'
 
-    body = re.sub(r'src="([^":]+\.png)"', embedded, markdown(text, extensions=["tables"]))
+    body = re.sub(r'src="([^":]+\.png)"', embedded, markdown(text, extensions=["tables", "toc"]))
     title = html.escape(text.partition("\n")[0].lstrip("# "))
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

@@ -25,10 +25,10 @@ from .._drawing import BLACK
 from .._eigenvalues import linear_mapping_number
 from .._series import pearson
 from ..cutting import cut
+from ..grokking.choices import TASKS
 from ..grokking.config import Config, start
 from ..grokking.figures import ACCURACY, L2, LMN
 from ..grokking.run import load_checkpoint, read_config, steps_of
-from ..grokking.tasks import TASKS
 from ..grokking.training import train
 from ..jacobian import linear_regions
 from ..runs.device import processor

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from .. import _native
-
-DEVICES = ("auto", "cpu", "cuda")
+from .._choices import DEVICES
 
 
 def check_device(device: str) -> None:

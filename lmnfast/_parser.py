@@ -1,0 +1,374 @@
+"""The commands, their options and their help. What it imports does not import torch, so that the help comes at once."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from . import __version__
+from ._choices import DEVICES, METHODS, NEGATIVE, OBSERVABLES, RULES
+from .grokking.choices import ACTIVATIONS, INITS, LAYERS, LOSS_DTYPES, OPTIMIZERS, SPLITS, TASKS
+from .grokking.config import Config
+from .paper.settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, QUICK_SEEDS, SEEDS
+
+TASKS_ARE = (
+    "tasks: modular-addition is (a + b) mod p; s4 is the product of two permutations of four things; xor is the bitwise "
+    "exclusive or of two numbers. The network learns the answers to some of all pairs and is tested on the others."
+)
+METHODS_ARE = (
+    "methods: path is the definition, the outputs along straight lines between the samples; hermite takes the outputs along "
+    "a line from values and derivatives at its ends, hermite-midpoint also from the value in the middle; jacobian compares "
+    "the derivatives at the samples alone. The last three are stand-ins for LMN (docs/methods.md)."
+)
+RULES_ARE = (
+    "rules: uniform has equidistant nodes of equal weight, with 21 points the paper's; lobatto has nearly the same sums by "
+    "fewer nodes, as 7 or 9, and takes less time."
+)
+GROK = f"""{TASKS_ARE}
+
+{METHODS_ARE}
+
+{RULES_ARE}
+
+examples:
+  lmnfast grok modular-addition                          the paper's run: minutes on two cores
+  lmnfast grok xor --steps 4000 --seed 1                 a run that groks soon
+  lmnfast grok s4 --layers embedding hidden_1 --rule lobatto --points 9 --out runs/s4
+  lmnfast grok modular-addition --p 59 --train-fraction 0.4 --weight-decay 1 --samples 500
+"""
+MEASURE = f"""{METHODS_ARE}
+
+{RULES_ARE}
+
+examples:
+  lmnfast measure runs/xor-seed1 --layers embedding hidden_1
+  lmnfast measure runs/xor-seed1 --every 1000 --method path,hermite,hermite-midpoint
+  lmnfast measure runs/xor-seed1 --split test --observables curvature,participation_ratio
+"""
+CHECKPOINTS = f"""{METHODS_ARE}
+
+{RULES_ARE}
+
+examples (docs/checkpoints.md has the files digits.py, step_*.pt and x.npy):
+  lmnfast checkpoints --model digits:make --checkpoint 'step_*.pt' --inputs x.npy --layer 1 --layer 3
+  lmnfast checkpoints --model digits:make --checkpoint step_0.pt step_40.pt --inputs x.npy --layer inputs --out first-and-last
+  lmnfast checkpoints --model digits:make --checkpoint 'step_*.pt' --inputs x.npy --block 2 --samples 50 --out block
+"""
+PAPER = f"""{TASKS_ARE}
+
+examples:
+  lmnfast paper --quick                                  a small version of everything, in minutes
+  lmnfast paper --tasks xor --seeds 8 --jobs 2 --out xor
+  lmnfast paper                                          the whole study: more than an hour on two cores
+"""
+INFO = """examples:
+  lmnfast info
+  LMNFAST_ISA=baseline lmnfast info                      with another instruction set
+"""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps each paragraph of a text, and keeps lines that begin with a blank, such as examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(
+            line if not line or line[0] == " " else super(_Formatter, self)._fill_text(line, width, indent)
+            for line in lines
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line. The parsed options have the command's name as `command`."""
+    whole = argparse.ArgumentParser(
+        prog="lmnfast",
+        description="The linear mapping number of neural networks (arXiv 2310.05918).",
+        epilog="lmnfast COMMAND --help has the options of a command, and examples.",
+    )
+    whole.add_argument("--version", action="version", version=f"lmnfast {__version__}")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, description: str, epilog: str, after_interrupt: str = ""
+    ) -> argparse.ArgumentParser:
+        # An option that the user leaves out does not appear in the options. Every default is thus written once, in Config.
+        added = commands.add_parser(
+            name,
+            help=description,
+            description=description,
+            epilog=epilog,
+            formatter_class=_Formatter,
+            argument_default=argparse.SUPPRESS,
+        )
+        added.set_defaults(command=name, after_interrupt=after_interrupt)
+        return added
+
+    _add_grok(
+        command(
+            "grok",
+            "Train the paper's network on a task, measure its LMN, draw its Figure 2.",
+            GROK,
+            "; the same command continues the run",
+        )
+    )
+    _add_measure(command("measure", "Measure a run's checkpoints again; writes RUN/measure-*.csv.", MEASURE))
+    _add_checkpoints(
+        command(
+            "checkpoints",
+            "Measure checkpoints of any model, into a table and a figure (docs/checkpoints.md).",
+            CHECKPOINTS,
+            "; the same command goes on",
+        )
+    )
+    _add_paper(
+        command(
+            "paper",
+            "Reproduce the paper: every task and seed, figures, claims with intervals, and a report.",
+            PAPER,
+            "; the same command goes on",
+        )
+    )
+    command("info", "Show the versions, the instruction set in use, and CUDA.", INFO)
+    return whole
+
+
+def _add_grok(grok: argparse.ArgumentParser) -> None:
+    grok.add_argument("task", choices=TASKS)
+    grok.add_argument("--p", type=_integer, help="modulus of modular-addition (31)")
+    grok.add_argument("--bits", type=_integer, help="length of the numbers of xor, in bits (5)")
+    grok.add_argument(
+        "--steps",
+        type=_integer,
+        help=f"updates of the weights ({Config.steps}); more of them continue a finished run",
+    )
+    grok.add_argument(
+        "--every", type=_integer, help=f"updates from one measurement to the next ({Config.every})"
+    )
+    grok.add_argument("--seed", type=_integer, help=f"of the split and the weights ({Config.seed})")
+    grok.add_argument(
+        "--init",
+        choices=INITS,
+        help=f"initialisation of the weights ({Config.init}: PyTorch's; the other is kept for runs begun with it)",
+    )
+    grok.add_argument("--activation", choices=ACTIVATIONS, help=f"between the layers ({Config.activation})")
+    _add_training(grok)
+    grok.add_argument(
+        "--threads", type=_integer, help="threads on the CPU (the run's; torch's for a new one)"
+    )
+    grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
+    grok.add_argument(
+        "--force", action="store_true", help="delete the existing run (nothing else), start a new one"
+    )
+    names = f"some of {', '.join(LAYERS)} and those of --depth ({' '.join(Config.layers)})"
+    grok.add_argument("--layers", nargs="+", metavar="LAYER", help=names)
+    _add_samples(grok, "of the training samples are measured, a fixed random choice (all)")
+    grok.add_argument("--method", choices=METHODS, help=f"of the connectivity ({Config.method})")
+    _add_settings(grok, vars(Config))
+
+
+def _add_training(grok: argparse.ArgumentParser) -> None:
+    """The options of the network and of its training. Their defaults are the paper's."""
+    grok.add_argument("--width", type=_integer, help=f"units of a hidden layer ({Config.width})")
+    grok.add_argument("--depth", type=_integer, help=f"number of hidden layers ({Config.depth})")
+    grok.add_argument("--optimizer", choices=OPTIMIZERS, help=f"sgd: without momentum ({Config.optimizer})")
+    grok.add_argument(
+        "--lr",
+        dest="learning_rate",
+        type=float,
+        metavar="LR",
+        help=f"learning rate, constant ({Config.learning_rate})",
+    )
+    grok.add_argument(
+        "--weight-decay",
+        type=float,
+        help=f"of the optimiser: an update shrinks a weight by LR x WEIGHT_DECAY of itself ({Config.weight_decay})",
+    )
+    grok.add_argument("--batch", type=_integer, help="training samples in an update (all)")
+    grok.add_argument(
+        "--train-fraction",
+        type=float,
+        metavar="SHARE",
+        help=f"of all pairs, for training, between 0 and 1 ({Config.train_fraction})",
+    )
+    grok.add_argument(
+        "--loss-dtype",
+        choices=LOSS_DTYPES,
+        help=f"of the softmax of the loss; with float32 long runs collapse by round-off ({Config.loss_dtype})",
+    )
+
+
+def _add_measure(again: argparse.ArgumentParser) -> None:
+    again.add_argument("run", metavar="RUN", help="a directory that grok wrote")
+    again.add_argument("--every", type=_integer, help="only checkpoints at multiples of so many updates (1)")
+    again.add_argument(
+        "--force", action="store_true", help="replace the existing table, also one with more steps"
+    )
+    _add_layers(again, f"some of {', '.join(LAYERS)} and others of the run's depth (the run's)")
+    _add_until(again)
+    again.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="the samples to measure: those for training or for testing (train)",
+    )
+    _add_samples(again, "of them are measured, a fixed random choice (the run's; of --split test all)")
+    again.add_argument(
+        "--method",
+        type=_methods,
+        metavar="METHOD[,METHOD...]",
+        help=f"of the connectivity, among {', '.join(METHODS)} (the run's); several go into one figure",
+    )
+    _add_settings(again, dict.fromkeys(vars(Config), "the run's"))
+
+
+def _add_checkpoints(other: argparse.ArgumentParser) -> None:
+    other.add_argument(
+        "--model", required=True, metavar="MODULE:FACTORY", help="called without arguments, returns the model"
+    )
+    other.add_argument(
+        "--checkpoint",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="files or patterns, as 'ckpts/*'",
+    )
+    other.add_argument("--inputs", required=True, metavar="FILE", help=".npy, .npz, .pt or .safetensors")
+    of = other.add_mutually_exclusive_group(required=True)
+    _add_layers(
+        of, "names of the model's layers, or patterns, as 'blocks.*'; inputs: from the model's inputs on"
+    )
+    of.add_argument(
+        "--blocks",
+        "--block",
+        nargs="+",
+        action="extend",
+        metavar="BLOCK",
+        help="in place of layers: modules that are measured alone, also if skip connections go around them",
+    )
+    other.add_argument(
+        "--until", metavar="LAYER", help="the layer with whose output the maps end (the model's output)"
+    )
+    other.add_argument(
+        "--output", metavar="KEY", help="which of the model's outputs counts: key, attribute or index"
+    )
+    other.add_argument(
+        "--batch-dim",
+        type=_integer,
+        metavar="D",
+        help="dimension of the samples: 1 for an nn.LSTM by default (0)",
+    )
+    other.add_argument("--forward", metavar="MODULE:FUNCTION", help="called as function(model, inputs)")
+    other.add_argument("--key", help="where in a checkpoint the state dict is, as state.ema")
+    other.add_argument(
+        "--trust",
+        action="store_true",
+        help="also read checkpoints that hold other objects, such as whole modules; runs code that is in the files",
+    )
+    _add_samples(other, "of the inputs are measured, the first (all)")
+    other.add_argument("--method", help=f"of the connectivity, one of {', '.join(METHODS)} ({Config.method})")
+    _add_settings(other, vars(Config))
+    other.add_argument("--jobs", type=_integer, help="processes at once (1)")
+    other.add_argument("--out", metavar="DIR", help="where lmn.csv and lmn.png go (lmn)")
+    other.add_argument("--force", action="store_true", help="begin a new table in place of the existing one")
+
+
+def _add_paper(paper: argparse.ArgumentParser) -> None:
+    paper.add_argument(
+        "--seeds",
+        type=_integer,
+        help=f"number of seeds of every task, from 0 on ({SEEDS}; {QUICK_SEEDS} with --quick); a verdict takes "
+        f"{FEWEST_FOR_VERDICT}, an interval {FEWEST_FOR_INTERVAL}",
+    )
+    paper.add_argument(
+        "--tasks", nargs="+", default=["all"], choices=("all", *TASKS), metavar="TASK",
+        help=f"some of {', '.join(TASKS)} (all)",
+    )  # fmt: skip
+    paper.add_argument(
+        "--jobs", type=_integer, help="processes at once (as many as cores; 1 where there is a GPU)"
+    )
+    paper.add_argument("--out", default="paper", metavar="DIR", help="where everything goes (paper)")
+    paper.add_argument(
+        "--quick",
+        action="store_true",
+        default=False,
+        help=f"{QUICK.steps} steps: XOR groks, the other tasks memorise; a look at everything in minutes",
+    )
+    _add_quiet(paper)
+
+
+def _add_layers(parser: argparse._ActionsContainer, text: str) -> None:
+    parser.add_argument("--layers", "--layer", nargs="+", action="extend", metavar="LAYER", help=text)
+
+
+def _add_until(parser: argparse.ArgumentParser) -> None:
+    text = "the layer with whose output the measured maps end (the model's output)"
+    parser.add_argument("--until", metavar="LAYER", help=text)
+
+
+def _add_samples(parser: argparse.ArgumentParser, of: str) -> None:
+    parser.add_argument(
+        "--samples",
+        type=_integer,
+        help=f"how many {of}; the LMN of fewer samples is no estimate of the LMN of all",
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    """The options of every measurement."""
+    parser.add_argument(
+        "--points", type=_integer, help=f"nodes on a path, ends included ({defaults['points']})"
+    )
+    parser.add_argument("--rule", choices=RULES, help=f"where on the path they lie ({defaults['rule']})")
+    parser.add_argument(
+        "--negative", choices=NEGATIVE, help=f"what negative eigenvalues count ({defaults['negative']})"
+    )
+    parser.add_argument(
+        "--stabiliser",
+        type=float,
+        metavar="NUMBER",
+        help="added to the denominators of r2, in squared units of the outputs; 8e-8 for the paper's numbers at step 0 "
+        f"({defaults['stabiliser']})",
+    )
+    parser.add_argument(
+        "--observables",
+        type=_names,
+        metavar="NAME[,NAME...]",
+        help=f"numbers beside LMN, among {', '.join(OBSERVABLES)} ({defaults['observables'] or 'none'})",
+    )
+    parser.add_argument("--device", choices=DEVICES, help="where to compute (auto)")
+    _add_quiet(parser)
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        default=False,
+        help="no progress and no estimates of the time; results only",
+    )
+
+
+def _integer(text: str) -> int:
+    """An integer, also as 1e4."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.5
+    if not value.is_integer() or abs(value) >= 2**53:  # float64 holds all integers up to there
+        raise argparse.ArgumentTypeError(f"expected an integer, as 10000 or 1e4, got {text!r}")
+    return int(value)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    methods = tuple(text.split(","))
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
+    return methods
