@@ -4,8 +4,8 @@ import support
 import torch
 from torch import nn
 
-# Float32: about twice the largest error of an entry that was measured on a card at "highest", 2.7e-5 (README, On a
-# GPU). Float64: what the generic route's Hermite methods may lose (docs/number.md, How far from exact).
+# Float32: about twice the largest error of an entry that was measured on a card at "highest", 2.7e-5 (docs/gpu.md).
+# Float64: what the generic route's Hermite methods may lose (docs/number.md, How far from exact).
 ON_A_CARD = {torch.float32: 5e-5, torch.float64: 1e-11}
 
 

@@ -1,0 +1,62 @@
+"""The pages of the documentation: their code prints what they say, and their links lead somewhere."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+
+
+@pytest.mark.parametrize("name, least", [("number", 10), ("index", 3)])
+def test_a_page_says_what_its_code_prints(name, least, capsys):
+    page = (ROOT / f"docs/{name}.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == page.count("```python") >= least
+    names, number = {}, r"(?<!\w)\d[\d.]*(?:e[+-]\d+)?"
+    for code, said in blocks:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "f: .* constant to rounding")
+            exec(code, names)
+        printed = capsys.readouterr().out
+        assert re.sub(number, "#", printed) == re.sub(number, "#", said)
+        values = ([float(value) for value in re.findall(number, text)] for text in (printed, said))
+        # Offsets and bfloat16 leave few digits, which differ from one instruction set to another.
+        assert next(values) == pytest.approx(next(values), rel=0.03, abs=0.006)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_links_of_a_page_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        place = page.parent / target if target else page
+        assert place.exists(), f"{page.name}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", place.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], (
+                anchor
+            )
+
+
+def test_every_page_is_in_the_contents_of_the_site():
+    contents = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    named = set(re.findall(r": ([\w/.-]+\.(?:md|ipynb))$", contents, re.MULTILINE))
+    there = {
+        path.relative_to(ROOT / "docs").as_posix()
+        for kind in ("md", "ipynb")
+        for path in (ROOT / "docs").rglob(f"*.{kind}")
+    }
+    assert named == there and len(there) > 20
+
+
+def test_notebooks_are_kept_without_what_they_print():
+    """The site's build runs them; what they print would only grow old in the repository."""
+    import json
+
+    notebooks = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
+    assert len(notebooks) == 4
+    for path in notebooks:
+        cells = json.loads(path.read_text())["cells"]
+        assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells), path
