@@ -118,7 +118,7 @@ def draw_seeds(seeds: Sequence[Seed], path: Path) -> Path:
         left.plot([], [], ".k", label="dots: the paper's")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
         left.set(xlabel="Training step", ylabel="LMN, L2 norm", ylim=(0, None), xlim=(0, steps[-1] or 1))
-        left.set_title(f"{task}: median, middle half and range of {len(runs)} seeds", fontsize=11)
+        left.set_title(f"{task}, {len(runs)} seeds", fontsize=11)
         left.locator_params(axis="x", nbins=5)
         accuracy.set_ylim(-0.03, 1.06)
         accuracy.set_ylabel("Test accuracy", color=ACCURACY)

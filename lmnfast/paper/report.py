@@ -266,7 +266,7 @@ def _figures(out: Path, members: dict[str, list[Seed]]) -> list[str]:
         show(
             f"Figure 2, {task}, {len(seeds)} seeds",
             "Left: median, the middle half and the range; dots: the paper's curves. Right: test loss against LMN and against "
-            "the L2 norm while generalising, one colour a seed.",
+            "the L2 norm while generalising, coloured by step.",
             figures.draw_seeds(seeds, folder / f"figure2-{task}.png"),
         )
     show(
