@@ -18,7 +18,7 @@ from lmnfast import checkpoints, grokking, integrations, ops, plot, quadrature, 
 from lmnfast.integrations import lightning, transformers
 
 PUBLIC = {
-    **{name: getattr(lmnfast, name) for name in lmnfast.__all__},
+    **{name: getattr(lmnfast, name) for name in lmnfast.__all__ if name != "plot"},  # its functions are below
     **{f"ops.{name}": getattr(ops, name) for name in ops.__all__},
     **{f"reference.{name}": getattr(reference, name) for name in ops.__all__},
     "quadrature.path_nodes": quadrature.path_nodes,

@@ -22,7 +22,7 @@ from lmnfast.grokking.run import load_checkpoint
 from lmnfast.grokking.training import train
 from lmnfast.paper import answers, claims, stand_ins, study
 from lmnfast.paper.report import write_report
-from lmnfast.paper.settings import Study
+from lmnfast.paper.settings import OBSERVABLES, Study
 from lmnfast.paper.study import read_study, run_path, run_study
 from lmnfast.runs.files import claimed
 
@@ -109,7 +109,7 @@ def test_answers_are_what_the_public_functions_give(finished):
 
 def test_observables_are_measured_at_each_logging_step(finished):
     seed, *_, f, x = tail_of(finished, 20)
-    m = lmnfast.measure(f, x, rule="lobatto", points=9, observables=study.OBSERVABLES)
+    m = lmnfast.measure(f, x, rule="lobatto", points=9, observables=OBSERVABLES)
     for name, value in m.observables.items():
         assert seed.run.rows[-1][f"{name}_hidden_1"] == pytest.approx(value, rel=1e-5), name
 
@@ -157,7 +157,7 @@ def test_the_report_shows_every_figure_and_stands_alone(finished, monkeypatch):
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert {f"figures/{path.name}" for path in (finished / "figures").iterdir()} == set(shown)
     assert page.count("data:image/png;base64,") == len(shown)
-    assert not re.search(r'(src|href)="(?!data:|https://arxiv\.org)', page)
+    assert not re.search(r'(src|href)="(?!data:|#|https://arxiv\.org)', page)
     assert "lmnfast paper --test" in text and f"torch {torch.__version__}" in text
     assert "**2 seeds**" in text and "(2 seeds: " in text and "ours (median)" in text
     assert not re.search(

@@ -157,12 +157,12 @@ def test_lmn_measure_and_the_matrix_agree_on_clipping():
     assert both.tolist() == pytest.approx([m.lmn, m.lmn], rel=1e-12)
 
 
-def test_a_measurement_is_kept_and_read_as_torch_load_reads(tmp_path):
+def test_the_dict_of_a_measurement_is_read_by_torch_load(tmp_path):
     m = lmnfast.measure(*tail_and_samples())
     torch.save(m.to_dict(), tmp_path / "measurement.pt")
     read = Measurement(**torch.load(tmp_path / "measurement.pt", weights_only=True))
     assert read == m and hash(read) == hash(m) and repr(read) == repr(m)
-    assert float(m) == m.lmn and "torch.load" in Measurement.__doc__
+    assert float(m) == m.lmn
     assert {type(value) for value in m.to_dict().values()} == {float, int, str, dict, torch.Tensor}
 
 
