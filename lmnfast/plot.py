@@ -1,4 +1,4 @@
-"""Figures of your own measurements: pip install lmnfast[plot].
+"""Figures of your own measurements: the extra `plot`.
 
 Each function draws into matplotlib Axes and returns them. With ax=None it makes a new figure of pyplot, which a notebook shows;
 text and frames have the colours of matplotlib's style, light or dark.
