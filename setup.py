@@ -5,10 +5,12 @@ The package is then pure Python, and a file in it says why (lmnfast/_without_cor
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -58,6 +60,25 @@ def _left_out() -> str | None:
     if shutil.which("cmake") is None:
         return "no CMake was found when it was installed"
     return None if _has_compiler() else "no C++ compiler was found when it was installed"
+
+
+def _description() -> str:
+    """The README as a package index can show it, which has none of the checkout's files.
+
+    Links and pictures get the address that [project.urls] has as Repository, at the tag of this version. Without an address,
+    links become their text, and pictures are left out with their captions.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.*)"', project, re.MULTILINE)
+    address = re.search(r'^Repository = "(.*)"', project, re.MULTILINE)
+    assert version is not None
+    if address is None:
+        text = re.sub(r"!\[[^\]]*\]\((?!\w+:)[^)]*\)\n\n\*[^\n]*\*\n\n", "", text)
+        return re.sub(r"\[([^\]]*)\]\((?!\w+:)[^)]*\)", r"\1", text)
+    files = f"{address[1].rstrip('/')}/%s/v{version[1]}/"
+    text = re.sub(r"(!\[[^\]]*\]\()(?!\w+:)", lambda link: link[1] + files % "raw", text)
+    return re.sub(r"(?<!!)(\[[^\]]*\]\()(?!\w+:)", lambda link: link[1] + files % "blob", text)
 
 
 class CMakeBuild(build_ext):
@@ -118,7 +139,13 @@ class WithoutCore(build_py):
 
 
 left_out = _left_out()
+description: dict[str, Any] = {
+    "long_description": _description(),
+    "long_description_content_type": "text/markdown",
+}
 if left_out is None:
-    setup(ext_modules=[Extension("lmnfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        ext_modules=[Extension("lmnfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild}, **description
+    )
 else:
-    setup(cmdclass={"build_py": WithoutCore})
+    setup(cmdclass={"build_py": WithoutCore}, **description)

@@ -369,3 +369,30 @@ def test_no_file_of_code_is_longer_than_500_lines():
     code = [path for path in files if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in code}
     assert len(lengths) > 200 and {name for name, length in lengths.items() if length > 500} == set()
+
+
+def test_a_package_index_shows_no_link_into_the_checkout(tmp_path):
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    for name in ("setup.py", "README.md", "lmnfast"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    project = (ROOT / "pyproject.toml").read_text()
+    relative = r"\]\((?!https?:)"
+
+    def shown(text: str) -> str:
+        (tmp_path / "pyproject.toml").write_text(text)
+        command = [sys.executable, "setup.py", "-q", "--long-description"]
+        environment = {**os.environ, "LMNFAST_CORE": "off"}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    without = shown(project)
+    assert "linear mapping number" in without and "What the number means" in without and ".png" not in without
+    assert not re.search(relative, without) and re.search(relative, (ROOT / "README.md").read_text())
+    address = "https://example.org/lmnfast"
+    known = shown(project.replace("[project.urls]\n", f'[project.urls]\nRepository = "{address}"\n'))
+    version = re.search(r'^version = "(.*)"', project, re.MULTILINE)[1]
+    assert not re.search(relative, known)
+    assert f"]({address}/blob/v{version}/docs/number.md)" in known
+    assert re.search(rf"!\[[^\]]*\]\({address}/raw/v{version}/docs/modular-addition\.png\)", known)
