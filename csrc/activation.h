@@ -45,8 +45,11 @@ LMN_FN V derivative(V z, T alpha, T beta) {
   if constexpr (kKind == ActivationKind::kLeakyRelu) return z > V{} ? one : splat<V>(alpha);
   if constexpr (kKind == ActivationKind::kElu) return z > V{} ? one : alpha * exp(z);
   if constexpr (kKind == ActivationKind::kSilu) {
+    // Where exp(-z) overflows, the slope is 0, as PyTorch's is. The host's exp has a largest result in place of infinity, and
+    // z of -1e36 times what that leaves of the sigmoid would not be small.
+    constexpr T kLeast = static_cast<T>(sizeof(T) == 4 ? -88.7 : -709.7);
     const V s = sigmoid(z);
-    return s * (1 + z * (1 - s));
+    return z < splat<V>(kLeast) ? V{} : s * (1 + z * (1 - s));
   }
   if constexpr (kKind == ActivationKind::kGelu) {
     const V normal = exp(z * z * static_cast<T>(-0.5)) * static_cast<T>(0.39894228040143267794);

@@ -193,7 +193,13 @@ def legend(axes: Any, own: bool) -> None:
         axes.legend()
 
 
+def named(text: str) -> str:
+    """A text of the user as a label: matplotlib takes $ for mathematics, and hides a label that begins with _."""
+    text = str(text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def titled(axes: Any, text: str) -> None:
     """A title, unless the axes have one."""
     if text and not axes.get_title():
-        axes.set_title(text)
+        axes.set_title(named(text))

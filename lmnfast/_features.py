@@ -117,37 +117,49 @@ def compare_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind
     """The same for rows of features, in place of Jacobians."""
     dtype = _result_dtype(x)
     if kind == "connectivity" and not _native.on_cuda(x):
-        return _connectivity(scaled(rows), x, width, dtype)
+        return _connectivity(rows, x, width, dtype)
     if kind == "connectivity":
-        return tiled(scaled(rows), len(x), width, dtype, partial(jacobian_connectivity, dtype=dtype))
+        return tiled(rows, len(x), width, dtype, partial(jacobian_connectivity, dtype=dtype))
     distance = partial(ops.jacobian_distance, squared=kind == "squared", dtype=dtype)
     return tiled(rows, len(x), width, dtype, distance)
 
 
-def scaled(rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
-    """Rows of features divided by one power of two, about the largest magnitude in the first rows that are asked for.
+Rows = Callable[[int, int], Tensor]
 
-    What a ratio of squares needs: squares of the outputs' own size may overflow or vanish. Does not wait for a CUDA device.
-    There, rows whose squares still overflow become NaN. On the CPU a ValueError names them.
+
+class Scaled:
+    """Rows of features divided by one power of two, about the largest magnitude in them. On the CPU alone.
+
+    What a ratio of squares needs: squares of the outputs' own size may overflow or vanish. The first rows that are asked for
+    give the scale. Where later ones are much larger, `of` begins again with theirs.
     """
-    scale: Tensor | None = None
 
-    def divided(begin: int, end: int) -> Tensor:
-        nonlocal scale
-        features = rows(begin, end)
-        if scale is None:
-            # 2^-1000 to 2^1000: a factor beyond them is no float64.
-            exponent = torch.frexp(_magnitude(features)).exponent.clamp(-1000, 1000)
-            scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), -exponent)
-        features = features * scale
-        if not features.is_cuda and not _magnitude(features) <= HUGE:
-            raise ValueError(
-                f"f: Jacobians of samples {begin} to {end - 1} are more than 1e120 times as large as those of the first; "
-                "their squares overflow"
-            )
-        return features
+    def __init__(self, rows: Rows) -> None:
+        self._rows, self._exponent = rows, -2000
 
-    return divided
+    def of(self, use: Callable[[Rows], Tensor]) -> Tensor:
+        """`use` of these rows."""
+        while True:
+            try:
+                return use(self._divided)
+            except _Larger:
+                continue
+
+    def _divided(self, begin: int, end: int) -> Tensor:
+        features = self._rows(begin, end)
+        largest = float(_magnitude(features))
+        # 2^-1000 to 2^1000: a factor beyond them is no float64.
+        exponent = max(-1000, min(1000, math.frexp(largest)[1])) if largest > 0 else -1000
+        if self._exponent == -2000:
+            self._exponent = exponent
+        elif exponent > self._exponent + 400:
+            self._exponent = exponent
+            raise _Larger
+        return features * 2.0**-self._exponent
+
+
+class _Larger(Exception):
+    """Rows are so much larger than the first that their squares overflow."""
 
 
 def _magnitude(features: Tensor) -> Tensor:
@@ -369,22 +381,20 @@ def tiled(
     return result
 
 
-def _connectivity(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def _connectivity(rows: Rows, x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """`jacobian_connectivity` in plain torch, for devices without that kernel."""
     norms, largest_of = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(2))
 
-    def with_norms(begin: int, end: int) -> Tensor:
-        features = rows(begin, end)
-        norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
-        largest_of[begin:end] = torch.linalg.vector_norm(features, math.inf, dim=1)
-        return features
+    def distances(divided: Rows) -> Tensor:
+        def with_norms(begin: int, end: int) -> Tensor:
+            features = divided(begin, end)
+            norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
+            largest_of[begin:end] = torch.linalg.vector_norm(features, math.inf, dim=1)
+            return features
 
-    L = tiled(with_norms, len(x), width, dtype, partial(ops.jacobian_distance, dtype=dtype))
-    if (lost := (largest_of > 0) & (largest_of < TINY)).any():
-        raise ValueError(
-            f"f: the Jacobian of sample {int(lost.nonzero()[0])} is less than 1e-120 times as large as those of other "
-            "samples; its squares vanish"
-        )
+        return tiled(with_norms, len(x), width, dtype, partial(ops.jacobian_distance, dtype=dtype))
+
+    L = Scaled(rows).of(distances)
     # Distances are divided by norms before they are squared: squares of tiny or huge Jacobians would not be finite.
     for begin in range(0, len(x), 256):
         end = min(begin + 256, len(x))
@@ -399,4 +409,13 @@ def _connectivity(rows: Callable[[int, int], Tensor], x: Tensor, width: int, dty
         diagonal.copy_(diagonal.triu(1) + diagonal.triu(1).mT).fill_diagonal_(1)
         L[begin:end, begin:] = entries
         L[end:, begin:end] = entries[:, end - begin :].mT
+    # Jacobians so small that their squares vanish beside the others' are compared on their own scale. Samples whose units are
+    # all dead have such.
+    (small,) = ((largest_of > 0) & (largest_of < TINY)).nonzero(as_tuple=True)
+    if len(small) > 1:
+
+        def alone(begin: int, end: int) -> Tensor:
+            return torch.cat([rows(i, i + 1) for i in small[begin:end].tolist()])
+
+        L[small[:, None], small] = _connectivity(alone, x[small], width, dtype)
     return L

@@ -51,7 +51,7 @@ def read_values(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any]
     if found != kind:
         raise ValueError(f"it is a {found}")
     if version not in range(1, VERSION + 1):
-        raise ValueError(f"its format is {version}, of a later version of lmnfast; this one knows {VERSION}")
+        raise ValueError(f"its format is {version!r}; this version of lmnfast knows 1 to {VERSION}")
     return values, arrays
 
 

@@ -28,7 +28,7 @@ def lazy(
                 namespace.update({one: getattr(module, one) for one in each.split()})
             return namespace[name]
         # Python itself asks for names with two underscores, such as __path__, which are never those of a module.
-        if not name.startswith("__") and find_spec(f"{package}.{name}"):
+        if not name.startswith("__") and name.isidentifier() and find_spec(f"{package}.{name}"):
             return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import _native, ops
 from ._chain import IDENTITY, Chain
 from ._differentiated import check_jacobian, differentiated_features
-from ._features import chain_features, merged, scaled, tiled
+from ._features import Scaled, chain_features, merged, tiled
 from ._prepare import Prepared, prepared
 from ._route import REGIONS
 from ._threads import alone, lapack_on_one_core, one_core_after_fork
@@ -167,7 +167,7 @@ def jacobian_gram(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         else:
             function.check_outputs()
         rows, width = _features(function)
-        return _gram(scaled(rows), len(function.x), width)
+        return Scaled(rows).of(lambda divided: _gram(divided, len(function.x), width))
 
 
 def _features(function: Prepared) -> tuple[Callable[[int, int], Tensor], int]:

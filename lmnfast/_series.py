@@ -37,6 +37,8 @@ def runs_of(rows: Any) -> dict[str, list[list[Row]]]:
         TypeError, ValueError: no rows, or none in a group.
     """
     groups = rows if isinstance(rows, Mapping) else {"": rows}
+    if not groups:
+        raise ValueError("rows: expected rows, or groups of them, got none")
     return {str(name): _runs(group) for name, group in groups.items()}
 
 
@@ -46,10 +48,29 @@ def _runs(group: Any) -> list[list[Row]]:
     if not isinstance(group, Iterable) or isinstance(group, (str, bytes)):
         raise TypeError(f"rows: expected a list of rows, got {type(group).__name__}")
     whole: list[Any] = list(group)
-    runs = [whole] if all(isinstance(each, Mapping) for each in whole) else list(map(_run, whole))
+    runs = _apart(whole) if all(isinstance(each, Mapping) for each in whole) else list(map(_run, whole))
     if not all(runs):
         raise ValueError("rows: expected one row or more in every run, got none")
     return runs
+
+
+def _apart(rows: list[Row]) -> list[list[Row]]:
+    """The runs in the rows of one table: those of a study have the columns task and seed."""
+    tasks = list(dict.fromkeys(row.get("task") for row in rows))
+    if len(tasks) > 1:
+        raise ValueError(
+            f"rows: expected rows of one task, got {first_names(map(str, tasks))}; choose among them"
+        )
+    runs: dict[Any, list[Row]] = {}
+    for row in rows:
+        runs.setdefault((row.get("run"), row.get("seed")), []).append(row)
+    return list(runs.values()) or [rows]
+
+
+def layer_of(row: Row) -> str:
+    """The name of a row's layer; "" for a row of none."""
+    layer = row.get("layer")
+    return "" if layer is None or layer != layer else str(layer)  # NaN: an empty entry of pandas
 
 
 def _run(run: Any) -> list[Row]:
@@ -85,10 +106,8 @@ def columns_of(rows: Sequence[Row], name: str, argument: str) -> dict[str, list[
     """
     if any(name in row for row in rows):
         having = [row for row in rows if name in row]
-        layers = dict.fromkeys(str(row.get("layer") or "") for row in having)
-        return {
-            layer: [(row, name) for row in having if str(row.get("layer") or "") == layer] for layer in layers
-        }
+        layers = dict.fromkeys(map(layer_of, having))
+        return {layer: [(row, name) for row in having if layer_of(row) == layer] for layer in layers}
     if name in kinds():
         columns = dict.fromkeys(c for row in rows for c in row if c.startswith(f"{name}_") and c not in NAMES)
         if columns:
@@ -126,10 +145,12 @@ def points_of(rows: Sequence[Row], x: str, y: str, layer: str | None) -> list[tu
     Raises:
         ValueError: the rows lack one of them, or the layer; several layers and none is named.
     """
-    there = dict.fromkeys(str(row["layer"]) for row in rows if row.get("layer") not in (None, ""))
+    there = dict.fromkeys(filter(None, map(layer_of, rows)))
     if there:
         layer = _one_of(there, layer)
-        rows = [row for row in rows if str(row.get("layer")) == layer]
+        rows = [row for row in rows if layer_of(row) == layer]
+    elif layer is not None and all(list(columns_of(rows, name, name)) == [""] for name in (x, y)):
+        raise ValueError(f"layer: expected None, as the rows name no layer, got {layer!r}")
     columns = [_column(rows, name, argument, layer) for argument, name in (("x", x), ("y", y))]
     first, second = ([number(row.get(column), column) for row in rows] for column in columns)
     return [(a, b, row) for a, b, row in zip(first, second, rows) if not (math.isnan(a) or math.isnan(b))]
@@ -170,8 +191,12 @@ def observables_in(groups: Mapping[str, list[list[Row]]]) -> list[str]:
 
 def label_of(name: str, rows: Iterable[Row], layer: str = "") -> str:
     """The label of a quantity: its name with its unit; for LMN also the settings that the number depends on."""
+    return _label_of(name, list(rows), layer).replace("$", r"\$")  # matplotlib takes $ for mathematics
+
+
+def _label_of(name: str, rows: Sequence[Row], layer: str) -> str:
     if layer and name in NAMES:
-        return label_of(f"{name}_{layer}", rows)
+        return _label_of(f"{name}_{layer}", rows, "")
     label = NAMES.get(name)
     if label is None:
         kind = next((kind for kind in kinds() if name.startswith(f"{kind}_") and kind in NAMES), None)

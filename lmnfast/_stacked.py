@@ -18,7 +18,18 @@ WHOLE = "_lmnfast_whole"  # attribute of a tail with stacked parameters: the mod
 
 
 def networks_in(stacked: Stacked) -> int:
-    """The number of networks. Raises ValueError for no networks, or for stacks of different lengths."""
+    """The number of networks. Raises TypeError for what is no such pair, and ValueError for no networks, or for stacks of
+    different lengths."""
+    pair = isinstance(stacked, (tuple, list)) and len(stacked) == 2
+    if not pair or not all(
+        isinstance(each, Mapping)
+        and all(isinstance(value, Tensor) and value.dim() for value in each.values())
+        for each in stacked
+    ):
+        raise TypeError(
+            "stacked: expected the pair of parameters and buffers that torch.func.stack_module_state returns, got "
+            f"{type(stacked).__name__}"
+        )
     counts = {len(value) for values in stacked for value in values.values()}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(

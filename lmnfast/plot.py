@@ -26,6 +26,7 @@ from ._drawing import (
     legend,
     log_axis,
     matplotlib,
+    named,
     panels,
     scale,
     titled,
@@ -104,15 +105,17 @@ def history(
     drawn = [_bands(groups, name, x, None if layers is None else _listed("layers", layers)) for name in names]
     every = [row for runs in groups.values() for run in runs for row in run]
     keys = list(dict.fromkeys(key for bands in drawn for key in bands))
-    named = {layer for layer, _ in keys if layer}
-    only = named.pop() if len(named) == 1 else ""  # one layer stands in the title, several in the legend
+    layers_of = {layer for layer, _ in keys if layer}
+    only = (
+        layers_of.pop() if len(layers_of) == 1 else ""
+    )  # one layer stands in the title, several in the legend
     counts = sorted({len(runs) for runs in groups.values()})
     with panels(ax, len(names), size=(WIDTH, 4.4 if len(names) == 1 else 2.8)) as axes:
         colour_of = dict(zip(keys, colours(axes[0], len(keys))))
         for each, name, bands in zip(axes, names, drawn):
             for (key, (places, curves)), style in zip(bands.items(), cycle(STYLES)):
                 count = f"{len(curves)} runs" if len(counts) > 1 and len(curves) > 1 else ""
-                label = ", ".join(part for part in (*key, count) if part not in ("", only)) or None
+                label = named(", ".join(part for part in (*key, count) if part not in ("", only))) or None
                 marker = "." if len(places) <= 50 else ""
                 band(each, places, curves, color=colour_of[key], linestyle=style, marker=marker, label=label)
             each.set_ylabel(label_of(name, every))
@@ -143,6 +146,10 @@ def _bands(
     for group, runs in groups.items():
         of_runs = [curves_of(run, name, x, "observables") for run in runs]
         there = list(of_runs[0])
+        if several := next((list(curves) for curves in of_runs if list(curves) != there), None):
+            raise ValueError(
+                f"rows: expected runs with the same layers, got {', '.join(there)} and {', '.join(several)}"
+            )
         if layers is not None and there != [""]:
             if unknown := [layer for layer in layers if layer not in there]:
                 raise ValueError(f"layers: expected among {', '.join(there)}, got {unknown[0]!r}")
@@ -229,7 +236,7 @@ def _scatter_kinds(axes: Any, a: Sequence[float], b: Sequence[float], values: Se
     """Dots by word, in the order in which the words come."""
     for (k, kind), marker in zip(enumerate(dict.fromkeys(values)), MARKERS * len(values)):
         chosen = [i for i, value in enumerate(values) if value == kind]
-        look = {"color": KINDS[k % len(KINDS)], "marker": marker, "label": kind}
+        look = {"color": KINDS[k % len(KINDS)], "marker": marker, "label": named(kind)}
         axes.scatter([a[i] for i in chosen], [b[i] for i in chosen], s=22, clip_on=False, zorder=3, **look)
 
 
@@ -407,7 +414,7 @@ def paths(
     drawn = _output(output, y)
     with panels(ax, size=(6.2, 4.6)) as (axes,):
         for colour, name, curve, entry in zip(colours(axes, len(names)), names, y[..., drawn].numpy(), r2):
-            axes.plot(nodes.numpy(), curve, ".-", color=colour, label=f"{name}: r² = {entry:.3f}")
+            axes.plot(nodes.numpy(), curve, ".-", color=colour, label=named(f"{name}: r² = {entry:.3f}"))
             axes.plot([0, 1], curve[[0, -1]], ":", color=colour)
         which = f"Output {drawn} (of 0 to {y.shape[-1] - 1})" if y.shape[-1] > 1 else "Output"
         axes.set(xlabel="t, from one sample to the other", ylabel=which)

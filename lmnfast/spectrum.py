@@ -159,12 +159,20 @@ class Measurement:
 
 def _checked_fields(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """The fields of a measurement as a file has them. Raises ValueError if they are not those of one."""
+    if wrong := [name for name, array in arrays.items() if array.dtype.kind not in "biufc"]:
+        raise ValueError(f"{wrong[0]} is an array of {arrays[wrong[0]].dtype}")
     given = {**values, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
     kinds = {each.name: dict if each.name == "observables" else each.type for each in fields(Measurement)}
     if not kinds.keys() - {"stabiliser", "observables"} <= given.keys() <= kinds.keys():
         raise ValueError(f"it has the fields {', '.join(sorted(given))}")
     if wrong := [name for name, value in given.items() if type(value) is not kinds[name]]:
         raise ValueError(f"{wrong[0]} is a {type(given[wrong[0]]).__name__}")
+    if wrong := [name for name in arrays if not given[name].is_floating_point()]:
+        raise ValueError(f"{wrong[0]} is of {given[wrong[0]].dtype}")
+    if wrong := [
+        name for name, value in given.get("observables", {}).items() if not isinstance(value, float)
+    ]:
+        raise ValueError(f"the observable {wrong[0]} is no number")
     n, shapes = given["samples"], {name: tuple(given[name].shape) for name in arrays}
     if shapes != {"eigenvalues": (n,), "connectivity": (n, n)}:
         raise ValueError(f"its tensors have the shapes {shapes} for {n} samples")

@@ -55,19 +55,27 @@ def test_every_method_agrees_with_its_definition(widths, method, wrap, dtype):
     assert truth.min() < 0.9 and ((L - truth).abs() <= allowed * torch.finfo(dtype).eps).all()
 
 
-@pytest.mark.parametrize(
-    "size, width, message",
-    [
-        # The large ones are another tile than the first.
-        (1e150, 320, "of samples 30 to 39 are more than 1e120 times as large"),
-        (1e-150, 8, "of sample 30 is less than 1e-120 times as large"),
-    ],
-)
-def test_jacobians_of_sizes_that_cannot_be_compared_are_refused(size, width, message):
+@pytest.mark.parametrize("wrap", [lambda f: f, counted], ids=["itself", "counted"])
+@pytest.mark.parametrize("size, width", [(1e150, 320), (1e-150, 8), (1e-130, 320)])
+def test_jacobians_of_very_different_sizes(size, width, wrap):
+    """A diagonal of 2 |x|, so that the connectivity of two samples of one size is known. 320: more than one tile."""
     x = inputs(40, width).double()
+    J = 2 * x.abs()
+    squares = J.square().sum(1)
+    truth = 1 - (J[:, None] - J).square().sum(-1) / (squares[:, None] + squares)
+    truth[:30, 30:] = truth[30:, :30] = 0
     x[30:] *= size
-    with pytest.raises(ValueError, match=message):
-        lmnfast.connectivity(lambda t: t * t.abs(), x, method="jacobian")
+    L = lmnfast.connectivity(wrap(lambda t: t * t.abs()), x, method="jacobian")
+    assert (L - truth).abs().max() <= 1e-12 and (L.mT == L).all()
+
+
+def test_samples_whose_units_are_all_dead_are_compared_by_their_small_jacobians():
+    net, x = mlp(2, 4, 1, activation=nn.GELU).double(), 100 * inputs(100, 2).double()
+    truth = definition(net, x, "jacobian")
+    seen = truth.isfinite()  # the definition's own squares vanish
+    L = lmnfast.connectivity(net, x, method="jacobian")
+    assert L.isfinite().all() and (L - truth)[seen].abs().max() < 1e-9
+    assert (lmnfast.connectivity(lambda t: net(t), x, method="jacobian") - L).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("method", HERMITE)

@@ -229,3 +229,10 @@ def test_what_a_stack_counts_as_constant_is_that_of_each_network(emulated):
     assert "some outputs are" in str(each[1].offset_problem())
     with pytest.warns(UserWarning, match="f: .* some outputs are"):
         lmnfast.lmn(models[0], x, stacked=stacked)
+
+
+@pytest.mark.parametrize("stacked", [{}, "x", 3, ({"a": 1}, {}), ({}, {}, {})], ids=str)
+def test_what_is_no_stack_is_named(stacked):
+    f = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(TypeError, match="stacked: expected the pair of parameters and buffers"):
+        lmnfast.lmn(f, torch.randn(2, 9, 4), stacked=stacked)

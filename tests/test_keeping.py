@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from decimal import Decimal
 from fractions import Fraction
@@ -127,7 +128,7 @@ def other_files(path):
         np.save(file, np.ones(3))
     yield path.read_bytes(), ""
     yield written(kind="Estimate"), "it is a Estimate"
-    yield later(), "its format is 2, of a later version of lmnfast; this one knows 1"
+    yield later(), "its format is 2; this version of lmnfast knows 1 to 1"
     yield written(changed={"more": 1}), "it has the fields"
     yield written(changed={"samples": "12"}), "samples is a str"
     yield written(changed={"observables": [1.0]}), "observables is a list"
@@ -366,3 +367,55 @@ def test_a_directory_must_have_one_table(tmp_path):
         lmnfast.history(tmp_path)
     with pytest.raises(FileNotFoundError):
         lmnfast.history(tmp_path / "absent.csv")
+
+
+def test_threads_that_save_to_one_path_leave_a_whole_file(tmp_path):
+    m, path = measured(), tmp_path / "m.npz"
+    m.save(path)
+    with ThreadPoolExecutor(4) as pool:
+        saves = [pool.submit(m.save, path) for _ in range(40)]
+        assert all(Measurement.load(path) == m for _ in range(40)) and not any(s.exception() for s in saves)
+    assert [each.name for each in tmp_path.iterdir()] == ["m.npz"]
+
+
+def test_what_is_no_file_is_not_replaced_and_a_link_is_followed(tmp_path):
+    m = measured()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "m.npz")
+    m.save(tmp_path / "link.npz")
+    assert (tmp_path / "link.npz").is_symlink() and Measurement.load(tmp_path / "m.npz") == m
+    os.mkfifo(tmp_path / "pipe")
+    for place in ("pipe", ""):
+        with pytest.raises(OSError, match="expected a file to write, or none, got a directory or a device"):
+            m.save(tmp_path / place)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_text_with_ends_of_lines_and_columns_named_like_ours_are_read_back(tmp_path):
+    said = {"note": "a\rb\nc", "lmn_foo": "abc", "curvature_note": "x"}
+    with lmnfast.Probe(
+        F, torch.randn(9, 4), "0", every=1, writers=[CSVWriter(tmp_path / "lmn.csv")]
+    ) as probe:
+        probe(0, **said)
+    (row,) = lmnfast.history(tmp_path / "lmn.csv")
+    assert {name: row[name] for name in said} == said and row == probe.history[0]
+
+
+def test_a_file_whose_values_were_edited_is_named(tmp_path):
+    m = measured(observables="curvature")
+    m.save(tmp_path / "m.npz")
+    with np.load(tmp_path / "m.npz") as members:
+        whole = dict(members)
+    for name, value, message in (
+        ("connectivity", np.full((12, 12), "a"), "connectivity is an array of <U1"),
+        ("connectivity", np.ones((12, 12), dtype=np.int64), "connectivity is of torch.int64"),
+        (
+            "lmnfast",
+            np.array(str(whole["lmnfast"]).replace('"version": 1', '"version": 0')),
+            "its format is 0",
+        ),
+    ):
+        np.savez(tmp_path / "edited.npz", **{**whole, name: value})
+        with pytest.raises(
+            ValueError, match=rf"path: expected a file of Measurement.save, got .*: {message}"
+        ):
+            Measurement.load(tmp_path / "edited.npz")

@@ -178,6 +178,36 @@ def test_a_data_frame_is_drawn_as_its_rows():
     ]
 
 
+def test_the_rows_of_a_table_of_several_seeds_are_their_runs():
+    rows = [
+        dict(row, task="xor", seed=seed)
+        for seed in range(3)
+        for row in probe_rows(layers="a", scale=1 + seed)
+    ]
+    ax = plot.history(rows)
+    assert ax.get_title() == "a: median, middle half and range of 3 runs"
+    assert list(ax.lines[0].get_ydata()) == [2 * s for s in (0, 1, 10, 100)]  # of the seed in the middle
+    with pytest.raises(ValueError, match="rows: expected rows of one task, got xor, s4; choose"):
+        plot.history([*rows, dict(rows[0], task="s4")])
+    with pytest.raises(ValueError, match="rows: expected runs with the same layers, got a and b"):
+        plot.history([probe_rows(layers="a"), probe_rows(layers="b")])
+
+
+def test_names_that_matplotlib_would_hide_or_set_as_mathematics_are_shown():
+    rows = probe_rows(layers=("_orig_mod.0", "cost $x", "0"))
+    for row in rows:  # pandas reads a layer called 0 as a number
+        row["layer"] = 0 if row["layer"] == "0" else row["layer"]
+    ax = plot.history(rows)
+    labels = [text.get_text() for text in ax.figure.legends[0].get_texts()]
+    assert labels == [" _orig_mod.0", r"cost \$x", "0"]
+    ax.figure.canvas.draw()
+    assert plot.history(rows, layers="cost $x").get_title() == r"cost \$x"
+    with pytest.raises(ValueError, match="layer: expected None, as the rows name no layer, got '9'"):
+        plot.against([{"step": 0, "l2_norm": 1.0, "loss": 2.0}], x="l2_norm", y="loss", layer="9")
+    with pytest.raises(ValueError, match="rows: expected rows, or groups of them, got none"):
+        plot.history({})
+
+
 def test_against_has_a_dot_for_each_row_and_pearsons_r():
     rows = [row | {"test_loss": row["test_loss"] ** 2} for row in run_rows()]
     ax = plot.against(rows, layer="hidden_1")
