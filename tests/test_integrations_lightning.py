@@ -4,6 +4,7 @@ import copy
 import glob
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -220,6 +221,7 @@ import socket
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader, TensorDataset
 
 from lmnfast.integrations.lightning import LMNCallback
@@ -247,7 +249,8 @@ with socket.socket() as free:
 second = os.fork()  # behind the imports, which take longest: where there is a rank, Lightning starts no process
 os.environ["LOCAL_RANK"] = "0" if second else "1"
 x, weights = torch.randn(32, 5, generator=torch.Generator().manual_seed(0)), []
-for callbacks in [], [LMNCallback(x[:20], "net.0", every=2)]:
+stop = EarlyStopping("lmn/net.0", check_on_train_epoch_end=True)  # it reads the value on each rank
+for callbacks in [], [LMNCallback(x[:20], "net.0", every=2), stop]:
     module = Module()
     L.Trainer(
         max_steps=4, accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks, logger=False,
@@ -256,25 +259,77 @@ for callbacks in [], [LMNCallback(x[:20], "net.0", every=2)]:
     weights.append([p.detach().clone() for p in module.parameters()])
 assert all(map(torch.equal, *weights))
 steps = [row["step"] for row in callbacks[0].history]
-print("rank", module.global_rank, "measured", steps, flush=True)
+print("rank", module.global_rank, "measured", steps, "monitored", stop.best_score.item(), flush=True)
+if second:
+    assert stop.best_score.item() == torch.tensor(callbacks[0].history[-1]["lmn"]).item()
 if second:
     assert os.waitpid(second, 0)[1] == 0
 """
 
 
-def test_two_processes_train_as_without_and_the_first_measures(tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
+def said_by(folder, script):
+    """What a script that starts processes prints."""
+    (folder / "ddp.py").write_text(script)
     with subprocess.Popen(
-        [sys.executable, script], stdout=-1, stderr=-1, text=True, cwd=tmp_path, start_new_session=True
+        [sys.executable, "ddp.py"], stdout=-1, stderr=-1, text=True, cwd=folder, start_new_session=True
     ) as process:
         try:
             said, errors = process.communicate(timeout=600)
         finally:
-            with suppress(ProcessLookupError):  # the second process, too, also where the first has died
+            with suppress(ProcessLookupError):  # the other processes, too, also where the first has died
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors
+    return said
+
+
+def test_two_processes_train_as_without_and_the_first_measures(tmp_path):
+    said = said_by(tmp_path, DDP)
     assert "rank 0 measured [0, 2, 4]" in said and "rank 1 measured []" in said
+    values = re.findall(r"monitored (\S+)", said)
+    assert len(values) == 2 and len(set(values)) == 1, said
+
+
+LAUNCHED = """
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.utils.data import DataLoader, TensorDataset
+
+from lmnfast.integrations.lightning import LMNCallback
+
+
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.SiLU(), torch.nn.Linear(8, 3))
+
+    def training_step(self, batch, index):
+        return self.net(batch[0]).square().mean()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+if __name__ == "__main__":
+    x = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+    callback = LMNCallback(x[:20], "net.0", every=2)
+    stop = EarlyStopping("lmn/net.0", check_on_train_epoch_end=True)
+    trainer = L.Trainer(
+        max_steps=4, accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[callback, stop], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.fit(Module(), DataLoader(TensorDataset(x), 4))
+    last = trainer.callback_metrics["lmn/net.0"].item() == torch.tensor(callback.history[-1]["lmn"]).item()
+    print("measured", [row["step"] for row in callback.history], "the last is monitored", last)
+"""
+
+
+def test_processes_of_a_launcher_hand_the_history_and_the_metrics_back(tmp_path):
+    assert "measured [0, 2, 4] the last is monitored True" in said_by(tmp_path, LAUNCHED)
 
 
 def test_strategies_that_shard_parameters_are_refused():
