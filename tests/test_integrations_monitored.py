@@ -189,3 +189,8 @@ def test_a_callback_pickles_before_in_and_after_a_fit():
     assert before.history == callback.history, "the copy measures as the callback does"
     fit([after], steps=4)
     assert after.history == callback.history and same_weights(module, fit([], steps=4))
+
+
+def test_two_callbacks_that_differ_in_nothing_but_their_steps_are_refused():
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `LMNCallback`"):
+        fit([LightningCallback(X[:20], "net.0", every=every) for every in (2, 3)], steps=1)
