@@ -171,8 +171,8 @@ class _StepWriter:
         if row["precision"] in LOW_PRECISION and row["precision"] != self._low:
             self._low = row["precision"]
             warnings.warn(
-                f"layer {row['layer']!r}: measured in {self._low}, as the model computes; its rounding counts as curvature, and "
-                "LMN may be far too large. Measure float32 copies of the checkpoints (model.float()), as docs/number.md says",
+                f"layer {row['layer']!r}: measured in {self._low}, as the model computes; its rounding counts as curvature, "
+                "and LMN may be far too large. Measure float32 copies of checkpoints (model.float()), as docs/number.md says",
                 stacklevel=2,
             )
         self._step = row["step"]
