@@ -4,6 +4,7 @@ import copy
 import glob
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from contextlib import suppress
 import lightning.pytorch as L
 import pytest
 import torch
-import torch.nn.functional as F
+from fitted import LABELS, Module, fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
@@ -34,54 +35,6 @@ pytestmark = [
     ),  # Lightning in torch's pytree
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
 ]
-
-LABELS = torch.arange(64) % 3
-
-
-class Module(L.LightningModule):
-    def __init__(self, optimizers=1):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(5, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Dropout(0.3), nn.Linear(8, 3)
-        )
-        self.count = optimizers
-        self.automatic_optimization = optimizers == 1
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, index):
-        x, labels = batch
-        loss = F.cross_entropy(self(x), labels)
-        self.log("loss", loss)
-        if not self.automatic_optimization:
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(F.cross_entropy(self(x), labels))
-                optimizer.step()
-        return loss
-
-    def configure_optimizers(self):
-        made = [torch.optim.AdamW(self.parameters(), lr=1e-2) for _ in range(self.count)]
-        return made[0] if self.count == 1 else made
-
-
-def fit(callbacks, steps=10, module=None, ckpt_path=None, logger=False, **settings):
-    L.seed_everything(0, verbose=False)
-    module = module or Module()
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        callbacks=callbacks,
-        logger=logger,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        **settings,
-    )
-    trainer.fit(module, DataLoader(TensorDataset(X, LABELS), 8, shuffle=True), ckpt_path=ckpt_path)
-    return module
 
 
 def test_lightning_training_is_the_same_to_the_bit_and_logs_each_step(tmp_path):
@@ -184,6 +137,8 @@ def test_a_row_that_fails_later_does_not_take_those_before_it_along(monkeypatch)
         global_step=0,
         loggers=[logger],
         callbacks=[callback],
+        callback_metrics={},
+        lr_scheduler_configs=[],
         precision_plugin=Precision(),
     )
     callback.on_train_start(trainer, module)
@@ -193,26 +148,6 @@ def test_a_row_that_fails_later_does_not_take_those_before_it_along(monkeypatch)
         callback.on_train_end(trainer, module)
     callback.on_exception(trainer, module, RuntimeError())
     assert logged[:2] == [0, 2]
-
-
-@pytest.mark.parametrize(
-    "precision, dtype",
-    [
-        ("64-true", torch.float64),
-        ("bf16-true", torch.bfloat16),
-        ("16-true", torch.float16),
-        ("bf16-mixed", torch.float32),
-    ],
-)
-def test_samples_follow_the_trainers_precision(precision, dtype):
-    class Watched(Module):
-        def on_train_start(self):
-            self.begun = copy.deepcopy(self.net)
-
-    callback = LightningCallback(X[:20], "net.0", every=2)
-    module = fit([callback], steps=1, module=Watched(), precision=precision)
-    assert steps(callback) == [0] and module.begun[0].weight.dtype == dtype
-    assert callback.history[0]["lmn"] == lmnfast.lmn(*lmnfast.cut(module.begun, "0", X[:20].to(dtype))).item()
 
 
 @pytest.mark.filterwarnings(
@@ -265,7 +200,14 @@ def test_processes_that_a_strategy_makes_hand_the_history_back(monkeypatch):
 
 def test_other_ranks_measure_nothing_and_do_not_wait():
     callback = LightningCallback(X[:20], "net.0", every=1)
-    trainer = types.SimpleNamespace(is_global_zero=False, global_step=0, loggers=[], strategy=object())
+    trainer = types.SimpleNamespace(
+        is_global_zero=False,
+        global_step=0,
+        loggers=[],
+        callbacks=[callback],
+        lr_scheduler_configs=[],
+        strategy=object(),
+    )
     callback.setup(trainer, Module(), "fit")
     callback.on_train_start(trainer, Module())
     callback.on_train_batch_end(trainer, Module(), None, None, 0)
@@ -279,6 +221,7 @@ import socket
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader, TensorDataset
 
 from lmnfast.integrations.lightning import LMNCallback
@@ -306,7 +249,8 @@ with socket.socket() as free:
 second = os.fork()  # behind the imports, which take longest: where there is a rank, Lightning starts no process
 os.environ["LOCAL_RANK"] = "0" if second else "1"
 x, weights = torch.randn(32, 5, generator=torch.Generator().manual_seed(0)), []
-for callbacks in [], [LMNCallback(x[:20], "net.0", every=2)]:
+stop = EarlyStopping("lmn/net.0", check_on_train_epoch_end=True)  # it reads the value on each rank
+for callbacks in [], [LMNCallback(x[:20], "net.0", every=2), stop]:
     module = Module()
     L.Trainer(
         max_steps=4, accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks, logger=False,
@@ -315,25 +259,77 @@ for callbacks in [], [LMNCallback(x[:20], "net.0", every=2)]:
     weights.append([p.detach().clone() for p in module.parameters()])
 assert all(map(torch.equal, *weights))
 steps = [row["step"] for row in callbacks[0].history]
-print("rank", module.global_rank, "measured", steps, flush=True)
+print("rank", module.global_rank, "measured", steps, "monitored", stop.best_score.item(), flush=True)
+if second:
+    assert stop.best_score.item() == torch.tensor(callbacks[0].history[-1]["lmn"]).item()
 if second:
     assert os.waitpid(second, 0)[1] == 0
 """
 
 
-def test_two_processes_train_as_without_and_the_first_measures(tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
+def said_by(folder, script):
+    """What a script that starts processes prints."""
+    (folder / "ddp.py").write_text(script)
     with subprocess.Popen(
-        [sys.executable, script], stdout=-1, stderr=-1, text=True, cwd=tmp_path, start_new_session=True
+        [sys.executable, "ddp.py"], stdout=-1, stderr=-1, text=True, cwd=folder, start_new_session=True
     ) as process:
         try:
             said, errors = process.communicate(timeout=600)
         finally:
-            with suppress(ProcessLookupError):  # the second process, too, also where the first has died
+            with suppress(ProcessLookupError):  # the other processes, too, also where the first has died
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors
+    return said
+
+
+def test_two_processes_train_as_without_and_the_first_measures(tmp_path):
+    said = said_by(tmp_path, DDP)
     assert "rank 0 measured [0, 2, 4]" in said and "rank 1 measured []" in said
+    values = re.findall(r"monitored (\S+)", said)
+    assert len(values) == 2 and len(set(values)) == 1, said
+
+
+LAUNCHED = """
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.utils.data import DataLoader, TensorDataset
+
+from lmnfast.integrations.lightning import LMNCallback
+
+
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.SiLU(), torch.nn.Linear(8, 3))
+
+    def training_step(self, batch, index):
+        return self.net(batch[0]).square().mean()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+if __name__ == "__main__":
+    x = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+    callback = LMNCallback(x[:20], "net.0", every=2)
+    stop = EarlyStopping("lmn/net.0", check_on_train_epoch_end=True)
+    trainer = L.Trainer(
+        max_steps=4, accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[callback, stop], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.fit(Module(), DataLoader(TensorDataset(x), 4))
+    last = trainer.callback_metrics["lmn/net.0"].item() == torch.tensor(callback.history[-1]["lmn"]).item()
+    print("measured", [row["step"] for row in callback.history], "the last is monitored", last)
+"""
+
+
+def test_processes_of_a_launcher_hand_the_history_and_the_metrics_back(tmp_path):
+    assert "measured [0, 2, 4] the last is monitored True" in said_by(tmp_path, LAUNCHED)
 
 
 def test_strategies_that_shard_parameters_are_refused():
@@ -345,7 +341,9 @@ def test_strategies_that_shard_parameters_are_refused():
         LightningCallback(X, "net.0").setup(types.SimpleNamespace(strategy=mine), Module(), "fit")
     module = Module()
     module.net[0].weight.ds_id = 0  # DeepSpeed's mark of a parameter that is elsewhere
-    trainer = types.SimpleNamespace(strategy=object(), is_global_zero=True, global_step=0)
+    trainer = types.SimpleNamespace(
+        strategy=object(), is_global_zero=True, global_step=0, callbacks=[], lr_scheduler_configs=[]
+    )
     with pytest.raises(ValueError, match="got DeepSpeed ZeRO stage 3, which shards it"):
         LightningCallback(X, "net.0").on_train_start(trainer, module)
 

@@ -1,6 +1,7 @@
 """The callback for Hugging Face's Trainer: what it reports, that training stays the same to the bit, and that it resumes."""
 
 import json
+import pickle
 import types
 
 import pytest
@@ -265,3 +266,22 @@ def test_a_trainer_measures_with_a_stabiliser_and_resumes_rows_without_the_colum
     trainer.train(resume_from_checkpoint=True)
     for before, after in zip(first, second, strict=True):
         assert after.history[:3] == before.history and steps(after) == [0, 2, 4, 6]
+
+
+def test_a_callback_pickles_before_in_and_after_a_training(tmp_path):
+    class Pickled(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                self.copy = pickle.loads(pickle.dumps(callback))
+
+    callback, within = watching(), Pickled()
+    before = pickle.loads(pickle.dumps(callback))
+    trainer = trainer_in(tmp_path / "first", callback, steps=4)
+    trainer.add_callback(within)
+    trainer.train()
+    after = pickle.loads(pickle.dumps(callback))
+    assert sorted({row["step"] for row in within.copy.history}) == [0, 2]
+    assert within.copy.history == callback.history[:4] and after.history == callback.history
+    assert before.history == []
+    trainer_in(tmp_path / "second", before, steps=4).train()
+    assert before.history == callback.history, "the copy measures as the callback does"

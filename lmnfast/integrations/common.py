@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from .._settings import Settings, completed
 from .._undisturbed import sharding_of
 from ..cutting import chosen
 from ..probe import Probe, Writer
+
+# Values of the column precision that are a dtype of about 3 digits or less.
+LOW_PRECISION = ("bfloat16", "float16")
 
 # Arguments of a Probe that change no number of a row, or that `Plan.identity` records in another way (inputs).
 NOT_IDENTITY = ("model", "inputs", "every", "budget", "compile", "writers")
@@ -79,12 +83,13 @@ class Plan:
     ) -> None:
         chosen(layers, settings.get("blocks"), ("layers", "blocks"))
         bound = inspect.signature(Probe).bind(None, inputs, layers, every=every, **settings)
-        Schedule(every)
+        self.schedule = Schedule(every)
         bound.apply_defaults()
         given = {name: value for name, value in bound.arguments.items() if name not in NOT_IDENTITY}
         measuring = ("method", "points", "rule", "budget", "stabiliser")
         checked = Settings(*(bound.arguments[name] for name in measuring))
-        later = {"observables": Chosen(given.pop("observables")).names, "stabiliser": checked.stabiliser}
+        self.observables = Chosen(given.pop("observables")).names
+        later = {"observables": self.observables, "stabiliser": checked.stabiliser}
         del given["stabiliser"]
         # Rows without these are known by what they were before there were any.
         given |= {name: value for name, value in later.items() if value}
@@ -153,6 +158,7 @@ class _StepWriter:
         """How many layers a step has. Known once the probe is made, before it measures."""
         self._log = log
         self._step = -1
+        self._low = ""
         self._observables: tuple[str, ...] = ()
         self._values: dict[str, dict[str, float]] = {}
 
@@ -162,6 +168,13 @@ class _StepWriter:
     def write(self, row: dict[str, Any]) -> None:
         if row["step"] != self._step:
             self.close()
+        if row["precision"] in LOW_PRECISION and row["precision"] != self._low:
+            self._low = row["precision"]
+            warnings.warn(
+                f"layer {row['layer']!r}: measured in {self._low}, as the model computes; its rounding counts as curvature, "
+                "and LMN may be far too large. Measure float32 copies of checkpoints (model.float()), as docs/number.md says",
+                stacklevel=2,
+            )
         self._step = row["step"]
         self._values[row["layer"]] = numbers(row, self._observables)
         if len(self._values) == self.layers:
@@ -194,6 +207,12 @@ def named(
         for layer, found in by_layer.items()
         for name, value in found.items()
     }
+
+
+def of_last_step(rows: Sequence[dict[str, Any]], observables: Iterable[str]) -> dict[str, dict[str, float]]:
+    """The `numbers` by layer of the last step of these rows."""
+    observables = tuple(observables)
+    return {row["layer"]: numbers(row, observables) for row in rows if row["step"] == rows[-1]["step"]}
 
 
 def _plain(value: Any) -> Any:

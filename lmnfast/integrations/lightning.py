@@ -7,19 +7,20 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .._extras import required
 from .._files import write_file
 from .._schedule import Every
 from ..probe import Probe
-from .common import Plan, kept_state, named, new_state, refuse_sharded, state_of
+from .common import Plan, kept_state, named, new_state, of_last_step, refuse_sharded, state_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,20 +40,26 @@ class LMNCallback(Callback):
 
     The callback has a `Probe` of the module. Steps are those of trainer.global_step, which counts one per optimizer step, also
     with accumulated gradients. Each LMN goes to the trainer's loggers as lmn/<layer>, each observable under its own name, as
-    curvature/<layer>, some steps later, under the step at which it was measured; the last ones at the end of the fit. Do not
-    use it as a metric to monitor: only rank 0 has it. Checkpoints carry the history: a resumed fit continues with it and
-    measures no step twice. Training with the callback ends in the same weights, bit for bit.
+    curvature/<layer>, some steps later, under the step at which it was measured; the last ones at the end of the fit.
+    Checkpoints carry the history: a resumed fit continues with it and measures no step twice. Training with the callback ends
+    in the same weights, bit for bit.
+
+    The same names are in trainer.callback_metrics, as float32 on the CPU. If a callback or a learning rate scheduler has one of
+    them as its monitor (ModelCheckpoint, EarlyStopping, ReduceLROnPlateau), the training waits at each measured step until its
+    values are ready, and rank 0 sends them to the other ranks. So what is monitored is always the value of the last measured
+    step, on all ranks. Otherwise nothing waits, and callback_metrics has the latest value that is ready, on rank 0 alone.
 
     One trainer may have several callbacks, each with its own rows. A checkpoint distinguishes them by inputs, layers and
     settings (a function counts by its name). The first callback that measures a layer logs lmn/<layer>, the next ones log
     lmn-2/<layer>, lmn-3/<layer> and so on, in the trainer's order.
 
-    Only rank 0 measures. It measures the module itself, not the DDP wrapper, without a collective. The other ranks wait for it
-    at their next collective. If a strategy spawns or forks its processes, rank 0 hands the history back at the end of the fit.
+    Only rank 0 measures. It measures the module itself, not the DDP wrapper. There is no collective, unless a value is
+    monitored. The other ranks wait for it at their next collective. If a strategy spawns or forks its processes, rank 0 hands
+    the history back at the end of the fit.
 
     Args:
         inputs: samples for the module's forward, on any device. Floating-point samples are converted to the dtype that the
-            trainer's precision gives its batches.
+            trainer's precision gives its batches: float64 for "64-true", bfloat16 for "bf16-true", float16 for "16-true".
         layers: as in `Probe`; names begin at the LightningModule.
         every: as in `Probe`, in optimizer steps.
         settings: the other arguments of `Probe` (until, blocks, method, points, rule, negative, stabiliser, observables,
@@ -77,6 +84,11 @@ class LMNCallback(Callback):
         self._plan = Plan(inputs, layers, every, settings)
         self._probe: Probe | None = None
         self._state = new_state()  # used until the probe exists
+        self._monitored = False
+        self._reached = 0  # the step of the last call
+        self._last: dict[
+            str, float
+        ] = {}  # the numbers of the last step whose rows are ready, by the names they are logged under
         self._expect_return()
 
     def _expect_return(self) -> None:
@@ -110,6 +122,9 @@ class LMNCallback(Callback):
         refuse_sharded(pl_module, next(iter(names & SHARDING), None))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._monitored = any(map(self._logs, _monitors(trainer)))
+        self._reached = trainer.global_step
+        self._last = {}
         if trainer.is_global_zero:
             refuse_sharded(pl_module)
 
@@ -120,14 +135,22 @@ class LMNCallback(Callback):
             if self._probe is not None:  # the probe of an earlier fit
                 self._state = state_of(self._probe) if self._probe.next_step <= step + 1 else new_state()
             self._probe = self._plan.probe(pl_module, prepare, step, self._state, partial(self._log, trainer))
+            rows = self._probe.history
+            self._publish(
+                trainer, named(of_last_step(rows, self._plan.observables), self._probe, _probes(trainer))
+            )
             self._probe.reach(step)
+        self._share(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        before, self._reached = self._reached, trainer.global_step
         if self._probe is not None and trainer.is_global_zero:
             self._probe.reach(trainer.global_step)
             self._probe.flush()
+        if self._monitored and self._plan.schedule.passed(before, trainer.global_step):
+            self._share(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -160,8 +183,39 @@ class LMNCallback(Callback):
 
     def _log(self, trainer: Trainer, step: int, by_layer: dict[str, dict[str, float]]) -> None:
         assert self._probe is not None
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set outside of the class, by its connector
-        beside = [c._probe for c in callbacks if isinstance(c, LMNCallback)]
-        values = named(by_layer, self._probe, beside)
+        values = named(by_layer, self._probe, _probes(trainer))
+        self._publish(trainer, values)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
+
+    def _logs(self, name: str) -> bool:
+        """Whether this callback logs under such a name, or may, without the layers, which other ranks do not know."""
+        return name.partition("/")[0].partition("-")[0] in ("lmn", *self._plan.observables) and "/" in name
+
+    def _publish(self, trainer: Trainer, values: dict[str, float]) -> None:
+        self._last = values
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+        )
+
+    def _share(self, trainer: Trainer) -> None:
+        """If a value is monitored: waits for those of the last measured step, and sends them to all ranks."""
+        if not self._monitored:
+            return
+        if self._probe is not None and trainer.is_global_zero:
+            self._probe.flush(wait=True)
+        if trainer.world_size > 1:
+            self._publish(trainer, trainer.strategy.broadcast(self._last))
+
+
+def _probes(trainer: Trainer) -> list[Probe | None]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set outside of the class, by its connector
+    return [callback._probe for callback in callbacks if isinstance(callback, LMNCallback)]
+
+
+def _monitors(trainer: Trainer) -> Iterator[str]:
+    """The names that the trainer's callbacks and learning rate schedulers monitor."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # as above
+    for holder in (*callbacks, *trainer.lr_scheduler_configs):
+        if isinstance(name := getattr(holder, "monitor", None), str):
+            yield name

@@ -79,6 +79,10 @@ class LMNCallback(TrainerCallback):
         # The arguments of the present event. Rows are logged within it.
         self._now: tuple[TrainingArguments, TrainerState, TrainerControl]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, deep or by pickle, has the rows. It belongs to no trainer, and to no event of one."""
+        return {name: value for name, value in vars(self).items() if name != "_now"} | {"_trainer": None}
+
     def attach(self, trainer: Trainer) -> LMNCallback:
         """Adds the callback to the trainer, after the callback that decides when to save and before those that report.
 
