@@ -195,12 +195,12 @@ def test_the_rows_of_a_table_of_several_seeds_are_their_runs():
 
 def test_names_that_matplotlib_would_hide_or_set_as_mathematics_are_shown():
     rows = probe_rows(layers=("_orig_mod.0", "cost $x", "0"))
-    for row in rows:  # pandas reads a layer called 0 as a number
-        row["layer"] = 0 if row["layer"] == "0" else row["layer"]
-    ax = plot.history(rows)
-    labels = [text.get_text() for text in ax.figure.legends[0].get_texts()]
-    assert labels == [" _orig_mod.0", r"cost \$x", "0"]
-    ax.figure.canvas.draw()
+    rows = [
+        {**row, "layer": {"0": 0}.get(row["layer"], row["layer"])} for row in rows
+    ]  # pandas reads a number
+    figure = plot.history(rows).figure
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [" _orig_mod.0", r"cost \$x", "0"]
+    figure.canvas.draw()
     assert plot.history(rows, layers="cost $x").get_title() == r"cost \$x"
     with pytest.raises(ValueError, match="layer: expected None, as the rows name no layer, got '9'"):
         plot.against([{"step": 0, "l2_norm": 1.0, "loss": 2.0}], x="l2_norm", y="loss", layer="9")
