@@ -179,11 +179,7 @@ def test_a_data_frame_is_drawn_as_its_rows():
 
 
 def test_the_rows_of_a_table_of_several_seeds_are_their_runs():
-    rows = [
-        dict(row, task="xor", seed=seed)
-        for seed in range(3)
-        for row in probe_rows(layers="a", scale=1 + seed)
-    ]
+    rows = [dict(r, task="xor", seed=s) for s in range(3) for r in probe_rows(layers="a", scale=1 + s)]
     ax = plot.history(rows)
     assert ax.get_title() == "a: median, middle half and range of 3 runs"
     assert list(ax.lines[0].get_ydata()) == [2 * s for s in (0, 1, 10, 100)]  # of the seed in the middle
@@ -195,9 +191,7 @@ def test_the_rows_of_a_table_of_several_seeds_are_their_runs():
 
 def test_names_that_matplotlib_would_hide_or_set_as_mathematics_are_shown():
     rows = probe_rows(layers=("_orig_mod.0", "cost $x", "0"))
-    rows = [
-        {**row, "layer": {"0": 0}.get(row["layer"], row["layer"])} for row in rows
-    ]  # pandas reads a number
+    rows = [{**row, "layer": {"0": 0}.get(row["layer"], row["layer"])} for row in rows]  # as pandas has it
     figure = plot.history(rows).figure
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [" _orig_mod.0", r"cost \$x", "0"]
     figure.canvas.draw()
