@@ -24,8 +24,10 @@ def write_file(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
         OSError: the file cannot be written, or the path is something else than a file.
     """
     path = path.resolve()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file to write, or none, got a directory")
     if path.exists() and not path.is_file():
-        raise OSError(f"{path}: expected a file to write, or none, got a directory or a device")
+        raise OSError(f"{path}: expected a file to write, or none, got a device or a pipe")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:

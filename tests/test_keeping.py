@@ -384,8 +384,8 @@ def test_what_is_no_file_is_not_replaced_and_a_link_is_followed(tmp_path):
     m.save(tmp_path / "link.npz")
     assert (tmp_path / "link.npz").is_symlink() and Measurement.load(tmp_path / "m.npz") == m
     os.mkfifo(tmp_path / "pipe")
-    for place in ("pipe", ""):
-        with pytest.raises(OSError, match="expected a file to write, or none, got a directory or a device"):
+    for place, what in (("pipe", "device or a pipe"), ("", "directory")):
+        with pytest.raises(OSError, match=f"expected a file to write, or none, got a {what}"):
             m.save(tmp_path / place)
     assert (tmp_path / "pipe").is_fifo()
 
