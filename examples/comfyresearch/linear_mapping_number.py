@@ -26,7 +26,7 @@ LINEAR_MAPPING_NUMBER = observable_def(
     ObservableDef(
         type="observable_linear_mapping_number",
         label="Linear mapping number",
-        hint="How many linear maps the network is on these samples: 1 if it is affine, more if it bends between them.",
+        hint="How far the network is from linear on these samples: 1 if it is affine. It grows with their number.",
         viz=VizSpec(
             variant="user",
             title="Linear mapping number",
