@@ -66,8 +66,10 @@ def _description() -> str:
     """The README as a package index can show it, which has none of the checkout's files.
 
     Links and pictures get the address that [project.urls] has as Repository, at the tag of this version. Without an address,
-    links become their text, and pictures are left out with their captions.
+    links become their text, and pictures are left out with their captions. Empty if only the extension's sources are there.
     """
+    if not (ROOT / "README.md").is_file():
+        return ""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     version = re.search(r'^version = "(.*)"', project, re.MULTILINE)
