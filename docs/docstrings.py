@@ -45,9 +45,10 @@ def _link(name: str, home: str) -> str:
     if home.startswith("lmnfast.reference") and "." not in name:
         return f"[`{name}`][lmnfast.reference.{name}]"
     if home.startswith("lmnfast.ops") and hasattr(sys.modules["lmnfast.ops"], name):
-        return f"[`{name}`][lmnfast.ops.{name}]"
+        return f"[`{name}`][lmnfast.ops.{name}.{name}]"  # the module of an op has the op's name
     for place in HOMES:
         module, _, last = f"{place}.{name}".rpartition(".")
         if hasattr(sys.modules.get(module), last):
-            return f"[`{name}`][{place}.{name}]"
+            op = f".{name}" if place == "lmnfast.ops" else ""
+            return f"[`{name}`][{place}.{name}{op}]"
     return f"`{name}`"
