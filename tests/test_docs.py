@@ -32,7 +32,9 @@ def test_the_links_of_a_page_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
         place = page.parent / target if target else page
-        left_out = place.suffix in (".png", ".gz") and not (ROOT / ".git").exists()  # of a source distribution
+        left_out = (
+            place.suffix in (".png", ".gz") and not (ROOT / ".git").exists()
+        )  # of a source distribution
         assert place.exists() or left_out, f"{page.name}: {target}"
         if anchor:
             titles = re.findall(r"^#+ (.*)$", place.read_text(), re.MULTILINE)
