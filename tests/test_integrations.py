@@ -195,7 +195,7 @@ def finished(run, folder):
     run.finish()
     for _ in range(600):
         records = list(wandb_records(folder))
-        if records and records[-1].WhichOneof("record_type") == "exit":
+        if any(record.WhichOneof("record_type") == "exit" for record in records):  # others may follow it
             return records
         time.sleep(0.1)
     raise TimeoutError(f"no end of the run in {folder} after a minute")
