@@ -10,6 +10,8 @@ from ._checks import Checks, all_finite
 from ._outputs import Calls, out_of_memory, outputs_of, widened
 from ._tiles import CPU_TILE_DIFFERENTIATED
 
+Rows = Callable[[int, int], Tensor]  # features of the samples from one number to another
+
 
 def check_jacobian(J: Tensor, begin: int = 0) -> None:
     if all_finite(J):
@@ -21,7 +23,7 @@ def check_jacobian(J: Tensor, begin: int = 0) -> None:
 
 def differentiated_features(
     f: Calls, x: Tensor, y: Tensor, allocated: int, affine: bool, checks: Checks
-) -> Callable[[int, int], Tensor]:
+) -> Rows:
     differentiated = Differentiated(f, x, y, allocated, CPU_TILE_DIFFERENTIATED // 4, checks)
 
     def rows(begin: int, end: int) -> Tensor:

@@ -12,26 +12,26 @@ from torch import Tensor
 from . import _native, ops
 from ._chain import IDENTITY, Activation, Chain
 from ._checks import Checks, Findings
-from ._differentiated import check_jacobian, differentiated_features
+from ._differentiated import Rows, check_jacobian, differentiated_features
 from ._outputs import Calls
 from ._threads import lapack_on_one_core
 from .ops._checks import KERNEL_DTYPES
 from .ops.jacobian import at_once
 from .ops.jacobian_distance import (
+    LARGEST,
+    SMALLEST,
     has_isometry,
     isometry_distance,
     jacobian_connectivity,
     jacobian_features,
     jacobian_isometry,
+    largest_magnitude,
 )
 
 # Bytes of features held at a time: all features at once, or two tiles. The kernel packs the second samples' features once more.
 ALL_FEATURES = 24 * 2**20
 TILE_FEATURES = 8 * 2**20
 TILE_ROWS = 1024  # more rows would only make the tile of the result larger than the tiles of the features
-
-# Squares and products of numbers between these are right. Rows are scaled by a power of two, which changes no digit.
-TINY, HUGE = 2.0**-400, 2.0**400
 
 # Largest relative error of a squared distance by the features of `_isometry`; a distance is promised to 1e-4.
 ISOMETRY_ERROR = 1e-6
@@ -113,7 +113,7 @@ def compare_differentiated(
     return compare_rows(rows, x, y.shape[1] * (x[0].numel() + affine), kind)
 
 
-def compare_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind: Kind) -> Tensor:
+def compare_rows(rows: Rows, x: Tensor, width: int, kind: Kind) -> Tensor:
     """The same for rows of features, in place of Jacobians."""
     dtype = _result_dtype(x)
     if kind == "connectivity" and not _native.on_cuda(x):
@@ -124,9 +124,6 @@ def compare_rows(rows: Callable[[int, int], Tensor], x: Tensor, width: int, kind
     return tiled(rows, len(x), width, dtype, distance)
 
 
-Rows = Callable[[int, int], Tensor]
-
-
 class Scaled:
     """Rows of features divided by one power of two, about the largest magnitude in them. On the CPU alone.
 
@@ -135,7 +132,8 @@ class Scaled:
     """
 
     def __init__(self, rows: Rows) -> None:
-        self._rows, self._exponent = rows, -2000
+        self._rows = rows
+        self._exponent: int | None = None
 
     def of(self, use: Callable[[Rows], Tensor]) -> Tensor:
         """`use` of these rows."""
@@ -147,10 +145,10 @@ class Scaled:
 
     def _divided(self, begin: int, end: int) -> Tensor:
         features = self._rows(begin, end)
-        largest = float(_magnitude(features))
+        largest = largest_magnitude(features)
         # 2^-1000 to 2^1000: a factor beyond them is no float64.
         exponent = max(-1000, min(1000, math.frexp(largest)[1])) if largest > 0 else -1000
-        if self._exponent == -2000:
+        if self._exponent is None:
             self._exponent = exponent
         elif exponent > self._exponent + 400:
             self._exponent = exponent
@@ -162,15 +160,11 @@ class _Larger(Exception):
     """Rows are so much larger than the first that their squares overflow."""
 
 
-def _magnitude(features: Tensor) -> Tensor:
-    return torch.stack(torch.aminmax(features)).abs().amax()
-
-
 def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _checked(rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+def _checked(rows: Rows) -> Rows:
     def checked(begin: int, end: int) -> Tensor:
         features = rows(begin, end)
         check_jacobian(features, begin)
@@ -179,9 +173,7 @@ def _checked(rows: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]
     return checked
 
 
-def _name_what_is_not_finite(
-    rows: Callable[[int, int], Tensor], width: int, x: Tensor, matrix: Tensor, kind: Kind
-) -> None:
+def _name_what_is_not_finite(rows: Rows, width: int, x: Tensor, matrix: Tensor, kind: Kind) -> None:
     """Raises the error behind a matrix that is not finite: a row of features, or in a connectivity an entry.
 
     Does not raise for a distance that overflows though its rows are finite.
@@ -229,9 +221,7 @@ def _of_one_hidden(
     )
 
 
-def _features_on_device(
-    chain: Chain, x: Tensor, affine: bool
-) -> tuple[Callable[[int, int], Tensor], int, Tensor]:
+def _features_on_device(chain: Chain, x: Tensor, affine: bool) -> tuple[Rows, int, Tensor]:
     """`chain_features` by these kernels, and the error of B as `jacobian_isometry` gives it."""
     first, last = chain.weights
     B, lost = jacobian_isometry(first, last)
@@ -244,9 +234,7 @@ def _features_on_device(
     return rows, len(first) + affine * len(last), lost
 
 
-def chain_features(
-    chain: Chain, x: Tensor, affine: bool, with_isometry: bool = True
-) -> tuple[Callable[[int, int], Tensor], int]:
+def chain_features(chain: Chain, x: Tensor, affine: bool, with_isometry: bool = True) -> tuple[Rows, int]:
     """A function that gives the features of a chain for samples from begin to end; and the number of features.
 
     Two rows of features are as far apart as the samples' Jacobians.
@@ -287,7 +275,7 @@ def _isometry(chain: Chain) -> Tensor | None:
     if sum(a.name != "identity" for a in chain.activations) > 1:
         return None
     first, last = chain.weights[0], chain.weights[-1]
-    if not all(TINY**0.5 <= float(_magnitude(weight)) <= HUGE**0.5 for weight in (first, last)):
+    if not all(SMALLEST**0.5 <= largest_magnitude(weight) <= LARGEST**0.5 for weight in (first, last)):
         return None
     if chain.activations[0] != IDENTITY:
         M = last.square().sum(0).diag()
@@ -352,7 +340,7 @@ def _tile_rows(samples: int, width: int) -> int:
 
 
 def tiled(
-    rows: Callable[[int, int], Tensor],
+    rows: Rows,
     samples: int,
     width: int,
     dtype: torch.dtype,
@@ -411,7 +399,7 @@ def _connectivity(rows: Rows, x: Tensor, width: int, dtype: torch.dtype) -> Tens
         L[end:, begin:end] = entries[:, end - begin :].mT
     # Jacobians so small that their squares vanish beside the others' are compared on their own scale. Samples whose units are
     # all dead have such.
-    (small,) = ((largest_of > 0) & (largest_of < TINY)).nonzero(as_tuple=True)
+    (small,) = ((largest_of > 0) & (largest_of < SMALLEST)).nonzero(as_tuple=True)
     if len(small) > 1:
 
         def alone(begin: int, end: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import _native, ops
 from ._chain import IDENTITY, Chain
-from ._differentiated import check_jacobian, differentiated_features
+from ._differentiated import Rows, check_jacobian, differentiated_features
 from ._features import Scaled, chain_features, merged, tiled
 from ._prepare import Prepared, prepared
 from ._route import REGIONS
@@ -170,7 +170,7 @@ def jacobian_gram(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return Scaled(rows).of(lambda divided: _gram(divided, len(function.x), width))
 
 
-def _features(function: Prepared) -> tuple[Callable[[int, int], Tensor], int]:
+def _features(function: Prepared) -> tuple[Rows, int]:
     """Rows whose inner products are those of the Jacobians, from sample to sample, and the length of a row."""
     x, chain = function.x, function.chain
     if chain is not None and any(a != IDENTITY for a in chain.activations):
@@ -195,7 +195,7 @@ def _features(function: Prepared) -> tuple[Callable[[int, int], Tensor], int]:
     return differentiated, function.ends.shape[1] * x[0].numel()
 
 
-def _gram(rows: Callable[[int, int], Tensor], samples: int, width: int) -> Tensor:
+def _gram(rows: Rows, samples: int, width: int) -> Tensor:
     """``A.T @ A`` or ``A @ A.T`` of the rows A (samples, width), whichever is smaller."""
     most = max(1, ALL_JACOBIANS // (16 * width))
     if width <= samples:

@@ -75,13 +75,15 @@ def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torc
         return first.new_empty(len(first), len(second), dtype=dtype)
     if first.device.type != "cpu":
         return _measured(first, second, squared, dtype)
-    largest = _largest(first) if same else _largest(first, second)
+    largest = largest_magnitude(first) if same else largest_magnitude(first, second)
     if SMALLEST <= largest <= LARGEST or largest == 0:
         return _measured(first, second, squared, dtype)
     # The scale is a power of two, so that no digit changes. Inf becomes NaN: with Inf the distance to every row would be 0,
     # because the squared distance would not be above the rounding of the squared norm.
     first, second = (v.masked_fill(v.isinf(), math.nan) for v in (first, second))
-    exponent = max(-1000, min(1000, math.frexp(_largest(first.nan_to_num(0.0), second.nan_to_num(0.0)))[1]))
+    exponent = max(
+        -1000, min(1000, math.frexp(largest_magnitude(first.nan_to_num(0.0), second.nan_to_num(0.0)))[1])
+    )
     first = first * 2.0**-exponent
     second = first if same else second * 2.0**-exponent
     result = _measured(first, second, squared, torch.float64)
@@ -90,7 +92,7 @@ def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torc
     return result.to(dtype)
 
 
-def _largest(*features: Tensor) -> float:
+def largest_magnitude(*features: Tensor) -> float:
     """The largest magnitude, or NaN if a value is NaN. Waits for the device."""
     extremes = torch.stack([extreme for v in features for extreme in torch.aminmax(v)])
     return float(extremes.abs().max())
