@@ -41,19 +41,22 @@ class Module(L.LightningModule):
         return made[0] if self.count == 1 else made
 
 
-def fit(callbacks, steps=10, module=None, ckpt_path=None, logger=False, **settings):
-    L.seed_everything(0, verbose=False)
-    module = module or Module()
-    trainer = L.Trainer(
-        max_steps=steps,
+def trainer_of(callbacks, logger=False, **settings):
+    """A trainer on the CPU that prints nothing, and saves only what a callback saves."""
+    return L.Trainer(
         accelerator="cpu",
         callbacks=callbacks,
         logger=logger,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=1,
         **settings,
     )
+
+
+def fit(callbacks, steps=10, module=None, ckpt_path=None, **settings):
+    L.seed_everything(0, verbose=False)
+    module = module or Module()
+    trainer = trainer_of(callbacks, max_steps=steps, log_every_n_steps=1, **settings)
     trainer.fit(module, DataLoader(TensorDataset(X, LABELS), 8, shuffle=True), ckpt_path=ckpt_path)
     return module

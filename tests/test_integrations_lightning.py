@@ -14,7 +14,7 @@ from contextlib import suppress
 import lightning.pytorch as L
 import pytest
 import torch
-from fitted import LABELS, Module, fit
+from fitted import LABELS, Module, fit, trainer_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import Precision
@@ -98,10 +98,7 @@ def test_a_second_fit_starts_anew():
 
 def test_fitting_further_goes_on():
     callback, module = LightningCallback(X[:20], "net.0", every=2), Module()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(
-        accelerator="cpu", callbacks=[callback], enable_model_summary=False, max_epochs=1, **quiet
-    )
+    trainer = trainer_of([callback], max_epochs=1)
     for epochs in (1, 2):
         trainer.fit_loop.max_epochs = epochs
         trainer.fit(module, DataLoader(TensorDataset(X, LABELS), 16))
@@ -215,7 +212,7 @@ def test_other_ranks_measure_nothing_and_do_not_wait():
     assert callback.history == [] and callback.state_dict()["rows"] == []
 
 
-DDP = """
+BEGINNING = """
 import os
 import socket
 
@@ -243,33 +240,38 @@ class Module(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+x = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+batches = DataLoader(TensorDataset(x), 4)
+stop = EarlyStopping("lmn/net.0", check_on_train_epoch_end=True)  # it reads the value on each rank
+settings = {
+    "max_steps": 4, "accelerator": "cpu", "devices": 2, "logger": False,
+    "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+}
+"""
+
+DDP = """
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 second = os.fork()  # behind the imports, which take longest: where there is a rank, Lightning starts no process
 os.environ["LOCAL_RANK"] = "0" if second else "1"
-x, weights = torch.randn(32, 5, generator=torch.Generator().manual_seed(0)), []
-stop = EarlyStopping("lmn/net.0", check_on_train_epoch_end=True)  # it reads the value on each rank
+weights = []
 for callbacks in [], [LMNCallback(x[:20], "net.0", every=2), stop]:
     module = Module()
-    L.Trainer(
-        max_steps=4, accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    ).fit(module, DataLoader(TensorDataset(x), 4))
+    L.Trainer(strategy="ddp", callbacks=callbacks, **settings).fit(module, batches)
     weights.append([p.detach().clone() for p in module.parameters()])
 assert all(map(torch.equal, *weights))
 steps = [row["step"] for row in callbacks[0].history]
 print("rank", module.global_rank, "measured", steps, "monitored", stop.best_score.item(), flush=True)
 if second:
     assert stop.best_score.item() == torch.tensor(callbacks[0].history[-1]["lmn"]).item()
-if second:
     assert os.waitpid(second, 0)[1] == 0
 """
 
 
 def said_by(folder, script):
-    """What a script that starts processes prints."""
-    (folder / "ddp.py").write_text(script)
+    """What a script that starts processes prints. All such scripts begin alike."""
+    (folder / "ddp.py").write_text(BEGINNING + script)
     with subprocess.Popen(
         [sys.executable, "ddp.py"], stdout=-1, stderr=-1, text=True, cwd=folder, start_new_session=True
     ) as process:
@@ -290,39 +292,10 @@ def test_two_processes_train_as_without_and_the_first_measures(tmp_path):
 
 
 LAUNCHED = """
-import lightning.pytorch as L
-import torch
-from lightning.pytorch.callbacks import EarlyStopping
-from torch.utils.data import DataLoader, TensorDataset
-
-from lmnfast.integrations.lightning import LMNCallback
-
-
-class Module(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.SiLU(), torch.nn.Linear(8, 3))
-
-    def training_step(self, batch, index):
-        return self.net(batch[0]).square().mean()
-
-    def forward(self, x):
-        return self.net(x)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
 if __name__ == "__main__":
-    x = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
     callback = LMNCallback(x[:20], "net.0", every=2)
-    stop = EarlyStopping("lmn/net.0", check_on_train_epoch_end=True)
-    trainer = L.Trainer(
-        max_steps=4, accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[callback, stop], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )
-    trainer.fit(Module(), DataLoader(TensorDataset(x), 4))
+    trainer = L.Trainer(strategy="ddp_fork", callbacks=[callback, stop], **settings)
+    trainer.fit(Module(), batches)
     last = trainer.callback_metrics["lmn/net.0"].item() == torch.tensor(callback.history[-1]["lmn"]).item()
     print("measured", [row["step"] for row in callback.history], "the last is monitored", last)
 """

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
-from fitted import LABELS, Module, fit
+from fitted import LABELS, Module, fit, trainer_of
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from logged import X, same_weights, steps
 from torch.utils.data import DataLoader, TensorDataset
@@ -89,15 +89,7 @@ class Slow(Probe):
 def validated(callbacks, module=None, **settings):
     L.seed_everything(0, verbose=False)
     module = module or Validated()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    trainer = trainer_of(callbacks, **settings)
     data = DataLoader(TensorDataset(X, LABELS), 16)  # four steps an epoch
     trainer.fit(module, data, DataLoader(TensorDataset(X, LABELS), 64))
     return trainer, module
