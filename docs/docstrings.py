@@ -1,8 +1,8 @@
 """What griffe, which reads the docstrings for the API pages, does to them: an example becomes a block of code, a role as
 ``:func:`measure` `` becomes a link, and arguments that share an entry get one each."""
 
+import pkgutil
 import re
-import sys
 from typing import Any
 
 import griffe
@@ -38,17 +38,13 @@ def _arguments_apart(text: str) -> str:
 
 
 def _link(name: str, home: str) -> str:
-    import lmnfast.ops
-    import lmnfast.quadrature
-    import lmnfast.reference  # noqa: F401
-
-    if home.startswith("lmnfast.reference") and "." not in name:
-        return f"[`{name}`][lmnfast.reference.{name}]"
-    if home.startswith("lmnfast.ops") and hasattr(sys.modules["lmnfast.ops"], name):
-        return f"[`{name}`][lmnfast.ops.{name}.{name}]"  # the module of an op has the op's name
-    for place in HOMES:
-        module, _, last = f"{place}.{name}".rpartition(".")
-        if hasattr(sys.modules.get(module), last):
-            op = f".{name}" if place == "lmnfast.ops" else ""
-            return f"[`{name}`][{place}.{name}{op}]"
+    """A link to a name as the docstrings of the module `home` say it; only the name if it is nothing public."""
+    own = [place for place in HOMES if f"{home}.".startswith(f"{place}.")][-1:]
+    for place in (*own, *HOMES):
+        try:
+            pkgutil.resolve_name(f"{place}.{name}")
+        except (ImportError, AttributeError):
+            continue
+        op = f".{name}" if place == "lmnfast.ops" else ""  # the module of an op has the op's name
+        return f"[`{name}`][{place}.{name}{op}]"
     return f"`{name}`"

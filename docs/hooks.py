@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-# Files of the checkout that are pages of the site under another name.
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+INCLUDED = {
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}  # pages that are files of the checkout
+PAGES = {
+    "README.md": "index.md",
+    **{file: page for page, file in INCLUDED.items()},
+}  # where links to such files lead
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by mkdocs for each page."""
     source = Path(page.file.src_uri)
-    if included := next(
-        (name for name, uri in PAGES.items() if uri == str(source) and uri != "index.md"), None
-    ):
+    if included := INCLUDED.get(page.file.src_uri):
         source, markdown = Path("..", included), (ROOT / included).read_text()
     markdown = re.sub(r"{{help (\w+)}}", lambda command: _help(command[1]), markdown)
     return re.sub(
