@@ -396,7 +396,7 @@ def test_cuda_is_waited_for_once(measure, wrap, widths, device, waits, monkeypat
     if not _native.on_cuda(torch.empty(0, device=device)):
         pytest.skip("the CPU is not waited for")
     # The emulated kernels' distances are scaled as the CPU's are.
-    monkeypatch.setattr(sys.modules["lmnfast.ops.jacobian_distance"], "_largest", lambda *_: 1.0)
+    monkeypatch.setattr(sys.modules["lmnfast.ops.jacobian_distance"], "largest_magnitude", lambda *_: 1.0)
     f, x = wrap(network(*widths)).to(device), samples(40, 20).to(device)
     measure(f, x)
     assert len(waits) == 1
