@@ -99,6 +99,30 @@ struct HermiteConnectivity : PathConnectivity<T> {
   bool midpoint;
 };
 
+/// The gradient of sum over pairs of gradient * r2 in the weights of the chain and in its samples. The path from sample i to
+/// sample j has nodes m with weights omega_m, also at its ends. delta_m is the gradient in the outputs at node m:
+///   delta_m = omega_m (P (t_m - mean t) - Q (e_m - mean e)),   P = 2 g u ((1 - r2) + u te),   Q = 2 g u^2 var(t),
+/// per output, with u = cov / (var(t) var(y) + stabiliser), te = sum omega (t - mean t) e, and g = gradient / outputs. If
+/// `pools`, the gradient is of the pooled r2; docs/mathematics.md has P and Q of it. Every number is one of a difference that
+/// the kernels know without cancellation.
+///
+/// Each delta goes back through the activations and the weights. A value of the chain at an interior node has the adjoint
+/// a_m. The results are sums of adjoints, from which Python makes the gradients (lmnfast/ops/path_connectivity_backward.py):
+/// what depends on a sample alone is left to it. Pairs that T cannot resolve have kUnresolved in `connectivity`, and no part in
+/// the sums. `connectivity`, `pooled` and `counts` are as of PathConnectivity. On CUDA `exact` and `inputs` are null.
+template <class T>
+struct PathConnectivityBackward : PathConnectivity<T> {
+  const T* gradient;  // [samples, samples], where the entries (i, j) and (j, i) are added; or [pairs]
+  // [layers], of [widths[l + 1], widths[l]]: the sum over pairs and interior nodes of the adjoint of value 2 (l + 1) times the
+  // chord residual of value 2 l + 1
+  double* products = nullptr;
+  // For value 0, for each value 2 l, and for each value 2 l + 1 that has a shift, in the order of their numbers, [samples,
+  // width]: the sum over the pairs of a sample and the interior nodes of the value's adjoint, times 1 - t_m for the sample at
+  // t = 0 and t_m for the sample at t = 1
+  double* sums = nullptr;
+  double* ends = nullptr;  // [samples, widths[layers]]: the sum over the pairs of a sample of delta at the sample's own end
+};
+
 /// Mean over outputs of r2 along each path, from f's outputs at the interior nodes and at the samples.
 template <class T>
 struct PathR2 {
@@ -280,15 +304,16 @@ struct Linear {
 #define LMN_BOTH(X, Op) X(Op<float>) X(Op<double>)
 
 // Ops with a kernel in csrc/cpu and one in csrc/cuda.
-#define LMN_ON_BOTH(N, X)   \
-  N(X, BlockCoefficients)   \
-  N(X, CheckOutputs)        \
-  N(X, HermiteConnectivity) \
-  N(X, Jacobian)            \
-  N(X, JacobianDistance)    \
-  N(X, Linear)              \
-  N(X, PathConnectivity)    \
-  N(X, PathR2)              \
+#define LMN_ON_BOTH(N, X)        \
+  N(X, BlockCoefficients)        \
+  N(X, CheckOutputs)             \
+  N(X, HermiteConnectivity)      \
+  N(X, Jacobian)                 \
+  N(X, JacobianDistance)         \
+  N(X, Linear)                   \
+  N(X, PathConnectivity)         \
+  N(X, PathConnectivityBackward) \
+  N(X, PathR2)                   \
   N(X, SpectralEntropy)
 // Ops with a kernel in csrc/cuda only.
 #define LMN_ON_CUDA_ALONE(N, X) \

@@ -134,38 +134,73 @@ def resolve(
     counts, dtype, stabiliser = entries.counts, entries.L.dtype, entries.stabiliser
     if int(counts[1]) == 0:
         return
-    epsilon, inputs = torch.finfo(dtype).eps, x if inputs is None else inputs
+    inputs = x if inputs is None else inputs
     on_device = nodes.to(x.device)
     for at, first, second in entries.unresolved(max(1, points // len(nodes))):
-        equal = (inputs[first] == inputs[second]).flatten(1).all(1)
-        same = equal | _agree(x[first], x[second])
-        others = (~same).nonzero()[:, 0]  # waits once on CUDA
         entry = torch.ones(len(first), dtype=dtype, device=x.device)
         if stabiliser:  # between samples that only agree, the outputs are constant
-            entry[same & ~equal] = 0.0
+            equal = _equal(inputs, first, second)
+            entry[_agree(x[first], x[second]) & ~equal] = 0.0
         pool = None if entries.pooled is None else entry.clone()
-        if len(others) == 0:
-            entries.write(at, entry, pool)
-            continue
-        first, second = first[others], second[others]
-        samples = x[first].double(), x[second].double()
-        y, least = _path(values, *samples, on_device, midpoint, dtype)
-        ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
-        close = are_close(*samples)[:, None]
-        rounding = ends * torch.where(close, _DOUBLE_EPSILON, epsilon)
-        # If the terms of an output cancel, their rounding remains. Between close samples this rounding may be the largest part.
-        if least is not None:
-            rounding = torch.where(close, torch.maximum(rounding, least), rounding)
-        if noise is not None:
-            rounding = torch.maximum(rounding, torch.maximum(noise[first], noise[second]))
-        r2, constant = r2_of_outputs(y, nodes, weights, rounding, stabiliser=stabiliser)
-        entry[others] = r2.mean(1).clamp(0, 1).to(dtype)  # rounding may exceed 1
-        if pool is not None:
-            pooled = pooled_r2_of_outputs(y, nodes, weights, rounding, stabiliser=stabiliser)
-            pool[others] = pooled.clamp(0, 1).to(dtype)
+        others, y, rounding = outputs_on_paths(
+            values, x, first, second, on_device, dtype, inputs, midpoint=midpoint, noise=noise
+        )
+        if len(others):
+            r2, constant = r2_of_outputs(y, nodes, weights, rounding, stabiliser=stabiliser)
+            entry[others] = r2.mean(1).clamp(0, 1).to(dtype)  # rounding may exceed 1
+            if pool is not None:
+                pooled = pooled_r2_of_outputs(y, nodes, weights, rounding, stabiliser=stabiliser)
+                pool[others] = pooled.clamp(0, 1).to(dtype)
+            counts[0] += constant.sum()
         entries.write(at, entry, pool)
-        counts[0] += constant.sum()
     counts[1] = 0
+
+
+def outputs_on_paths(
+    values: Values,
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    nodes: Tensor,
+    dtype: torch.dtype,
+    inputs: Tensor,
+    *,
+    midpoint: bool | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs in float64 along the paths of some pairs.
+
+    Args:
+        values, x, inputs, midpoint, noise: as in `resolve`.
+        first, second: (pairs,) int64.
+        nodes: (nodes,) float64, on x's device.
+        dtype: of the connectivity.
+
+    Returns:
+        The places of the pairs of different samples; the outputs on their paths (places, nodes, K), 0 for an output that is
+        nothing but rounding; and the rounding of each output (places, K), as `r2_of_outputs` takes it.
+    """
+    same = _equal(inputs, first, second) | _agree(x[first], x[second])
+    others = (~same).nonzero()[:, 0]  # waits once on CUDA
+    if len(others) == 0:
+        return others, x.new_empty(0), x.new_empty(0)
+    first, second = first[others], second[others]
+    samples = x[first].double(), x[second].double()
+    y, least = _path(values, *samples, nodes, midpoint, dtype)
+    ends = torch.maximum(y[:, 0].abs(), y[:, -1].abs())
+    close = are_close(*samples)[:, None]
+    rounding = ends * torch.where(close, _DOUBLE_EPSILON, torch.finfo(dtype).eps)
+    # If the terms of an output cancel, their rounding remains. Between close samples this rounding may be the largest part.
+    if least is not None:
+        rounding = torch.where(close, torch.maximum(rounding, least), rounding)
+    if noise is not None:
+        rounding = torch.maximum(rounding, torch.maximum(noise[first], noise[second]))
+    return others, y, rounding
+
+
+def _equal(inputs: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Whether two samples are the same one. (pairs,) bool."""
+    return (inputs[first] == inputs[second]).flatten(1).all(1)
 
 
 def _agree(first: Tensor, second: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The truth in the tests, the rival in the benchmarks, the fallback where a kernel
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,10 +54,11 @@ def r2_of_outputs(
     Returns:
         (..., outputs) of y's dtype, and (..., outputs) bool.
     """
-    covariance, variance, variance_t, scale, constant = _moments(y, nodes, weights, rounding)
+    covariance, variance, variance_t, scale, constant, _ = _moments(y, nodes, weights, rounding)
     # In the units of the other two. A float over a tensor would be the float times 1 / tensor, which overflows.
     added = scale.new_tensor(stabiliser) / scale / scale
-    r2 = covariance**2 / (variance_t * variance + added)
+    # The 1 keeps autograd from 0 / 0.
+    r2 = covariance**2 / torch.where(constant, 1.0, variance_t * variance + added)
     return torch.where(constant, 0.0 if stabiliser else 1.0, r2), constant
 
 
@@ -73,20 +74,23 @@ def pooled_r2_of_outputs(
     Returns:
         (...) of y's dtype; 1 where all outputs are constant, 0 with a stabiliser.
     """
-    covariance, variance, variance_t, scale, constant = _moments(y, nodes, weights, rounding)
+    covariance, variance, variance_t, scale, constant, _ = _moments(y, nodes, weights, rounding)
     common = torch.where(constant, 0.0, scale).amax(-1, keepdim=True)
     common = torch.where(common > 0, common, 1.0)
     factor = torch.where(constant, 0.0, (scale / common) ** 2)
     on_line, all_of_it = (covariance**2 * factor).sum(-1), variance_t * (variance * factor).sum(-1)
     common = common.squeeze(-1)
-    r2 = on_line / (all_of_it + common.new_tensor(stabiliser) / common / common)
-    return torch.where(constant.all(-1), 0.0 if stabiliser else 1.0, r2)
+    none = constant.all(-1)
+    r2 = on_line / torch.where(none, 1.0, all_of_it + common.new_tensor(stabiliser) / common / common)
+    return torch.where(none, 0.0 if stabiliser else 1.0, r2)
 
 
 def _moments(
     y: Tensor, nodes: Tensor, weights: Tensor, rounding: Tensor | None
-) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
-    """Covariance with t and variance of each output over its `scale`; the variance of t; the scale; which are constant."""
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor, Tensor]:
+    """Covariance with t and variance of each output over its `scale`; the variance of t; the scale; which are constant; and the
+    centred outputs over their scale.
+    """
     t = nodes - weights @ nodes
     variance_t = float(weights @ t**2)
     weights, t = (v.to(y)[:, None] for v in (weights, t))
@@ -99,7 +103,7 @@ def _moments(
     covariance, variance = (weights * t * centred).sum(-2), (weights * centred**2).sum(-2)
     scale = scale.squeeze(-2)
     constant = scale * variance.sqrt() <= CONSTANT_ULPS * rounding
-    return covariance, variance, variance_t, torch.where(scale > 0, scale, 1.0), constant
+    return covariance, variance, variance_t, torch.where(scale > 0, scale, 1.0), constant, centred
 
 
 def path_r2(
@@ -173,6 +177,44 @@ def path_connectivity(
         r2 = r2_along_path(y, nodes, weights, stabiliser=stabiliser, pooled=pooled)
         result[i, i + 1 :] = torch.where(coincident, 1.0, r2)
     return result.triu() + result.triu(1).mT
+
+
+def path_connectivity_backward(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    gradient: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    parameters: Sequence[Tensor] = (),
+    *,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
+) -> list[Tensor]:
+    """Gradients of ``(gradient * L).sum()`` with L of :func:`path_connectivity`, by automatic differentiation.
+
+    Args:
+        f: maps (B, *in) to (B, *out), differentiable; the outputs are flattened.
+        x: (N, *in), the samples.
+        gradient: (N, N), for every entry of L.
+        nodes, weights: (nodes,) float64, as above.
+        parameters: the tensors beside x in which the gradients are taken. They require grad.
+        stabiliser, pooled: as in :func:`r2_along_path`.
+
+    Returns:
+        The gradients in x and in each of the parameters, of their shapes.
+
+    Example:
+        >>> rule = lmnfast.quadrature.path_nodes("uniform", 21)
+        >>> x, weight = torch.randn(5, 3), torch.randn(2, 3, requires_grad=True)
+        >>> f = lambda x: torch.tanh(x @ weight.T)
+        >>> dx, dw = lmnfast.reference.path_connectivity_backward(f, x, torch.ones(5, 5), *rule, [weight])
+        >>> dx.shape, dw.shape
+        (torch.Size([5, 3]), torch.Size([2, 3]))
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        L = path_connectivity(f, x, nodes, weights, stabiliser=stabiliser, pooled=pooled)
+        return list(torch.autograd.grad(L, [x, *parameters], gradient, materialize_grads=True))
 
 
 def block_coefficients(

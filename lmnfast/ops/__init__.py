@@ -12,6 +12,7 @@ from .hermite_connectivity import hermite_connectivity
 from .jacobian import jacobian
 from .jacobian_distance import jacobian_distance
 from .path_connectivity import path_connectivity
+from .path_connectivity_backward import path_connectivity_backward
 from .path_r2 import path_r2
 from .spectral_entropy import spectral_entropy
 from .symmetric_eigenvalues import symmetric_eigenvalues
@@ -23,6 +24,7 @@ __all__ = [
     "jacobian",
     "jacobian_distance",
     "path_connectivity",
+    "path_connectivity_backward",
     "path_r2",
     "spectral_entropy",
     "symmetric_eigenvalues",

@@ -156,10 +156,15 @@ def parts_of(number: int, *arguments: Any) -> list[Any]:
     return [one(argument) for argument in arguments]
 
 
-def hoisted(chain: Chain | ChainStack, x: Tensor) -> Hoisted:
+def hoisted(
+    chain: Chain | ChainStack,
+    x: Tensor,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _native.linear,
+) -> Hoisted:
+    """linear: the product that is applied to the samples, with float64 results."""
     linears, activations = list(zip(chain.weights, chain.biases)), list(chain.activations)
     z = x.flatten(chain.weights[0].dim() - 1)
-    if chain.skips or not linears or activations[0].name != "identity":  # otherwise _native.linear converts z
+    if chain.skips or not linears or activations[0].name != "identity":  # otherwise `linear` converts z
         z = z.double()
     if linears and activations[-1].name == "identity":
         # The last bias is left out. A constant that is added to an output does not change r2. But it would change the rounding
@@ -172,7 +177,7 @@ def hoisted(chain: Chain | ChainStack, x: Tensor) -> Hoisted:
     while linears and activations[0].name == "identity" and (len(affine) == 1 or skips):
         weight, bias = linears.pop(0)
         activations.pop(0)
-        z = _native.linear(z, weight, bias)
+        z = linear(z, weight, bias)
         value = 2 * len(affine)
         z = z + affine[skips[value]] if value in skips else z
         affine[value] = z

@@ -235,13 +235,13 @@ def fake(*arguments: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes and dtypes that `run` returns for the same arguments, without midpoint. Tensors need no values."""
     z, given = arguments[0], {**dict(zip(OPTIONAL, arguments[9:])), **more}
     pooled, first = given.pop("pooled", False), given.get("first")
-    _check(*arguments[:9], **given, fake=True)
+    check_arguments(*arguments[:9], **given, fake=True)
     shape = (*z.shape[:-1], z.shape[-2]) if first is None else first.shape
     counts = z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
     return z.new_empty(shape), counts, z.new_empty(shape if pooled else (0,))
 
 
-def _check(
+def check_arguments(
     z: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -367,7 +367,7 @@ def run(
         L, counts and pooled, see `ChainConnectivity`; pooled is (0,) if it was not asked for.
     """
     chain = z, weights, biases, activations, parameters, skips, shifts
-    widths = _check(*chain, nodes, node_weights, exact, inputs, stabiliser, first, second)
+    widths = check_arguments(*chain, nodes, node_weights, exact, inputs, stabiliser, first, second)
     if not _native.HAS_CORE:
         how = nodes, node_weights, midpoint, Statistic(stabiliser, pooled)
         return by_reference(parts_of_arguments(*chain), z, z.dtype, *how, first, second)

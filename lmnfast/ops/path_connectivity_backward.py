@@ -1,0 +1,427 @@
+"""``lmnfast::path_connectivity_backward``: gradients of a chain's linear connectivity, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native
+from .._chain import IDENTITY, Activation, Chain
+from .._r2_gradient import r2_gradient
+from .._settings import Statistic
+from .._unresolved import UNRESOLVED, Entries, ListEntries, outputs_on_paths
+from ._by_reference import parts_of_arguments
+from ._checks import check_tensor
+from ._hoisted import Hoisted, hoisted, slopes_behind
+from .path_connectivity import check_arguments
+
+
+def path_connectivity_backward(
+    chain: Chain,
+    x: Tensor,
+    gradient: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    *,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
+) -> list[Tensor]:
+    """``reference.path_connectivity_backward`` of a chain, in its samples, weights and biases, fused.
+
+    No path is stored: the outputs along the paths are computed again, and with them the gradients go back through the layers.
+    The chord of every layer is split off, so that what is summed over nodes is the residual from it. All sums over pairs are
+    float64 and have one order, so the bits are the same for any thread count. Pairs that float32 cannot resolve are
+    differentiated in float64, as `path_connectivity` measures them. The gradient of an output that is constant to rounding is
+    0; at a kink of an activation it is PyTorch's.
+
+    Args:
+        chain: weights on the samples' device, of their dtype.
+        x: (N, D), or (N, *in) where the chain flattens.
+        gradient: (N, N), for every entry of the connectivity: entries (i, j) and (j, i) are both meant.
+        nodes, weights: (nodes,) float64, as :func:`lmnfast.quadrature.path_nodes` returns them.
+        stabiliser, pooled: as in :func:`lmnfast.connectivity`.
+
+    Returns:
+        The gradients in x, in each weight, and in each bias that is not None, of their shapes and dtypes.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `path_connectivity`. ValueError also for a gradient of another shape.
+
+    Source:
+        docs/mathematics.md, "The gradient".
+
+    Example:
+        >>> chain = lmnfast.ops.recognise(nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)))
+        >>> rule = lmnfast.quadrature.path_nodes("uniform", 21)
+        >>> x = torch.randn(50, 8)
+        >>> [tuple(g.shape) for g in lmnfast.ops.path_connectivity_backward(chain, x, torch.ones(50, 50), *rule)]
+        [(50, 8), (16, 8), (3, 16), (16,), (3,)]
+    """
+    tensors = [x, *chain.weights, *(b for b in chain.biases if b is not None)]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    rest = iter(leaves[1 + len(chain.weights) :])
+    biases = tuple(None if b is None else next(rest) for b in chain.biases)
+    own = replace(chain, weights=tuple(leaves[1 : 1 + len(chain.weights)]), biases=biases)
+    with torch.enable_grad():
+        parts = hoisted_with_graph(own, leaves[0])
+    found = chain_gradients(parts, x, gradient, nodes, weights, Statistic(stabiliser, pooled))
+    return found.through(parts, leaves)
+
+
+class Gradients(NamedTuple):
+    """Gradients in the tensors of a `Hoisted`, float64, and the entries that the kernel made on the way."""
+
+    z: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    """None for a bias that is None."""
+    shifts: list[Tensor | None]
+    entries: Entries
+    """The entries of the connectivity, with UNRESOLVED where the kernel has left a pair. The gradients are complete all the
+    same."""
+
+    def through(self, parts: Hoisted, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients in the leaves of a graph that ends in `parts`. Leaves that it does not reach have zeros."""
+        pairs = [
+            (parts.z, self.z),
+            *zip(parts.weights, self.weights),
+            *zip(parts.biases, self.biases),
+            *zip(parts.shifts, self.shifts),
+        ]
+        ends = [(t, g.to(t.dtype)) for t, g in pairs if t is not None and g is not None and t.requires_grad]
+        if not ends:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        # A tensor may stand twice: a weight that two layers share.
+        tensors, gradients = zip(*ends)
+        return list(
+            torch.autograd.grad(tensors, leaves, gradients, materialize_grads=True, retain_graph=True)
+        )
+
+
+def hoisted_with_graph(chain: Chain, x: Tensor) -> Hoisted:
+    """`hoisted` with torch's products, so that autograd follows from the chain's tensors and x to the parts."""
+    return hoisted(chain, x, linear=_linear_in_double)
+
+
+def _linear_in_double(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+
+def chain_gradients(
+    parts: Hoisted,
+    x: Tensor,
+    gradient: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    statistic: Statistic,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+) -> Gradients:
+    """The gradients of ``(gradient * L).sum()`` in the tensors of `parts`, complete.
+
+    Args:
+        parts: the chain and its samples.
+        x: (N, *in), the samples that `parts` were made from. Equal rows are the same sample.
+        gradient: (N, N) or (pairs,).
+        nodes, weights: the rule.
+        statistic: `pooled` says which of the two matrices is meant.
+        first, second: (pairs,) int64, a list of pairs, on the CPU; None: all pairs.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    plain_parts = detached(parts)
+    at_once: dict[str, Any] = {**statistic._asdict(), "first": first, "second": second}
+    arguments = *plain_parts.arguments(dtype), nodes, weights, gradient.to(dtype)
+    L, pooled, counts, z, own_weights, biases, shifts = torch.ops.lmnfast.path_connectivity_backward(
+        *arguments, **at_once
+    )
+    have_bias = iter(biases)
+    have_shift = iter(shifts)
+    found = Gradients(
+        z,
+        own_weights,
+        [None if b is None else next(have_bias) for b in parts.biases],
+        [None if s is None else next(have_shift) for s in parts.shifts],
+        _entries(L, pooled if statistic.pooled else None, counts, statistic.stabiliser, first, second),
+    )
+    if int(counts[1]):
+        add_unresolved(plain_parts, x, gradient, nodes, weights, statistic.pooled, found)
+    return found
+
+
+def detached(parts: Hoisted) -> Hoisted:
+    """The parts without their graph."""
+    return replace(
+        parts,
+        z=parts.z.detach(),
+        weights=[w.detach() for w in parts.weights],
+        biases=[None if b is None else b.detach() for b in parts.biases],
+        shifts=[None if s is None else s.detach() for s in parts.shifts],
+    )
+
+
+def _entries(
+    L: Tensor,
+    pooled: Tensor | None,
+    counts: Tensor,
+    stabiliser: float,
+    first: Tensor | None,
+    second: Tensor | None,
+) -> Entries:
+    if first is None or second is None:
+        return Entries(L, pooled, counts, stabiliser)
+    return ListEntries(L, pooled, counts, stabiliser, first=first, second=second)
+
+
+# ---- pairs in float64 ----
+
+
+def add_unresolved(
+    parts: Hoisted, x: Tensor, gradient: Tensor, nodes: Tensor, weights: Tensor, pooled: bool, into: Gradients
+) -> None:
+    """Adds the gradients of the unresolved pairs to `into`, computed in float64 along the paths themselves.
+
+    Args:
+        parts, x, gradient, nodes, weights: as in `chain_gradients`; parts without a graph.
+        pooled: whether the gradient is of the pooled entries.
+        into: the gradients, and the entries.
+    """
+    entries, leaves = into.entries, _Leaves(parts)
+    width = max(parts.z.shape[1], *(len(w) for w in parts.weights), 1)
+    most = max(1, 2 ** (18 if x.device.type == "cpu" else 22) // width // len(nodes))
+    samples, inputs, on_device = parts.samples(), x.flatten(1), nodes.to(x.device)
+    for at, first, second in entries.unresolved(most):
+        own = gradient[at].double()
+        if gradient.dim() == 2:
+            own = own + gradient[second, first].double()
+        where, y, rounding = outputs_on_paths(
+            parts.values(), samples, first, second, on_device, entries.L.dtype, inputs
+        )
+        if len(where) == 0:
+            continue
+        delta = r2_gradient(y, nodes, weights, rounding, stabiliser=entries.stabiliser, pooled=pooled)
+        with torch.enable_grad():
+            t = on_device[:, None]
+            ends = leaves.samples()
+            points = torch.lerp(ends[first[where], None], ends[second[where], None], t).flatten(0, 1)
+            again = leaves.outputs(points).unflatten(0, (len(where), len(nodes)))
+        dead = (y == 0) & (again.detach() != 0)  # nothing but rounding
+        delta = torch.where(dead, 0.0, delta * own[where, None, None])
+        leaves.add(again, delta)
+    leaves.write(into)
+
+
+class _Leaves:
+    """The tensors of a chain in float64, with their gradients."""
+
+    def __init__(self, parts: Hoisted) -> None:
+        def leaf(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().double().clone().requires_grad_()
+
+        self.z = parts.z.detach().double().clone().requires_grad_()
+        self.weights = [w.detach().double().clone().requires_grad_() for w in parts.weights]
+        self.biases, self.shifts = [leaf(b) for b in parts.biases], [leaf(s) for s in parts.shifts]
+        self.activations, self.skips = parts.activations, parts.skips or [-1] * (2 * len(parts.activations))
+        self.sums = [torch.zeros_like(each) for each in self._all()]
+
+    def _all(self) -> list[Tensor]:
+        return [self.z, *self.weights, *(t for t in (*self.biases, *self.shifts) if t is not None)]
+
+    def samples(self) -> Tensor:
+        """As `Hoisted.samples`."""
+        return torch.cat([self.z, *(s for s in self.shifts if s is not None)], -1)
+
+    def outputs(self, points: Tensor) -> Tensor:
+        """The chain at rows of `samples`."""
+        return values_of_parts(self, points)[-1]
+
+    def add(self, y: Tensor, gradient: Tensor) -> None:
+        """Adds the gradients of ``(gradient * y).sum()``."""
+        every = self._all()
+        for total, part in zip(self.sums, torch.autograd.grad(y, every, gradient, materialize_grads=True)):
+            total += part
+
+    def write(self, into: Gradients) -> None:
+        """Adds the sums to `into`."""
+        given = [into.z, *into.weights, *(t for t in (*into.biases, *into.shifts) if t is not None)]
+        for total, part in zip(given, self.sums, strict=True):
+            total += part
+
+
+def values_of_parts(parts: Any, points: Tensor) -> list[Tensor]:
+    """All values of a chain at rows of `Hoisted.samples`, by torch, numbered as in `Chain.skips`."""
+    widths = [parts.z.shape[1], *(s.shape[1] for s in parts.shifts if s is not None)]
+    z, *moved = points.split(widths, 1)
+    skips = parts.skips or [-1] * (2 * len(parts.activations))
+    shifts = parts.shifts or [None] * len(skips)
+    values: list[Tensor] = []
+    for n, activation in enumerate(parts.activations):
+        z = F.linear(z, parts.weights[n - 1], parts.biases[n - 1]) if n else z
+        for into in (2 * n, 2 * n + 1):
+            z = activation(z) if into % 2 else z
+            z = z + values[skips[into]] if skips[into] != -1 else z
+            z = z + moved.pop(0) if shifts[into] is not None else z
+            values.append(z)
+    return values
+
+
+# ---- the registered op ----
+
+
+torch.library.define(
+    "lmnfast::path_connectivity_backward",
+    "(Tensor z, Tensor[] weights, Tensor?[] biases, int[] activations, float[] parameters, int[] skips, Tensor?[] shifts, "
+    "Tensor nodes, Tensor node_weights, Tensor gradient, float stabiliser=0.0, bool pooled=False, Tensor? first=None, "
+    "Tensor? second=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+)
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Raw:
+    """The kernel's results, see PathConnectivityBackward in csrc/ops.h."""
+
+    products: list[Tensor]
+    sums: dict[int, Tensor]  # by the value's number
+    ends: Tensor
+
+
+@torch.library.impl("lmnfast::path_connectivity_backward", "default")
+def _path_connectivity_backward(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    skips: Sequence[int],
+    shifts: Sequence[Tensor | None],
+    nodes: Tensor,
+    node_weights: Tensor,
+    gradient: Tensor,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+) -> Results:
+    chain = z, weights, biases, activations, parameters, skips, shifts
+    check_arguments(*chain, nodes, node_weights, stabiliser=stabiliser, first=first, second=second)
+    shape = _check_gradient(z, gradient, first)
+    parts = parts_of_arguments(*chain)
+    L, pool = z.new_full(shape, UNRESOLVED), z.new_full(shape if pooled else (0,), UNRESOLVED)
+    counts = torch.zeros(2, dtype=torch.int64, device=z.device)
+    if first is None:
+        L.fill_diagonal_(1)
+        if pooled:
+            pool.fill_diagonal_(1)
+    if _has_kernel(z) and L.numel():
+        raw = _run(
+            chain, widths, (nodes, node_weights), gradient, stabiliser, (L, pool, counts), first, second
+        )
+        return L, pool, counts, *_finished(parts, raw)
+    counts[1] = (L == UNRESOLVED).sum() // (2 if first is None else 1)
+    zeros = Gradients(
+        torch.zeros_like(parts.z),
+        [torch.zeros_like(w, dtype=torch.float64) for w in weights],
+        [None if b is None else torch.zeros_like(b, dtype=torch.float64) for b in biases],
+        [None if s is None else torch.zeros_like(s) for s in parts.shifts],
+        _entries(L, pool if pooled else None, counts, stabiliser, first, second),
+    )
+    return L, pool, counts, zeros.z, zeros.weights, _present(zeros.biases), _present(zeros.shifts)
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def _check_gradient(z: Tensor, gradient: Tensor, first: Tensor | None) -> tuple[int, ...]:
+    """Raises TypeError or ValueError for a gradient that does not fit; returns its shape."""
+    check_tensor("gradient", gradient, (z.dtype,), z.device)
+    if z.dim() != 2:
+        raise ValueError(f"z: expected (samples, D), got shape {tuple(z.shape)}")
+    shape = (len(z), len(z)) if first is None else tuple(first.shape)
+    if gradient.shape != shape:
+        raise ValueError(f"gradient: expected {shape}, got shape {tuple(gradient.shape)}")
+    return shape
+
+
+def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The gradients in z, weights, biases and shifts: what the kernel has left, which depends on a sample alone.
+
+    The adjoints at the samples themselves (`ends`) go back through the layers. At an interior node a value is its chord plus a
+    residual. The chord's part of a weight's gradient is the sum of the adjoints that belong to a sample, times the value there.
+    """
+    weights = [w.double() for w in parts.weights]
+    wide = replace(parts, weights=weights, biases=[None if b is None else b.double() for b in parts.biases])
+    with torch.no_grad():
+        values = values_of_parts(wide, parts.samples())
+    last = len(parts.activations) - 1
+    skips, shifts = parts.skips or [-1] * (2 * last + 2), parts.shifts or [None] * (2 * last + 2)
+    later: dict[
+        int, Tensor
+    ] = {}  # by the value's number, adjoints that come from values to which it is added
+    of_shifts: list[Tensor | None] = [None] * len(shifts)
+    of_weights: list[Tensor] = []
+    of_biases: list[Tensor | None] = []
+
+    def arrived(value: int, adjoint: Tensor) -> Tensor:
+        adjoint = adjoint + later[value] if value in later else adjoint
+        if skips[value] != -1:
+            source = skips[value]
+            later[source] = later[source] + adjoint if source in later else adjoint
+        if shifts[value] is not None:
+            of_shifts[value] = raw.sums[value] + adjoint
+        return adjoint
+
+    adjoint = raw.ends
+    for layer in range(last, -1, -1):
+        activation = parts.activations[layer]
+        if activation != IDENTITY:
+            adjoint = arrived(2 * layer + 1, adjoint)
+            before = values[2 * layer]
+            adjoint = slopes_behind(activation, adjoint, before, _behind(activation, before))
+        adjoint = arrived(2 * layer, adjoint)
+        whole = raw.sums[2 * layer] + adjoint
+        if layer == 0:
+            break
+        of_weights.insert(0, raw.products[layer - 1] + whole.T @ values[2 * layer - 1])
+        of_biases.insert(0, None if parts.biases[layer - 1] is None else whole.sum(0))
+        adjoint = adjoint @ weights[layer - 1]
+    return whole, of_weights, _present(of_biases), _present(of_shifts)
+
+
+def _behind(activation: Activation, z: Tensor) -> Tensor:
+    return _native.pointwise(activation, z)
+
+
+@torch.library.register_fake("lmnfast::path_connectivity_backward")
+def _(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    skips: Sequence[int],
+    shifts: Sequence[Tensor | None],
+    nodes: Tensor,
+    node_weights: Tensor,
+    gradient: Tensor,
+    stabiliser: float = 0.0,
+    pooled: bool = False,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+) -> Results:
+    chain = z, weights, biases, activations, parameters, skips, shifts
+    check_arguments(*chain, nodes, node_weights, stabiliser=stabiliser, first=first, second=second, fake=True)
+    shape = _check_gradient(z, gradient, first)
+
+    def as_double(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        return [t.new_empty(t.shape, dtype=torch.float64) for t in tensors if t is not None]
+
+    counts = z.new_empty(2, dtype=torch.int64)
+    pool = z.new_empty(shape if pooled else (0,))
+    return z.new_empty(shape), pool, counts, as_double([z])[0], *map(as_double, (weights, biases, shifts))
