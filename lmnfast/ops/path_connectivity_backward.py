@@ -318,11 +318,6 @@ def _path_connectivity_backward(
         L.fill_diagonal_(1)
         if pooled:
             pool.fill_diagonal_(1)
-    if _has_kernel(z) and L.numel():
-        raw = _run(
-            chain, widths, (nodes, node_weights), gradient, stabiliser, (L, pool, counts), first, second
-        )
-        return L, pool, counts, *_finished(parts, raw)
     counts[1] = (L == UNRESOLVED).sum() // (2 if first is None else 1)
     zeros = Gradients(
         torch.zeros_like(parts.z),
@@ -424,4 +419,12 @@ def _(
 
     counts = z.new_empty(2, dtype=torch.int64)
     pool = z.new_empty(shape if pooled else (0,))
-    return z.new_empty(shape), pool, counts, as_double([z])[0], *map(as_double, (weights, biases, shifts))
+    return (
+        z.new_empty(shape),
+        pool,
+        counts,
+        z.new_empty(z.shape, dtype=torch.float64),
+        as_double(weights),
+        as_double(biases),
+        as_double(shifts),
+    )
