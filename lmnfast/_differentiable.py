@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._chain import Chain
-from ._connectivity import measured
 from ._enqueue import Enqueued
+from ._measured import matrix_of, measured
 from ._native import Progress
 from ._pairs import measured_pairs
 from ._recognise import NotAChain, chain_with_graph
@@ -69,8 +69,7 @@ def with_graph(
         enqueued = measured_pairs(f, x, settings, *pairs, known=plain, expected=expected)
     if chain is not None and enqueued.kind not in ("fused", "block"):  # the chain has other outputs than f
         source = Recomputed(f, own, settings, pairs)
-    entries = enqueued.pooled if settings.pooled else enqueued.L
-    assert entries is not None
+    entries = matrix_of(enqueued, settings.pooled)
     # The entries are handed over in a list: the graph of a tensor that keeps itself would never be freed.
     found = _Entries.apply(source, [entries], *source.tensors())
     return WithGraph(found, enqueued)

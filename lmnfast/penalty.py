@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._chain import Chain
 from ._choices import PENALTIES
 from ._differentiable import check_differentiable, mean_curvature, with_graph
+from ._entropy import complexity_with_graph
 from ._layout import layout_of, plain_layout
 from ._nested import tensors_in
 from ._pairs import check_generator, checked_pairs, draw_pairs
@@ -21,7 +22,6 @@ from ._recognise import NotAChain, chain_with_graph
 from ._run_to import Cutting, run_to
 from ._schedule import Every, Schedule
 from ._settings import Settings
-from ._spectral_gradient import complexity
 from ._threads import alone
 from ._tracing import Forward, Output
 from .cutting import cut_at
@@ -101,7 +101,7 @@ class Penalty:
         self._dtype = found.entries.dtype
         if "curvature" in self.of:
             return mean_curvature(found.entries)
-        bits = complexity(found.entries, "absolute")
+        bits = complexity_with_graph(found.entries, "absolute")
         return bits if self.of == "complexity_bits" else torch.exp2(bits)
 
 
