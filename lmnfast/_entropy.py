@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
+from ._autograd import without_second
 from ._threads import lapack_on_one_core, one_core_after_fork
 
 # In the gradient an eigenvalue counts as at least this share of the mean magnitude: the logarithm has no limit at 0.
@@ -46,17 +46,18 @@ class _Complexity(torch.autograd.Function):
     def forward(ctx: Any, L: Tensor, negative: str) -> Tensor:
         values, vectors = _eigh(L.double())
         bits = entropy(values, negative)
-        ctx.save_for_backward(values, vectors, bits)
-        ctx.negative, ctx.dtype = negative, L.dtype
+        ctx.save_for_backward(L, values, vectors, bits)
+        ctx.negative = negative
         return bits
 
     @staticmethod
-    @once_differentiable
     @one_core_after_fork()
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        values, vectors, bits = ctx.saved_tensors
-        g = slopes(values, bits, ctx.negative) * gradient[..., None]
-        return ((vectors * g[..., None, :]) @ vectors.mT).to(ctx.dtype), None
+        L, values, vectors, bits = ctx.saved_tensors
+        with torch.no_grad():
+            g = slopes(values, bits, ctx.negative) * gradient[..., None]
+            of_L = ((vectors * g[..., None, :]) @ vectors.mT).to(L.dtype)
+        return *without_second([of_L], [L]), None
 
 
 def slopes(values: Tensor, bits: Tensor, negative: str) -> Tensor:
