@@ -172,6 +172,11 @@ def _summary(run: Run) -> str:
         *(f"{name} {layer} {r(f'lmn_{layer}')}" for layer in config.layers),
         f"L2 norm {r('l2_norm')}",
     ]
+    if config.penalty:
+        lines.append(
+            f"penalty         {config.penalty} x {config.penalty_weight:g} of {config.penalty_samples} samples: "
+            f"end {last['penalty']:.4g}"
+        )
     lost = [row for row in run.rows if row.get("lost_gradients")]  # older runs have no such column
     if lost:
         most = max(row["lost_gradients"] for row in lost)
