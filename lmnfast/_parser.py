@@ -69,6 +69,7 @@ examples:
   lmnfast paper --quick                                  a small version of everything, in minutes
   lmnfast paper --tasks xor --seeds 8 --jobs 2 --out xor
   lmnfast paper                                          the whole study: more than an hour on two cores
+  lmnfast paper --interventions --results docs/paper/results.csv.gz
 """
 INFO = """examples:
   lmnfast info
@@ -332,10 +333,24 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
     )
     paper.add_argument("--out", default="paper", metavar="DIR", help="where everything goes (paper)")
     paper.add_argument(
+        "--interventions",
+        action="store_true",
+        default=False,
+        help="in place of the study: the same training with penalties on curvature, LMN and the Jacobian, and with another "
+        "weight decay, each run until its test accuracy is 1; goes to DIR/interventions, and into the next report of the study in DIR",
+    )
+    paper.add_argument(
+        "--results",
+        metavar="FILE",
+        help="with --interventions: the results.csv or .csv.gz of a study, whose runs are those without a penalty; seed 0 is "
+        "run anew and must agree",
+    )
+    paper.add_argument(
         "--quick",
         action="store_true",
         default=False,
-        help=f"{QUICK.steps} steps: XOR groks, the other tasks memorise; a look at everything in minutes",
+        help=f"{QUICK.steps} steps: XOR groks, the other tasks memorise; a look at everything in minutes; with --interventions "
+        "too few steps to grok, in a minute",
     )
     _add_quiet(paper)
 

@@ -95,7 +95,7 @@ def jacobian_norm(model: nn.Sequential, inputs: Tensor) -> Tensor:
     names = [name for name, _ in model.named_children()]
     behind = names.index(LAYER) + 1
     activation = model.get_submodule(LAYER)
-    first, *later = (module for module in model[behind:] if isinstance(module, nn.Linear))
+    first, *later = (module for module in list(model)[behind:] if isinstance(module, nn.Linear))
     z = first(model[:behind](inputs))
     gram = first.weight @ first.weight.T  # (units, units), behind a second activation (samples, units, units)
     for layer in later:

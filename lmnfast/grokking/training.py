@@ -104,6 +104,11 @@ def train(config: Config, out: str | os.PathLike, *, force: bool = False, progre
     return read_run(path)
 
 
+def updates(config: Config) -> Callable[[int], None]:
+    """The update of a new run, as a function of its number, from 1 on. Nothing is measured or written."""
+    return _Training(config.settled(), Path())._update
+
+
 class _Training:
     """A run at work. `measure` starts a measurement. `write` writes its row when the probe's thread has finished it."""
 
@@ -131,8 +136,6 @@ class _Training:
         self.rows: list[dict] = []
         self.accurate = False  # whether the test accuracy has been 1 at a measured step
         self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
-        if (path / "state.pt").exists():
-            self._resume()
         self.unwritten = 0
         # The step and the copies of the last measurement, until `settle` has saved them.
         self.taken: tuple[int, HostCopy] | None = None
@@ -166,6 +169,7 @@ class _Training:
         return self.step == self.config.steps or (self.config.until_accurate and self.accurate)
 
     def _update(self, step: int = 0) -> None:
+        """step: the number of the update, from 1 on; 0: one without a penalty."""
         if self.batches:
             self.gradients.choose(self.batches.chosen)
         self.gradients()
@@ -198,6 +202,8 @@ class _Training:
 
     def run(self, progress: bool) -> None:
         config = self.config
+        if (self.path / "state.pt").exists():
+            self._resume()
         if progress and self.step >= 0:
             how = "finished at" if self.finished else "continues after"
             print(f"{self.path}: {how} step {self.step}")
