@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ._chain import Chain
 from ._checks import NotTheChain
 from ._enqueue import Enqueued, enqueue
 from ._native import Progress
@@ -126,16 +127,18 @@ def measured(
     settings: Settings,
     stacked: Stacked | None = None,
     progress: bool | Progress = False,
+    known: Chain | None = None,
+    expected: Tensor | None = None,
 ) -> list[Enqueued]:
     """Checked connectivities: one, or one for each of the stacked networks.
 
-    Arguments and errors as in :func:`connectivity`.
+    Arguments and errors as in :func:`connectivity`. known, expected: as of `enqueue`, without `stacked`.
     """
     with alone(), _reported(progress) as report:
         if stacked is not None:
             return _measured_stack(f, x, settings, stacked, report)
-        again = partial(enqueue, f, x, settings, fuse=False, progress=report)
-        enqueued = _checked(enqueue(f, x, settings, progress=report), again)
+        how = partial(enqueue, f, x, settings, progress=report, expected=expected)
+        enqueued = _checked(how(known=known), partial(how, fuse=False))
         if report is not None:
             report(1.0)
         return [enqueued]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal, SupportsIndex
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ._connectivity import measured, warn_of_offsets
 from ._kept import html_table
-from ._pairs import Moments, draw_pairs, measured_pairs
+from ._pairs import Moments, check_generator, checked_pairs, draw_pairs, measured_pairs
 from ._samples import checked_samples
 from ._settings import Settings
 
@@ -148,12 +147,8 @@ def curvature(
     """
     settings = Settings("path", points, rule, budget, stabiliser, bool(pooled))
     x = checked_samples(f, x)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}")
-    every = len(x) * (len(x) - 1) // 2
-    if every < 1:
-        raise ValueError(f"x: expected two samples or more, got {len(x)}")
-    count = _checked_pairs(pairs, every, len(x))
+    check_generator(generator)
+    count = checked_pairs(pairs, len(x))
     if count is None:
         (enqueued,) = measured(f, x, settings)
         matrix = enqueued.pooled if settings.pooled else enqueued.L
@@ -180,19 +175,3 @@ def curvature(
         precision=enqueued.precision,
         constant_share=enqueued.constant_share(),
     )
-
-
-def _checked_pairs(pairs: SupportsIndex | None, every: int, samples: int) -> int | None:
-    if pairs is None:
-        return None
-    try:
-        count = operator.index(pairs)
-    except TypeError:
-        raise TypeError(f"pairs: expected an integer or None, got {pairs!r}") from None
-    if every < 2:
-        raise ValueError(f"pairs: expected None for two samples, which have one pair, got {count}")
-    if not 2 <= count <= every:
-        raise ValueError(
-            f"pairs: expected 2 to {every}, the number of pairs of {samples} samples, or None for all, got {count}"
-        )
-    return count
