@@ -337,7 +337,8 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
         action="store_true",
         default=False,
         help="in place of the study: the same training with penalties on curvature, LMN and the Jacobian, and with another "
-        "weight decay, each run until its test accuracy is 1; goes to DIR/interventions, and into the next report of the study in DIR",
+        "weight decay, each run until its test accuracy is 1; goes to DIR/interventions, and into the next report of the "
+        "study in DIR",
     )
     paper.add_argument(
         "--results",

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -194,12 +195,12 @@ def chosen_weight(rows: Sequence[Row]) -> float:
 def matched_weight_decay(rows: Sequence[Row], target: float) -> float:
     """The weight decay at which the mean L2 norm at the end is the target, from rows on the tuning seeds.
 
-    It is interpolated between neighbouring values of the grid, linearly in its logarithm, and rounded to three digits. If several
-    neighbours have the target between them, the smallest are taken; if none has, the value whose norm is nearest.
+    It is interpolated between neighbouring values of the grid, linearly in its logarithm, and rounded to three digits. If
+    several neighbours have the target between them, the smallest are taken; if none has, the value whose norm is nearest.
     """
     decays = sorted({row["weight_decay"] for row in rows})
     norms = {decay: _norm([row for row in rows if row["weight_decay"] == decay]) for decay in decays}
-    for low, high in zip(decays, decays[1:]):
+    for low, high in pairwise(decays):
         a, b = norms[low], norms[high]
         if min(a, b) <= target <= max(a, b) < math.inf and a != b:
             share = (target - a) / (b - a)
@@ -341,19 +342,20 @@ def baseline(
 
 def _ended(rows: Sequence[Row], file: Path, task: str, seed: int, settings: Interventions) -> Row:
     """The row of a run of a study at its first accurate step, or at the horizon."""
-    horizon = settings.horizons[task]
     by_step = {row["step"]: row for row in rows}
-    for step in range(0, horizon + 1, settings.every):
-        last = by_step.get(step)
-        if last is None:
+    last: Row = {}
+    for step in range(0, settings.horizons[task] + 1, settings.every):
+        if step not in by_step:
             raise ValueError(
                 f"results: {file} lacks step {step} of {task}, seed {seed}; without it the runs are made anew"
             )
+        last = by_step[step]
         if last["test_accuracy"] == 1:
             break
     if (last["points"], last["rule"]) != (settings.points, settings.rule):
         raise ValueError(
-            f"results: expected numbers at {settings.points} {settings.rule} points, got {last['points']} {last['rule']} in {file}"
+            f"results: expected numbers at {settings.points} {settings.rule} points, got {last['points']} {last['rule']} in "
+            f"{file}"
         )
     accurate = last["test_accuracy"] == 1
     config = settings.config(task, "none", None, seed)

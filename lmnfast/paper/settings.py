@@ -110,8 +110,7 @@ QUICK = Study(
 
 # No arm is accurate by then. Every part of the work is done once.
 QUICK_INTERVENTIONS = Interventions(
-    horizons={"modular-addition": 60, "s4": 60, "xor": 60},
-    every=20,
+    horizons={"modular-addition": 100, "s4": 100, "xor": 100},
     tuning=(1000,),
     weights={"pooled_curvature": (0.1, 1.0), "lmn": (1e-4, 1e-3), "jacobian_norm": (1e-3, 1e-2)},
     weight_decays=(0.1, 0.4),
