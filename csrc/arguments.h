@@ -141,6 +141,10 @@ struct ConnectivityArguments : Arguments {
   static auto results(Any& op) {
     return std::tie(op.connectivity, op.pooled, op.counts);
   }
+  template <class T>
+  static auto results(lmn::PathConnectivityBackward<T>& op) {
+    return std::tie(op.connectivity, op.pooled, op.counts, op.products, op.sums, op.ends);
+  }
   template <class Any>
   static void expect_for_cpu(const Any& op) {
     expect(op.networks == 1, "networks");
@@ -149,12 +153,7 @@ struct ConnectivityArguments : Arguments {
 using PathConnectivityArguments = ConnectivityArguments<lmn::PathConnectivity>;
 using HermiteConnectivityArguments = ConnectivityArguments<lmn::HermiteConnectivity, bool>;  // midpoint
 
-struct PathConnectivityBackwardArguments : ConnectivityArguments<lmn::PathConnectivityBackward, Address> {  // gradient
-  template <class Any>
-  static auto results(Any& op) {
-    return std::tie(op.connectivity, op.pooled, op.counts, op.products, op.sums, op.ends);
-  }
-};
+using PathConnectivityBackwardArguments = ConnectivityArguments<lmn::PathConnectivityBackward, Address>;  // gradient
 
 struct BlockCoefficientsArguments : Arguments {
   template <class T>

@@ -384,12 +384,58 @@ def run(
             if pooled:
                 pool[n] = one
         return L, counts, pool
-    shifts = [None if s is None else plain(s) for s in shifts]
+    made = _native._C.PathConnectivity if midpoint is None else _native._C.HermiteConnectivity
+    more = () if midpoint is None else (midpoint,)
+    call, kept = native_call(
+        made, chain, widths, (nodes, node_weights), stabiliser, pooled, first, second, exact, inputs, more
+    )
+    shape = (*z.shape[:-1], z.shape[-2]) if first is None else first.shape
+    counts = z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
+    L, pool = _native.empty(z, *shape), _native.empty(z, *(shape if pooled else (0,)))
+    if first is not None and len(first) == 0:  # an array of no pairs has no address
+        return L, counts.zero_(), pool
+    _native.run(call, L, pool if pooled else None, counts)
+    del kept
+    return L, counts, pool
+
+
+ChainArguments = tuple[
+    Tensor,
+    Sequence[Tensor],
+    Sequence[Tensor | None],
+    Sequence[int],
+    Sequence[float],
+    Sequence[int],
+    Sequence[Tensor | None],
+]
+
+
+def native_call(
+    made: Callable[..., Any],
+    chain: ChainArguments,
+    widths: list[int],
+    rule: tuple[Tensor, Tensor],
+    stabiliser: float,
+    pooled: bool,
+    first: Tensor | None,
+    second: Tensor | None,
+    exact: Tensor | None = None,
+    inputs: Tensor | None = None,
+    more: Sequence[Any] = (),
+) -> tuple[Any, list[Any]]:
+    """The object of the compiled core for checked arguments, and the tensors that must exist until it has run.
+
+    Args:
+        made: the class of the object.
+        chain, rule, stabiliser, pooled, first, second, exact, inputs: as in `run`.
+        widths: of the chain.
+        more: the arguments that the class has in addition to those of PathConnectivity.
+    """
+    z, weights, biases, activations, parameters, skips, shifts = chain
     z, weights = plain(z), [plain(w) for w in weights]
-    biases = [None if b is None else plain(b) for b in biases]
+    biases, shifts = ([None if t is None else plain(t) for t in tensors] for tensors in (biases, shifts))
     exact, inputs, first, second = (None if t is None else plain(t) for t in (exact, inputs, first, second))
-    op = _native._C.PathConnectivity if midpoint is None else _native._C.HermiteConnectivity
-    call = op(
+    call = made(
         z.dtype == torch.float64,
         _native.address(z),
         [_native.address(w) for w in weights],
@@ -399,7 +445,7 @@ def run(
         list(parameters),
         list(skips),
         [_native.address(s) for s in shifts],
-        *_native.rule_arguments(nodes, node_weights),
+        *_native.rule_arguments(*rule),
         z.shape[-2],
         torch.get_float32_matmul_precision() != "highest",
         _native.address(exact),
@@ -412,14 +458,9 @@ def run(
         _native.address(second),
         0 if first is None else len(first),
         pooled,
-        *(() if midpoint is None else (midpoint,)),
+        *more,
     )
-    shape = (*z.shape[:-1], z.shape[-2]) if first is None else first.shape
-    counts = z.new_empty(*z.shape[:-2], 2, dtype=torch.int64)
-    L, pool = _native.empty(z, *shape), _native.empty(z, *(shape if pooled else (0,)))
-    if first is not None and len(first) == 0:  # an array of no pairs has no address
-        return L, counts.zero_(), pool
-    return _native.run(call, L, pool if pooled else None, counts), counts, pool
+    return call, [z, weights, biases, shifts, exact, inputs, first, second]
 
 
 torch.library.impl("lmnfast::path_connectivity", "default", run)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .. import _native
 from .._chain import IDENTITY, Activation, Chain
+from .._native import plain
 from .._r2_gradient import r2_gradient
 from .._settings import Statistic
 from .._unresolved import UNRESOLVED, Entries, ListEntries, outputs_on_paths
 from ._by_reference import parts_of_arguments
 from ._checks import check_tensor
 from ._hoisted import Hoisted, hoisted, slopes_behind
-from .path_connectivity import check_arguments
+from .path_connectivity import check_arguments, native_call
 
 
 def path_connectivity_backward(
@@ -284,11 +285,45 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list
 
 @dataclass(frozen=True, eq=False)
 class _Raw:
-    """The kernel's results, see PathConnectivityBackward in csrc/ops.h."""
+    """The kernel's results, all float64, see PathConnectivityBackward in csrc/ops.h."""
 
-    products: list[Tensor]
-    sums: dict[int, Tensor]  # by the value's number
+    products: Tensor
+    sums: Tensor
     ends: Tensor
+    widths: list[int]
+    summed: list[int]
+    """The numbers of the values that `sums` is of."""
+
+    @classmethod
+    def empty(cls, parts: Hoisted) -> _Raw:
+        widths = [parts.z.shape[1], *(len(w) for w in parts.weights)]
+        summed = [
+            v for v in range(2 * len(widths)) if v % 2 == 0 or (parts.shifts and parts.shifts[v] is not None)
+        ]
+        rows = len(parts.z)
+
+        def numbers(count: int) -> Tensor:
+            return parts.z.new_empty(count)
+
+        return cls(
+            numbers(sum(w.numel() for w in parts.weights)),
+            numbers(rows * sum(widths[v // 2] for v in summed)),
+            numbers(rows * widths[-1]).view(rows, -1),
+            widths,
+            summed,
+        )
+
+    def products_of(self) -> list[Tensor]:
+        """(outputs, inputs), for each weight."""
+        shapes = list(zip(self.widths[1:], self.widths))
+        each = self.products.split([rows * columns for rows, columns in shapes])
+        return [product.view(shape) for product, shape in zip(each, shapes)]
+
+    def sums_of(self) -> dict[int, Tensor]:
+        """(samples, width), by the value's number."""
+        rows = len(self.ends)
+        each = self.sums.split([rows * self.widths[v // 2] for v in self.summed])
+        return {v: part.view(rows, -1) for v, part in zip(self.summed, each)}
 
 
 @torch.library.impl("lmnfast::path_connectivity_backward", "default")
@@ -309,24 +344,41 @@ def _path_connectivity_backward(
     second: Tensor | None = None,
 ) -> Results:
     chain = z, weights, biases, activations, parameters, skips, shifts
-    check_arguments(*chain, nodes, node_weights, stabiliser=stabiliser, first=first, second=second)
+    widths = check_arguments(*chain, nodes, node_weights, stabiliser=stabiliser, first=first, second=second)
     shape = _check_gradient(z, gradient, first)
     parts = parts_of_arguments(*chain)
-    L, pool = z.new_full(shape, UNRESOLVED), z.new_full(shape if pooled else (0,), UNRESOLVED)
     counts = torch.zeros(2, dtype=torch.int64, device=z.device)
-    if first is None:
-        L.fill_diagonal_(1)
-        if pooled:
-            pool.fill_diagonal_(1)
-    counts[1] = (L == UNRESOLVED).sum() // (2 if first is None else 1)
-    zeros = Gradients(
-        torch.zeros_like(parts.z),
-        [torch.zeros_like(w, dtype=torch.float64) for w in weights],
-        [None if b is None else torch.zeros_like(b, dtype=torch.float64) for b in biases],
-        [None if s is None else torch.zeros_like(s) for s in parts.shifts],
-        _entries(L, pool if pooled else None, counts, stabiliser, first, second),
-    )
-    return L, pool, counts, zeros.z, zeros.weights, _present(zeros.biases), _present(zeros.shifts)
+    L, pool = _native.empty(z, *shape), _native.empty(z, *(shape if pooled else (0,)))
+    if _native.HAS_CORE and L.numel():
+        gradient = plain(gradient)
+        raw = _Raw.empty(parts)
+        call, kept = native_call(
+            _native._C.PathConnectivityBackward,
+            chain,
+            widths,
+            (nodes, node_weights),
+            stabiliser,
+            pooled,
+            first,
+            second,
+            more=(_native.address(gradient),),
+        )
+        _native.run(call, L, pool if pooled else None, counts, raw.products, raw.sums, raw.ends)
+        del kept
+        z_gradient, *others = _finished(parts, raw)
+    else:
+        for entries in (L, pool):
+            entries.fill_(UNRESOLVED)
+            if first is None and entries.numel():
+                entries.fill_diagonal_(1)
+        counts[1] = (L == UNRESOLVED).sum() // (2 if first is None else 1)
+        z_gradient = torch.zeros_like(parts.z)
+        others = [
+            [torch.zeros_like(t, dtype=torch.float64) for t in _present(ts)]
+            for ts in (weights, biases, shifts)
+        ]
+    of_weights, of_biases, of_shifts = others
+    return L, pool, counts, z_gradient, of_weights, of_biases, of_shifts
 
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -354,7 +406,7 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
     wide = replace(parts, weights=weights, biases=[None if b is None else b.double() for b in parts.biases])
     with torch.no_grad():
         values = values_of_parts(wide, parts.samples())
-    last = len(parts.activations) - 1
+    products, sums, last = raw.products_of(), raw.sums_of(), len(parts.activations) - 1
     skips, shifts = parts.skips or [-1] * (2 * last + 2), parts.shifts or [None] * (2 * last + 2)
     later: dict[
         int, Tensor
@@ -369,7 +421,7 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
             source = skips[value]
             later[source] = later[source] + adjoint if source in later else adjoint
         if shifts[value] is not None:
-            of_shifts[value] = raw.sums[value] + adjoint
+            of_shifts[value] = sums[value] + adjoint
         return adjoint
 
     adjoint = raw.ends
@@ -380,10 +432,10 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
             before = values[2 * layer]
             adjoint = slopes_behind(activation, adjoint, before, _behind(activation, before))
         adjoint = arrived(2 * layer, adjoint)
-        whole = raw.sums[2 * layer] + adjoint
+        whole = sums[2 * layer] + adjoint
         if layer == 0:
             break
-        of_weights.insert(0, raw.products[layer - 1] + whole.T @ values[2 * layer - 1])
+        of_weights.insert(0, products[layer - 1] + whole.T @ values[2 * layer - 1])
         of_biases.insert(0, None if parts.biases[layer - 1] is None else whole.sum(0))
         adjoint = adjoint @ weights[layer - 1]
     return whole, of_weights, _present(of_biases), _present(of_shifts)

@@ -280,10 +280,10 @@ void count_pair(const Entries<T>& entries, int lane, std::int64_t (&counts)[2]) 
   counts[1] += !resolved;
 }
 
+/// Writes the entries of row i and the lanes of a block.
 template <class T>
-void finish_pairs(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64_t block) {
+void write_row(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64_t block, const Entries<T>& entries) {
   const PathConnectivity<T>& op = plan.op;
-  const Entries<T> entries = entries_of(plan, s, i, block);
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     const std::int64_t j = block * kLanes<T> + lane;
     if (j <= i || j >= op.samples) continue;
@@ -304,9 +304,9 @@ void gather(T* to, const T* from, std::int64_t width, const std::int64_t (&sampl
   }
 }
 
-/// Measures the pairs from `begin` on, one in each lane. Lanes beyond the last pair repeat the last pair.
+/// Gathers the samples of the pairs from `begin` on, one pair in each lane. Lanes beyond the last pair repeat the last pair.
 template <bool kStencil, class T>
-void run_list(const Plan<T>& plan, Scratch<T>& s, std::int64_t begin) {
+void gather_ends(const Plan<T>& plan, Scratch<T>& s, std::int64_t begin) {
   const PathConnectivity<T>& op = plan.op;
   for (int end = 0; end < 2; ++end) {
     std::int64_t samples[kLanes<T>];
@@ -318,12 +318,12 @@ void run_list(const Plan<T>& plan, Scratch<T>& s, std::int64_t begin) {
     const T* const outputs[] = {plan.row_y, plan.row_y_low, plan.row_rounding};
     for (int n = 0; n < 3; ++n) gather(s.gathered_ends[3 * end + n], outputs[n], plan.outputs, samples);
   }
-  if constexpr (kStencil) {
-    polynomial_moments(plan, s, 0);
-  } else {
-    path_moments(plan, s, 0, 0);
-  }
-  const Entries<T> entries = entries_of(plan, s, 0, 0);
+}
+
+/// Writes the entries of the pairs from `begin` on.
+template <class T>
+void write_list(const Plan<T>& plan, Scratch<T>& s, std::int64_t begin, const Entries<T>& entries) {
+  const PathConnectivity<T>& op = plan.op;
   for (int lane = 0; lane < kLanes<T> && begin + lane < op.pairs; ++lane) {
     op.connectivity[begin + lane] = entries.r2[lane];
     if (op.pooled) op.pooled[begin + lane] = entries.pooled[lane];
@@ -331,35 +331,80 @@ void run_list(const Plan<T>& plan, Scratch<T>& s, std::int64_t begin) {
   }
 }
 
+template <bool kStencil, class T>
+void run_list(const Plan<T>& plan, Scratch<T>& s, std::int64_t begin) {
+  gather_ends<kStencil>(plan, s, begin);
+  if constexpr (kStencil) {
+    polynomial_moments(plan, s, 0);
+  } else {
+    path_moments(plan, s, 0, 0);
+  }
+  write_list(plan, s, begin, entries_of(plan, s, 0, 0));
+}
+
 // ---- all pairs ----
 
+/// Fills the tables of exponentials for kTaskRows first samples and a block of lanes.
+template <class T>
+void begin_rows(const Plan<T>& plan, Scratch<T>& s, std::int64_t rows, std::int64_t block) {
+  if (!plan.separable) return;
+  fill_second_table(plan, s, block);
+  if (s.table_rows != rows) fill_first_table(plan, s, rows * kTaskRows, at_most((rows + 1) * kTaskRows, plan.op.samples));
+  s.table_rows = rows;
+}
+
+/// Makes sample i the first sample of the paths.
 template <bool kStencil, class T>
-void run_task(const Plan<T>& plan, Scratch<T>& s, std::int64_t task, std::int64_t block, Tasks& tasks) {
-  constexpr std::int64_t kRowsBetween = 8;  // between two looks at the clock: a task of a wide, deep chain may take seconds
-  const std::int64_t begin = task * kTaskRows, end = at_most(begin + kTaskRows, plan.op.samples);
-  if (plan.separable) {
-    fill_second_table(plan, s, block);
-    if (s.table_task != task) fill_first_table(plan, s, begin, end);
-    s.table_task = task;
+void take_row(const Plan<T>& plan, Scratch<T>& s, std::int64_t i) {
+  s.first_z = plan.row_z + i * plan.total_width;
+  s.first_a = plan.row_a + i * plan.total_width;
+  s.first_slope = kStencil ? plan.row_slope + i * plan.total_width : nullptr;
+}
+
+/// A task: kTaskRows first samples x one block of lanes, on or above the diagonal. Tasks come row after row, so a thread mostly
+/// keeps its table of first samples. Every pair gives the same bits on any thread.
+struct Tile {
+  std::int64_t rows = 0, block = 0;  // rows: the number of the block of first samples
+
+  template <class T>
+  Tile(const Plan<T>& plan, std::int64_t task) {
+    static_assert(kTaskRows % kLanes<T> == 0);
+    constexpr std::int64_t kBlocksPerTask = kTaskRows / kLanes<T>;
+    while (task >= plan.lane_blocks - rows * kBlocksPerTask) task -= plan.lane_blocks - rows++ * kBlocksPerTask;
+    block = rows * kBlocksPerTask + task;
   }
+};
+
+/// The number of tasks: tiles, or vectors of pairs.
+template <class T>
+std::int64_t tasks_of(const PathConnectivity<T>& op) {
+  if (op.first) return blocks_of(op.pairs, kLanes<T>);
+  constexpr std::int64_t kBlocksPerTask = kTaskRows / kLanes<T>;
+  const std::int64_t rows = blocks_of(op.samples, kTaskRows);
+  return rows * blocks_of(op.samples, kLanes<T>) - kBlocksPerTask * (rows * (rows - 1) / 2);
+}
+
+template <bool kStencil, class T>
+void run_tile(const Plan<T>& plan, Scratch<T>& s, Tile tile, Tasks& tasks) {
+  constexpr std::int64_t kRowsBetween = 8;  // between two looks at the clock: a task of a wide, deep chain may take seconds
+  const std::int64_t begin = tile.rows * kTaskRows, end = at_most(begin + kTaskRows, plan.op.samples), block = tile.block;
+  begin_rows(plan, s, tile.rows, block);
   for (std::int64_t i = begin; i < at_most(end, (block + 1) * kLanes<T>); ++i) {
     if (i % kRowsBetween == 0 && !tasks.go_on()) return;
-    s.first_z = plan.row_z + i * plan.total_width;
-    s.first_a = plan.row_a + i * plan.total_width;
-    s.first_slope = kStencil ? plan.row_slope + i * plan.total_width : nullptr;
+    take_row<kStencil>(plan, s, i);
     if constexpr (kStencil) {
       polynomial_moments(plan, s, block);
     } else {
       path_moments(plan, s, i, block);
     }
-    finish_pairs(plan, s, i, block);
+    write_row(plan, s, i, block, entries_of(plan, s, i, block));
   }
 }
 
-template <bool kStencil, class T>
-void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, int threads) {
-  Arena arena{static_cast<char*>(op.workspace)};
-  Plan<T> plan = make_plan(op, stencil, arena, threads);
+/// Fills what a plan holds of the network and of the samples. Returns false if the watch said stop.
+template <class T>
+bool fill_plan(Plan<T>& plan, int threads, Tasks& tasks) {
+  const PathConnectivity<T>& op = plan.op;
   for (int m = 0; m < op.nodes.interior; ++m) {
     plan.t[m] = T(op.nodes.t[m]);
     plan.w[m] = T(op.nodes.weights[m]);
@@ -368,20 +413,11 @@ void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, i
   for (int l = 1; l <= op.layers; ++l) {
     pack_weights(op.weights[l - 1], op.widths[l], op.widths[l - 1], plan.layers[l].packed);
   }
-
-  // A task is kTaskRows first samples x one block of lanes, on or above the diagonal. Tasks come row after row, so a thread
-  // mostly keeps its table of first samples. Every pair gives the same bits on any thread.
-  static_assert(kTaskRows % kLanes<T> == 0);
-  constexpr std::int64_t kBlocksPerTask = kTaskRows / kLanes<T>;
-  const std::int64_t task_rows = blocks_of(op.samples, kTaskRows);
-  const std::int64_t tiles = task_rows * plan.lane_blocks - kBlocksPerTask * (task_rows * (task_rows - 1) / 2);
-  const std::int64_t count = plan.paired() ? blocks_of(op.pairs, kLanes<T>) : tiles;
-  Tasks tasks(op.watch, count);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (std::int64_t block = 0; block < plan.lane_blocks; ++block) {
     if (tasks.go_on()) forward_block(plan, block);
   }
-  if (!tasks.go_on()) return;
+  if (!tasks.go_on()) return false;
   scale_outputs(plan);
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * plan.total_width))
   for (std::int64_t i = 0; i < op.samples; ++i) fill_rows(plan, i);
@@ -390,6 +426,25 @@ void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, i
     op.connectivity[i * (op.samples + 1)] = T(1);
     if (op.pooled) op.pooled[i * (op.samples + 1)] = T(1);
   }
+  return true;
+}
+
+/// Adds the counts of all threads.
+template <class T>
+void add_counts(const Plan<T>& plan, int threads) {
+  for (int n = 0; n < 2; ++n) {
+    plan.op.counts[n] = 0;
+    for (int thread = 0; thread < threads; ++thread) plan.op.counts[n] += plan.scratch[thread].counts[n];
+  }
+}
+
+template <bool kStencil, class T>
+void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, int threads) {
+  Arena arena{static_cast<char*>(op.workspace)};
+  Plan<T> plan = make_plan(op, stencil, arena, threads);
+  const std::int64_t count = tasks_of(op);
+  Tasks tasks(op.watch, count);
+  if (!fill_plan(plan, threads, tasks)) return;
 #pragma omp parallel num_threads(threads)
   {
     Scratch<T>& scratch = plan.scratch[omp_get_thread_num()];
@@ -399,17 +454,12 @@ void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, i
       if (plan.paired()) {
         run_list<kStencil>(plan, scratch, n * kLanes<T>);
       } else {
-        std::int64_t row = 0, rest = n;
-        while (rest >= plan.lane_blocks - row * kBlocksPerTask) rest -= plan.lane_blocks - row++ * kBlocksPerTask;
-        run_task<kStencil>(plan, scratch, row, row * kBlocksPerTask + rest, tasks);
+        run_tile<kStencil>(plan, scratch, Tile(plan, n), tasks);
       }
       tasks.count_one();
     }
   }
-  for (int n = 0; n < 2; ++n) {
-    op.counts[n] = 0;
-    for (int thread = 0; thread < threads; ++thread) op.counts[n] += plan.scratch[thread].counts[n];
-  }
+  add_counts(plan, threads);
 }
 
 }  // namespace

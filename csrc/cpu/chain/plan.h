@@ -36,7 +36,7 @@ struct Scratch {
   T *gathered[6], *gathered_ends[6];
   V* second_table;          // [widths[0]][nodes], exp(-t z_j)
   T* first_table;           // [kTaskRows][widths[0]][nodes], exp(-(1 - t) z_i)
-  std::int64_t table_task;  // the task whose rows first_table holds; -1: no task
+  std::int64_t table_rows;  // the block of first samples that first_table holds; -1: none
   std::int64_t counts[2];   // this thread's share of the op's counts
 };
 
@@ -136,7 +136,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
       s.gathered[n] = arena.take<T>(unused ? 0 : plan.total_width * kLanes<T>);
       s.gathered_ends[n] = arena.take<T>(plan.paired() ? plan.outputs * kLanes<T> : 0);
     }
-    s.table_task = -1;
+    s.table_rows = -1;
     s.counts[0] = s.counts[1] = 0;
     if (arena.base) plan.scratch[thread] = s;
   }

@@ -1,0 +1,577 @@
+// The gradient of the entries of a connectivity matrix: for one first sample and a vector of second samples, or a vector of
+// pairs, the chain is run forward along the paths as in pairs.h, but with all residuals and slopes kept. The entries give the
+// gradient in the outputs, which goes back layer by layer. csrc/ops.h says what is summed.
+//
+// The order of every sum is fixed. A task's sums over pairs are in T. They are added, in double, to the sums of the task's
+// slot. A task's slot depends on its number alone, and the slots' sums are added in order, so the thread count changes no bit.
+#pragma once
+#include "outer.h"
+#include "pairs.h"
+
+namespace lmn {
+namespace {
+
+constexpr std::int64_t kMostSlots = 32, kLeastSlots = 8;
+constexpr std::int64_t kSlotBytes = std::int64_t(1) << 26;  // of all slots, if kLeastSlots take less
+
+// ---- residuals with slopes ----
+
+/// `residuals`, and the derivative of the activation at the same points.
+template <class T, ActivationKind kKind, bool kDeviates>
+__attribute__((noinline)) void residuals_and_slopes(const Ends<T>& ends, Activation activation, const T* t, int columns,
+                                                    Vector<T>* panel, Vector<T>* slopes) {
+  using V = Vector<T>;
+  const T alpha = T(activation.alpha), beta = T(activation.beta);
+  for (std::int64_t unit = 0; unit < ends.width; ++unit) {
+    const V z_first = ends.first(ends.first_z, unit), z_second = load<V>(ends.second_z + unit * kLanes<T>);
+    const V a_first = ends.first(ends.first_a, unit), a_second = load<V>(ends.second_a + unit * kLanes<T>);
+    for (int c = 0; c < columns; ++c) {
+      V& residual = panel[unit * columns + c];
+      V z = on_chord(z_first, z_second, t[c]);
+      if constexpr (kDeviates) z = off_chord<kKind>(z, residual, z_first, z_second);
+      residual = activate<kKind>(z, alpha, beta) - on_chord(a_first, a_second, t[c]);
+      slopes[unit * columns + c] = derivative<kKind>(z, alpha, beta);
+    }
+  }
+}
+
+/// `separated_residuals`, and the derivative of the activation at the same points.
+template <class T, ActivationKind kKind, int kC>
+__attribute__((noinline)) void separated_residuals_and_slopes(const Ends<T>& ends, const T* t, const T* first_table,
+                                                              const Vector<T>* second_table, std::int64_t stride,
+                                                              Vector<T>* panel, Vector<T>* slopes) {
+  using V = Vector<T>;
+  T node[kC];
+  for (int c = 0; c < kC; ++c) node[c] = t[c];
+  for (std::int64_t unit = 0; unit < ends.width; ++unit) {
+    const V z_first = splat<V>(ends.first_z[unit]), z_second = load<V>(ends.second_z + unit * kLanes<T>);
+    const V a_first = splat<V>(ends.first_a[unit]), a_second = load<V>(ends.second_a + unit * kLanes<T>);
+    const V z_chord = z_second - z_first, a_chord = a_second - a_first;
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) {
+      const V first = splat<V>(first_table[unit * stride + c]);
+      const V logistic = reciprocal(fma(first, second_table[unit * stride + c], splat<V>(T(1))));
+      const V chord = fma(splat<V>(node[c]), a_chord, a_first), steep = logistic - logistic * logistic;
+      V residual, slope;
+      if constexpr (kKind == ActivationKind::kSilu) {
+        const V z = fma(splat<V>(node[c]), z_chord, z_first);
+        residual = fma(z, logistic, -chord);
+        slope = fma(z, steep, logistic);
+      } else if constexpr (kKind == ActivationKind::kSigmoid) {
+        residual = logistic - chord;
+        slope = steep;
+      } else {
+        residual = fma(splat<V>(T(2)), logistic, T(-1) - chord);
+        slope = steep * T(4);
+      }
+      panel[unit * kC + c] = z_second == z_first ? V{} : residual;
+      slopes[unit * kC + c] = slope;
+    }
+  }
+}
+
+// ---- the plan ----
+
+/// Memory of one thread, beside its Scratch.
+template <class T>
+struct BackwardScratch {
+  using V = Vector<T>;
+  V **panels, **slopes;         // [layers + 1], of all nodes: [parts][width][nodes of the part]
+  V *adjoint, *before;          // [width][nodes of a part]
+  V* pending;                   // [values that are added][width][nodes of a part], adjoints that wait for their value
+  bool* waits;                  // [values], whether there is one
+  V *along, *across;            // [outputs], P and Q of csrc/ops.h
+  V *first_sums, *second_sums;  // [units that are summed, then outputs]; of the row, and of the task
+  T* turned;                    // a panel of residuals, turned
+  T** products;                 // [layers], [width][turned_width(width before)], of the task
+};
+
+/// Sums of one slot, laid out as the op's results.
+struct Slot {
+  double *products, *sums, *ends;
+};
+
+template <class T>
+struct Backward {
+  const PathConnectivityBackward<T>& op;
+  std::int64_t slots = 0, product_count = 0, units = 0;  // units: of the values that are summed
+  std::int64_t* summed = nullptr;                        // [values], the first unit of a value in `sums`, or -1
+  std::int32_t* source = nullptr;                        // [values], place in `pending` of a value that is added, or -1
+  T** transposed = nullptr;                              // [layers], weights packed for the way back
+  T first_weight = 0, last_weight = 0;                   // of the nodes at both ends
+  Slot* sums = nullptr;                                  // [slots]
+  BackwardScratch<T>* scratch = nullptr;                 // [threads]
+
+  std::int64_t sum_count() const { return op.samples * units; }
+  std::int64_t end_count() const { return op.samples * op.widths[op.layers]; }
+};
+
+/// Whether the adjoints of a value are summed, see csrc/ops.h.
+template <class T>
+bool is_summed(const PathConnectivityBackward<T>& op, int value) {
+  return value % 2 == 0 || (op.skips && op.shifts[value]);
+}
+
+template <class T>
+Backward<T> make_backward(const PathConnectivityBackward<T>& op, const Plan<T>& plan, Arena& arena, int threads) {
+  using V = Vector<T>;
+  Backward<T> b{op};
+  const int values = 2 * (op.layers + 1);
+  b.summed = arena.take<std::int64_t>(values);
+  b.source = arena.take<std::int32_t>(values);
+  std::int64_t sources = 0, most_turned = 0;
+  for (int value = 0; value < values; ++value) {
+    std::int64_t summed = -1;
+    if (is_summed(op, value)) {
+      summed = b.units;
+      b.units += op.widths[value / 2];
+    }
+    bool added = false;
+    for (int later = value + 1; op.skips && later < values; ++later) added = added || op.skips[later] == value;
+    if (arena.base) b.summed[value] = summed, b.source[value] = added ? std::int32_t(sources) : -1;
+    sources += added;
+  }
+  b.transposed = arena.take<T*>(op.layers);
+  for (int l = 0; l < op.layers; ++l) {
+    T* const packed = arena.take<T>(op.widths[l] * op.widths[l + 1]);
+    if (arena.base) b.transposed[l] = packed;
+    b.product_count += op.widths[l] * op.widths[l + 1];
+    const std::int64_t turned = turned_width<T>(op.widths[l]);
+    most_turned = turned > most_turned ? turned : most_turned;
+  }
+  const std::int64_t bytes = std::int64_t(sizeof(double)) * (b.product_count + b.sum_count() + b.end_count());
+  const std::int64_t fitting = kSlotBytes / (bytes > 0 ? bytes : 1);
+  b.slots = at_most(at_most(tasks_of(op), kMostSlots), fitting > kLeastSlots ? fitting : kLeastSlots);
+  b.sums = arena.take<Slot>(b.slots);
+  for (std::int64_t n = 0; n < b.slots; ++n) {
+    Slot slot;
+    slot.products = arena.take<double>(b.product_count);
+    slot.sums = arena.take<double>(b.sum_count());
+    slot.ends = arena.take<double>(b.end_count());
+    if (arena.base) b.sums[n] = slot;
+  }
+  const std::int64_t interior = op.nodes.interior, panel = plan.widest * kBlockColumns;
+  b.scratch = arena.take<BackwardScratch<T>>(threads);
+  for (int thread = 0; thread < threads; ++thread) {
+    BackwardScratch<T> s;
+    s.panels = arena.take<V*>(op.layers + 1);
+    s.slopes = arena.take<V*>(op.layers + 1);
+    s.products = arena.take<T*>(op.layers);
+    for (int l = 0; l <= op.layers; ++l) {
+      V* const kept = arena.take<V>(op.widths[l] * interior);
+      const bool bends = op.activations[l].kind != ActivationKind::kIdentity;
+      V* const slopes = arena.take<V>(bends ? op.widths[l] * interior : 0);
+      T* const products = arena.take<T>(l < op.layers ? op.widths[l + 1] * turned_width<T>(op.widths[l]) : 0);
+      if (!arena.base) continue;
+      s.panels[l] = kept, s.slopes[l] = slopes;
+      if (l < op.layers) s.products[l] = products;
+    }
+    s.adjoint = arena.take<V>(panel);
+    s.before = arena.take<V>(panel);
+    s.pending = arena.take<V>(sources * panel);
+    s.waits = arena.take<bool>(values);
+    s.along = arena.take<V>(plan.outputs);
+    s.across = arena.take<V>(plan.outputs);
+    s.first_sums = arena.take<V>(b.units + plan.outputs);
+    s.second_sums = arena.take<V>(b.units + plan.outputs);
+    s.turned = arena.take<T>(most_turned * kBlockColumns * kLanes<T>);
+    if (arena.base) b.scratch[thread] = s;
+  }
+  return b;
+}
+
+/// Weights [rows][depth], scaled by row if `factors` is not null, as pack_weights() packs their transpose.
+template <class T>
+void pack_transposed(const T* weights, std::int64_t rows, std::int64_t depth, const T* factors, T* packed) {
+  for (std::int64_t begin = 0; begin < depth; begin += kBlockRows) {
+    const std::int64_t height = at_most(kBlockRows, depth - begin);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const T factor = factors ? factors[row] : T(1);
+      for (std::int64_t n = 0; n < height; ++n) *packed++ = weights[row * depth + begin + n] * factor;
+    }
+  }
+}
+
+// ---- forward ----
+
+/// A part of the nodes: parts are of nearly equal size, as in path_moments().
+struct Part {
+  int begin, columns;
+  Part(int interior, int part) {
+    const int parts = int(blocks_of(interior, kBlockColumns));
+    begin = int(std::int64_t(interior) * part / parts);
+    columns = int(std::int64_t(interior) * (part + 1) / parts) - begin;
+  }
+};
+
+/// The first layer's residuals and slopes.
+template <class T>
+void first_residuals(const Plan<T>& plan, const Scratch<T>& s, const Ends<T>& ends, std::int64_t i, Part part, Vector<T>* panel,
+                     Vector<T>* slopes) {
+  const Layer<T>& layer = plan.layers[0];
+  const int interior = plan.op.nodes.interior;
+  with_kind(layer.activation.kind, [&](auto kind) {
+    constexpr ActivationKind kKind = kind.value;
+    if constexpr (is_separable(kKind)) {
+      if (plan.separable) {
+        const T* first_table = s.first_table + i % kTaskRows * layer.width * interior + part.begin;
+        return with_size<kBlockColumns>(part.columns, [&](auto count) {
+          separated_residuals_and_slopes<T, kKind, decltype(count)::value>(
+              ends, plan.t + part.begin, first_table, s.second_table + part.begin, interior, panel, slopes);
+        });
+      }
+    }
+    if constexpr (kKind == ActivationKind::kIdentity) {
+      residuals<T, kKind, false>(ends, layer.activation, plan.t + part.begin, part.columns, panel);
+    } else {
+      residuals_and_slopes<T, kKind, false>(ends, layer.activation, plan.t + part.begin, part.columns, panel, slopes);
+    }
+  });
+}
+
+/// path_moments() with all residuals and slopes kept.
+template <class T>
+void kept_moments(const Plan<T>& plan, const Scratch<T>& s, const BackwardScratch<T>& kept, std::int64_t i,
+                  std::int64_t block) {
+  const PathConnectivity<T>& op = plan.op;
+  for (std::int64_t k = 0; k < plan.outputs; ++k) s.moments[k] = Moments<Vector<T>>{};
+  for (int n = 0; n < int(blocks_of(op.nodes.interior, kBlockColumns)); ++n) {
+    const Part part(op.nodes.interior, n);
+    const T *t = plan.t + part.begin, *w = plan.w + part.begin, *w_t = plan.w_t + part.begin;
+    const Vector<T>* last = nullptr;
+    std::int64_t before = 0;  // number of units in earlier layers
+    for (int l = 0; l <= op.layers; ++l) {
+      const Layer<T>& layer = plan.layers[l];
+      const Ends<T> ends = ends_of(plan, s, l, before, block);
+      const std::int64_t at = layer.width * part.begin, size = layer.width * part.columns;
+      Vector<T>*panel = kept.panels[l] + at, *slopes = kept.slopes[l] + at;
+      if (l == 0) {
+        first_residuals(plan, s, ends, i, part, panel, slopes);
+      } else {
+        multiply_layer<T>(layer.packed, layer.width, plan.layers[l - 1].width, part.columns, last, panel, nullptr, nullptr,
+                          nullptr);
+        join_residuals(plan, s, 2 * l, panel, size);
+        with_kind(layer.activation.kind, [&](auto kind) {
+          if constexpr (kind.value != ActivationKind::kIdentity) {
+            residuals_and_slopes<T, kind.value, true>(ends, layer.activation, t, part.columns, panel, slopes);
+          }
+        });
+      }
+      join_residuals(plan, s, 2 * l + 1, panel, size);
+      last = panel;
+      before += layer.width;
+    }
+    for (std::int64_t k = 0; k < plan.outputs; ++k) {
+      const T scale = plan.ends_in_product() ? T(1) : plan.scale[k];  // otherwise the scale is in the weights
+      for (int c = 0; c < part.columns; ++c) add_moments(s.moments[k], last[k * part.columns + c] * scale, w[c], w_t[c]);
+    }
+  }
+}
+
+// ---- backward ----
+
+/// P and Q of each output, csrc/ops.h. gradient: of the lanes' entries, 0 where an entry has no gradient.
+template <class T>
+void output_coefficients(const Plan<T>& plan, const Scratch<T>& s, const BackwardScratch<T>& own, std::int64_t i,
+                         std::int64_t block, Vector<T> gradient) {
+  using V = Vector<T>;
+  const OutputEnds<T> ends(plan, s, i, block);
+  const T variance_t = T(plan.op.nodes.variance_t);
+  const bool pools = plan.op.pools;
+  CompensatedSum<V> bend, total;
+  for (std::int64_t k = 0; k < plan.outputs; ++k) {
+    const V first = ends.first(ends.first_y, k), second = ends.second(ends.second_y, k);
+    const V chord = (second - first) + (ends.second(ends.second_y_low, k) - ends.first(ends.first_y_low, k));
+    const V magnitude = larger(absolute(first), absolute(second)), stabiliser = splat<V>(plan.stabiliser[k]);
+    const Share<V> share =
+        share_of_output<V, T>(chord, s.moments[k], magnitude, V{}, V{}, variance_t, Epsilon<T>::value, stabiliser);
+    const V covariance = fma(chord, splat<V>(variance_t), s.moments[k].te);
+    const V moves = share.constant > V{} ? V{} : gradient;
+    if (pools) {  // the factors that all outputs share come below
+      const V weight = moves * plan.pooling[k];
+      own.along[k] = weight * covariance;
+      own.across[k] = weight;
+      bend.add(share.bend * plan.pooling[k]);
+      total.add(share.total * plan.pooling[k]);
+    } else {
+      const V all = share.total + stabiliser;
+      const V slope = all > V{} ? covariance / all : V{}, factor = moves * slope * T(2 / double(plan.outputs));
+      own.along[k] = factor * fma(slope, s.moments[k].te, share.nonlinear);
+      own.across[k] = factor * slope * variance_t;
+    }
+  }
+  if (!pools) return;
+  const V all = total.sum + plan.pooled_stabiliser;
+  const V bent = all > V{} ? (bend.sum + plan.pooled_stabiliser) / all : V{}, straight = 1 - bent;
+  const V factor = all > V{} ? 2 / all : V{};
+  for (std::int64_t k = 0; k < plan.outputs; ++k) {
+    own.along[k] = factor * fma(straight * s.moments[k].te, own.across[k], bent * own.along[k]);
+    own.across[k] = factor * own.across[k] * (straight * variance_t);
+  }
+}
+
+/// Collects the adjoints of a value: adds those that wait for it, leaves them for the value that was added to it, and sums
+/// them over the nodes.
+template <class T>
+void collect(const Backward<T>& b, const Plan<T>& plan, const BackwardScratch<T>& own, int value, Part part,
+             Vector<T>* adjoint) {
+  using V = Vector<T>;
+  const std::int64_t width = b.op.widths[value / 2], size = width * part.columns, panel = plan.widest * kBlockColumns;
+  if (b.source[value] >= 0 && own.waits[value]) {
+    const V* waiting = own.pending + b.source[value] * panel;
+    for (std::int64_t n = 0; n < size; ++n) adjoint[n] += waiting[n];
+  }
+  const int added = b.op.skips ? b.op.skips[value] : -1;
+  if (added >= 0) {
+    V* waiting = own.pending + b.source[added] * panel;
+    for (std::int64_t n = 0; n < size; ++n) waiting[n] = own.waits[added] ? waiting[n] + adjoint[n] : adjoint[n];
+    own.waits[added] = true;
+  }
+  if (b.summed[value] < 0) return;
+  V *first = own.first_sums + b.summed[value], *second = own.second_sums + b.summed[value];
+  for (std::int64_t unit = 0; unit < width; ++unit) {
+    V own_first = first[unit], own_second = second[unit];
+    for (int c = 0; c < part.columns; ++c) {
+      const V value_at = adjoint[unit * part.columns + c];
+      own_first = fma(value_at, splat<V>(1 - plan.t[part.begin + c]), own_first);
+      own_second = fma(value_at, splat<V>(plan.t[part.begin + c]), own_second);
+    }
+    first[unit] = own_first, second[unit] = own_second;
+  }
+}
+
+/// The adjoints of the outputs at a part of the nodes, in the units of the last product's weights.
+template <class T>
+void output_adjoints(const Plan<T>& plan, const Scratch<T>& s, const BackwardScratch<T>& own, Part part) {
+  using V = Vector<T>;
+  const T mean_t = T(plan.op.nodes.mean_t);
+  const V* residual = own.panels[plan.op.layers] + plan.outputs * part.begin;
+  for (std::int64_t k = 0; k < plan.outputs; ++k) {
+    const T scale = plan.ends_in_product() ? T(1) : plan.scale[k];
+    for (int c = 0; c < part.columns; ++c) {
+      const V deviation = fma(residual[k * part.columns + c], splat<V>(scale), -s.moments[k].e);
+      const V delta = own.along[k] * (plan.t[part.begin + c] - mean_t) - own.across[k] * deviation;
+      own.adjoint[k * part.columns + c] = delta * (plan.w[part.begin + c] * scale);
+    }
+  }
+}
+
+/// The gradient in the outputs at both ends of the paths.
+template <class T>
+void add_end_adjoints(const Backward<T>& b, const Plan<T>& plan, const Scratch<T>& s, const BackwardScratch<T>& own) {
+  using V = Vector<T>;
+  const T mean_t = T(plan.op.nodes.mean_t);
+  for (std::int64_t k = 0; k < plan.outputs; ++k) {
+    const T scale = plan.ends_in_product() ? T(1) : plan.scale[k];
+    const V mean = own.across[k] * s.moments[k].e;
+    own.first_sums[b.units + k] += (mean - own.along[k] * mean_t) * (b.first_weight * scale);
+    own.second_sums[b.units + k] += (mean + own.along[k] * (1 - mean_t)) * (b.last_weight * scale);
+  }
+}
+
+/// Carries the adjoints of a part of the nodes back to the samples.
+template <class T>
+void go_back(const Backward<T>& b, const Plan<T>& plan, const Scratch<T>& s, const BackwardScratch<T>& own, Part part) {
+  using V = Vector<T>;
+  const PathConnectivity<T>& op = plan.op;
+  for (int value = 0; value < 2 * (op.layers + 1); ++value) own.waits[value] = false;
+  output_adjoints(plan, s, own, part);
+  V *adjoint = own.adjoint, *before = own.before;
+  for (int l = op.layers; l >= 0; --l) {
+    const Layer<T>& layer = plan.layers[l];
+    if (layer.activation.kind != ActivationKind::kIdentity) {
+      collect(b, plan, own, 2 * l + 1, part, adjoint);
+      const V* slopes = own.slopes[l] + layer.width * part.begin;
+      for (std::int64_t n = 0; n < layer.width * part.columns; ++n) adjoint[n] *= slopes[n];
+    }
+    collect(b, plan, own, 2 * l, part, adjoint);
+    if (l == 0) break;
+    const std::int64_t width = op.widths[l - 1];
+    turn<T>(own.panels[l - 1] + width * part.begin, width, part.columns, own.turned);
+    add_outer<T>(adjoint, layer.width, own.turned, width, part.columns, own.products[l - 1]);
+    multiply_layer<T>(b.transposed[l - 1], width, layer.width, part.columns, adjoint, before, nullptr, nullptr, nullptr);
+    V* const swapped = adjoint;
+    adjoint = before;
+    before = swapped;
+  }
+}
+
+/// Runs the lanes' pairs forward and, if any has a gradient, back. Returns their entries.
+template <class T>
+Entries<T> differentiate(const Backward<T>& b, const Plan<T>& plan, const Scratch<T>& s, const BackwardScratch<T>& own,
+                         std::int64_t i, std::int64_t block, Vector<T> gradient) {
+  using V = Vector<T>;
+  kept_moments(plan, s, own, i, block);
+  const Entries<T> entries = entries_of(plan, s, i, block);
+  gradient = entries.unresolved > V{} ? V{} : gradient;
+  if (!any<V>(gradient != V{})) return entries;
+  output_coefficients(plan, s, own, i, block, gradient);
+  add_end_adjoints(b, plan, s, own);
+  for (int n = 0; n < int(blocks_of(plan.op.nodes.interior, kBlockColumns)); ++n) {
+    go_back(b, plan, s, own, Part(plan.op.nodes.interior, n));
+  }
+  return entries;
+}
+
+// ---- tasks ----
+
+/// The values that are summed, and the outputs' ends: where each has its rows in a slot.
+template <class T, class Function>
+void each_sum(const Backward<T>& b, const Slot& slot, const Function& function) {
+  for (int value = 0; value < 2 * (b.op.layers + 1); ++value) {
+    if (b.summed[value] < 0) continue;
+    function(b.summed[value], b.op.widths[value / 2], slot.sums + b.summed[value] * b.op.samples);
+  }
+  function(b.units, b.op.widths[b.op.layers], slot.ends);
+}
+
+/// Adds sums [units][lanes] to the rows of the lanes' samples. count: of the lanes that have one.
+template <class T, class SampleOf>
+void scatter(const Backward<T>& b, const Slot& slot, const Vector<T>* sums, int count, const SampleOf& sample_of) {
+  each_sum(b, slot, [&](std::int64_t from, std::int64_t width, double* rows) {
+    for (int lane = 0; lane < count; ++lane) {
+      double* const row = rows + sample_of(lane) * width;
+      for (std::int64_t unit = 0; unit < width; ++unit) row[unit] += double(sums[from + unit][lane]);
+    }
+  });
+}
+
+template <class T>
+void clear(Vector<T>* sums, std::int64_t count) {
+  for (std::int64_t n = 0; n < count; ++n) sums[n] = Vector<T>{};
+}
+
+template <class T>
+void differentiate_list(const Backward<T>& b, const Plan<T>& plan, Scratch<T>& s, const BackwardScratch<T>& own,
+                        const Slot& slot, std::int64_t begin) {
+  const PathConnectivityBackward<T>& op = b.op;
+  const int count = int(at_most(kLanes<T>, op.pairs - begin));
+  clear<T>(own.first_sums, b.units + plan.outputs);
+  clear<T>(own.second_sums, b.units + plan.outputs);
+  gather_ends<false>(plan, s, begin);
+  const Entries<T> entries = differentiate(b, plan, s, own, 0, 0, load_partial<Vector<T>>(op.gradient + begin, count));
+  write_list(plan, s, begin, entries);
+  scatter<T>(b, slot, own.first_sums, count, [&](int lane) { return op.first[begin + lane]; });
+  scatter<T>(b, slot, own.second_sums, count, [&](int lane) { return op.second[begin + lane]; });
+}
+
+template <class T>
+void differentiate_rows(const Backward<T>& b, const Plan<T>& plan, Scratch<T>& s, const BackwardScratch<T>& own,
+                        const Slot& slot, Tile tile, Tasks& tasks) {
+  const PathConnectivityBackward<T>& op = b.op;
+  const std::int64_t block = tile.block, begin = tile.rows * kTaskRows, start = block * kLanes<T>;
+  begin_rows(plan, s, tile.rows, block);
+  clear<T>(own.second_sums, b.units + plan.outputs);
+  for (std::int64_t i = begin; i < at_most(at_most(begin + kTaskRows, op.samples), start + kLanes<T>); ++i) {
+    if (!tasks.go_on()) return;
+    take_row<false>(plan, s, i);
+    clear<T>(own.first_sums, b.units + plan.outputs);
+    Vector<T> gradient{};
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      const std::int64_t j = start + lane;
+      if (j > i && j < op.samples) gradient[lane] = op.gradient[i * op.samples + j] + op.gradient[j * op.samples + i];
+    }
+    write_row(plan, s, i, block, differentiate(b, plan, s, own, i, block, gradient));
+    each_sum(b, slot, [&](std::int64_t from, std::int64_t width, double* rows) {
+      add_lanes<T>(own.first_sums + from, width, rows + i * width);
+    });
+  }
+  scatter<T>(b, slot, own.second_sums, int(at_most(kLanes<T>, op.samples - start)), [&](int lane) { return start + lane; });
+}
+
+/// Adds the products of a task to those of its slot, and clears them.
+template <class T>
+void add_products(const Backward<T>& b, const BackwardScratch<T>& own, const Slot& slot) {
+  double* sums = slot.products;
+  for (int l = 0; l < b.op.layers; ++l) {
+    const std::int64_t width = b.op.widths[l], stride = turned_width<T>(width);
+    for (std::int64_t row = 0; row < b.op.widths[l + 1]; ++row, sums += width) {
+      T* const from = own.products[l] + row * stride;
+      for (std::int64_t n = 0; n < width; ++n) sums[n] += double(from[n]);
+      for (std::int64_t n = 0; n < stride; ++n) from[n] = T(0);
+    }
+  }
+}
+
+/// Adds the slots in order. The sums of the last product's rows are in the units of the scaled outputs if the scale is in the
+/// weights.
+template <class T>
+void add_slots(const Backward<T>& b, const Plan<T>& plan, int threads) {
+  const std::int64_t outputs = plan.outputs, last = b.op.layers > 0 ? b.op.widths[b.op.layers - 1] : 0;
+  const std::int64_t scaled_products = b.product_count - outputs * last;
+  const std::int64_t scaled_sums = b.sum_count() - b.end_count();  // the last value that is summed is the last product
+  const auto add = [&](double* into, std::int64_t count, double* Slot::* member, std::int64_t scaled, std::int64_t width,
+                       bool by_rows) {
+#pragma omp parallel for num_threads(threads) if (worth_threads(count * b.slots))
+    for (std::int64_t n = 0; n < count; ++n) {
+      double sum = 0;
+      for (std::int64_t slot = 0; slot < b.slots; ++slot) sum += (b.sums[slot].*member)[n];
+      const std::int64_t at = n - scaled;
+      if (at >= 0 && plan.ends_in_product()) sum *= double(plan.scale[by_rows ? at / width : at % width]);
+      into[n] = sum;
+    }
+  };
+  add(b.op.products, b.product_count, &Slot::products, scaled_products, last > 0 ? last : 1, true);
+  add(b.op.sums, b.sum_count(), &Slot::sums, scaled_sums, outputs, false);
+  add(b.op.ends, b.end_count(), &Slot::ends, 0, outputs, false);
+}
+
+template <class T>
+void gradients_on(const PathConnectivityBackward<T>& op, int threads) {
+  Arena arena{static_cast<char*>(op.workspace)};
+  Plan<T> plan = make_plan(op, Stencil<T>{}, arena, threads);
+  const Backward<T> made = make_backward(op, plan, arena, threads);
+  Tasks tasks(op.watch, tasks_of(op));
+  if (!fill_plan(plan, threads, tasks)) return;
+  Backward<T> b = made;
+  double inner = 0, inner_t = 0;
+  for (int m = 0; m < op.nodes.interior; ++m) {
+    inner += op.nodes.weights[m];
+    inner_t += op.nodes.weights[m] * op.nodes.t[m];
+  }
+  b.last_weight = T(op.nodes.mean_t - inner_t);
+  b.first_weight = T(1 - inner - (op.nodes.mean_t - inner_t));
+  for (int l = 0; l < op.layers; ++l) {
+    const bool scaled = l + 1 == op.layers && plan.ends_in_product();
+    pack_transposed(op.weights[l], op.widths[l + 1], op.widths[l], scaled ? plan.scale : nullptr, b.transposed[l]);
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    Scratch<T>& scratch = plan.scratch[thread];
+    const BackwardScratch<T>& own = b.scratch[thread];
+    for (int l = 0; l < op.layers; ++l) {
+      memset(own.products[l], 0, std::size_t(op.widths[l + 1] * turned_width<T>(op.widths[l])) * sizeof(T));
+    }
+#pragma omp for schedule(dynamic)
+    for (std::int64_t n = 0; n < b.slots; ++n) {
+      const Slot& slot = b.sums[n];
+      memset(slot.products, 0, std::size_t(b.product_count) * sizeof(double));
+      memset(slot.sums, 0, std::size_t(b.sum_count()) * sizeof(double));
+      memset(slot.ends, 0, std::size_t(b.end_count()) * sizeof(double));
+      for (std::int64_t task = n; task < tasks_of(op); task += b.slots) {
+        if (!tasks.go_on()) break;
+        if (plan.paired()) {
+          differentiate_list(b, plan, scratch, own, slot, task * kLanes<T>);
+        } else {
+          differentiate_rows(b, plan, scratch, own, slot, Tile(plan, task), tasks);
+        }
+        add_products(b, own, slot);
+        tasks.count_one();
+      }
+    }
+  }
+  add_slots(b, plan, threads);
+  add_counts(plan, threads);
+}
+
+template <class T>
+std::size_t workspace_of(const PathConnectivityBackward<T>& op, int threads) {
+  Arena arena{nullptr};
+  const Plan<T> plan = make_plan(op, Stencil<T>{}, arena, threads);
+  make_backward(op, plan, arena, threads);
+  return arena.used;
+}
+
+}  // namespace
+}  // namespace lmn
