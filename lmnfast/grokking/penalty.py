@@ -48,8 +48,7 @@ class WeightedPenalty:
         """The penalty without its weight, as it was in the last update that had one, 0-dim float64. Before the first of these:
         of the present network, on a draw of its own."""
         if self._value is None:
-            with torch.no_grad():
-                self._value = self.of(self._draw()).detach()
+            self._value = self.of(self._draw()).detach()
         return self._value.double()
 
     def state_dict(self) -> dict[str, Any]:

@@ -152,17 +152,20 @@ def tuning_jobs(tasks: Iterable[str], settings: Interventions) -> list[Job]:
 
 def _say_plan(folder: Path, work: Sequence[Job], tuning: int, jobs: int, settings: Interventions) -> None:
     """Prints how many runs there are, and how long they take if all go to their last step."""
+    tasks = dict.fromkeys(job[0] for job in work)
     left = [job for k, job in enumerate(work) if k >= tuning or not row_file(folder, job).exists()]
-    per_step = {
-        key: seconds_per_step(*key, settings) for key in dict.fromkeys((job[0], job[1]) for job in left)
-    }
-    total = sum(per_step[job[0], job[1]] * settings.horizons[job[0]] for job in left)
-    steps = {key: f"{1000 * value:.1f}" for key, value in per_step.items()}
+    kinds = dict.fromkeys((task, arm) for task, arm, _, _ in left)
+    per_step = {kind: seconds_per_step(*kind, settings) for kind in kinds}
+    total = sum(per_step[task, arm] * settings.horizons[task] for task, arm, _, _ in left)
+    print(f"{folder}: {tuning} runs to choose weights, {len(work) - tuning} to report")
+    for task in tasks:
+        times = [f"{arm} {1000 * per_step[task, arm]:.1f}" for arm in ARMS if (task, arm) in per_step]
+        print(
+            f"{task}: until test accuracy 1, at most {settings.horizons[task]} steps; ms a step: {', '.join(times)}"
+        )
     print(
-        f"{folder}: {tuning} runs to choose weights and {len(work) - tuning} to report, each until test accuracy 1 or step "
-        f"{', '.join(f'{settings.horizons[task]} of {task}' for task in dict.fromkeys(job[0] for job in work))}; an update "
-        f"takes {', '.join(f'{value} ms ({task}, {arm})' for (task, arm), value in steps.items())}. At most "
-        f"{total / 60 / jobs:.0f} min in {jobs} processes, and less where runs are accurate earlier or are there already.",
+        f"at most {total / 60 / jobs:.0f} min in {jobs} processes; less where runs are accurate before their last step, or are "
+        "there already",
         flush=True,
     )
 
