@@ -20,7 +20,7 @@ LABELS = {
     "pooled_curvature": "penalty on the pooled curvature",
     "lmn": "penalty on LMN",
     "jacobian_norm": "penalty on the Jacobian's norm",
-    "weight_decay": "weight decay, norm as with the pooled curvature",
+    "weight_decay": "weight decay, matched in the norm",
 }
 # Arms, and the arms that they are compared with in the claims about steps.
 COMPARED = (
@@ -173,7 +173,7 @@ def _how(reported: Reported, settings: Interventions) -> list[str]:
     lines = [
         f"Does a network grok earlier if its map is made more linear? {count} seed{'s' * (count > 1)} of each task and arm "
         "train as the paper's, with one thing added: a penalty on the map from `hidden_1` to the output (its pooled curvature, "
-        f"its LMN, or the mean squared norm of its Jacobian, each of {settings.penalty_samples} training samples that are drawn "
+        f"its LMN, or the mean squared norm of its Jacobian, each of {settings.penalty_samples} training samples, drawn "
         f"anew, {when}), or another weight decay than the paper's. A run ends at the first measured step (every "
         f"{settings.every}) with test accuracy 1, at the latest at step {horizons}. A run that is not accurate by then is "
         "censored, and its step counts as infinite. No seed is dropped.",

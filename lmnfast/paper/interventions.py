@@ -332,7 +332,7 @@ def baseline(
         ValueError: the file is no such table, has other settings, or lacks steps.
     """
     try:
-        table = [row for row in history(file) if row.get("layer") == LAYER]
+        table = [row for row in history(file) if row.get("layer") == LAYER and {"task", "seed"} <= set(row)]
     except (ValueError, OSError) as error:
         raise ValueError(f"results: {str(error).removeprefix('path: ')}") from None
     found = {}
