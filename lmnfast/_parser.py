@@ -43,7 +43,7 @@ examples:
   lmnfast grok xor --steps 4000 --seed 1                 a run that groks soon
   lmnfast grok s4 --layers embedding hidden_1 --rule lobatto --points 9 --out runs/s4
   lmnfast grok modular-addition --p 59 --train-fraction 0.4 --weight-decay 1 --samples 500
-  lmnfast grok xor --penalty jacobian_norm --penalty-weight 0.001 --until-accurate --out runs/smooth
+  lmnfast grok s4 --penalty pooled_curvature --penalty-weight 10 --until-accurate --out runs/straight
 """
 MEASURE = f"""{METHODS_ARE}
 
