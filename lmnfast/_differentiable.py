@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import without_second
 from ._chain import Chain
-from ._connectivity import measured
 from ._enqueue import Enqueued
+from ._measured import matrix_of, measured
 from ._native import Progress
 from ._pairs import measured_pairs
 from ._recognise import NotAChain, chain_with_graph
@@ -69,8 +69,7 @@ def with_graph(
         enqueued = measured_pairs(f, x, settings, *pairs, known=plain, expected=expected)
     if chain is not None and enqueued.kind not in ("fused", "block"):  # the chain has other outputs than f
         source = Recomputed(f, own, settings, pairs)
-    entries = enqueued.pooled if settings.pooled else enqueued.L
-    assert entries is not None
+    entries = matrix_of(enqueued, settings.pooled)
     # The entries are handed over in a list: the graph of a tensor that keeps itself would never be freed.
     found = _Entries.apply(source, [entries], *source.tensors())
     return WithGraph(found, enqueued)
@@ -117,10 +116,11 @@ class _Entries(torch.autograd.Function):
         return entries.pop()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        _ = ctx.saved_tensors  # raises if one of them was changed in place, or the graph was freed
-        return None, None, *ctx.source.gradients(gradient)
+        saved = ctx.saved_tensors  # raises if one of them was changed in place, or the graph was freed
+        with torch.no_grad():
+            found = ctx.source.gradients(gradient.detach())
+        return None, None, *without_second(found, saved)
 
 
 class OfChain:
@@ -141,11 +141,14 @@ class OfChain:
             used = used.to(x.device)
             self.pairs, self.x = (places[0], places[1]), self.x[used]
             self.parts = hoisted_with_graph(chain, x[used])
+        # The bias behind the last Linear changes nothing, and is no part of `parts`. Its gradient is 0.
+        last = chain.biases[-1]
+        self.unused = [last] if last is not None and all(last is not b for b in self.parts.biases) else []
         if not any(t.requires_grad for t in self.tensors()):
             raise RuntimeError(NO_GRAPH)
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in _of_parts(self.parts) if t is not None]
+        return [*self.unused, *(t for t in _of_parts(self.parts) if t is not None)]
 
     def kept(self) -> list[Tensor]:
         return self.sources
@@ -155,7 +158,7 @@ class OfChain:
         rule, statistic = self.settings.nodes, self.settings.statistic
         found = chain_gradients(self.parts, self.x, gradient, *rule, statistic, first, second)
         own = [found.z, *found.weights, *found.biases, *found.shifts]
-        return [
+        return [torch.zeros_like(bias) for bias in self.unused] + [
             g.to(t.dtype) if t.requires_grad and g is not None else None
             for t, g in zip(_of_parts(self.parts), own, strict=True)
             if t is not None

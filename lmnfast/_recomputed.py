@@ -48,7 +48,8 @@ class Recomputed:
         self.x = x.detach()
         kind = x.device.type
         self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        with evaluating(self.f), torch.enable_grad(), self._as_before():
+        with evaluating(self.f) as kept, torch.enable_grad(), self._as_before():
+            kept.trained = True
             y = outputs_of(self.f, self.x[:2].clone().requires_grad_(x.requires_grad))
         self.leaves = _leaves_behind(y)
         if not (x.requires_grad or self.leaves):
@@ -67,6 +68,7 @@ class Recomputed:
 
     def gradients(self, gradient: Tensor) -> list[Tensor | None]:
         with evaluating(self.f) as kept, self._as_before(), _without_hooks(self.leaves):
+            kept.trained = True
             sums = _Sums(self, Calls(self.f, kept.put_back), gradient)
             if self.settings.points > 2:  # r2 of two points is 1
                 sums.add_all()

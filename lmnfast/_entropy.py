@@ -1,4 +1,4 @@
-"""The entropy of a connectivity matrix with its gradient."""
+"""The entropy of eigenvalues, and its gradient in the matrix."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._eigenvalues import _complexity
+from . import ops
+from ._autograd import without_second
 from ._threads import lapack_on_one_core, one_core_after_fork
 
 # In the gradient an eigenvalue counts as at least this share of the mean magnitude: the logarithm has no limit at 0.
 LEAST = 1e-6
 
 
-def complexity(L: Tensor, negative: str) -> Tensor:
+def entropy(values: Tensor, negative: str) -> Tensor:
+    """Entropy of eigenvalues (..., N), in bits."""
+    if negative == "clip":
+        values = values.clamp(min=0)
+    total = values.abs().sum(-1)
+    if not (good := (total > 0) & (total < float("inf"))).all():
+        raise ValueError(
+            f"L: expected eigenvalues whose magnitudes have a finite sum above 0, got a sum of {float(total[~good][0])} "
+            f"(negative={negative!r})"
+        )
+    return ops.spectral_entropy(values)
+
+
+def complexity_with_graph(L: Tensor, negative: str) -> Tensor:
     """S_NL in bits of checked matrices (..., N, N), with the graph of L: (...) float64."""
     bits: Tensor = _Complexity.apply(L, negative)
     return bits
@@ -32,18 +45,19 @@ class _Complexity(torch.autograd.Function):
     @one_core_after_fork()
     def forward(ctx: Any, L: Tensor, negative: str) -> Tensor:
         values, vectors = _eigh(L.double())
-        bits = _complexity(values, negative)
-        ctx.save_for_backward(values, vectors, bits)
-        ctx.negative, ctx.dtype = negative, L.dtype
+        bits = entropy(values, negative)
+        ctx.save_for_backward(L, values, vectors, bits)
+        ctx.negative = negative
         return bits
 
     @staticmethod
-    @once_differentiable
     @one_core_after_fork()
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        values, vectors, bits = ctx.saved_tensors
-        g = slopes(values, bits, ctx.negative) * gradient[..., None]
-        return ((vectors * g[..., None, :]) @ vectors.mT).to(ctx.dtype), None
+        L, values, vectors, bits = ctx.saved_tensors
+        with torch.no_grad():
+            g = slopes(values, bits, ctx.negative) * gradient[..., None]
+            of_L = ((vectors * g[..., None, :]) @ vectors.mT).to(L.dtype)
+        return *without_second([of_L], [L]), None
 
 
 def slopes(values: Tensor, bits: Tensor, negative: str) -> Tensor:
