@@ -12,7 +12,7 @@ from torch import Tensor
 from ._autograd import without_second
 from ._chain import Chain
 from ._enqueue import Enqueued
-from ._measured import matrix_of, measured
+from ._measured import matrix_of, measured, measured_chain
 from ._native import Progress
 from ._pairs import measured_pairs
 from ._recognise import NotAChain, chain_with_graph
@@ -56,6 +56,10 @@ def with_graph(
         As `connectivity`; ValueError for another method, and RuntimeError if there is nothing to differentiate in.
     """
     check_differentiable(settings)
+    if known is not None and expected is not None and pairs is None:
+        found = measured_chain(known.detached(), x.detach(), expected, settings)
+        if found is not None:
+            return _with_graph(OfChain(known, x, settings, None), found, settings)
     own = checked_samples(f, x, detached=False)
     chain = known or _chain(f)
     if chain is not None and why_no_kernel(chain, own, "path"):
@@ -69,10 +73,13 @@ def with_graph(
         enqueued = measured_pairs(f, x, settings, *pairs, known=plain, expected=expected)
     if chain is not None and enqueued.kind not in ("fused", "block"):  # the chain has other outputs than f
         source = Recomputed(f, own, settings, pairs)
-    entries = matrix_of(enqueued, settings.pooled)
+    return _with_graph(source, enqueued, settings)
+
+
+def _with_graph(source: Source, enqueued: Enqueued, settings: Settings) -> WithGraph:
     # The entries are handed over in a list: the graph of a tensor that keeps itself would never be freed.
-    found = _Entries.apply(source, [entries], *source.tensors())
-    return WithGraph(found, enqueued)
+    entries = [matrix_of(enqueued, settings.pooled)]
+    return WithGraph(_Entries.apply(source, entries, *source.tensors()), enqueued)
 
 
 def check_differentiable(settings: Settings, stacked: Any = None) -> None:

@@ -10,14 +10,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from . import _native
+from ._block import wide_block
 from ._chain import Chain
-from ._checks import NotTheChain
+from ._checks import Checks, NotTheChain
 from ._enqueue import Enqueued, enqueue
 from ._native import Progress
+from ._prepare import precision_of
+from ._route import why_no_kernel
 from ._settings import Settings
 from ._stacked import Stacked, loaded, networks_in
 from ._threads import alone
 from ._together import enqueue_together
+from .ops.path_connectivity import chain_connectivity
 
 
 def matrix_of(enqueued: Enqueued, pooled: bool) -> Tensor:
@@ -59,6 +64,32 @@ def measured(
         if report is not None:
             report(1.0)
         return [enqueued]
+
+
+def measured_chain(chain: Chain, x: Tensor, expected: Tensor, settings: Settings) -> Enqueued | None:
+    """`measured` of a function that is known to be a chain, in the time of the kernel: the function is not called.
+
+    None where `measured` would do something else: on CUDA, under autocast, for a chain that is measured as a block, and if the
+    chain's outputs are not the expected ones.
+    """
+    if (
+        _native.on_cuda(x)
+        or torch.is_autocast_enabled(x.device.type)
+        or x.dtype != chain.weights[0].dtype
+        or why_no_kernel(chain, x, "path")
+        or wide_block(chain)
+    ):
+        return None
+    checks, ends = Checks(deferred=False), expected.reshape(len(x), -1)
+    checks.finite("x", x)
+    checks.finite("f(x)", ends)
+    if not checks.reproduces(chain, x, ends):
+        return None
+    found = chain_connectivity(chain, x, *settings.nodes, settings.midpoint, settings.statistic)
+    found.resolve()
+    checks.entries(found.L)
+    precision = precision_of(torch.get_float32_matmul_precision(), True, x)
+    return Enqueued(found, precision, ends.shape[1], kind="fused")
 
 
 def _checked(enqueued: Enqueued, again: Callable[[], Enqueued]) -> Enqueued:

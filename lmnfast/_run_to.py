@@ -81,6 +81,22 @@ def run_to(model: nn.Module, name: str, inputs: Any, how: Cutting) -> tuple[Tens
     return start.samples, start.output
 
 
+def run_again(start: Start, inputs: Any) -> tuple[Tensor, Tensor]:
+    """As `run_to` of other inputs of the same shapes, with the graphs, and without the checks that need no values.
+
+    The model must be as it was: see `python_state`.
+    """
+    layout, seen = start.layout, list[tuple[Any, list | None]]()
+    if start.layer is None:
+        samples, result = at_path(inputs, start.path), run_on_copies(start.call, inputs, graph=True)
+    else:
+        result = _captured(start.call, inputs, start.layer, start.number, seen, graph=True)
+        if start.number is None and len(seen) != 1:
+            raise ValueError(f"layer: was called {len(seen)} times in one forward pass; expected once")
+        samples = _rows_first(seen[start.number or 0][0], layout.layer)
+    return samples, result  # the call moves the rows of its result
+
+
 def start_of(model: nn.Module, name: str, inputs: Any, how: Cutting) -> Start:
     """Runs the model once, or more often to find where the samples lie. Raises the errors of `cut` on the way."""
     return (_start_of_block if how.block else _start_of_layer)(model, name, inputs, how)

@@ -20,7 +20,7 @@ from ._nested import tensors_in
 from ._pairs import check_generator, checked_pairs, draw_pairs
 from ._python_state import python_state
 from ._recognise import NotAChain, chain_with_graph
-from ._run_to import Cutting, run_to
+from ._run_to import Cutting, run_again, start_of
 from ._schedule import Every, Schedule
 from ._settings import Settings
 from ._threads import alone
@@ -155,43 +155,44 @@ class Penalty:
         if self._kept is not None and self._kept.state == state:
             with suppress(Exception):  # this cut may be outdated; only an error with a new one counts
                 return self._of_cut(self._kept, inputs)
-        tail, _ = cut_at(self.model, self.layer, inputs, self._how)
         self._kept = None
-        cut = _Cut(state, tail)
+        cut = _Cut(state, self.model, self.layer, inputs, self._how)
         value = self._of_cut(cut, inputs)
         if len(list(tensors_in(inputs))) == 1:  # otherwise the tail has the values of the others
             self._kept = cut
         return value
 
     def _of_cut(self, cut: _Cut, inputs: Any) -> Tensor:
-        layout = layout_of(cut.tail) or plain_layout(inputs)
-        how = replace(self._how, batch_dim=layout, graph=True)
-        samples, output = run_to(self.model, self.layer, inputs, how)
+        samples, output = run_again(cut.start, inputs)
         drawn = checked_pairs(self._pairs, len(samples))
         pairs = None if drawn is None else draw_pairs(len(samples), drawn, self._generator)
-        found = with_graph(
-            cut.tail, samples, self._settings, pairs=pairs, known=cut.chain(), expected=output.detach()
-        )
-        self._dtype = found.entries.dtype
+        entries = with_graph(
+            cut.tail, samples, self._settings, pairs=pairs, known=cut.chain, expected=output.detach()
+        ).entries
+        self._dtype = entries.dtype
         if "curvature" in self.of:
-            return mean_curvature(found.entries)
-        bits = complexity_with_graph(found.entries, "absolute")
+            return mean_curvature(entries)
+        bits = complexity_with_graph(entries, "absolute")
         return bits if self.of == "complexity_bits" else torch.exp2(bits)
 
 
 class _Cut:
-    """A cut that is kept from step to step."""
+    """A cut that is kept from step to step, for as long as `state` stays the same."""
 
-    def __init__(self, state: list[Any], tail: nn.Module) -> None:
-        self.state, self.tail = state, tail
-        self._chain: Chain | None = None
+    def __init__(self, state: list[Any], model: nn.Module, layer: str, inputs: Any, how: Cutting) -> None:
+        self.state = state
+        self.tail, _ = cut_at(model, layer, inputs, how)
+        known = replace(how, batch_dim=layout_of(self.tail) or plain_layout(inputs))
+        # Without the tensors of this call.
+        self.start = replace(start_of(model, layer, inputs, known), inputs=None, samples=NONE, output=NONE)
+        self.chain: Chain | None = None
         with suppress(NotAChain), torch.enable_grad():
-            chain = chain_with_graph(tail)
+            chain = chain_with_graph(self.tail)
             if all(isinstance(t, nn.Parameter) for t in (*chain.weights, *chain.biases) if t is not None):
-                self._chain = chain  # its tensors follow the training; computed ones would not
+                self.chain = chain  # its tensors follow the training; computed ones would not
 
-    def chain(self) -> Chain | None:
-        return self._chain
+
+NONE = torch.empty(0, device="cpu")
 
 
 def _shapes(inputs: Any) -> list[Any]:
