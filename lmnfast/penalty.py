@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, SupportsIndex
@@ -167,12 +168,27 @@ class Penalty:
         drawn = checked_pairs(self._pairs, len(samples))
         pairs = None if drawn is None else draw_pairs(len(samples), drawn, self._generator)
         self._dtype = torch.promote_types(output.dtype, torch.float32)
-        known: dict[str, Any] = {"known": cut.chain, "expected": output.detach()}
-        if "curvature" in self.of:
-            return mean_curvature_with_graph(cut.tail, samples, self._settings, pairs=pairs, **known)
-        entries = with_graph(cut.tail, samples, self._settings, **known).entries
-        bits = complexity_with_graph(entries, "absolute")
-        return bits if self.of == "complexity_bits" else torch.exp2(bits)
+        return measure_with_graph(
+            self.of, cut.tail, samples, self._settings, pairs=pairs, known=cut.chain, expected=output.detach()
+        )
+
+
+def measure_with_graph(
+    of: str,
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    settings: Settings,
+    *,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    known: Chain | None = None,
+    expected: Tensor | None = None,
+) -> Tensor:
+    """The measure `of` of f on x, as in `Penalty`, 0-dim float64 with its graph. Other arguments as of `with_graph`."""
+    how: dict[str, Any] = {"known": known, "expected": expected}
+    if "curvature" in of:
+        return mean_curvature_with_graph(f, x, settings, pairs=pairs, **how)
+    bits = complexity_with_graph(with_graph(f, x, settings, **how).entries, "absolute")
+    return bits if of == "complexity_bits" else torch.exp2(bits)
 
 
 class _Cut:

@@ -71,9 +71,23 @@ def _measure(penalty: str, model: nn.Sequential) -> Callable[[Tensor], Tensor]:
     """The penalty without a weight, as a function of the tokens of samples."""
     if penalty == "jacobian_norm":
         return lambda inputs: jacobian_norm(model, inputs)
-    from ..penalty import Penalty
+    from .._recognise import chain_with_graph
+    from .._settings import Settings
+    from ..penalty import measure_with_graph
 
-    return Penalty(model, LAYER, of=penalty, weight=1.0)
+    # As lmnfast.Penalty, which cuts any model; of this one the parts are known.
+    behind = [name for name, _ in model.named_children()].index(LAYER) + 1
+    before, tail = model[:behind], model[behind:]
+    chain = chain_with_graph(tail)
+    settings = Settings(points=7, rule="lobatto", pooled=penalty == "pooled_curvature")
+
+    def measure(inputs: Tensor) -> Tensor:
+        samples = before(inputs)
+        with torch.no_grad():
+            expected = tail(samples)
+        return measure_with_graph(penalty, tail, samples, settings, known=chain, expected=expected)
+
+    return measure
 
 
 def jacobian_norm(model: nn.Sequential, inputs: Tensor) -> Tensor:
