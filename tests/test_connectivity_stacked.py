@@ -171,7 +171,7 @@ def test_a_launch_for_all_costs_no_call_for_each(emulated, monkeypatch):
 def test_the_matrices_of_a_stack_are_not_copied(emulated):
     models, stacked, x = stack_of(lambda: mlp(6, 20, 4), 3)
     each = measured(models[0], x, DEFAULT, stacked)
-    assert _connectivity.stacked_matrices(each).data_ptr() == each[0].L.data_ptr()
+    assert _measured.stacked_matrices(each).data_ptr() == each[0].L.data_ptr()
 
 
 def test_wrong_numbers_in_a_stack_are_named_as_in_a_network_alone(emulated, launches):

@@ -244,19 +244,40 @@ def test_a_network_that_is_constant_has_gradients_of_zero():
         assert not x.grad.any() and all(not p.grad.any() for p in f.parameters())
 
 
-def test_close_samples_in_float32_are_differentiated_in_float64():
-    """In float32 a path between them has few distinct points; the entry comes from float64, and so does the gradient."""
+@pytest.mark.parametrize("what", ["close samples", "an offset"])
+def test_pairs_that_float32_does_not_resolve_are_differentiated_in_float64(what):
+    """The entries come from float64, and so do their gradients: those of float32 would be rounding."""
     f, leaves, x, _ = network("closure")
+    offset = 300.0 if what == "an offset" else 0.0
     x = x.float().double()
-    x[1] = (x[0] + 5e-4 * x[2]).float()
+    if not offset:
+        x[1] = (x[0] + 5e-4 * x[2]).float()
     pairs = torch.tensor([0]), torch.tensor([1])
     for leaf in leaves:
         leaf.data = leaf.data.float().double()
     expected = by_autograd(f, x, torch.ones(1, dtype=DOUBLE), leaves, pairs)
     for leaf in leaves:
         leaf.data = leaf.data.float()
-    found = with_graph(f, x.float(), Settings("path", 7, "lobatto"), pairs=pairs)
-    assert_same_gradients(torch.autograd.grad(found.entries.sum(), leaves), expected, 1e-2)
+    found = with_graph(lambda z: f(z) + offset, x.float(), Settings("path", 7, "lobatto"), pairs=pairs)
+    assert_same_gradients(torch.autograd.grad(found.entries.sum(), leaves), expected, 1e-3)
+
+
+def test_without_float64_such_pairs_have_no_gradient():
+    net = nn.Sequential(mlp(6, 9, 5), nn.Softmax(1))
+
+    def f(x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32
+        return net(x)
+
+    x = samples(6, 6)
+    x[1] = x[0] + 1e-4 * x[2]
+    with pytest.warns(UserWarning, match="cannot be evaluated in float64"):
+        found = with_graph(f, x, Settings("path", 7, "lobatto"))
+    close, other = torch.zeros(6, 6), torch.zeros(6, 6)
+    close[0, 1] = other[0, 2] = 1
+    for gradient, zero in ((close, True), (other, False)):
+        (g,) = torch.autograd.grad((gradient * found.entries).sum(), [net[0][0].weight], retain_graph=True)
+        assert g.isfinite().all() and g.eq(0).all() == zero
 
 
 def test_the_backward_pass_of_any_function_stays_within_the_budget():
