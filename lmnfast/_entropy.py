@@ -37,7 +37,10 @@ def complexity_with_graph(L: Tensor, negative: str) -> Tensor:
 class _Complexity(torch.autograd.Function):
     """``S = -sum p log2 p`` of the eigenvalues w with ``p = |w| / A``.
 
-    ``dS/dL = g(L)`` with ``g(w) = -sgn(w) (log2 p + S) / A``.
+    ``dS/dL = g(L)`` with ``g(w) = -sgn(w) (log2 p + S) / A``. The eigenvectors give g(L) by one product. They cost as much
+    again as the eigenvalues, which S needs: 0.24 ms for both in place of 0.12 at N = 64, 149 in place of 73 at N = 768, on one
+    core. g(L) by products alone takes tens of them, for the sign and the logarithm: 0.0074 ms each at N = 64, 25 at N = 768.
+
     g(L) is one function of the matrix, so equal eigenvalues need no care.
     """
 

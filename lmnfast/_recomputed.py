@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -70,8 +69,7 @@ class Recomputed:
         with evaluating(self.f) as kept, self._as_before(), _without_hooks(self.leaves):
             kept.trained = True
             sums = _Sums(self, Calls(self.f, kept.put_back), gradient)
-            if self.settings.points > 2:  # r2 of two points is 1
-                sums.add_all()
+            sums.add_all()
         found = [sums.of_x.to(self.x.dtype) if self.of_x.requires_grad else None]
         return found + [total.to(leaf.dtype) for total, leaf in zip(sums.of_leaves, self.leaves)]
 
@@ -178,15 +176,20 @@ class _Sums:
             rounding = (
                 torch.finfo(at.dtype).eps * torch.maximum(whole[:, 0].abs(), whole[:, -1].abs()).double()
             )
-            delta = r2_gradient(
-                whole.double(), *rule, rounding, stabiliser=statistic.stabiliser, pooled=statistic.pooled
-            )
+            delta = self._delta(whole.double(), rounding)
             delta = torch.where(left[:, None, None], 0.0, delta) * weight[:, None, None]
             self.of_ends.index_put_((first,), delta[:, 0], accumulate=True)
             self.of_ends.index_put_((second,), delta[:, -1], accumulate=True)
             self._back_from(own, y, delta[:, 1:-1].flatten(0, 1), partial(self._spread, first, second, inner))
         if bool(left.any()):
             self._add_in_double(first[left], second[left], weight[left])
+
+    def _delta(self, y: Tensor, rounding: Tensor) -> Tensor:
+        """The gradient of r2 in the outputs along paths (pairs, nodes, K) float64."""
+        stabiliser, pooled = self.settings.statistic
+        delta = r2_gradient(y, self.nodes, self.weights, rounding, stabiliser=stabiliser, pooled=pooled)
+        # It sums to 0. On a short path, where f's derivatives are nearly equal, that must hold to the rounding of delta itself.
+        return delta - self.weights.to(y)[:, None] * delta.sum(1, keepdim=True)
 
     def _near(self, first: Tensor, second: Tensor) -> Tensor:
         """Which pairs are of samples that are close, but not equal: these are measured in float64."""
@@ -198,12 +201,11 @@ class _Sums:
 
     def _add_in_double(self, first: Tensor, second: Tensor, weight: Tensor) -> None:
         """`_add` of pairs that the samples' dtype does not resolve. Without float64 there is no gradient of these."""
-        x, statistic = self.x, self.settings.statistic
+        x = self.x
         is_double = x.dtype == torch.float64
-        if not (is_double or self.wide.errors is not None):
-            return
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the forward pass has warned
+        with torch.no_grad():
+            if not (is_double or self.wide.is_exact):
+                return
             values, noise = self.wide.values(), self.wide.noise()
         most = max(1, self.points // (4 * len(self.nodes)))
         for pair in torch.arange(len(first), device=x.device).split(most):
@@ -213,14 +215,7 @@ class _Sums:
             where, y, rounding = found
             if len(where) == 0:
                 continue
-            delta = r2_gradient(
-                y,
-                self.nodes,
-                self.weights,
-                rounding,
-                stabiliser=statistic.stabiliser,
-                pooled=statistic.pooled,
-            )
+            delta = self._delta(y, rounding)
             delta = delta * weight[pair][where, None, None]
             i, j = i[where], j[where]
             t = self.t.reshape(-1, *[1] * (x.dim() - 1))

@@ -93,8 +93,8 @@ def run_again(start: Start, inputs: Any) -> tuple[Tensor, Tensor]:
         result = _captured(start.call, inputs, start.layer, start.number, seen, graph=True)
         if start.number is None and len(seen) != 1:
             raise ValueError(f"layer: was called {len(seen)} times in one forward pass; expected once")
-        samples = _rows_first(seen[start.number or 0][0], layout.layer)
-    return samples, result  # the call moves the rows of its result
+        samples = seen[start.number or 0][0]
+    return _rows_first(samples, layout.layer), result  # the call moves the rows of its result
 
 
 def start_of(model: nn.Module, name: str, inputs: Any, how: Cutting) -> Start:

@@ -412,11 +412,16 @@ class Widened:
         zeros_are_exact = ((self._ends != 0) | (self.errors == 0)).all(0)
         return torch.stack([own, torch.where(zeros_are_exact, -least, least)])
 
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether f can be evaluated in float64, for samples of a narrower dtype."""
+        return self._wide is not None and not self._ends_in_float32()
+
     def values(self) -> Values:
         """f in float64. Warns if f must be evaluated in x's dtype instead."""
         if self._x.dtype == torch.float64:
             return Values(lambda points: (self._f(points).flatten(1), None))
-        if (wide := self._wide) is not None and not self._ends_in_float32():
+        if (wide := self._wide) is not None and self.is_exact:
             return Values(lambda points: (wide(points).flatten(1), None))
         warnings.warn(
             f"f: cannot be evaluated in float64 ({self._problem}); entries between samples that agree to rounding, and of "

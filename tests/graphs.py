@@ -20,12 +20,15 @@ def plain_r2(f, x, first, second, *, pooled=False, stabiliser=0.0, points=7, rul
         .flatten(1)
         .unflatten(0, (-1, points))
     )
-    y, tau = y - torch.einsum("m,pmk->pk", weights, y)[:, None], nodes - weights @ nodes
-    on_line = torch.einsum("m,pmk->pk", weights * tau, y) ** 2
-    whole = (weights @ tau**2) * torch.einsum("m,pmk->pk", weights, y**2)
+    tau = nodes - weights @ nodes
+    v, covariance = weights @ tau**2, torch.einsum("m,pmk->pk", weights * tau, y)
+    # What the regression line leaves: 1 - cov^2 / (v var y) would lose the digits of a path that is nearly straight.
+    left = y - torch.einsum("m,pmk->pk", weights, y)[:, None] - covariance[:, None] / v * tau[:, None]
+    bent, straight = v * torch.einsum("m,pmk->pk", weights, left**2), covariance**2
     if pooled:
-        return on_line.sum(1) / (whole.sum(1) + stabiliser)
-    return (on_line / (whole + stabiliser)).mean(1)
+        bent, straight = bent.sum(1, keepdim=True), straight.sum(1, keepdim=True)
+    bent = bent + stabiliser
+    return 1 - (bent / (straight + bent)).mean(1)
 
 
 def by_autograd(f, x, gradient: Tensor, leaves, pairs=None, **statistic) -> list[Tensor]:

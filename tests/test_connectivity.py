@@ -15,7 +15,7 @@ from support import COMPILED, UNIFORM
 from torch import nn
 
 import lmnfast
-from lmnfast import _checks, _connectivity, _enqueue, _native, _route, _threads, _tiles, reference
+from lmnfast import _checks, _enqueue, _measured, _native, _route, _threads, _tiles, reference
 from lmnfast._chain import IDENTITY, Chain
 from lmnfast._enqueue import enqueue
 from lmnfast._settings import METHODS
@@ -114,7 +114,7 @@ def test_a_chain_that_does_not_give_the_networks_outputs_is_not_used(monkeypatch
     assert (lmnfast.connectivity(net, x) - truth).abs().max() < 1e-5
     with pytest.raises(_checks.NotTheChain, match="that chain has other outputs"):
         enqueue(net, x, deferred=True).check()
-    monkeypatch.setattr(_connectivity, "enqueue", functools.partial(enqueue, deferred=True))
+    monkeypatch.setattr(_measured, "enqueue", functools.partial(enqueue, deferred=True))
     assert (lmnfast.connectivity(net, x) - truth).abs().max() < 1e-5
 
 

@@ -6,7 +6,7 @@ from networks import NAN, counted, inputs, mlp
 from torch import nn
 
 import lmnfast
-from lmnfast import _checks, _connectivity, _route, _together
+from lmnfast import _checks, _measured, _route, _together
 from lmnfast._enqueue import Enqueued, enqueue
 from lmnfast._measured import measured
 from lmnfast._settings import DEFAULT
@@ -27,7 +27,7 @@ def test_networks_of_a_stack_are_all_enqueued_before_one_is_checked(monkeypatch)
         checks(self)
 
     checks = Enqueued.check
-    monkeypatch.setattr(_connectivity, "enqueue", counted)
+    monkeypatch.setattr(_measured, "enqueue", counted)
     monkeypatch.setattr(Enqueued, "check", check)
     assert torch.equal(lmnfast.connectivity(models[0], x, stacked=stacked), truth)
     assert order == 3 * ["enqueue"] + 3 * ["check"]
@@ -117,7 +117,7 @@ def launches(monkeypatch):
 
     original = _together.stack_connectivity
     monkeypatch.setattr(_together, "stack_connectivity", together)
-    monkeypatch.setattr(_connectivity, "enqueue", alone)
+    monkeypatch.setattr(_measured, "enqueue", alone)
     return seen
 
 
@@ -171,7 +171,7 @@ def test_a_launch_for_all_costs_no_call_for_each(emulated, monkeypatch):
 def test_the_matrices_of_a_stack_are_not_copied(emulated):
     models, stacked, x = stack_of(lambda: mlp(6, 20, 4), 3)
     each = measured(models[0], x, DEFAULT, stacked)
-    assert _connectivity.stacked_matrices(each).data_ptr() == each[0].L.data_ptr()
+    assert _measured.stacked_matrices(each).data_ptr() == each[0].L.data_ptr()
 
 
 def test_wrong_numbers_in_a_stack_are_named_as_in_a_network_alone(emulated, launches):

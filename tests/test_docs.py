@@ -1,5 +1,6 @@
 """The pages of the documentation: their code prints what they say, and their links lead somewhere."""
 
+import importlib.util
 import re
 import warnings
 from pathlib import Path
@@ -25,6 +26,26 @@ def test_a_page_says_what_its_code_prints(name, least, capsys):
         values = ([float(value) for value in re.findall(number, text)] for text in (printed, said))
         # Offsets and bfloat16 leave few digits, which differ from one instruction set to another.
         assert next(values) == pytest.approx(next(values), rel=0.03, abs=0.006)
+
+
+def test_the_penalties_of_training_loops_run(tmp_path, monkeypatch, capsys):
+    section = (
+        (ROOT / "docs/training-loops.md")
+        .read_text()
+        .partition("\n## A measure as a penalty\n")[2]
+        .partition("\n## ")[0]
+    )
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for code, needed in zip(blocks, (None, "lightning", "transformers"), strict=True):
+        if needed is None or importlib.util.find_spec(needed):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exec(code, names)
+            value = float(re.findall(r"\d\.\d+(?:e-\d+)?", capsys.readouterr().out)[-1])
+            assert 0 < value < 1, needed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

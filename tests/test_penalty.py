@@ -240,6 +240,31 @@ def test_other_inputs_than_the_samples_are_those_of_the_call():
         assert_same_gradients(own, total, 1e-10)
 
 
+def test_a_map_between_two_layers_a_part_of_the_output_and_another_dimension_of_the_samples():
+    model = nn.Sequential(mlp(6, 9, 8), nn.Tanh(), nn.Linear(8, 5), nn.Softmax(1), nn.Linear(5, 2)).double()
+    x, gradient = samples(7, 6, dtype=DOUBLE), torch.full((7, 7), -1 / 42, dtype=DOUBLE)
+    penalty = lmnfast.Penalty(model, "0", of="curvature", until="3", output=lambda y: y[:, :3])
+    for _ in range(2):  # also with the kept cut
+        own = torch.autograd.grad(penalty(x), [model[0][0].weight, model[2].weight])
+    h = model[0](x)
+    expected = by_autograd(lambda h: model[1:4](h)[:, :3], h, gradient, [model[0][0].weight, model[2].weight])
+    assert_same_gradients(own, expected, 1e-10)
+
+    recurrent, steps = nn.LSTM(4, 5).double(), samples(3, 6, 4, dtype=DOUBLE)  # (time, samples, width)
+    penalty = lmnfast.Penalty(recurrent, "", of="curvature", output=lambda y: y[0], batch_dim=1)
+    for _ in range(2):
+        own = torch.autograd.grad(penalty(steps), list(recurrent.parameters()))
+    gradient = torch.full((6, 6), -1 / 30, dtype=DOUBLE)
+    moved = steps.transpose(0, 1)
+    expected = by_autograd(
+        lambda z: recurrent(z.transpose(0, 1))[0].transpose(0, 1),
+        moved,
+        gradient,
+        list(recurrent.parameters()),
+    )
+    assert_same_gradients(own, expected, 1e-10)
+
+
 def test_under_autocast_it_is_computed_in_float32():
     model = Classifier()
     penalty = lmnfast.Penalty(model, "hidden")
