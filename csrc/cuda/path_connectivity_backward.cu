@@ -89,18 +89,12 @@ class Run {
   const char* samples() {
     if (device_attribute(cudaDevAttrMultiProcessorCount) == 0) return "no CUDA device";
     places_ = places_of_sums<T>(op_);
-    const char* error = zero(plan_.zeros, std::size_t(plan_.zero_count) * sizeof(float));
-    if (!error) error = zero(plan_.partial, std::size_t(plan_.partial_count) * sizeof(double));
+    const char* error = zero(plan_.partial, std::size_t(plan_.partial_count) * sizeof(double));
     if (!error) error = zero(op_.sums, std::size_t(places_.back()) * sizeof(double));
     if (!error) error = zero(op_.ends, std::size_t(op_.samples * plan_.problem.outputs) * sizeof(double));
     if (!error) error = store_nodes(op_.nodes, plan_.nodes, plan_.problem.nodes, stream_);
     if (error) return error;
-    std::int64_t largest = sizeof(RangeFlags) / sizeof(float);
-    const auto layer_at = [&](int l) {
-      Layer<T> layer = layer_of<T>(op_, l, false, arena_);
-      if (sizeof(T) == 4) layer.half.largest = plan_.zeros + largest, largest += padded(op_.widths[l]);
-      return layer;
-    };
+    const auto layer_at = [&](int l) { return layer_of<T>(op_, l, false, arena_); };
     error = enqueue_forward<T>(op_, plan_.problem, 0.0, plan_.sums, stream_, layer_at, [&](int, const Layer<T>& layer) {
       plan_.layers.push_back(layer);
       return static_cast<const char*>(nullptr);

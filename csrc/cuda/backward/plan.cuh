@@ -68,10 +68,9 @@ struct Plan {
   std::vector<int> last_use;
   std::vector<Outer<T>> outer;  // of the layers 1 to L, without the batch
   T *nodes = nullptr, *ends = nullptr;
-  double *partial = nullptr, *sums = nullptr;
+  double* partial = nullptr;
+  double* sums = nullptr;  // double: what forward_kernel writes for other kernels
   std::int64_t partial_count = 0;
-  float* zeros = nullptr;  // float: RangeFlags, and then each layer's largest |a|
-  std::int64_t zero_count = 0;
 };
 
 /// Calls function(constant) with the number of columns that a thread has in a product with `columns` columns.
@@ -143,12 +142,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, Arena& arena) {
   Plan<T> plan;
   plan.problem = make_problem(op, arena);
   plan.nodes = arena.take<T>(3 * std::int64_t(op.nodes.interior));
-  if constexpr (sizeof(T) == 4) {
-    plan.zero_count = sizeof(RangeFlags) / sizeof(float);
-    for (int l = 0; l <= op.layers; ++l) plan.zero_count += padded(op.widths[l]);
-    plan.zeros = arena.take<float>(plan.zero_count);
-    plan.problem.range = reinterpret_cast<RangeFlags*>(plan.zeros);
-  } else {
+  if (sizeof(T) == 8) {
     plan.sums = arena.take<double>(blocks_of(op.samples, kForwardTile) * padded(op.widths[0]) / kForwardTile);
   }
   plan.last_use = last_uses(op);
