@@ -11,6 +11,12 @@ namespace {
 
 using Arena = ArenaOf<64>;  // a cache line
 
+/// The number rounded up to whole vectors.
+template <class T>
+constexpr std::int64_t whole_vectors(std::int64_t count) {
+  return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
 /// Calls function(constant), where `constant.value` is the size, known to the compiler. Sizes above kMost count as kMost.
 template <int kSize>
 struct SizeConstant {

@@ -41,6 +41,7 @@ __attribute__((noinline)) void separated_residuals_and_slopes(const Ends<T>& end
                                                               const Vector<T>* second_table, std::int64_t stride,
                                                               Vector<T>* panel, Vector<T>* slopes) {
   using V = Vector<T>;
+  const std::int64_t first_stride = whole_vectors<T>(ends.width);
   T node[kC];
   for (int c = 0; c < kC; ++c) node[c] = t[c];
   for (std::int64_t unit = 0; unit < ends.width; ++unit) {
@@ -49,7 +50,7 @@ __attribute__((noinline)) void separated_residuals_and_slopes(const Ends<T>& end
     const V z_chord = z_second - z_first, a_chord = a_second - a_first;
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) {
-      const V first = splat<V>(first_table[unit * stride + c]);
+      const V first = splat<V>(first_table[c * first_stride + unit]);
       const V logistic = reciprocal(fma(first, second_table[unit * stride + c], splat<V>(T(1))));
       const V chord = fma(splat<V>(node[c]), a_chord, a_first), steep = logistic - logistic * logistic;
       V residual, slope;
@@ -83,7 +84,7 @@ struct BackwardScratch {
   V *along, *across;            // [outputs], P and Q of csrc/ops.h
   V *first_sums, *second_sums;  // [units that are summed, then outputs]; of the row, and of the task
   T* turned;                    // a panel of residuals, turned
-  T** products;                 // [layers], [width][turned_width(width before)], of the task
+  T** products;                 // [layers], outer products of the task, laid out as outer_size() says
 };
 
 /// Sums of one slot, laid out as the op's results.
@@ -136,7 +137,8 @@ Backward<T> make_backward(const PathConnectivityBackward<T>& op, const Plan<T>& 
     T* const packed = arena.take<T>(op.widths[l] * op.widths[l + 1]);
     if (arena.base) b.transposed[l] = packed;
     b.product_count += op.widths[l] * op.widths[l + 1];
-    const std::int64_t turned = turned_width<T>(op.widths[l]);
+    const std::int64_t turned =
+        whole_vectors<T>(turns_adjoints<T>(op.widths[l + 1], op.widths[l]) ? op.widths[l + 1] : op.widths[l]);
     most_turned = turned > most_turned ? turned : most_turned;
   }
   const std::int64_t bytes = std::int64_t(sizeof(double)) * (b.product_count + b.sum_count() + b.end_count());
@@ -161,7 +163,7 @@ Backward<T> make_backward(const PathConnectivityBackward<T>& op, const Plan<T>& 
       V* const kept = arena.take<V>(op.widths[l] * interior);
       const bool bends = op.activations[l].kind != ActivationKind::kIdentity;
       V* const slopes = arena.take<V>(bends ? op.widths[l] * interior : 0);
-      T* const products = arena.take<T>(l < op.layers ? op.widths[l + 1] * turned_width<T>(op.widths[l]) : 0);
+      T* const products = arena.take<T>(l < op.layers ? outer_size<T>(op.widths[l + 1], op.widths[l]) : 0);
       if (!arena.base) continue;
       s.panels[l] = kept, s.slopes[l] = slopes;
       if (l < op.layers) s.products[l] = products;
@@ -214,7 +216,7 @@ void first_residuals(const Plan<T>& plan, const Scratch<T>& s, const Ends<T>& en
     constexpr ActivationKind kKind = kind.value;
     if constexpr (is_separable(kKind)) {
       if (plan.separable) {
-        const T* first_table = s.first_table + i % kTaskRows * layer.width * interior + part.begin;
+        const T* first_table = s.first_table + (i % kTaskRows * interior + part.begin) * whole_vectors<T>(layer.width);
         return with_size<kBlockColumns>(part.columns, [&](auto count) {
           separated_residuals_and_slopes<T, kKind, decltype(count)::value>(
               ends, plan.t + part.begin, first_table, s.second_table + part.begin, interior, panel, slopes);
@@ -310,33 +312,61 @@ void output_coefficients(const Plan<T>& plan, const Scratch<T>& s, const Backwar
   }
 }
 
-/// Collects the adjoints of a value: adds those that wait for it, leaves them for the value that was added to it, and sums
-/// them over the nodes.
+/// Exchanges the adjoints of a value with those that wait: adds those that wait for this value, and leaves all for the value
+/// that was added to it.
 template <class T>
-void collect(const Backward<T>& b, const Plan<T>& plan, const BackwardScratch<T>& own, int value, Part part,
-             Vector<T>* adjoint) {
+void exchange(const Backward<T>& b, const Plan<T>& plan, const BackwardScratch<T>& own, int value, std::int64_t size,
+              Vector<T>* adjoint) {
   using V = Vector<T>;
-  const std::int64_t width = b.op.widths[value / 2], size = width * part.columns, panel = plan.widest * kBlockColumns;
+  if (!b.op.skips) return;
+  const std::int64_t panel = plan.widest * kBlockColumns;
   if (b.source[value] >= 0 && own.waits[value]) {
     const V* waiting = own.pending + b.source[value] * panel;
     for (std::int64_t n = 0; n < size; ++n) adjoint[n] += waiting[n];
   }
-  const int added = b.op.skips ? b.op.skips[value] : -1;
-  if (added >= 0) {
-    V* waiting = own.pending + b.source[added] * panel;
-    for (std::int64_t n = 0; n < size; ++n) waiting[n] = own.waits[added] ? waiting[n] + adjoint[n] : adjoint[n];
-    own.waits[added] = true;
-  }
-  if (b.summed[value] < 0) return;
-  V *first = own.first_sums + b.summed[value], *second = own.second_sums + b.summed[value];
+  const int added = b.op.skips[value];
+  if (added < 0) return;
+  V* waiting = own.pending + b.source[added] * panel;
+  for (std::int64_t n = 0; n < size; ++n) waiting[n] = own.waits[added] ? waiting[n] + adjoint[n] : adjoint[n];
+  own.waits[added] = true;
+}
+
+/// Multiplies the adjoints by slopes, unless these are null, and adds their sums over the nodes. kKeeps: writes the products.
+template <class T, int kC, bool kKeeps>
+__attribute__((noinline)) void sum_adjoints(Vector<T>* adjoint, const Vector<T>* slopes, std::int64_t width, const T* t,
+                                            Vector<T>* first_sums, Vector<T>* second_sums) {
+  using V = Vector<T>;
+  V near_first[kC], near_second[kC];
+  for (int c = 0; c < kC; ++c) near_first[c] = splat<V>(1 - t[c]), near_second[c] = splat<V>(t[c]);
   for (std::int64_t unit = 0; unit < width; ++unit) {
-    V own_first = first[unit], own_second = second[unit];
-    for (int c = 0; c < part.columns; ++c) {
-      const V value_at = adjoint[unit * part.columns + c];
-      own_first = fma(value_at, splat<V>(1 - plan.t[part.begin + c]), own_first);
-      own_second = fma(value_at, splat<V>(plan.t[part.begin + c]), own_second);
+    V first = first_sums[unit], second = second_sums[unit];
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) {
+      V value = adjoint[unit * kC + c];
+      if (slopes) value *= slopes[unit * kC + c];
+      if (kKeeps && slopes) adjoint[unit * kC + c] = value;
+      first = fma(value, near_first[c], first);
+      second = fma(value, near_second[c], second);
     }
-    first[unit] = own_first, second[unit] = own_second;
+    first_sums[unit] = first, second_sums[unit] = second;
+  }
+}
+
+/// `sum_adjoints` of a value, in this thread's sums.
+template <class T>
+void sum_value(const Backward<T>& b, const Plan<T>& plan, const BackwardScratch<T>& own, int value, Part part,
+               const Vector<T>* slopes, Vector<T>* adjoint) {
+  const std::int64_t at = b.summed[value], width = b.op.widths[value / 2];
+  const auto sum = [&](auto keeps) {
+    with_size<kBlockColumns>(part.columns, [&](auto count) {
+      sum_adjoints<T, decltype(count)::value, decltype(keeps)::value == 1>(adjoint, slopes, width, plan.t + part.begin,
+                                                                           own.first_sums + at, own.second_sums + at);
+    });
+  };
+  if (value > 0) {
+    sum(SizeConstant<1>{});
+  } else {
+    sum(SizeConstant<0>{});
   }
 }
 
@@ -379,16 +409,29 @@ void go_back(const Backward<T>& b, const Plan<T>& plan, const Scratch<T>& s, con
   V *adjoint = own.adjoint, *before = own.before;
   for (int l = op.layers; l >= 0; --l) {
     const Layer<T>& layer = plan.layers[l];
+    const std::int64_t size = layer.width * part.columns;
+    const V* slopes = nullptr;
     if (layer.activation.kind != ActivationKind::kIdentity) {
-      collect(b, plan, own, 2 * l + 1, part, adjoint);
-      const V* slopes = own.slopes[l] + layer.width * part.begin;
-      for (std::int64_t n = 0; n < layer.width * part.columns; ++n) adjoint[n] *= slopes[n];
+      exchange(b, plan, own, 2 * l + 1, size, adjoint);
+      if (b.summed[2 * l + 1] >= 0) sum_value(b, plan, own, 2 * l + 1, part, nullptr, adjoint);
+      slopes = own.slopes[l] + layer.width * part.begin;
+      if (op.skips) {  // otherwise the slopes are multiplied as the adjoints are summed
+        for (std::int64_t n = 0; n < size; ++n) adjoint[n] *= slopes[n];
+        slopes = nullptr;
+      }
     }
-    collect(b, plan, own, 2 * l, part, adjoint);
+    exchange(b, plan, own, 2 * l, size, adjoint);
+    sum_value(b, plan, own, 2 * l, part, slopes, adjoint);
     if (l == 0) break;
     const std::int64_t width = op.widths[l - 1];
-    turn<T>(own.panels[l - 1] + width * part.begin, width, part.columns, own.turned);
-    add_outer<T>(adjoint, layer.width, own.turned, width, part.columns, own.products[l - 1]);
+    const V* const residuals = own.panels[l - 1] + width * part.begin;
+    if (turns_adjoints<T>(layer.width, width)) {
+      turn<T>(adjoint, layer.width, part.columns, own.turned);
+      add_outer<T>(residuals, width, own.turned, layer.width, part.columns, own.products[l - 1]);
+    } else {
+      turn<T>(residuals, width, part.columns, own.turned);
+      add_outer<T>(adjoint, layer.width, own.turned, width, part.columns, own.products[l - 1]);
+    }
     multiply_layer<T>(b.transposed[l - 1], width, layer.width, part.columns, adjoint, before, nullptr, nullptr, nullptr);
     V* const swapped = adjoint;
     adjoint = before;
@@ -484,12 +527,14 @@ template <class T>
 void add_products(const Backward<T>& b, const BackwardScratch<T>& own, const Slot& slot) {
   double* sums = slot.products;
   for (int l = 0; l < b.op.layers; ++l) {
-    const std::int64_t width = b.op.widths[l], stride = turned_width<T>(width);
-    for (std::int64_t row = 0; row < b.op.widths[l + 1]; ++row, sums += width) {
-      T* const from = own.products[l] + row * stride;
-      for (std::int64_t n = 0; n < width; ++n) sums[n] += double(from[n]);
-      for (std::int64_t n = 0; n < stride; ++n) from[n] = T(0);
+    const std::int64_t inputs = b.op.widths[l], outputs = b.op.widths[l + 1];
+    const bool turned = turns_adjoints<T>(outputs, inputs);
+    const std::int64_t of_output = turned ? 1 : whole_vectors<T>(inputs), of_input = turned ? whole_vectors<T>(outputs) : 1;
+    T* const from = own.products[l];
+    for (std::int64_t k = 0; k < outputs; ++k, sums += inputs) {
+      for (std::int64_t n = 0; n < inputs; ++n) sums[n] += double(from[k * of_output + n * of_input]);
     }
+    memset(from, 0, std::size_t(outer_size<T>(outputs, inputs)) * sizeof(T));
   }
 }
 
@@ -521,7 +566,8 @@ void gradients_on(const PathConnectivityBackward<T>& op, int threads) {
   Arena arena{static_cast<char*>(op.workspace)};
   Plan<T> plan = make_plan(op, Stencil<T>{}, arena, threads);
   const Backward<T> made = make_backward(op, plan, arena, threads);
-  Tasks tasks(op.watch, tasks_of(op));
+  const std::int64_t count = tasks_of(op);
+  Tasks tasks(op.watch, count);
   if (!fill_plan(plan, threads, tasks)) return;
   Backward<T> b = made;
   double inner = 0, inner_t = 0;
@@ -541,7 +587,7 @@ void gradients_on(const PathConnectivityBackward<T>& op, int threads) {
     Scratch<T>& scratch = plan.scratch[thread];
     const BackwardScratch<T>& own = b.scratch[thread];
     for (int l = 0; l < op.layers; ++l) {
-      memset(own.products[l], 0, std::size_t(op.widths[l + 1] * turned_width<T>(op.widths[l])) * sizeof(T));
+      memset(own.products[l], 0, std::size_t(outer_size<T>(op.widths[l + 1], op.widths[l])) * sizeof(T));
     }
 #pragma omp for schedule(dynamic)
     for (std::int64_t n = 0; n < b.slots; ++n) {
@@ -549,7 +595,8 @@ void gradients_on(const PathConnectivityBackward<T>& op, int threads) {
       memset(slot.products, 0, std::size_t(b.product_count) * sizeof(double));
       memset(slot.sums, 0, std::size_t(b.sum_count()) * sizeof(double));
       memset(slot.ends, 0, std::size_t(b.end_count()) * sizeof(double));
-      for (std::int64_t task = n; task < tasks_of(op); task += b.slots) {
+      // A slot's tasks follow each other, so that most of them share a table of first samples.
+      for (std::int64_t task = count * n / b.slots; task < count * (n + 1) / b.slots; ++task) {
         if (!tasks.go_on()) break;
         if (plan.paired()) {
           differentiate_list(b, plan, scratch, own, slot, task * kLanes<T>);

@@ -49,17 +49,11 @@ inline void transpose(V* rows) {
   }
 }
 
-/// The width of a turned panel's rows: whole vectors.
-template <class T>
-constexpr std::int64_t turned_width(std::int64_t width) {
-  return blocks_of(width, kLanes<T>) * kLanes<T>;
-}
-
 /// turned[column][lane][unit] = panel[unit][column][lane]; 0 for units beyond the last.
 template <class T>
 __attribute__((noinline)) void turn(const Vector<T>* panel, std::int64_t width, int columns, T* turned) {
   using V = Vector<T>;
-  const std::int64_t stride = turned_width<T>(width);
+  const std::int64_t stride = whole_vectors<T>(width);
   for (std::int64_t unit = 0; unit < width; unit += kLanes<T>) {
     const int count = int(at_most(kLanes<T>, width - unit));
     for (int c = 0; c < columns; ++c) {
@@ -115,16 +109,17 @@ __attribute__((noinline)) void add_outer_block(const T* a, const T* b, std::int6
   }
 }
 
-/// sums[row][unit] += sum over columns and lanes of adjoint[row][column][lane] turned[column][lane][unit].
-/// sums: [rows][turned_width(width)].
+/// sums[row][unit] += sum over columns and lanes of panel[row][column][lane] turned[column][lane][unit].
+/// sums: [rows][whole_vectors(width)].
 template <class T>
-void add_outer(const Vector<T>* adjoint, std::int64_t rows, const T* turned, std::int64_t width, int columns, T* sums) {
-  const std::int64_t stride = turned_width<T>(width), depth = columns * kLanes<T>;
-  const T* a = reinterpret_cast<const T*>(adjoint);
-  constexpr std::int64_t kWidth = kBlockColumns * kLanes<T>;
-  for (std::int64_t unit = 0; unit < stride; unit += kWidth) {
-    with_size<kBlockColumns>((stride - unit) / kLanes<T>, [&](auto vectors) {
-      constexpr int kC = decltype(vectors)::value;
+void add_outer(const Vector<T>* panel, std::int64_t rows, const T* turned, std::int64_t width, int columns, T* sums) {
+  const std::int64_t stride = whole_vectors<T>(width), depth = columns * kLanes<T>;
+  const T* a = reinterpret_cast<const T*>(panel);
+  const std::int64_t vectors = stride / kLanes<T>, parts = blocks_of(vectors, kBlockColumns);
+  for (std::int64_t part = 0; part < parts; ++part) {  // of nearly equal width
+    const std::int64_t begin = vectors * part / parts, unit = begin * kLanes<T>;
+    with_size<kBlockColumns>(vectors * (part + 1) / parts - begin, [&](auto count) {
+      constexpr int kC = decltype(count)::value;
       for (std::int64_t row = 0; row < rows; row += kBlockRows) {
         with_size<kBlockRows>(rows - row, [&](auto height) {
           add_outer_block<T, decltype(height)::value, kC>(a + row * depth, turned + unit, depth, stride,
@@ -133,6 +128,18 @@ void add_outer(const Vector<T>* adjoint, std::int64_t rows, const T* turned, std
       }
     });
   }
+}
+
+/// Whether the outer products of a layer's adjoints and its inputs' residuals cost less with the adjoints turned than with the
+/// residuals turned. Turning a vector costs about as much as twelve rows of products.
+template <class T>
+constexpr bool turns_adjoints(std::int64_t outputs, std::int64_t inputs) {
+  return (inputs + 12) * whole_vectors<T>(outputs) < (outputs + 12) * whole_vectors<T>(inputs);
+}
+/// The count of numbers in the sums of these outer products: [inputs][turned outputs], or [outputs][turned inputs].
+template <class T>
+constexpr std::int64_t outer_size(std::int64_t outputs, std::int64_t inputs) {
+  return turns_adjoints<T>(outputs, inputs) ? inputs * whole_vectors<T>(outputs) : outputs * whole_vectors<T>(inputs);
 }
 
 }  // namespace

@@ -61,7 +61,7 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
       const Layer<T>& layer = plan.layers[l];
       const Ends<T> ends = ends_of(plan, s, l, before, block);
       if (l == 0 && plan.separable) {
-        const T* first_table = s.first_table + i % kTaskRows * layer.width * interior + begin;
+        const T* first_table = s.first_table + (i % kTaskRows * interior + begin) * whole_vectors<T>(layer.width);
         with_kind(layer.activation.kind, [&](auto kind) {
           constexpr ActivationKind kKind = kind.value;
           if constexpr (is_separable(kKind)) {
@@ -168,15 +168,15 @@ template <class T>
 void fill_first_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t begin, std::int64_t end) {
   using V = Vector<T>;
   const T factor = exponent_factor<T>(plan.op.activations[0].kind);
-  const int interior = plan.op.nodes.interior;
+  const std::int64_t width = plan.op.widths[0];
   T* row = s.first_table;
-  for (const T* z = plan.op.z + begin * plan.op.widths[0]; z < plan.op.z + end * plan.op.widths[0]; ++z) {
-    for (int m = 0; m < interior; m += kLanes<T>) {
-      const std::int64_t count = at_most(kLanes<T>, interior - m);
-      const V t = load_partial<V>(plan.t + m, count);
-      const V value = exp(*z * factor * (t - 1));
-      memcpy(row, &value, std::size_t(count) * sizeof(T));
-      row += count;
+  for (const T* z = plan.op.z + begin * width; z < plan.op.z + end * width; z += width) {
+    for (int m = 0; m < plan.op.nodes.interior; ++m, row += whole_vectors<T>(width)) {
+      const V share = splat<V>(plan.t[m] - 1);
+      for (std::int64_t unit = 0; unit < width; unit += kLanes<T>) {
+        const V value = load_partial<V>(z + unit, at_most(kLanes<T>, width - unit));
+        store<V>(row + unit, exp(value * factor * share));
+      }
     }
   }
 }

@@ -35,7 +35,7 @@ struct Scratch {
   // then of the second samples; y, y_low and rounding of the outputs, [outputs][lanes], likewise.
   T *gathered[6], *gathered_ends[6];
   V* second_table;          // [widths[0]][nodes], exp(-t z_j)
-  T* first_table;           // [kTaskRows][widths[0]][nodes], exp(-(1 - t) z_i)
+  T* first_table;           // [kTaskRows][nodes][whole_vectors(widths[0])], exp(-(1 - t) z_i)
   std::int64_t table_rows;  // the block of first samples that first_table holds; -1: none
   std::int64_t counts[2];   // this thread's share of the op's counts
 };
@@ -130,7 +130,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     s.moments = arena.take<Moments<V>>(plan.outputs);
     s.values = arena.take<V>(stencil.size * plan.outputs);
     s.second_table = arena.take<V>(plan.separable ? op.widths[0] * interior : 0);
-    s.first_table = arena.take<T>(plan.separable ? kTaskRows * op.widths[0] * interior : 0);
+    s.first_table = arena.take<T>(plan.separable ? kTaskRows * whole_vectors<T>(op.widths[0]) * interior : 0);
     for (int n = 0; n < 6; ++n) {
       const bool unused = !plan.paired() || (n % 3 == 2 && stencil.size == 0);  // slopes belong to a stencil
       s.gathered[n] = arena.take<T>(unused ? 0 : plan.total_width * kLanes<T>);

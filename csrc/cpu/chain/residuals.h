@@ -95,12 +95,13 @@ bool separates(ActivationKind kind, const T* z, std::int64_t count) {
   return kind != ActivationKind::kTanh || sum >= double(kTanhSeparableMean<T>) * double(count);
 }
 
-/// panel[unit][node] as `residuals` computes it without kDeviates. first_table: [width][stride], exp(-(1 - t) z_i).
-/// second_table: [width][stride], exp(-t z_j). Both begin at the first of the kC nodes.
+/// panel[unit][node] as `residuals` computes it without kDeviates. first_table: [node][whole_vectors(width)], exp(-(1 - t)
+/// z_i). second_table: [width][stride], exp(-t z_j). Both begin at the first of the kC nodes.
 template <class T, ActivationKind kKind, int kC>
 __attribute__((noinline)) void separated_residuals(const Ends<T>& ends, const T* t, const T* first_table,
                                                    const Vector<T>* second_table, std::int64_t stride, Vector<T>* panel) {
   using V = Vector<T>;
+  const std::int64_t first_stride = whole_vectors<T>(ends.width);
   T node[kC];
   for (int c = 0; c < kC; ++c) node[c] = t[c];
   for (std::int64_t unit = 0; unit < ends.width; ++unit) {
@@ -109,7 +110,7 @@ __attribute__((noinline)) void separated_residuals(const Ends<T>& ends, const T*
     const V z_chord = z_second - z_first, a_chord = a_second - a_first;
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) {
-      const V first = splat<V>(first_table[unit * stride + c]);
+      const V first = splat<V>(first_table[c * first_stride + unit]);
       const V logistic = reciprocal(fma(first, second_table[unit * stride + c], splat<V>(T(1))));
       const V chord = fma(splat<V>(node[c]), a_chord, a_first);
       V residual;
