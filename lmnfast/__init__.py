@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .cutting import cut
     from .estimate import Estimate, curvature
     from .jacobian import jacobian_distances, jacobians, linear_regions
+    from .penalty import Penalty
     from .probe import Probe
     from .spectrum import Measurement, lmn, measure
 else:  # the same names, but torch is imported when one of them is used
@@ -35,6 +36,7 @@ else:  # the same names, but torch is imported when one of them is used
             "cutting": "cut",
             "estimate": "Estimate curvature",
             "jacobian": "jacobian_distances jacobians linear_regions",
+            "penalty": "Penalty",
             "probe": "Probe",
             "spectrum": "Measurement lmn measure",
         },
@@ -46,6 +48,7 @@ __all__ = [
     "Estimate",
     "Measurement",
     "Observation",
+    "Penalty",
     "Probe",
     "connectivity",
     "curvature",

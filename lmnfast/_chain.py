@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,8 @@ IDENTITY = Activation("identity")
 class Chain:
     """Linear maps with pointwise activations between: a_n(W_n ... a_1(W_1 a_0(x) + b_1) ... + b_n).
 
-    weights: (out, in) each, detached. They share memory with the model's weights, so they follow the model's training.
+    weights: (out, in) each, detached unless a graph was asked for. They share memory with the model's weights, so they follow
+        the model's training.
     biases: (out,) or None, one per weight.
     activations: len(weights) + 1, the identity where the network has no activation.
     flattens: whether the network flattens its samples before the first weight.
@@ -118,6 +119,11 @@ class Chain:
                     f"skips: {into, source} adds a value of width {widths[source // 2]} to one of width "
                     f"{widths[into // 2]}"
                 )
+
+    def detached(self) -> Chain:
+        """The chain without the graph of its tensors. They share memory with this chain's."""
+        biases = tuple(None if b is None else b.detach() for b in self.biases)
+        return replace(self, weights=tuple(w.detach() for w in self.weights), biases=biases)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The chain in plain torch: x (B, D) or (B, *in), flattened to D = weights[0].shape[1] -> (B, K).

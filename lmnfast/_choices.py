@@ -9,3 +9,5 @@ OBSERVABLES = (
     *("lmn", "complexity_bits", "curvature", "pooled_curvature", "participation_ratio", "negative_share"),
     *("jacobian_rank", "local_complexity", "representation_rank", "l2_norm"),
 )
+# What a `Penalty` may be of.
+PENALTIES = ("pooled_curvature", "curvature", "lmn", "complexity_bits")

@@ -20,7 +20,15 @@ from .grokking.figures import draw, draw_methods, named
 from .grokking.measure import measure
 from .grokking.run import Run
 from .grokking.training import train
-from .paper.settings import QUICK, QUICK_SEEDS, SEEDS, Study
+from .paper.settings import (
+    INTERVENTIONS,
+    QUICK,
+    QUICK_INTERVENTIONS,
+    QUICK_SEEDS,
+    SEEDS,
+    Interventions,
+    Study,
+)
 from .paper.study import run_study
 from .runs.device import refuse_unusable
 
@@ -40,20 +48,41 @@ def _grok(options: Namespace) -> None:
 def _paper(options: Namespace) -> None:
     _need_extra("paper", ("markdown", "matplotlib", "pandas", "scipy", "sklearn", "tqdm"))
     _need_device(options)
-    from .paper.report import write_report
-
-    study = QUICK if options.quick else Study()
     tasks = tuple(TASKS) if "all" in options.tasks else tuple(dict.fromkeys(options.tasks))
     seeds = getattr(options, "seeds", QUICK_SEEDS if options.quick else SEEDS)
     jobs = getattr(options, "jobs", 1 if torch.cuda.is_available() else cores())
     _say_jobs(jobs, options)
     out = Path(options.out)
+    results = getattr(options, "results", None)
+    if options.interventions:
+        _intervene(out, tasks, seeds, jobs, results, options)
+        return
+    if results is not None:
+        raise ValueError(f"results: expected --interventions with it, got {results} without")
+    from .paper.report import write_report
+
+    study = QUICK if options.quick else Study()
     run_study(out, tasks, seeds, jobs, study, progress=not options.quiet)
     given = {"seeds": seeds, "tasks": " ".join(options.tasks), "out": options.out}
     command = " ".join(f"--{name} {value}" for name, value in given.items())
     for path in write_report(
         out, tasks, seeds, study, f"lmnfast paper {command}{' --quick' * options.quick}"
     ):
+        print(f"written: {path}")
+
+
+def _intervene(
+    out: Path, tasks: Sequence[str], seeds: int, jobs: int, results: str | None, options: Namespace
+) -> None:
+    from .paper.intervened import write_section
+    from .paper.interventions import run_interventions
+
+    run_interventions(
+        *(out, tasks, seeds, jobs, QUICK_INTERVENTIONS if options.quick else Interventions()),
+        results=None if results is None else Path(results),
+        progress=not options.quiet,
+    )
+    for path in write_section(out / INTERVENTIONS):
         print(f"written: {path}")
 
 
@@ -172,6 +201,11 @@ def _summary(run: Run) -> str:
         *(f"{name} {layer} {r(f'lmn_{layer}')}" for layer in config.layers),
         f"L2 norm {r('l2_norm')}",
     ]
+    if config.penalty:
+        lines.append(
+            f"penalty         {config.penalty} x {config.penalty_weight:g} of {config.penalty_samples} samples: "
+            f"end {last['penalty']:.4g}"
+        )
     lost = [row for row in run.rows if row.get("lost_gradients")]  # older runs have no such column
     if lost:
         most = max(row["lost_gradients"] for row in lost)

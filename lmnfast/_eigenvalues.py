@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _native, ops
 from ._checks import all_finite
 from ._choices import NEGATIVE
+from ._entropy import complexity_with_graph, entropy
 from ._threads import one_core_after_fork
 from .ops.symmetric_eigenvalues import fits
 
@@ -95,10 +96,10 @@ def solved(L: Tensor, negative: str) -> tuple[Tensor, str, Tensor]:
             return values, "cuda", bits
     values, solver = _by_library(L)
     values = by_magnitude(values)
-    return values, solver, _complexity(values, negative)
+    return values, solver, entropy(values, negative)
 
 
-def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
+def nonlinear_complexity(L: Tensor, *, negative: str = "absolute", differentiable: bool = False) -> Tensor:
     """Nonlinear complexity S_NL in bits: the von Neumann entropy of a connectivity matrix.
 
     ``S_NL = -sum p log2 p`` with ``p = |w| / sum |w|`` over the eigenvalues w; 0 log 0 = 0. All of it in float64.
@@ -106,6 +107,8 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
     Args:
         L: (..., N, N), floating point, symmetric; without a unit, as r2 has none.
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
+        differentiable: keep L's graph; the derivative is that of docs/mathematics.md, "The gradient". At an eigenvalue that is
+            0 the entropy has a kink, and its derivative counts as 0.
 
     Returns:
         (...) float64 on L's device, in bits, from 0 to log2 N.
@@ -113,6 +116,7 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
     Raises:
         TypeError, ValueError: as :func:`eigenvalues`. ValueError also for another `negative`, and if the entropy is not
             defined: all eigenvalues are 0, or with "clip" none is above 0.
+        RuntimeError: differentiable, and L has no graph, or gradients are off.
 
     Source:
         arXiv 2310.05918, Eq. 3.
@@ -122,21 +126,25 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute") -> Tensor:
         tensor(3., dtype=torch.float64)
     """
     check_negative(negative)
-    return _complexity(eigenvalues(L), negative)
+    if differentiable:
+        check_graph(L)
+        return complexity_with_graph(L, negative)
+    return entropy(eigenvalues(L), negative)
 
 
-def linear_mapping_number(L: Tensor, *, negative: str = "absolute") -> Tensor:
+def linear_mapping_number(L: Tensor, *, negative: str = "absolute", differentiable: bool = False) -> Tensor:
     """Linear mapping number ``2 ** S_NL`` of a connectivity matrix: 1 for one linear map, N for N unrelated linear maps.
 
     Args:
         L: (..., N, N), floating point, symmetric; without a unit, as r2 has none.
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
+        differentiable: keep L's graph, as in :func:`nonlinear_complexity`.
 
     Returns:
         (...) float64 on L's device, from 1 to N.
 
     Raises:
-        TypeError, ValueError: as :func:`nonlinear_complexity`.
+        TypeError, ValueError, RuntimeError: as :func:`nonlinear_complexity`.
 
     Source:
         arXiv 2310.05918, Eq. 3.
@@ -144,27 +152,29 @@ def linear_mapping_number(L: Tensor, *, negative: str = "absolute") -> Tensor:
     Example:
         >>> lmnfast.linear_mapping_number(torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)))
         tensor(2.0000, dtype=torch.float64)
+        >>> f = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> L = lmnfast.connectivity(f, torch.randn(30, 8), differentiable=True)
+        >>> lmnfast.linear_mapping_number(L, differentiable=True).backward()
+        >>> f[2].weight.grad.shape
+        torch.Size([3, 16])
     """
-    return torch.exp2(nonlinear_complexity(L, negative=negative))
-
-
-def _complexity(values: Tensor, negative: str) -> Tensor:
-    """Entropy of eigenvalues (..., N), in bits."""
-    if negative == "clip":
-        values = values.clamp(min=0)
-    total = values.abs().sum(-1)
-    if not (good := (total > 0) & (total < float("inf"))).all():
-        raise ValueError(
-            f"L: expected eigenvalues whose magnitudes have a finite sum above 0, got a sum of {float(total[~good][0])} "
-            f"(negative={negative!r})"
-        )
-    return ops.spectral_entropy(values)
+    return torch.exp2(nonlinear_complexity(L, negative=negative, differentiable=differentiable))
 
 
 def check_negative(negative: str) -> None:
     """Raises ValueError if `lmn` does not accept this `negative`."""
     if negative not in NEGATIVE:
         raise ValueError(f"negative: expected one of {', '.join(NEGATIVE)}, got {negative!r}")
+
+
+def check_graph(L: Tensor) -> None:
+    """Raises the errors of a matrix that is to be differentiated in."""
+    check_matrix(L)
+    if not (torch.is_grad_enabled() and L.requires_grad):
+        why = "it does not require grad" if torch.is_grad_enabled() else "gradients are off"
+        raise RuntimeError(
+            f"L: expected a matrix with a graph, as connectivity(..., differentiable=True) gives it; {why}"
+        )
 
 
 def check_matrix(L: Tensor) -> None:

@@ -53,6 +53,8 @@ class Enqueued:
     """For a chain on a device: takes the place of verdicts."""
     together: tuple[Tensor, Tensor | None] | None = None
     """(networks, N, N) each, if several networks were measured together. L and `pooled` are parts of these."""
+    kind: str = ""
+    """Of the route, as `Route.kind`; "" where several networks were measured together."""
 
     @property
     def L(self) -> Tensor:
@@ -219,6 +221,7 @@ def _run_before_checks(function: Prepared, settings: Settings) -> Enqueued | Non
         function.ends.shape[1],
         offset=partial(offset_of, chain, function.ends),
         findings=Findings(x, function.ends, again, expected, measured.L, measured.counts),
+        kind=function.route.kind,
     )
 
 
@@ -270,6 +273,7 @@ def _checked(function: Prepared, measured: ChainConnectivity) -> Enqueued:
         function.ends.shape[1],
         checks.pending(),
         tuple(checks.errors),
+        kind=function.route.kind,
     )
     if checks.deferred:
         return replace(enqueued, offset=partial(offset_of, function.known, function.ends))

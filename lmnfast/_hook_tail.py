@@ -84,7 +84,7 @@ class HookTail(nn.Module):
         """x (B, ...) in place of the layer's output -> the model's output."""
         measured = None if torch.compiler.is_compiling() else measurement_of(self)
         layer = self.layer[0]
-        if measured is None or self.replays is None or layer is None:
+        if measured is None or measured.trained or self.replays is None or layer is None:
             with without_fast_path():
                 return self._run(x, self.number, self._inputs(len(x), copies=True))
         self.recording.begin(measured, self._pass, self.model, layer, self.number)

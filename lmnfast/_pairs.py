@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from . import _native
+from ._chain import Chain
 from ._checks import Checks
 from ._enqueue import Enqueued, paths_of, with_offset
 from ._generic import numbered
@@ -46,37 +49,72 @@ def _without_repeats(numbers: Tensor) -> Tensor:
 
 
 def measured_pairs(
-    f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, first: Tensor, second: Tensor
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    settings: Settings,
+    first: Tensor,
+    second: Tensor,
+    known: Chain | None = None,
+    expected: Tensor | None = None,
 ) -> Enqueued:
     """The checked entries of some pairs: `Enqueued` with L and pooled as (pairs,).
 
     f is called on the samples of these pairs alone. Arguments and errors as in :func:`lmnfast.connectivity`: samples that are
-    not drawn must be finite, too.
+    not drawn must be finite, too. known: the chain that f is, if the caller knows it. expected: f(x), if known.
     """
     x = checked_samples(f, x)
     Checks(deferred=False).finite("x", x)
     used, places = torch.stack([first, second]).unique(return_inverse=True)
     first, second = (ends.to(x.device) for ends in places)
     own = x[used.to(x.device)]
-    with prepared(f, own, "path", deferred=False, points=settings.points, numbers=used) as function:
+    expected = None if expected is None else expected[used.to(expected.device)]
+    how: dict[str, Any] = {"points": settings.points, "numbers": used, "known": known, "expected": expected}
+    with prepared(f, own, "path", deferred=False, **how) as function:
         if function.chain is not None and not _takes_lists(own):
             function.refute()
         function.settle()
         if function.chain is not None:
-            how = *settings.nodes, settings.midpoint, settings.statistic
-            found = chain_pairs(function.chain, function.x, first, second, *how)
+            rule = *settings.nodes, settings.midpoint, settings.statistic
+            found = chain_pairs(function.chain, function.x, first, second, *rule)
         else:
             found = paths_of(function, settings).of_list(first, second)
         found.resolve()
         for entries in (found.L, found.pooled):
             if entries is not None:
                 function.checks.pairs(entries, first, second)
-        return with_offset(Enqueued(found, function.precision, function.ends.shape[1]), function)
+        enqueued = Enqueued(found, function.precision, function.ends.shape[1], kind=function.route.kind)
+        return with_offset(enqueued, function)
 
 
 def _takes_lists(x: Tensor) -> bool:
     """Whether the kernel takes lists of pairs. On CUDA, also emulated, it takes all pairs only."""
     return x.device.type == "cpu" and not _native.emulates_cuda(x)
+
+
+def check_generator(generator: Any) -> None:
+    """Raises TypeError for a generator that is none."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}")
+
+
+def checked_pairs(pairs: SupportsIndex | None, samples: int) -> int | None:
+    """A number of pairs that can be drawn of so many samples; None stands for all. Raises TypeError or ValueError."""
+    every = samples * (samples - 1) // 2
+    if every < 1:
+        raise ValueError(f"x: expected two samples or more, got {samples}")
+    if pairs is None:
+        return None
+    try:
+        count = operator.index(pairs)
+    except TypeError:
+        raise TypeError(f"pairs: expected an integer or None, got {pairs!r}") from None
+    if every < 2:
+        raise ValueError(f"pairs: expected None for two samples, which have one pair, got {count}")
+    if not 2 <= count <= every:
+        raise ValueError(
+            f"pairs: expected 2 to {every}, the number of pairs of {samples} samples, or None for all, got {count}"
+        )
+    return count
 
 
 @dataclass(frozen=True)

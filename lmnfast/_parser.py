@@ -6,7 +6,16 @@ from typing import Any
 
 from . import __version__
 from ._choices import DEVICES, METHODS, NEGATIVE, OBSERVABLES, RULES
-from .grokking.choices import ACTIVATIONS, INITS, LAYERS, LOSS_DTYPES, OPTIMIZERS, SPLITS, TASKS
+from .grokking.choices import (
+    ACTIVATIONS,
+    INITS,
+    LAYERS,
+    LOSS_DTYPES,
+    OPTIMIZERS,
+    PENALTIES,
+    SPLITS,
+    TASKS,
+)
 from .grokking.config import Config
 from .paper.settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, QUICK_SEEDS, SEEDS
 
@@ -34,6 +43,7 @@ examples:
   lmnfast grok xor --steps 4000 --seed 1                 a run that groks soon
   lmnfast grok s4 --layers embedding hidden_1 --rule lobatto --points 9 --out runs/s4
   lmnfast grok modular-addition --p 59 --train-fraction 0.4 --weight-decay 1 --samples 500
+  lmnfast grok s4 --penalty pooled_curvature --penalty-weight 10 --until-accurate --out runs/straight
 """
 MEASURE = f"""{METHODS_ARE}
 
@@ -59,6 +69,7 @@ examples:
   lmnfast paper --quick                                  a small version of everything, in minutes
   lmnfast paper --tasks xor --seeds 8 --jobs 2 --out xor
   lmnfast paper                                          the whole study: more than an hour on two cores
+  lmnfast paper --interventions --results docs/paper/results.csv.gz
 """
 INFO = """examples:
   lmnfast info
@@ -143,6 +154,11 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
     grok.add_argument(
         "--every", type=_integer, help=f"updates from one measurement to the next ({Config.every})"
     )
+    grok.add_argument(
+        "--until-accurate",
+        action="store_true",
+        help="end at the first measured step with test accuracy 1; without it the same command goes on to the last step",
+    )
     grok.add_argument("--seed", type=_integer, help=f"of the split and the weights ({Config.seed})")
     grok.add_argument(
         "--init",
@@ -151,6 +167,7 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
     )
     grok.add_argument("--activation", choices=ACTIVATIONS, help=f"between the layers ({Config.activation})")
     _add_training(grok)
+    _add_penalty(grok)
     grok.add_argument(
         "--threads", type=_integer, help="threads on the CPU (the run's; torch's for a new one)"
     )
@@ -193,6 +210,35 @@ def _add_training(grok: argparse.ArgumentParser) -> None:
         "--loss-dtype",
         choices=LOSS_DTYPES,
         help=f"of the softmax of the loss; with float32 long runs collapse by round-off ({Config.loss_dtype})",
+    )
+
+
+def _add_penalty(grok: argparse.ArgumentParser) -> None:
+    """The options of what is added to the loss."""
+    grok.add_argument(
+        "--penalty",
+        choices=PENALTIES,
+        help="added to the loss, of the map from hidden_1 to the output: a measure of how it bends, or the mean squared norm "
+        "of its Jacobian (none)",
+    )
+    grok.add_argument(
+        "--penalty-weight",
+        type=float,
+        metavar="WEIGHT",
+        help="what the penalty is multiplied by; too large a weight stops the learning of the task",
+    )
+    grok.add_argument(
+        "--penalty-samples",
+        type=_integer,
+        metavar="NUMBER",
+        help=f"training samples of the penalty, drawn anew each time ({Config.penalty_samples})",
+    )
+    grok.add_argument(
+        "--penalty-every",
+        type=_integer,
+        metavar="NUMBER",
+        help="only each such update has the penalty's gradient, so many times as large: takes less time "
+        f"({Config.penalty_every})",
     )
 
 
@@ -287,10 +333,25 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
     )
     paper.add_argument("--out", default="paper", metavar="DIR", help="where everything goes (paper)")
     paper.add_argument(
+        "--interventions",
+        action="store_true",
+        default=False,
+        help="in place of the study: the same training with penalties on curvature, LMN and the Jacobian, and with another "
+        "weight decay, each run until its test accuracy is 1; goes to DIR/interventions, and into the next report of the "
+        "study in DIR",
+    )
+    paper.add_argument(
+        "--results",
+        metavar="FILE",
+        help="with --interventions: the results.csv or .csv.gz of a study, whose runs are those without a penalty; seed 0 is "
+        "run anew and must agree",
+    )
+    paper.add_argument(
         "--quick",
         action="store_true",
         default=False,
-        help=f"{QUICK.steps} steps: XOR groks, the other tasks memorise; a look at everything in minutes",
+        help=f"{QUICK.steps} steps: XOR groks, the other tasks memorise; a look at everything in minutes; with --interventions "
+        "too few steps to grok, in a minute",
     )
     _add_quiet(paper)
 

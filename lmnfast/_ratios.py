@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from ._eigenvalues import check_matrix, eigenvalues
+from ._eigenvalues import check_graph, check_matrix, eigenvalues
 from ._observed import participation
 
 
-def participation_ratio(L: Tensor) -> Tensor:
+def participation_ratio(L: Tensor, *, differentiable: bool = False) -> Tensor:
     """Participation ratio ``N^2 / |L|_F^2`` of a connectivity matrix: 1 for one linear map, k for k equal, unrelated blocks.
 
     This is ``(sum w)^2 / sum w^2`` over the eigenvalues w, with their signs, as all diagonal entries are 1. It needs no
@@ -14,12 +14,14 @@ def participation_ratio(L: Tensor) -> Tensor:
 
     Args:
         L: (..., N, N), floating point, symmetric, with ones on the diagonal; without a unit, as r2 has none.
+        differentiable: keep L's graph.
 
     Returns:
         (...) float64 on L's device, from 1 to N.
 
     Raises:
         TypeError, ValueError: as :func:`eigenvalues`. ValueError also if all entries are 0.
+        RuntimeError: differentiable, and L has no graph, or gradients are off.
 
     Source:
         docs/mathematics.md, section 11.
@@ -28,8 +30,8 @@ def participation_ratio(L: Tensor) -> Tensor:
         >>> lmnfast.participation_ratio(torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)))
         tensor(2.0000, dtype=torch.float64)
     """
-    check_matrix(L)
-    ratio = participation(L.detach())
+    (check_graph if differentiable else check_matrix)(L)
+    ratio = participation(L if differentiable else L.detach())
     if bool(ratio.isinf().any()):
         raise ValueError("L: expected entries that are not all 0")
     return ratio

@@ -51,13 +51,29 @@ def recognise(f: Any, differentiated: bool = False) -> Chain | None:
 
 
 def chain_or_reason(
-    f: Any, put_back: Callable[[], None] | None = None, differentiated: bool = False
+    f: Any,
+    put_back: Callable[[], None] | None = None,
+    differentiated: bool = False,
 ) -> Chain:
     """:func:`recognise`, but raises NotAChain with the reason in place of None.
 
     put_back: undoes the changes that a trace of f's forward makes, for a caller that is inside `evaluating` already. None: the
     caller is not. differentiated: as in `recognise`.
     """
+    with torch.no_grad():
+        return chain_with_graph(f, put_back, differentiated).detached()
+
+
+def chain_with_graph(
+    f: Any,
+    put_back: Callable[[], None] | None = None,
+    differentiated: bool = True,
+) -> Chain:
+    """:func:`chain_or_reason`, but the chain's tensors are f's own parameters, or have a graph to these if they are computed.
+
+    There is no graph if gradients are off.
+    """
+    graph = torch.is_grad_enabled()
     bare = bare_module(f)
     if differentiated and any(hooked(part, backward=True) for part in f.modules()):
         raise NotAChain("its backward runs hooks")
@@ -65,7 +81,7 @@ def chain_or_reason(
     parts = _in_order(f)
     if parts is not None and not any(map(is_parametrised, parts)):
         return _chain_of([_read_module(part) for part in parts])  # runs no code of the model
-    with inside(f, put_back):
+    with inside(f, put_back), torch.set_grad_enabled(graph):
         try:
             if isinstance(f, fx.GraphModule) and is_plain(f):
                 return _chain_of(_read_graph(f.graph, f, differentiated))
@@ -336,23 +352,23 @@ class Affine:
 
     def after(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """One Linear for a Linear followed by this map."""
-        shift = self.shift if bias is None else self.shift + self.scale * bias.detach()
-        return (self.scale[:, None] * weight.detach()).to(weight.dtype), shift.to(weight.dtype)
+        shift = self.shift if bias is None else self.shift + self.scale * bias
+        return (self.scale[:, None] * weight).to(weight.dtype), shift.to(weight.dtype)
 
     def before(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """One Linear for this map followed by a Linear."""
-        shift = weight.detach().double() @ self.shift
-        shift = shift if bias is None else shift + bias.detach()
-        return (weight.detach() * self.scale).to(weight.dtype), shift.to(weight.dtype)
+        shift = weight.double() @ self.shift
+        shift = shift if bias is None else shift + bias
+        return (weight * self.scale).to(weight.dtype), shift.to(weight.dtype)
 
 
 def _frozen_batch_norm(module: Any) -> Affine:
     """The affine map of a BatchNorm1d in eval mode, parametrised or not."""
     scale = (module.running_var.double() + module.eps).rsqrt()
     if module.weight is not None:
-        scale = scale * module.weight.detach()
+        scale = scale * module.weight
     shift = -module.running_mean * scale
-    return Affine(scale, shift if module.bias is None else shift + module.bias.detach())
+    return Affine(scale, shift if module.bias is None else shift + module.bias)
 
 
 def _attribute(node: fx.Node, root: nn.Module) -> Tensor:
@@ -382,13 +398,7 @@ def _checked_chain(
         said = sorted(f"{dtype} on {device}" for dtype, device in kinds)
         raise NotAChain(f"weights are {' and '.join(said)}")
     try:
-        return Chain(
-            tuple(w.detach() for w in weights),
-            tuple(b if b is None else b.detach() for b in biases),
-            tuple(activations),
-            flattens,
-            tuple(skips.items()),
-        )
+        return Chain(tuple(weights), tuple(biases), tuple(activations), flattens, tuple(skips.items()))
     except ValueError:
         shapes = [w.shape for w in weights]
         if (

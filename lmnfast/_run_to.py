@@ -36,6 +36,8 @@ class Cutting:
     batch_dim: int | Layout | None = None
     """As in `cut`; or the layout, if it is known. Then a run never waits for a device."""
     compile: bool = False
+    graph: bool = False
+    """Whether the samples and the output keep their graph; not for a block."""
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError for arguments that a block does not take, and for an `until` that is wrong for every layer."""
@@ -79,6 +81,22 @@ def run_to(model: nn.Module, name: str, inputs: Any, how: Cutting) -> tuple[Tens
     return start.samples, start.output
 
 
+def run_again(start: Start, inputs: Any) -> tuple[Tensor, Tensor]:
+    """As `run_to` of other inputs of the same shapes, with the graphs, and without the checks that need no values.
+
+    The model must be as it was: see `python_state`.
+    """
+    layout, seen = start.layout, list[tuple[Any, list | None]]()
+    if start.layer is None:
+        samples, result = at_path(inputs, start.path), run_on_copies(start.call, inputs, graph=True)
+    else:
+        result = _captured(start.call, inputs, start.layer, start.number, seen, graph=True)
+        if start.number is None and len(seen) != 1:
+            raise ValueError(f"layer: was called {len(seen)} times in one forward pass; expected once")
+        samples = _rows_first(seen[start.number or 0][0], layout.layer)
+    return samples, result  # the call moves the rows of its result
+
+
 def start_of(model: nn.Module, name: str, inputs: Any, how: Cutting) -> Start:
     """Runs the model once, or more often to find where the samples lie. Raises the errors of `cut` on the way."""
     return (_start_of_block if how.block else _start_of_layer)(model, name, inputs, how)
@@ -99,7 +117,7 @@ def _start_of_layer(model: nn.Module, layer: str, inputs: Any, how: Cutting) -> 
         end.is_counting = not isinstance(batch_dim, Layout)
     seen: list[tuple[Any, list | None]] = []
     try:
-        result = _captured(run, inputs, part, call, seen)
+        result = _captured(run, inputs, part, call, seen, how.graph)
     except NeverReached:
         if isinstance(batch_dim, Layout):  # says why
             return start_of(model, layer, inputs, replace(how, batch_dim=batch_dim.inputs[0] or None))
@@ -115,7 +133,7 @@ def _start_of_layer(model: nn.Module, layer: str, inputs: Any, how: Cutting) -> 
         end.is_counting, end.result = False, None
     path: list | None
     if from_inputs:
-        samples, path = _in_inputs(model, layer, inputs)
+        samples, path = _in_inputs(model, layer, inputs, how.graph)
     else:
         _check_calls(model, layer, len(seen), run, inputs)
         samples, path = seen[call or 0]
@@ -138,11 +156,17 @@ def _start_of_layer(model: nn.Module, layer: str, inputs: Any, how: Cutting) -> 
 
 
 def _captured(
-    run: Call, inputs: Any, part: nn.Module | None, call: int | None, seen: list[tuple[Any, list | None]]
+    run: Call,
+    inputs: Any,
+    part: nn.Module | None,
+    call: int | None,
+    seen: list[tuple[Any, list | None]],
+    graph: bool = False,
 ) -> Any:
     """The model's output. Adds to `seen`, for each call of a part, its first floating-point tensor and the path to it.
 
-    If there is none, the result of the part and None. call: the only call that matters; None: every call.
+    If there is none, the result of the part and None. call: the only call that matters; None: every call. graph: whether all
+    these keep their graph.
     """
 
     def record(module: nn.Module, args: Any, result: Any) -> None:
@@ -156,7 +180,7 @@ def _captured(
         if run.end is not None and len(seen) == (call or 0) + 1:
             run.end.before = run.end.calls
 
-    return run_on_copies(run, inputs, *([] if part is None else [behind(part, record)]))
+    return run_on_copies(run, inputs, *([] if part is None else [behind(part, record)]), graph=graph)
 
 
 def _layout(
@@ -252,7 +276,7 @@ def _check_end(model: nn.Module, layer: str, until: str | None, end: End, run: C
     raise ValueError(f"until: {until!r} runs before {layer!r}; expected a layer that runs behind it")
 
 
-def _in_inputs(model: nn.Module, layer: str, inputs: Any) -> tuple[Tensor, list]:
+def _in_inputs(model: nn.Module, layer: str, inputs: Any, graph: bool) -> tuple[Tensor, list]:
     """The samples among the inputs, and the keys to them."""
     path = path_to_tensor(inputs, lambda tensor: True)
     first = at_path(inputs, path or [])
@@ -265,7 +289,7 @@ def _in_inputs(model: nn.Module, layer: str, inputs: Any) -> tuple[Tensor, list]
             f"layer: {layer!r} is the model's input, of {first.dtype}; integers (tokens) cannot be interpolated: cut at the "
             f"embedding{where}, or name a floating-point input first"
         )
-    return first.detach().clone(), path or []
+    return first if graph else first.detach().clone(), path or []
 
 
 def _start_of_block(model: nn.Module, block: str, inputs: Any, how: Cutting) -> Start:
@@ -363,13 +387,14 @@ def behind(part: nn.Module, hook: Callable[..., Any]) -> Callable[[], RemovableH
     return partial(nn.Module.register_forward_hook, part, hook)
 
 
-def run_on_copies(run: Call, inputs: Any, *hooks: Callable[[], RemovableHandle]) -> Any:
-    """The model's output on copies of the inputs. The hooks are registered for this pass."""
+def run_on_copies(run: Call, inputs: Any, *hooks: Callable[[], RemovableHandle], graph: bool = False) -> Any:
+    """The model's output on copies of the inputs. The hooks are registered for this pass. graph: also the output's graph."""
     # `evaluating` comes first: with a hook in place, it would save the state of torch's own modules as well.
     with evaluating(run), ExitStack() as stack:
         for register in hooks:
             stack.callback(register().remove)
-        result = run(mapped(inputs, lambda tensor: tensor.detach().clone()))
+        stack.enter_context(torch.set_grad_enabled(graph))
+        result = run(mapped(inputs, lambda tensor: tensor.clone() if graph else tensor.detach().clone()))
         # The result may be a tensor of the model, which is put back, or overwritten by the next call.
         return result.clone() if isinstance(result, Tensor) else result
 

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from ._chain import CHAIN_DTYPES
 
 
-def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The samples to measure: checked, detached, and under autocast in float32. Raises TypeError or ValueError."""
+def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor, detached: bool = True) -> Tensor:
+    """The samples to measure: checked, detached if asked, and under autocast in float32. Raises TypeError or ValueError."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor of samples, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -30,7 +30,7 @@ def checked_samples(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if x.is_meta:
         raise ValueError("x: on meta, where tensors have no values; expected samples on a real device")
     parameters = check_function(f, len(x)) if isinstance(f, nn.Module) else {}
-    x = x.detach()
+    x = x.detach() if detached else x
     autocast = torch.is_autocast_enabled(x.device.type)
     if autocast and x.dtype in (torch.float16, torch.bfloat16):
         # Samples may be a layer's output in low precision. The paths between them need not be in low precision.

@@ -293,6 +293,8 @@ class Kept:
         """Whether all modules are torch's own modules without a state, or graphs of these."""
         self.in_order = False
         """Whether all modules are torch's own modules without a state, so that every forward is torch's."""
+        self.trained = False
+        """Whether the derivative in parameters is measured: no part may be replaced by a result without a graph."""
         self._seen: set[int] = set()
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal, SupportsIndex
+from typing import Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor
 
-from ._connectivity import measured, warn_of_offsets
+from ._differentiable import check_differentiable, mean_curvature, with_graph
 from ._kept import html_table
-from ._pairs import Moments, draw_pairs, measured_pairs
+from ._measured import matrix_of, measured, warn_of_offsets
+from ._pairs import Moments, check_generator, checked_pairs, draw_pairs, measured_pairs
 from ._samples import checked_samples
 from ._settings import Settings
 
@@ -98,6 +98,38 @@ class Estimate:
         return self.value - reach, self.value + reach
 
 
+@overload
+def curvature(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    pooled: bool = ...,
+    pairs: SupportsIndex | None = ...,
+    generator: torch.Generator | None = ...,
+    points: int = ...,
+    rule: str = ...,
+    budget: int | None = ...,
+    stabiliser: float = ...,
+    differentiable: Literal[False] = ...,
+) -> Estimate: ...
+
+
+@overload
+def curvature(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    pooled: bool = ...,
+    pairs: SupportsIndex | None = ...,
+    generator: torch.Generator | None = ...,
+    points: int = ...,
+    rule: str = ...,
+    budget: int | None = ...,
+    stabiliser: float = ...,
+    differentiable: Literal[True],
+) -> Tensor: ...
+
+
 def curvature(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -109,7 +141,8 @@ def curvature(
     rule: str = "uniform",
     budget: int | None = None,
     stabiliser: float = 0.0,
-) -> Estimate:
+    differentiable: bool = False,
+) -> Estimate | Tensor:
     """Mean curvature of f on the samples x: the mean of 1 - r2 over pairs of samples.
 
     No eigenproblem is solved. A draw of pairs needs no N x N matrix, so N may be any number: f is called on the samples of the
@@ -123,14 +156,16 @@ def curvature(
         pairs: the number of pairs, drawn without replacement. None: all, which takes two N x N matrices if pooled.
         generator: of the draw, on the CPU. None: torch's default generator, whose state then changes.
         points, rule, budget, stabiliser: as in :func:`connectivity`.
+        differentiable: return the value alone, with a graph to x and to all tensors behind f that require grad, as in
+            :func:`connectivity`. Of the same samples and pairs it is the same value.
 
     Returns:
-        The `Estimate`, without a unit.
+        The `Estimate`, without a unit; differentiable a 0-dim float64 tensor on x's device.
 
     Raises:
-        TypeError, ValueError: as :func:`connectivity`, also for samples that no pair needs. TypeError also for a generator or a
-            number of pairs that is none. ValueError also for fewer than two samples, and for pairs below 2 or above
-            N (N - 1) / 2.
+        TypeError, ValueError, RuntimeError: as :func:`connectivity`, also for samples that no pair needs. TypeError also for a
+            generator or a number of pairs that is none. ValueError also for fewer than two samples, and for pairs below 2 or
+            above N (N - 1) / 2.
 
     Warns:
         UserWarning: as :func:`measure`.
@@ -145,26 +180,29 @@ def curvature(
         (True, 0.0, 4950)
         >>> round(lmnfast.curvature(nn.Linear(8, 3), x, pairs=50).value, 6)  # a linear map
         0.0
+        >>> lmnfast.curvature(f, x, pairs=50, differentiable=True).backward()
+        >>> f[2].weight.grad.shape
+        torch.Size([3, 16])
     """
     settings = Settings("path", points, rule, budget, stabiliser, bool(pooled))
-    x = checked_samples(f, x)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}")
-    every = len(x) * (len(x) - 1) // 2
-    if every < 1:
-        raise ValueError(f"x: expected two samples or more, got {len(x)}")
-    count = _checked_pairs(pairs, every, len(x))
-    if count is None:
+    if differentiable:
+        check_differentiable(settings)
+    x = checked_samples(f, x, detached=not differentiable)
+    check_generator(generator)
+    count = checked_pairs(pairs, len(x))
+    drawn = None if count is None else draw_pairs(len(x), count, generator)
+    if differentiable:
+        found = with_graph(f, x, settings, pairs=drawn)
+        warn_of_offsets([found.enqueued])
+        return mean_curvature(found.entries)
+    if drawn is None:
         (enqueued,) = measured(f, x, settings)
-        matrix = enqueued.pooled if settings.pooled else enqueued.L
-        assert matrix is not None
+        matrix = matrix_of(enqueued, settings.pooled)
         moments = Moments.of_matrix((1 - matrix).fill_diagonal_(0))
     else:
-        first, second = draw_pairs(len(x), count, generator)
-        enqueued = measured_pairs(f, x, settings, first, second)
-        entries = enqueued.pooled if settings.pooled else enqueued.L
-        assert entries is not None
-        moments = Moments.of_list(1 - entries.cpu().double(), first, second, len(x))
+        enqueued = measured_pairs(f, x, settings, *drawn)
+        entries = matrix_of(enqueued, settings.pooled)
+        moments = Moments.of_list(1 - entries.cpu().double(), *drawn, len(x))
     warn_of_offsets([enqueued])
     return Estimate(
         value=moments.mean,
@@ -180,19 +218,3 @@ def curvature(
         precision=enqueued.precision,
         constant_share=enqueued.constant_share(),
     )
-
-
-def _checked_pairs(pairs: SupportsIndex | None, every: int, samples: int) -> int | None:
-    if pairs is None:
-        return None
-    try:
-        count = operator.index(pairs)
-    except TypeError:
-        raise TypeError(f"pairs: expected an integer or None, got {pairs!r}") from None
-    if every < 2:
-        raise ValueError(f"pairs: expected None for two samples, which have one pair, got {count}")
-    if not 2 <= count <= every:
-        raise ValueError(
-            f"pairs: expected 2 to {every}, the number of pairs of {samples} samples, or None for all, got {count}"
-        )
-    return count

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import plot
-from ._connectivity import measured, stacked_matrices, warn_of_offsets
+from ._differentiable import check_differentiable, with_graph
 from ._eigenvalues import by_magnitude, check_negative, solved
 from ._enqueue import Enqueued
+from ._entropy import complexity_with_graph
 from ._kept import formatted, html_table, read_values, write_values
+from ._measured import measured, stacked_matrices, warn_of_offsets
 from ._native import Progress
 from ._observables import Chosen, Values, problem_of, settings_for
 from ._observed import Observation, Spectrum
@@ -316,6 +318,7 @@ def lmn(
     stacked: Stacked | None = None,
     negative: str = "absolute",
     stabiliser: float = 0.0,
+    differentiable: bool = False,
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
@@ -327,12 +330,14 @@ def lmn(
         points, rule, budget, stacked: as in :func:`connectivity`.
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
         stabiliser: as in :func:`connectivity`; 0 is the definition.
+        differentiable: give the number a graph to x and to all tensors behind f that require grad, as in :func:`connectivity`.
 
     Returns:
-        0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no autograd graph.
+        0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no autograd graph
+        unless it is asked for.
 
     Raises:
-        TypeError, ValueError: as :func:`connectivity`. ValueError also for another `negative`.
+        TypeError, ValueError, RuntimeError: as :func:`connectivity`. ValueError also for another `negative`.
 
     Warns:
         UserWarning: in 0.2 % of the paths or more, outputs vary so little against their size that rounding hides it.
@@ -343,9 +348,19 @@ def lmn(
     Example:
         >>> round(float(lmnfast.lmn(nn.Linear(64, 10), torch.randn(500, 64))), 6)  # one linear map
         1.0
+        >>> f = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> lmnfast.lmn(f, torch.randn(30, 8), differentiable=True).backward()
+        >>> f[0].weight.grad.shape
+        torch.Size([16, 8])
     """
     check_negative(negative)
-    each = measured(f, x, Settings(method, points, rule, budget, stabiliser), stacked)
+    settings = Settings(method, points, rule, budget, stabiliser)
+    if differentiable:
+        check_differentiable(settings, stacked)
+        found = with_graph(f, x, settings)
+        warn_of_offsets([found.enqueued])
+        return torch.exp2(complexity_with_graph(found.entries, negative))
+    each = measured(f, x, settings, stacked)
     warn_of_offsets(each)
     L = each[0].L if stacked is None else stacked_matrices(each)
     return torch.exp2(solved(L, negative)[2].to(L.device))

@@ -14,7 +14,7 @@ import torch
 from checkpointed import LAYERS, command, failure, table
 
 from lmnfast import cli
-from lmnfast._connectivity import measured
+from lmnfast._measured import measured
 from lmnfast.checkpoints import measure as measuring
 from lmnfast.checkpoints import measure_checkpoints
 from lmnfast.runs import pool

@@ -7,8 +7,8 @@ from torch import nn
 
 import lmnfast
 from lmnfast import _checks, _connectivity, _route, _together
-from lmnfast._connectivity import measured
 from lmnfast._enqueue import Enqueued, enqueue
+from lmnfast._measured import measured
 from lmnfast._settings import DEFAULT
 
 

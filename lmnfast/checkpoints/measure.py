@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._connectivity import measured, share_of, warn_of_offsets
 from .._eigenvalues import check_negative
 from .._layers import for_layers, is_pattern, match_layers
+from .._measured import measured, share_of, warn_of_offsets
 from .._native import Progress
 from .._nested import mapped, tensors_in
 from .._observables import Chosen, settings_for

@@ -2,10 +2,14 @@
 
 from fractions import Fraction
 
+from .._choices import PENALTIES as _PENALTIES
+
 INITS = ("default", "lecun-first")
 ACTIVATIONS = ("silu", "relu")  # the paper uses the first
 OPTIMIZERS = ("adamw", "sgd")
 LOSS_DTYPES = ("float64", "float32")
+# What can be added to the loss: measures of the tail behind the paper's layer.
+PENALTIES = (*_PENALTIES, "jacobian_norm")
 SPLITS = ("train", "test")  # the samples of a run that can be measured
 # The paper's widths of an embedding and of a hidden layer, and its number of hidden layers.
 EMBEDDING, HIDDEN, DEPTH = 32, 100, 2

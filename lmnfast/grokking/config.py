@@ -18,6 +18,7 @@ from .choices import (
     INITS,
     LOSS_DTYPES,
     OPTIMIZERS,
+    PENALTIES,
     TRAIN_FRACTION,
     layers_of,
     task_sizes,
@@ -108,6 +109,19 @@ class Config:
     """"float64" or "float32": what the softmax of the loss and its difference from the labels are computed in. All else is
     float32. With "float32", round-off makes a long run unstable: see `lost_gradients` in its rows. Runs of versions without
     this setting are float32."""
+    penalty: str | None = None
+    """What `penalty_weight` times is added to the loss, of the map from "hidden_1" to the output: "pooled_curvature",
+    "curvature", "lmn" or "complexity_bits", as `lmnfast.Penalty` computes them, or "jacobian_norm", the mean over samples of
+    the squared Frobenius norm of the map's Jacobian; None: nothing."""
+    penalty_weight: float | None = None
+    """Belongs to a penalty. A weight that is too large stops the learning of the task; none is refused for that."""
+    penalty_samples: int = 64
+    """The number of training samples of the penalty, drawn anew each time by a generator of its own. LMN and complexity_bits
+    of so few samples are not estimates of those of all samples."""
+    penalty_every: int = 1
+    """The gradient of the penalty is added in updates whose number is a multiple of this, `penalty_every` times as large."""
+    until_accurate: bool = False
+    """Whether the run ends at the first measured step with test accuracy 1, if there is one before `steps`."""
 
     def __post_init__(self) -> None:
         from .._eigenvalues import check_negative
@@ -137,9 +151,12 @@ class Config:
             ("activation", ACTIVATIONS),
             ("optimizer", OPTIMIZERS),
             ("loss_dtype", LOSS_DTYPES),
+            ("penalty", (None, *PENALTIES)),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+                expected = ", ".join(each for each in known if each is not None)
+                raise ValueError(f"{name}: expected one of {expected}, got {getattr(self, name)!r}")
+        self._check_penalty()
         check_device(self.device)
 
     def _check_kinds(self) -> None:
@@ -156,21 +173,28 @@ class Config:
             "batch",
             "width",
             "depth",
+            "penalty_samples",
+            "penalty_every",
         )
+        required = ("width", "depth", "penalty_samples", "penalty_every")
         for name in counts:
             value = getattr(self, name)
             try:
-                optional = value is None and name not in ("width", "depth")
+                optional = value is None and name not in required
                 object.__setattr__(self, name, None if optional else operator.index(value))
             except TypeError:
                 raise ValueError(f"{name}: expected an integer, got {value!r}") from None
-        for name in ("learning_rate", "weight_decay", "train_fraction", "stabiliser"):
+        for name in ("learning_rate", "weight_decay", "train_fraction", "stabiliser", "penalty_weight"):
             value = getattr(self, name)
+            if value is None and name == "penalty_weight":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
             object.__setattr__(self, name, float(value))
+        if not isinstance(self.until_accurate, bool):
+            raise ValueError(f"until_accurate: expected True or False, got {self.until_accurate!r}")
 
     def _check_counts(self) -> None:
         for name, smallest, largest in (
@@ -195,6 +219,23 @@ class Config:
                 )
         if self.steps % self.every:
             raise ValueError(f"steps: expected a multiple of every ({self.every}), got {self.steps}")
+
+    def _check_penalty(self) -> None:
+        if self.penalty is None:
+            for name in ("penalty_weight", "penalty_samples", "penalty_every"):
+                if getattr(self, name) != getattr(Config, name):
+                    raise ValueError(
+                        f"{name}: expected a penalty with it, got {getattr(self, name)} without one"
+                    )
+            return
+        if self.penalty_weight is None:
+            raise ValueError(f"penalty_weight: expected a number for the penalty {self.penalty}, got none")
+        if not 2 <= self.penalty_samples <= self.trained_on:
+            raise ValueError(
+                f"penalty_samples: expected 2 to {self.trained_on}, all that are trained on, got {self.penalty_samples}"
+            )
+        if self.penalty_every < 1:
+            raise ValueError(f"penalty_every: expected at least 1, got {self.penalty_every}")
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from .choices import TASKS
 from .config import Config
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "l2_norm", "lost_gradients")
+PENALTY = "penalty"  # a further one, of runs with a penalty
 ACTIVITIES = ("training", "measuring")  # the run counts the seconds of each
 LEFT_BEHIND = ("metrics.csv", "state.pt", "checkpoints", "figures")
 CHECKPOINT = r"step_\d{8,}\.pt"
@@ -54,7 +55,8 @@ class Run:
     """The rows of metrics.csv, one per measured step. Each has the step; train_loss and test_loss in nats; train_accuracy and
     test_accuracy; l2_norm, of all parameters; lost_gradients, the number of training samples whose true-class gradient the
     round-off of the loss's dtype can turn into 0, because each of their other probabilities is at most half an ulp of the
-    true one; lmn_LAYER of each layer, and what this number depends on."""
+    true one; with a penalty its value without its weight, on the samples of the last update that had one; lmn_LAYER of each
+    layer, and what this number depends on."""
     seconds: dict[str, float]
     """The time of "training" and of "measuring"."""
 
@@ -157,9 +159,9 @@ def read_metrics(path: Path, config: Config) -> list[dict]:
 
 
 def _rows_of(file: Path, config: Config) -> list[dict]:
-    numbers = [f"lmn_{layer}" for layer in config.layers]
+    numbers, metrics = [f"lmn_{layer}" for layer in config.layers], metrics_of(config)
     try:
-        return read_rows(file, _columns(METRICS, numbers, config.beside))
+        return read_rows(file, _columns(metrics, numbers, config.beside))
     except ValueError:
         if (
             config.loss_dtype == "float32"
@@ -167,6 +169,11 @@ def _rows_of(file: Path, config: Config) -> list[dict]:
             with suppress(ValueError):
                 return read_rows(file, _columns(METRICS[:-1], numbers, config.beside))
         raise
+
+
+def metrics_of(config: Config) -> tuple[str, ...]:
+    """The metrics in the rows of a run with this config."""
+    return METRICS if config.penalty is None else (*METRICS, PENALTY)
 
 
 def read_config(path: Path) -> Config:

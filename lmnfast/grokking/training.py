@@ -21,13 +21,15 @@ from .batches import Batches
 from .config import Config, probe_of, start
 from .gradients import Gradients, lost_gradients
 from .measure import say_how_long
+from .penalty import WeightedPenalty
 from .run import (
     ACTIVITIES,
-    METRICS,
+    PENALTY,
     Run,
     by_step,
     checkpoint_of,
     clear,
+    metrics_of,
     read_config,
     read_metrics,
     read_run,
@@ -40,7 +42,8 @@ from .tasks import Task
 def train(config: Config, out: str | os.PathLike, *, force: bool = False, progress: bool = False) -> Run:
     """Trains and measures. If `out` has a run that was stopped, continues this run.
 
-    A finished run with fewer steps than the config's is continued too. On the CPU the same config, machine and versions give
+    A finished run with fewer steps than the config's is continued too, and so is one that has ended at test accuracy 1 if the
+    config does not ask for that end. On the CPU the same config, machine and versions give
     the same metrics.csv, byte for byte, however often the run was stopped.
 
     Args:
@@ -90,13 +93,20 @@ def train(config: Config, out: str | os.PathLike, *, force: bool = False, progre
                 asdict(stored),
                 asdict(config),
                 otherwise=", or --force to delete it",
-                may_change=lambda name, old, new: name == "steps" and new > old,
+                may_change=lambda name, old, new: (
+                    (name == "steps" and new > old) or (name == "until_accurate" and old)
+                ),
             )
         write_json(path / "config.json", asdict(config))
         assert config.threads is not None  # settled
         with torch_threads(config.threads):
             _Training(config, path).run(progress)
     return read_run(path)
+
+
+def updates(config: Config) -> Callable[[int], None]:
+    """The update of a new run, as a function of its number, from 1 on. Nothing is measured or written."""
+    return _Training(config.settled(), Path())._update
 
 
 class _Training:
@@ -118,18 +128,18 @@ class _Training:
         self.batches = (
             Batches(config.trained_on, config.batch, generator, config.device) if config.batch else None
         )
+        self.penalty = WeightedPenalty(self.model, self.task.train_inputs, config) if config.penalty else None
         self.optimiser = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer](
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.step = -1  # the last measured step
         self.rows: list[dict] = []
+        self.accurate = False  # whether the test accuracy has been 1 at a measured step
         self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
-        if (path / "state.pt").exists():
-            self._resume()
         self.unwritten = 0
         # The step and the copies of the last measurement, until `settle` has saved them.
         self.taken: tuple[int, HostCopy] | None = None
-        self.settles_late = config.device == "cuda"
+        self.settles_late = config.device == "cuda" and not config.until_accurate
         self.clock = time.perf_counter()
 
     def _resume(self) -> None:
@@ -142,6 +152,8 @@ class _Training:
                 self.optimiser.load_state_dict(state["optimiser"])
                 if self.batches:
                     self.batches.load_state_dict(state["batches"])
+                if self.penalty:
+                    self.penalty.load_state_dict(state["penalty"])
             except Exception as error:  # the file may contain anything
                 raise unreadable(self.path / "state.pt", error) from None
             written = read_metrics(self.path, self.config) if metrics.exists() else []
@@ -150,15 +162,23 @@ class _Training:
         except ValueError as error:
             raise ValueError(f"out: {error}; --force starts the run anew") from None
         self.rows = [row for row in written if row["step"] <= self.step]
+        self.accurate = any(row["test_accuracy"] == 1 for row in self.rows)
 
-    def _update(self) -> None:
+    @property
+    def finished(self) -> bool:
+        return self.step == self.config.steps or (self.config.until_accurate and self.accurate)
+
+    def _update(self, step: int = 0) -> None:
+        """step: the number of the update, from 1 on; 0: one without a penalty."""
         if self.batches:
             self.gradients.choose(self.batches.chosen)
         self.gradients()
+        if self.penalty:
+            self.penalty(step)
         self.optimiser.step()
 
-    def _captured(self) -> Callable[[], None]:
-        """The update as one CUDA graph, which is launched as a whole."""
+    def _captured(self) -> Callable[[int], None]:
+        """The update as one CUDA graph, which is launched as a whole. A penalty cannot be a part of it."""
 
         def set_capturable(value: bool) -> None:
             # The value is True only during the capture, because torch warns if a capturable step is not captured.
@@ -178,21 +198,23 @@ class _Training:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             self._update()
-        return graph.replay
+        return lambda step: graph.replay()
 
     def run(self, progress: bool) -> None:
         config = self.config
+        if (self.path / "state.pt").exists():
+            self._resume()
         if progress and self.step >= 0:
-            how = "finished at" if self.step == config.steps else "continues after"
+            how = "finished at" if self.finished else "continues after"
             print(f"{self.path}: {how} step {self.step}")
-        if self.step == config.steps:
+        if self.finished:
             return
         if progress:
             done = self.step if self.step >= 0 else -config.every
             count = (config.steps - done) // config.every
             say_how_long(self.path, self.model, self.samples, (config,), count)
         # The capture of a CUDA graph fails if another thread calls CUDA. So it happens before the probe starts its thread.
-        update = self._captured() if config.device == "cuda" else self._update
+        update = self._captured() if config.device == "cuda" and not self.penalty else self._update
         with (
             probe_of(self.model, self.samples, config, config.every, None, config.beside) as self.probe,
             progress_bar(config.steps, max(self.step, 0), progress) as self.bar,
@@ -202,11 +224,13 @@ class _Training:
             for step in range(max(self.step, 0) + 1, config.steps + 1):
                 if self.batches:
                     self.batches.advance()
-                update()
+                update(step)
                 if self.bar:
                     self.bar.update()
                 if step % config.every == 0:
                     self.measure(step)
+                    if config.until_accurate and self.accurate:
+                        break
                 elif self.unwritten and not self.probe.pending:
                     self.write()
             self.write()
@@ -214,9 +238,13 @@ class _Training:
     def measure(self, step: int) -> None:
         self.settle()
         metrics = _evaluate(self.model, self.task, self.loss_dtype)
+        if self.penalty:
+            metrics[PENALTY] = self.penalty.value
         states = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
         if self.batches:
             states["batches"] = self.batches.state_dict()
+        if self.penalty:
+            states["penalty"] = self.penalty.state_dict()
         self.taken = step, HostCopy({"metrics": metrics, **states})
         if not self.settles_late:
             self.check_metrics()
@@ -247,7 +275,9 @@ class _Training:
     def check_metrics(self) -> None:
         assert self.taken is not None
         step, copy = self.taken
-        for name, value in copy.read()["metrics"].items():
+        metrics = copy.read()["metrics"]
+        self.accurate = self.accurate or metrics["test_accuracy"].item() == 1
+        for name, value in metrics.items():
             if not abs(value.item()) < float("inf"):
                 raise FloatingPointError(f"training diverged: {name} is {value.item()} at step {step}")
 
@@ -260,7 +290,7 @@ class _Training:
         self.rows += by_step(new, observables=beside)
         self.check_there()
         # The table of a run that an earlier version began keeps the columns that it has.
-        metrics = [name for name in METRICS if name in self.rows[0]]
+        metrics = [name for name in metrics_of(self.config) if name in self.rows[0]]
         write_rows(self.path / "metrics.csv", self.rows, metrics, beside)
         self.step, self.unwritten = self.state["step"], 0
         save_tensors(self.path / "state.pt", {**self.state, "seconds": self.seconds})
@@ -271,6 +301,8 @@ class _Training:
                 "accuracy": f"{row['train_accuracy']:.2f}/{row['test_accuracy']:.2f}",
                 "LMN": "/".join(f"{row[f'lmn_{layer}']:.1f}" for layer in self.config.layers),
             }
+            if self.penalty:
+                shown[PENALTY] = f"{row[PENALTY]:.1e}"
             self.bar.set_postfix(shown, refresh=False)
 
     def check_there(self) -> None:

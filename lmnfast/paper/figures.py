@@ -2,7 +2,7 @@
 figures that answer the report's questions. All need matplotlib; draw_connectivity also needs scikit-learn."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,21 +156,28 @@ def draw_layers(seeds: dict[str, list[Seed]], path: Path) -> Path:
         axes.set(xlabel="Training step", title=members[0].run.config.task)
         log_axis(axes.yaxis)
 
-    return _panels(seeds, path, panel, "LMN")
+    return panels_of_tasks(seeds, path, panel, "LMN")
 
 
-def _panels(seeds: dict[str, list[Seed]], path: Path, panel: Callable, ylabel: str) -> Path:
-    """One panel for each task, with one legend."""
+def panels_of_tasks(of_tasks: Mapping[str, Any], path: Path, panel: Callable, ylabel: str) -> Path:
+    """One panel for each task, with one legend.
+
+    Args:
+        of_tasks: for each task what its panel shows.
+        path: the file.
+        panel: draws into the axes of a panel what it shows.
+        ylabel: of the first panel.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(1 + 4 * len(seeds), 3.9), layout="constrained")
-        row = figure.subplots(1, len(seeds), squeeze=False)[0]
-        for axes, members in zip(row, seeds.values(), strict=True):
-            panel(axes, members)
+        figure = Figure(figsize=(1 + 4 * len(of_tasks), 3.9), layout="constrained")
+        row = figure.subplots(1, len(of_tasks), squeeze=False)[0]
+        for axes, shown in zip(row, of_tasks.values(), strict=True):
+            panel(axes, shown)
         row[0].set_ylabel(ylabel)
-        figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(seeds))
+        figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(of_tasks))
         return save(figure, path, **SMALL)
 
 
@@ -304,7 +311,7 @@ def draw_regions(seeds: dict[str, list[Seed]], path: Path) -> Path:
         axes.set(xlabel="Training step", title=members[0].run.config.task)
         log_axis(axes.yaxis)
 
-    return _panels(seeds, path, panel, "LMN, regions")
+    return panels_of_tasks(seeds, path, panel, "LMN, regions")
 
 
 def draw_rulers(seeds: dict[str, list[Seed]], path: Path) -> Path:

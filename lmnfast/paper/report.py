@@ -21,9 +21,10 @@ from . import figures
 from .answers import OTHER_LAYERS
 from .claims import CONFIDENCE, Statistic, claims, numbers, too_few
 from .curves import COLUMN, LAYER, PAPER_ENDS, RISE, second_rise
+from .intervened import section
 from .questions import questions
 from .rulers import column, names_in
-from .settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, Study
+from .settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, INTERVENTIONS, Study
 from .study import Seed, read_study
 from .text import number, table
 
@@ -96,7 +97,8 @@ def _measured(seed: Seed, layer: str) -> dict[int, dict]:
 def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: str) -> str:
     count = len(next(iter(members.values())))
     found, measured = claims(members), numbers(members)
-    pages = [*_figures(out, members), *questions(out, members, study), *_how(members, study, command)]
+    pages = [*_figures(out, members), *questions(out, members, study), *_interventions(out)]
+    pages += _how(members, study, command)
     ours = f"ours (median, {CONFIDENCE:.0%})" if count >= FEWEST_FOR_INTERVAL else "ours (median)"
     lines = [
         "# Grokking as compression, reproduced",
@@ -134,6 +136,14 @@ def _report(out: Path, members: dict[str, list[Seed]], study: Study, command: st
         *pages,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _interventions(out: Path) -> list[str]:
+    """The section on the interventions, if they are there."""
+    folder = out / INTERVENTIONS
+    if not (folder / "results.csv.gz").exists():
+        return []
+    return section(folder, out / "figures" / "interventions.png", "figures/interventions.png")
 
 
 def _contents(lines: Iterable[str]) -> list[str]:

@@ -1,10 +1,12 @@
 """The settings of a study. The command line's help reads them, so this module does not import torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..grokking.config import Config
 
+INTERVENTIONS = "interventions"  # the folder of a study with the runs that have a penalty
 LAYER = "hidden_1"  # the paper measures at this layer
 # Measured at each logging step beside LMN. The L2 norm is a column of every run.
 OBSERVABLES = (
@@ -47,6 +49,55 @@ class Study:
         return Config(task, layers=(LAYER,), **given)
 
 
+# The arms of the interventions; what each adds to the training of the paper.
+PENALISED = ("pooled_curvature", "lmn", "jacobian_norm")
+ARMS = ("none", *PENALISED, "weight_decay")
+MATCHED = "pooled_curvature"  # weight_decay has the final L2 norm of this arm
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """The settings of the interventions, apart from their tasks and seeds: the same runs with a penalty, or with another weight
+    decay, each until its test accuracy is 1."""
+
+    horizons: Mapping[str, int] = field(
+        default_factory=lambda: {"modular-addition": 10_000, "s4": 10_000, "xor": 5000}
+    )
+    """The largest number of steps, by task. A run that is not accurate by then is censored."""
+    every: int = 100
+    tuning: Sequence[int] = (1000, 1001)
+    """The seeds by which weights are chosen. They are not reported."""
+    weights: Mapping[str, Sequence[float]] = field(
+        default_factory=lambda: {
+            "pooled_curvature": (0.1, 1.0, 10.0, 100.0),
+            "lmn": (1e-4, 1e-3, 3e-3, 1e-2),
+            "jacobian_norm": (1e-4, 1e-3, 1e-2, 1e-1),
+        }
+    )
+    """By arm, the weights to choose from."""
+    weight_decays: Sequence[float] = (0.1, 0.2, 0.4, 0.8)
+    """Those between which the matched weight decay is interpolated."""
+    penalty_samples: int = 64
+    penalty_every: int = 4
+    points: int = 9
+    """Of the measurement at the end of a run, on all training samples."""
+    rule: str = "lobatto"
+
+    def config(self, task: str, arm: str, weight: float | None, seed: int) -> Config:
+        """The config of a run. weight: of the penalty, or the weight decay of the arm weight_decay; None for the arm none."""
+        given: dict[str, Any] = {}
+        if arm in PENALISED:
+            given = {"penalty": arm, "penalty_weight": weight, "penalty_samples": self.penalty_samples}
+            given["penalty_every"] = self.penalty_every
+        elif weight is not None:
+            given = {"weight_decay": weight}
+        # While it trains, LMN is measured of few samples, which takes no time.
+        return Config(
+            task, layers=(LAYER,), seed=seed, steps=self.horizons[task], every=self.every, samples=64, points=7,
+            rule="lobatto", threads=1, until_accurate=True, **given,
+        )  # fmt: skip
+
+
 # Seeds 0 to 3 of XOR generalise by step 3800, seed 0 by 2700.
 QUICK = Study(
     steps=4000,
@@ -55,4 +106,12 @@ QUICK = Study(
     few=(400,),
     relu_steps=500,
     relu_every=100,
+)
+
+# No arm is accurate by then. Every part of the work is done once.
+QUICK_INTERVENTIONS = Interventions(
+    horizons={"modular-addition": 100, "s4": 100, "xor": 100},
+    tuning=(1000,),
+    weights={"pooled_curvature": (0.1, 1.0), "lmn": (1e-4, 1e-3), "jacobian_norm": (1e-3, 1e-2)},
+    weight_decays=(0.1, 0.4),
 )

@@ -6,7 +6,7 @@ continued. `report` makes the tables, figures and verdicts from a study.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..runs.pool import Pool
 from ..runs.progress import progress_bar
 from ..runs.tables import check_continues
 from .answers import Answers, read_answers
-from .settings import LAYER, Study
+from .settings import INTERVENTIONS, LAYER, Study
 
 
 def run_study(
@@ -43,6 +43,17 @@ def run_study(
             damaged runs (the message names all of them, after the others are done).
         OSError: `out` cannot be written; processes died again and again.
     """
+    check_arguments(tasks, seeds, jobs)
+    with claimed(out):
+        _check_continues(out, study)
+        write_json(out / "study.json", asdict(study))
+        work = [(out, study, task, seed) for seed in range(seeds) for task in sorted(tasks, key=_cost)]
+        with progress_bar(sum(_total(study, job[-1]) for job in work), 0, progress) as bar:
+            do_all(do, work, jobs, lambda: _show(bar, work))
+
+
+def check_arguments(tasks: Sequence[str], seeds: int, jobs: int) -> None:
+    """Raises ValueError, which names the argument, for unknown tasks and numbers below 1."""
     if not tasks or (unknown := [task for task in tasks if task not in TASKS]):
         raise ValueError(
             f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(unknown) if tasks else 'none'}"
@@ -50,12 +61,6 @@ def run_study(
     for name, value in (("seeds", seeds), ("jobs", jobs)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    with claimed(out):
-        _check_continues(out, study)
-        write_json(out / "study.json", asdict(study))
-        work = [(out, study, task, seed) for seed in range(seeds) for task in sorted(tasks, key=_cost)]
-        with progress_bar(sum(_total(study, job[-1]) for job in work), 0, progress) as bar:
-            _run(work, min(jobs, len(work)), bar)
 
 
 def _cost(task: str) -> int:
@@ -66,7 +71,7 @@ def _cost(task: str) -> int:
 def _check_continues(out: Path, study: Study) -> None:
     file = out / "study.json"
     if not file.exists():
-        if strange := [item.name for item in out.iterdir() if item.name != ".lock"]:
+        if strange := [item.name for item in out.iterdir() if item.name not in (".lock", INTERVENTIONS)]:
             raise ValueError(f"out: {out} is not empty and is not a study: it holds {sorted(strange)[0]}")
         return
     try:
@@ -89,24 +94,29 @@ def _check_continues(out: Path, study: Study) -> None:
 Job = tuple[Path, Study, str, int]  # directory, settings, task, seed
 
 
-def _run(work: list[Job], processes: int, bar: Any) -> None:
-    """Does all jobs. A ValueError concerns only one run, so all ValueErrors are raised together, after all jobs are done."""
+def do_all(
+    function: Callable[..., None], work: Sequence[tuple[Any, ...]], processes: int, show: Callable[[], None]
+) -> None:
+    """Calls the function once per job. A ValueError concerns only one run, so all ValueErrors are raised together, after all
+    jobs are done.
+
+    Args:
+        function: a function that processes can import.
+        work: the arguments of each call.
+        processes: number of processes. With 1, this process does the work.
+        show: a function that is called now and then meanwhile.
+    """
     failures: list[Exception] = []
-
-    def show() -> None:
-        if bar:
-            _show(bar, work)
-
-    if processes == 1:
+    if min(processes, len(work)) <= 1:
         for job in work:
             try:
-                do(*job)
+                function(*job)
             except ValueError as error:
                 failures.append(error)
             show()
     else:
-        with Pool(processes) as pool:
-            for outcome in pool.outcomes(do, work, show):
+        with Pool(min(processes, len(work))) as pool:
+            for outcome in pool.outcomes(function, work, show):
                 if isinstance(outcome.error, ValueError):
                     failures.append(outcome.error)
                 elif outcome.error is not None:
@@ -124,7 +134,9 @@ def _total(study: Study, seed: int) -> int:
 
 
 def _show(bar: Any, work: list[Job]) -> None:
-    """Sets the bar from the files on disk, because any process may have written them."""
+    """Sets the bar, if there is one, from the files on disk, because any process may have written them."""
+    if bar is None:
+        return
     done, at_work = 0, []
     for out, study, task, seed in work:
         counts = [_lines(run_path(out, task, seed, kind) / "metrics.csv") for kind in ("", "relu")]
@@ -170,7 +182,7 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
         ValueError: files are damaged; the message names them.
     """
     main, relu = run_path(out, task, seed), run_path(out, task, seed, "relu")
-    _train(study.config(task, seed), main)
+    train_or_say(study.config(task, seed), main)
     answers = Answers(_answers_file(out, task, seed), main, {"points": study.points, "rule": study.rule})
     answers.at_start()
     if task == "xor":
@@ -179,11 +191,14 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
         answers.outputs()
         answers.at_milestones(study.milestones, study.few)
         steps, every = study.relu_steps, study.relu_every
-        _train(study.config(task, seed, activation="relu", steps=steps, every=every, observables=()), relu)
+        train_or_say(
+            study.config(task, seed, activation="relu", steps=steps, every=every, observables=()), relu
+        )
         answers.regions(relu, range(0, steps + 1, every))
 
 
-def _train(config: Config, path: Path) -> None:
+def train_or_say(config: Config, path: Path) -> None:
+    """`train`. An error says what to do with a damaged run."""
     try:
         train(config, path)
     except ValueError as error:
