@@ -1,4 +1,6 @@
-"""CUDA measures and differentiates pairs in batches. In the emulator: any batches, the same bits on each run, bounded memory."""
+"""On CUDA gradients come from batches of pairs. In the emulator: any batches, the same bits on each run, bounded memory."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,7 +92,7 @@ def test_an_unresolved_pair_has_no_part_even_if_it_is_not_finite(emulated, dtype
 def made(samples: int, nodes: int, widths: tuple[int, ...], pairs: Tensor | None = None) -> tuple:
     """The compiled core's call, and what must live as long."""
     z = torch.empty(samples, widths[0])
-    weights = [torch.empty(units, depth) for depth, units in zip(widths, widths[1:])]
+    weights = [torch.empty(units, depth) for depth, units in pairwise(widths)]
     codes = [4] * len(weights) + [0]
     chain = z, weights, [None] * len(weights), codes, [0.0] * 2 * len(codes), [], []
     rule, gradient = path_nodes("uniform", nodes), torch.empty(3)
@@ -106,7 +108,7 @@ def made(samples: int, nodes: int, widths: tuple[int, ...], pairs: Tensor | None
 def test_the_workspace_is_bounded(widths, emulated):
     """Beside the layers at the samples it grows with the pairs, and with the nodes, up to a limit."""
     at_a_sample = 4 * 6 * sum(width + 16 for width in widths)  # bytes, of padded rows
-    weights = 8 * sum((o + 8) * (i + 8) for i, o in zip(widths, widths[1:]))
+    weights = 8 * sum((o + 8) * (i + 8) for i, o in pairwise(widths))
     for nodes in (3, 21, 201):
         for n in (40, 4000, 40000):
             size = made(n, nodes, widths)[0].workspace(1)
