@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +21,10 @@ from ._recomputed import NO_GRAPH, Recomputed
 from ._route import why_no_kernel
 from ._samples import checked_samples
 from ._settings import Settings
+from .ops._by_reference import resolve_in_float64
 from .ops._hoisted import Hoisted
-from .ops.path_connectivity_backward import chain_gradients, hoisted_with_graph
+from .ops.path_connectivity import ChainConnectivity
+from .ops.path_connectivity_backward import Gradients, chain_gradients, detached, hoisted_with_graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,32 @@ def with_graph(
     if chain is not None and enqueued.kind not in ("fused", "block"):  # the chain has other outputs than f
         source = Recomputed(f, own, settings, pairs)
     return _with_graph(source, enqueued, settings)
+
+
+def mean_curvature_with_graph(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    settings: Settings,
+    *,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    known: Chain | None = None,
+    expected: Tensor | None = None,
+) -> Tensor:
+    """`mean_curvature` of the entries that `with_graph` returns for the same arguments, to the bit.
+
+    Every entry has the same gradient, known beforehand. So if f is known to be a chain, one run of the kernel measures and
+    differentiates.
+    """
+    if known is not None and expected is not None and pairs is None:
+        check_differentiable(settings)
+        source = OfChain(known, x, settings, None)
+        gradients: list[Tensor | None] = []
+        run = partial(source.run, len(x) * (len(x) - 1), gradients)
+        found = measured_chain(known.detached(), source.x, expected, settings, run)
+        if found is not None:
+            value = mean_curvature(matrix_of(found, settings.pooled))
+            return _Mean.apply([value], gradients, source, *source.tensors())
+    return mean_curvature(with_graph(f, x, settings, pairs=pairs, known=known, expected=expected).entries)
 
 
 def _with_graph(source: Source, enqueued: Enqueued, settings: Settings) -> WithGraph:
@@ -130,6 +159,25 @@ class _Entries(torch.autograd.Function):
         return None, None, *without_second(found, saved)
 
 
+class _Mean(torch.autograd.Function):
+    """Gives a number whose gradients are computed already a graph to the tensors of a source."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: list[Tensor], gradients: list[Tensor | None], source: Source, *tensors: Tensor
+    ) -> Tensor:
+        ctx.gradients = gradients
+        ctx.save_for_backward(*tensors, *source.kept())
+        return value.pop()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        saved = ctx.saved_tensors  # as in _Entries
+        with torch.no_grad():
+            found = [None if g is None else g * gradient.to(g.dtype) for g in ctx.gradients]
+        return None, None, None, *without_second(found, saved)
+
+
 class OfChain:
     """A chain, whose gradients a fused kernel computes.
 
@@ -161,9 +209,25 @@ class OfChain:
         return self.sources
 
     def gradients(self, gradient: Tensor) -> list[Tensor | None]:
+        return self._in_tensors(self._found(gradient))
+
+    def run(self, entries: int, gradients: list[Tensor | None]) -> ChainConnectivity:
+        """The connectivity, and into `gradients` those of the mean of 1 - r2 over that many entries."""
+        found = self._found(self.x.new_full((len(self.x), len(self.x)), -1 / max(1, entries)))
+        gradients.extend(self._in_tensors(found))
+        given = found.entries
+        resolve = partial(
+            resolve_in_float64, detached(self.parts), self.x, given, *self.settings.nodes, midpoint=None
+        )
+        return ChainConnectivity(given.L, given.counts, resolve, given.pooled)
+
+    def _found(self, gradient: Tensor) -> Gradients:
         first, second = self.pairs or (None, None)
-        rule, statistic = self.settings.nodes, self.settings.statistic
-        found = chain_gradients(self.parts, self.x, gradient, *rule, statistic, first, second)
+        return chain_gradients(
+            self.parts, self.x, gradient, *self.settings.nodes, self.settings.statistic, first, second
+        )
+
+    def _in_tensors(self, found: Gradients) -> list[Tensor | None]:
         own = [found.z, *found.weights, *found.biases, *found.shifts]
         return [torch.zeros_like(bias) for bias in self.unused] + [
             g.to(t.dtype) if t.requires_grad and g is not None else None

@@ -22,7 +22,7 @@ from ._settings import Settings
 from ._stacked import Stacked, loaded, networks_in
 from ._threads import alone
 from ._together import enqueue_together
-from .ops.path_connectivity import chain_connectivity
+from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 
 
 def matrix_of(enqueued: Enqueued, pooled: bool) -> Tensor:
@@ -66,9 +66,16 @@ def measured(
         return [enqueued]
 
 
-def measured_chain(chain: Chain, x: Tensor, expected: Tensor, settings: Settings) -> Enqueued | None:
+def measured_chain(
+    chain: Chain,
+    x: Tensor,
+    expected: Tensor,
+    settings: Settings,
+    run: Callable[[], ChainConnectivity] | None = None,
+) -> Enqueued | None:
     """`measured` of a function that is known to be a chain, in the time of the kernel: the function is not called.
 
+    run: calls the kernel in place of `chain_connectivity`, after the checks of the samples and the outputs.
     None where `measured` would do something else: on CUDA, under autocast, for a chain that is measured as a block, and if the
     chain's outputs are not the expected ones.
     """
@@ -85,7 +92,8 @@ def measured_chain(chain: Chain, x: Tensor, expected: Tensor, settings: Settings
     checks.finite("f(x)", ends)
     if not checks.reproduces(chain, x, ends):
         return None
-    found = chain_connectivity(chain, x, *settings.nodes, settings.midpoint, settings.statistic)
+    how = *settings.nodes, settings.midpoint, settings.statistic
+    found = chain_connectivity(chain, x, *how) if run is None else run()
     found.resolve()
     checks.entries(found.L)
     precision = precision_of(torch.get_float32_matmul_precision(), True, x)

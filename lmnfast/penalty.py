@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._chain import Chain
 from ._choices import PENALTIES
-from ._differentiable import check_differentiable, mean_curvature, with_graph
+from ._differentiable import check_differentiable, mean_curvature_with_graph, with_graph
 from ._entropy import complexity_with_graph
 from ._layers import find_layer, means_inputs
 from ._layout import layout_of, plain_layout
@@ -148,7 +148,7 @@ class Penalty:
         with alone(), torch.autocast(device.type, enabled=False):
             value = self._measured(inputs)
         self.value = value.detach()
-        return (self.weight * value).to(torch.promote_types(self._dtype, torch.float32))
+        return (self.weight * value).to(self._dtype)
 
     def _measured(self, inputs: Any) -> Tensor:
         state = [_shapes(inputs), python_state(self.model, None)]
@@ -166,12 +166,11 @@ class Penalty:
         samples, output = run_again(cut.start, inputs)
         drawn = checked_pairs(self._pairs, len(samples))
         pairs = None if drawn is None else draw_pairs(len(samples), drawn, self._generator)
-        entries = with_graph(
-            cut.tail, samples, self._settings, pairs=pairs, known=cut.chain, expected=output.detach()
-        ).entries
-        self._dtype = entries.dtype
+        self._dtype = torch.promote_types(output.dtype, torch.float32)
+        known: dict[str, Any] = {"known": cut.chain, "expected": output.detach()}
         if "curvature" in self.of:
-            return mean_curvature(entries)
+            return mean_curvature_with_graph(cut.tail, samples, self._settings, pairs=pairs, **known)
+        entries = with_graph(cut.tail, samples, self._settings, **known).entries
         bits = complexity_with_graph(entries, "absolute")
         return bits if self.of == "complexity_bits" else torch.exp2(bits)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -253,17 +253,22 @@ class _Leaves:
             total += part
 
 
-def values_of_parts(parts: Any, points: Tensor) -> list[Tensor]:
-    """All values of a chain at rows of `Hoisted.samples`, by torch, numbered as in `Chain.skips`."""
+def values_of_parts(
+    parts: Any,
+    points: Tensor,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+    pointwise: Callable[[Activation, Tensor], Tensor] = lambda activation, z: activation(z),
+) -> list[Tensor]:
+    """All values of a chain at rows of `Hoisted.samples`, numbered as in `Chain.skips`. By default autograd follows."""
     widths = [parts.z.shape[1], *(s.shape[1] for s in parts.shifts if s is not None)]
     z, *moved = points.split(widths, 1)
     skips = parts.skips or [-1] * (2 * len(parts.activations))
     shifts = parts.shifts or [None] * len(skips)
     values: list[Tensor] = []
     for n, activation in enumerate(parts.activations):
-        z = F.linear(z, parts.weights[n - 1], parts.biases[n - 1]) if n else z
+        z = linear(z, parts.weights[n - 1], parts.biases[n - 1]) if n else z
         for into in (2 * n, 2 * n + 1):
-            z = activation(z) if into % 2 else z
+            z = pointwise(activation, z) if into % 2 and activation != IDENTITY else z
             z = z + values[skips[into]] if skips[into] != -1 else z
             z = z + moved.pop(0) if shifts[into] is not None else z
             values.append(z)
@@ -405,7 +410,7 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
     weights = [w.double() for w in parts.weights]
     wide = replace(parts, weights=weights, biases=[None if b is None else b.double() for b in parts.biases])
     with torch.no_grad():
-        values = values_of_parts(wide, parts.samples())
+        values = values_of_parts(wide, parts.samples(), _native.linear, _native.pointwise)
     products, sums, last = raw.products_of(), raw.sums_of(), len(parts.activations) - 1
     skips, shifts = parts.skips or [-1] * (2 * last + 2), parts.shifts or [None] * (2 * last + 2)
     later: dict[
@@ -429,20 +434,23 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
         activation = parts.activations[layer]
         if activation != IDENTITY:
             adjoint = arrived(2 * layer + 1, adjoint)
-            before = values[2 * layer]
-            adjoint = slopes_behind(activation, adjoint, before, _behind(activation, before))
+            before, behind = values[2 * layer], values[2 * layer + 1]
+            if skips[2 * layer + 1] != -1 or shifts[2 * layer + 1] is not None:
+                behind = _native.pointwise(activation, before)  # without what is added
+            adjoint = slopes_behind(activation, adjoint, before, behind)
         adjoint = arrived(2 * layer, adjoint)
         whole = sums[2 * layer] + adjoint
         if layer == 0:
             break
-        of_weights.insert(0, products[layer - 1] + whole.T @ values[2 * layer - 1])
+        of_weights.insert(0, products[layer - 1] + _product(whole.T, values[2 * layer - 1]))
         of_biases.insert(0, None if parts.biases[layer - 1] is None else whole.sum(0))
-        adjoint = adjoint @ weights[layer - 1]
+        adjoint = _product(adjoint, weights[layer - 1])
     return whole, of_weights, _present(of_biases), _present(of_shifts)
 
 
-def _behind(activation: Activation, z: Tensor) -> Tensor:
-    return _native.pointwise(activation, z)
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """``first @ second`` in float64, with the same bits for any thread count."""
+    return _native.linear(first, second.T, None)
 
 
 @torch.library.register_fake("lmnfast::path_connectivity_backward")
