@@ -101,7 +101,7 @@ def jacobian_norm(model: nn.Sequential, inputs: Tensor) -> Tensor:
         slopes = _slopes(activation, z)
         if layer is later[-1]:
             inner = (layer.weight.T @ layer.weight) * gram
-            return (slopes[:, None] @ inner @ slopes[:, :, None]).sum() / len(inputs)
+            return ((slopes[:, None] @ inner).squeeze(1) * slopes).sum() / len(inputs)
         gram = layer.weight @ (slopes[:, :, None] * gram * slopes[:, None]) @ layer.weight.T
         z = layer(activation(z))
     return gram.trace()

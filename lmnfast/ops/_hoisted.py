@@ -138,11 +138,17 @@ _BEHIND: dict[str, Callable[[Activation], Callable[[Tensor, Tensor, Tensor], Ten
 }
 
 
-def slopes_behind(activation: Activation, slopes: Tensor, z: Tensor, values: Tensor) -> Tensor:
+def slopes_behind(
+    activation: Activation,
+    slopes: Tensor,
+    z: Tensor,
+    values: Tensor,
+    pointwise: Callable[..., Tensor] = _native.pointwise,
+) -> Tensor:
     """The slopes behind an activation of those in front of it. z, values: its arguments and values."""
     if activation == IDENTITY:
         return slopes
-    return _native.pointwise(_BEHIND[activation.name](activation), slopes, z, values)
+    return pointwise(_BEHIND[activation.name](activation), slopes, z, values)
 
 
 def parts_of(number: int, *arguments: Any) -> list[Any]:

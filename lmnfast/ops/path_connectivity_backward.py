@@ -258,14 +258,20 @@ def values_of_parts(
     points: Tensor,
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
     pointwise: Callable[[Activation, Tensor], Tensor] = lambda activation, z: activation(z),
+    with_last: bool = True,
 ) -> list[Tensor]:
-    """All values of a chain at rows of `Hoisted.samples`, numbered as in `Chain.skips`. By default autograd follows."""
+    """All values of a chain at rows of `Hoisted.samples`, numbered as in `Chain.skips`. By default autograd follows.
+
+    with_last: also those behind the last Linear.
+    """
     widths = [parts.z.shape[1], *(s.shape[1] for s in parts.shifts if s is not None)]
     z, *moved = points.split(widths, 1)
     skips = parts.skips or [-1] * (2 * len(parts.activations))
     shifts = parts.shifts or [None] * len(skips)
     values: list[Tensor] = []
     for n, activation in enumerate(parts.activations):
+        if n and n == len(parts.activations) - 1 and not with_last:
+            break
         z = linear(z, parts.weights[n - 1], parts.biases[n - 1]) if n else z
         for into in (2 * n, 2 * n + 1):
             z = pointwise(activation, z) if into % 2 and activation != IDENTITY else z
@@ -409,8 +415,9 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
     """
     weights = [w.double() for w in parts.weights]
     wide = replace(parts, weights=weights, biases=[None if b is None else b.double() for b in parts.biases])
+    ends_linear = parts.activations[-1] == IDENTITY
     with torch.no_grad():
-        values = values_of_parts(wide, parts.samples(), _native.linear, _native.pointwise)
+        values = values_of_parts(wide, parts.samples(), _native.linear, _pointwise, with_last=not ends_linear)
     products, sums, last = raw.products_of(), raw.sums_of(), len(parts.activations) - 1
     skips, shifts = parts.skips or [-1] * (2 * last + 2), parts.shifts or [None] * (2 * last + 2)
     later: dict[
@@ -436,8 +443,8 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
             adjoint = arrived(2 * layer + 1, adjoint)
             before, behind = values[2 * layer], values[2 * layer + 1]
             if skips[2 * layer + 1] != -1 or shifts[2 * layer + 1] is not None:
-                behind = _native.pointwise(activation, before)  # without what is added
-            adjoint = slopes_behind(activation, adjoint, before, behind)
+                behind = _pointwise(activation, before)  # without what is added
+            adjoint = slopes_behind(activation, adjoint, before, behind, _pointwise)
         adjoint = arrived(2 * layer, adjoint)
         whole = sums[2 * layer] + adjoint
         if layer == 0:
@@ -446,6 +453,11 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
         of_biases.insert(0, None if parts.biases[layer - 1] is None else whole.sum(0))
         adjoint = _product(adjoint, weights[layer - 1])
     return whole, of_weights, _present(of_biases), _present(of_shifts)
+
+
+def _pointwise(function: Callable[..., Tensor], *z: Tensor) -> Tensor:
+    """`_native.pointwise`, which takes longer than the function of few numbers. These torch does not split."""
+    return function(*z) if z[0].numel() < _native.SERIAL else _native.pointwise(function, *z)
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Interventions:
     """The seeds by which weights are chosen. They are not reported."""
     weights: Mapping[str, Sequence[float]] = field(
         default_factory=lambda: {
-            "pooled_curvature": (1.0, 10.0, 100.0),
+            "pooled_curvature": (1.0, 10.0, 100.0, 1000.0),
             "lmn": (1e-4, 1e-3, 1e-2),
             "jacobian_norm": (1e-3, 1e-2, 1e-1),
         }
