@@ -8,6 +8,7 @@
 #   bench/gpu.sh bench PART...          only these bench/bench_PART.py. Without PART: path_r2 path_connectivity spectral_entropy
 #                                       connectivity symmetric_eigenvalues probe, which fit the time. The others are
 #                                       check_outputs hermite_connectivity jacobian jacobian_distance
+#                                       path_connectivity_backward
 #   bench/gpu.sh profile CALL...        Nsight Compute on the kernels of calls in bench/calls.py. Without CALL: connectivity, and
 #                                       connectivity by hermite
 #

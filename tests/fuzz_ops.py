@@ -264,6 +264,11 @@ def _outputs(case: Case) -> list[Any]:
     ]
 
 
+def _backward(case: Case) -> list[Any]:
+    path = case.path()
+    return [*path, case.tensor(len(path[0]), len(path[0])), *case.statistic()]
+
+
 MAKERS: dict[str, Callable[[Case], list[Any]]] = {
     "block_coefficients": _block,
     "check_outputs": _outputs,
@@ -277,6 +282,7 @@ MAKERS: dict[str, Callable[[Case], list[Any]]] = {
     ],
     "jacobian": lambda case: case.layers(1),
     "jacobian_distance": _distances,
+    "path_connectivity_backward": _backward,
     "path_r2": _path_r2,
     "spectral_entropy": _eigenvalues,
     "symmetric_eigenvalues": _matrices,

@@ -125,6 +125,25 @@ def path_connectivity() -> Iterator[Call]:
         )
 
 
+def path_connectivity_backward() -> Iterator[Call]:
+    """All gradients in one tensor, of the order of 1."""
+    shapes = ((7, 10, 3), (20, 100, 31), (20, 40, 50, 33))
+    for dtype, widths, activation in product(DTYPES, shapes, ACTIVATIONS):
+        net, x = network(widths, activation, dtype), torch.randn(SAMPLES, widths[0], dtype=dtype)
+        gradient = torch.randn(SAMPLES, SAMPLES, dtype=dtype) / SAMPLES
+        for statistic in ({}, STATISTIC):
+
+            def on(device: str, net=net, x=x, gradient=gradient, statistic=statistic) -> Tensor:
+                chain, given = recognise(net.to(device)), (x.to(device), gradient.to(device))
+                found = ops.path_connectivity_backward(chain, *given, *RULE, **statistic)
+                return torch.cat([each.flatten() for each in found])
+
+            pooled = " pooled" if statistic else ""
+            # The stabiliser of `statistic` leaves a pair no weight whose outputs hardly vary.
+            bound = (1e-5 if pooled else 1e-3) if dtype == torch.float32 else 1e-10
+            yield Call(f"{dtype} {widths} {activation.__name__}{pooled}", on, bound)
+
+
 def hermite_connectivity() -> Iterator[Call]:
     """At "high" with the bound of tests/test_hermite_connectivity.py."""
     shapes = ((7, 10, 3), (20, 40, 33))
@@ -214,6 +233,7 @@ CALLS: dict[str, Callable[[], Iterator[Call]]] = {
         jacobian,
         jacobian_distance,
         path_connectivity,
+        path_connectivity_backward,
         path_r2,
         spectral_entropy,
         symmetric_eigenvalues,

@@ -10,7 +10,7 @@ from support import has_cuda
 from torch import Tensor
 
 from lmnfast import ops
-from lmnfast._chain import Activation, Chain
+from lmnfast._chain import ACTIVATIONS, Activation, Chain
 from lmnfast.ops.block_coefficients import Normalisation
 from lmnfast.ops.path_connectivity import chain_connectivity
 from lmnfast.quadrature import orthonormal_polynomials, path_nodes
@@ -26,6 +26,18 @@ def path_connectivity(x: Tensor) -> Callable[[], Tensor]:
     chain = random_chain([12, 40, 7], ["silu", "silu", "identity"], bias=False)
     weights = tuple(w.to(x) for w in chain.weights)
     return lambda: chain_connectivity(Chain(weights, chain.biases, chain.activations), x, *RULE).L
+
+
+def path_connectivity_backward(x: Tensor) -> Callable[[], Tensor]:
+    weights = [w.to(x) for w in random_chain([12, 40, 7], ["silu"] * 3, bias=False).weights]
+    silu = ACTIVATIONS.index("silu")
+    chain = weights, [None, None], [silu, silu, 0], [0.0] * 6, [], []
+
+    def call() -> Tensor:
+        L, _, _, z, of_weights, *_ = torch.ops.lmnfast.path_connectivity_backward(x, *chain, *RULE, x @ x.mT)
+        return torch.cat([each.double().flatten() for each in (L, z, *of_weights)])
+
+    return call
 
 
 def hermite_connectivity(x: Tensor) -> Callable[[], Tensor]:
@@ -111,6 +123,7 @@ def jacobian_connectivity(x: Tensor) -> Callable[[], Tensor]:
 
 OPS = (
     path_connectivity,
+    path_connectivity_backward,
     hermite_connectivity,
     path_r2,
     block_coefficients,

@@ -48,7 +48,7 @@ struct HalfLayer {
   int parts;       // parts of the weights: 1, or 2 with the part that rounding to halves lost
   float factor;    // factor of z, a and unscale: -log2(e) if SiLU's exponentials use ex2 directly, otherwise 1
   bool inverse;    // whether `units` holds 1 / scale in place of the scale
-  float* largest;  // [units], the largest |a| and |v| over the samples
+  float* largest;  // [units], the largest |a| and |v| over the samples; null: no kernel of halves follows
   float* records;  // [groups of 8 samples][steps][arrays][32 lanes][4, in a tail 2]; null for outputs without an activation
   float* units;    // [steps][2][16, in a tail 8]: the unit's scale; the factor from a sum of products to units of z
   uint2* weights;  // [parts][steps][steps of the layer before][32 lanes][2 tiles of 8 of this layer's units]

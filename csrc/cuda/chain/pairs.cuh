@@ -68,11 +68,19 @@ __device__ inline float bend_of(const Moments<float>& m, float variance_t) {
   return fma(variance_t, fma(-m.e, m.e, m.ee), -(m.te * m.te));
 }
 
-/// Adds output k between samples i and j. problem: of the block's network. scale: of the output. least: an output below it has
+/// An output along the path from sample i to sample j, in units of the scaled output.
+template <class T>
+struct OutputOnPath {
+  T chord;
+  Share<T> share;
+  bool unresolved;  // whether rounding may determine the share
+};
+
+/// Output k between samples i and j. problem: of the block's network. scale: of the output. least: an output below it has
 /// underflowed or is about to.
 template <bool kPooled, class T>
-__device__ inline void add_output(PairSums<kPooled>& sums, const Problem<T>& problem, std::int64_t i, std::int64_t j,
-                                  std::int64_t k, const Moments<T>& moments, T scale, T least) {
+__device__ inline OutputOnPath<T> output_on_path(const Problem<T>& problem, std::int64_t i, std::int64_t j, std::int64_t k,
+                                                 const Moments<T>& moments, T scale, T least) {
   const T *const y = problem.y, *const y_low = problem.y_low, *const rounding = problem.rounding;
   const std::int64_t at_i = i * problem.outputs + k, at_j = j * problem.outputs + k;
   const T first = y[at_i], second = y[at_j];
@@ -84,7 +92,16 @@ __device__ inline void add_output(PairSums<kPooled>& sums, const Problem<T>& pro
   const bool vanishes = absolute(first) < least || absolute(second) < least;
   const T largest_rounding = larger(rounding[at_i], rounding[at_j]);
   const bool hides = share.constant > 0 && hides_rounding<T, T>(largest_rounding, scale, Epsilon<T>::value) > 0;
-  sums.nonlinear += vanishes || hides || share.unresolved > 0 ? NAN : double(share.nonlinear);
+  return {chord, share, vanishes || hides || share.unresolved > 0};
+}
+
+/// Adds output k between samples i and j. The parameters are those of output_on_path.
+template <bool kPooled, class T>
+__device__ inline void add_output(PairSums<kPooled>& sums, const Problem<T>& problem, std::int64_t i, std::int64_t j,
+                                  std::int64_t k, const Moments<T>& moments, T scale, T least) {
+  const OutputOnPath<T> output = output_on_path<kPooled>(problem, i, j, k, moments, scale, least);
+  const Share<T>& share = output.share;
+  sums.nonlinear += output.unresolved ? NAN : double(share.nonlinear);
   sums.constants += share.constant > 0 ? 1 : 0;
   if constexpr (kPooled) {
     if (!problem.pooled) return;
@@ -106,9 +123,10 @@ __device__ inline bool are_close(const T* z, std::int64_t stride, std::int64_t w
   return distance <= largest * T(kCloseSamples);
 }
 
-/// Writes both halves of a pair's entry, and counts. z: [samples, stride], of the first layer.
+/// Writes both halves of a pair's entry, and counts. Returns whether the pair is resolved. z: [samples, stride], of the first
+/// layer.
 template <class T>
-__device__ inline void store_entry(T* connectivity, std::int64_t* counts, const PairSums<false>& sums, const T* z,
+__device__ inline bool store_entry(T* connectivity, std::int64_t* counts, const PairSums<false>& sums, const T* z,
                                    std::int64_t stride, std::int64_t width, std::int64_t samples, std::int64_t outputs,
                                    std::int64_t i, std::int64_t j) {
   T entry = T(1 - sums.nonlinear / double(outputs));
@@ -121,16 +139,17 @@ __device__ inline void store_entry(T* connectivity, std::int64_t* counts, const 
     count(counts, sums.constants);
   }
   connectivity[i * samples + j] = connectivity[j * samples + i] = entry;
+  return entry != T(kUnresolved);
 }
 
 /// The same of a problem, whose first layer is `layer`. With a stabiliser, float64 has the rule of close samples, too: the
 /// entry of a constant output is 0, that of equal samples 1, and Python compares the samples.
 template <bool kPooled, class T>
-__device__ inline void store_entry(const Problem<T>& of_first, const PairSums<kPooled>& sums, const Layer<T>& layer,
+__device__ inline bool store_entry(const Problem<T>& of_first, const PairSums<kPooled>& sums, const Layer<T>& layer,
                                    std::int64_t i, std::int64_t j) {
   if constexpr (!kPooled) {
-    store_entry(of_first.own_connectivity(), of_first.own_counts(), sums, layer.z, layer.stride, layer.width, of_first.samples,
-                of_first.outputs, i, j);
+    return store_entry(of_first.own_connectivity(), of_first.own_counts(), sums, layer.z, layer.stride, layer.width,
+                       of_first.samples, of_first.outputs, i, j);
   } else {
     const Problem<T> problem = of_network(of_first);
     const std::int64_t samples = problem.samples, outputs = problem.outputs;
@@ -148,6 +167,7 @@ __device__ inline void store_entry(const Problem<T>& of_first, const PairSums<kP
     }
     problem.connectivity[i * samples + j] = problem.connectivity[j * samples + i] = entry;
     if (problem.pooled) problem.pooled[i * samples + j] = problem.pooled[j * samples + i] = pooled;
+    return entry != T(kUnresolved);
   }
 }
 

@@ -105,7 +105,8 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
       a_tile[row][column] = inside ? before[sample * before_stride + d] : T(0);
       rounding_tile[row][column] = inside ? before_rounding[sample * before_stride + d] : T(0);
       if constexpr (sizeof(T) == 4) {  // the rounding to a half, relative to the largest |a| of all samples
-        const float quantum = inside ? problem.layers[index - 1].half.largest[d] * kHalfRounding : 0.0f;
+        const float* const largest = problem.layers[index - 1].half.largest;
+        const float quantum = inside && largest ? largest[d] * kHalfRounding : 0.0f;
         rounding_tile[row][column] = float(::hypot(double(rounding_tile[row][column]), double(quantum)));
       }
       w_tile[row][column] = other < layer.width && d < depth ? layer.weights[other * depth + d] : T(0);
@@ -154,8 +155,10 @@ __global__ void forward_kernel(Problem<T> problem, Layer<T> layer, int index, co
     }
   }
   if constexpr (sizeof(T) == 4) {
-    note_range(problem, layer, first_unit, row, column, valid ? absolute(value) : 0.0f,
-               valid ? larger(absolute(activated), absolute(left)) : 0.0f, !before);
+    if (layer.half.largest) {
+      note_range(problem, layer, first_unit, row, column, valid ? absolute(value) : 0.0f,
+                 valid ? larger(absolute(activated), absolute(left)) : 0.0f, !before);
+    }
     if (!before && valid && unit == 0) {
       problem.connectivity[sample * (problem.samples + 1)] = 1;
       if (problem.pooled) problem.pooled[sample * (problem.samples + 1)] = 1;
