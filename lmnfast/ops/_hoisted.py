@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._chain import ACTIVATIONS, IDENTITY, Activation, Chain
+from .._chain import ACTIVATIONS, Activation, Chain
 from .._stacked import ChainStack
 from .._unresolved import Values
 
@@ -83,7 +83,7 @@ class Hoisted:
                     z = _native.linear(z, weights[n - 1], biases[n - 1])
                     slopes = [_native.linear(s, weights[n - 1], None) for s in slopes]
                 for into in (2 * n, 2 * n + 1):
-                    if into % 2 and activation != IDENTITY:
+                    if into % 2 and activation.name != "identity":
                         before, z = z, _native.pointwise(activation, z)
                         slopes = [slopes_behind(activation, s, before, z) for s in slopes]
                     if skips[into] != -1:
@@ -146,7 +146,7 @@ def slopes_behind(
     pointwise: Callable[..., Tensor] = _native.pointwise,
 ) -> Tensor:
     """The slopes behind an activation of those in front of it. z, values: its arguments and values."""
-    if activation == IDENTITY:
+    if activation.name == "identity":
         return slopes
     return pointwise(_BEHIND[activation.name](activation), slopes, z, values)
 

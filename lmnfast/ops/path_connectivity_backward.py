@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native
-from .._chain import IDENTITY, Activation, Chain
+from .._chain import Activation, Chain
 from .._native import plain
 from .._r2_gradient import r2_gradient
 from .._settings import Statistic
@@ -274,7 +274,7 @@ def values_of_parts(
             break
         z = linear(z, parts.weights[n - 1], parts.biases[n - 1]) if n else z
         for into in (2 * n, 2 * n + 1):
-            z = pointwise(activation, z) if into % 2 and activation != IDENTITY else z
+            z = pointwise(activation, z) if into % 2 and activation.name != "identity" else z
             z = z + values[skips[into]] if skips[into] != -1 else z
             z = z + moved.pop(0) if shifts[into] is not None else z
             values.append(z)
@@ -415,7 +415,7 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
     """
     weights = [w.double() for w in parts.weights]
     wide = replace(parts, weights=weights, biases=[None if b is None else b.double() for b in parts.biases])
-    ends_linear = parts.activations[-1] == IDENTITY
+    ends_linear = parts.activations[-1].name == "identity"
     with torch.no_grad():
         values = values_of_parts(wide, parts.samples(), _native.linear, _pointwise, with_last=not ends_linear)
     products, sums, last = raw.products_of(), raw.sums_of(), len(parts.activations) - 1
@@ -439,7 +439,7 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
     adjoint = raw.ends
     for layer in range(last, -1, -1):
         activation = parts.activations[layer]
-        if activation != IDENTITY:
+        if activation.name != "identity":
             adjoint = arrived(2 * layer + 1, adjoint)
             before, behind = values[2 * layer], values[2 * layer + 1]
             if skips[2 * layer + 1] != -1 or shifts[2 * layer + 1] is not None:

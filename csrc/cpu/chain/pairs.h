@@ -61,7 +61,7 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
       const Layer<T>& layer = plan.layers[l];
       const Ends<T> ends = ends_of(plan, s, l, before, block);
       if (l == 0 && plan.separable) {
-        const T* first_table = s.first_table + (i % kTaskRows * interior + begin) * whole_vectors<T>(layer.width);
+        const T* first_table = s.first_table + (i % plan.rows * interior + begin) * whole_vectors<T>(layer.width);
         with_kind(layer.activation.kind, [&](auto kind) {
           constexpr ActivationKind kKind = kind.value;
           if constexpr (is_separable(kKind)) {
@@ -344,12 +344,12 @@ void run_list(const Plan<T>& plan, Scratch<T>& s, std::int64_t begin) {
 
 // ---- all pairs ----
 
-/// Fills the tables of exponentials for kTaskRows first samples and a block of lanes.
+/// Fills the tables of exponentials for the first samples of a task and a block of lanes.
 template <class T>
 void begin_rows(const Plan<T>& plan, Scratch<T>& s, std::int64_t rows, std::int64_t block) {
   if (!plan.separable) return;
   fill_second_table(plan, s, block);
-  if (s.table_rows != rows) fill_first_table(plan, s, rows * kTaskRows, at_most((rows + 1) * kTaskRows, plan.op.samples));
+  if (s.table_rows != rows) fill_first_table(plan, s, rows * plan.rows, at_most((rows + 1) * plan.rows, plan.op.samples));
   s.table_rows = rows;
 }
 
@@ -361,17 +361,17 @@ void take_row(const Plan<T>& plan, Scratch<T>& s, std::int64_t i) {
   s.first_slope = kStencil ? plan.row_slope + i * plan.total_width : nullptr;
 }
 
-/// A task: kTaskRows first samples x one block of lanes, on or above the diagonal. Tasks come row after row, so a thread mostly
+/// A task: some first samples x one block of lanes, on or above the diagonal. Tasks come row after row, so a thread mostly
 /// keeps its table of first samples. Every pair gives the same bits on any thread.
 struct Tile {
   std::int64_t rows = 0, block = 0;  // rows: the number of the block of first samples
 
   template <class T>
   Tile(const Plan<T>& plan, std::int64_t task) {
-    static_assert(kTaskRows % kLanes<T> == 0);
-    constexpr std::int64_t kBlocksPerTask = kTaskRows / kLanes<T>;
-    while (task >= plan.lane_blocks - rows * kBlocksPerTask) task -= plan.lane_blocks - rows++ * kBlocksPerTask;
-    block = rows * kBlocksPerTask + task;
+    static_assert(kFewestRows % kLanes<T> == 0);
+    const std::int64_t blocks = plan.rows / kLanes<T>;  // of lanes, in the first samples of a task
+    while (task >= plan.lane_blocks - rows * blocks) task -= plan.lane_blocks - rows++ * blocks;
+    block = rows * blocks + task;
   }
 };
 
@@ -379,15 +379,14 @@ struct Tile {
 template <class T>
 std::int64_t tasks_of(const PathConnectivity<T>& op) {
   if (op.first) return blocks_of(op.pairs, kLanes<T>);
-  constexpr std::int64_t kBlocksPerTask = kTaskRows / kLanes<T>;
-  const std::int64_t rows = blocks_of(op.samples, kTaskRows);
-  return rows * blocks_of(op.samples, kLanes<T>) - kBlocksPerTask * (rows * (rows - 1) / 2);
+  const std::int64_t rows = blocks_of(op.samples, task_rows(op.samples)), blocks = task_rows(op.samples) / kLanes<T>;
+  return rows * blocks_of(op.samples, kLanes<T>) - blocks * (rows * (rows - 1) / 2);
 }
 
 template <bool kStencil, class T>
 void run_tile(const Plan<T>& plan, Scratch<T>& s, Tile tile, Tasks& tasks) {
   constexpr std::int64_t kRowsBetween = 8;  // between two looks at the clock: a task of a wide, deep chain may take seconds
-  const std::int64_t begin = tile.rows * kTaskRows, end = at_most(begin + kTaskRows, plan.op.samples), block = tile.block;
+  const std::int64_t begin = tile.rows * plan.rows, end = at_most(begin + plan.rows, plan.op.samples), block = tile.block;
   begin_rows(plan, s, tile.rows, block);
   for (std::int64_t i = begin; i < at_most(end, (block + 1) * kLanes<T>); ++i) {
     if (i % kRowsBetween == 0 && !tasks.go_on()) return;

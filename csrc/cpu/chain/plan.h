@@ -8,6 +8,13 @@ namespace {
 
 // First samples per task. Their tables of exponentials stay in L2 at 100 units and 19 nodes.
 constexpr std::int64_t kTaskRows = 64;
+constexpr std::int64_t kFewestRows = 16;  // a multiple of all vectors' lanes, as kTaskRows
+
+/// First samples per task: fewer where a few tasks would have all samples, so that the threads get equal shares.
+inline std::int64_t task_rows(std::int64_t samples) {
+  const std::int64_t rows = samples / 4 / kFewestRows * kFewestRows;
+  return rows < kFewestRows ? kFewestRows : at_most(rows, kTaskRows);
+}
 
 /// Values of one layer at the samples: [blocks of lanes][width][lanes].
 template <class T>
@@ -35,7 +42,7 @@ struct Scratch {
   // then of the second samples; y, y_low and rounding of the outputs, [outputs][lanes], likewise.
   T *gathered[6], *gathered_ends[6];
   V* second_table;          // [widths[0]][nodes], exp(-t z_j)
-  T* first_table;           // [kTaskRows][nodes][whole_vectors(widths[0])], exp(-(1 - t) z_i)
+  T* first_table;           // [rows of a task][nodes][whole_vectors(widths[0])], exp(-(1 - t) z_i)
   std::int64_t table_rows;  // the block of first samples that first_table holds; -1: none
   std::int64_t counts[2];   // this thread's share of the op's counts
 };
@@ -44,7 +51,7 @@ template <class T>
 struct Plan {
   const PathConnectivity<T>& op;
   Stencil<T> stencil;
-  std::int64_t lane_blocks = 0, outputs = 0, total_width = 0, widest = 0;
+  std::int64_t lane_blocks = 0, outputs = 0, total_width = 0, widest = 0, rows = 0;  // rows: first samples per task
   Layer<T>* layers = nullptr;
   int *added = nullptr, *kept = nullptr;         // [values], slot of the value added to each, slot that keeps each; or -1
   T *t = nullptr, *w = nullptr, *w_t = nullptr;  // [interior] nodes, weights, weights times t - mean t
@@ -73,6 +80,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
   using V = Vector<T>;
   Plan<T> plan{op, stencil};
   plan.lane_blocks = blocks_of(op.samples, kLanes<T>);
+  plan.rows = task_rows(op.samples);
   plan.outputs = op.widths[op.layers];
   for (int l = 0; l <= op.layers; ++l) {
     plan.total_width += op.widths[l];
@@ -130,7 +138,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     s.moments = arena.take<Moments<V>>(plan.outputs);
     s.values = arena.take<V>(stencil.size * plan.outputs);
     s.second_table = arena.take<V>(plan.separable ? op.widths[0] * interior : 0);
-    s.first_table = arena.take<T>(plan.separable ? kTaskRows * whole_vectors<T>(op.widths[0]) * interior : 0);
+    s.first_table = arena.take<T>(plan.separable ? plan.rows * whole_vectors<T>(op.widths[0]) * interior : 0);
     for (int n = 0; n < 6; ++n) {
       const bool unused = !plan.paired() || (n % 3 == 2 && stencil.size == 0);  // slopes belong to a stencil
       s.gathered[n] = arena.take<T>(unused ? 0 : plan.total_width * kLanes<T>);

@@ -50,8 +50,8 @@ inline void multiply(const T* w, const Vector<T>* panel, std::int64_t depth, Vec
   }
 }
 
-/// One block of rows. Adds to the moments of the outputs (out null), or writes to a panel. Not inlined: the compiler then
-/// gives all registers to the block.
+/// One block of rows. Writes to a panel, or adds to the moments of the outputs, or both; the other is null. Not inlined: the
+/// compiler then gives all registers to the block.
 template <class T, int kR, int kC>
 __attribute__((noinline)) void product(const T* w, const Vector<T>* panel, std::int64_t depth, Vector<T>* out,
                                        Moments<Vector<T>>* moments, const T* node_w, const T* node_wt) {
@@ -61,7 +61,8 @@ __attribute__((noinline)) void product(const T* w, const Vector<T>* panel, std::
     for (int r = 0; r < kR; ++r) {
       for (int c = 0; c < kC; ++c) out[r * kC + c] = sums[r][c];
     }
-  } else {
+  }
+  if (moments) {
     for (int r = 0; r < kR; ++r) {
       Moments<Vector<T>> own = moments[r];
       for (int c = 0; c < kC; ++c) add_moments(own, sums[r][c], node_w[c], node_wt[c]);
@@ -70,7 +71,7 @@ __attribute__((noinline)) void product(const T* w, const Vector<T>* panel, std::
   }
 }
 
-/// All rows of a layer: kC columns of the previous layer's panel -> moments of the outputs (out null), or this layer's panel.
+/// All rows of a layer: kC columns of the previous layer's panel -> this layer's panel, or moments of the outputs, or both.
 template <class T, int kC>
 void multiply_columns(const T* packed, std::int64_t rows, std::int64_t depth, const Vector<T>* panel, Vector<T>* out,
                       Moments<Vector<T>>* moments, const T* node_w, const T* node_wt) {

@@ -1,0 +1,272 @@
+// The way forward of a gradient: what is in memory, and path_moments() with all residuals and slopes kept.
+#pragma once
+#include "outer.h"
+#include "pairs.h"
+
+namespace lmn {
+namespace {
+
+constexpr std::int64_t kMostSlots = 32, kLeastSlots = 8, kTasksPerSlot = 2;
+constexpr std::int64_t kSlotBytes = std::int64_t(1) << 26;  // of all slots, if kLeastSlots take less
+
+// ---- residuals with slopes ----
+
+/// `residuals`, and the derivative of the activation at the same points.
+template <class T, ActivationKind kKind, bool kDeviates>
+__attribute__((noinline)) void residuals_and_slopes(const Ends<T>& ends, Activation activation, const T* t, int columns,
+                                                    Vector<T>* panel, Vector<T>* slopes) {
+  using V = Vector<T>;
+  const T alpha = T(activation.alpha), beta = T(activation.beta);
+  for (std::int64_t unit = 0; unit < ends.width; ++unit) {
+    const V z_first = ends.first(ends.first_z, unit), z_second = load<V>(ends.second_z + unit * kLanes<T>);
+    const V a_first = ends.first(ends.first_a, unit), a_second = load<V>(ends.second_a + unit * kLanes<T>);
+    for (int c = 0; c < columns; ++c) {
+      V& residual = panel[unit * columns + c];
+      V z = on_chord(z_first, z_second, t[c]);
+      if constexpr (kDeviates) z = off_chord<kKind>(z, residual, z_first, z_second);
+      residual = activate<kKind>(z, alpha, beta) - on_chord(a_first, a_second, t[c]);
+      slopes[unit * columns + c] = derivative<kKind>(z, alpha, beta);
+    }
+  }
+}
+
+/// `separated_residuals`, and the derivative of the activation at the same points.
+template <class T, ActivationKind kKind, int kC>
+__attribute__((noinline)) void separated_residuals_and_slopes(const Ends<T>& ends, const T* t, const T* first_table,
+                                                              const Vector<T>* second_table, std::int64_t stride,
+                                                              Vector<T>* panel, Vector<T>* slopes) {
+  using V = Vector<T>;
+  const std::int64_t first_stride = whole_vectors<T>(ends.width);
+  T node[kC];
+  for (int c = 0; c < kC; ++c) node[c] = t[c];
+  for (std::int64_t unit = 0; unit < ends.width; ++unit) {
+    const V z_first = splat<V>(ends.first_z[unit]), z_second = load<V>(ends.second_z + unit * kLanes<T>);
+    const V a_first = splat<V>(ends.first_a[unit]), a_second = load<V>(ends.second_a + unit * kLanes<T>);
+    const V z_chord = z_second - z_first, a_chord = a_second - a_first;
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) {
+      const V first = splat<V>(first_table[c * first_stride + unit]);
+      const V logistic = reciprocal(fma(first, second_table[unit * stride + c], splat<V>(T(1))));
+      const V chord = fma(splat<V>(node[c]), a_chord, a_first), steep = logistic - logistic * logistic;
+      V residual, slope;
+      if constexpr (kKind == ActivationKind::kSilu) {
+        const V z = fma(splat<V>(node[c]), z_chord, z_first);
+        residual = fma(z, logistic, -chord);
+        slope = fma(z, steep, logistic);
+      } else if constexpr (kKind == ActivationKind::kSigmoid) {
+        residual = logistic - chord;
+        slope = steep;
+      } else {
+        residual = fma(splat<V>(T(2)), logistic, T(-1) - chord);
+        slope = steep * T(4);
+      }
+      panel[unit * kC + c] = z_second == z_first ? V{} : residual;
+      slopes[unit * kC + c] = slope;
+    }
+  }
+}
+
+// ---- the plan ----
+
+/// Memory of one thread, beside its Scratch.
+template <class T>
+struct BackwardScratch {
+  using V = Vector<T>;
+  V **panels, **slopes;         // [layers + 1], of all nodes: [parts][width][nodes of the part]
+  V *adjoint, *before;          // [width][nodes of a part]
+  V* pending;                   // [values that are added][width][nodes of a part], adjoints that wait for their value
+  bool* waits;                  // [values], whether there is one
+  V *along, *across;            // [outputs], P and Q of csrc/ops.h
+  V *first_sums, *second_sums;  // [units that are summed, then outputs]; of the row, and of the task
+  T* turned;                    // a panel of residuals, turned
+  T** products;                 // [layers], outer products of the task, laid out as outer_size() says
+};
+
+/// Sums of one slot, laid out as the op's results.
+struct Slot {
+  double *products, *sums, *ends;
+};
+
+template <class T>
+struct Backward {
+  const PathConnectivityBackward<T>& op;
+  std::int64_t slots = 0, product_count = 0, units = 0;  // units: of the values that are summed
+  std::int64_t* summed = nullptr;                        // [values], the first unit of a value in `sums`, or -1
+  std::int32_t* source = nullptr;                        // [values], place in `pending` of a value that is added, or -1
+  T** transposed = nullptr;                              // [layers], weights packed for the way back
+  T first_weight = 0, last_weight = 0;                   // of the nodes at both ends
+  Slot* sums = nullptr;                                  // [slots]
+  BackwardScratch<T>* scratch = nullptr;                 // [threads]
+
+  std::int64_t sum_count() const { return op.samples * units; }
+  std::int64_t end_count() const { return op.samples * op.widths[op.layers]; }
+};
+
+/// Whether the adjoints of a value are summed, see csrc/ops.h.
+template <class T>
+bool is_summed(const PathConnectivityBackward<T>& op, int value) {
+  return value % 2 == 0 || (op.skips && op.shifts[value]);
+}
+
+template <class T>
+Backward<T> make_backward(const PathConnectivityBackward<T>& op, const Plan<T>& plan, Arena& arena, int threads) {
+  using V = Vector<T>;
+  Backward<T> b{op};
+  const int values = 2 * (op.layers + 1);
+  b.summed = arena.take<std::int64_t>(values);
+  b.source = arena.take<std::int32_t>(values);
+  std::int64_t sources = 0, most_turned = 0;
+  for (int value = 0; value < values; ++value) {
+    std::int64_t summed = -1;
+    if (is_summed(op, value)) {
+      summed = b.units;
+      b.units += op.widths[value / 2];
+    }
+    bool added = false;
+    for (int later = value + 1; op.skips && later < values; ++later) added = added || op.skips[later] == value;
+    if (arena.base) b.summed[value] = summed, b.source[value] = added ? std::int32_t(sources) : -1;
+    sources += added;
+  }
+  b.transposed = arena.take<T*>(op.layers);
+  for (int l = 0; l < op.layers; ++l) {
+    T* const packed = arena.take<T>(op.widths[l] * op.widths[l + 1]);
+    if (arena.base) b.transposed[l] = packed;
+    b.product_count += op.widths[l] * op.widths[l + 1];
+    const std::int64_t turned =
+        whole_vectors<T>(turns_adjoints<T>(op.widths[l + 1], op.widths[l]) ? op.widths[l + 1] : op.widths[l]);
+    most_turned = turned > most_turned ? turned : most_turned;
+  }
+  const std::int64_t bytes = std::int64_t(sizeof(double)) * (b.product_count + b.sum_count() + b.end_count());
+  const std::int64_t fitting = kSlotBytes / (bytes > 0 ? bytes : 1);
+  const std::int64_t shares = blocks_of(tasks_of(op), kTasksPerSlot);
+  b.slots = at_most(at_most(shares, kMostSlots), fitting > kLeastSlots ? fitting : kLeastSlots);
+  b.sums = arena.take<Slot>(b.slots);
+  for (std::int64_t n = 0; n < b.slots; ++n) {
+    Slot slot;
+    slot.products = arena.take<double>(b.product_count);
+    slot.sums = arena.take<double>(b.sum_count());
+    slot.ends = arena.take<double>(b.end_count());
+    if (arena.base) b.sums[n] = slot;
+  }
+  const std::int64_t interior = op.nodes.interior, panel = plan.widest * kBlockColumns;
+  b.scratch = arena.take<BackwardScratch<T>>(threads);
+  for (int thread = 0; thread < threads; ++thread) {
+    BackwardScratch<T> s;
+    s.panels = arena.take<V*>(op.layers + 1);
+    s.slopes = arena.take<V*>(op.layers + 1);
+    s.products = arena.take<T*>(op.layers);
+    for (int l = 0; l <= op.layers; ++l) {
+      const std::int64_t size = op.widths[l] * interior;
+      V* const kept = arena.take<V>(size);
+      const bool bends = op.activations[l].kind != ActivationKind::kIdentity;
+      V* const slopes = arena.take<V>(bends ? size : 0);
+      T* const products = arena.take<T>(l < op.layers ? outer_size<T>(op.widths[l + 1], op.widths[l]) : 0);
+      if (!arena.base) continue;
+      s.panels[l] = kept, s.slopes[l] = slopes;
+      if (l < op.layers) s.products[l] = products;
+    }
+    s.adjoint = arena.take<V>(panel);
+    s.before = arena.take<V>(panel);
+    s.pending = arena.take<V>(sources * panel);
+    s.waits = arena.take<bool>(values);
+    s.along = arena.take<V>(plan.outputs);
+    s.across = arena.take<V>(plan.outputs);
+    s.first_sums = arena.take<V>(b.units + plan.outputs);
+    s.second_sums = arena.take<V>(b.units + plan.outputs);
+    s.turned = arena.take<T>(most_turned * kBlockColumns * kLanes<T>);
+    if (arena.base) b.scratch[thread] = s;
+  }
+  return b;
+}
+
+/// Weights [rows][depth], scaled by row if `factors` is not null, as pack_weights() packs their transpose.
+template <class T>
+void pack_transposed(const T* weights, std::int64_t rows, std::int64_t depth, const T* factors, T* packed) {
+  for (std::int64_t begin = 0; begin < depth; begin += kBlockRows) {
+    const std::int64_t height = at_most(kBlockRows, depth - begin);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const T factor = factors ? factors[row] : T(1);
+      for (std::int64_t n = 0; n < height; ++n) *packed++ = weights[row * depth + begin + n] * factor;
+    }
+  }
+}
+
+// ---- forward ----
+
+/// A part of the nodes: parts are of nearly equal size, as in path_moments().
+struct Part {
+  int begin, columns;
+  Part(int interior, int part) {
+    const int parts = int(blocks_of(interior, kBlockColumns));
+    begin = int(std::int64_t(interior) * part / parts);
+    columns = int(std::int64_t(interior) * (part + 1) / parts) - begin;
+  }
+};
+
+/// The first layer's residuals and slopes.
+template <class T>
+void first_residuals(const Plan<T>& plan, const Scratch<T>& s, const Ends<T>& ends, std::int64_t i, Part part, Vector<T>* panel,
+                     Vector<T>* slopes) {
+  const Layer<T>& layer = plan.layers[0];
+  const int interior = plan.op.nodes.interior;
+  with_kind(layer.activation.kind, [&](auto kind) {
+    constexpr ActivationKind kKind = kind.value;
+    if constexpr (is_separable(kKind)) {
+      if (plan.separable) {
+        const T* first_table = s.first_table + (i % plan.rows * interior + part.begin) * whole_vectors<T>(layer.width);
+        return with_size<kBlockColumns>(part.columns, [&](auto count) {
+          separated_residuals_and_slopes<T, kKind, decltype(count)::value>(
+              ends, plan.t + part.begin, first_table, s.second_table + part.begin, interior, panel, slopes);
+        });
+      }
+    }
+    if constexpr (kKind == ActivationKind::kIdentity) {
+      residuals<T, kKind, false>(ends, layer.activation, plan.t + part.begin, part.columns, panel);
+    } else {
+      residuals_and_slopes<T, kKind, false>(ends, layer.activation, plan.t + part.begin, part.columns, panel, slopes);
+    }
+  });
+}
+
+/// path_moments() with all residuals and slopes kept.
+template <class T>
+void kept_moments(const Plan<T>& plan, const Scratch<T>& s, const BackwardScratch<T>& kept, std::int64_t i,
+                  std::int64_t block) {
+  const PathConnectivity<T>& op = plan.op;
+  for (std::int64_t k = 0; k < plan.outputs; ++k) s.moments[k] = Moments<Vector<T>>{};
+  for (int n = 0; n < int(blocks_of(op.nodes.interior, kBlockColumns)); ++n) {
+    const Part part(op.nodes.interior, n);
+    const T *t = plan.t + part.begin, *w = plan.w + part.begin, *w_t = plan.w_t + part.begin;
+    const Vector<T>* last = nullptr;
+    std::int64_t before = 0;  // number of units in earlier layers
+    for (int l = 0; l <= op.layers; ++l) {
+      const Layer<T>& layer = plan.layers[l];
+      const Ends<T> ends = ends_of(plan, s, l, before, block);
+      const std::int64_t at = layer.width * part.begin, size = layer.width * part.columns;
+      Vector<T>*panel = kept.panels[l] + at, *slopes = kept.slopes[l] + at;
+      if (l == 0) {
+        first_residuals(plan, s, ends, i, part, panel, slopes);
+      } else {
+        multiply_layer<T>(layer.packed, layer.width, plan.layers[l - 1].width, part.columns, last, panel,
+                          l == op.layers && plan.ends_in_product() ? s.moments : nullptr, w, w_t);
+        join_residuals(plan, s, 2 * l, panel, size);
+        with_kind(layer.activation.kind, [&](auto kind) {
+          if constexpr (kind.value != ActivationKind::kIdentity) {
+            residuals_and_slopes<T, kind.value, true>(ends, layer.activation, t, part.columns, panel, slopes);
+          }
+        });
+      }
+      join_residuals(plan, s, 2 * l + 1, panel, size);
+      last = panel;
+      before += layer.width;
+    }
+    for (std::int64_t k = 0; k < plan.outputs && !plan.ends_in_product(); ++k) {
+      for (int c = 0; c < part.columns; ++c) {
+        add_moments(s.moments[k], last[k * part.columns + c] * plan.scale[k], w[c], w_t[c]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lmn
