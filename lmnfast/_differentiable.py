@@ -22,9 +22,10 @@ from ._route import why_no_kernel
 from ._samples import checked_samples
 from ._settings import Settings
 from .ops._by_reference import resolve_in_float64
+from .ops._gradients import Gradients
 from .ops._hoisted import Hoisted
 from .ops.path_connectivity import ChainConnectivity
-from .ops.path_connectivity_backward import Gradients, chain_gradients, detached, hoisted_with_graph
+from .ops.path_connectivity_backward import chain_gradients, detached, hoisted_with_graph
 
 
 @dataclass(frozen=True, eq=False)

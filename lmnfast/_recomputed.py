@@ -187,9 +187,7 @@ class _Sums:
     def _delta(self, y: Tensor, rounding: Tensor) -> Tensor:
         """The gradient of r2 in the outputs along paths (pairs, nodes, K) float64."""
         stabiliser, pooled = self.settings.statistic
-        delta = r2_gradient(y, self.nodes, self.weights, rounding, stabiliser=stabiliser, pooled=pooled)
-        # It sums to 0. On a short path, where f's derivatives are nearly equal, that must hold to the rounding of delta itself.
-        return delta - self.weights.to(y)[:, None] * delta.sum(1, keepdim=True)
+        return r2_gradient(y, self.nodes, self.weights, rounding, stabiliser=stabiliser, pooled=pooled)
 
     def _near(self, first: Tensor, second: Tensor) -> Tensor:
         """Which pairs are of samples that are close, but not equal: these are measured in float64."""

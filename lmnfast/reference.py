@@ -55,9 +55,9 @@ def r2_of_outputs(
         (..., outputs) of y's dtype, and (..., outputs) bool.
     """
     covariance, variance, variance_t, scale, constant, _ = _moments(y, nodes, weights, rounding)
-    # In the units of the other two. A float over a tensor would be the float times 1 / tensor, which overflows.
+    # In the units of the other two. A float over a tensor would be the float times 1 / tensor, which overflows. The 1 keeps
+    # autograd from 0 / 0.
     added = scale.new_tensor(stabiliser) / scale / scale
-    # The 1 keeps autograd from 0 / 0.
     r2 = covariance**2 / torch.where(constant, 1.0, variance_t * variance + added)
     return torch.where(constant, 0.0 if stabiliser else 1.0, r2), constant
 
@@ -88,9 +88,7 @@ def pooled_r2_of_outputs(
 def _moments(
     y: Tensor, nodes: Tensor, weights: Tensor, rounding: Tensor | None
 ) -> tuple[Tensor, Tensor, float, Tensor, Tensor, Tensor]:
-    """Covariance with t and variance of each output over its `scale`; the variance of t; the scale; which are constant; and the
-    centred outputs over their scale.
-    """
+    """Covariance with t and variance of each output over its `scale`; t's variance; the scale; which are constant; and y."""
     t = nodes - weights @ nodes
     variance_t = float(weights @ t**2)
     weights, t = (v.to(y)[:, None] for v in (weights, t))
@@ -196,9 +194,8 @@ def path_connectivity_backward(
         f: maps (B, *in) to (B, *out), differentiable; the outputs are flattened.
         x: (N, *in), the samples.
         gradient: (N, N), for every entry of L.
-        nodes, weights: (nodes,) float64, as above.
         parameters: the tensors beside x in which the gradients are taken. They require grad.
-        stabiliser, pooled: as in :func:`r2_along_path`.
+        nodes, weights, stabiliser, pooled: as in :func:`path_connectivity`.
 
     Returns:
         The gradients in x and in each of the parameters, of their shapes.
@@ -206,10 +203,9 @@ def path_connectivity_backward(
     Example:
         >>> rule = lmnfast.quadrature.path_nodes("uniform", 21)
         >>> x, weight = torch.randn(5, 3), torch.randn(2, 3, requires_grad=True)
-        >>> f = lambda x: torch.tanh(x @ weight.T)
-        >>> dx, dw = lmnfast.reference.path_connectivity_backward(f, x, torch.ones(5, 5), *rule, [weight])
-        >>> dx.shape, dw.shape
-        (torch.Size([5, 3]), torch.Size([2, 3]))
+        >>> f = lambda x: (x @ weight.T).tanh()
+        >>> [tuple(g.shape) for g in lmnfast.reference.path_connectivity_backward(f, x, torch.ones(5, 5), *rule, [weight])]
+        [(5, 3), (2, 3)]
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()

@@ -279,6 +279,15 @@ def test_fake_tensors():
         assert own.shape == other.shape and own.dtype == other.dtype
 
 
+def test_torch_compile_gives_the_same_bits():
+    given, more = arguments_of(6, torch.float64)
+
+    def scaled(z: Tensor) -> Tensor:
+        return 2 * torch.ops.lmnfast.path_connectivity_backward(z, *given[1:], **more)[3]
+
+    assert torch.equal(torch.compile(scaled, backend="aot_eager", fullgraph=True)(given[0]), scaled(given[0]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
