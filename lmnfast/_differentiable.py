@@ -54,13 +54,13 @@ def with_graph(
         settings: of method "path".
         pairs: the first and the second samples of some pairs. None: all pairs.
         known: the chain that f is, with its graph, if the caller knows it.
-        expected: f(x), if known.
+        expected: f(x), if known. With a known chain and None, nothing checks that f is this chain.
 
     Raises:
         As `connectivity`; ValueError for another method, and RuntimeError if there is nothing to differentiate in.
     """
     check_differentiable(settings)
-    if known is not None and expected is not None and pairs is None:
+    if known is not None and pairs is None:
         found = measured_chain(known.detached(), x.detach(), expected, settings)
         if found is not None:
             return _with_graph(OfChain(known, x, settings, None), found, settings)
@@ -94,7 +94,7 @@ def mean_curvature_with_graph(
     Every entry has the same gradient, known beforehand. So if f is known to be a chain, one run of the kernel measures and
     differentiates.
     """
-    if known is not None and expected is not None and pairs is None:
+    if known is not None and pairs is None:
         check_differentiable(settings)
         source = OfChain(known, x, settings, None)
         gradients: list[Tensor | None] = []
