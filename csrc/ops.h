@@ -107,9 +107,10 @@ struct HermiteConnectivity : PathConnectivity<T> {
 /// the kernels know without cancellation.
 ///
 /// Each delta goes back through the activations and the weights. A value of the chain at an interior node has the adjoint
-/// a_m. The results are sums of adjoints, from which Python makes the gradients (lmnfast/ops/path_connectivity_backward.py):
-/// what depends on a sample alone is left to it. Pairs that T cannot resolve have kUnresolved in `connectivity`, and no part in
-/// the sums. `connectivity`, `pooled` and `counts` are as of PathConnectivity. On CUDA `exact` and `inputs` are null.
+/// a_m. The results are sums of adjoints. On the CPU they contain all; on CUDA Python adds what depends on a sample alone
+/// (lmnfast/ops/path_connectivity_backward.py): the way back of `ends`, and in `products` the sums times the inputs' values at
+/// the samples. Pairs that T cannot resolve have kUnresolved in `connectivity`, and no part in the sums. `connectivity`,
+/// `pooled` and `counts` are as of PathConnectivity. On CUDA `exact` and `inputs` are null.
 template <class T>
 struct PathConnectivityBackward : PathConnectivity<T> {
   const T* gradient;  // [samples, samples], where the entries (i, j) and (j, i) are added; or [pairs]

@@ -197,6 +197,13 @@ class _Raw:
         each = self.products.split([rows * columns for rows, columns in shapes])
         return [product.view(shape) for product, shape in zip(each, shapes)]
 
+    def gradients(self, parts: Hoisted) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Those in z, weights, biases and shifts, of complete results. An op's results may not share their memory."""
+        sums = self.sums_of()
+        biases = [sums[2 * n + 2].sum(0) for n, bias in enumerate(parts.biases) if bias is not None]
+        shifts = [sums[v].clone() for v, shift in enumerate(parts.shifts) if shift is not None]
+        return sums[0].clone(), [product.clone() for product in self.products_of()], biases, shifts
+
     def sums_of(self) -> dict[int, Tensor]:
         """(samples, width), by the value's number."""
         rows = len(self.ends)
@@ -243,7 +250,9 @@ def _path_connectivity_backward(
         )
         _native.run(call, L, pool if pooled else None, counts, raw.products, raw.sums, raw.ends)
         del kept
-        z_gradient, *others = _finished(parts, raw)
+        if _native.on_cuda(z):
+            _complete(parts, raw)
+        z_gradient, *others = raw.gradients(parts)
     else:
         for entries in (L, pool):
             entries.fill_(UNRESOLVED)
@@ -274,8 +283,8 @@ def _check_gradient(z: Tensor, gradient: Tensor, first: Tensor | None) -> tuple[
     return shape
 
 
-def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """The gradients in z, weights, biases and shifts: what the kernel has left, which depends on a sample alone.
+def _complete(parts: Hoisted, raw: _Raw) -> None:
+    """Adds to the results of the CUDA kernels what depends on a sample alone, as the CPU kernel does.
 
     The adjoints at the samples themselves (`ends`) go back through the layers. At an interior node a value is its chord plus a
     residual. The chord's part of a weight's gradient is the sum of the adjoints that belong to a sample, times the value there.
@@ -287,20 +296,15 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
         values = values_of_parts(wide, parts.samples(), _native.linear, _pointwise, with_last=not ends_linear)
     products, sums, last = raw.products_of(), raw.sums_of(), len(parts.activations) - 1
     skips, shifts = parts.skips or [-1] * (2 * last + 2), parts.shifts or [None] * (2 * last + 2)
-    later: dict[
-        int, Tensor
-    ] = {}  # by the value's number, adjoints that come from values to which it is added
-    of_shifts: list[Tensor | None] = [None] * len(shifts)
-    of_weights: list[Tensor] = []
-    of_biases: list[Tensor | None] = []
+    later: dict[int, Tensor] = {}  # by the value's number, adjoints of values to which it is added
 
     def arrived(value: int, adjoint: Tensor) -> Tensor:
         adjoint = adjoint + later[value] if value in later else adjoint
         if skips[value] != -1:
             source = skips[value]
             later[source] = later[source] + adjoint if source in later else adjoint
-        if shifts[value] is not None:
-            of_shifts[value] = sums[value] + adjoint
+        if value in sums:
+            sums[value] += adjoint
         return adjoint
 
     adjoint = raw.ends
@@ -313,13 +317,10 @@ def _finished(parts: Hoisted, raw: _Raw) -> tuple[Tensor, list[Tensor], list[Ten
                 behind = _pointwise(activation, before)  # without what is added
             adjoint = slopes_behind(activation, adjoint, before, behind, _pointwise)
         adjoint = arrived(2 * layer, adjoint)
-        whole = sums[2 * layer] + adjoint
         if layer == 0:
             break
-        of_weights.insert(0, products[layer - 1] + _product(whole.T, values[2 * layer - 1]))
-        of_biases.insert(0, None if parts.biases[layer - 1] is None else whole.sum(0))
+        products[layer - 1] += _product(sums[2 * layer].T, values[2 * layer - 1])
         adjoint = _product(adjoint, weights[layer - 1])
-    return whole, of_weights, _present(of_biases), _present(of_shifts)
 
 
 def _pointwise(function: Callable[..., Tensor], *z: Tensor) -> Tensor:

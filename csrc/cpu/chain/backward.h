@@ -301,6 +301,103 @@ void add_slots(const Backward<T>& b, const Plan<T>& plan, int threads) {
   add(b.op.ends, b.end_count(), &Slot::ends, 0, outputs, false);
 }
 
+// ---- at the samples ----
+
+/// Multiplies the adjoints of a sample by the slopes of a layer's activation.
+template <class T>
+void multiply_slopes(const Layer<T>& layer, std::int64_t sample, double* adjoint) {
+  const T* z = layer.z + sample / kLanes<T> * layer.width * kLanes<T> + sample % kLanes<T>;
+  with_kind(layer.activation.kind, [&](auto kind) {
+    for (std::int64_t unit = 0; unit < layer.width; unit += kLanes<double>) {
+      const int count = int(at_most(kLanes<double>, layer.width - unit));
+      D own{};
+      for (int n = 0; n < count; ++n) own[n] = double(z[(unit + n) * kLanes<T>]);
+      own = derivative<decltype(kind)::value>(own, layer.activation.alpha, layer.activation.beta);
+      for (int n = 0; n < count; ++n) adjoint[unit + n] *= own[n];
+    }
+  });
+}
+
+/// exchange() at a sample, and the adjoint's part of the value's sums.
+template <class T>
+void arrive(const Backward<T>& b, const Plan<T>& plan, const bool* waits, int value, std::int64_t sample, double* adjoint) {
+  const std::int64_t width = b.op.widths[value / 2], row = sample * plan.widest, all = b.op.samples * plan.widest;
+  if (b.source[value] >= 0 && waits[value]) {
+    const double* waiting = b.pending + b.source[value] * all + row;
+    for (std::int64_t n = 0; n < width; ++n) adjoint[n] += waiting[n];
+  }
+  const int added = b.op.skips ? b.op.skips[value] : -1;
+  if (added >= 0) {
+    double* waiting = b.pending + b.source[added] * all + row;
+    for (std::int64_t n = 0; n < width; ++n) waiting[n] = waits[added] ? waiting[n] + adjoint[n] : adjoint[n];
+  }
+  if (b.summed[value] < 0) return;
+  double* sums = b.op.sums + b.summed[value] * b.op.samples + sample * width;
+  for (std::int64_t n = 0; n < width; ++n) sums[n] += adjoint[n];
+}
+
+/// Adds to the sums and to the products what depends on a sample alone: the adjoints at the samples themselves (`ends`), which
+/// go back through the layers; and the part of the products that belongs to the chords, the sums times the inputs' values.
+template <class T>
+void go_back_at_samples(const Backward<T>& b, const Plan<T>& plan, int threads) {
+  const PathConnectivityBackward<T>& op = b.op;
+  const std::int64_t outputs = plan.outputs;
+  bool* const waits = b.scratch[0].waits;
+  for (int value = 0; value < 2 * (op.layers + 1); ++value) waits[value] = false;
+  double *adjoints = b.adjoint, *before = b.before, *products = op.products + b.product_count;
+  for (std::int64_t i = 0; i < op.samples; ++i) {
+    memcpy(adjoints + i * plan.widest, op.ends + i * outputs, std::size_t(outputs) * sizeof(double));
+  }
+  for (int l = op.layers; l >= 0; --l) {
+    const Layer<T>& layer = plan.layers[l];
+    const bool bends = layer.activation.kind != ActivationKind::kIdentity;
+    const std::int64_t width = layer.width, inputs = l > 0 ? op.widths[l - 1] : 0;
+    const T* const weights = l > 0 ? op.weights[l - 1] : nullptr;
+    const auto leave = [&](int value) {
+      if (op.skips && op.skips[value] >= 0) waits[op.skips[value]] = true;
+    };
+    if (bends) {
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * width))
+      for (std::int64_t i = 0; i < op.samples; ++i) {
+        arrive(b, plan, waits, 2 * l + 1, i, adjoints + i * plan.widest);
+        multiply_slopes(layer, i, adjoints + i * plan.widest);
+      }
+      leave(2 * l + 1);
+    }
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * width * (1 + inputs)))
+    for (std::int64_t i = 0; i < op.samples; ++i) {
+      double* const adjoint = adjoints + i * plan.widest;
+      arrive(b, plan, waits, 2 * l, i, adjoint);
+      if (l == 0) continue;
+      double *const next = before + i * plan.widest, *const own = b.inputs + i * inputs;
+      const Layer<T>& earlier = plan.layers[l - 1];
+      const T* v = earlier.v + i / kLanes<T> * inputs * kLanes<T> + i % kLanes<T>;
+      for (std::int64_t n = 0; n < inputs; ++n) next[n] = 0, own[n] = double(v[n * kLanes<T>]);
+      for (std::int64_t k = 0; k < width; ++k) {
+        const T* row = weights + k * inputs;
+        for (std::int64_t n = 0; n < inputs; ++n) next[n] += adjoint[k] * double(row[n]);
+      }
+    }
+    leave(2 * l);
+    if (l == 0) break;
+    products -= width * inputs;
+    const double* const sums = op.sums + b.summed[2 * l] * op.samples;
+#pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * width * inputs))
+    for (std::int64_t k = 0; k < width; ++k) {
+      double* const row = products + k * inputs;
+      for (std::int64_t i = 0; i < op.samples; ++i) {
+        const double sum = sums[i * width + k];
+        for (std::int64_t n = 0; n < inputs; ++n) row[n] += sum * b.inputs[i * inputs + n];
+      }
+    }
+    double* const swapped = adjoints;
+    adjoints = before;
+    before = swapped;
+  }
+}
+
+// ---- a call ----
+
 template <class T>
 void gradients_on(const PathConnectivityBackward<T>& op, int threads) {
   Arena arena{static_cast<char*>(op.workspace)};
@@ -349,6 +446,7 @@ void gradients_on(const PathConnectivityBackward<T>& op, int threads) {
     }
   }
   add_slots(b, plan, threads);
+  go_back_at_samples(b, plan, threads);
   add_counts(plan, threads);
 }
 

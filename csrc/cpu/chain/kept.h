@@ -97,6 +97,8 @@ struct Backward {
   T first_weight = 0, last_weight = 0;                   // of the nodes at both ends
   Slot* sums = nullptr;                                  // [slots]
   BackwardScratch<T>* scratch = nullptr;                 // [threads]
+  // At the samples: adjoints of a layer and of the layer before; its inputs; and adjoints that wait, [samples][widest] each
+  double *adjoint = nullptr, *before = nullptr, *inputs = nullptr, *pending = nullptr;
 
   std::int64_t sum_count() const { return op.samples * units; }
   std::int64_t end_count() const { return op.samples * op.widths[op.layers]; }
@@ -148,6 +150,10 @@ Backward<T> make_backward(const PathConnectivityBackward<T>& op, const Plan<T>& 
     slot.ends = arena.take<double>(b.end_count());
     if (arena.base) b.sums[n] = slot;
   }
+  b.adjoint = arena.take<double>(op.samples * plan.widest);
+  b.before = arena.take<double>(op.samples * plan.widest);
+  b.inputs = arena.take<double>(op.samples * plan.widest);
+  b.pending = arena.take<double>(sources * op.samples * plan.widest);
   const std::int64_t interior = op.nodes.interior, panel = plan.widest * kBlockColumns;
   b.scratch = arena.take<BackwardScratch<T>>(threads);
   for (int thread = 0; thread < threads; ++thread) {
