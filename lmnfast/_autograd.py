@@ -15,17 +15,17 @@ def without_second(gradients: Sequence[Tensor | None], sources: Sequence[Tensor]
     sources: what the gradients depend on. Torch's `once_differentiable` gives such an error only where the gradient that comes
     in has a graph.
     """
-    anchor = next((t for t in sources if t.requires_grad), None)
-    if anchor is None or not torch.is_grad_enabled():  # no graph of the backward pass is asked for
+    anchors = [t for t in sources if t.requires_grad]
+    if not anchors or not torch.is_grad_enabled():  # no graph of the backward pass is asked for
         return gradients
-    refused: Sequence[Tensor | None] = _Refused.apply(anchor, *gradients)
+    refused: Sequence[Tensor | None] = _Refused.apply(len(anchors), *anchors, *gradients)
     return refused
 
 
 class _Refused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
+    def forward(ctx: Any, anchors: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in tensors[anchors:])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:

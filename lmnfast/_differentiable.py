@@ -21,6 +21,7 @@ from ._recomputed import NO_GRAPH, Recomputed
 from ._route import why_no_kernel
 from ._samples import checked_samples
 from ._settings import Settings
+from ._threads import one_core_after_fork
 from .ops._by_reference import resolve_in_float64
 from .ops._gradients import Gradients
 from .ops._hoisted import Hoisted
@@ -37,6 +38,7 @@ class WithGraph:
     enqueued: Enqueued
 
 
+@one_core_after_fork()
 def with_graph(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -80,6 +82,7 @@ def with_graph(
     return _with_graph(source, enqueued, settings)
 
 
+@one_core_after_fork()
 def mean_curvature_with_graph(
     f: Callable[[Tensor], Tensor],
     x: Tensor,

@@ -1,4 +1,4 @@
-"""The gradient of r2 along a path in the outputs there, in closed form."""
+"""The gradient of r2 along a path in the outputs there, in closed form, and the pairs that have none."""
 
 import torch
 from torch import Tensor
@@ -59,3 +59,36 @@ def r2_gradient(
     # It sums to 0. On a short path, where f's derivatives are nearly equal, the sum must be 0 to the gradient's own rounding.
     gradient = gradient - w * gradient.sum(-2, keepdim=True)
     return torch.where(constant[..., None, :], 0.0, gradient)
+
+
+# The gradient of a pair of samples at a relative distance d is of the order of d, and what rounding adds to it is of the order
+# of an epsilon over d^2: measured on two MLPs, 0.1 d to 300 d, and in float64 4.5e-20 / d^2. Near this d the two are equal.
+LEAST_DISTANCE = {torch.float32: 2.0**-14, torch.float64: 2.0**-22}
+
+
+def of_distant_pairs(
+    gradient: Tensor, x: Tensor, least: float, first: Tensor | None = None, second: Tensor | None = None
+) -> Tensor:
+    """The gradient of entries, with 0 for the pairs whose samples are too close to have a gradient beside rounding.
+
+    Args:
+        gradient: (N, N), or (pairs,) with a list of pairs.
+        x: (N, *in), the samples.
+        least: the least distance, in the largest coordinate, as a share of the larger sample's largest coordinate.
+        first, second: (pairs,) int64, or None.
+    """
+    flat = x.detach().flatten(1)
+    sizes = flat.abs().amax(1)
+    if first is not None and second is not None:
+        apart = (flat[first] - flat[second]).abs().amax(1)
+        return torch.where(apart <= least * torch.maximum(sizes[first], sizes[second]), 0.0, gradient)
+    if len(flat) < 2:
+        return gradient
+    distances = torch.pdist(flat if flat.dtype == torch.float64 else flat.float(), torch.inf)
+    if distances.min() > least * sizes.max():  # waits on CUDA
+        return gradient
+    i, j = torch.triu_indices(len(flat), len(flat), 1, device=flat.device)
+    close = distances <= least * torch.maximum(sizes[i], sizes[j])
+    kept = gradient.clone()
+    kept[i[close], j[close]] = kept[j[close], i[close]] = 0.0
+    return kept

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._generic import mark_near_pairs, numbered
 from ._outputs import Calls, original_of, outputs_of, rows_again, widened
-from ._r2_gradient import r2_gradient
+from ._r2_gradient import LEAST_DISTANCE, of_distant_pairs, r2_gradient
 from ._settings import Settings
 from ._tiles import bytes_of, tile_bytes
 from ._undisturbed import evaluating
@@ -20,6 +20,8 @@ from ._unresolved import UNRESOLVED, InDouble, ListEntries, Widened, _between, _
 
 # Bytes that the statistics of an output at a point take in float64, with the closed form's temporaries.
 STATISTICS = 8 * 8
+
+AT_ONCE = 64  # samples in a call that looks for the tensors behind f
 
 NO_GRAPH = (
     "differentiable: there is no graph, as x does not require grad and f's outputs do not depend on a tensor that does; "
@@ -47,13 +49,23 @@ class Recomputed:
         self.x = x.detach()
         kind = x.device.type
         self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        leaves: dict[int, Tensor] = {}
+        differentiable, ends = False, []
         with evaluating(self.f) as kept, torch.enable_grad(), self._as_before():
             kept.trained = True
-            y = outputs_of(self.f, self.x[:2].clone().requires_grad_(x.requires_grad))
-        self.leaves = _leaves_behind(y)
+            for rows in self.x.split(AT_ONCE):  # all samples: some of them may reach other parameters
+                y = outputs_of(self.f, rows.clone().requires_grad_(x.requires_grad))
+                leaves.update((id(leaf), leaf) for leaf in _leaves_behind(y))
+                differentiable |= y.requires_grad
+                ends.append(y.detach().clone())
+        self.leaves, self.ends = list(leaves.values()), torch.cat(ends)
         if not (x.requires_grad or self.leaves):
             raise RuntimeError(NO_GRAPH)
-        if not y.requires_grad:
+        if wrong := [leaf for leaf in self.leaves if not leaf.is_floating_point()]:
+            raise TypeError(
+                f"differentiable: expected real parameters, got a tensor of {wrong[0].dtype} behind f"
+            )
+        if not differentiable:
             raise RuntimeError(
                 "differentiable: f's outputs have no grad_fn, though x requires grad; expected an f that autograd can "
                 "differentiate, without detach, no_grad and numpy"
@@ -66,12 +78,31 @@ class Recomputed:
         return []
 
     def gradients(self, gradient: Tensor) -> list[Tensor | None]:
+        gradient = of_distant_pairs(
+            gradient, self.x, LEAST_DISTANCE[torch.float64], *(e.to(self.x.device) for e in self.pairs or ())
+        )
         with evaluating(self.f) as kept, self._as_before(), _without_hooks(self.leaves):
             kept.trained = True
+            self._check_unchanged()
             sums = _Sums(self, Calls(self.f, kept.put_back), gradient)
             sums.add_all()
         found = [sums.of_x.to(self.x.dtype) if self.of_x.requires_grad else None]
         return found + [total.to(leaf.dtype) for total, leaf in zip(sums.of_leaves, self.leaves)]
+
+    def _check_unchanged(self) -> None:
+        """Raises RuntimeError if f has other outputs on the samples than it had when it was measured."""
+        with torch.no_grad():
+            now = torch.cat(
+                [outputs_of(self.f, rows.clone()).detach().clone() for rows in self.x.split(AT_ONCE)]
+            )
+        size = self.ends.abs().double()
+        rounding = 256 * torch.finfo(self.ends.dtype).eps * (size + size.amax(0))
+        if now.shape != self.ends.shape or ((now.double() - self.ends.double()).abs() > rounding).any():
+            raise RuntimeError(
+                "differentiable: f has other outputs in the backward pass than when it was measured; expected an f that does "
+                "not change before backward(). A forward pass in training mode changes the running statistics of BatchNorm: "
+                "run it before the measurement"
+            )
 
     def _as_before(self) -> AbstractContextManager[Any]:
         enabled, dtype = self.autocast
@@ -250,12 +281,16 @@ class _Sums:
         """Adds the gradients of ``(gradient * y).sum()``. add: takes the gradient in the points."""
         sources = [*([points] if self.x_counts else []), *self.leaves]
         # What a closure has computed before keeps its graph.
-        found = torch.autograd.grad(y, sources, gradient.to(y.dtype), retain_graph=True, allow_unused=True)
+        # The gradient in outputs of 1e-38 would be infinite in float32. A power of two brings it to the order of 1.
+        largest = gradient.abs().amax() if gradient.numel() else gradient.new_zeros(())
+        scale = torch.exp2(-torch.frexp(torch.where(largest > 0, largest, 1.0)).exponent.double())
+        scaled = (gradient * scale).to(y.dtype)
+        found = torch.autograd.grad(y, sources, scaled, retain_graph=True, allow_unused=True)
         if add is not None and self.x_counts and found[0] is not None:
-            add(found[0].double())
+            add(found[0].double() / scale)
         for total, part in zip(self.of_leaves, found[self.x_counts :]):
             if part is not None:
-                total += part
+                total += part.double() / scale
 
 
 class _InDouble:
