@@ -16,7 +16,7 @@ from .grokking.choices import (
     SPLITS,
     TASKS,
 )
-from .grokking.config import Config
+from .grokking.config import PENALTY_SAMPLES, Config
 from .paper.settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, QUICK_SEEDS, SEEDS
 
 TASKS_ARE = (
@@ -231,7 +231,7 @@ def _add_penalty(grok: argparse.ArgumentParser) -> None:
         "--penalty-samples",
         type=_integer,
         metavar="NUMBER",
-        help=f"training samples of the penalty, drawn anew each time ({Config.penalty_samples})",
+        help=f"training samples of the penalty, drawn anew each time ({PENALTY_SAMPLES}, or all if there are fewer)",
     )
     grok.add_argument(
         "--penalty-every",
