@@ -130,6 +130,7 @@ class Penalty:
 
     @property
     def weight(self) -> float:
+        """What the measure is multiplied by. Setting it raises the errors of the argument."""
         return self._weight
 
     @weight.setter

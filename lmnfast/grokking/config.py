@@ -251,8 +251,8 @@ class Config:
         return training_samples(self.task, fraction=self.train_fraction, p=self.p, bits=self.bits)
 
     def settled(self) -> Config:
-        """The config with a definite device, number of threads and number of the penalty's samples, if it has a penalty. What
-        the config leaves open is taken from this machine and the task. Raises ValueError if the device is missing."""
+        """The config with a definite device and numbers of threads and of the penalty's samples, if it has a penalty.
+        What the config leaves open is taken from this machine and the task. Raises ValueError if the device is missing."""
         import torch
 
         from ..runs.device import settled_device
