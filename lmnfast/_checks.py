@@ -18,6 +18,10 @@ from .ops.check_outputs import find
 PRODUCTS = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 
 
+class OtherModel(RuntimeError):
+    """A tail has other outputs than its model."""
+
+
 class NotTheChain(RuntimeError):
     """The chain that f was recognised as, or the affine maps at its beginning, give other outputs than f."""
 
@@ -189,8 +193,8 @@ def _not_finite_path(i: int, j: int) -> ValueError:
     return ValueError(f"f: NaN or Inf in an output on the path from sample {i} to sample {j}")
 
 
-def _other_model() -> RuntimeError:
-    return RuntimeError(
+def _other_model() -> OtherModel:
+    return OtherModel(
         "f: its outputs on the samples are not those of the model that it was cut from; the model's "
         "forward has changed since, in a way that only its outputs show"
     )

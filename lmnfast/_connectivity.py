@@ -9,7 +9,7 @@ from torch import Tensor
 from ._differentiable import check_differentiable, with_graph
 from ._measured import matrix_of, measured, stacked_matrices, warn_of_offsets
 from ._native import Progress
-from ._settings import Settings
+from ._settings import Settings, check_flag
 from ._stacked import Stacked
 from ._threads import one_core_after_fork
 
@@ -65,16 +65,18 @@ def connectivity(
         stabiliser: is added to the denominators, ``cov^2 / (var(t) var(y) + stabiliser)``, in the square of the outputs' unit.
             An output that hardly varies then counts as bent, and the scale of the outputs matters. The definition has 0; the
             matrices of the paper's figures are those of 8e-8.
-        differentiable: give the result, whose values are the same, a graph to x and to all tensors behind f that require grad.
-            The backward pass computes the outputs along the paths again and stores none of them: a chain's in a fused kernel,
-            any other f's by calls with gradients on tiles within the budget. f is differentiated in eval mode, too. There is no
-            second derivative. Only with method "path", without `stacked`; docs/mathematics.md, "The gradient".
+        differentiable: give the result, whose values are the same, a graph to x and to the leaf tensors behind f that require
+            grad, its parameters and others; a captured tensor that is no leaf gets no gradient itself. The backward pass
+            computes the outputs along the paths again and stores none of them: a chain's in a fused kernel, any other f's by
+            calls with gradients on tiles within the budget. f is differentiated in eval mode, too. There is no second
+            derivative. Only with method "path", without `stacked`; docs/mathematics.md, "The gradient".
 
     Returns:
         (N, N), symmetric, ones on the diagonal; float64 for float64 samples, otherwise float32. (B, N, N) with `stacked`.
 
     Raises:
-        TypeError: x is not a floating-point tensor, f does not return a floating-point tensor, or the dtypes do not fit.
+        TypeError: x is not a floating-point tensor, f does not return a floating-point tensor, or the dtypes do not fit;
+            differentiable is no bool.
         ValueError: no samples; unknown method or rule; points, budget or stabiliser out of range; pooled or a stabiliser with
             method "jacobian"; x and f on different devices; a NaN or
             Inf in samples, outputs or Jacobians (the message names the first sample; on CUDA, f may be called before this
@@ -99,6 +101,7 @@ def connectivity(
         >>> f[0].weight.grad.shape
         torch.Size([16, 8])
     """
+    check_flag("differentiable", differentiable)
     settings = Settings(method, points, rule, budget, stabiliser, bool(pooled))
     if differentiable:
         check_differentiable(settings, stacked)

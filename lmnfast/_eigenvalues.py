@@ -10,6 +10,7 @@ from . import _native, ops
 from ._checks import all_finite
 from ._choices import NEGATIVE
 from ._entropy import complexity_with_graph, entropy
+from ._settings import check_flag
 from ._threads import one_core_after_fork
 from .ops.symmetric_eigenvalues import fits
 
@@ -125,6 +126,7 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute", differentiabl
         >>> lmnfast.nonlinear_complexity(torch.eye(8))
         tensor(3., dtype=torch.float64)
     """
+    check_flag("differentiable", differentiable)
     check_negative(negative)
     if differentiable:
         check_graph(L)

@@ -97,17 +97,22 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}")
 
 
+def checked_count(pairs: SupportsIndex | None) -> int | None:
+    """Raises TypeError for a number of pairs that is no integer."""
+    try:
+        return None if pairs is None else operator.index(pairs)
+    except TypeError:
+        raise TypeError(f"pairs: expected an integer or None, got {pairs!r}") from None
+
+
 def checked_pairs(pairs: SupportsIndex | None, samples: int) -> int | None:
     """A number of pairs that can be drawn of so many samples; None stands for all. Raises TypeError or ValueError."""
     every = samples * (samples - 1) // 2
     if every < 1:
         raise ValueError(f"x: expected two samples or more, got {samples}")
-    if pairs is None:
+    count = checked_count(pairs)
+    if count is None:
         return None
-    try:
-        count = operator.index(pairs)
-    except TypeError:
-        raise TypeError(f"pairs: expected an integer or None, got {pairs!r}") from None
     if every < 2:
         raise ValueError(f"pairs: expected None for two samples, which have one pair, got {count}")
     if not 2 <= count <= every:

@@ -16,7 +16,7 @@ from .grokking.choices import (
     SPLITS,
     TASKS,
 )
-from .grokking.config import Config
+from .grokking.config import PENALTY_SAMPLES, Config
 from .paper.settings import FEWEST_FOR_INTERVAL, FEWEST_FOR_VERDICT, QUICK, QUICK_SEEDS, SEEDS
 
 TASKS_ARE = (
@@ -167,7 +167,6 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
     )
     grok.add_argument("--activation", choices=ACTIVATIONS, help=f"between the layers ({Config.activation})")
     _add_training(grok)
-    _add_penalty(grok)
     grok.add_argument(
         "--threads", type=_integer, help="threads on the CPU (the run's; torch's for a new one)"
     )
@@ -180,6 +179,7 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
     _add_samples(grok, "of the training samples are measured, a fixed random choice (all)")
     grok.add_argument("--method", choices=METHODS, help=f"of the connectivity ({Config.method})")
     _add_settings(grok, vars(Config))
+    _add_penalty(grok)
 
 
 def _add_training(grok: argparse.ArgumentParser) -> None:
@@ -231,7 +231,7 @@ def _add_penalty(grok: argparse.ArgumentParser) -> None:
         "--penalty-samples",
         type=_integer,
         metavar="NUMBER",
-        help=f"training samples of the penalty, drawn anew each time ({Config.penalty_samples})",
+        help=f"training samples of the penalty, drawn anew each time ({PENALTY_SAMPLES}, or all if there are fewer)",
     )
     grok.add_argument(
         "--penalty-every",

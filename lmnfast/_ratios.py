@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ._eigenvalues import check_graph, check_matrix, eigenvalues
 from ._observed import participation
+from ._settings import check_flag
 
 
 def participation_ratio(L: Tensor, *, differentiable: bool = False) -> Tensor:
@@ -30,6 +31,7 @@ def participation_ratio(L: Tensor, *, differentiable: bool = False) -> Tensor:
         >>> lmnfast.participation_ratio(torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)))
         tensor(2.0000, dtype=torch.float64)
     """
+    check_flag("differentiable", differentiable)
     (check_graph if differentiable else check_matrix)(L)
     ratio = participation(L if differentiable else L.detach())
     if bool(ratio.isinf().any()):

@@ -84,6 +84,12 @@ def checked_stabiliser(stabiliser: float) -> float:
     return float(stabiliser)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError for an argument that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def completed(row: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a row, with stabiliser 0 behind "negative" if a version without stabilisers made it.
 

@@ -15,7 +15,7 @@ from ._kept import html_table
 from ._measured import matrix_of, measured, warn_of_offsets
 from ._pairs import Moments, check_generator, checked_pairs, draw_pairs, measured_pairs
 from ._samples import checked_samples
-from ._settings import Settings
+from ._settings import Settings, check_flag
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,7 @@ def curvature(
         torch.Size([3, 16])
     """
     settings = Settings("path", points, rule, budget, stabiliser, bool(pooled))
+    check_flag("differentiable", differentiable)
     if differentiable:
         check_differentiable(settings)
     x = checked_samples(f, x, detached=not differentiable)

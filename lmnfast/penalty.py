@@ -9,16 +9,18 @@ from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from ._chain import Chain
+from ._checks import OtherModel
 from ._choices import PENALTIES
 from ._differentiable import check_differentiable, mean_curvature_with_graph, with_graph
 from ._entropy import complexity_with_graph
 from ._layers import find_layer, means_inputs
 from ._layout import layout_of, plain_layout
 from ._nested import tensors_in
-from ._pairs import check_generator, checked_pairs, draw_pairs
+from ._pairs import check_generator, checked_count, checked_pairs, draw_pairs
 from ._python_state import python_state
 from ._recognise import NotAChain, chain_with_graph
 from ._run_to import Cutting, run_again, start_of
@@ -38,27 +40,31 @@ class Penalty:
     :func:`lmnfast.measure`, and left as it was: its mode, its buffers, and the random states unless pairs are drawn. A weight
     that is so large that nothing is learned is the user's choice: begin with one for which the penalty is a tenth of the loss.
 
-    The cost is that of about four measurements, with N (N - 1) / 2 paths for N inputs: pass a part of the batch, or draw
+    The cost is that of three to five measurements, with N (N - 1) / 2 paths for N inputs: pass a part of the batch, or draw
     `pairs`. A chain of Linear and pointwise activations behind the layer is differentiated by a fused kernel, and needs no
     memory for the paths. Any other network runs again in the backward pass, on tiles within the budget. The cut is kept from
     call to call, and made again where the model has changed, where the inputs have another shape, and at every call if they are
     several tensors.
 
-    Under autocast the penalty is computed in the dtype of the model's weights. With `GradScaler`, scale the sum of loss and
-    penalty. With DistributedDataParallel each process has the penalty of its own inputs, and its gradients are averaged as
-    those of the loss are: put both in one backward pass, after a forward pass of the wrapped model. A parameter that the
-    penalty uses and the loss does not is an error there with ``find_unused_parameters=True``. Sharded parameters (FSDP,
-    DeepSpeed ZeRO stage 3) are refused.
+    Between the call and the backward pass the model must not change. A forward pass of the loss that updates the model, as one
+    in training mode updates the running statistics of BatchNorm, comes before the call.
+
+    Under autocast the penalty is computed in the dtype of the model's weights, and so needs inputs of this dtype. With
+    `GradScaler`, scale the sum of loss and penalty. With DistributedDataParallel each process has the penalty of its own
+    inputs, and its gradients are averaged as those of the loss are: put both in one backward pass, after a forward pass of the
+    wrapped model. A parameter that the penalty uses and the loss does not is an error there with
+    ``find_unused_parameters=True``. Sharded parameters (FSDP, DeepSpeed ZeRO stage 3) are refused.
 
     Args:
         model: any module. It is kept, and not changed.
         layer: the name of a layer, as in :func:`lmnfast.cut`; "" or None: from the inputs on.
         of: "pooled_curvature" or "curvature", 0 for a linear map, as :func:`lmnfast.curvature` with pooled True or False;
             "lmn", from 1 to N; or "complexity_bits", its logarithm. The last two need an eigenproblem of the N x N matrix.
-        weight: what the measure is multiplied by. The attribute may be set between calls, as by a schedule.
+        weight: what the measure is multiplied by, a number without a graph. The attribute may be set between calls, as by a
+            schedule.
         pairs: the number of pairs that each call draws anew, for a curvature. None: all pairs.
         every: the steps at which it is measured, as in :class:`lmnfast.Probe`; on others it is 0. Calls are counted from 0 in
-            the attribute `step`; set it when a training resumes.
+            the attribute `step`, those that fail are not; set it when a training resumes.
         points, rule, stabiliser, budget: as in :func:`lmnfast.connectivity`.
         generator: of the draws, on the CPU. None: torch's default generator, whose state then changes.
         until, forward, output, batch_dim: as in :func:`lmnfast.cut`.
@@ -67,9 +73,9 @@ class Penalty:
         value: the last measured value without its weight, a 0-dim float64 tensor without a graph; None before the first.
 
     Raises:
-        ValueError: an unknown layer, `of`, `until` or rule; pairs with a measure of the whole matrix; a weight that is not
-            finite; points, budget, stabiliser or `every` out of range.
-        TypeError: model is no module; weight, generator or points of a wrong type.
+        ValueError: an unknown layer, `of`, `until` or rule; pairs with a measure of the whole matrix, or fewer than 2; a weight
+            that is not finite, also when it is set; points, budget, stabiliser or `every` out of range.
+        TypeError: model is no module; weight, pairs, generator or points of a wrong type; a weight that requires grad.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
@@ -106,18 +112,30 @@ class Penalty:
             raise ValueError(f"of: expected one of {', '.join(PENALTIES)}, got {of!r}")
         if pairs is not None and "curvature" not in of:
             raise ValueError(f"pairs: expected None, as {of} needs the matrix of all pairs, got {pairs!r}")
+        count = checked_count(pairs)
+        if count is not None and count < 2:
+            raise ValueError(f"pairs: expected 2 or more, or None for all, got {count}")
         self._how = Cutting(forward, output, until, batch_dim=batch_dim)
         self._how.check(model)
         if not means_inputs(model, layer or ""):
             find_layer(model, layer or "")
         check_generator(generator)
         self._settings = Settings("path", points, rule, budget, stabiliser, of == "pooled_curvature")
-        self._schedule, self._generator, self._pairs = Schedule(every), generator, pairs
+        self._schedule, self._generator, self._pairs = Schedule(every), generator, count
         self.model, self.layer, self.of = model, layer or "", of
-        self.weight = _checked_weight(weight)
+        self.weight = weight
         self.step = 0
         self.value: Tensor | None = None
         self._kept: _Cut | None = None
+
+    @property
+    def weight(self) -> float:
+        """What the measure is multiplied by. Setting it raises the errors of the argument."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        self._weight = _checked_weight(weight)
 
     def __repr__(self) -> str:
         return f"Penalty(layer={self.layer!r}, of={self.of!r}, weight={self.weight}, step={self.step})"
@@ -137,34 +155,41 @@ class Penalty:
             float32, or float64 for a model in float64. At a step that is not due it is 0 without a graph.
 
         Raises:
-            TypeError, ValueError: as `cut` and :func:`lmnfast.connectivity`; fewer samples than `pairs` need.
+            TypeError, ValueError: as `cut` and :func:`lmnfast.connectivity`; fewer samples than `pairs` need; inputs of another
+                dtype than the model's weights.
             RuntimeError: gradients are off; or nothing behind the layer and in front of it requires grad.
         """
-        step = self.step
-        self.step += 1
         device = next((t.device for t in tensors_in(inputs)), torch.device("cpu"))
-        if not self._schedule.due(step):
-            return torch.zeros((), device=device)
-        check_differentiable(self._settings)
-        with alone(), torch.autocast(device.type, enabled=False):
-            value = self._measured(inputs)
-        self.value = value.detach()
-        return (self.weight * value).to(self._dtype)
+        if self._schedule.due(self.step):
+            check_differentiable(self._settings)
+            with alone(), torch.autocast(device.type, enabled=False):
+                value = self._measured(inputs)
+            self.value = value.detach()
+            result = (self.weight * value).to(self._dtype)
+        else:
+            result = torch.zeros((), device=device)
+        self.step += 1
+        return result
 
     def _measured(self, inputs: Any) -> Tensor:
         state = [_shapes(inputs), python_state(self.model, None)]
-        if self._kept is not None and self._kept.state == state:
-            with suppress(Exception):  # this cut may be outdated; only an error with a new one counts
-                return self._of_cut(self._kept, inputs)
-        self._kept = None
-        cut = _Cut(state, self.model, self.layer, inputs, self._how)
-        value = self._of_cut(cut, inputs)
+        kept, self._kept = self._kept, None
+        try:
+            if kept is not None and kept.state == state and (found := _run_kept(kept, inputs)) is not None:
+                with suppress(OtherModel):  # the cut is outdated
+                    value = self._of_cut(kept, *found)
+                    self._kept = kept
+                    return value
+            cut = _Cut(state, self.model, self.layer, inputs, self._how)
+            value = self._of_cut(cut, *run_again(cut.start, inputs))
+        except RuntimeError as error:
+            _check_dtypes(self.model, inputs, error)
+            raise
         if len(list(tensors_in(inputs))) == 1:  # otherwise the tail has the values of the others
             self._kept = cut
         return value
 
-    def _of_cut(self, cut: _Cut, inputs: Any) -> Tensor:
-        samples, output = run_again(cut.start, inputs)
+    def _of_cut(self, cut: _Cut, samples: Tensor, output: Tensor) -> Tensor:
         drawn = checked_pairs(self._pairs, len(samples))
         pairs = None if drawn is None else draw_pairs(len(samples), drawn, self._generator)
         self._dtype = torch.promote_types(output.dtype, torch.float32)
@@ -209,14 +234,45 @@ class _Cut:
 
 NONE = torch.empty(0, device="cpu")
 
+# With it torch.utils.checkpoint ends a forward pass that is repeated, as soon as it has all that it needs.
+STOPPED = getattr(torch.utils.checkpoint, "_StopRecomputationError", ())
+
+
+def _run_kept(cut: _Cut, inputs: Any) -> tuple[Tensor, Tensor] | None:
+    """`run_again`; None if it fails, as the cut may be outdated. Only an error with a new one counts."""
+    try:
+        return run_again(cut.start, inputs)
+    except Exception as error:
+        if isinstance(error, STOPPED):
+            raise
+        return None
+
+
+def _check_dtypes(model: nn.Module, inputs: Any, error: RuntimeError) -> None:
+    """Raises TypeError if the model failed on the dtype of inputs, as it does on what autocast has made."""
+    own = {p.dtype: name for name, p in reversed(list(model.named_parameters())) if p.is_floating_point()}
+    for tensor in tensors_in(inputs):
+        if own and tensor.is_floating_point() and tensor.dtype not in own and "type" in str(error):
+            dtype, name = list(own.items())[-1]
+            raise TypeError(
+                f"inputs: are {tensor.dtype}, but the model's parameter {name!r} is {dtype}; the penalty is computed without "
+                f"autocast, in the dtype of the weights: expected inputs.to({dtype})"
+            ) from error
+
 
 def _shapes(inputs: Any) -> list[Any]:
     return [(t.shape, t.dtype, t.device) for t in tensors_in(inputs)]
 
 
 def _checked_weight(weight: Any) -> float:
-    if isinstance(weight, (bool, str)) or not hasattr(weight, "__float__"):
+    no_number = isinstance(weight, (bool, str)) or not hasattr(weight, "__float__")
+    if no_number or getattr(weight, "ndim", 0) != 0:
         raise TypeError(f"weight: expected a number, got {weight!r}")
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise TypeError(
+            "weight: expected a number, got a tensor that requires grad, which the penalty would not reach; multiply it: "
+            "weight * penalty(inputs)"
+        )
     if not math.isfinite(float(weight)):
         raise ValueError(f"weight: expected a finite number, got {weight!r}")
     return float(weight)

@@ -21,7 +21,7 @@ from ._measured import measured, stacked_matrices, warn_of_offsets
 from ._native import Progress
 from ._observables import Chosen, Values, problem_of, settings_for
 from ._observed import Observation, Spectrum
-from ._settings import Settings
+from ._settings import Settings, check_flag
 from ._stacked import Stacked
 
 # A number also depends on these, beside network and samples. Every table has them as columns, named as in `Measurement`.
@@ -353,6 +353,7 @@ def lmn(
         >>> f[0].weight.grad.shape
         torch.Size([16, 8])
     """
+    check_flag("differentiable", differentiable)
     check_negative(negative)
     settings = Settings(method, points, rule, budget, stabiliser)
     if differentiable:

@@ -152,6 +152,17 @@ def test_a_run_of_a_version_without_these_settings_continues(finished, tmp_path)
     assert (run.path / "metrics.csv").read_bytes() == (finished.path / "metrics.csv").read_bytes()
 
 
+def test_samples_that_are_not_set_are_64_or_all(tmp_path):
+    config = replace(TINY, steps=5, penalty="lmn", penalty_weight=0.1)
+    run = train(config, tmp_path)
+    assert run.config.penalty_samples == config.trained_on == 20
+    assert json.loads((tmp_path / "config.json").read_text())["penalty_samples"] == 20
+    assert train(config, tmp_path) == run == train(replace(config, penalty_samples=20), tmp_path)
+    assert replace(config, p=31).settled().penalty_samples == 64
+    assert replace(TINY, penalty_samples=64) == TINY  # written by earlier versions without a penalty
+    assert TINY.settled().penalty_samples is None
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -181,7 +192,10 @@ def test_a_state_without_the_penaltys_numbers_is_named(change, tmp_path):
             {"penalty": "lmn", "penalty_weight": 1, "penalty_samples": 1},
             "penalty_samples: expected 2 to 20, .*, got 1",
         ),
-        ({"penalty": "lmn", "penalty_weight": 1}, "penalty_samples: expected 2 to 20, .*, got 64"),
+        (
+            {"penalty": "lmn", "penalty_weight": 1, "penalty_samples": 64},
+            "penalty_samples: expected 2 to 20, .*, got 64",
+        ),
         (
             {"penalty": "lmn", "penalty_weight": 1, "penalty_samples": 8.5},
             "penalty_samples: expected an integer, got 8.5",

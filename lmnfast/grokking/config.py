@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # The largest widths and depths: a matrix of 8192 x 8192 weights takes 256 MiB, and deeper networks no longer train with
 # PyTorch's initialisation.
 WIDEST, DEEPEST = 8192, 64
+PENALTY_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ class Config:
     the squared Frobenius norm of the map's Jacobian; None: nothing."""
     penalty_weight: float | None = None
     """Belongs to a penalty. A weight that is too large stops the learning of the task; none is refused for that."""
-    penalty_samples: int = 64
-    """The number of training samples of the penalty, drawn anew each time by a generator of its own. LMN and complexity_bits
-    of so few samples are not estimates of those of all samples."""
+    penalty_samples: int | None = None
+    """The number of training samples of the penalty, drawn anew each time by a generator of its own; None: 64, or all if there
+    are fewer. LMN and complexity_bits of so few samples are not estimates of those of all samples."""
     penalty_every: int = 1
     """The gradient of the penalty is added in updates whose number is a multiple of this, `penalty_every` times as large."""
     until_accurate: bool = False
@@ -176,7 +177,7 @@ class Config:
             "penalty_samples",
             "penalty_every",
         )
-        required = ("width", "depth", "penalty_samples", "penalty_every")
+        required = ("width", "depth", "penalty_every")
         for name in counts:
             value = getattr(self, name)
             try:
@@ -222,6 +223,8 @@ class Config:
 
     def _check_penalty(self) -> None:
         if self.penalty is None:
+            if self.penalty_samples == PENALTY_SAMPLES:  # in the config.json of earlier versions
+                object.__setattr__(self, "penalty_samples", None)
             for name in ("penalty_weight", "penalty_samples", "penalty_every"):
                 if getattr(self, name) != getattr(Config, name):
                     raise ValueError(
@@ -230,7 +233,7 @@ class Config:
             return
         if self.penalty_weight is None:
             raise ValueError(f"penalty_weight: expected a number for the penalty {self.penalty}, got none")
-        if not 2 <= self.penalty_samples <= self.trained_on:
+        if self.penalty_samples is not None and not 2 <= self.penalty_samples <= self.trained_on:
             raise ValueError(
                 f"penalty_samples: expected 2 to {self.trained_on}, all that are trained on, got {self.penalty_samples}"
             )
@@ -248,14 +251,17 @@ class Config:
         return training_samples(self.task, fraction=self.train_fraction, p=self.p, bits=self.bits)
 
     def settled(self) -> Config:
-        """The config with a definite device and number of threads, taken from this machine if the config leaves them open.
-        Raises ValueError if the device is missing."""
+        """The config with a definite device and numbers of threads and of the penalty's samples, if it has a penalty.
+        What the config leaves open is taken from this machine and the task. Raises ValueError if the device is missing."""
         import torch
 
         from ..runs.device import settled_device
 
         threads = self.threads or torch.get_num_threads()
-        return replace(self, device=settled_device(self.device), threads=threads)
+        count = self.penalty_samples
+        if self.penalty is not None and count is None:
+            count = min(PENALTY_SAMPLES, self.trained_on)
+        return replace(self, device=settled_device(self.device), threads=threads, penalty_samples=count)
 
 
 def start(config: Config, generator: torch.Generator | None = None) -> tuple[Task, nn.Sequential]:

@@ -19,11 +19,12 @@ class WeightedPenalty:
     Args:
         model: as make_model returns it. Its parameters have a ``grad``.
         inputs: (samples, 2) int64, those that the run is trained on.
-        config: of the run, with a penalty.
+        config: of the run, settled, with a penalty.
     """
 
     def __init__(self, model: nn.Sequential, inputs: Tensor, config: Config) -> None:
         assert config.penalty is not None and config.penalty_weight is not None
+        assert config.penalty_samples is not None
         self.inputs, self.count, self.every = inputs, config.penalty_samples, config.penalty_every
         self.weight = config.penalty_weight * self.every
         self.generator = torch.Generator().manual_seed(config.seed + OTHER_NUMBERS)

@@ -36,11 +36,12 @@ def path_connectivity_backward(
     """``reference.path_connectivity_backward`` of a chain, in its samples, weights and biases, fused.
 
     No path is stored: the outputs along the paths are computed again, and with them the gradients go back through the layers.
-    The chord of every layer is split off, so that what is summed over nodes is the residual from it. All sums over pairs are
-    float64 and have one order, so the bits are the same for any thread count. Pairs that float32 cannot resolve are
-    differentiated in float64, as `path_connectivity` measures them. The gradient of an output that is constant to rounding is
-    0; at a kink of an activation it is PyTorch's. Samples that are so close that rounding would be the larger part of their
-    pair's gradient have 0: at a relative distance of 2^-14 in float32, 2^-22 in float64.
+    The chord of every layer is split off, so that what is summed over nodes is the residual from it. Sums over pairs are in the
+    samples' dtype within a task, of at most 64 first samples and a vector of second ones, and in float64 between tasks. Their
+    order is fixed, so the kernel's bits are the same for any thread count. Pairs that float32 cannot resolve are differentiated
+    in float64, as `path_connectivity` measures them. The gradient of an output that is constant to rounding is 0; at a kink of
+    an activation it is PyTorch's. Samples that are so close that rounding would be the larger part of their pair's gradient have
+    0: at a relative distance of 2^-14 in float32, 2^-22 in float64.
 
     Args:
         chain: weights on the samples' device, of their dtype.
