@@ -40,7 +40,7 @@ def path_connectivity_backward(
     samples' dtype within a task, of at most 64 first samples and a vector of second ones, and in float64 between tasks. Their
     order is fixed, so the kernel's bits are the same for any thread count. Pairs that float32 cannot resolve are differentiated
     in float64, as `path_connectivity` measures them. The gradient of an output that is constant to rounding is 0; at a kink of
-    an activation it is PyTorch's. Samples that are so close that rounding would be the larger part of their pair's gradient have
+    an activation it is PyTorch's. Samples so close that rounding would be the larger part of their pair's gradient have
     0: at a relative distance of 2^-14 in float32, 2^-22 in float64.
 
     Args:
