@@ -50,6 +50,9 @@ PARTS = {  # the text of the document about each bench/bench_PART.py
     "cutting": "Models of Hugging Face, most of which torch.fx cannot trace, and of torch.nn, small, so that the cost of each "
     "call shows. `by hand` is the part behind the layer in a few lines; `the model with a hook` runs all of the model for each "
     "path point. No floor.",
+    "path_connectivity_backward": "A curvature, or LMN, and its gradients in weights and samples, forward and backward "
+    "together. The rivals are autograd through all paths, where the first layer is applied to the samples alone. Floor: four "
+    "products of the forward's size as one matrix product; `forward alone` is ours without gradients.",
     "hermite_connectivity": "Floor: all products of a Jacobian and a sample as one matrix product; the moments of every "
     "pair and output come on top. With more hidden layers ours is further above it: it forms no Jacobian, but carries "
     "the slopes of every pair from layer to layer. `ours, exact` and `lobatto` are the path's own r2, for comparison.",

@@ -40,6 +40,11 @@ def write_file(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    remove_parts(path)
+
+
+def remove_parts(path: Path) -> None:
+    """Deletes what processes have left that were killed while they wrote the file."""
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         pid = left.name[len(path.name) + 1 : -len(".part")].partition("-")[0]
         if pid.isdecimal() and not _alive(int(pid)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .._files import remove_parts
 from .._nested import mapped, tensors_in
 from ..runs.device import torch_threads
 from ..runs.files import claimed, save_tensors, unreadable, write_json
@@ -80,6 +81,7 @@ def train(config: Config, out: str | os.PathLike, *, force: bool = False, progre
         if stored is None:
             clear(path)
         else:
+            remove_parts(path / "state.pt")  # a finished run is not written again
             config = replace(
                 config,
                 device=stored.device if config.device == "auto" else config.device,
