@@ -78,7 +78,7 @@ struct BackwardScratch {
   bool* waits;                  // [values], whether there is one
   V *along, *across;            // [outputs], P and Q of csrc/ops.h
   V *first_sums, *second_sums;  // [units that are summed, then outputs]; of the row, and of the task
-  T* turned;                    // a panel of residuals, turned
+  T* turned;                    // a panel, turned
   T** products;                 // [layers], outer products of the task, laid out as outer_size() says
 };
 
