@@ -15,7 +15,7 @@ from ._outputs import Calls, original_of, outputs_of, rows_again, widened
 from ._r2_gradient import LEAST_DISTANCE, of_distant_pairs, r2_gradient
 from ._settings import Settings
 from ._tiles import bytes_of, tile_bytes
-from ._undisturbed import evaluating
+from ._undisturbed import Kept, evaluating
 from ._unresolved import UNRESOLVED, InDouble, ListEntries, Widened, _between, _by_mode, outputs_on_paths
 
 # Bytes that the statistics of an output at a point take in float64, with the closed form's temporaries.
@@ -53,8 +53,7 @@ class Recomputed:
         differentiable, ends = False, []
         with evaluating(self.f) as kept, torch.enable_grad(), self._as_before():
             kept.trained = True
-            for rows in self.x.split(AT_ONCE):  # all samples: some of them may reach other parameters
-                y = outputs_of(self.f, rows.clone().requires_grad_(x.requires_grad))
+            for y in self._outputs(kept):  # all samples: some of them may reach other parameters
                 leaves.update((id(leaf), leaf) for leaf in _leaves_behind(y))
                 differentiable |= y.requires_grad
                 ends.append(y.detach().clone())
@@ -83,18 +82,22 @@ class Recomputed:
         )
         with evaluating(self.f) as kept, self._as_before(), _without_hooks(self.leaves):
             kept.trained = True
-            self._check_unchanged()
+            self._check_unchanged(kept)
             sums = _Sums(self, Calls(self.f, kept.put_back), gradient)
             sums.add_all()
         found = [sums.of_x.to(self.x.dtype) if self.of_x.requires_grad else None]
         return found + [total.to(leaf.dtype) for total, leaf in zip(sums.of_leaves, self.leaves)]
 
-    def _check_unchanged(self) -> None:
+    def _outputs(self, kept: Kept) -> Iterator[Tensor]:
+        """f's outputs on all samples, some at a time; every call behaves like the first."""
+        f = Calls(self.f, kept.put_back)
+        for rows in self.x.split(AT_ONCE):
+            yield outputs_of(f, rows.clone().requires_grad_(self.of_x.requires_grad))
+
+    def _check_unchanged(self, kept: Kept) -> None:
         """Raises RuntimeError if f has other outputs on the samples than it had when it was measured."""
         with torch.no_grad():
-            now = torch.cat(
-                [outputs_of(self.f, rows.clone()).detach().clone() for rows in self.x.split(AT_ONCE)]
-            )
+            now = torch.cat([y.detach().clone() for y in self._outputs(kept)])
         size = self.ends.abs().double()
         rounding = 256 * torch.finfo(self.ends.dtype).eps * (size + size.amax(0))
         if now.shape != self.ends.shape or ((now.double() - self.ends.double()).abs() > rounding).any():
@@ -142,7 +145,7 @@ class _Sums:
 
     def __init__(self, given: Recomputed, f: Calls, gradient: Tensor) -> None:
         self.f, self.x, self.leaves, self.settings = f, given.x, given.leaves, given.settings
-        self.pairs, self.gradient = given.pairs, gradient
+        self.pairs, self.gradient, self.own_ends = given.pairs, gradient, given.ends
         self.x_counts = given.of_x.requires_grad
         self.nodes, self.weights = given.settings.nodes
         self.t = self.nodes.to(self.x.device)
@@ -154,9 +157,9 @@ class _Sums:
     def add_all(self) -> None:
         x, f = self.x, self.f
         with torch.no_grad():
-            ends = outputs_of(f, x.clone()).clone()
             _, allocated = bytes_of(f, x, rows_again(len(x))[1], differentiated=True)
-            self.wide = Widened(f, x, ends)
+            self.wide = Widened(f, x, self.own_ends)
+        ends = self.own_ends
         self.ends = widened(ends)
         self.of_ends = torch.zeros(ends.shape, dtype=torch.float64, device=x.device)
         tile = tile_bytes(self.settings.budget, x.device, differentiated=True)

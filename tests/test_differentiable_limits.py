@@ -84,6 +84,29 @@ def test_parameters_that_few_samples_reach_get_their_gradient():
         assert (mine - other).abs().max() <= 1e-9
 
 
+class Counting(nn.Module):
+    """Its outputs depend on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.calls = normed(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.calls * self.net(x))
+
+
+def test_every_call_behaves_like_the_first():
+    torch.manual_seed(0)
+    f, x = Counting(), samples(70, 4, dtype=DOUBLE)
+    own = gradients(lmnfast.connectivity(f, x, **LOBATTO, differentiable=True).sum(), f)
+    once = nn.Sequential(f.net, nn.Tanh())
+    true = reference.path_connectivity_backward(once, x, torch.ones(70, 70), *RULE, [*f.parameters()])[1:]
+    for mine, other in zip(own, true, strict=True):
+        assert (mine - other).abs().max() <= 1e-9 * max(t.abs().max() for t in true)
+    assert f.calls == 0
+
+
 @pytest.mark.parametrize("kind", ["chain", "function"])
 @pytest.mark.parametrize("asked", ["x", "weight"])
 def test_a_second_derivative_in_some_tensors_is_an_error(kind, asked):

@@ -240,42 +240,26 @@ def _path_connectivity_backward(
     parts = parts_of_arguments(*chain)
     counts = torch.zeros(2, dtype=torch.int64, device=z.device)
     L, pool = _native.empty(z, *shape), _native.empty(z, *(shape if pooled else (0,)))
+    raw = _Raw.empty(parts)
     if _native.HAS_CORE and L.numel():
         gradient = plain(gradient)
-        raw = _Raw.empty(parts)
-        call, kept = native_call(
-            _native._C.PathConnectivityBackward,
-            chain,
-            widths,
-            (nodes, node_weights),
-            stabiliser,
-            pooled,
-            first,
-            second,
-            more=(_native.address(gradient),),
-        )
+        more = (_native.address(gradient),)
+        made = _native._C.PathConnectivityBackward
+        rule = nodes, node_weights
+        call, kept = native_call(made, chain, widths, rule, stabiliser, pooled, first, second, more=more)
         _native.run(call, L, pool if pooled else None, counts, raw.products, raw.sums, raw.ends)
         del kept
         if _native.on_cuda(z):
             _complete(parts, raw)
-        z_gradient, *others = raw.gradients(parts)
-    else:
+    else:  # every pair is left unresolved
+        for results in (raw.products, raw.sums):
+            results.zero_()
         for entries in (L, pool):
             entries.fill_(UNRESOLVED)
             if first is None and entries.numel():
                 entries.fill_diagonal_(1)
         counts[1] = (L == UNRESOLVED).sum() // (2 if first is None else 1)
-        z_gradient = torch.zeros_like(parts.z)
-        others = [
-            [torch.zeros_like(t, dtype=torch.float64) for t in _present(ts)]
-            for ts in (weights, biases, shifts)
-        ]
-    of_weights, of_biases, of_shifts = others
-    return L, pool, counts, z_gradient, of_weights, of_biases, of_shifts
-
-
-def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
+    return L, pool, counts, *raw.gradients(parts)
 
 
 def _check_gradient(z: Tensor, gradient: Tensor, first: Tensor | None) -> tuple[int, ...]:

@@ -9,63 +9,6 @@ namespace {
 constexpr std::int64_t kMostSlots = 32, kLeastSlots = 8, kTasksPerSlot = 2;
 constexpr std::int64_t kSlotBytes = std::int64_t(1) << 26;  // of all slots, if kLeastSlots take less
 
-// ---- residuals with slopes ----
-
-/// `residuals`, and the derivative of the activation at the same points.
-template <class T, ActivationKind kKind, bool kDeviates>
-__attribute__((noinline)) void residuals_and_slopes(const Ends<T>& ends, Activation activation, const T* t, int columns,
-                                                    Vector<T>* panel, Vector<T>* slopes) {
-  using V = Vector<T>;
-  const T alpha = T(activation.alpha), beta = T(activation.beta);
-  for (std::int64_t unit = 0; unit < ends.width; ++unit) {
-    const V z_first = ends.first(ends.first_z, unit), z_second = load<V>(ends.second_z + unit * kLanes<T>);
-    const V a_first = ends.first(ends.first_a, unit), a_second = load<V>(ends.second_a + unit * kLanes<T>);
-    for (int c = 0; c < columns; ++c) {
-      V& residual = panel[unit * columns + c];
-      V z = on_chord(z_first, z_second, t[c]);
-      if constexpr (kDeviates) z = off_chord<kKind>(z, residual, z_first, z_second);
-      residual = activate<kKind>(z, alpha, beta) - on_chord(a_first, a_second, t[c]);
-      slopes[unit * columns + c] = derivative<kKind>(z, alpha, beta);
-    }
-  }
-}
-
-/// `separated_residuals`, and the derivative of the activation at the same points.
-template <class T, ActivationKind kKind, int kC>
-__attribute__((noinline)) void separated_residuals_and_slopes(const Ends<T>& ends, const T* t, const T* first_table,
-                                                              const Vector<T>* second_table, std::int64_t stride,
-                                                              Vector<T>* panel, Vector<T>* slopes) {
-  using V = Vector<T>;
-  const std::int64_t first_stride = whole_vectors<T>(ends.width);
-  T node[kC];
-  for (int c = 0; c < kC; ++c) node[c] = t[c];
-  for (std::int64_t unit = 0; unit < ends.width; ++unit) {
-    const V z_first = splat<V>(ends.first_z[unit]), z_second = load<V>(ends.second_z + unit * kLanes<T>);
-    const V a_first = splat<V>(ends.first_a[unit]), a_second = load<V>(ends.second_a + unit * kLanes<T>);
-    const V z_chord = z_second - z_first, a_chord = a_second - a_first;
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) {
-      const V first = splat<V>(first_table[c * first_stride + unit]);
-      const V logistic = reciprocal(fma(first, second_table[unit * stride + c], splat<V>(T(1))));
-      const V chord = fma(splat<V>(node[c]), a_chord, a_first), steep = logistic - logistic * logistic;
-      V residual, slope;
-      if constexpr (kKind == ActivationKind::kSilu) {
-        const V z = fma(splat<V>(node[c]), z_chord, z_first);
-        residual = fma(z, logistic, -chord);
-        slope = fma(z, steep, logistic);
-      } else if constexpr (kKind == ActivationKind::kSigmoid) {
-        residual = logistic - chord;
-        slope = steep;
-      } else {
-        residual = fma(splat<V>(T(2)), logistic, T(-1) - chord);
-        slope = steep * T(4);
-      }
-      panel[unit * kC + c] = z_second == z_first ? V{} : residual;
-      slopes[unit * kC + c] = slope;
-    }
-  }
-}
-
 // ---- the plan ----
 
 /// Memory of one thread, beside its Scratch.
@@ -221,15 +164,15 @@ void first_residuals(const Plan<T>& plan, const Scratch<T>& s, const Ends<T>& en
       if (plan.separable) {
         const T* first_table = s.first_table + (i % plan.rows * interior + part.begin) * whole_vectors<T>(layer.width);
         return with_size<kBlockColumns>(part.columns, [&](auto count) {
-          separated_residuals_and_slopes<T, kKind, decltype(count)::value>(
-              ends, plan.t + part.begin, first_table, s.second_table + part.begin, interior, panel, slopes);
+          separated_residuals<T, kKind, decltype(count)::value, true>(ends, plan.t + part.begin, first_table,
+                                                                      s.second_table + part.begin, interior, panel, slopes);
         });
       }
     }
     if constexpr (kKind == ActivationKind::kIdentity) {
       residuals<T, kKind, false>(ends, layer.activation, plan.t + part.begin, part.columns, panel);
     } else {
-      residuals_and_slopes<T, kKind, false>(ends, layer.activation, plan.t + part.begin, part.columns, panel, slopes);
+      residuals<T, kKind, false, true>(ends, layer.activation, plan.t + part.begin, part.columns, panel, slopes);
     }
   });
 }
@@ -258,7 +201,7 @@ void kept_moments(const Plan<T>& plan, const Scratch<T>& s, const BackwardScratc
         join_residuals(plan, s, 2 * l, panel, size);
         with_kind(layer.activation.kind, [&](auto kind) {
           if constexpr (kind.value != ActivationKind::kIdentity) {
-            residuals_and_slopes<T, kind.value, true>(ends, layer.activation, t, part.columns, panel, slopes);
+            residuals<T, kind.value, true, true>(ends, layer.activation, t, part.columns, panel, slopes);
           }
         });
       }

@@ -40,11 +40,12 @@ inline V off_chord(V on_chord, V residual, V first, V second) {
   return absolute(z) <= rounding ? V{} : z;
 }
 
-/// panel[unit][node] = act(z(t)) - chord of act. z(t) is the chord of z, plus the residual in the panel (kDeviates). Not
-/// inlined, like every function made for one activation: the compiler then gives all registers to its loop.
-template <class T, ActivationKind kKind, bool kDeviates>
-__attribute__((noinline)) void residuals(const Ends<T>& ends, Activation activation, const T* t, int columns,
-                                         Vector<T>* panel) {
+/// panel[unit][node] = act(z(t)) - chord of act. z(t) is the chord of z, plus the residual in the panel (kDeviates). kSlopes:
+/// also slopes[unit][node] = act'(z(t)). Not inlined, like every function made for one activation: the compiler then gives all
+/// registers to its loop.
+template <class T, ActivationKind kKind, bool kDeviates, bool kSlopes = false>
+__attribute__((noinline)) void residuals(const Ends<T>& ends, Activation activation, const T* t, int columns, Vector<T>* panel,
+                                         Vector<T>* slopes = nullptr) {
   using V = Vector<T>;
   const T alpha = T(activation.alpha), beta = T(activation.beta);
   for (std::int64_t unit = 0; unit < ends.width; ++unit) {
@@ -55,6 +56,7 @@ __attribute__((noinline)) void residuals(const Ends<T>& ends, Activation activat
       V z = on_chord(z_first, z_second, t[c]);
       if constexpr (kDeviates) z = off_chord<kKind>(z, residual, z_first, z_second);
       residual = activate<kKind>(z, alpha, beta) - on_chord(a_first, a_second, t[c]);
+      if constexpr (kSlopes) slopes[unit * columns + c] = derivative<kKind>(z, alpha, beta);
     }
   }
 }
@@ -95,11 +97,13 @@ bool separates(ActivationKind kind, const T* z, std::int64_t count) {
   return kind != ActivationKind::kTanh || sum >= double(kTanhSeparableMean<T>) * double(count);
 }
 
-/// panel[unit][node] as `residuals` computes it without kDeviates. first_table: [node][whole_vectors(width)], exp(-(1 - t)
-/// z_i). second_table: [width][stride], exp(-t z_j). Both begin at the first of the kC nodes.
-template <class T, ActivationKind kKind, int kC>
+/// panel[unit][node], and slopes[unit][node], as `residuals` computes them without kDeviates. first_table:
+/// [node][whole_vectors(width)], exp(-(1 - t) z_i). second_table: [width][stride], exp(-t z_j). Both begin at the first of the
+/// kC nodes.
+template <class T, ActivationKind kKind, int kC, bool kSlopes = false>
 __attribute__((noinline)) void separated_residuals(const Ends<T>& ends, const T* t, const T* first_table,
-                                                   const Vector<T>* second_table, std::int64_t stride, Vector<T>* panel) {
+                                                   const Vector<T>* second_table, std::int64_t stride, Vector<T>* panel,
+                                                   Vector<T>* slopes = nullptr) {
   using V = Vector<T>;
   const std::int64_t first_stride = whole_vectors<T>(ends.width);
   T node[kC];
@@ -113,16 +117,23 @@ __attribute__((noinline)) void separated_residuals(const Ends<T>& ends, const T*
       const V first = splat<V>(first_table[c * first_stride + unit]);
       const V logistic = reciprocal(fma(first, second_table[unit * stride + c], splat<V>(T(1))));
       const V chord = fma(splat<V>(node[c]), a_chord, a_first);
+      [[maybe_unused]] const V steep = logistic - logistic * logistic;
       V residual;
+      [[maybe_unused]] V slope;
       if constexpr (kKind == ActivationKind::kSilu) {
-        residual = fma(fma(splat<V>(node[c]), z_chord, z_first), logistic, -chord);
+        const V z = fma(splat<V>(node[c]), z_chord, z_first);
+        residual = fma(z, logistic, -chord);
+        slope = fma(z, steep, logistic);
       } else if constexpr (kKind == ActivationKind::kSigmoid) {
         residual = logistic - chord;
+        slope = steep;
       } else {
         residual = fma(splat<V>(T(2)), logistic, T(-1) - chord);
+        slope = steep * T(4);
       }
       // A unit that does not move has residual 0. The rounding of the two exponentials would give another number.
       panel[unit * kC + c] = z_second == z_first ? V{} : residual;
+      if constexpr (kSlopes) slopes[unit * kC + c] = slope;
     }
   }
 }
