@@ -1,5 +1,7 @@
 """The training loss and its gradients, without autograd. They are cheap because a pair of tokens has two halves."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -60,7 +62,8 @@ class Gradients:
         self.b = b[..., None]
         kind = type(model.get_submodule("hidden_1"))
         self.activation, self.activation_backward = FORWARD[kind], BACKWARD[kind]
-        self.mm, self.addmm = torch.mm, torch.addmm
+        self.mm: Callable[..., Tensor] = torch.mm
+        self.addmm: Callable[..., Tensor] = torch.addmm
         networks, stack = 1, inputs.shape[:-2]
         if stack:
             networks, self.mm, self.addmm = len(inputs), torch.bmm, torch.baddbmm
@@ -81,7 +84,9 @@ class Gradients:
         self._place()
         self.square = new(*stack, tokens, tokens, width)
         self.rows = self.square.view(-1, width)
-        self.padded = new(len(self.cells) + 1, width).zero_()  # the last row is 0, for pairs that are not samples
+        self.padded = new(
+            len(self.cells) + 1, width
+        ).zero_()  # the last row is 0, for pairs that are not samples
         self.first_z = self.padded[:-1]
         # The pre-activations and activations of each hidden layer.
         shape = *stack, self.samples, width
@@ -171,5 +176,5 @@ def lost_gradients(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor
     """
     z = logits.double()
     e = z.sub(z.gather(1, labels[:, None])).exp_()
-    largest = e.scatter_(1, labels[:, None], 0).amax(1)
+    largest = e.scatter(1, labels[:, None], 0).amax(1)
     return (largest <= torch.finfo(dtype).eps / 2).sum()
