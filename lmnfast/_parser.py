@@ -329,7 +329,9 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
         help=f"some of {', '.join(TASKS)} (all)",
     )  # fmt: skip
     paper.add_argument(
-        "--jobs", type=_integer, help="processes at once (as many as cores; 1 where there is a GPU)"
+        "--jobs",
+        type=_integer,
+        help="processes at once (as many as cores; 1 where there is a GPU, which trains all seeds of a task together)",
     )
     paper.add_argument("--out", default="paper", metavar="DIR", help="where everything goes (paper)")
     paper.add_argument(
