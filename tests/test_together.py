@@ -185,11 +185,13 @@ def test_a_rank_of_nothing_is_nan():
 def test_emulated_all_networks_are_measured_by_one_launch_with_the_numbers_of_the_cpu(
     emulated, monkeypatch, tmp_path
 ):
-    launches = []
-    run = lmnfast._native.run
-    monkeypatch.setattr(
-        lmnfast._native, "run", lambda call, *rest: launches.append(type(call).__name__) or run(call, *rest)
-    )
+    launches, run = [], lmnfast._native.run
+
+    def noted(call, *results, **how):
+        launches.append(type(call).__name__)
+        return run(call, *results, **how)
+
+    monkeypatch.setattr(lmnfast._native, "run", noted)
     config = replace(OBSERVING, p=4)
     _, stack = networks(3, config)
     found = stack.measure()
