@@ -106,6 +106,7 @@ def _effective_rank(values: Tensor) -> Tensor:
 
 # The observables that are computed for all networks together. Their formulas are those of `lmnfast.observables`.
 OBSERVED: dict[str, Callable[[Observed], Tensor]] = {
+    "lmn": lambda o: torch.exp2(o.complexity_bits),
     "complexity_bits": lambda o: o.complexity_bits,
     "negative_share": lambda o: o.negative_share,
     "curvature": lambda o: vmap(mean_bend)(o.L),
@@ -195,8 +196,8 @@ class Networks:
             tail[f"{last[0]}.weight"],
             activation[1],
         )
-        numbers = {"lmn": torch.exp2(bits), "complexity_bits": bits, "negative_share": below_zero}
-        numbers |= {name: OBSERVED[name](o) for name in chosen.names if name not in numbers}
+        names = dict.fromkeys(("lmn", "complexity_bits", "negative_share", *chosen.names))
+        numbers = {name: OBSERVED[name](o) for name in names}
         return [
             {"layer": LAYER, **unsolved(one, settings, config.negative), "solver": solver, **row}
             for one, row in zip(each, _rows(numbers), strict=True)

@@ -39,7 +39,7 @@ def train_together(
     Args:
         configs: equal but for their seeds.
         paths: the runs' directories.
-        meanwhile: is called now and then, when files have been written.
+        meanwhile: is called now and then, when rows have been written.
 
     Raises:
         ValueError: configs that differ in more than their seeds, or that cannot be trained so.
@@ -199,7 +199,8 @@ class _Together:
         if self.writing is not None:
             self.writing.result()
             self.writing = None
-            self.meanwhile()
+            if self.unwritten == 0:
+                self.meanwhile()
 
     def write(self, step: int, copy: HostCopy, whole: bool) -> None:
         """Writes the checkpoints of a step. whole: also the rows and the states."""
