@@ -10,7 +10,6 @@ from tiny import TINY
 from torch.nn.functional import cross_entropy
 
 import lmnfast
-from lmnfast._observables import Chosen
 from lmnfast.grokking import record, together
 from lmnfast.grokking.config import Config, start
 from lmnfast.grokking.gradients import Gradients
@@ -160,13 +159,20 @@ def dead_units(model):
     model.hidden_1_pre.bias[-3:] = 0
 
 
-@pytest.mark.parametrize("config", [OBSERVING, replace(OBSERVING, p=13)], ids=["few samples", "many samples"])
+OTHERWISE = {"points": 6, "rule": "uniform", "stabiliser": 1e-3, "negative": "clip", "activation": "relu"}
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"p": 13}, OTHERWISE], ids=["few samples", "many samples", "other settings"]
+)
 @pytest.mark.parametrize("spoil", [lambda model: None, dead_units], ids=["all units", "dead units"])
-def test_observables_of_all_networks_are_those_of_each(spoil, config):
+def test_observables_of_all_networks_are_those_of_each(spoil, change):
+    config = replace(OBSERVING, **change)
     pairs, stack = networks(2, config, spoil)
     for (task, model), row in zip(pairs, stack.measure(), strict=True):
         f, x = lmnfast.cut(model, "hidden_1", task.train_inputs)
-        m = lmnfast.measure(f, x, points=5, rule="lobatto", observables=Chosen(config.observables).names)
+        how = {name: getattr(config, name) for name in ("points", "rule", "stabiliser", "negative")}
+        m = lmnfast.measure(f, x, observables=config.observables, **how)
         for name, value in {**m.observables, "lmn": m.lmn, "constant_share": m.constant_share}.items():
             assert row[name] == pytest.approx(value, rel=1e-6), name
         assert (row["samples"], row["outputs"], row["solver"]) == (m.samples, m.outputs, m.solver)
@@ -301,6 +307,17 @@ def test_a_run_that_cannot_be_continued_is_left_out_and_left_as_it_is(tmp_path):
     assert kept() == before
     with pytest.raises(ValueError, match="metrics.csv"):
         train(replace(TINY, seed=1), tmp_path / "1")
+
+
+def test_a_run_begun_on_another_device_is_left_to_it(tmp_path, monkeypatch):
+    begun = together.begun
+    monkeypatch.setattr(
+        together,
+        "begun",
+        lambda config, path: replace(begun(config, path), device=("cpu", "cuda")[config.seed]),
+    )
+    train_together(seeds_of(TINY, 2), [tmp_path / "0", tmp_path / "1"])
+    assert (tmp_path / "0" / "state.pt").exists() and not (tmp_path / "1" / "state.pt").exists()
 
 
 def test_the_seconds_of_a_run_are_its_share(tmp_path):
