@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ._connectivity import connectivity
     from ._eigenvalues import eigenvalues, linear_mapping_number, nonlinear_complexity
     from ._explain import explain
+    from ._group import Rows
     from ._history import history
     from ._layers import match_layers
     from ._observables import observables, register_observable
@@ -28,6 +29,7 @@ else:  # the same names, but torch is imported when one of them is used
             "_connectivity": "connectivity",
             "_eigenvalues": "eigenvalues linear_mapping_number nonlinear_complexity",
             "_explain": "explain",
+            "_group": "Rows",
             "_history": "history",
             "_layers": "match_layers",
             "_observables": "observables register_observable",
@@ -50,6 +52,7 @@ __all__ = [
     "Observation",
     "Penalty",
     "Probe",
+    "Rows",
     "connectivity",
     "curvature",
     "cut",
