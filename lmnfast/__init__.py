@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .jacobian import jacobian_distances, jacobians, linear_regions
     from .penalty import Penalty
     from .probe import Probe
+    from .scale import Plan, plan, solve, tiles
     from .spectrum import Measurement, lmn, measure
 else:  # the same names, but torch is imported when one of them is used
     __getattr__, __dir__ = _lazy(
@@ -40,6 +41,7 @@ else:  # the same names, but torch is imported when one of them is used
             "jacobian": "jacobian_distances jacobians linear_regions",
             "penalty": "Penalty",
             "probe": "Probe",
+            "scale": "Plan plan solve tiles",
             "spectrum": "Measurement lmn measure",
         },
     )
@@ -51,6 +53,7 @@ __all__ = [
     "Measurement",
     "Observation",
     "Penalty",
+    "Plan",
     "Probe",
     "Rows",
     "connectivity",
@@ -70,6 +73,9 @@ __all__ = [
     "nonlinear_complexity",
     "observables",
     "participation_ratio",
+    "plan",
     "plot",
     "register_observable",
+    "solve",
+    "tiles",
 ]

@@ -186,7 +186,7 @@ class Tile:
     """As of `Enqueued`; 0 if it is not needed."""
 
 
-def _about(enqueued: Enqueued, within: int = 0) -> Tile:
+def about_of(enqueued: Enqueued, within: int = 0) -> Tile:
     offset = enqueued.offset() if callable(enqueued.offset) else enqueued.offset
     return Tile(
         outputs=enqueued.outputs,
@@ -198,7 +198,7 @@ def _about(enqueued: Enqueued, within: int = 0) -> Tile:
     )
 
 
-def _whole(about: Tile, L: Tensor, pooled: Tensor | None) -> Enqueued:
+def as_enqueued(about: Tile, L: Tensor, pooled: Tensor | None) -> Enqueued:
     counts = torch.tensor([about.constants, 0], device="cpu")
     offset = torch.tensor(about.offset, dtype=torch.float64, device="cpu") if about.offset else None
     found = ChainConnectivity(L, counts, lambda: None, pooled)
@@ -225,7 +225,7 @@ def measured_tile(
             if len(block) > 1:
                 (alone,) = measured(f, x[block.start : block.stop], settings, known=known)
                 within += alone.constants
-    tile = _about(enqueued, within)
+    tile = about_of(enqueued, within)
     return tile, [entries for entries in (enqueued.L, enqueued.pooled) if entries is not None]
 
 
@@ -298,7 +298,7 @@ def sharded(
         first, last = (len(x) * place // ranks.count for place in (ranks.rank, ranks.rank + 1))
         rows = range(first, last)
     matrices = _collected(ranks, plane, own, rows, x, 1 + settings.pooled)
-    return _whole(about, matrices[0], matrices[1] if settings.pooled else None), rows.start
+    return as_enqueued(about, matrices[0], matrices[1] if settings.pooled else None), rows.start
 
 
 def _collected(
@@ -349,10 +349,10 @@ def sharded_pairs(
             len(pieces) * ranks.rank // ranks.count : len(pieces) * (ranks.rank + 1) // ranks.count
         ]:
             one = measured_pairs(f, x, settings, first[piece], second[piece])
-            found.append((_about(one), one.L.cpu(), None if one.pooled is None else one.pooled.cpu()))
+            found.append((about_of(one), one.L.cpu(), None if one.pooled is None else one.pooled.cpu()))
         return found
 
     every = [part for each in ranks.every(measure) for part in each]
     about = summed([tile for tile, *_ in every], Plane(len(x)))
     pooled = torch.cat([pool for *_, pool in every if pool is not None]) if settings.pooled else None
-    return _whole(about, torch.cat([r2 for _, r2, _ in every]), pooled), (first, second)
+    return as_enqueued(about, torch.cat([r2 for _, r2, _ in every]), pooled), (first, second)

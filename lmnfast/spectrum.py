@@ -193,9 +193,11 @@ def _same(value: Any, other: Any) -> bool:
     return value == other
 
 
-def measurement(enqueued: Enqueued, settings: Settings, negative: str = "absolute") -> Measurement:
-    """Solves the eigenproblem of a connectivity (N, N) whose checks have passed."""
-    values, solver, bits = solved(enqueued.L, negative)
+def measurement(
+    enqueued: Enqueued, settings: Settings, negative: str = "absolute", on: torch.device | None = None
+) -> Measurement:
+    """Solves the eigenproblem of a connectivity (N, N) whose checks have passed. on: where; None: where the matrix is."""
+    values, solver, bits = solved(enqueued.L if on is None else enqueued.L.to(on), negative)
     values = by_magnitude(values) if solver == "cuda" else values
     below_zero = values.clamp(max=0).abs().sum() / values.abs().sum()
     # Three numbers in one copy: each copy from a card would wait for it.
