@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._files import write_file
 from ._group import Tile
-from ._identity import Identity
+from ._identity import PARTS, Identity
 from ._matrix_file import mapped, read_about, write_matrix
 from ._nested import first_names
 from ._plane import Plane
@@ -54,15 +54,13 @@ class Folder:
             raise OSError(f"out: cannot write to {path}: {error.strerror or error}") from error
         there = cls.read(path)
         if differing := there.identity.differs(identity):
-            said = " and other ".join(differing)
+            said = " and ".join(PARTS[part] for part in differing)
             if "settings" in differing:
                 old, given = there.identity.settings, identity.settings
                 names = [name for name in {**old, **given} if old.get(name) != given.get(name)]
                 values = ", ".join(f"{name} {old.get(name)} there, {given.get(name)} here" for name in names)
                 said += f" ({values})"
-            raise ValueError(
-                f"out: {path} holds tiles of other {said}; expected a folder for each measurement"
-            )
+            raise ValueError(f"out: {path} holds tiles of {said}; expected a folder for each measurement")
         return there
 
     @classmethod

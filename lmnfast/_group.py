@@ -100,14 +100,14 @@ class Ranks:
         differing = {rank: each[0].differs(own) for rank, own in enumerate(each)}
         where = {part: [str(rank) for rank, parts in differing.items() if part in parts] for part in PARTS}
         said = [
-            f"{part} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
+            f"{PARTS[part]} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
             for part, ranks in where.items()
             if ranks
         ]
         if said:
             raise ValueError(
-                f"group: expected the same network, samples and settings on all ranks, got other {' and other '.join(said)} "
-                "than on rank 0"
+                f"group: expected the same network, samples and settings on all ranks, got {' and '.join(said)} than "
+                "on rank 0"
             )
 
 

@@ -19,7 +19,7 @@ from ._samples import checked_samples
 from ._settings import Settings
 from ._undisturbed import evaluating
 
-PARTS = ("network", "samples", "settings")
+PARTS = {"network": "another network", "samples": "other samples", "settings": "other settings"}
 # Outputs of a sample that are compared, spread over all.
 OUTPUTS = 64
 # Bytes of samples that are read at one time.
@@ -46,7 +46,7 @@ class Identity:
         return hashlib.sha256(every.encode()).hexdigest()
 
     def differs(self, other: Identity) -> list[str]:
-        """Which of PARTS are not the same in another one."""
+        """Which of PARTS are not the same in another one, in their order."""
         network = self.network == other.network and self._same_outputs(other)
         same = (network, self.samples == other.samples, self.settings == other.settings)
         if not same[1]:  # outputs at other samples say nothing about the network

@@ -228,8 +228,8 @@ def dense_seconds(samples: int, where: torch.device) -> float:
         torch.linalg.eigvalsh(tried).sum().item()
         return time.perf_counter() - started
 
-    run()
-    return run() * (samples / n) ** 3
+    # The fastest of some: other processes only take time.
+    return min(run() for _ in range(5)) * (samples / n) ** 3
 
 
 @dataclass(frozen=True)
@@ -285,17 +285,21 @@ class Plan:
         free = "an unknown amount is" if self.free_bytes is None else f"{said_bytes(self.free_bytes)} are"
         by = "1 process" if self.ranks == 1 else f"{self.ranks} processes, each with cores of its own"
         fits = "" if self.dense_fits else ": does not fit, take solver 'estimate'"
-        return "\n".join(
-            [
-                f"N = {self.samples}: {self.tiles} tiles, {self.pairs:.3g} pairs at {self.pair_seconds * 1e6:.3g} us",
-                f"tiles    {said_seconds(self.tiles_seconds)} by {by}; on disk {said_bytes(self.disk_bytes)}, and as many for "
-                "connectivity.npy",
-                f"memory   {said_bytes(self.tile_bytes)} for a tile; in a group {said_bytes(self.gathered_bytes)} a process "
-                f"for the whole matrix, {said_bytes(self.row_bytes)} for its rows",
-                f"solve    dense: {said_bytes(self.dense_bytes)}, about {said_seconds(self.dense_seconds)} on {self.device}; "
-                f"{free} free{fits}",
-            ]
+        group = (
+            ""
+            if self.ranks == 1
+            else f"; in a group {said_bytes(self.gathered_bytes)} a process for the whole matrix, "
+            f"{said_bytes(self.row_bytes)} for its rows"
         )
+        lines = (
+            f"N = {self.samples}: {self.tiles} tiles, {self.pairs:.3g} pairs at {self.pair_seconds * 1e6:.3g} us",
+            f"tiles    {said_seconds(self.tiles_seconds)} by {by}; on disk {said_bytes(self.disk_bytes)}, and as many for "
+            "connectivity.npy",
+            f"memory   {said_bytes(self.tile_bytes)} for a tile{group}",
+            f"solve    dense: {said_bytes(self.dense_bytes)}, about {said_seconds(self.dense_seconds)} on {self.device}; "
+            f"{free} free{fits}",
+        )
+        return "\n".join(lines)
 
 
 def plan(
@@ -365,14 +369,21 @@ def plan(
 
 def _pair_seconds(f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, most: int) -> float:
     """The time of a pair, from as many samples as take long enough to be timed, or as there are, or as a tile has."""
-    n, most = 16, min(most, len(x))
-    measured(f, x[: min(n, most)], settings)  # what a first call alone does
-    while True:
-        n = min(n, most)
+
+    def run(n: int) -> float:
         started = time.perf_counter()
         (found,) = measured(f, x[:n], settings)
         found.L[0, 0].item()  # waits for a device
-        taken = time.perf_counter() - started
+        return time.perf_counter() - started
+
+    n, most = 16, min(most, len(x))
+    run(min(n, most))  # what a first call alone does
+    while True:
+        n = min(n, most)
+        taken = run(n)
         if n == most or taken > LONG_ENOUGH:
-            return taken / (n * (n - 1) / 2)
+            break
         n *= 2
+    if taken < LONG_ENOUGH:  # the fastest of some: other processes only take time
+        taken = min(taken, run(n), run(n))
+    return taken / (n * (n - 1) / 2)
