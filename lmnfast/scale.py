@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -240,7 +241,7 @@ class Plan:
         >>> f, x = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)), torch.randn(300, 8)
         >>> plan = lmnfast.plan(f, x, samples=20_000, ranks=4)
         >>> plan.tiles, plan.disk_bytes, plan.dense_bytes
-        (992, 1651597768, 6400000000)
+        (992, 1651612544, 6400000000)
     """
 
     samples: int
@@ -258,7 +259,7 @@ class Plan:
     disk_bytes: int
     """Of all tile files. connectivity.npy takes nearly as many again."""
     tile_bytes: int
-    """Of the largest tile: a process that writes tiles holds a few times this, and the samples of a tile."""
+    """Of a tile: a process that writes tiles holds a few times this, and the samples of a tile."""
     gathered_bytes: int
     """In each process of a group that gathers the matrix."""
     row_bytes: int
@@ -343,23 +344,22 @@ def plan(
         if type(value) is not int or value < least:
             raise ValueError(f"{name}: expected {least} or more, got {value!r}")
     plane = Plane(n)
-    sizes = [sum(map(len, plane.blocks(tile))) for tile in plane.each()]
     item = 8 if x.dtype == torch.float64 else 4
-    pace = _pair_seconds(f, x, settings, max(sizes))
-    mine = [sum(map(plane.pairs, plane.of_shard(rank, ranks))) for rank in range(ranks)]
+    size = n / plane.order  # of a tile, but for less than one sample in a block
+    pace = _pair_seconds(f, x, settings, math.ceil(size))
+    pairs, tile_bytes, most = size * (size - 1) / 2, math.ceil(size**2) * item, -(-plane.tiles // ranks)
     where = _solving_device("auto")
-    own = sum(size**2 for size in sizes) * item // ranks
     return Plan(
         samples=n,
         ranks=ranks,
-        tiles=len(sizes),
-        pairs=sum(mine),
+        tiles=plane.tiles,
+        pairs=round(plane.tiles * pairs),
         pair_seconds=pace,
-        tiles_seconds=max(mine) * pace,
-        disk_bytes=sum(size**2 for size in sizes) * item,
-        tile_bytes=max(sizes) ** 2 * item,
-        gathered_bytes=n**2 * item + own,
-        row_bytes=-(-n // ranks) * n * item + own,
+        tiles_seconds=most * pairs * pace,
+        disk_bytes=plane.tiles * tile_bytes,
+        tile_bytes=tile_bytes,
+        gathered_bytes=n**2 * item + most * tile_bytes,
+        row_bytes=-(-n // ranks) * n * item + most * tile_bytes,
         dense_bytes=DENSE_BYTES * n**2,
         dense_seconds=dense_seconds(n, where),
         free_bytes=available(where),
