@@ -156,12 +156,14 @@ class Folder:
         plane, n = self.plane, self.plane.samples
         rows = max(1, STRIP // (n * np.dtype(self.dtype).itemsize))
         members = {number: plane.members(number).numpy() for number in plane.each()}
+        buffer = np.empty((min(rows, n), n), dtype=self.dtype)
         for start in range(0, n, rows):
-            strip = np.zeros((min(rows, n - start), n), dtype=self.dtype)
+            strip = buffer[: n - start]
             strip[np.arange(len(strip)), np.arange(start, start + len(strip))] = 1.0
             for number, samples in members.items():
                 first, last = np.searchsorted(samples, (start, start + len(strip)))
                 if first < last:
                     part = mapped(self.file(number))[first:last]
-                    strip[np.ix_(samples[first:last] - start, samples)] = part
+                    for row, entries in zip(samples[first:last] - start, part):
+                        strip[row, samples] = entries
             yield strip

@@ -240,8 +240,8 @@ class Plan:
     Example:
         >>> f, x = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)), torch.randn(300, 8)
         >>> plan = lmnfast.plan(f, x, samples=20_000, ranks=4)
-        >>> plan.tiles, plan.disk_bytes, plan.dense_bytes
-        (992, 1651612544, 6400000000)
+        >>> plan.tiles, plan.dense_bytes, plan.pair_seconds < 1e-3
+        (992, 6400000000, True)
     """
 
     samples: int
@@ -333,9 +333,11 @@ def plan(
     Example:
         >>> f, x = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3)), torch.randn(300, 8)
         >>> plan = lmnfast.plan(f, x, samples=20_000)
-        >>> print(plan)  # doctest: +SKIP
-        N = 20000: 992 tiles, 2.06e+08 pairs at 0.1 us
-        ...
+        >>> print(plan)
+        N = 20000: 992 tiles, 2.06e+08 pairs at ... us
+        tiles ...
+        memory ...
+        solve ...
     """
     settings = Settings(method, points, rule, budget, stabiliser)
     x = checked_samples(f, x)

@@ -6,7 +6,7 @@ import torch
 from lmnfast._plane import MOST_SAMPLES, Plane
 
 
-@pytest.mark.parametrize("samples", [2, 3, 8, 9, 10, 101, 1300, 3000])
+@pytest.mark.parametrize("samples", [2, 3, 8, 9, 10, 101, 1300, 2600])
 def test_every_pair_of_samples_of_two_blocks_is_in_one_tile(samples):
     plane = Plane(samples)
     q = plane.order
@@ -24,14 +24,14 @@ def test_every_pair_of_samples_of_two_blocks_is_in_one_tile(samples):
 
 
 @pytest.mark.parametrize(
-    "samples, order", [(100, 3), (768, 3), (1300, 5), (4096, 13), (20_000, 31), (200_000, 47)]
+    "samples, order", [(100, 3), (768, 3), (1300, 3), (4096, 7), (20_000, 31), (200_000, 47)]
 )
 def test_tiles_are_large_and_of_one_size(samples, order):
     plane = Plane(samples)
     assert plane.order == order and plane.tiles == order * (order + 1)
     sizes = [len(plane.members(tile)) for tile in plane.each()]
     assert max(sizes) - min(sizes) <= order
-    assert min(sizes) >= 256 or order == 3
+    assert min(sizes) >= 512 or order == 3
     assert max(sizes) <= 1.1 * MOST_SAMPLES
     # Pairs within a block are measured again on each of its lines: a share 1 / q of all.
     assert sum(map(plane.pairs, plane.each())) < samples * (samples - 1) / 2 * (1 + 1.01 / order)
