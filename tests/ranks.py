@@ -22,7 +22,7 @@ def on_ranks(count: int, work: Callable[..., Any], folder: Path, *arguments: Any
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         if process.is_alive():
             process.kill()
             process.join()
