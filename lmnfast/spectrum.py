@@ -16,8 +16,9 @@ from ._differentiable import check_differentiable, with_graph
 from ._eigenvalues import by_magnitude, check_negative, solved
 from ._enqueue import Enqueued
 from ._entropy import complexity_with_graph
+from ._group import ALONE, Group, measured_by, refuse_group
 from ._kept import formatted, html_table, read_values, write_values
-from ._measured import measured, stacked_matrices, warn_of_offsets
+from ._measured import stacked_matrices, warn_of_offsets
 from ._native import Progress
 from ._observables import Chosen, Values, problem_of, settings_for
 from ._observed import Observation, Spectrum
@@ -192,9 +193,11 @@ def _same(value: Any, other: Any) -> bool:
     return value == other
 
 
-def measurement(enqueued: Enqueued, settings: Settings, negative: str = "absolute") -> Measurement:
-    """Solves the eigenproblem of a connectivity (N, N) whose checks have passed."""
-    values, solver, bits = solved(enqueued.L, negative)
+def measurement(
+    enqueued: Enqueued, settings: Settings, negative: str = "absolute", on: torch.device | None = None
+) -> Measurement:
+    """Solves the eigenproblem of a connectivity (N, N) whose checks have passed. on: where; None: where the matrix is."""
+    values, solver, bits = solved(enqueued.L if on is None else enqueued.L.to(on), negative)
     values = by_magnitude(values) if solver == "cuda" else values
     below_zero = values.clamp(max=0).abs().sum() / values.abs().sum()
     # Three numbers in one copy: each copy from a card would wait for it.
@@ -237,6 +240,7 @@ def measure(
     progress: bool | Progress = False,
     stabiliser: float = 0.0,
     observables: str | Sequence[str] = (),
+    group: Group = ALONE,
 ) -> Measurement:
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
 
@@ -248,6 +252,7 @@ def measure(
         progress: a bar (True), or a function of the share done, as in :func:`connectivity`.
         stabiliser: as in :func:`connectivity`; 0 is the definition.
         observables: names of numbers to measure beside LMN, as :func:`lmnfast.observables` lists them.
+        group: as in :func:`connectivity`. Every process of the group solves the eigenproblem and returns the whole measurement.
 
     Returns:
         The `Measurement`. LMN has no unit and lies between 1 and N. It carries no autograd graph.
@@ -275,7 +280,7 @@ def measure(
     check_negative(negative)
     chosen = Chosen(observables)
     settings = settings_for(chosen, Settings(method, points, rule, budget, stabiliser))
-    each = measured(f, x, settings, progress=progress)
+    each = measured_by(group, f, x, settings, progress=progress)
     warn_of_offsets(each)
     m = measurement(each[0], settings, negative)
     m, problems = with_observables(m, each[0], chosen, x, f, f if isinstance(f, nn.Module) else None)
@@ -319,6 +324,7 @@ def lmn(
     negative: str = "absolute",
     stabiliser: float = 0.0,
     differentiable: bool = False,
+    group: Group = ALONE,
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
@@ -331,6 +337,7 @@ def lmn(
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
         stabiliser: as in :func:`connectivity`; 0 is the definition.
         differentiable: give the number a graph to x and to all tensors behind f that require grad, as in :func:`connectivity`.
+        group: as in :func:`connectivity`, without `stacked` and `differentiable`.
 
     Returns:
         0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no autograd graph
@@ -355,13 +362,14 @@ def lmn(
     """
     check_flag("differentiable", differentiable)
     check_negative(negative)
+    refuse_group(group, stacked=stacked, differentiable=differentiable)
     settings = Settings(method, points, rule, budget, stabiliser)
     if differentiable:
         check_differentiable(settings, stacked)
         found = with_graph(f, x, settings)
         warn_of_offsets([found.enqueued])
         return torch.exp2(complexity_with_graph(found.entries, negative))
-    each = measured(f, x, settings, stacked)
+    each = measured_by(group, f, x, settings, stacked)
     warn_of_offsets(each)
     L = each[0].L if stacked is None else stacked_matrices(each)
     return torch.exp2(solved(L, negative)[2].to(L.device))
