@@ -16,7 +16,7 @@ from ._differentiable import check_differentiable, with_graph
 from ._eigenvalues import by_magnitude, check_negative, solved
 from ._enqueue import Enqueued
 from ._entropy import complexity_with_graph
-from ._group import ALONE, Group, measured_by, refuse_group
+from ._group import ALONE, Group, measurer, refuse_group
 from ._kept import formatted, html_table, read_values, write_values
 from ._measured import stacked_matrices, warn_of_offsets
 from ._native import Progress
@@ -280,7 +280,7 @@ def measure(
     check_negative(negative)
     chosen = Chosen(observables)
     settings = settings_for(chosen, Settings(method, points, rule, budget, stabiliser))
-    each = measured_by(group, f, x, settings, progress=progress)
+    each = measurer(group)(f, x, settings, progress)
     warn_of_offsets(each)
     m = measurement(each[0], settings, negative)
     m, problems = with_observables(m, each[0], chosen, x, f, f if isinstance(f, nn.Module) else None)
@@ -369,7 +369,7 @@ def lmn(
         found = with_graph(f, x, settings)
         warn_of_offsets([found.enqueued])
         return torch.exp2(complexity_with_graph(found.entries, negative))
-    each = measured_by(group, f, x, settings, stacked)
+    each = measurer(group, stacked)(f, x, settings)
     warn_of_offsets(each)
     L = each[0].L if stacked is None else stacked_matrices(each)
     return torch.exp2(solved(L, negative)[2].to(L.device))
