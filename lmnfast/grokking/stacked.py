@@ -10,7 +10,7 @@ from torch.func import functional_call, vmap
 
 from .. import ops
 from .._eigenvalues import solved
-from .._measured import measured, stacked_matrices, warn_of_offsets
+from .._measured import measured_stack, stacked_matrices, warn_of_offsets
 from .._observables import Chosen, settings_for
 from .._observed import mean_bend, participation
 from .._settings import Settings
@@ -179,7 +179,7 @@ class Networks:
         parameters = self._parameters_of(self._before)
         x = vmap(lambda own, tokens: functional_call(self._before, own, (tokens,)))(parameters, inputs)
         tail = self._parameters_of(self._tail)
-        each = measured(self._tail, x, settings, (tail, {}))
+        each = measured_stack(self._tail, x, settings, stacked=(tail, {}))
         warn_of_offsets(each, f"layer {LAYER!r}")
         L = stacked_matrices(each)
         values, solver, bits = solved(L, config.negative)  # on the CPU if LAPACK had to solve it
