@@ -110,7 +110,7 @@ def deflate(matrix: Matrix, dimension: int, most_moved: float) -> Deflated:
 
 
 def _krylov(matrix: Matrix, dimension: int) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal basis (N, dimension) of a block Krylov space of random vectors, the matrix in it (float64, on the CPU), and
+    """An orthonormal basis (N, dimension) of a block Krylov space of random vectors; the matrix in it, float64, on the CPU; and
     what the products with the last vectors have outside of it."""
     space = matrix.empty(dimension)
     projected = torch.zeros(dimension, dimension, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Polynomials for |w| and |w| ln |w|, and polynomials that nowhere lie below the errors of these.
 
-Polynomials are arrays of coefficients in Chebyshev polynomials of w / radius. docs/mathematics.md, "An estimate for large N", has
-the formulas.
+A polynomial is an array of its coefficients in Chebyshev polynomials of w / radius. docs/mathematics.md, "An estimate for large
+N", has the formulas.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Values = NDArray[np.float64]
 # at degrees 64 to 256. By DAMPING a damped series ends smoothly, by NARROWEST the upper polynomial's narrowest peak.
 DAMPING = 3.25
 NARROWEST = 2.5
-FINE = 64  # points of the grid, times the degree
+FINE = 32  # points of the grid, times the degree
 BETWEEN = 1.01  # for what lies between the points of the grid
 
 
@@ -67,12 +67,12 @@ class Kink:
         spread = np.zeros(self._points + 1)
         spread[: len(polynomial)] = polynomial
         spread[1:-1] /= 2
-        return np.asarray(np.fft.fft(_mirrored(spread)).real[: self._points + 1])
+        return np.asarray(np.fft.rfft(_mirrored(spread)).real)
 
 
 def _series(values: Values) -> Values:
     """The Chebyshev coefficients of the interpolation of values at the cosines of equally spaced angles."""
-    found = np.fft.fft(_mirrored(values)).real[: len(values)] / (len(values) - 1)
+    found = np.fft.rfft(_mirrored(values)).real / (len(values) - 1)
     found[[0, -1]] /= 2
     return np.asarray(found)
 

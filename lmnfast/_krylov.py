@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._deflated import ROWS, Deflated, Matrix, deflate, without
+from ._choices import NEGATIVE
+from ._deflated import ROWS, Deflated, Matrix, deflate
 from ._kink import Kink
+from ._threads import one_core_after_fork
 
 ESTIMATOR = "krylov-chebyshev"  # its name in a `Measurement`
 
@@ -116,7 +118,7 @@ def estimate(
     """
     vectors = torch.empty(0) if like is None else like
     trace = float(samples) if trace is None else float(trace)
-    _check(samples, squares, trace, tolerance, dimension, vectors)
+    _check(samples, squares, trace, negative, tolerance, dimension, vectors)
     matrix = Matrix(product, samples, vectors, generator)
     least = max(abs(trace), math.sqrt(squares))  # that sum |w| can be
     most_moved = (
@@ -147,6 +149,31 @@ def _weight(samples: int, squares: float, goal: float) -> float:
 def _negative_share(total: float, trace: float, clip: bool) -> float:
     magnitudes = 2 * total - trace if clip else total
     return max(0.0, (magnitudes - trace) / 2 / magnitudes)
+
+
+def of_matrix(L: Tensor, negative: str) -> SpectralEstimate:
+    """The estimate of a checked connectivity (N, N), in the dtype of the matrix; of the same matrix it is the same.
+
+    Where torch's float32 products are set to be less than float32, all is in float64, with parts of the matrix at a time.
+    """
+    L = L.detach()
+    L = L if L.dtype in (torch.float32, torch.float64) else L.float()
+    parts = L.split(max(1, ROWS**2 // L.shape[1]))
+    exact = L.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+
+    def product(vectors: Tensor) -> Tensor:
+        return L @ vectors if exact else torch.cat([part.double() @ vectors for part in parts])
+
+    with one_core_after_fork():
+        return estimate(
+            product,
+            len(L),
+            squares=math.fsum(float(part.double().square().sum()) for part in parts),
+            trace=float(L.diagonal().sum(dtype=torch.float64)),
+            negative=negative,
+            generator=torch.Generator().manual_seed(0),
+            like=L if exact else L.new_empty(0, dtype=torch.float64),
+        )
 
 
 @dataclass(frozen=True)
@@ -196,7 +223,7 @@ def _within(matrix: Matrix, deflated: Deflated, sums: _Sums, radius: float, tole
     moments = _Moments(matrix, deflated, drawn, radius, sums.most_radius)
     degree, found = FIRST_DEGREE, sums.of(moments.to(FIRST_DEGREE), radius)
     while found.kink > _goal(found, tolerance) and degree < MOST_DEGREE:
-        degree = min(math.ceil(1.15 * degree), MOST_DEGREE)
+        degree = min(math.ceil(1.2 * degree), MOST_DEGREE)
         found = sums.of(moments.to(degree), radius)
     ratio = student(0.95) * found.chance / max(tolerance - found.bound, tolerance / 4)
     needed = min(math.ceil(PROBES * ratio**2), most)
@@ -242,7 +269,8 @@ class _Moments:
         return torch.stack(self._found[: degree + 1])
 
     def _times(self, vectors: Tensor) -> Tensor:
-        return without(self._matrix.times(vectors / self._radius), self._basis)
+        images = self._matrix.times(vectors / self._radius)
+        return images - self._basis @ (self._basis.mT @ images)
 
 
 def _dots(one: Tensor, other: Tensor) -> Tensor:
@@ -290,11 +318,15 @@ class _Sums:
         if 4 * CONTROLS < probes < self._deflated.rest:
             designs.append(torch.cat([ones, traces - self._known], 1))
         kink = Kink(len(moments) - 1, radius, self.clip)
-        found = [self._fitted(moments, kink, design) for design in designs]
-        return min(found, key=lambda each: student(0.95) * each.chance + each.bound)
+        fits = [self._fitted(moments, kink, design) for design in designs]
+        found, slope = min(fits, key=lambda fit: student(0.95) * fit[0].chance + fit[0].other)
+        upper = moments.mT @ torch.from_numpy(kink.upper(slope))
+        over = float(upper.mean() + 2 * upper.std(correction=0) / math.sqrt(probes))
+        return replace(found, kink=max(0.0, over) / found.total)
 
-    def _fitted(self, moments: Tensor, kink: Kink, design: Tensor) -> _Found:
-        """The entropy from the constant terms of least squares on the columns of a design (probes, terms)."""
+    def _fitted(self, moments: Tensor, kink: Kink, design: Tensor) -> tuple[_Found, float]:
+        """The entropy from the constant terms of least squares on the columns of a design (probes, terms), without the error of
+        the polynomials; and the slope of ``|w| (slope - ln |w|)``, whose sum changes as the entropy does, times `total`."""
         probes, terms = design.shape
         inverse = torch.linalg.pinv(design)
         sums = moments.mT @ torch.from_numpy(np.stack([kink.magnitude, kink.logged], 1))
@@ -304,30 +336,25 @@ class _Sums:
         slope = 1 + logged / total
         each = sums @ sums.new_tensor([slope, -1.0])
         fit = inverse @ each
-        variance = (each - design @ fit).square().sum() / max(1, probes - terms) * inverse[0].square().sum()
-        upper = moments.mT @ torch.from_numpy(kink.upper(slope))
-        over = upper.mean() + 2 * upper.std(correction=0) / math.sqrt(probes)
-        return _Found(
-            entropy=math.log(total) - logged / total,
-            total=total,
-            chance=math.sqrt(float(variance) * (1 - probes / self._deflated.rest)) / total,
-            kink=max(0.0, float(over)) / total,
-            other=(self._moves(slope) + float(fit[1:].abs() @ self._doubt[: terms - 1])) / total,
-            probes=probes,
-            degree=kink.degree,
-        )
+        # The residual of each as if it had no part in the fit.
+        leverage = (design * inverse.mT).sum(1).clamp(max=1 - 1e-6)
+        variance = float((inverse[0] * (each - design @ fit) / (1 - leverage)).square().sum())
+        chance = math.sqrt(variance * (1 - probes / self._deflated.rest)) / total
+        other = (self._moves(slope, total) + float(fit[1:].abs() @ self._doubt[: terms - 1])) / total
+        return _Found(math.log(total) - logged / total, total, chance, 0.0, other, probes, kink.degree), slope
 
     def exact(self) -> _Found:
         """The entropy of a matrix without a rest."""
         total, logged = self._exact.tolist()
         if not total > 0:
             raise _no_sum(total)
-        moves = self._moves(1 + logged / total) / total
+        moves = self._moves(1 + logged / total, total) / total
         return _Found(math.log(total) - logged / total, total, 0.0, 0.0, moves, 0, 0)
 
-    def _moves(self, slope: float) -> float:
-        """What `moved` changes the sum of ``|w| (slope - ln |w|)`` by, at most."""
+    def _moves(self, slope: float, total: float) -> float:
+        """What `moved` and the rounding of sums in float64 change the sum of ``|w| (slope - ln |w|)`` by, at most."""
         moved, samples = self._deflated.moved, len(self._deflated.basis)
+        moved += samples * torch.finfo(torch.float64).eps * total
         return moved * (slope + math.log(samples / moved)) if moved else 0.0
 
 
@@ -338,7 +365,13 @@ def _no_sum(total: float) -> ValueError:
 
 
 def _check(
-    samples: int, squares: float, trace: float, tolerance: float, dimension: int | None, like: Tensor
+    samples: int,
+    squares: float,
+    trace: float,
+    negative: str,
+    tolerance: float,
+    dimension: int | None,
+    like: Tensor,
 ) -> None:
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
@@ -346,6 +379,8 @@ def _check(
         raise ValueError(f"squares: expected a finite sum of squares above 0, got {squares}")
     if not math.isfinite(trace):
         raise ValueError(f"trace: expected a finite number, got {trace}")
+    if negative not in NEGATIVE:
+        raise ValueError(f"negative: expected one of {', '.join(NEGATIVE)}, got {negative!r}")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance: expected a share of LMN above 0 and below 1, got {tolerance}")
     if dimension is not None and not 1 <= dimension <= samples:
