@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
-# Widths of Gaussians in the angle arccos(w / radius), times the degree, chosen by the smallest mean of the upper polynomial
-# at degrees 64 to 256. By DAMPING a damped series ends smoothly, by NARROWEST the upper polynomial's narrowest peak.
-DAMPING = 3.25
+# Widths of Gaussians in the angle arccos(w / radius), times the degree. With them the mean of the upper polynomial is smallest
+# at degrees 64 to 512, and as small as linear programming over such Gaussians makes it. By DAMPING a damped series ends smoothly, by NARROWEST the upper polynomial's narrowest peak.
+DAMPING = 3.0
 NARROWEST = 2.5
 FINE = 32  # points of the grid, times the degree
 BETWEEN = 1.01  # for what lies between the points of the grid
@@ -44,13 +44,14 @@ class Kink:
         """A polynomial of the degree that is nowhere on [-radius, radius] below the error of ``slope * magnitude - logged``."""
         error = np.abs(slope * self._errors[0] - self._errors[1])
         upper, reached = np.zeros(self.degree + 1), np.zeros(self._points + 1)
-        for width, peak in reversed(self._peaks()):
+        inner = 0.0
+        for width, peak in self._peaks():
             values = self._values(peak)
-            narrowest = width == NARROWEST / self.degree
-            ring = (self._far >= (0 if narrowest else 1.2 * width)) & (self._far < 2.4 * width)
+            ring = (self._far >= inner) & (self._far < width / 2)
             height = max(0.0, float(((error - reached)[ring] / values[ring]).max(initial=0.0)))
             upper += height * peak
             reached += height * values
+            inner = width / 2
         upper[0] += max(0.0, float((error - reached).max()))
         return BETWEEN * upper
 
