@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 # Widths of Gaussians in the angle arccos(w / radius), times the degree. With them the mean of the upper polynomial is smallest
-# at degrees 64 to 512, and as small as linear programming over such Gaussians makes it. By DAMPING a damped series ends smoothly, by NARROWEST the upper polynomial's narrowest peak.
+# at degrees 64 to 512, and as small as linear programming over such Gaussians makes it. DAMPING is for the end of a series,
+# NARROWEST for the upper polynomial's narrowest peak.
 DAMPING = 3.0
 NARROWEST = 2.5
 FINE = 32  # points of the grid, times the degree
