@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ._connectivity import connectivity
     from ._eigenvalues import eigenvalues, linear_mapping_number, nonlinear_complexity
     from ._explain import explain
+    from ._group import Rows
     from ._history import history
     from ._layers import match_layers
     from ._observables import observables, register_observable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .jacobian import jacobian_distances, jacobians, linear_regions
     from .penalty import Penalty
     from .probe import Probe
+    from .scale import Plan, plan, solve, tiles
     from .spectrum import Measurement, lmn, measure
 else:  # the same names, but torch is imported when one of them is used
     __getattr__, __dir__ = _lazy(
@@ -28,6 +30,7 @@ else:  # the same names, but torch is imported when one of them is used
             "_connectivity": "connectivity",
             "_eigenvalues": "eigenvalues linear_mapping_number nonlinear_complexity",
             "_explain": "explain",
+            "_group": "Rows",
             "_history": "history",
             "_layers": "match_layers",
             "_observables": "observables register_observable",
@@ -38,6 +41,7 @@ else:  # the same names, but torch is imported when one of them is used
             "jacobian": "jacobian_distances jacobians linear_regions",
             "penalty": "Penalty",
             "probe": "Probe",
+            "scale": "Plan plan solve tiles",
             "spectrum": "Measurement lmn measure",
         },
     )
@@ -49,7 +53,9 @@ __all__ = [
     "Measurement",
     "Observation",
     "Penalty",
+    "Plan",
     "Probe",
+    "Rows",
     "connectivity",
     "curvature",
     "cut",
@@ -67,6 +73,9 @@ __all__ = [
     "nonlinear_complexity",
     "observables",
     "participation_ratio",
+    "plan",
     "plot",
     "register_observable",
+    "solve",
+    "tiles",
 ]

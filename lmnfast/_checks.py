@@ -51,11 +51,13 @@ class Findings:
         expected: Tensor | None,
         matrix: Tensor | None = None,
         counts: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
         """Enqueues the pass, in the matrix's dtype, which is as wide as the others.
 
         x: (N, *in), the samples. ends: (N, K), f's outputs. again: (N, K), the chain's outputs. expected: (N, K), the
         model's outputs. matrix: (N, M), a connectivity or Jacobians. counts: (2,) int64 or float64, read with the results.
+        numbers: as of `Checks`.
         """
         widest = torch.promote_types(torch.promote_types(x.dtype, ends.dtype), torch.float32)
         dtype = widest if matrix is None else matrix.dtype
@@ -67,7 +69,7 @@ class Findings:
         samples, outputs = x.flatten(1).to(dtype), ends.to(dtype)
         epsilon = torch.finfo(ends.dtype).eps
         self.found = find(samples, outputs, cast(again), cast(expected), matrix, counts, epsilon)
-        self._samples = len(x)
+        self._samples, self._called = len(x), numbers
         self._numbers: list[int] | None = None
 
     def read(self) -> list[int]:
@@ -82,9 +84,9 @@ class Findings:
         """Raises the first error in samples and outputs. Waits for the device."""
         in_x, x_reach, in_y, y_reach, differ, others, *_ = self.read()
         if in_x:
-            raise _not_finite("x", in_x, self._samples - x_reach)
+            raise _not_finite("x", in_x, self._number(self._samples - x_reach))
         if in_y:
-            raise _not_finite("f(x)", in_y, self._samples - y_reach)
+            raise _not_finite("f(x)", in_y, self._number(self._samples - y_reach))
         if differ:
             raise _other_model()
         if others:
@@ -94,7 +96,10 @@ class Findings:
         """Raises ValueError for a connectivity that is not finite."""
         failing, reach = self.read()[6:8]
         if failing:
-            raise _not_finite_entry(self._samples**2 - reach, self._samples)
+            raise _not_finite_path(*map(self._number, divmod(self._samples**2 - reach, self._samples)))
+
+    def _number(self, sample: int) -> int:
+        return sample if self._called is None else int(self._called[sample])
 
     @property
     def finite(self) -> bool:
@@ -165,14 +170,14 @@ def _side_by_side(values: Tensor) -> Tensor:
 
 class _NetworkFindings(Findings):
     def __init__(self, stack: StackFindings, number: int) -> None:
-        self._stack, self._number, self._samples = stack, number, stack._x.shape[1]
-        self._numbers = None
+        self._stack, self._network, self._samples = stack, number, stack._x.shape[1]
+        self._numbers = self._called = None
 
     def read(self) -> list[int]:
         if self._numbers is None:
             counts = self._stack.counts()
-            alone = None if counts is not None else self._stack.alone(self._number).read()
-            self._numbers = [*[0] * 8, *counts[self._number]] if counts is not None else alone
+            alone = None if counts is not None else self._stack.alone(self._network).read()
+            self._numbers = [*[0] * 8, *counts[self._network]] if counts is not None else alone
         assert self._numbers is not None
         return self._numbers
 
@@ -183,10 +188,6 @@ def _as_float(bits: int) -> float:
 
 def _not_finite(name: str, failing: int, first: int) -> ValueError:
     return ValueError(f"{name}: NaN or Inf in sample {first}, the first of {failing}")
-
-
-def _not_finite_entry(first: int, samples: int) -> ValueError:
-    return _not_finite_path(*divmod(first, samples))
 
 
 def _not_finite_path(i: int, j: int) -> ValueError:
@@ -217,7 +218,7 @@ class Checks:
 
     def __init__(self, deferred: bool, numbers: Tensor | None = None) -> None:
         """numbers: (N,) int64, the caller's numbers of the samples, for messages. None: 0 to N - 1."""
-        self.deferred, self._numbers = deferred, numbers
+        self.deferred, self.numbers = deferred, numbers
         self.verdicts: list[Tensor] = []
         self.errors: list[Callable[[int, int], Exception]] = []
         self._repeated: tuple[Tensor, list[int], Tensor, Tensor, float] | None = None
@@ -326,7 +327,7 @@ class Checks:
         )
 
     def _number(self, sample: int) -> int:
-        return sample if self._numbers is None else int(self._numbers[sample])
+        return sample if self.numbers is None else int(self.numbers[sample])
 
     def pairs(self, r2: Tensor, first: Tensor, second: Tensor) -> None:
         """Checks the entries of a list of pairs (pairs,)."""
@@ -337,7 +338,10 @@ class Checks:
 
     def entries(self, L: Tensor) -> None:
         if self.deferred or not all_finite(L):
-            self._expect(L.isfinite().flatten(), lambda _, first: _not_finite_entry(first, len(L)))
+            self._expect(
+                L.isfinite().flatten(),
+                lambda _, first: _not_finite_path(*map(self._number, divmod(first, len(L)))),
+            )
 
     def pending(self) -> Tensor | None:
         return torch.stack(self.verdicts) if self.deferred else None

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from . import __version__, _native
+from ._commands_scale import plan_for, solve_folder, tiles
 from ._threads import cores
 from .checkpoints import draw_checkpoints, first_samples, load_inputs, measure_checkpoints
 from .grokking.choices import TASKS
@@ -242,4 +243,13 @@ def _need_device(options: Namespace) -> None:
     refuse_unusable(getattr(options, "device", "auto"))
 
 
-COMMANDS = {"grok": _grok, "measure": _measure, "checkpoints": _checkpoints, "paper": _paper, "info": _info}
+COMMANDS = {
+    "grok": _grok,
+    "measure": _measure,
+    "checkpoints": _checkpoints,
+    "paper": _paper,
+    "tiles": tiles,
+    "solve": solve_folder,
+    "plan": plan_for,
+    "info": _info,
+}

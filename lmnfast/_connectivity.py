@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 from torch import Tensor
 
 from ._differentiable import check_differentiable, with_graph
-from ._measured import matrix_of, measured, stacked_matrices, warn_of_offsets
+from ._group import ALONE, Group, Rows, is_alone, measured_by, refuse_group, sharded
+from ._measured import matrix_of, reported, stacked_matrices, warn_of_offsets
 from ._native import Progress
 from ._settings import Settings, check_flag
 from ._stacked import Stacked
 from ._threads import one_core_after_fork
+
+
+@overload
+def connectivity(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    method: str = ...,
+    points: int = ...,
+    rule: str = ...,
+    budget: int | None = ...,
+    stacked: Stacked | None = ...,
+    progress: bool | Progress = ...,
+    pooled: bool = ...,
+    stabiliser: float = ...,
+    differentiable: bool = ...,
+    group: Group = ...,
+    gather: Literal[True] = ...,
+) -> Tensor: ...
+
+
+@overload
+def connectivity(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    method: str = ...,
+    points: int = ...,
+    rule: str = ...,
+    budget: int | None = ...,
+    progress: bool | Progress = ...,
+    pooled: bool = ...,
+    stabiliser: float = ...,
+    group: Group,
+    gather: Literal[False],
+) -> Rows: ...
 
 
 def connectivity(
@@ -27,7 +65,9 @@ def connectivity(
     pooled: bool = False,
     stabiliser: float = 0.0,
     differentiable: bool = False,
-) -> Tensor:
+    group: Group = ALONE,
+    gather: bool = True,
+) -> Tensor | Rows:
     """Linear connectivity matrix: how straight f's outputs run along the line between every two samples.
 
     ``L[i, j] = mean_k cov(y_k, t)^2 / (var(t) var(y_k))`` over the nodes t of the path ``x_i + t (x_j - x_i)``.
@@ -70,9 +110,14 @@ def connectivity(
             computes the outputs along the paths again and stores none of them: a chain's in a fused kernel, any other f's by
             calls with gradients on tiles within the budget. f is differentiated in eval mode, too. There is no second
             derivative. Only with method "path", without `stacked`; docs/mathematics.md, "The gradient".
+        group: a process group of torch.distributed, as torch.distributed.group.WORLD: its processes, which all make this call
+            with the same arguments, measure a part of the pairs each. The result has the same bits for any number of processes
+            with the same number of threads; docs/scale.md. Without `stacked` and `differentiable`. "alone": no group.
+        gather: False leaves each process of the group with the rows of some samples. No process then holds the whole matrix.
 
     Returns:
         (N, N), symmetric, ones on the diagonal; float64 for float64 samples, otherwise float32. (B, N, N) with `stacked`.
+        With gather=False a `Rows`.
 
     Raises:
         TypeError: x is not a floating-point tensor, f does not return a floating-point tensor, or the dtypes do not fit;
@@ -81,8 +126,11 @@ def connectivity(
             method "jacobian"; x and f on different devices; a NaN or
             Inf in samples, outputs or Jacobians (the message names the first sample; on CUDA, f may be called before this
             check); an f that is no chain and gives a sample other outputs in a smaller batch; with a method other than
-            "path", an f that cannot be differentiated; differentiable with another method than "path", or with stacked.
-        RuntimeError: differentiable, and gradients are off, or neither x nor a tensor behind f requires grad.
+            "path", an f that cannot be differentiated; differentiable with another method than "path", or with stacked; a group
+            that is not initialised, or whose processes have different networks, samples or settings (on all of them, before any
+            measuring; the message names what differs and where); gather=False without a group.
+        RuntimeError: differentiable, and gradients are off, or neither x nor a tensor behind f requires grad; another process
+            of the group failed.
         ImportError: progress is True and tqdm is missing.
         KeyboardInterrupt: Ctrl-C, also while a kernel runs.
 
@@ -102,13 +150,21 @@ def connectivity(
         torch.Size([16, 8])
     """
     check_flag("differentiable", differentiable)
+    check_flag("gather", gather)
+    refuse_group(group, stacked=stacked, differentiable=differentiable)
+    if not gather and is_alone(group):
+        raise ValueError(f'gather: expected True with group "{ALONE}", got False')
     settings = Settings(method, points, rule, budget, stabiliser, bool(pooled))
     if differentiable:
         check_differentiable(settings, stacked)
-        found = with_graph(f, x, settings, progress=progress)
-        warn_of_offsets([found.enqueued])
-        return found.entries
-    each = measured(f, x, settings, stacked, progress)
+        graph = with_graph(f, x, settings, progress=progress)
+        warn_of_offsets([graph.enqueued])
+        return graph.entries
+    if not gather:
+        with reported(progress) as report:
+            found, first = sharded(f, x, settings, group, gather=False, progress=report)
+        return Rows(matrix_of(found, settings.pooled), first, len(x), group)
+    each = measured_by(group, f, x, settings, stacked, progress)
     warn_of_offsets(each)
     with one_core_after_fork():
         return (

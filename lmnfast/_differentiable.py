@@ -220,9 +220,11 @@ class OfChain:
         found = self._found(self.x.new_full((len(self.x), len(self.x)), -1 / max(1, entries)))
         gradients.extend(self._in_tensors(found))
         given = found.entries
-        resolve = partial(
-            resolve_in_float64, detached(self.parts), self.x, given, *self.settings.nodes, midpoint=None
-        )
+
+        def resolve() -> None:
+            if int(given.counts[1]):
+                resolve_in_float64(detached(self.parts), self.x, given, *self.settings.nodes, midpoint=None)
+
         return ChainConnectivity(given.L, given.counts, resolve, given.pooled)
 
     def _found(self, gradient: Tensor) -> Gradients:

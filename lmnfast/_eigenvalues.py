@@ -1,7 +1,6 @@
 """From a connectivity matrix to its eigenvalues, its entropy, and the linear mapping number."""
 
 import math
-import os
 import warnings
 
 import numpy as np
@@ -12,12 +11,15 @@ from . import _choices, _krylov, _native, ops
 from ._checks import all_finite
 from ._choices import NEGATIVE
 from ._entropy import complexity_with_graph, entropy
+from ._memory import available, said_bytes
 from ._settings import check_flag
 from ._threads import one_core_after_fork
 from .ops.symmetric_eigenvalues import fits
 
 SOLVERS = ("auto", "cpu", "cuda")
-DENSE_BYTES = 16  # per entry: the matrix in float64, and the copy that LAPACK overwrites
+# Bytes that the dense solve takes for an entry of the matrix: float64, and LAPACK's copy of it.
+DENSE_BYTES = 16
+LARGE = 4096  # from this N on the memory is looked at, 0.1 ms
 
 
 def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
@@ -45,7 +47,7 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
         tensor([1.5000, 0.5000], dtype=torch.float64)
     """
     check_matrix(L)
-    check_fits(L.shape[-1], L.device, "solver", "lmnfast.linear_mapping_number(L, solver='estimate')")
+    check_fits(L.shape[-1], L.device)
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if solver == "cuda" and not L.is_cuda:
@@ -218,28 +220,20 @@ def check_solver(solver: str, differentiable: bool = False, stacked: bool = Fals
             raise ValueError(f"solver: 'estimate' does not go together with {name}; expected 'dense'")
 
 
-def check_fits(samples: int, device: torch.device, name: str, instead: str) -> None:
-    """Raises ValueError if the dense solver needs more memory for a matrix than the device has.
+def check_fits(samples: int, where: torch.device) -> None:
+    """`check_dense` for matrices so large that memory may be lacking."""
+    if samples >= LARGE:
+        check_dense(samples, where)
 
-    name: the argument that the error names. instead: what to call.
-    """
-    needed = DENSE_BYTES * samples**2
-    total = memory_of(device)
-    if total is not None and needed > total:
+
+def check_dense(samples: int, where: torch.device) -> None:
+    """Raises ValueError if the dense solver needs more memory than a device has."""
+    needed, free = DENSE_BYTES * samples**2, available(where)
+    if free is not None and needed > free:
         raise ValueError(
-            f"{name}: the dense solver takes {needed / 2**30:.1f} GiB for {samples} samples, two matrices in float64, and "
-            f"this machine's {device} has {total / 2**30:.1f} GiB; {instead} needs the connectivity alone"
+            f"solver: 'dense' needs {said_bytes(needed)} of memory for N = {samples}, and {said_bytes(free)} are free on "
+            f"{where}; expected solver 'estimate', or a machine with more memory"
         )
-
-
-def memory_of(device: torch.device) -> int | None:
-    """The bytes of memory that a device has: a card's, or the machine's. None if it is not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
 
 
 def check_graph(L: Tensor) -> None:

@@ -129,6 +129,7 @@ def enqueue(
     deferred: bool | None = None,
     stream: torch.cuda.Stream | None = None,
     progress: Progress | None = None,
+    numbers: Tensor | None = None,
 ) -> Enqueued:
     """:func:`lmnfast.connectivity`. For a chain it does not wait for a CUDA device.
 
@@ -145,6 +146,7 @@ def enqueue(
         deferred: leave the checks to `check`. None: only on CUDA.
         stream: a CUDA stream for the work, in place of the current one; see `_on`. x itself must not change.
         progress: receives the share that is done.
+        numbers: as of `Checks`.
 
     Raises:
         As connectivity; RuntimeError if f(x) is not `expected`; NotTheChain only in `check`: on other devices the chain is
@@ -160,6 +162,7 @@ def enqueue(
             expected=expected,
             deferred=deferred,
             points=settings.points,
+            numbers=numbers,
         ) as function,
         _on(stream, function),
     ):
@@ -220,7 +223,9 @@ def _run_before_checks(function: Prepared, settings: Settings) -> Enqueued | Non
         function.precision,
         function.ends.shape[1],
         offset=partial(offset_of, chain, function.ends),
-        findings=Findings(x, function.ends, again, expected, measured.L, measured.counts),
+        findings=Findings(
+            x, function.ends, again, expected, measured.L, measured.counts, function.checks.numbers
+        ),
         kind=function.route.kind,
     )
 

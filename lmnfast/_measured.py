@@ -51,15 +51,17 @@ def measured(
     progress: bool | Progress = False,
     known: Chain | None = None,
     expected: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> list[Enqueued]:
     """Checked connectivities: one, or one for each of the stacked networks.
 
-    Arguments and errors as in :func:`lmnfast.connectivity`. known, expected: as of `enqueue`, without `stacked`.
+    Arguments and errors as in :func:`lmnfast.connectivity`. known, expected, numbers: as of `enqueue`, without
+    `stacked`.
     """
-    with alone(), _reported(progress) as report:
+    with alone(), reported(progress) as report:
         if stacked is not None:
             return _measured_stack(f, x, settings, stacked, report)
-        how = partial(enqueue, f, x, settings, progress=report, expected=expected)
+        how = partial(enqueue, f, x, settings, progress=report, expected=expected, numbers=numbers)
         enqueued = _checked(how(known=known), partial(how, fuse=False))
         if report is not None:
             report(1.0)
@@ -147,7 +149,7 @@ def warn_of_offsets(each: Sequence[Enqueued], name: str = "f") -> None:
 
 
 @contextmanager
-def _reported(progress: bool | Progress) -> Iterator[Progress | None]:
+def reported(progress: bool | Progress) -> Iterator[Progress | None]:
     """The function that receives the share that is done; None if no progress is asked for."""
     if callable(progress) or progress is False:
         yield progress or None

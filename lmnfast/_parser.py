@@ -1,11 +1,22 @@
 """The commands, their options and their help. What it imports does not import torch, so that the help comes at once."""
 
 import argparse
-from collections.abc import Mapping
-from typing import Any
 
 from . import __version__
-from ._choices import DEVICES, METHODS, NEGATIVE, OBSERVABLES, RULES
+from ._choices import METHODS
+from ._options import (
+    INPUTS,
+    MODEL,
+    add_cut,
+    add_layers,
+    add_quiet,
+    add_samples,
+    add_settings,
+    add_until,
+    integer,
+    methods,
+)
+from ._parser_scale import PLAN, SOLVE, TILES, add_plan, add_solve, add_tiles
 from .grokking.choices import (
     ACTIVATIONS,
     INITS,
@@ -138,28 +149,38 @@ def parser() -> argparse.ArgumentParser:
             "; the same command goes on",
         )
     )
+    add_tiles(
+        command(
+            "tiles",
+            "Measure tiles of the matrix of many samples, by any number of processes (docs/scale.md).",
+            f"{METHODS_ARE}\n\n{RULES_ARE}\n\n{TILES}",
+            "; the same command goes on",
+        )
+    )
+    add_solve(command("solve", "The LMN of a folder of tiles.", SOLVE))
+    add_plan(command("plan", "Say what the matrix of many samples takes: memory and time.", PLAN))
     command("info", "Show the versions, the instruction set in use, and CUDA.", INFO)
     return whole
 
 
 def _add_grok(grok: argparse.ArgumentParser) -> None:
     grok.add_argument("task", choices=TASKS)
-    grok.add_argument("--p", type=_integer, help="modulus of modular-addition (31)")
-    grok.add_argument("--bits", type=_integer, help="length of the numbers of xor, in bits (5)")
+    grok.add_argument("--p", type=integer, help="modulus of modular-addition (31)")
+    grok.add_argument("--bits", type=integer, help="length of the numbers of xor, in bits (5)")
     grok.add_argument(
         "--steps",
-        type=_integer,
+        type=integer,
         help=f"updates of the weights ({Config.steps}); more of them continue a finished run",
     )
     grok.add_argument(
-        "--every", type=_integer, help=f"updates from one measurement to the next ({Config.every})"
+        "--every", type=integer, help=f"updates from one measurement to the next ({Config.every})"
     )
     grok.add_argument(
         "--until-accurate",
         action="store_true",
         help="end at the first measured step with test accuracy 1; without it the same command goes on to the last step",
     )
-    grok.add_argument("--seed", type=_integer, help=f"of the split and the weights ({Config.seed})")
+    grok.add_argument("--seed", type=integer, help=f"of the split and the weights ({Config.seed})")
     grok.add_argument(
         "--init",
         choices=INITS,
@@ -167,25 +188,23 @@ def _add_grok(grok: argparse.ArgumentParser) -> None:
     )
     grok.add_argument("--activation", choices=ACTIVATIONS, help=f"between the layers ({Config.activation})")
     _add_training(grok)
-    grok.add_argument(
-        "--threads", type=_integer, help="threads on the CPU (the run's; torch's for a new one)"
-    )
+    grok.add_argument("--threads", type=integer, help="threads on the CPU (the run's; torch's for a new one)")
     grok.add_argument("--out", metavar="RUN", help="the run's directory (runs/TASK-seedSEED)")
     grok.add_argument(
         "--force", action="store_true", help="delete the existing run (nothing else), start a new one"
     )
     names = f"some of {', '.join(LAYERS)} and those of --depth ({' '.join(Config.layers)})"
     grok.add_argument("--layers", nargs="+", metavar="LAYER", help=names)
-    _add_samples(grok, "of the training samples are measured, a fixed random choice (all)")
+    add_samples(grok, "of the training samples are measured, a fixed random choice (all)")
     grok.add_argument("--method", choices=METHODS, help=f"of the connectivity ({Config.method})")
-    _add_settings(grok, vars(Config))
+    add_settings(grok, vars(Config))
     _add_penalty(grok)
 
 
 def _add_training(grok: argparse.ArgumentParser) -> None:
     """The options of the network and of its training. Their defaults are the paper's."""
-    grok.add_argument("--width", type=_integer, help=f"units of a hidden layer ({Config.width})")
-    grok.add_argument("--depth", type=_integer, help=f"number of hidden layers ({Config.depth})")
+    grok.add_argument("--width", type=integer, help=f"units of a hidden layer ({Config.width})")
+    grok.add_argument("--depth", type=integer, help=f"number of hidden layers ({Config.depth})")
     grok.add_argument("--optimizer", choices=OPTIMIZERS, help=f"sgd: without momentum ({Config.optimizer})")
     grok.add_argument(
         "--lr",
@@ -199,7 +218,7 @@ def _add_training(grok: argparse.ArgumentParser) -> None:
         type=float,
         help=f"of the optimiser: an update shrinks a weight by LR x WEIGHT_DECAY of itself ({Config.weight_decay})",
     )
-    grok.add_argument("--batch", type=_integer, help="training samples in an update (all)")
+    grok.add_argument("--batch", type=integer, help="training samples in an update (all)")
     grok.add_argument(
         "--train-fraction",
         type=float,
@@ -229,13 +248,13 @@ def _add_penalty(grok: argparse.ArgumentParser) -> None:
     )
     grok.add_argument(
         "--penalty-samples",
-        type=_integer,
+        type=integer,
         metavar="NUMBER",
         help=f"training samples of the penalty, drawn anew each time ({PENALTY_SAMPLES}, or all if there are fewer)",
     )
     grok.add_argument(
         "--penalty-every",
-        type=_integer,
+        type=integer,
         metavar="NUMBER",
         help="only each such update has the penalty's gradient, so many times as large: takes less time "
         f"({Config.penalty_every})",
@@ -244,31 +263,29 @@ def _add_penalty(grok: argparse.ArgumentParser) -> None:
 
 def _add_measure(again: argparse.ArgumentParser) -> None:
     again.add_argument("run", metavar="RUN", help="a directory that grok wrote")
-    again.add_argument("--every", type=_integer, help="only checkpoints at multiples of so many updates (1)")
+    again.add_argument("--every", type=integer, help="only checkpoints at multiples of so many updates (1)")
     again.add_argument(
         "--force", action="store_true", help="replace the existing table, also one with more steps"
     )
-    _add_layers(again, f"some of {', '.join(LAYERS)} and others of the run's depth (the run's)")
-    _add_until(again)
+    add_layers(again, f"some of {', '.join(LAYERS)} and others of the run's depth (the run's)")
+    add_until(again)
     again.add_argument(
         "--split",
         choices=SPLITS,
         help="the samples to measure: those for training or for testing (train)",
     )
-    _add_samples(again, "of them are measured, a fixed random choice (the run's; of --split test all)")
+    add_samples(again, "of them are measured, a fixed random choice (the run's; of --split test all)")
     again.add_argument(
         "--method",
-        type=_methods,
+        type=methods,
         metavar="METHOD[,METHOD...]",
         help=f"of the connectivity, among {', '.join(METHODS)} (the run's); several go into one figure",
     )
-    _add_settings(again, dict.fromkeys(vars(Config), "the run's"))
+    add_settings(again, dict.fromkeys(vars(Config), "the run's"))
 
 
 def _add_checkpoints(other: argparse.ArgumentParser) -> None:
-    other.add_argument(
-        "--model", required=True, metavar="MODULE:FACTORY", help="called without arguments, returns the model"
-    )
+    other.add_argument("--model", required=True, metavar="MODULE:FACTORY", help=MODEL)
     other.add_argument(
         "--checkpoint",
         nargs="+",
@@ -277,9 +294,9 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="files or patterns, as 'ckpts/*'",
     )
-    other.add_argument("--inputs", required=True, metavar="FILE", help=".npy, .npz, .pt or .safetensors")
+    other.add_argument("--inputs", required=True, metavar="FILE", help=INPUTS)
     of = other.add_mutually_exclusive_group(required=True)
-    _add_layers(
+    add_layers(
         of, "names of the model's layers, or patterns, as 'blocks.*'; inputs: from the model's inputs on"
     )
     of.add_argument(
@@ -290,29 +307,11 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
         metavar="BLOCK",
         help="in place of layers: modules that are measured alone, also if skip connections go around them",
     )
-    other.add_argument(
-        "--until", metavar="LAYER", help="the layer with whose output the maps end (the model's output)"
-    )
-    other.add_argument(
-        "--output", metavar="KEY", help="which of the model's outputs counts: key, attribute or index"
-    )
-    other.add_argument(
-        "--batch-dim",
-        type=_integer,
-        metavar="D",
-        help="dimension of the samples: 1 for an nn.LSTM by default (0)",
-    )
-    other.add_argument("--forward", metavar="MODULE:FUNCTION", help="called as function(model, inputs)")
-    other.add_argument("--key", help="where in a checkpoint the state dict is, as state.ema")
-    other.add_argument(
-        "--trust",
-        action="store_true",
-        help="also read checkpoints that hold other objects, such as whole modules; runs code that is in the files",
-    )
-    _add_samples(other, "of the inputs are measured, the first (all)")
+    add_cut(other)
+    add_samples(other, "of the inputs are measured, the first (all)")
     other.add_argument("--method", help=f"of the connectivity, one of {', '.join(METHODS)} ({Config.method})")
-    _add_settings(other, vars(Config))
-    other.add_argument("--jobs", type=_integer, help="processes at once (1)")
+    add_settings(other, vars(Config))
+    other.add_argument("--jobs", type=integer, help="processes at once (1)")
     other.add_argument("--out", metavar="DIR", help="where lmn.csv and lmn.png go (lmn)")
     other.add_argument("--force", action="store_true", help="begin a new table in place of the existing one")
 
@@ -320,7 +319,7 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
 def _add_paper(paper: argparse.ArgumentParser) -> None:
     paper.add_argument(
         "--seeds",
-        type=_integer,
+        type=integer,
         help=f"number of seeds of every task, from 0 on ({SEEDS}; {QUICK_SEEDS} with --quick); a verdict takes "
         f"{FEWEST_FOR_VERDICT}, an interval {FEWEST_FOR_INTERVAL}",
     )
@@ -329,7 +328,7 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
         help=f"some of {', '.join(TASKS)} (all)",
     )  # fmt: skip
     paper.add_argument(
-        "--jobs", type=_integer, help="processes at once (as many as cores; 1 where there is a GPU)"
+        "--jobs", type=integer, help="processes at once (as many as cores; 1 where there is a GPU)"
     )
     paper.add_argument("--out", default="paper", metavar="DIR", help="where everything goes (paper)")
     paper.add_argument(
@@ -353,83 +352,4 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
         help=f"{QUICK.steps} steps: XOR groks, the other tasks memorise; a look at everything in minutes; with --interventions "
         "too few steps to grok, in a minute",
     )
-    _add_quiet(paper)
-
-
-def _add_layers(parser: argparse._ActionsContainer, text: str) -> None:
-    parser.add_argument("--layers", "--layer", nargs="+", action="extend", metavar="LAYER", help=text)
-
-
-def _add_until(parser: argparse.ArgumentParser) -> None:
-    text = "the layer with whose output the measured maps end (the model's output)"
-    parser.add_argument("--until", metavar="LAYER", help=text)
-
-
-def _add_samples(parser: argparse.ArgumentParser, of: str) -> None:
-    parser.add_argument(
-        "--samples",
-        type=_integer,
-        help=f"how many {of}; the LMN of fewer samples is no estimate of the LMN of all",
-    )
-
-
-def _add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
-    """The options of every measurement."""
-    parser.add_argument(
-        "--points", type=_integer, help=f"nodes on a path, ends included ({defaults['points']})"
-    )
-    parser.add_argument("--rule", choices=RULES, help=f"where on the path they lie ({defaults['rule']})")
-    parser.add_argument(
-        "--negative", choices=NEGATIVE, help=f"what negative eigenvalues count ({defaults['negative']})"
-    )
-    parser.add_argument(
-        "--stabiliser",
-        type=float,
-        metavar="NUMBER",
-        help="added to the denominators of r2, in squared units of the outputs; 8e-8 for the paper's numbers at step 0 "
-        f"({defaults['stabiliser']})",
-    )
-    parser.add_argument(
-        "--observables",
-        type=_names,
-        metavar="NAME[,NAME...]",
-        help=f"numbers beside LMN, among {', '.join(OBSERVABLES)} ({defaults['observables'] or 'none'})",
-    )
-    parser.add_argument("--device", choices=DEVICES, help="where to compute (auto)")
-    _add_quiet(parser)
-
-
-def _add_quiet(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-q",
-        "--quiet",
-        action="store_true",
-        default=False,
-        help="no progress and no estimates of the time; results only",
-    )
-
-
-def _integer(text: str) -> int:
-    """An integer, also as 1e4."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.5
-    if not value.is_integer() or abs(value) >= 2**53:  # float64 holds all integers up to there
-        raise argparse.ArgumentTypeError(f"expected an integer, as 10000 or 1e4, got {text!r}")
-    return int(value)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-def _methods(text: str) -> tuple[str, ...]:
-    methods = tuple(text.split(","))
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
-    return methods
+    add_quiet(paper)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from ._undisturbed import torchs_own
 # An attribute with more entries is not compared. Up to this size the comparison takes a few hundred microseconds.
 LARGE = 1000
 PLAIN = {type(None), bool, int, float, complex, str, bytes}
+CONTAINERS = {dict, OrderedDict, list, tuple, set, frozenset}
 
 
 def python_state(model: nn.Module, inputs: Any) -> list:
@@ -47,6 +49,8 @@ class _Same:
 def _frozen(value: Any, levels: int, versions: bool) -> Any:
     if type(value) in PLAIN:
         return type(value), value
+    if type(value) in CONTAINERS and not value:  # as most attributes of a module
+        return type(value)
     if isinstance(value, Tensor):
         versions = versions and not isinstance(value, nn.Parameter)
         version = (float("nan") if value.is_inference() else value._version) if versions else 0

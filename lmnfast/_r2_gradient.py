@@ -78,15 +78,17 @@ def of_distant_pairs(
         first, second: (pairs,) int64, or None.
     """
     flat = x.detach().flatten(1)
-    sizes = flat.abs().amax(1)
     if first is not None and second is not None:
+        sizes = flat.abs().amax(1)
         apart = (flat[first] - flat[second]).abs().amax(1)
         return torch.where(apart <= least * torch.maximum(sizes[first], sizes[second]), 0.0, gradient)
-    if len(flat) < 2:
+    if flat.numel() == 0 or len(flat) < 2:
         return gradient
     distances = torch.pdist(flat if flat.dtype == torch.float64 else flat.float(), torch.inf)
-    if distances.min() > least * sizes.max():  # waits on CUDA
+    low, high = flat.aminmax()
+    if float(distances.min()) > least * max(-float(low), float(high)):  # waits on CUDA
         return gradient
+    sizes = flat.abs().amax(1)
     i, j = torch.triu_indices(len(flat), len(flat), 1, device=flat.device)
     close = distances <= least * torch.maximum(sizes[i], sizes[j])
     kept = gradient.clone()

@@ -1,4 +1,4 @@
-"""The command line: ``lmnfast grok``, ``measure``, ``checkpoints``, ``paper``, ``info``."""
+"""The command line: ``lmnfast grok``, ``measure``, ``checkpoints``, ``paper``, ``tiles``, ``solve``, ``plan``, ``info``."""
 
 import signal
 import sys

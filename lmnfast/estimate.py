@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ._differentiable import check_differentiable, mean_curvature, with_graph
+from ._group import ALONE, Group, is_alone, measured_by, refuse_group, sharded_pairs
 from ._kept import html_table
-from ._measured import matrix_of, measured, warn_of_offsets
+from ._measured import matrix_of, warn_of_offsets
 from ._pairs import Moments, check_generator, checked_pairs, draw_pairs, measured_pairs
 from ._samples import checked_samples
 from ._settings import Settings, check_flag, check_level
@@ -108,6 +109,7 @@ def curvature(
     budget: int | None = ...,
     stabiliser: float = ...,
     differentiable: Literal[False] = ...,
+    group: Group = ...,
 ) -> Estimate: ...
 
 
@@ -139,6 +141,7 @@ def curvature(
     budget: int | None = None,
     stabiliser: float = 0.0,
     differentiable: bool = False,
+    group: Group = ALONE,
 ) -> Estimate | Tensor:
     """Mean curvature of f on the samples x: the mean of 1 - r2 over pairs of samples.
 
@@ -155,6 +158,7 @@ def curvature(
         points, rule, budget, stabiliser: as in :func:`connectivity`.
         differentiable: return the value alone, with a graph to x and to all tensors behind f that require grad, as in
             :func:`connectivity`. Of the same samples and pairs it is the same value.
+        group: as in :func:`connectivity`; the pairs are those that its first process draws. Not with `differentiable`.
 
     Returns:
         The `Estimate`, without a unit; differentiable a 0-dim float64 tensor on x's device.
@@ -183,6 +187,7 @@ def curvature(
     """
     settings = Settings("path", points, rule, budget, stabiliser, bool(pooled))
     check_flag("differentiable", differentiable)
+    refuse_group(group, differentiable=differentiable)
     if differentiable:
         check_differentiable(settings)
     x = checked_samples(f, x, detached=not differentiable)
@@ -194,11 +199,14 @@ def curvature(
         warn_of_offsets([found.enqueued])
         return mean_curvature(found.entries)
     if drawn is None:
-        (enqueued,) = measured(f, x, settings)
+        (enqueued,) = measured_by(group, f, x, settings)
         matrix = matrix_of(enqueued, settings.pooled)
         moments = Moments.of_matrix((1 - matrix).fill_diagonal_(0))
     else:
-        enqueued = measured_pairs(f, x, settings, *drawn)
+        if is_alone(group):
+            enqueued = measured_pairs(f, x, settings, *drawn)
+        else:
+            enqueued, drawn = sharded_pairs(f, x, settings, drawn, group)
         entries = matrix_of(enqueued, settings.pooled)
         moments = Moments.of_list(1 - entries.cpu().double(), *drawn, len(x))
     warn_of_offsets([enqueued])

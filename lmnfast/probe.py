@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ._eigenvalues import check_negative
 from ._enqueue import enqueue, on_stream
 from ._extras import required
+from ._group import ALONE, Group, is_alone, sharded
 from ._layers import for_layers
 from ._layout import plain_layout
 from ._observables import Chosen, Values, problem_of, settings_for
@@ -48,7 +49,7 @@ class Probe:
 
     Training with a probe is bit-identical to training without a probe. The exception is a forward pass in eval mode that
     changes things which `_undisturbed.evaluating` does not restore: containers outside the model that hooks fill, files,
-    objects of other classes. A copy of a probe (copy.deepcopy, pickle) has the rows and no writers. A probe works only in the
+    objects of other classes. A copy of a probe (copy.deepcopy, pickle) has only the rows. A probe works only in the
     process that made it.
 
     On CUDA the connectivity is computed on a stream of the probe, while the current stream continues. The weights of a fused
@@ -79,6 +80,7 @@ class Probe:
         stabiliser: as in `connectivity`.
         writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
+        group: as in `connectivity`: all its processes call such a probe at the same steps, and each of them has every row.
 
     Raises:
         ValueError: as `cut`; no layers, a layer named twice, layers and blocks both or neither, every < 1 or without a
@@ -119,8 +121,10 @@ class Probe:
         stabiliser: float = 0.0,
         observables: str | Sequence[str] = (),
         writers: Sequence[Writer] = (),
+        group: Group = ALONE,
     ) -> None:
         schedule, chosen_observables = Schedule(every), Chosen(observables)
+        self._group = None if is_alone(group) else group
         named = chosen(layers, blocks, ("layers", "blocks"))
         argument = "layers" if blocks is None else "blocks"
         how = Cutting(forward, output, until, blocks is not None, batch_dim, compile)
@@ -138,9 +142,8 @@ class Probe:
         self._observables = chosen_observables
         self._settings = settings
         self._negative = negative
-        self._problems: dict[
-            tuple[str, str], str
-        ] = {}  # warnings not given yet, by layer and observable, "" for offsets
+        # Warnings not given yet, by layer and observable, "" for offsets.
+        self._problems: dict[tuple[str, str], str] = {}
         self._warned: set[tuple[str, str]] = set()
         self._how = how
         self._writers = tuple(writers)
@@ -172,8 +175,8 @@ class Probe:
         self._tails: dict[str, tuple[Tail, list]] = {}  # by layer, each with the model's state at its cut
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, deep or by pickle, is a probe of the copied model. It continues with the rows, and has no writers."""
-        own = ("_solver", "_streams", "_tails", "_process", "_rows", "_unread", "_waiting")
+        """A copy, deep or by pickle, is a probe of the copied model. It continues with the rows, without writers or group."""
+        own = ("_solver", "_streams", "_tails", "_process", "_rows", "_unread", "_waiting", "_group")
         kept = {name: value for name, value in vars(self).items() if name not in own}
         return {**kept, "_before": self.history, "_writers": (), "open": self._solver is not None}
 
@@ -181,6 +184,7 @@ class Probe:
         is_open = state.pop("open")
         vars(self).update(state)
         self._rows, self._unread, self._waiting = {}, deque(), deque()
+        self._group = None
         self._start()
         if not is_open:
             self._solver = None
@@ -274,7 +278,7 @@ class Probe:
         kept = self._tails.get(layer)
         pending = None
         try:
-            if kept is not None and kept[1] == state:
+            if kept is not None and kept[1] == state and self._group is None:
                 known = replace(self._how, batch_dim=kept[0].layout or plain_layout(self.inputs))
                 samples, output = run_to(self.model, layer, self.inputs, known)
                 with suppress(Exception):  # this tail may be outdated; only an error with a new tail counts
@@ -290,6 +294,9 @@ class Probe:
 
     def _measure(self, tail: Tail, samples: Tensor, output: Tensor | None) -> Pending:
         """Enqueues the connectivity of a tail. output: the expected outputs; None: not compared."""
+        if self._group is not None:
+            enqueued, _ = sharded(tail.module, samples, self._settings, self._group, known=tail.chain())
+            return Pending(enqueued, None, Values(self._observables), samples, tail.module, self.model)
         stream = self._streams_on(samples.device)[0] if samples.is_cuda else None
         chain = tail.chain()
         enqueued = enqueue(tail.module, samples, self._settings, expected=output, known=chain, stream=stream)

@@ -16,9 +16,10 @@ from ._differentiable import check_differentiable, with_graph
 from ._eigenvalues import by_magnitude, check_fits, check_negative, check_solver, estimated, solved
 from ._enqueue import Enqueued
 from ._entropy import complexity_with_graph
+from ._group import ALONE, Group, measured_by, refuse_group
 from ._kept import formatted, html_table, read_values, write_values
 from ._krylov import ESTIMATOR, interval
-from ._measured import measured, stacked_matrices, warn_of_offsets
+from ._measured import stacked_matrices, warn_of_offsets
 from ._native import Progress
 from ._observables import Chosen, Values, problem_of, settings_for
 from ._observed import Observation, Spectrum
@@ -223,11 +224,19 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def measurement(
-    enqueued: Enqueued, settings: Settings, negative: str = "absolute", solver: str = "dense"
+    enqueued: Enqueued,
+    settings: Settings,
+    negative: str = "absolute",
+    on: torch.device | None = None,
+    solver: str = "dense",
 ) -> Measurement:
-    """Solves or estimates the eigenproblem of a connectivity (N, N) whose checks have passed."""
+    """Solves or estimates the eigenproblem of a connectivity (N, N) whose checks have passed.
+
+    on: where; None: where the matrix is.
+    """
+    L = enqueued.L if on is None else enqueued.L.to(on)
     if solver == "estimate":
-        found = estimated(enqueued.L, negative, stacklevel=4)
+        found = estimated(L, negative, stacklevel=4)
         names = "lmn", "complexity_bits", "negative_share", "standard_error", "bound"
         return Measurement(
             eigenvalues=found.eigenvalues.to(enqueued.L.device),
@@ -236,7 +245,7 @@ def measurement(
             **{name: getattr(found, name) for name in names},
             **unsolved(enqueued, settings, negative),
         )
-    values, by, bits = solved(enqueued.L, negative)
+    values, by, bits = solved(L, negative)
     values = by_magnitude(values) if by == "cuda" else values
     below_zero = values.clamp(max=0).abs().sum() / values.abs().sum()
     # Three numbers in one copy: each copy from a card would wait for it.
@@ -280,6 +289,7 @@ def measure(
     stabiliser: float = 0.0,
     observables: str | Sequence[str] = (),
     solver: str = "dense",
+    group: Group = ALONE,
 ) -> Measurement:
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
 
@@ -294,6 +304,7 @@ def measure(
         solver: "dense": all eigenvalues. "estimate": the measurement has an estimate of the LMN of all samples, with its errors
             and a bar of 1 % or less, in less time and memory from some thousand samples on; see
             :func:`nonlinear_complexity`.
+        group: as in :func:`connectivity`. Every process of the group solves the eigenproblem and returns the whole measurement.
 
     Returns:
         The `Measurement`. LMN has no unit and lies between 1 and N. It carries no autograd graph.
@@ -322,21 +333,24 @@ def measure(
     check_negative(negative)
     check_solver(solver)
     chosen = Chosen(observables)
-    _check_fits(x, solver)
+    _check_fits(x, solver, group)
     settings = settings_for(chosen, Settings(method, points, rule, budget, stabiliser))
-    each = measured(f, x, settings, progress=progress)
+    each = measured_by(group, f, x, settings, progress=progress)
     warn_of_offsets(each)
-    m = measurement(each[0], settings, negative, solver)
+    m = measurement(each[0], settings, negative, solver=solver)
     m, problems = with_observables(m, each[0], chosen, x, f, f if isinstance(f, nn.Module) else None)
     for problem in problems:
         warnings.warn(f"f: {problem}", stacklevel=2)
     return m
 
 
-def _check_fits(x: Tensor, solver: str) -> None:
-    """Raises ValueError for more samples than the dense solver has memory for. Other checks of the samples follow."""
-    if solver == "dense" and isinstance(x, Tensor) and x.dim():
-        check_fits(len(x), x.device, "x", "solver='estimate'")
+def _check_fits(x: Tensor, solver: str, group: Group) -> None:
+    """Raises ValueError for more samples than the dense solver has memory for. Other checks of the samples follow.
+
+    In a group, one process alone must not raise.
+    """
+    if solver == "dense" and group == ALONE and isinstance(x, Tensor) and x.dim():
+        check_fits(len(x), x.device)
 
 
 def with_observables(
@@ -375,6 +389,7 @@ def lmn(
     stabiliser: float = 0.0,
     differentiable: bool = False,
     solver: str = "dense",
+    group: Group = ALONE,
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
 
@@ -388,6 +403,7 @@ def lmn(
         stabiliser: as in :func:`connectivity`; 0 is the definition.
         differentiable: give the number a graph to x and to all tensors behind f that require grad, as in :func:`connectivity`.
         solver: "dense" or "estimate", as in :func:`nonlinear_complexity`. An estimate is of one network, without a graph.
+        group: as in :func:`connectivity`, without `stacked` and `differentiable`.
 
     Returns:
         0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no autograd graph
@@ -416,14 +432,15 @@ def lmn(
     check_negative(negative)
     check_solver(solver, differentiable, stacked is not None)
     if stacked is None and not differentiable:
-        _check_fits(x, solver)
+        _check_fits(x, solver, group)
+    refuse_group(group, stacked=stacked, differentiable=differentiable)
     settings = Settings(method, points, rule, budget, stabiliser)
     if differentiable:
         check_differentiable(settings, stacked)
         found = with_graph(f, x, settings)
         warn_of_offsets([found.enqueued])
         return torch.exp2(complexity_with_graph(found.entries, negative))
-    each = measured(f, x, settings, stacked)
+    each = measured_by(group, f, x, settings, stacked)
     warn_of_offsets(each)
     if solver == "estimate":
         return each[0].L.new_tensor(estimated(each[0].L, negative).lmn, dtype=torch.float64)

@@ -16,7 +16,7 @@ from lmnfast import _commands, cli
 from lmnfast._parser import parser
 from lmnfast.checkpoints import load_inputs
 
-COMMANDS = ("grok", "measure", "checkpoints", "paper", "info")
+COMMANDS = ("grok", "measure", "checkpoints", "paper", "tiles", "solve", "plan", "info")
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -74,9 +74,10 @@ def test_every_help_has_examples_that_are_right(name, capsys, monkeypatch):
         assert parser().parse_args(words).command == name
     sentences = {
         "tasks: modular-addition": {"grok", "paper"},
-        "methods: path is": {"grok", "measure", "checkpoints"},
+        "methods: path is": {"grok", "measure", "checkpoints", "tiles"},
     }
-    for words, commands in (sentences | {"rules: uniform": {"grok", "measure", "checkpoints"}}).items():
+    rules = {"rules: uniform": {"grok", "measure", "checkpoints", "tiles"}}
+    for words, commands in (sentences | rules).items():
         assert (words in text) == (name in commands)
     assert ("--quiet" in text) == (name != "info")
     assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith(" "))
@@ -104,6 +105,17 @@ def test_the_examples_of_checkpoints_run(place, capsys):
     for example in examples_of(help_of("checkpoints", capsys)):
         assert cli.main([*shlex.split(example)[1:], "--samples=20", "--points=5", "--quiet"]) == 0
     assert Path("first-and-last/lmn.csv").exists() and Path("block/lmn.csv").exists()
+    for example in examples_of(help_of("tiles", capsys)):
+        assert cli.main([*shlex.split(example)[1:], "--samples=20", "--points=5", "--quiet"]) == 0
+        assert "tiles in" in capsys.readouterr().out
+    for example in examples_of(help_of("solve", capsys)):
+        assert cli.main(shlex.split(example)[1:]) == 0
+        said = capsys.readouterr()
+        assert re.search(r"^lmn +\d+\.\d+\n", said.out) and "samples           20" in said.out
+        assert said.err.startswith("solver dense, N = 20: ") and len(said.err.splitlines()) == 1
+    for example in examples_of(help_of("plan", capsys)):
+        assert cli.main(shlex.split(example)[1:]) == 0
+        assert capsys.readouterr().out.startswith("N = 20000: 992 tiles, ")
 
 
 @pytest.mark.parametrize(

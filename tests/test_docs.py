@@ -2,10 +2,19 @@
 
 import importlib.util
 import re
+import runpy
+import shlex
+import socket
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from fresh import run_fresh
+
+import lmnfast
+from lmnfast import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -46,6 +55,55 @@ def test_the_penalties_of_training_loops_run(tmp_path, monkeypatch, capsys):
                 exec(code, names)
             value = float(re.findall(r"\d\.\d+(?:e-\d+)?", capsys.readouterr().out)[-1])
             assert 0 < value < 1, needed
+
+
+def test_two_processes_print_what_the_page_on_many_samples_says(tmp_path):
+    """As torchrun starts them, which only sets these variables."""
+    page = (ROOT / "docs/scale.md").read_text()
+    script = re.search(r"```python\n(# sharded.py\n.*?)```", page, re.DOTALL)[1]
+    said = re.search(r"```text\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    (tmp_path / "sharded.py").write_text(script)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    places = [tmp_path / str(rank) for rank in range(2)]
+    for place in places:
+        place.mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(
+            lambda rank: run_fresh(tmp_path / "sharded.py", places[rank], **shared, RANK=str(rank)), range(2)
+        )
+    printed = []
+    for one in done:
+        assert one.returncode == 0, one.stderr
+        printed += one.stdout.splitlines()
+    assert printed == said
+
+
+def test_the_commands_of_the_page_on_many_samples_run(place, capsys):
+    page = (ROOT / "docs/scale.md").read_text()
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/checkpoints.md").read_text(), re.DOTALL)[1]
+    Path("digits.py").write_text(code)
+    runpy.run_path("digits.py", run_name="__main__")
+    commands = [
+        line.removesuffix(" &")
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("lmnfast ")
+    ]
+    assert [command.split()[1] for command in commands] == ["plan", "plan", "tiles", "tiles", "solve"]
+    for command in commands:
+        assert cli.main([*shlex.split(command)[1:], "--quiet"]) == 0
+    assert "samples           100" in capsys.readouterr().out
+    f, x = (
+        torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.SiLU(), torch.nn.Linear(9, 3)),
+        torch.randn(50, 4),
+    )
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1].replace('"many"', '"again"')
+    names = {"lmnfast": lmnfast, "f": f, "x": x}
+    exec(code, names)
+    assert names["m"] == lmnfast.measure(f, x, points=9, rule="lobatto")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -135,7 +135,7 @@ def test_the_settings_are_written_and_another_one_is_refused(tmp_path):
     for change, message in (
         ({"penalty_weight": 0.2}, "penalty_weight is 0.1 there, 0.2 here"),
         ({"penalty_samples": 9}, "penalty_samples is 8 there, 9 here"),
-        ({"penalty_every": 2}, "penalty_every is 1 there, 2 here"),
+        ({"penalty_every": 2}, "penalty_every is 4 there, 2 here"),
         ({"penalty": "lmn"}, "penalty is jacobian_norm there, lmn here"),
     ):
         with pytest.raises(ValueError, match=message):

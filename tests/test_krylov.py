@@ -295,22 +295,18 @@ def test_an_estimate_has_no_graph_and_is_of_one_matrix(network):
 
 def test_too_many_samples_for_the_dense_solver_are_refused_before_any_work(network, monkeypatch):
     f, x = network
-    monkeypatch.setattr(_eigenvalues, "memory_of", lambda device: 16 * 599**2)
-
-    def network(x):
-        pytest.fail("called")
-
+    monkeypatch.setattr(_eigenvalues, "available", lambda device: 16 * 599**2)
+    monkeypatch.setattr(_eigenvalues, "LARGE", 500)
+    message = "solver: 'dense' needs 5.76 MB of memory for N = 600, and 5.74 MB are free on cpu; expected solver 'estimate'"
     for call in (lmnfast.measure, lmnfast.lmn):
-        with pytest.raises(
-            ValueError, match="x: the dense solver takes .* 600 samples.*; solver='estimate' needs"
-        ):
-            call(network, x)
-    with pytest.raises(ValueError, match="the dense solver takes"):
+        with pytest.raises(ValueError, match=message):
+            call(lambda x: pytest.fail("called"), x)
+    with pytest.raises(ValueError, match=message):
         lmnfast.linear_mapping_number(torch.eye(600))
     assert lmnfast.measure(f, x[:599], points=3).samples == 599
     assert lmnfast.measure(f, x, points=3, solver="estimate").samples == 600
 
 
-def test_the_memory_of_this_machine_is_known():
-    memory = _eigenvalues.memory_of(torch.device("cpu"))
-    assert memory is None or 2**28 < memory < 2**46
+def test_tiles_of_a_folder_are_estimated(network, tmp_path, measured):
+    lmnfast.tiles(*network, tmp_path / "tiles", points=7, rule="lobatto")
+    assert lmnfast.solve(tmp_path / "tiles", solver="estimate", device="cpu") == measured

@@ -129,6 +129,18 @@ inline V smaller(V a, V b) {
   return b < a ? b : a;
 }
 
+/// result[lane] = v[from[lane]]
+template <class V>
+inline V permuted(V v, Bits<V> from) {
+#if defined(__clang__)
+  V result;
+  for (int lane = 0; lane < kLanes<Scalar<V>>; ++lane) result[lane] = v[from[lane]];
+  return result;
+#else
+  return __builtin_shuffle(v, from);
+#endif
+}
+
 /// Whether any lane's bits are set.
 template <class V>
 inline bool any(Bits<V> mask) {

@@ -160,6 +160,42 @@ def measure_checkpoints(
     return table.rows
 
 
+def tail_at(
+    model: Callable[[], nn.Module] | str,
+    inputs: Any,
+    layer: str | None = None,
+    block: str | None = None,
+    *,
+    checkpoint: str | None = None,
+    until: str | None = None,
+    forward: Forward | str = None,
+    output: Output = None,
+    batch_dim: int | None = None,
+    key: str | None = None,
+    device: str = "auto",
+    trust: bool = False,
+) -> tuple[nn.Module, Tensor]:
+    """The tail of a model behind a layer, or a block, and its samples, as `measure_checkpoints` measures them.
+
+    checkpoint: a file with weights. None: those that the factory gives. Other arguments and errors as in
+    `measure_checkpoints`.
+    """
+    name = chosen(layer, block, ("layer", "block"))
+    assert isinstance(name, str)
+    call = imported(forward, "forward", "function") if isinstance(forward, str) else forward
+    how = Cutting(call, output, until, block is not None, batch_dim)
+    network = made(model)
+    how.check(network)
+    if checkpoint is not None:
+        (path,) = find_checkpoints([checkpoint])
+        load_state(network, read_state(path, key, trust=trust), path)
+    network, inputs = _on_device(network, inputs, settled_device(device))
+    try:
+        return cut_at(network, name, inputs, how)
+    except Exception as error:  # the user's model can raise any error
+        raise ValueError(f"{name!r}: {in_one_line(error)}{_hint(error, inputs)}") from error
+
+
 def _names(
     model: nn.Module,
     inputs: Any,

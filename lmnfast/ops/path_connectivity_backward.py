@@ -204,11 +204,12 @@ class _Raw:
         return [product.view(shape) for product, shape in zip(each, shapes)]
 
     def gradients(self, parts: Hoisted) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Those in z, weights, biases and shifts, of complete results. An op's results may not share their memory."""
-        sums = self.sums_of()
+        """Those in z, weights, biases and shifts, of complete results. An op's results may not share their memory, so all but
+        the first of those that lie in one tensor are copies."""
+        sums, products = self.sums_of(), self.products_of()
         biases = [sums[2 * n + 2].sum(0) for n, bias in enumerate(parts.biases) if bias is not None]
         shifts = [sums[v].clone() for v, shift in enumerate(parts.shifts) if shift is not None]
-        return sums[0].clone(), [product.clone() for product in self.products_of()], biases, shifts
+        return sums[0], [*products[:1], *(product.clone() for product in products[1:])], biases, shifts
 
     def sums_of(self) -> dict[int, Tensor]:
         """(samples, width), by the value's number."""

@@ -5,7 +5,7 @@
 // The order of every sum is fixed. A task's sums over pairs are in T. They are added, in double, to the sums of the task's
 // slot. A task's slot depends on its number alone, and the slots' sums are added in order, so the thread count changes no bit.
 #pragma once
-#include "kept.h"
+#include "at_samples.h"
 
 namespace lmn {
 namespace {
@@ -238,28 +238,68 @@ void differentiate_list(const Backward<T>& b, const Plan<T>& plan, Scratch<T>& s
   scatter<T>(b, slot, own.second_sums, count, [&](int lane) { return op.second[begin + lane]; });
 }
 
+/// The rows of a task in front of its triangle.
 template <class T>
 void differentiate_rows(const Backward<T>& b, const Plan<T>& plan, Scratch<T>& s, const BackwardScratch<T>& own,
                         const Slot& slot, Tile tile, Tasks& tasks) {
   const PathConnectivityBackward<T>& op = b.op;
-  const std::int64_t block = tile.block, begin = tile.rows * plan.rows, start = block * kLanes<T>;
-  begin_rows(plan, s, tile.rows, block);
-  clear<T>(own.second_sums, b.units + plan.outputs);
-  for (std::int64_t i = begin; i < at_most(at_most(begin + plan.rows, op.samples), start + kLanes<T>); ++i) {
+  const std::int64_t block = tile.block, start = block * kLanes<T>;
+  for (std::int64_t i = tile.rows * plan.rows; i < tile.end(plan); ++i) {
     if (!tasks.go_on()) return;
     take_row<false>(plan, s, i);
     clear<T>(own.first_sums, b.units + plan.outputs);
     Vector<T> gradient{};
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
+    for (int lane = 0; lane < kLanes<T> && start + lane < op.samples; ++lane) {
       const std::int64_t j = start + lane;
-      if (j > i && j < op.samples) gradient[lane] = op.gradient[i * op.samples + j] + op.gradient[j * op.samples + i];
+      gradient[lane] = op.gradient[i * op.samples + j] + op.gradient[j * op.samples + i];
     }
     write_row(plan, s, i, block, differentiate(b, plan, s, own, i, block, gradient));
     each_sum(b, slot, [&](std::int64_t from, std::int64_t width, double* rows) {
       add_lanes<T>(own.first_sums + from, width, rows + i * width);
     });
   }
-  scatter<T>(b, slot, own.second_sums, int(at_most(kLanes<T>, op.samples - start)), [&](int lane) { return start + lane; });
+}
+
+/// The pairs among the samples of a task's block. Adds their sums to those of the rows' second samples.
+template <class T>
+void differentiate_triangle(const Backward<T>& b, const Plan<T>& plan, Scratch<T>& s, const BackwardScratch<T>& own,
+                            std::int64_t block, Tasks& tasks) {
+  using V = Vector<T>;
+  const PathConnectivityBackward<T>& op = b.op;
+  const std::int64_t start = block * kLanes<T>, samples = at_most(kLanes<T>, op.samples - start),
+                     units = b.units + plan.outputs;
+  BackwardScratch<T> step_own = own;
+  step_own.second_sums = own.step_sums;
+  for (std::int64_t step = 1; step <= samples / 2; ++step) {
+    if (!tasks.go_on()) return;
+    take_step<false>(plan, s, block, samples, step);
+    const Pairing<T>& pairing = s.pairing;
+    clear<T>(own.first_sums, units);
+    clear<T>(own.step_sums, units);
+    V gradient{}, starts{};  // starts: 1 where the lane's own sample is the first of its pair
+    for (int lane = 0; pairing.has(lane) && lane < kLanes<T>; ++lane) {
+      const std::int64_t i = start + pairing.lower[lane], j = start + pairing.upper[lane];
+      gradient[lane] = op.gradient[i * op.samples + j] + op.gradient[j * op.samples + i];
+      starts[lane] = i == start + lane;
+    }
+    write_step(plan, s, start, differentiate(b, plan, s, step_own, 0, block, gradient));
+    for (std::int64_t n = 0; n < units; ++n) {
+      const V first = own.first_sums[n], second = own.step_sums[n];
+      const V of_lane = starts > V{} ? first : second, of_partner = starts > V{} ? second : first;
+      own.second_sums[n] += of_lane + permuted(of_partner, pairing.back);
+    }
+  }
+}
+
+template <class T>
+void differentiate_tile(const Backward<T>& b, const Plan<T>& plan, Scratch<T>& s, const BackwardScratch<T>& own,
+                        const Slot& slot, Tile tile, Tasks& tasks) {
+  const std::int64_t start = tile.block * kLanes<T>;
+  begin_tile(plan, s, tile);
+  clear<T>(own.second_sums, b.units + plan.outputs);
+  differentiate_rows(b, plan, s, own, slot, tile, tasks);
+  if (tile.has_triangle(plan)) differentiate_triangle(b, plan, s, own, tile.block, tasks);
+  scatter<T>(b, slot, own.second_sums, int(at_most(kLanes<T>, b.op.samples - start)), [&](int lane) { return start + lane; });
 }
 
 /// Adds the products of a task to those of its slot, and clears them.
@@ -301,101 +341,6 @@ void add_slots(const Backward<T>& b, const Plan<T>& plan, int threads) {
   add(b.op.ends, b.end_count(), &Slot::ends, 0, outputs, false);
 }
 
-// ---- at the samples ----
-
-/// Multiplies the adjoints of a sample by the slopes of a layer's activation.
-template <class T>
-void multiply_slopes(const Layer<T>& layer, std::int64_t sample, double* adjoint) {
-  const T* z = layer.z + sample / kLanes<T> * layer.width * kLanes<T> + sample % kLanes<T>;
-  with_kind(layer.activation.kind, [&](auto kind) {
-    for (std::int64_t unit = 0; unit < layer.width; unit += kLanes<double>) {
-      const int count = int(at_most(kLanes<double>, layer.width - unit));
-      D own{};
-      for (int n = 0; n < count; ++n) own[n] = double(z[(unit + n) * kLanes<T>]);
-      own = derivative<decltype(kind)::value>(own, layer.activation.alpha, layer.activation.beta);
-      for (int n = 0; n < count; ++n) adjoint[unit + n] *= own[n];
-    }
-  });
-}
-
-/// exchange() at a sample, and the adjoint's part of the value's sums.
-template <class T>
-void arrive(const Backward<T>& b, const Plan<T>& plan, const bool* waits, int value, std::int64_t sample, double* adjoint) {
-  const std::int64_t width = b.op.widths[value / 2], row = sample * plan.widest, all = b.op.samples * plan.widest;
-  if (b.source[value] >= 0 && waits[value]) {
-    const double* waiting = b.pending + b.source[value] * all + row;
-    for (std::int64_t n = 0; n < width; ++n) adjoint[n] += waiting[n];
-  }
-  const int added = b.op.skips ? b.op.skips[value] : -1;
-  if (added >= 0) {
-    double* waiting = b.pending + b.source[added] * all + row;
-    for (std::int64_t n = 0; n < width; ++n) waiting[n] = waits[added] ? waiting[n] + adjoint[n] : adjoint[n];
-  }
-  if (b.summed[value] < 0) return;
-  double* sums = b.op.sums + b.summed[value] * b.op.samples + sample * width;
-  for (std::int64_t n = 0; n < width; ++n) sums[n] += adjoint[n];
-}
-
-/// Adds to the sums and to the products what depends on a sample alone: the adjoints at the samples themselves (`ends`), which
-/// go back through the layers; and the part of the products that belongs to the chords, the sums times the inputs' values.
-template <class T>
-void go_back_at_samples(const Backward<T>& b, const Plan<T>& plan, int threads) {
-  const PathConnectivityBackward<T>& op = b.op;
-  const std::int64_t outputs = plan.outputs;
-  bool* const waits = b.scratch[0].waits;
-  for (int value = 0; value < 2 * (op.layers + 1); ++value) waits[value] = false;
-  double *adjoints = b.adjoint, *before = b.before, *products = op.products + b.product_count;
-  for (std::int64_t i = 0; i < op.samples; ++i) {
-    memcpy(adjoints + i * plan.widest, op.ends + i * outputs, std::size_t(outputs) * sizeof(double));
-  }
-  for (int l = op.layers; l >= 0; --l) {
-    const Layer<T>& layer = plan.layers[l];
-    const bool bends = layer.activation.kind != ActivationKind::kIdentity;
-    const std::int64_t width = layer.width, inputs = l > 0 ? op.widths[l - 1] : 0;
-    const T* const weights = l > 0 ? op.weights[l - 1] : nullptr;
-    const auto leave = [&](int value) {
-      if (op.skips && op.skips[value] >= 0) waits[op.skips[value]] = true;
-    };
-    if (bends) {
-#pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * width))
-      for (std::int64_t i = 0; i < op.samples; ++i) {
-        arrive(b, plan, waits, 2 * l + 1, i, adjoints + i * plan.widest);
-        multiply_slopes(layer, i, adjoints + i * plan.widest);
-      }
-      leave(2 * l + 1);
-    }
-#pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * width * (1 + inputs)))
-    for (std::int64_t i = 0; i < op.samples; ++i) {
-      double* const adjoint = adjoints + i * plan.widest;
-      arrive(b, plan, waits, 2 * l, i, adjoint);
-      if (l == 0) continue;
-      double *const next = before + i * plan.widest, *const own = b.inputs + i * inputs;
-      const Layer<T>& earlier = plan.layers[l - 1];
-      const T* v = earlier.v + i / kLanes<T> * inputs * kLanes<T> + i % kLanes<T>;
-      for (std::int64_t n = 0; n < inputs; ++n) next[n] = 0, own[n] = double(v[n * kLanes<T>]);
-      for (std::int64_t k = 0; k < width; ++k) {
-        const T* row = weights + k * inputs;
-        for (std::int64_t n = 0; n < inputs; ++n) next[n] += adjoint[k] * double(row[n]);
-      }
-    }
-    leave(2 * l);
-    if (l == 0) break;
-    products -= width * inputs;
-    const double* const sums = op.sums + b.summed[2 * l] * op.samples;
-#pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * width * inputs))
-    for (std::int64_t k = 0; k < width; ++k) {
-      double* const row = products + k * inputs;
-      for (std::int64_t i = 0; i < op.samples; ++i) {
-        const double sum = sums[i * width + k];
-        for (std::int64_t n = 0; n < inputs; ++n) row[n] += sum * b.inputs[i * inputs + n];
-      }
-    }
-    double* const swapped = adjoints;
-    adjoints = before;
-    before = swapped;
-  }
-}
-
 // ---- a call ----
 
 template <class T>
@@ -435,10 +380,10 @@ void gradients_on(const PathConnectivityBackward<T>& op, int threads) {
       // A slot's tasks follow each other, so that most of them share a table of first samples.
       for (std::int64_t task = count * n / b.slots; task < count * (n + 1) / b.slots; ++task) {
         if (!tasks.go_on()) break;
-        if (plan.paired()) {
+        if (plan.lists()) {
           differentiate_list(b, plan, scratch, own, slot, task * kLanes<T>);
         } else {
-          differentiate_rows(b, plan, scratch, own, slot, Tile(plan, task), tasks);
+          differentiate_tile(b, plan, scratch, own, slot, Tile(plan, task), tasks);
         }
         add_products(b, own, slot);
         tasks.count_one();

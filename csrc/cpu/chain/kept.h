@@ -15,14 +15,16 @@ constexpr std::int64_t kSlotBytes = std::int64_t(1) << 26;  // of all slots, if 
 template <class T>
 struct BackwardScratch {
   using V = Vector<T>;
-  V **panels, **slopes;         // [layers + 1], of all nodes: [parts][width][nodes of the part]
-  V *adjoint, *before;          // [width][nodes of a part]
-  V* pending;                   // [values that are added][width][nodes of a part], adjoints that wait for their value
-  bool* waits;                  // [values], whether there is one
-  V *along, *across;            // [outputs], P and Q of csrc/ops.h
-  V *first_sums, *second_sums;  // [units that are summed, then outputs]; of the row, and of the task
-  T* turned;                    // a panel, turned
-  T** products;                 // [layers], outer products of the task, laid out as outer_size() says
+  V **panels, **slopes;  // [layers + 1], of all nodes: [parts][width][nodes of the part]
+  V *adjoint, *before;   // [width][nodes of a part]
+  V* pending;            // [values that are added][width][nodes of a part], adjoints that wait for their value
+  bool* waits;           // [values], whether there is one
+  V *along, *across;     // [outputs], P and Q of csrc/ops.h
+  // [units that are summed, then outputs]: of the row's or the step's first samples, of the step's second ones, and of the
+  // samples of the task's block
+  V *first_sums, *step_sums, *second_sums;
+  T* turned;     // a panel, turned
+  T** products;  // [layers], outer products of the task, laid out as outer_size() says
 };
 
 /// Sums of one slot, laid out as the op's results.
@@ -121,6 +123,7 @@ Backward<T> make_backward(const PathConnectivityBackward<T>& op, const Plan<T>& 
     s.along = arena.take<V>(plan.outputs);
     s.across = arena.take<V>(plan.outputs);
     s.first_sums = arena.take<V>(b.units + plan.outputs);
+    s.step_sums = arena.take<V>(b.units + plan.outputs);
     s.second_sums = arena.take<V>(b.units + plan.outputs);
     s.turned = arena.take<T>(most_turned * kBlockColumns * kLanes<T>);
     if (arena.base) b.scratch[thread] = s;
@@ -156,19 +159,10 @@ struct Part {
 template <class T>
 void first_residuals(const Plan<T>& plan, const Scratch<T>& s, const Ends<T>& ends, std::int64_t i, Part part, Vector<T>* panel,
                      Vector<T>* slopes) {
+  if (plan.separable) return separated<true>(plan, s, ends, i, part.begin, part.columns, panel, slopes);
   const Layer<T>& layer = plan.layers[0];
-  const int interior = plan.op.nodes.interior;
   with_kind(layer.activation.kind, [&](auto kind) {
     constexpr ActivationKind kKind = kind.value;
-    if constexpr (is_separable(kKind)) {
-      if (plan.separable) {
-        const T* first_table = s.first_table + (i % plan.rows * interior + part.begin) * whole_vectors<T>(layer.width);
-        return with_size<kBlockColumns>(part.columns, [&](auto count) {
-          separated_residuals<T, kKind, decltype(count)::value, true>(ends, plan.t + part.begin, first_table,
-                                                                      s.second_table + part.begin, interior, panel, slopes);
-        });
-      }
-    }
     if constexpr (kKind == ActivationKind::kIdentity) {
       residuals<T, kKind, false>(ends, layer.activation, plan.t + part.begin, part.columns, panel);
     } else {

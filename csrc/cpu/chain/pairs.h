@@ -1,10 +1,10 @@
-// The pairs: r2 along the paths from one first sample to a vector of second samples, one lane per second sample, or along the
-// paths of a list of pairs, one lane per pair. A few nodes
-// are handled at a time. The chord residuals of the hidden units form a panel in L1. The packed weights carry the panel from
-// layer to layer. The last layer's products go from the accumulators straight into the moments of each output.
+// The pairs: r2 along the paths from one first sample to a vector of second samples, one lane per second sample; among the
+// samples of one vector, a triangle of pairs, one lane per pair; or along the paths of a list of pairs, one lane per pair.
+// A few nodes are handled at a time. The chord residuals of the hidden units form a panel in L1. The packed weights carry the
+// panel from layer to layer. The last layer's products go from the accumulators straight into the moments of each output.
 // path_connectivity and hermite_connectivity call connectivity_on().
 #pragma once
-#include "samples.h"
+#include "tables.h"
 
 namespace lmn {
 namespace {
@@ -27,7 +27,7 @@ void join_residuals(const Plan<T>& plan, const Scratch<T>& s, int value, Vector<
 template <class T>
 Ends<T> ends_of(const Plan<T>& plan, const Scratch<T>& s, int l, std::int64_t before, std::int64_t block) {
   const Layer<T>& layer = plan.layers[l];
-  if (plan.paired()) {
+  if (s.paired) {
     const std::int64_t at = before * kLanes<T>;
     T* const* values = s.gathered;
     return {values[0] + at, values[1] + at, values[2] + at, values[3] + at, values[4] + at, values[5] + at, layer.width, true};
@@ -43,7 +43,7 @@ Ends<T> ends_of(const Plan<T>& plan, const Scratch<T>& s, int l, std::int64_t be
           false};
 }
 
-/// Moments of all outputs along the paths from sample i to the block's lanes.
+/// Moments of all outputs along the paths from sample i to the block's lanes, or of the lanes' own pairs.
 template <class T>
 void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std::int64_t block) {
   const PathConnectivity<T>& op = plan.op;
@@ -61,16 +61,7 @@ void path_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std:
       const Layer<T>& layer = plan.layers[l];
       const Ends<T> ends = ends_of(plan, s, l, before, block);
       if (l == 0 && plan.separable) {
-        const T* first_table = s.first_table + (i % plan.rows * interior + begin) * whole_vectors<T>(layer.width);
-        with_kind(layer.activation.kind, [&](auto kind) {
-          constexpr ActivationKind kKind = kind.value;
-          if constexpr (is_separable(kKind)) {
-            with_size<kBlockColumns>(columns, [&](auto count) {
-              constexpr int kC = decltype(count)::value;
-              separated_residuals<T, kKind, kC>(ends, t, first_table, s.second_table + begin, interior, panel);
-            });
-          }
-        });
+        separated<false>(plan, s, ends, i, begin, columns, panel, static_cast<Vector<T>*>(nullptr));
       } else if (l == 0) {
         with_kind(layer.activation.kind,
                   [&](auto kind) { residuals<T, kind.value, false>(ends, layer.activation, t, columns, panel); });
@@ -151,36 +142,6 @@ void polynomial_moments(const Plan<T>& plan, const Scratch<T>& s, std::int64_t b
   }
 }
 
-// ---- tables of exponentials ----
-
-template <class T>
-void fill_second_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
-  const T factor = exponent_factor<T>(plan.op.activations[0].kind);
-  const int interior = plan.op.nodes.interior;
-  const Layer<T>& layer = plan.layers[0];
-  for (std::int64_t unit = 0; unit < layer.width; ++unit) {
-    const Vector<T> z = load<Vector<T>>(layer.z + (block * layer.width + unit) * kLanes<T>);
-    for (int m = 0; m < interior; ++m) s.second_table[unit * interior + m] = exp(z * (-factor * plan.t[m]));
-  }
-}
-
-template <class T>
-void fill_first_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t begin, std::int64_t end) {
-  using V = Vector<T>;
-  const T factor = exponent_factor<T>(plan.op.activations[0].kind);
-  const std::int64_t width = plan.op.widths[0];
-  T* row = s.first_table;
-  for (const T* z = plan.op.z + begin * width; z < plan.op.z + end * width; z += width) {
-    for (int m = 0; m < plan.op.nodes.interior; ++m, row += whole_vectors<T>(width)) {
-      const V share = splat<V>(plan.t[m] - 1);
-      for (std::int64_t unit = 0; unit < width; unit += kLanes<T>) {
-        const V value = load_partial<V>(z + unit, at_most(kLanes<T>, width - unit));
-        store<V>(row + unit, exp(value * factor * share));
-      }
-    }
-  }
-}
-
 /// 1 in each lane whose two samples are close (see kCloseSamples), 0 in the other lanes.
 template <class T>
 Vector<T> close_samples(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
@@ -205,7 +166,7 @@ struct OutputEnds {
   const T *second_y, *second_y_low, *second_rounding;  // [outputs][lanes]
   bool paired;
 
-  OutputEnds(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std::int64_t block) : paired(plan.paired()) {
+  OutputEnds(const Plan<T>& plan, const Scratch<T>& s, std::int64_t i, std::int64_t block) : paired(s.paired) {
     if (paired) {
       T* const* ends = s.gathered_ends;
       first_y = ends[0], first_y_low = ends[1], first_rounding = ends[2];
@@ -286,7 +247,7 @@ void write_row(const Plan<T>& plan, Scratch<T>& s, std::int64_t i, std::int64_t 
   const PathConnectivity<T>& op = plan.op;
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     const std::int64_t j = block * kLanes<T> + lane;
-    if (j <= i || j >= op.samples) continue;
+    if (j >= op.samples) break;
     op.connectivity[i * op.samples + j] = op.connectivity[j * op.samples + i] = entries.r2[lane];
     if (op.pooled) op.pooled[i * op.samples + j] = op.pooled[j * op.samples + i] = entries.pooled[lane];
     count_pair(entries, lane, s.counts);
@@ -344,18 +305,10 @@ void run_list(const Plan<T>& plan, Scratch<T>& s, std::int64_t begin) {
 
 // ---- all pairs ----
 
-/// Fills the tables of exponentials for the first samples of a task and a block of lanes.
-template <class T>
-void begin_rows(const Plan<T>& plan, Scratch<T>& s, std::int64_t rows, std::int64_t block) {
-  if (!plan.separable) return;
-  fill_second_table(plan, s, block);
-  if (s.table_rows != rows) fill_first_table(plan, s, rows * plan.rows, at_most((rows + 1) * plan.rows, plan.op.samples));
-  s.table_rows = rows;
-}
-
 /// Makes sample i the first sample of the paths.
 template <bool kStencil, class T>
 void take_row(const Plan<T>& plan, Scratch<T>& s, std::int64_t i) {
+  s.paired = false;
   s.first_z = plan.row_z + i * plan.total_width;
   s.first_a = plan.row_a + i * plan.total_width;
   s.first_slope = kStencil ? plan.row_slope + i * plan.total_width : nullptr;
@@ -373,7 +326,68 @@ struct Tile {
     while (task >= plan.lane_blocks - rows * blocks) task -= plan.lane_blocks - rows++ * blocks;
     block = rows * blocks + task;
   }
+  /// The rows of the task whose samples come before those of the block: each has a pair in every lane.
+  template <class T>
+  std::int64_t end(const Plan<T>& plan) const {
+    return at_most(at_most((rows + 1) * plan.rows, block * kLanes<T>), plan.op.samples);
+  }
+  /// Whether the block's own samples are among the task's first samples: their pairs are a triangle.
+  template <class T>
+  bool has_triangle(const Plan<T>& plan) const {
+    return block * kLanes<T> < (rows + 1) * plan.rows;
+  }
 };
+
+/// Fills the tables of exponentials for a task.
+template <class T>
+void begin_tile(const Plan<T>& plan, Scratch<T>& s, Tile tile) {
+  if (!plan.separable) return;
+  const std::int64_t begin = tile.rows * plan.rows;
+  fill_second_table(plan, s, tile.block);
+  if (tile.has_triangle(plan)) fill_lanes_table(plan, s, tile.block);
+  if (s.table_rows == tile.rows || tile.end(plan) == begin) return;
+  fill_first_table(plan, s, begin, at_most(begin + plan.rows, plan.op.samples));
+  s.table_rows = tile.rows;
+}
+
+/// Makes the lanes' pairs those of a step among the block's samples, see Pairing.
+template <bool kStencil, class T>
+void take_step(const Plan<T>& plan, Scratch<T>& s, std::int64_t block, std::int64_t samples, std::int64_t step) {
+  using V = Vector<T>;
+  s.paired = true;
+  s.pairing = Pairing<T>(samples, step);
+  const Bits<V> lower = s.pairing.lower, upper = s.pairing.upper;
+  const auto spread = [&](const T* from, std::int64_t width, T* first, T* second) {
+    from += block * width * kLanes<T>;
+    for (std::int64_t n = 0; n < width * kLanes<T>; n += kLanes<T>) {
+      const V own = load<V>(from + n);
+      store<V>(first + n, permuted(own, lower));
+      store<V>(second + n, permuted(own, upper));
+    }
+  };
+  std::int64_t at = 0;
+  for (int l = 0; l <= plan.op.layers; ++l) {
+    const Layer<T>& layer = plan.layers[l];
+    spread(layer.z, layer.width, s.gathered[0] + at, s.gathered[3] + at);
+    spread(layer.a, layer.width, s.gathered[1] + at, s.gathered[4] + at);
+    if (kStencil) spread(layer.slope, layer.width, s.gathered[2] + at, s.gathered[5] + at);
+    at += layer.width * kLanes<T>;
+  }
+  const T* const outputs[] = {plan.y, plan.y_low, plan.rounding};
+  for (int n = 0; n < 3; ++n) spread(outputs[n], plan.outputs, s.gathered_ends[n], s.gathered_ends[3 + n]);
+}
+
+/// Writes the entries of a step among the samples from `start` on.
+template <class T>
+void write_step(const Plan<T>& plan, Scratch<T>& s, std::int64_t start, const Entries<T>& entries) {
+  const PathConnectivity<T>& op = plan.op;
+  for (int lane = 0; s.pairing.has(lane) && lane < kLanes<T>; ++lane) {
+    const std::int64_t i = start + s.pairing.lower[lane], j = start + s.pairing.upper[lane];
+    op.connectivity[i * op.samples + j] = op.connectivity[j * op.samples + i] = entries.r2[lane];
+    if (op.pooled) op.pooled[i * op.samples + j] = op.pooled[j * op.samples + i] = entries.pooled[lane];
+    count_pair(entries, lane, s.counts);
+  }
+}
 
 /// The number of tasks: tiles, or vectors of pairs.
 template <class T>
@@ -386,17 +400,26 @@ std::int64_t tasks_of(const PathConnectivity<T>& op) {
 template <bool kStencil, class T>
 void run_tile(const Plan<T>& plan, Scratch<T>& s, Tile tile, Tasks& tasks) {
   constexpr std::int64_t kRowsBetween = 8;  // between two looks at the clock: a task of a wide, deep chain may take seconds
-  const std::int64_t begin = tile.rows * plan.rows, end = at_most(begin + plan.rows, plan.op.samples), block = tile.block;
-  begin_rows(plan, s, tile.rows, block);
-  for (std::int64_t i = begin; i < at_most(end, (block + 1) * kLanes<T>); ++i) {
-    if (i % kRowsBetween == 0 && !tasks.go_on()) return;
-    take_row<kStencil>(plan, s, i);
+  const std::int64_t begin = tile.rows * plan.rows, end = tile.end(plan), block = tile.block;
+  const auto entries = [&](std::int64_t i) {
     if constexpr (kStencil) {
       polynomial_moments(plan, s, block);
     } else {
       path_moments(plan, s, i, block);
     }
-    write_row(plan, s, i, block, entries_of(plan, s, i, block));
+    return entries_of(plan, s, i, block);
+  };
+  begin_tile(plan, s, tile);
+  for (std::int64_t i = begin; i < end; ++i) {
+    if (i % kRowsBetween == 0 && !tasks.go_on()) return;
+    take_row<kStencil>(plan, s, i);
+    write_row(plan, s, i, block, entries(i));
+  }
+  if (!tile.has_triangle(plan) || !tasks.go_on()) return;
+  const std::int64_t start = block * kLanes<T>, samples = at_most(kLanes<T>, plan.op.samples - start);
+  for (std::int64_t step = 1; step <= samples / 2; ++step) {
+    take_step<kStencil>(plan, s, block, samples, step);
+    write_step(plan, s, start, entries(0));
   }
 }
 
@@ -421,7 +444,7 @@ bool fill_plan(Plan<T>& plan, int threads, Tasks& tasks) {
 #pragma omp parallel for num_threads(threads) if (worth_threads(op.samples * plan.total_width))
   for (std::int64_t i = 0; i < op.samples; ++i) fill_rows(plan, i);
   if (plan.separable) plan.separable = separates(op.activations[0].kind, op.z, op.samples * op.widths[0]);
-  for (std::int64_t i = 0; !plan.paired() && i < op.samples; ++i) {
+  for (std::int64_t i = 0; !plan.lists() && i < op.samples; ++i) {
     op.connectivity[i * (op.samples + 1)] = T(1);
     if (op.pooled) op.pooled[i * (op.samples + 1)] = T(1);
   }
@@ -450,7 +473,7 @@ void connectivity_on(const PathConnectivity<T>& op, const Stencil<T>& stencil, i
 #pragma omp for schedule(dynamic)
     for (std::int64_t n = 0; n < count; ++n) {
       if (!tasks.go_on()) continue;
-      if (plan.paired()) {
+      if (plan.lists()) {
         run_list<kStencil>(plan, scratch, n * kLanes<T>);
       } else {
         run_tile<kStencil>(plan, scratch, Tile(plan, n), tasks);

@@ -29,6 +29,29 @@ struct Layer {
   T* packed = nullptr;    // weights into this layer, [blocks of kBlockRows][width of the layer before][rows of the block]
 };
 
+/// Pairs among the samples of one block of lanes: those of each lane's sample and the sample `step` lanes further, where the
+/// first of `samples` lanes follows the last. Steps 1 to samples / 2 have every pair of the block in one lane, the half of the
+/// vectors that a row for each sample would take.
+template <class T>
+struct Pairing {
+  std::int64_t samples = 0, step = 0;
+  Bits<Vector<T>> lower{}, upper{};   // the lanes of the first and of the second sample of each lane's pair
+  Bits<Vector<T>> partner{}, back{};  // the lane that is `step` further, and the one that is `step` before
+
+  Pairing() = default;
+  Pairing(std::int64_t samples, std::int64_t step) : samples(samples), step(step) {
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      const std::int64_t own = lane < samples ? lane : 0, other = (own + step) % samples;
+      lower[lane] = own < other ? own : other;
+      upper[lane] = own < other ? other : own;
+      partner[lane] = other;
+      back[lane] = (own + samples - step) % samples;
+    }
+  }
+  /// Whether a lane has a pair. A step of half of the samples would have each pair twice.
+  bool has(int lane) const { return lane < (2 * step == samples ? step : samples); }
+};
+
 /// Memory of one thread.
 template <class T>
 struct Scratch {
@@ -38,10 +61,14 @@ struct Scratch {
   Moments<V>* moments;                       // [outputs]
   V* values;                                 // [outputs][nodes of the stencil]
   const T *first_z, *first_a, *first_slope;  // [sum of widths], all layers at the first sample, one after the other
-  // Of a list of pairs: all layers at the lanes' own samples, [sum of widths][lanes] each. z, a and slope of the first samples,
-  // then of the second samples; y, y_low and rounding of the outputs, [outputs][lanes], likewise.
+  // Whether each lane has a first sample of its own, as in a list of pairs and in a triangle. All layers at the lanes' own
+  // samples then lie in `gathered`, [sum of widths][lanes] each: z, a and slope of the first samples, then of the second ones;
+  // y, y_low and rounding of the outputs, [outputs][lanes], likewise.
+  bool paired;
   T *gathered[6], *gathered_ends[6];
+  Pairing<T> pairing;       // of a triangle
   V* second_table;          // [widths[0]][nodes], exp(-t z_j)
+  V* lanes_table;           // the same of the first samples of a triangle, exp(-(1 - t) z_j)
   T* first_table;           // [rows of a task][nodes][whole_vectors(widths[0])], exp(-(1 - t) z_i)
   std::int64_t table_rows;  // the block of first samples that first_table holds; -1: none
   std::int64_t counts[2];   // this thread's share of the op's counts
@@ -67,7 +94,7 @@ struct Plan {
   Scratch<T>* scratch = nullptr;                               // [threads]
   bool separable = false;                                      // the first layer is computed from two exponentials
 
-  bool paired() const { return op.first != nullptr; }
+  bool lists() const { return op.first != nullptr; }  // the pairs of a list, not all pairs
   const Layer<T>& last() const { return layers[op.layers]; }
   bool ends_linear() const { return op.layers > 0 && last().activation.kind == ActivationKind::kIdentity; }
   /// Whether the outputs' residuals are the last product and nothing else. Their scale is then in the weights, and the
@@ -129,7 +156,7 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     layer.packed = l == 0 ? nullptr : arena.take<T>(op.widths[l] * op.widths[l - 1]);
     if (arena.base) plan.layers[l] = layer;
   }
-  plan.separable = stencil.size == 0 && is_separable(op.activations[0].kind) && !plan.paired();
+  plan.separable = stencil.size == 0 && is_separable(op.activations[0].kind) && !plan.lists();
   for (int thread = 0; thread < threads; ++thread) {
     Scratch<T> s{};
     s.panel = arena.take<V>(plan.widest * kBlockColumns);
@@ -138,12 +165,14 @@ Plan<T> make_plan(const PathConnectivity<T>& op, const Stencil<T>& stencil, Aren
     s.moments = arena.take<Moments<V>>(plan.outputs);
     s.values = arena.take<V>(stencil.size * plan.outputs);
     s.second_table = arena.take<V>(plan.separable ? op.widths[0] * interior : 0);
+    s.lanes_table = arena.take<V>(plan.separable ? op.widths[0] * interior : 0);
     s.first_table = arena.take<T>(plan.separable ? plan.rows * whole_vectors<T>(op.widths[0]) * interior : 0);
     for (int n = 0; n < 6; ++n) {
-      const bool unused = !plan.paired() || (n % 3 == 2 && stencil.size == 0);  // slopes belong to a stencil
+      const bool unused = n % 3 == 2 && stencil.size == 0;  // slopes belong to a stencil
       s.gathered[n] = arena.take<T>(unused ? 0 : plan.total_width * kLanes<T>);
-      s.gathered_ends[n] = arena.take<T>(plan.paired() ? plan.outputs * kLanes<T> : 0);
+      s.gathered_ends[n] = arena.take<T>(plan.outputs * kLanes<T>);
     }
+    s.paired = plan.lists();
     s.table_rows = -1;
     s.counts[0] = s.counts[1] = 0;
     if (arena.base) plan.scratch[thread] = s;

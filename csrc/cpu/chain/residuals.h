@@ -86,36 +86,57 @@ inline T exponent_factor(ActivationKind kind) {
 /// Whether the first layer may be computed from two exponentials at these samples. Its activation is_separable. z: [count].
 template <class T>
 bool separates(ActivationKind kind, const T* z, std::int64_t count) {
-  T largest = 0;
-  double sum = 0;
-  for (std::int64_t n = 0; n < count; ++n) {
-    const T magnitude = z[n] < 0 ? -z[n] : z[n];
-    largest = largest < magnitude ? magnitude : largest;
-    sum += double(magnitude);
+  using V = Vector<T>;
+  V all{};
+  for (std::int64_t n = 0; n < count; n += kLanes<T>) {
+    all = larger(all, absolute(load_partial<V>(z + n, at_most(kLanes<T>, count - n))));
   }
+  T largest = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) largest = largest < all[lane] ? all[lane] : largest;
   if (!(largest * exponent_factor<T>(kind) < kSeparableLimit<T>)) return false;
-  return kind != ActivationKind::kTanh || sum >= double(kTanhSeparableMean<T>) * double(count);
+  if (kind != ActivationKind::kTanh) return true;
+  double sum = 0;
+  for (std::int64_t n = 0; n < count; ++n) sum += double(z[n] < 0 ? -z[n] : z[n]);
+  return sum >= double(kTanhSeparableMean<T>) * double(count);
 }
 
-/// panel[unit][node], and slopes[unit][node], as `residuals` computes them without kDeviates. first_table:
-/// [node][whole_vectors(width)], exp(-(1 - t) z_i). second_table: [width][stride], exp(-t z_j). Both begin at the first of the
-/// kC nodes.
-template <class T, ActivationKind kKind, int kC, bool kSlopes = false>
-__attribute__((noinline)) void separated_residuals(const Ends<T>& ends, const T* t, const T* first_table,
-                                                   const Vector<T>* second_table, std::int64_t stride, Vector<T>* panel,
-                                                   Vector<T>* slopes = nullptr) {
+/// Tables of exponentials. All begin at the node that is computed first.
+template <class T>
+struct Tables {
+  const T* of_first;          // of a first sample: [node][whole_vectors(width)], exp(-(1 - t) z_i)
+  const Vector<T>* of_lanes;  // the same of a block's samples: [width][stride]; null if all lanes have one first sample
+  const Vector<T>* second;    // of a block's samples: [width][stride], exp(-t z_j)
+  std::int64_t stride;
+  Bits<Vector<T>> lower, upper;  // with of_lanes: the lanes that have each lane's first and second sample
+};
+
+/// panel[unit][node], and slopes[unit][node], as `residuals` computes them without kDeviates. kPaired: each lane has a first
+/// sample of its own.
+template <class T, ActivationKind kKind, int kC, bool kSlopes, bool kPaired>
+__attribute__((noinline)) void separated_residuals(const Ends<T>& ends, const T* t, const Tables<T>& tables, Vector<T>* panel,
+                                                   Vector<T>* slopes) {
   using V = Vector<T>;
+  const T* const first_table = tables.of_first;
+  const V *const lanes_table = tables.of_lanes, *const second_table = tables.second;
+  const std::int64_t stride = tables.stride;
+  [[maybe_unused]] const Bits<V> lower = tables.lower, upper = tables.upper;
   const std::int64_t first_stride = whole_vectors<T>(ends.width);
   T node[kC];
   for (int c = 0; c < kC; ++c) node[c] = t[c];
   for (std::int64_t unit = 0; unit < ends.width; ++unit) {
-    const V z_first = splat<V>(ends.first_z[unit]), z_second = load<V>(ends.second_z + unit * kLanes<T>);
-    const V a_first = splat<V>(ends.first_a[unit]), a_second = load<V>(ends.second_a + unit * kLanes<T>);
+    const V z_first = first_end<T>(ends.first_z, unit, kPaired), z_second = load<V>(ends.second_z + unit * kLanes<T>);
+    const V a_first = first_end<T>(ends.first_a, unit, kPaired), a_second = load<V>(ends.second_a + unit * kLanes<T>);
     const V z_chord = z_second - z_first, a_chord = a_second - a_first;
 #pragma GCC unroll 8
     for (int c = 0; c < kC; ++c) {
-      const V first = splat<V>(first_table[c * first_stride + unit]);
-      const V logistic = reciprocal(fma(first, second_table[unit * stride + c], splat<V>(T(1))));
+      V first, second = second_table[unit * stride + c];
+      if constexpr (kPaired) {
+        first = permuted(lanes_table[unit * stride + c], lower);
+        second = permuted(second, upper);
+      } else {
+        first = splat<V>(first_table[c * first_stride + unit]);
+      }
+      const V logistic = reciprocal(fma(first, second, splat<V>(T(1))));
       const V chord = fma(splat<V>(node[c]), a_chord, a_first);
       [[maybe_unused]] const V steep = logistic - logistic * logistic;
       V residual;

@@ -1,0 +1,135 @@
+"""What the commands for many samples do: tiles, solve, plan."""
+
+import re
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._parser_scale import ACTIVATIONS
+from ._settings import Settings
+from .checkpoints import first_samples, load_inputs
+from .checkpoints.measure import tail_at
+from .checkpoints.sources import in_one_line
+from .runs.device import refuse_unusable, settled_device
+from .runs.files import write_json
+from .runs.progress import move, progress_bar
+from .scale import make_tiles, plan, solve
+
+# The options of a network and of where it is cut.
+NETWORK = (
+    "model",
+    "checkpoint",
+    "inputs",
+    "layer",
+    "block",
+    "until",
+    "output",
+    "batch_dim",
+    "forward",
+    "key",
+)
+SETTINGS = ("method", "points", "rule", "stabiliser")
+
+
+def tiles(options: Namespace) -> None:
+    given = vars(options)
+    out = Path(given.get("out", "tiles"))
+    refuse_unusable(given.get("device", "auto"))
+    settings = Settings(**_settings(given))
+    f, x = _network(given, given.get("samples"))
+    shard = given.get("shard", (1, 1))
+    show = not options.quiet and find_spec("tqdm") is not None
+    with progress_bar(100, 0, show, "%") as bar, _in_one_line():
+        files = make_tiles(
+            f, x, out, shard, settings, lambda share: move(bar, int(100 * share)), _command(given)
+        )
+    print(f"shard {shard[0]}/{shard[1]}: {len(files)} tiles in {out}")
+
+
+def solve_folder(options: Namespace) -> None:
+    given = vars(options)
+    refuse_unusable(given.get("device", "auto"))
+    chosen = {name: given[name] for name in ("solver", "negative", "device") if name in given}
+    folder = Path(options.folder)
+    m = solve(folder, **chosen, say=None if options.quiet else lambda line: print(line, file=sys.stderr))
+    values = {name: value for name, value in m.to_dict().items() if not isinstance(value, (Tensor, dict))}
+    write_json(folder / "lmn.json", values)
+    for name, value in values.items():
+        print(f"{name:16}  {value:.6g}" if isinstance(value, float) else f"{name:16}  {value}")
+    for name in ("lmn.json", "connectivity.npy"):
+        print(f"written: {folder / name}")
+
+
+def plan_for(options: Namespace) -> None:
+    given = vars(options)
+    refuse_unusable(given.get("device", "auto"))
+    widths = given.get("widths")
+    if widths is None:
+        f, x = _network(given, None)
+    else:
+        f, x = _made_of(widths, given.get("activation", "silu"), settled_device(given.get("device", "auto")))
+        if "samples" not in given:
+            raise ValueError("samples: expected a number with --widths, as --samples 20000")
+    more = {name: given[name] for name in ("samples", "ranks") if name in given}
+    with _in_one_line():
+        print(plan(f, x, **more, **_settings(given)))
+
+
+def _made_of(widths: list[int], activation: str, device: str) -> tuple[nn.Module, Tensor]:
+    """A network of Linear layers, and samples."""
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"widths: expected two or more of at least 1, got {' '.join(map(str, widths))}")
+    generator = torch.Generator().manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), getattr(nn, ACTIVATIONS[activation])()]
+    x = torch.randn(1024, widths[0], generator=generator)
+    return nn.Sequential(*layers[:-1]).to(device), x.to(device)
+
+
+def _network(given: Mapping[str, Any], samples: int | None) -> tuple[nn.Module, Tensor]:
+    """The tail and its samples."""
+    if "inputs" not in given or not {"layer", "block"} & set(given):
+        raise ValueError("model: expected --inputs with it, and --layer or --block")
+    inputs = load_inputs(given["inputs"])
+    if samples is not None:
+        inputs = first_samples(inputs, samples, given.get("batch_dim"))
+    named = {name: given[name] for name in NETWORK if name in given} | {"inputs": inputs}
+    output = named.get("output")
+    if output is not None and re.fullmatch(r"-?[0-9]+", output):
+        named["output"] = int(output)
+    if given.get("trust"):
+        print("lmnfast: warning: --trust: code that is in the checkpoint is run", file=sys.stderr)
+    return tail_at(**named, device=given.get("device", "auto"), trust=given.get("trust", False))
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Turns the errors of the user's network, which may be any, into one line."""
+    try:
+        yield
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(in_one_line(error)) from error
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in SETTINGS if name in given}
+
+
+def _command(given: Mapping[str, Any]) -> str:
+    """The command that makes all tiles which are not there."""
+    words = ["lmnfast", "tiles"]
+    for name, value in given.items():
+        if name in (*NETWORK, *SETTINGS, "samples", "trust", "device", "out"):
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+    return shlex.join(words)

@@ -1,0 +1,358 @@
+"""Measurements that the processes of a group of torch.distributed share: each measures some tiles of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._chain import Chain
+from ._enqueue import Enqueued
+from ._identity import PARTS, Identity, identity_of
+from ._measured import measured, reported
+from ._native import Progress
+from ._pairs import measured_pairs
+from ._plane import Plane
+from ._settings import Settings
+from ._stacked import Stacked
+from .ops.path_connectivity import ChainConnectivity
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Group: TypeAlias = "ProcessGroup | str"
+
+ALONE = "alone"
+# A draw of pairs is measured in so many pieces.
+PIECES = 64
+T = TypeVar("T")
+
+
+def is_alone(group: Any) -> bool:
+    """Whether a measurement is this process's alone. Raises ValueError or TypeError for a group that cannot be used."""
+    if isinstance(group, str) and group == ALONE:
+        return True
+    if group is None or not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f'group: expected "{ALONE}" or a process group of torch.distributed, got {group!r} without an initialised one; '
+            "torch.distributed.group.WORLD is None before torch.distributed.init_process_group"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f'group: expected "{ALONE}" or a process group of torch.distributed that this process is in, got {group!r}'
+        )
+    return False
+
+
+def refuse_group(group: Any, **given: Any) -> None:
+    """Raises ValueError for a group together with an argument that no group takes."""
+    if not is_alone(group):
+        for name, value in given.items():
+            if value is not None and value is not False:
+                raise ValueError(f'group: expected "{ALONE}" with {name}, got {group!r}')
+
+
+class Ranks:
+    """The processes of a group, and what they tell one another. All of them call the same methods in the same order."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.rank: int = dist.get_rank(group)
+        self.count: int = dist.get_world_size(group)
+
+    def every(self, compute: Callable[[], T]) -> list[T]:
+        """What a function returns on each rank. Where it fails on one, all raise: that one its own error."""
+        failure: Exception | None = None
+        try:
+            own: Any = (True, compute())
+        except Exception as error:
+            own, failure = (False, f"{type(error).__name__}: {error}"), error
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, own, group=self.group)
+        if failure is not None:
+            raise failure
+        if said := [f"rank {rank}: {value}" for rank, (good, value) in enumerate(found) if not good]:
+            raise RuntimeError(f"group: another process failed, {'; '.join(said)}")
+        return [value for _, value in found]
+
+    def send(self, owner: int, tensor: Tensor) -> None:
+        """Overwrites the tensor on all ranks by that of its owner."""
+        dist.broadcast(tensor, dist.get_global_rank(self.group, owner), group=self.group)
+
+    def add(self, tensor: Tensor) -> None:
+        """Overwrites the tensor on all ranks by the sum over all."""
+        dist.all_reduce(tensor, group=self.group)
+
+    def device(self, x: Tensor) -> torch.device:
+        """Where tensors must be to be sent."""
+        backend = dist.get_backend(self.group)
+        if backend == "gloo":
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else x.device
+
+    def agree(self, compute: Callable[[], Identity]) -> None:
+        """Raises ValueError on every rank if they are about to measure different things."""
+        each = self.every(compute)
+        differing = {rank: each[0].differs(own) for rank, own in enumerate(each)}
+        where = {part: [str(rank) for rank, parts in differing.items() if part in parts] for part in PARTS}
+        said = [
+            f"{PARTS[part]} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
+            for part, ranks in where.items()
+            if ranks
+        ]
+        if said:
+            raise ValueError(
+                f"group: expected the same network, samples and settings on all ranks, got {' and '.join(said)} than "
+                "on rank 0"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Consecutive rows of a connectivity matrix, whose other rows the other processes of a group hold.
+
+    ``connectivity(..., group=..., gather=False)`` returns it. No process ever holds the whole matrix.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", init_method="file:///tmp/lmnfast-rows", rank=0, world_size=1)
+        >>> f = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> rows = lmnfast.connectivity(f, torch.randn(50, 8), group=dist.group.WORLD, gather=False)
+        >>> rows.first, rows.values.shape, rows.product(torch.ones(50, 2)).shape  # all rows, as there is one process
+        (0, torch.Size([50, 50]), torch.Size([50, 2]))
+        >>> dist.destroy_process_group()
+    """
+
+    values: Tensor
+    """(rows, N); float64 for float64 samples, otherwise float32."""
+    first: int
+    """The sample that the first row belongs to."""
+    samples: int
+    """N."""
+    group: Any
+    """The process group that holds all rows."""
+
+    def product(self, V: Tensor) -> Tensor:
+        """The matrix times some vectors. All processes of the group call it, with the same vectors.
+
+        Args:
+            V: (N, vectors), floating point, on the rows' device.
+
+        Returns:
+            (N, vectors) of V's dtype, on every process.
+
+        Raises:
+            ValueError: V has another shape.
+        """
+        if V.dim() != 2 or len(V) != self.samples:
+            raise ValueError(f"V: expected ({self.samples}, vectors), got shape {tuple(V.shape)}")
+        ranks = Ranks(self.group)
+        whole = torch.zeros_like(V)
+        whole[self.first : self.first + len(self.values)] = product(self.values, V)
+        on = whole.to(ranks.device(whole))
+        ranks.add(on)
+        return on.to(V.device)
+
+
+# Numbers of a matrix that `product` converts at one time.
+CONVERTED = 2**24
+
+
+def product(L: Tensor, V: Tensor) -> Tensor:
+    """L V, some rows of L at a time: L may be a file that is mapped into memory, and of another dtype than V.
+
+    L: (rows, N). V: (N, vectors). Returns (rows, vectors) of V's dtype.
+    """
+    rows = max(1, CONVERTED // max(1, L.shape[1]))
+    return torch.cat([part.to(V.dtype) @ V for part in L.split(rows)])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What is known of a measured tile beside its entries."""
+
+    outputs: int
+    precision: str
+    kind: str
+    constants: int
+    """Outputs that were counted as constant, over all pairs of the tile's samples."""
+    within: int
+    """As many of them in pairs within a block, if this tile is the one that counts for these; else 0."""
+    offset: float
+    """As of `Enqueued`; 0 if it is not needed."""
+
+
+def about_of(enqueued: Enqueued, within: int = 0) -> Tile:
+    offset = enqueued.offset() if callable(enqueued.offset) else enqueued.offset
+    return Tile(
+        outputs=enqueued.outputs,
+        precision=enqueued.precision,
+        kind=enqueued.kind,
+        constants=enqueued.constants,
+        within=within,
+        offset=0.0 if offset is None else float(offset),
+    )
+
+
+def as_enqueued(about: Tile, L: Tensor, pooled: Tensor | None) -> Enqueued:
+    counts = torch.tensor([about.constants, 0], device="cpu")
+    offset = torch.tensor(about.offset, dtype=torch.float64, device="cpu") if about.offset else None
+    found = ChainConnectivity(L, counts, lambda: None, pooled)
+    return Enqueued(found, about.precision, about.outputs, offset=offset, kind=about.kind)
+
+
+def measured_tile(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    plane: Plane,
+    number: int,
+    settings: Settings,
+    known: Chain | None = None,
+    expected: Tensor | None = None,
+) -> tuple[Tile, list[Tensor]]:
+    """The connectivity of a tile's samples (n, n), with r2 pooled over the outputs behind it if the settings ask for it."""
+    members = plane.members(number)
+    own = x[members.to(x.device)]
+    given = None if expected is None else expected[members.to(expected.device)]
+    (enqueued,) = measured(f, own, settings, known=known, expected=given, numbers=members)
+    within = 0
+    if enqueued.constants and plane.is_last_of_blocks(number):
+        for block in plane.blocks(number):
+            if len(block) > 1:
+                (alone,) = measured(f, x[block.start : block.stop], settings, known=known)
+                within += alone.constants
+    tile = about_of(enqueued, within)
+    return tile, [entries for entries in (enqueued.L, enqueued.pooled) if entries is not None]
+
+
+def summed(tiles: list[Tile], plane: Plane) -> Tile:
+    """What is known of the whole matrix. The pairs within a block are in as many tiles as the order, and one more."""
+    constants = sum(tile.constants for tile in tiles) - plane.order * sum(tile.within for tile in tiles)
+    each = {name: dict.fromkeys(getattr(tile, name) for tile in tiles) for name in ("precision", "kind")}
+    names = {name: "+".join(found) for name, found in each.items()}
+    return Tile(
+        outputs=tiles[0].outputs,
+        constants=max(0, constants),
+        within=0,
+        offset=max(tile.offset for tile in tiles),
+        **names,
+    )
+
+
+def measured_by(
+    group: Any,
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    settings: Settings,
+    stacked: Stacked | None = None,
+    progress: bool | Progress = False,
+) -> list[Enqueued]:
+    """`measured`, by this process alone or by those of a group together."""
+    if is_alone(group):
+        return measured(f, x, settings, stacked, progress)
+    refuse_group(group, stacked=stacked)
+    with reported(progress) as report:
+        return [sharded(f, x, settings, group, progress=report)[0]]
+
+
+def sharded(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    settings: Settings,
+    group: ProcessGroup,
+    *,
+    gather: bool = True,
+    progress: Progress | None = None,
+    known: Chain | None = None,
+    expected: Tensor | None = None,
+) -> tuple[Enqueued, int]:
+    """`measured` by all processes of a group together. Arguments and errors as there.
+
+    Returns:
+        The connectivity, and the number of its first row: 0. Without `gather` its L and pooled have some rows (rows, N) alone.
+    """
+    ranks = Ranks(group)
+    ranks.agree(lambda: identity_of(f, x, settings, gather=gather))
+    plane = Plane(len(x))
+    if not any(plane.each()):  # one sample
+        (enqueued,) = measured(f, x, settings, known=known, expected=expected)
+        return enqueued, 0
+    own: dict[int, list[Tensor]] = {}
+
+    def measure() -> list[Tile]:
+        found, mine = [], plane.of_shard(ranks.rank, ranks.count)
+        for done, number in enumerate(mine):
+            tile, own[number] = measured_tile(f, x, plane, number, settings, known, expected)
+            found.append(tile)
+            if progress is not None:
+                progress((done + 1) / len(mine))
+        return found
+
+    about = summed([tile for each in ranks.every(measure) for tile in each], plane)
+    rows = range(len(x))
+    if not gather:
+        first, last = (len(x) * place // ranks.count for place in (ranks.rank, ranks.rank + 1))
+        rows = range(first, last)
+    matrices = _collected(ranks, plane, own, rows, x, 1 + settings.pooled)
+    return as_enqueued(about, matrices[0], matrices[1] if settings.pooled else None), rows.start
+
+
+def _collected(
+    ranks: Ranks, plane: Plane, own: dict[int, list[Tensor]], rows: range, x: Tensor, kinds: int
+) -> list[Tensor]:
+    """Some rows (rows, N) of the matrices, one for each kind, of which every rank has some tiles. Empties `own`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    device = ranks.device(x)
+    whole = [torch.zeros(len(rows), plane.samples, dtype=dtype, device=x.device) for _ in range(kinds)]
+    for matrix in whole:
+        matrix[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1.0
+    for owner in range(ranks.count):
+        for number in plane.of_shard(owner, ranks.count):
+            members = plane.members(number)
+            places = ((members >= rows.start) & (members < rows.stop)).nonzero()[:, 0].to(x.device)
+            members = members.to(x.device)
+            for kind, matrix in enumerate(whole):
+                if owner == ranks.rank:
+                    entries = own[number][kind].to(device).contiguous()
+                else:
+                    entries = torch.empty(len(members), len(members), dtype=dtype, device=device)
+                ranks.send(owner, entries)
+                matrix[(members[places] - rows.start)[:, None], members] = entries.to(x.device)[places]
+            own.pop(number, None)
+    return whole
+
+
+def sharded_pairs(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    settings: Settings,
+    drawn: tuple[Tensor, Tensor],
+    group: ProcessGroup,
+) -> tuple[Enqueued, tuple[Tensor, Tensor]]:
+    """`measured_pairs` by all processes of a group together. Arguments and errors as there.
+
+    Returns:
+        The entries, and the pairs: those that rank 0 has drawn.
+    """
+    ranks = Ranks(group)
+    ranks.agree(lambda: identity_of(f, x, settings, pairs=len(drawn[0])))
+    first, second = ranks.every(lambda: drawn if ranks.rank == 0 else None)[0] or drawn
+    pieces = torch.arange(len(first), device="cpu").tensor_split(min(PIECES, len(first)))
+
+    def measure() -> list[tuple[Tile, Tensor, Tensor | None]]:
+        found = []
+        for piece in pieces[
+            len(pieces) * ranks.rank // ranks.count : len(pieces) * (ranks.rank + 1) // ranks.count
+        ]:
+            one = measured_pairs(f, x, settings, first[piece], second[piece])
+            found.append((about_of(one), one.L.cpu(), None if one.pooled is None else one.pooled.cpu()))
+        return found
+
+    every = [part for each in ranks.every(measure) for part in each]
+    about = summed([tile for tile, *_ in every], Plane(len(x)))
+    pooled = torch.cat([pool for *_, pool in every if pool is not None]) if settings.pooled else None
+    return as_enqueued(about, torch.cat([r2 for _, r2, _ in every]), pooled), (first, second)

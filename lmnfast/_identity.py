@@ -1,0 +1,133 @@
+"""What is measured, in a form that processes and files can compare: the network, the samples and the settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._chain import Chain
+from ._checks import Checks
+from ._outputs import Calls, outputs_of
+from ._samples import checked_samples
+from ._settings import Settings
+from ._undisturbed import evaluating
+
+PARTS = {"network": "another network", "samples": "other samples", "settings": "other settings"}
+# Outputs of a sample that are compared, spread over all.
+OUTPUTS = 64
+# Bytes of samples that are read at one time.
+CHUNK = 2**26
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A network, samples and settings, as hashes and plain values."""
+
+    network: str
+    """A hash of the classes, parameters and buffers of a module, or of a chain; "" for any other function."""
+    samples: str
+    settings: dict[str, Any]
+    outputs: list[list[float]]
+    """Some outputs of f at some samples: of a function that is no module they are all that is known."""
+    tolerance: float
+    """Up to which outputs count as the same, as a share of the largest: machines round differently."""
+
+    @property
+    def hash(self) -> str:
+        """One hash for all but the outputs."""
+        every = json.dumps([self.network, self.samples, self.settings], sort_keys=True)
+        return hashlib.sha256(every.encode()).hexdigest()
+
+    def differs(self, other: Identity) -> list[str]:
+        """Which of PARTS are not the same in another one, in their order."""
+        network = self.network == other.network and self._same_outputs(other)
+        same = (network, self.samples == other.samples, self.settings == other.settings)
+        if not same[1]:  # outputs at other samples say nothing about the network
+            same = (self.network == other.network, *same[1:])
+        return [name for name, equal in zip(PARTS, same) if not equal]
+
+    def _same_outputs(self, other: Identity) -> bool:
+        mine, others = (torch.tensor(o.outputs, dtype=torch.float64, device="cpu") for o in (self, other))
+        if mine.shape != others.shape:
+            return False
+        allowed = max(self.tolerance, other.tolerance) * float(mine.nan_to_num().abs().max()) + 1e-30
+        return torch.allclose(mine, others, rtol=0.0, atol=allowed, equal_nan=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def identity_of(f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, **more: Any) -> Identity:
+    """The identity of a measurement. more: what else must be the same, with the settings.
+
+    Raises TypeError or ValueError for samples that `connectivity` refuses, and what f raises.
+    """
+    few = sorted({0, len(x) // 2, len(x) - 1}) if isinstance(x, Tensor) and x.dim() else []
+    checked_samples(f, x)
+    samples = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
+    for start, chunk in _chunks(x):
+        Checks(False, torch.arange(start, start + len(chunk), device="cpu")).finite("x", chunk)
+        samples.update(_bytes(chunk))
+    own = x[few].clone()
+    with evaluating(f) as kept:
+        y = outputs_of(Calls(f, kept.put_back), own)
+    y = y[:, torch.linspace(0, y.shape[1] - 1, min(OUTPUTS, y.shape[1]), device=y.device).long()]
+    rounded = 1e-4 if torch.get_float32_matmul_precision() == "highest" else 1e-3
+    return Identity(
+        network=_network(f),
+        samples=samples.hexdigest(),
+        settings={
+            "samples": len(x),
+            "method": settings.method,
+            "points": settings.points,
+            "rule": settings.rule,
+            "stabiliser": settings.stabiliser,
+            "pooled": settings.pooled,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "lmnfast": version("lmnfast"),
+            **more,
+        },
+        outputs=y.double().tolist(),
+        tolerance=max(rounded, 8 * torch.finfo(y.dtype).eps),
+    )
+
+
+def _chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Runs of samples with the number of the first, some bytes at a time: x may be a file that is mapped into memory."""
+    rows = max(1, CHUNK // (x[0].numel() * x.element_size()))
+    for start in range(0, len(x), rows):
+        yield start, x[start : start + rows]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _network(f: Any) -> str:
+    """The hash of a module's or a chain's tensors and of what it is made of; "" for another function."""
+    digest = hashlib.sha256()
+    if isinstance(f, nn.Module):
+        parts = [
+            f"{name} {type(part).__module__}.{type(part).__qualname__}" for name, part in f.named_modules()
+        ]
+        tensors: list[tuple[str, Tensor | None]] = [*f.named_parameters(), *f.named_buffers()]
+    elif isinstance(f, Chain):
+        parts = [repr((f.activations, f.flattens, f.skips))]
+        tensors = [(str(n), tensor) for n, tensor in enumerate((*f.weights, *f.biases))]
+    else:
+        return ""
+    digest.update("\n".join(parts).encode())
+    for name, tensor in tensors:
+        if tensor is not None:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""The commands for many samples: what they write, go on with, and refuse."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import COMPILED, samples
+
+import lmnfast
+from lmnfast import cli
+from lmnfast.checkpoints import read_state
+from lmnfast.checkpoints.weights import made
+
+HOW = ["--model=nets:make", "--inputs=x.npy", "--layer=1", "--points=5"]
+
+
+@pytest.fixture
+def at(place):
+    """A folder with samples and a checkpoint of nets.make."""
+    np.save("x.npy", samples(60, 6).numpy())
+    model = made("nets:make")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    torch.save({"model": model.state_dict(), "step": 3}, "step_3.pt")
+    return place
+
+
+def said(capsys, *words):
+    code = cli.main([*words, "-q"])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@COMPILED
+def test_shards_and_a_solve_give_the_measurement(at, capsys):
+    for k in (2, 1):
+        arguments = ["tiles", *HOW, "--checkpoint=step_3.pt", "--out=d", f"--shard={k}/2"]
+        assert said(capsys, *arguments) == (0, f"shard {k}/2: 6 tiles in d\n", "")
+    code, out, _ = said(capsys, "solve", "d")
+    model = made("nets:make")
+    model.load_state_dict(read_state("step_3.pt"))
+    m = lmnfast.measure(*lmnfast.cut(model, "1", samples(60, 6)), points=5)
+    assert code == 0 and f"lmn               {m.lmn:.6g}\n" in out and "written: d/lmn.json" in out
+    values = json.loads(Path("d/lmn.json").read_text())
+    assert values == {name: getattr(m, name) for name in values} and values["lmn"] == m.lmn
+    assert np.array_equal(np.load("d/connectivity.npy"), m.connectivity.numpy())
+
+
+def test_missing_tiles_are_named_with_the_command_that_makes_them(at, capsys):
+    assert said(capsys, "tiles", *HOW, "--samples=50", "--out=d e", "--shard=1/12")[0] == 0
+    code, _, err = said(capsys, "solve", "d e")
+    command = "lmnfast tiles --model nets:make --inputs x.npy --layer 1 --points 5 --samples 50 --out 'd e'"
+    assert code == 2 and err.endswith(f"; to make them: {command}\n") and "11 missing: tile-00001.npy" in err
+    assert said(capsys, *shlex.split(command)[1:])[:2] == (0, "shard 1/1: 12 tiles in d e\n")
+    assert said(capsys, "solve", "d e")[0] == 0
+
+
+def test_other_weights_are_refused(at, capsys):
+    assert said(capsys, "tiles", *HOW, "--out=d")[0] == 0
+    code, _, err = said(capsys, "tiles", *HOW, "--out=d", "--checkpoint=step_3.pt")
+    assert code == 2 and "holds tiles of another network and other samples;" in err
+
+
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "1/0", "2", "1/2/3", "a/b", "-1/3", "1.0/3"])
+def test_a_shard_out_of_range_is_refused_before_any_work(shard, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["tiles", "--model=no:model", "--inputs=no.npy", "--layer=1", f"--shard={shard}"])
+    expected = f"argument --shard: expected K/N with K from 1 to N, as 3/8, got {shard!r}"
+    assert expected in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_one_line(at, capsys):
+    np.save("wrong.npy", samples(60, 5).numpy())
+    for words, expected in (
+        (["tiles", "--model=nets:make", "--inputs=x.npy", "--layer=9"], "layer: '9' is not in the model"),
+        (["tiles", "--model=nets:make", "--inputs=wrong.npy", "--layer=1"], "'1': RuntimeError: "),
+        (["tiles", "--model=nets:make", "--inputs=x.npy", "--layer=1", "--points=1"], "points: "),
+        (
+            ["tiles", "--model=nets:make", "--inputs=x.npy", "--layer=1", "--checkpoint=no.pt"],
+            "no file is 'no.pt'",
+        ),
+        (["solve", "."], "out: expected a folder of lmnfast tiles, . has no tiles.json"),
+        (["plan", "--widths", "6", "3"], "samples: expected a number with --widths, as --samples 20000"),
+        (["plan", "--widths", "6", "--samples=100"], "widths: expected two or more of at least 1, got 6"),
+        (
+            ["plan", "--model=nets:make", "--inputs=x.npy"],
+            "model: expected --inputs with it, and --layer or --block",
+        ),
+        (["plan", "--widths", "6", "3", "--samples=1"], "samples: expected 2 or more, got 1"),
+    ):
+        code, out, err = said(capsys, *words)
+        assert (code, out) == (2, "") and expected in err and len(err.splitlines()) == 1, err
+
+
+def test_a_plan_of_a_model_and_of_widths(at, capsys):
+    code, out, _ = said(capsys, "plan", *HOW, "--ranks=4")
+    assert code == 0 and out.startswith("N = 60: 12 tiles, ") and " by 4 processes" in out
+    code, out, _ = said(capsys, "plan", "--widths", "6", "9", "3", "--samples=1e5", "--activation=relu")
+    assert code == 0 and out.startswith("N = 100000: 992 tiles, ") and "dense: 160 GB" in out
+
+
+def test_the_output_and_the_place_of_a_cut(at, capsys):
+    torch.save({"tokens": torch.randint(7, (40, 2)), "scale": torch.rand(40, 8)}, "tokens.pt")
+    arguments = [
+        "--model=nets:Tokens",
+        "--inputs=tokens.pt",
+        "--layer=first",
+        "--output=logits",
+        "--points=5",
+    ]
+    assert said(capsys, "tiles", *arguments, "--out=d") == (0, "shard 1/1: 12 tiles in d\n", "")
+    assert said(capsys, "solve", "d")[0] == 0

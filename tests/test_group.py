@@ -1,0 +1,313 @@
+"""Measurements by the processes of a group: the same bits for any number of them, and one error on all."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import DEAD, on_ranks
+from support import COMPILED, mlp, samples
+from torch import nn
+
+import lmnfast
+from lmnfast import _group
+from lmnfast._group import product
+
+FEW = {"points": 5, "rule": "lobatto"}
+
+
+def network():
+    return mlp(6, 10, 3, gain=3.0)
+
+
+class Dying(nn.Module):
+    """Linear layers; some outputs of them are constant between many samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(6, 10, 3, activation=nn.ReLU, gain=3.0)
+
+    def forward(self, x):
+        return torch.relu(self.net(x))
+
+
+def everything(rank):
+    f, x = network(), samples(800, 6)
+    counted = []
+    measured = _group.measured
+    _group.measured = lambda f, x, *more, **how: (
+        counted.append(len(x) * (len(x) - 1) // 2),
+        measured(f, x, *more, **how),
+    )[1]
+    world = dist.group.WORLD
+    found = {"fused": lmnfast.connectivity(f, x, **FEW, group=world)}
+    pairs = sum(counted)
+    found["pooled"] = lmnfast.connectivity(f, x, **FEW, pooled=True, group=world)
+    x = x[:100]
+    found["generic"] = lmnfast.connectivity(lambda z: torch.sin(f(z)), x, **FEW, group=world)
+    for method in ("hermite", "jacobian"):
+        found[method] = lmnfast.connectivity(f, x, method=method, group=world)
+    found["double"] = lmnfast.connectivity(network().double(), x.double(), **FEW, group=world)
+    found["lmn"] = lmnfast.lmn(f, x, **FEW, group=world)
+    m = lmnfast.measure(Dying(), x, **FEW, group=world, observables=["curvature", "pooled_curvature"])
+    own = torch.Generator().manual_seed(rank)
+    drawn = lmnfast.curvature(f, x, pairs=300, generator=own, group=world, **FEW)
+    every = lmnfast.curvature(f, x, group=world, **FEW)
+    one = lmnfast.connectivity(f, x[:1], group=world)
+    return found, m, drawn, every, one, pairs
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory):
+    (result,) = on_ranks(1, everything, tmp_path_factory.mktemp("one"))
+    return result
+
+
+@COMPILED
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_processes_gives_the_same_bits(count, by_one, tmp_path):
+    found, m, drawn, every, one, pairs = by_one
+    work = []
+    for of_rank in on_ranks(count, everything, tmp_path):
+        assert not isinstance(of_rank, Exception), of_rank
+        assert all(torch.equal(of_rank[0][name], L) for name, L in found.items())
+        assert of_rank[1:5] == (m, drawn, every, one)
+        work.append(of_rank[5])
+    assert sum(work) == pairs and max(work) < 1.01 * pairs / count
+    assert pairs < 1.4 * 800 * 799 / 2  # with the pairs within a block, which are measured several times
+
+
+@COMPILED
+def test_a_group_measures_what_one_process_measures(by_one):
+    found, m, drawn, every, one, _ = by_one
+    f, x = network(), samples(800, 6)
+    assert torch.equal(found["fused"], lmnfast.connectivity(f, x, **FEW))
+    assert torch.equal(found["pooled"], lmnfast.connectivity(f, x, **FEW, pooled=True))
+    x = x[:100]
+    assert torch.equal(found["double"], lmnfast.connectivity(network().double(), x.double(), **FEW))
+    assert torch.equal(found["hermite"], lmnfast.connectivity(f, x, method="hermite"))
+    torch.testing.assert_close(
+        found["jacobian"], lmnfast.connectivity(f, x, method="jacobian"), rtol=0, atol=1e-6
+    )
+    generic = lmnfast.connectivity(lambda z: torch.sin(f(z)), x, **FEW)
+    torch.testing.assert_close(found["generic"], generic, rtol=0, atol=1e-5)
+    assert found["lmn"] == lmnfast.lmn(f, x, **FEW)
+    alone = lmnfast.measure(Dying(), x, **FEW, observables=["curvature", "pooled_curvature"])
+    assert m.constant_share == alone.constant_share > 0.01  # pairs within a block count once
+    assert m.lmn == pytest.approx(alone.lmn, rel=1e-5) and m.precision == alone.precision
+    assert m.observables == pytest.approx(alone.observables, rel=1e-5)
+    own = torch.Generator().manual_seed(0)  # rank 0's
+    assert drawn.value == pytest.approx(
+        lmnfast.curvature(f, x, pairs=300, generator=own, **FEW).value, rel=1e-6
+    )
+    assert every == lmnfast.curvature(f, x, **FEW) and torch.equal(one, torch.ones(1, 1))
+
+
+def rows(rank):
+    f, x = network(), samples(500, 6)
+    kept = lmnfast.connectivity(f, x, **FEW, group=dist.group.WORLD, gather=False)
+    V = samples(500, 2, dtype=torch.float64)
+    try:
+        kept.product(V[1:])
+    except ValueError as error:
+        said = str(error)
+    return kept.first, kept.values, kept.samples, kept.product(V), kept.product(V.float()), said
+
+
+@COMPILED
+def test_each_process_keeps_some_rows(tmp_path):
+    L = lmnfast.connectivity(network(), samples(500, 6), **FEW)
+    V = samples(500, 2, dtype=torch.float64)
+    at = 0
+    for first, values, n, wide, narrow, said in on_ranks(3, rows, tmp_path):
+        assert first == at and n == 500 and len(values) in (166, 167)
+        assert torch.equal(values, L[first : first + len(values)])
+        torch.testing.assert_close(wide, L.double() @ V, rtol=1e-12, atol=1e-10)
+        torch.testing.assert_close(narrow, L @ V.float(), rtol=1e-4, atol=1e-3)
+        assert said == "V: expected (500, vectors), got shape (499, 2)"
+        at += len(values)
+    assert at == 500
+
+
+def test_a_product_takes_some_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(_group, "CONVERTED", 100)
+    L, V = samples(31, 40), samples(40, 3, dtype=torch.float64)
+    torch.testing.assert_close(product(L, V), L.double() @ V)
+    assert product(L, V.float()).dtype == torch.float32
+
+
+def other_things(rank):
+    f, x, world = network(), samples(60, 6), dist.group.WORLD
+    moved = network()
+    with torch.no_grad():
+        moved[0].bias[3] += 1e-6 * (rank == 1)
+    cases = {
+        "network": (moved, x, {}),
+        "class": (f if rank != 2 else mlp(6, 10, 3, activation=nn.ReLU, gain=3.0), x, {}),
+        "samples": (f, x + 1e-6 * (rank > 0), {}),
+        "settings": (f, x, {"points": 5 + rank}),
+        "function": (lambda z: f(z) * (1 + rank), x, {}),
+        "kind": (f if rank else lambda z: f(z), x[: 60 - rank], {}),
+        "rounding": (lambda z: f(z) * (1 + 1e-6 * rank), x, {}),
+    }
+    said = {}
+    for name, (own, y, how) in cases.items():
+        try:
+            said[name] = tuple(lmnfast.connectivity(own, y, **how, group=world).shape)
+        except ValueError as error:
+            said[name] = str(error)
+    try:
+        lmnfast.curvature(f, x, pairs=20 + rank, group=world)
+    except ValueError as error:
+        said["pairs"] = str(error)
+    return said
+
+
+def test_processes_that_measure_other_things_all_say_so(tmp_path):
+    begin = "group: expected the same network, samples and settings on all ranks, got "
+    expected = {
+        "network": f"{begin}another network on rank 1 than on rank 0",
+        "class": f"{begin}another network on rank 2 than on rank 0",
+        "samples": f"{begin}other samples on ranks 1, 2 than on rank 0",
+        "settings": f"{begin}other settings on ranks 1, 2 than on rank 0",
+        "function": f"{begin}another network on ranks 1, 2 than on rank 0",
+        "kind": f"{begin}another network on ranks 1, 2 and other samples on ranks 1, 2 and other settings on ranks 1, 2 "
+        "than on rank 0",
+        "rounding": (60, 60),
+        "pairs": f"{begin}other settings on ranks 1, 2 than on rank 0",
+    }
+    assert on_ranks(3, other_things, tmp_path) == [expected] * 3
+
+
+def failing(rank, how):
+    """Fails on one rank, in the middle of the measurement."""
+    net, calls = network(), []
+
+    def f(x):
+        calls.append(len(x))
+        if len(calls) > 12 and rank == 1:
+            if how == "dies":
+                os._exit(1)
+            raise ArithmeticError("no more")
+        return torch.sin(net(x))
+
+    return lmnfast.connectivity(f, samples(60, 6), **FEW, group=dist.group.WORLD)
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    other, own = on_ranks(2, failing, tmp_path, "fails")
+    assert type(own) is ValueError and "ArithmeticError: no more" in str(own)
+    assert type(other) is RuntimeError
+    assert str(other) == f"group: another process failed, rank 1: ValueError: {own}"
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    other, own = on_ranks(2, failing, tmp_path, "dies")
+    assert own == DEAD and isinstance(other, RuntimeError)
+
+
+def wrong_samples(rank):
+    return lmnfast.connectivity(
+        network(), samples(60, 6) if rank else torch.zeros(60, 6).long(), group=dist.group.WORLD
+    )
+
+
+def test_samples_that_are_refused_on_one_process_end_the_others(tmp_path):
+    own, other = on_ranks(2, wrong_samples, tmp_path)
+    assert type(own) is TypeError and str(own).startswith("x: expected floating-point samples")
+    assert str(other).startswith(
+        "group: another process failed, rank 0: TypeError: x: expected floating-point"
+    )
+
+
+def probed(rank):
+    model, x = network(), samples(60, 6)
+    with lmnfast.Probe(model, x, "0", every=1, **FEW, group=dist.group.WORLD) as probe:
+        for step in range(2):
+            with torch.no_grad():
+                model[2].weight.mul_(1 + step)
+            probe(step)
+    return probe.history
+
+
+@COMPILED
+def test_a_probe_of_a_group_has_the_rows_of_a_probe(tmp_path):
+    model, x = network(), samples(60, 6)
+    with lmnfast.Probe(model, x, "0", every=1, **FEW) as probe:
+        for step in range(2):
+            with torch.no_grad():
+                model[2].weight.mul_(1 + step)
+            probe(step)
+    assert on_ranks(2, probed, tmp_path) == [probe.history] * 2 and len(probe.history) == 2
+
+
+def test_a_nan_is_named_by_its_number_among_all_samples(tmp_path):
+    (said,) = on_ranks(1, with_nan, tmp_path)
+    assert said == (
+        "x: NaN or Inf in sample 57, the first of 1",
+        "f(x): NaN or Inf in sample 57, the first of 1",
+    )
+
+
+def with_nan(rank):
+    x = samples(60, 6)
+    marked = x[57].clone()
+    said = []
+    for f, y in (
+        (network(), torch.where(torch.arange(60)[:, None] == 57, torch.nan, x)),
+        (lambda z: network()(z) + torch.where((z == marked).all(1, keepdim=True), torch.nan, 0.0), x),
+    ):
+        try:
+            lmnfast.connectivity(f, y, **FEW, group=dist.group.WORLD)
+        except ValueError as error:
+            said.append(str(error))
+    return tuple(said)
+
+
+def test_a_group_that_cannot_be_used_is_refused():
+    f, x = network(), samples(20, 6)
+    assert not dist.is_initialized()
+    expected = (
+        'group: expected "alone" or a process group of torch.distributed, got None without an initialised one; '
+        "torch.distributed.group.WORLD is None before torch.distributed.init_process_group"
+    )
+    calls = (
+        lambda: lmnfast.connectivity(f, x, group=dist.group.WORLD),
+        lambda: lmnfast.lmn(f, x, group=dist.group.WORLD),
+        lambda: lmnfast.measure(f, x, group=dist.group.WORLD),
+        lambda: lmnfast.curvature(f, x, group=dist.group.WORLD),
+        lambda: lmnfast.Probe(f, x, "0", group=dist.group.WORLD),
+    )
+    for call in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == expected
+    with pytest.raises(ValueError, match='gather: expected True with group "alone", got False'):
+        lmnfast.connectivity(f, x, gather=False)
+
+
+def refused(rank):
+    f, x, world = network(), samples(20, 6), dist.group.WORLD
+    said = []
+    for call in (
+        lambda: lmnfast.connectivity(f, x, group="all"),
+        lambda: lmnfast.connectivity(f, x, group=dist.new_group([1])),
+        lambda: lmnfast.connectivity(f, x, group=world, differentiable=True),
+        lambda: lmnfast.lmn(f, x[None], group=world, stacked=torch.func.stack_module_state([f])),
+        lambda: lmnfast.curvature(f, x, group=world, differentiable=True),
+    ):
+        try:
+            call()
+        except (ValueError, TypeError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_no_group_takes_is_refused(tmp_path):
+    said = on_ranks(2, refused, tmp_path)[0]
+    assert said[0] == (
+        "group: expected \"alone\" or a process group of torch.distributed that this process is in, got 'all'"
+    )
+    assert said[1].startswith('group: expected "alone" or a process group')
+    for text, name in zip(said[2:], ("differentiable", "stacked", "differentiable"), strict=True):
+        assert text.startswith(f'group: expected "alone" with {name}, got <')
