@@ -5,6 +5,7 @@
 #   bench/gpu.sh build test             at most 7 minutes; in 8 processes if pytest-xdist is installed
 #   bench/gpu.sh build sanitize         at most 7 minutes
 #   bench/gpu.sh build calls bench      at most 10 minutes: the cost of public calls for the host, then the kernels
+#   bench/gpu.sh build seeds            at most 6 minutes: 256 seeds that train together, timed, and three held to their runs alone
 #   bench/gpu.sh bench PART...          only these bench/bench_PART.py. Without PART: path_r2 path_connectivity spectral_entropy
 #                                       connectivity symmetric_eigenvalues probe, which fit the time. The others are
 #                                       check_outputs hermite_connectivity jacobian jacobian_distance
@@ -104,6 +105,14 @@ calls() {
   tables+=("$log/calls.md")
 }
 
+seeds() {
+  # On a CPU, where nothing is gained by it, a small version only tries the script.
+  local size=(--seeds 256 --steps 1000)
+  [ "$only" = cuda ] || size=(--seeds 3 --steps 20)
+  stage seeds 220 "$python" -P bench/seeds.py --device "$only" "${size[@]}" > "$log/seeds.md"
+  tables+=("$log/seeds.md")
+}
+
 profile() {
   if ! command -v ncu >/dev/null; then
     echo "profile: no ncu (Nsight Compute) on the path" >&2
@@ -120,16 +129,17 @@ profile() {
   done
 }
 
-[ $# -gt 0 ] || { sed -n '2,16s/^# \?//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,17s/^# \?//p' "$0"; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     build) build ;;
     test) tests ;;
     sanitize) sanitize ;;
     calls) calls ;;
+    seeds) seeds ;;
     bench) shift; bench "$@"; break ;;
     profile) shift; profile "$@"; break ;;
-    *) echo "bench/gpu.sh: expected build, test, sanitize, calls, bench or profile, got $1" >&2; exit 2 ;;
+    *) echo "bench/gpu.sh: expected build, test, sanitize, calls, seeds, bench or profile, got $1" >&2; exit 2 ;;
   esac
   shift
 done

@@ -328,7 +328,9 @@ def _add_paper(paper: argparse.ArgumentParser) -> None:
         help=f"some of {', '.join(TASKS)} (all)",
     )  # fmt: skip
     paper.add_argument(
-        "--jobs", type=integer, help="processes at once (as many as cores; 1 where there is a GPU)"
+        "--jobs",
+        type=integer,
+        help="processes at once (as many as cores; 1 where there is a GPU, which trains all seeds of a task together)",
     )
     paper.add_argument("--out", default="paper", metavar="DIR", help="where everything goes (paper)")
     paper.add_argument(

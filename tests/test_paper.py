@@ -4,6 +4,7 @@ import csv
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from fresh import CONTEXT
 
 import lmnfast
 from lmnfast import _commands, cli
+from lmnfast.grokking import training
 from lmnfast.grokking.config import Config, start
 from lmnfast.grokking.run import load_checkpoint
 from lmnfast.grokking.training import train
@@ -148,6 +150,33 @@ def test_what_is_there_is_not_made_again(finished, monkeypatch):
         monkeypatch.setattr(answers, name, lambda *_: pytest.fail("measured again"))
     run_study(finished, ("s4",), 2, 1, TINY)
     assert {path: path.read_bytes() for path in finished.rglob("*.csv")} == before
+
+
+def test_one_process_with_a_card_trains_all_seeds_of_a_task_together(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "settled_device", lambda device: "cuda")  # the runs themselves stay on the CPU
+    monkeypatch.setattr(training._Training, "_update", lambda *_: pytest.fail("trained alone"))
+    run_study(tmp_path, ("s4",), 2, 1, TINY)
+    for seed, known in zip(
+        *(read_study(out, ("s4",), 2, TINY)["s4"] for out in (tmp_path, finished)), strict=True
+    ):
+        for run, own in ((seed.run, known.run), (seed.relu, known.relu)):
+            assert (run is None) == (own is None)
+            for row, same in zip(run.rows, own.rows, strict=True) if run else ():
+                assert row == {
+                    name: pytest.approx(value, rel=1e-4, abs=1e-9) if isinstance(value, float) else value
+                    for name, value in same.items()
+                }
+        assert [row["question"] for row in seed.answers] == [row["question"] for row in known.answers]
+
+
+def test_a_damaged_run_is_named_where_seeds_train_together(finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "paper")
+    (run_path(out, "s4", 1) / "metrics.csv").write_text("step\n")
+    shutil.rmtree(run_path(out, "s4", 0))
+    monkeypatch.setattr(study, "settled_device", lambda device: "cuda")
+    with pytest.raises(ValueError, match="s4-seed1.*delete .*s4-seed1"):
+        run_study(out, ("s4",), 2, 1, TINY)
+    assert run_path(out, "s4", 0).exists()
 
 
 def test_the_report_shows_every_figure_and_stands_alone(finished, monkeypatch):

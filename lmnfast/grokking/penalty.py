@@ -110,7 +110,7 @@ def jacobian_norm(model: nn.Sequential, inputs: Tensor) -> Tensor:
     z = first(model[:behind](inputs))
     gram = first.weight @ first.weight.T  # (units, units), behind a second activation (samples, units, units)
     for layer in later:
-        slopes = _slopes(activation, z)
+        slopes = slopes_of(activation, z)
         if layer is later[-1]:
             inner = (layer.weight.T @ layer.weight) * gram
             return ((slopes[:, None] @ inner).squeeze(1) * slopes).sum() / len(inputs)
@@ -119,7 +119,8 @@ def jacobian_norm(model: nn.Sequential, inputs: Tensor) -> Tensor:
     return gram.trace()
 
 
-def _slopes(activation: nn.Module, z: Tensor) -> Tensor:
+def slopes_of(activation: nn.Module, z: Tensor) -> Tensor:
+    """The derivative of an activation of the tasks' networks at z."""
     if isinstance(activation, nn.ReLU):
         return (z > 0).to(z)
     s = z.sigmoid()

@@ -1,10 +1,8 @@
 """The paper's training (arXiv 2310.05918, section 3), and the linear mapping number during this training."""
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .._files import remove_parts
 from .._nested import mapped, tensors_in
 from ..runs.device import torch_threads
-from ..runs.files import claimed, save_tensors, unreadable, write_json
+from ..runs.files import claimed
 from ..runs.progress import progress_bar
-from ..runs.tables import check_continues
 from .batches import Batches
 from .config import Config, probe_of, start
 from .gradients import Gradients, lost_gradients
 from .measure import say_how_long
 from .penalty import WeightedPenalty
-from .run import (
-    ACTIVITIES,
-    PENALTY,
-    Run,
-    by_step,
-    checkpoint_of,
-    clear,
-    metrics_of,
-    read_config,
-    read_metrics,
-    read_run,
-    read_state,
-    write_rows,
-)
+from .record import MOST_UNWRITTEN, Record, begun
+from .run import PENALTY, Run, read_run
 from .tasks import Task
 
 
@@ -77,29 +61,7 @@ def train(config: Config, out: str | os.PathLike, *, force: bool = False, progre
     """
     path = Path(out)
     with claimed(path):
-        stored = read_config(path) if (path / "config.json").exists() and not force else None
-        if stored is None:
-            clear(path)
-        else:
-            remove_parts(path / "state.pt")  # a finished run is not written again
-            config = replace(
-                config,
-                device=stored.device if config.device == "auto" else config.device,
-                threads=config.threads or stored.threads,
-            )
-        config = config.settled()
-        if stored is not None:
-            check_continues(
-                path,
-                "another run",
-                asdict(stored),
-                asdict(config),
-                otherwise=", or --force to delete it",
-                may_change=lambda name, old, new: (
-                    (name == "steps" and new > old) or (name == "until_accurate" and old)
-                ),
-            )
-        write_json(path / "config.json", asdict(config))
+        config = begun(config, path, force)
         assert config.threads is not None  # settled
         with torch_threads(config.threads):
             _Training(config, path).run(progress)
@@ -111,11 +73,17 @@ def updates(config: Config) -> Callable[[int], None]:
     return _Training(config.settled(), Path())._update
 
 
-class _Training:
+def optimiser_of(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """The optimiser of a run."""
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+class _Training(Record):
     """A run at work. `measure` starts a measurement. `write` writes its row when the probe's thread has finished it."""
 
     def __init__(self, config: Config, path: Path) -> None:
-        self.config, self.path = config, path
+        super().__init__(config, path)
         generator = torch.Generator().manual_seed(config.seed)
         self.task, self.model = start(config, generator)
         self.loss_dtype = getattr(torch, config.loss_dtype)
@@ -131,44 +99,19 @@ class _Training:
             Batches(config.trained_on, config.batch, generator, config.device) if config.batch else None
         )
         self.penalty = WeightedPenalty(self.model, self.task.train_inputs, config) if config.penalty else None
-        self.optimiser = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer](
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        self.step = -1  # the last measured step
-        self.rows: list[dict] = []
-        self.accurate = False  # whether the test accuracy has been 1 at a measured step
-        self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
+        self.optimiser = optimiser_of(self.model.parameters(), config)
         self.unwritten = 0
         # The step and the copies of the last measurement, until `settle` has saved them.
         self.taken: tuple[int, HostCopy] | None = None
         self.settles_late = config.device == "cuda" and not config.until_accurate
-        self.clock = time.perf_counter()
 
-    def _resume(self) -> None:
-        metrics = self.path / "metrics.csv"
-        try:
-            state = read_state(self.path, self.config)
-            self.step, self.seconds = state["step"], state["seconds"]
-            try:
-                self.model.load_state_dict(state["model"])
-                self.optimiser.load_state_dict(state["optimiser"])
-                if self.batches:
-                    self.batches.load_state_dict(state["batches"])
-                if self.penalty:
-                    self.penalty.load_state_dict(state["penalty"])
-            except Exception as error:  # the file may contain anything
-                raise unreadable(self.path / "state.pt", error) from None
-            written = read_metrics(self.path, self.config) if metrics.exists() else []
-            if not written or written[-1]["step"] < self.step:
-                raise ValueError(f"{metrics} lacks rows that it had")
-        except ValueError as error:
-            raise ValueError(f"out: {error}; --force starts the run anew") from None
-        self.rows = [row for row in written if row["step"] <= self.step]
-        self.accurate = any(row["test_accuracy"] == 1 for row in self.rows)
-
-    @property
-    def finished(self) -> bool:
-        return self.step == self.config.steps or (self.config.until_accurate and self.accurate)
+    def _load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.batches:
+            self.batches.load_state_dict(state["batches"])
+        if self.penalty:
+            self.penalty.load_state_dict(state["penalty"])
 
     def _update(self, step: int = 0) -> None:
         """step: the number of the update, from 1 on; 0: one without a penalty."""
@@ -179,33 +122,9 @@ class _Training:
             self.penalty(step)
         self.optimiser.step()
 
-    def _captured(self) -> Callable[[int], None]:
-        """The update as one CUDA graph, which is launched as a whole. A penalty cannot be a part of it."""
-
-        def set_capturable(value: bool) -> None:
-            # The value is True only during the capture, because torch warns if a capturable step is not captured.
-            for group in self.optimiser.param_groups:
-                if "capturable" in group:  # SGD has no such option, and needs none
-                    group["capturable"] = value
-
-        set_capturable(False)
-        # The warm-up and the capture use the same stream, because autograd remembers the stream on which it accumulates
-        # gradients.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            _warm_up(self._update, self.model, self.optimiser)
-        torch.cuda.current_stream().wait_stream(stream)
-        set_capturable(True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            self._update()
-        return lambda step: graph.replay()
-
     def run(self, progress: bool) -> None:
         config = self.config
-        if (self.path / "state.pt").exists():
-            self._resume()
+        self.read(self._load, config.device)
         if progress and self.step >= 0:
             how = "finished at" if self.finished else "continues after"
             print(f"{self.path}: {how} step {self.step}")
@@ -216,7 +135,9 @@ class _Training:
             count = (config.steps - done) // config.every
             say_how_long(self.path, self.model, self.samples, (config,), count)
         # The capture of a CUDA graph fails if another thread calls CUDA. So it happens before the probe starts its thread.
-        update = self._captured() if config.device == "cuda" and not self.penalty else self._update
+        update: Callable[[int], None] = self._update
+        if config.device == "cuda" and not self.penalty:
+            update = captured(self._update, self.model, self.optimiser)
         with (
             probe_of(self.model, self.samples, config, config.every, None, config.beside) as self.probe,
             progress_bar(config.steps, max(self.step, 0), progress) as self.bar,
@@ -249,14 +170,14 @@ class _Training:
             states["penalty"] = self.penalty.state_dict()
         self.taken = step, HostCopy({"metrics": metrics, **states})
         if not self.settles_late:
-            self.check_metrics()
+            self.check_taken()
         self.tick("training")
         self.probe(step, **metrics)
         self.tick("measuring")
         if not self.settles_late:
             self.settle()
         self.unwritten += 1
-        if self.unwritten > 4:  # limits the number of waiting rows if solving is slower than training
+        if self.unwritten > MOST_UNWRITTEN:  # solving is slower than training
             self.write()
 
     def settle(self) -> None:
@@ -266,36 +187,25 @@ class _Training:
         """
         if self.taken is None:
             return
-        self.check_metrics()
+        self.check_taken()
         step, copy = self.taken
         self.taken = None
-        self.check_there()
-        save_tensors(checkpoint_of(self.path, step), copy.read()["model"])
+        self.keep_weights(step, copy.read()["model"])
         kept = {name: value for name, value in copy.read().items() if name != "metrics"}
         self.state = {"step": step, **kept}
 
-    def check_metrics(self) -> None:
+    def check_taken(self) -> None:
         assert self.taken is not None
         step, copy = self.taken
-        metrics = copy.read()["metrics"]
-        self.accurate = self.accurate or metrics["test_accuracy"].item() == 1
-        for name, value in metrics.items():
-            if not abs(value.item()) < float("inf"):
-                raise FloatingPointError(f"training diverged: {name} is {value.item()} at step {step}")
+        self.check_metrics(step, {name: value.item() for name, value in copy.read()["metrics"].items()})
 
     def write(self) -> None:
         self.settle()
         self.tick("training")
         history = self.probe.history  # waits for pending rows
         self.tick("measuring")
-        new, beside = [row for row in history if row["step"] > self.step], self.config.beside
-        self.rows += by_step(new, observables=beside)
-        self.check_there()
-        # The table of a run that an earlier version began keeps the columns that it has.
-        metrics = [name for name in metrics_of(self.config) if name in self.rows[0]]
-        write_rows(self.path / "metrics.csv", self.rows, metrics, beside)
-        self.step, self.unwritten = self.state["step"], 0
-        save_tensors(self.path / "state.pt", {**self.state, "seconds": self.seconds})
+        self.keep(history, self.state)
+        self.unwritten = 0
         if self.bar:
             row = self.rows[-1]
             shown = {
@@ -306,18 +216,6 @@ class _Training:
             if self.penalty:
                 shown[PENALTY] = f"{row[PENALTY]:.1e}"
             self.bar.set_postfix(shown, refresh=False)
-
-    def check_there(self) -> None:
-        """Raises FileNotFoundError if the directory was deleted. Called before a write, which would make a directory without a
-        config, and that is not a run."""
-        if not (self.path / "config.json").exists():
-            raise FileNotFoundError(f"out: {self.path} was deleted while the run was at work in it")
-
-    def tick(self, activity: str) -> None:
-        """Adds the time since the last tick to that of `activity`."""
-        now = time.perf_counter()
-        self.seconds[activity] += now - self.clock
-        self.clock = now
 
 
 class HostCopy:
@@ -361,6 +259,31 @@ def unpacked(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.clone().view(t.dtype).reshape(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
+def captured(
+    update: Callable[..., None], model: nn.Module, optimiser: torch.optim.Optimizer
+) -> Callable[[int], None]:
+    """An update of the model as one CUDA graph, which is launched as a whole. A penalty cannot be a part of it."""
+
+    def set_capturable(value: bool) -> None:
+        # The value is True only during the capture, because torch warns if a capturable step is not captured.
+        for group in optimiser.param_groups:
+            if "capturable" in group:  # SGD has no such option, and needs none
+                group["capturable"] = value
+
+    set_capturable(False)
+    # The warm-up and the capture use the same stream, because autograd remembers the stream on which it accumulates gradients.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _warm_up(update, model, optimiser)
+    torch.cuda.current_stream().wait_stream(stream)
+    set_capturable(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        update()
+    return lambda step: graph.replay()
+
+
 def _warm_up(update: Callable[[], None], model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
     """Runs the update a few times, so that everything that first calls set up exists, and undoes the updates in place.
 
@@ -384,11 +307,23 @@ def _warm_up(update: Callable[[], None], model: nn.Module, optimiser: torch.opti
 def _evaluate(model: nn.Module, task: Task, loss_dtype: torch.dtype) -> dict[str, Tensor]:
     """METRICS of the model, as 0-dim tensors of 64 bits on its device. Does not wait for the device."""
     train, test = model(task.train_inputs), model(task.test_inputs)
+    return metrics_from(train, test, task.train_labels, task.test_labels, model.parameters(), loss_dtype)
+
+
+def metrics_from(
+    train: Tensor,
+    test: Tensor,
+    train_labels: Tensor,
+    test_labels: Tensor,
+    parameters: Iterable[Tensor],
+    loss_dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """METRICS of a model with these parameters and these logits of its training and test samples."""
     return {
-        "train_loss": cross_entropy(train.to(loss_dtype), task.train_labels).double(),
-        "test_loss": cross_entropy(test.to(loss_dtype), task.test_labels).double(),
-        "train_accuracy": (train.argmax(1) == task.train_labels).double().mean(),
-        "test_accuracy": (test.argmax(1) == task.test_labels).double().mean(),
-        "l2_norm": nn.utils.parameters_to_vector(model.parameters()).double().norm(),
-        "lost_gradients": lost_gradients(train, task.train_labels, loss_dtype),
+        "train_loss": cross_entropy(train.to(loss_dtype), train_labels).double(),
+        "test_loss": cross_entropy(test.to(loss_dtype), test_labels).double(),
+        "train_accuracy": (train.argmax(1) == train_labels).double().mean(),
+        "test_accuracy": (test.argmax(1) == test_labels).double().mean(),
+        "l2_norm": nn.utils.parameters_to_vector(parameters).double().norm(),
+        "lost_gradients": lost_gradients(train, train_labels, loss_dtype),
     }

@@ -48,6 +48,11 @@ class Study:
         given |= {"seed": seed, "threads": 1, **changes}
         return Config(task, layers=(LAYER,), **given)
 
+    def relu_config(self, task: str, seed: int) -> Config:
+        """The config of the run with ReLU."""
+        steps, every = self.relu_steps, self.relu_every
+        return self.config(task, seed, activation="relu", steps=steps, every=every, observables=())
+
 
 # The arms of the interventions; what each adds to the training of the paper.
 PENALISED = ("pooled_curvature", "lmn", "jacobian_norm")

@@ -14,8 +14,9 @@ from typing import Any
 from ..grokking.choices import TASKS
 from ..grokking.config import Config
 from ..grokking.run import Run, read_run
+from ..grokking.together import train_together
 from ..grokking.training import train
-from ..runs.device import torch_threads
+from ..runs.device import settled_device, torch_threads
 from ..runs.files import claimed, write_json
 from ..runs.pool import Pool
 from ..runs.progress import progress_bar
@@ -27,7 +28,8 @@ from .settings import INTERVENTIONS, LAYER, Study
 def run_study(
     out: Path, tasks: tuple[str, ...], seeds: int, jobs: int, study: Study, *, progress: bool = False
 ) -> None:
-    """Runs the missing parts of a study, in `jobs` processes with one thread each.
+    """Runs the missing parts of a study, in `jobs` processes with one thread each. One process with a GPU trains all seeds of a
+    task together, and then answers the questions of one after the other.
 
     Args:
         out: the study's directory, which is made if it does not exist. Other tasks and more seeds are added to an existing
@@ -49,6 +51,9 @@ def run_study(
         write_json(out / "study.json", asdict(study))
         work = [(out, study, task, seed) for seed in range(seeds) for task in sorted(tasks, key=_cost)]
         with progress_bar(sum(_total(study, job[-1]) for job in work), 0, progress) as bar:
+            if jobs == 1 and settled_device("auto") == "cuda":
+                for task in sorted(tasks, key=_cost):
+                    train_seeds(out, study, task, seeds, lambda: _show(bar, work))
             do_all(do, work, jobs, lambda: _show(bar, work))
 
 
@@ -190,11 +195,20 @@ def do(out: Path, study: Study, task: str, seed: int) -> None:
     if seed < study.asked:
         answers.outputs()
         answers.at_milestones(study.milestones, study.few)
-        steps, every = study.relu_steps, study.relu_every
-        train_or_say(
-            study.config(task, seed, activation="relu", steps=steps, every=every, observables=()), relu
+        train_or_say(study.relu_config(task, seed), relu)
+        answers.regions(relu, range(0, study.relu_steps + 1, study.relu_every))
+
+
+def train_seeds(out: Path, study: Study, task: str, seeds: int, meanwhile: Callable[[], None]) -> None:
+    """Trains the runs of a task that `do` would train one after the other, all seeds together. What it leaves out because a run
+    cannot be continued, `do` reports."""
+    runs = (study.config, "", seeds), (study.relu_config, "relu", min(seeds, study.asked))
+    for config_of, kind, count in runs:
+        train_together(
+            [config_of(task, seed) for seed in range(count)],
+            [run_path(out, task, seed, kind) for seed in range(count)],
+            meanwhile,
         )
-        answers.regions(relu, range(0, steps + 1, every))
 
 
 def train_or_say(config: Config, path: Path) -> None:
