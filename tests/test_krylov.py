@@ -70,7 +70,9 @@ def test_the_interval_contains_the_exact_lmn(name):
     assert all(found.interval()[1] / found.lmn - 1 < 0.06 for found in runs(name))
 
 
-@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize(
+    "name", sorted(SPECTRA.keys() - {"no kink"})
+)  # there the two known traces say nearly all
 def test_the_standard_error_is_the_spread_of_the_estimates(name):
     values = [math.log(found.lmn) for found in runs(name)]
     said = np.sqrt(np.mean([(found.standard_error / found.lmn) ** 2 for found in runs(name)]))
