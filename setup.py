@@ -104,7 +104,7 @@ class CMakeBuild(build_ext):
             ).strip(),
             **{
                 name: os.environ[name]
-                for name in ("LMNFAST_CUDA", "LMNFAST_CUDA_ARCHS", "LMNFAST_SANITIZE")
+                for name in ("LMNFAST_CUDA", "LMNFAST_CUDA_ARCHS", "LMNFAST_LEVELS", "LMNFAST_SANITIZE")
                 if name in os.environ
             },
         }

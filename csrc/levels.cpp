@@ -30,11 +30,11 @@
   }
 
 LMN_DEFINE_LEVEL(baseline)
-#if defined(__x86_64__)
+#if defined(LMN_HAS_AVX2)
 LMN_DEFINE_LEVEL(avx2)
-#if !defined(LMN_WITHOUT_AVX512)
-LMN_DEFINE_LEVEL(avx512)
 #endif
+#if defined(LMN_HAS_AVX512)
+LMN_DEFINE_LEVEL(avx512)
 #endif
 
 #if defined(LMN_EMULATED)
@@ -64,12 +64,13 @@ namespace lmn {
 namespace {
 
 const baseline::Kernels kBaseline("baseline", true);  // SSE2 on x86-64, NEON on aarch64
-#if defined(__x86_64__)
+#if defined(LMN_HAS_AVX2)
 const avx2::Kernels kAvx2("avx2", (__builtin_cpu_init(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")));
-#if !defined(LMN_WITHOUT_AVX512)
-const avx512::Kernels kAvx512("avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"));
 #endif
+#if defined(LMN_HAS_AVX512)
+const avx512::Kernels kAvx512("avx512", (__builtin_cpu_init(), __builtin_cpu_supports("avx512f")) &&
+                                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                                            __builtin_cpu_supports("avx512vl"));
 #endif
 #if defined(LMN_EMULATED)
 const emulated::Kernels kEmulated("emulated-cuda", true, true);
@@ -77,11 +78,11 @@ const emulated::Kernels kEmulated("emulated-cuda", true, true);
 
 const Level* const kLevels[] = {
     &kBaseline,
-#if defined(__x86_64__)
+#if defined(LMN_HAS_AVX2)
     &kAvx2,
-#if !defined(LMN_WITHOUT_AVX512)
-    &kAvx512,
 #endif
+#if defined(LMN_HAS_AVX512)
+    &kAvx512,
 #endif
 #if defined(LMN_EMULATED)
     &kEmulated,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from . import _native
 from ._block import Block
+from ._chain import ACTIVATIONS
 from ._generic import Paths
 from ._native import Progress
 from ._settings import PLAIN, Statistic
 from ._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, TOTALS, UNRESOLVED, Widened
-from .ops.block_coefficients import Normalisation, block_coefficients
 from .quadrature import orthonormal_polynomials
 from .reference import CONSTANT_ULPS
 
@@ -94,13 +95,11 @@ class _Rows:
             _scale_for(largest, x.dtype),
         )
 
-    def normalisation(self, block: Block, first: Tensor, second: Tensor) -> Normalisation | None:
-        if self.own is None or self.normalised is None or block.norm is None:
+    def cross(self, first: Tensor, second: Tensor) -> Tensor | None:
+        """(rows,), the covariance, or mean product, of the two samples of a path; None without a normalisation."""
+        if self.normalised is None:
             return None
-        cross = (
-            torch.linalg.vecdot(self.normalised[first], self.normalised[second]) / self.normalised.shape[1]
-        )
-        return Normalisation(self.own, cross, block.norm.epsilon)
+        return torch.linalg.vecdot(self.normalised[first], self.normalised[second]) / self.normalised.shape[1]
 
 
 def _scale_for(largest: float, dtype: torch.dtype) -> float:
@@ -239,6 +238,10 @@ class _Outputs:
         counts = constant.sum(1), (~constant & ~resolved).sum(1)
         return self._summed(moving, total, sensitivity, stable, *counts)
 
+    def of(self, hidden: Tensor) -> Tensor:
+        """The outputs' coefficients (degrees, rows, K), from those of the hidden layer."""
+        return (hidden.flatten(0, 1) @ self.last.mT).unflatten(0, hidden.shape[:2])
+
     def _summed(
         self,
         bend: Tensor,
@@ -270,6 +273,20 @@ class _Measured:
         self.nodes = nodes.to(rows.z.device)
         self.polynomials = orthonormal_polynomials(nodes, weights).to(rows.z.device)
         self.degrees = len(self.polynomials)
+        # The op with the arguments that all tiles share.
+        self.epsilon = 0.0 if block.norm is None else block.norm.epsilon
+        self.hidden = partial(
+            torch.ops.lmnfast.block_coefficients,
+            rows.z,
+            activation=ACTIVATIONS.index(block.activation.name),
+            parameters=[block.activation.alpha, block.activation.beta],
+            nodes=self.nodes,
+            gated=block.gate is not None,
+            shift=rows.shift,
+            own=rows.own,
+            epsilon=self.epsilon,
+            scale=rows.hidden_scale,
+        )
         self.guess = min(FIRST_TERMS, self.degrees)
 
     def turn(self, first: Tensor, second: Tensor) -> None:
@@ -279,8 +296,8 @@ class _Measured:
         Sums of squares stay as they are, so any rows may be used. Principal components of 16 rows: a GELU layer behind a
         LayerNorm then needs 8 polynomials in place of 12.
         """
-        normalisation = self.rows.normalisation(self.block, first, second)
-        hidden, energy = self._hidden(first, second, normalisation, 0, self.degrees)
+        how = {"polynomials": self.polynomials, "cross": self.rows.cross(first, second)}
+        hidden, energy = self.hidden(first, second, begin=0, end=self.degrees, **how)
         scaled = (hidden[1:].double() * self.rows.hidden_scale).flatten(1)
         products = (scaled @ scaled.mT).cpu()
         if not bool(products.isfinite().all()):  # eigh would raise
@@ -313,8 +330,11 @@ class _Measured:
     def shares(self, first: Tensor, second: Tensor) -> _Shares:
         """The statistics of each row, with as many terms as it needs."""
         end = self.guess
-        normalisation = self.rows.normalisation(self.block, first, second)
-        coefficients, energy = self._coefficients(first, second, normalisation, 0, end)
+        cross = self.rows.cross(first, second)
+        hidden, energy = self.hidden(
+            first, second, polynomials=self.polynomials, cross=cross, begin=0, end=end
+        )
+        coefficients = self.outputs.of(hidden)
         left = self._left(energy)
         result = self.outputs.shares(coefficients, first, second)
         needed = self._needed(result.sensitivity, left)
@@ -322,9 +342,9 @@ class _Measured:
         coefficients = coefficients[:, rows]
         while len(rows):
             begin, end = end, min(end + max(2, end // 3), self.degrees)
-            part = None if normalisation is None else normalisation._replace(cross=normalisation.cross[rows])
-            more, _ = self._coefficients(first[rows], second[rows], part, begin, end)
-            coefficients = torch.cat([coefficients, more])
+            how = {"polynomials": self.polynomials, "cross": None if cross is None else cross[rows]}
+            hidden, _ = self.hidden(first[rows], second[rows], begin=begin, end=end, **how)
+            coefficients = torch.cat([coefficients, self.outputs.of(hidden)])
             found = self.outputs.shares(coefficients, first[rows], second[rows])
             for whole, part_of in zip(result, found):
                 if whole is not None and part_of is not None:
@@ -334,43 +354,20 @@ class _Measured:
             open = ~(found.sensitivity * left[rows, end] <= LEFT_OUT_ULPS * self.outputs.epsilon)
             rows, coefficients = rows[open], coefficients[:, open]
         self._guess(needed)
-        if normalisation is not None:
-            result.unresolved.add_(_vanishes(normalisation, first, second, self.nodes))
+        if cross is not None and self.rows.own is not None:
+            own = self.rows.own[first], self.rows.own[second]
+            result.unresolved.add_(_vanishes(*own, cross, self.epsilon, self.nodes))
         return result
 
-    def _coefficients(
-        self, first: Tensor, second: Tensor, normalisation: Normalisation | None, begin: int, end: int
-    ) -> tuple[Tensor, Tensor]:
-        """The coefficients of the outputs (end - begin, rows, K), and the energy of the hidden layer (rows, degrees)."""
-        hidden, energy = self._hidden(first, second, normalisation, begin, end)
-        return (hidden.flatten(0, 1) @ self.outputs.last.mT).unflatten(0, hidden.shape[:2]), energy
 
-    def _hidden(
-        self, first: Tensor, second: Tensor, normalisation: Normalisation | None, begin: int, end: int
-    ) -> tuple[Tensor, Tensor]:
-        block, rows = self.block, self.rows
-        return block_coefficients(
-            rows.z,
-            first,
-            second,
-            block.activation,
-            self.nodes,
-            self.polynomials,
-            gated=block.gate is not None,
-            normalisation=normalisation,
-            shift=rows.shift,
-            begin=begin,
-            end=end,
-            scale=rows.hidden_scale,
-        )
+def _vanishes(first: Tensor, second: Tensor, cross: Tensor, epsilon: float, nodes: Tensor) -> Tensor:
+    """Which rows' samples nearly cancel at a node, as VANISHING says. (rows,) bool.
 
-
-def _vanishes(normalisation: Normalisation, first: Tensor, second: Tensor, nodes: Tensor) -> Tensor:
-    """Which rows' samples nearly cancel at a node, as VANISHING says. (rows,) bool."""
-    own, cross, epsilon = normalisation
-    t, (i, j) = nodes[1:-1].to(own.device), (own[first][:, None], own[second][:, None])
+    first, second, cross: (rows,), the squares of a row's two samples and their product, as the normalisation takes them.
+    """
+    t, (i, j) = nodes[1:-1].to(first.device), (first[:, None], second[:, None])
     least = ((1 - t) ** 2 * i + 2 * t * (1 - t) * cross[:, None] + t**2 * j).amin(1)
-    return least + epsilon < VANISHING * (torch.maximum(own[first], own[second]) + epsilon)
+    return least + epsilon < VANISHING * (torch.maximum(first, second) + epsilon)
 
 
 def _row_bytes(block: Block) -> int:

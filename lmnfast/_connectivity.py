@@ -8,7 +8,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ._differentiable import check_differentiable, with_graph
-from ._group import ALONE, Group, Rows, is_alone, measured_by, refuse_group, sharded
+from ._group import ALONE, Group, Rows, is_alone, measurer, refuse_group, sharded
 from ._measured import matrix_of, reported, stacked_matrices, warn_of_offsets
 from ._native import Progress
 from ._settings import Settings, check_flag
@@ -164,7 +164,7 @@ def connectivity(
         with reported(progress) as report:
             found, first = sharded(f, x, settings, group, gather=False, progress=report)
         return Rows(matrix_of(found, settings.pooled), first, len(x), group)
-    each = measured_by(group, f, x, settings, stacked, progress)
+    each = measurer(group, stacked)(f, x, settings, progress)
     warn_of_offsets(each)
     with one_core_after_fork():
         return (

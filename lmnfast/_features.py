@@ -1,7 +1,7 @@
 """Compares the Jacobians of a network by rows of features that are exactly as far apart as the Jacobians are."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -82,8 +82,7 @@ def compare_chain(
         value = 1.0 if kind == "connectivity" else 0.0
         return torch.full((len(x), len(x)), value, dtype=_result_dtype(x), device=x.device)
     if not on_cuda:
-        rows, width = chain_features(chain, x, affine)
-        return compare_rows(_checked(rows), x, width, kind)
+        return compare_rows(*chain_features(chain, x, affine), x, kind)
     hidden = _one_hidden(chain, x)
     if hidden is not None:
         matrix, lost, own = _of_one_hidden(hidden, x, affine, kind, with_outputs=y is None)
@@ -96,8 +95,8 @@ def compare_chain(
                 _name_what_is_not_finite(*_features_on_device(hidden, x, affine)[:2], x, matrix, kind)
             return matrix
     y = chain(x) if y is None else y
-    rows, width = chain_features(chain, x, affine, with_isometry=hidden is None)
-    matrix = compare_rows(rows, x, width, kind)
+    rows, width = chain_features(chain, x, affine, with_isometry=hidden is None, checked=False)
+    matrix = compare_rows(rows, width, x, kind)
     found = Findings(x, y, again, expected, matrix)
     found.check()
     if not found.finite:
@@ -110,10 +109,10 @@ def compare_differentiated(
 ) -> Tensor:
     """The same for any f. allocated: bytes that f takes for all samples."""
     rows = differentiated_features(f, x, y, allocated, affine, checks)
-    return compare_rows(rows, x, y.shape[1] * (x[0].numel() + affine), kind)
+    return compare_rows(rows, y.shape[1] * (x[0].numel() + affine), x, kind)
 
 
-def compare_rows(rows: Rows, x: Tensor, width: int, kind: Kind) -> Tensor:
+def compare_rows(rows: Rows, width: int, x: Tensor, kind: Kind) -> Tensor:
     """The same for rows of features, in place of Jacobians."""
     dtype = _result_dtype(x)
     if kind == "connectivity" and not _native.on_cuda(x):
@@ -140,11 +139,14 @@ class Scaled:
         while True:
             try:
                 return use(self._divided)
-            except _Larger:
+            except Larger:
                 continue
 
     def _divided(self, begin: int, end: int) -> Tensor:
-        features = self._rows(begin, end)
+        return self.divided(self._rows(begin, end))
+
+    def divided(self, features: Tensor) -> Tensor:
+        """Some of the rows, divided. Raises `Larger` if all must be divided again, by the scale that these rows have given."""
         largest = largest_magnitude(features)
         # 2^-1000 to 2^1000: a factor beyond them is no float64.
         exponent = max(-1000, min(1000, math.frexp(largest)[1])) if largest > 0 else -1000
@@ -152,25 +154,16 @@ class Scaled:
             self._exponent = exponent
         elif exponent > self._exponent + 400:
             self._exponent = exponent
-            raise _Larger
+            raise Larger
         return features * 2.0**-self._exponent
 
 
-class _Larger(Exception):
+class Larger(Exception):
     """Rows are so much larger than the first that their squares overflow."""
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _checked(rows: Rows) -> Rows:
-    def checked(begin: int, end: int) -> Tensor:
-        features = rows(begin, end)
-        check_jacobian(features, begin)
-        return features
-
-    return checked
 
 
 def _name_what_is_not_finite(rows: Rows, width: int, x: Tensor, matrix: Tensor, kind: Kind) -> None:
@@ -207,7 +200,7 @@ def _of_one_hidden(
     first, last = chain.weights
     if affine or first.dtype != _result_dtype(x) or _tile_rows(len(x), len(first)) < len(x):
         rows, width, lost = _features_on_device(chain, x, affine)
-        return compare_rows(rows, x, width, kind), lost, None
+        return compare_rows(rows, width, x, kind), lost, None
     return isometry_distance(
         x.flatten(1),
         first,
@@ -234,10 +227,13 @@ def _features_on_device(chain: Chain, x: Tensor, affine: bool) -> tuple[Rows, in
     return rows, len(first) + affine * len(last), lost
 
 
-def chain_features(chain: Chain, x: Tensor, affine: bool, with_isometry: bool = True) -> tuple[Rows, int]:
+def chain_features(
+    chain: Chain, x: Tensor, affine: bool, with_isometry: bool = True, checked: bool = True
+) -> tuple[Rows, int]:
     """A function that gives the features of a chain for samples from begin to end; and the number of features.
 
-    Two rows of features are as far apart as the samples' Jacobians.
+    Two rows of features are as far apart as the samples' Jacobians. checked: whether the function raises ValueError for a row
+    that is not finite.
     """
     chain = merged(chain)
     if chain.activations[-1] == IDENTITY and len(chain.weights[-1]) > chain.weights[-1].shape[1]:
@@ -261,7 +257,10 @@ def chain_features(chain: Chain, x: Tensor, affine: bool, with_isometry: bool = 
             on_input = chain.activations[0].name != "identity"
             z = samples if on_input else _native.linear(samples, chain.weights[0], chain.biases[0])
             features = _native.linear(_slope(chain.activations[0 if on_input else 1], z)[1], B, None)
-        return torch.cat((features, _offsets(chain, samples)), 1) if affine else features
+        features = torch.cat((features, _offsets(chain, samples)), 1) if affine else features
+        if checked:
+            check_jacobian(features, begin)
+        return features
 
     return rows, width
 
@@ -352,40 +351,76 @@ def tiled(
     tile: rows of features in a tile. None: by `_tile_rows`.
     """
     tile = _tile_rows(samples, width) if tile is None else tile
-    if tile == samples:
-        features = rows(0, samples)
-        return measure(features, features)
     result: Tensor | None = None
-    for i in range(0, samples, tile):
-        first = rows(i, min(i + tile, samples))
-        if result is None:
-            result = _native.empty(first, samples, samples, dtype=dtype)
-        result[i : i + tile, i : i + tile] = measure(first, first)
-        for j in range(i + tile, samples, tile):
-            values = measure(first, rows(j, min(j + tile, samples)))
-            result[i : i + tile, j : j + tile] = values
-            result[j : j + tile, i : i + tile] = values.mT
+    for i, j in _tile_places(samples, tile):
+        second = rows(j.start, j.stop)
+        if i == j:
+            first = second
+        result = _with_tile(result, measure(first, second), i, j, samples, dtype)
+        del second  # or three tiles would exist while the next rows are computed
     assert result is not None
+    return result
+
+
+def _tile_places(samples: int, tile: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of every two tiles. Of each first tile, the pair of it with itself comes first."""
+    places = [slice(begin, min(begin + tile, samples)) for begin in range(0, samples, tile)]
+    for n, i in enumerate(places):
+        for j in places[n:]:
+            yield i, j
+
+
+def _with_tile(
+    result: Tensor | None, values: Tensor, i: slice, j: slice, samples: int, dtype: torch.dtype
+) -> Tensor:
+    """A symmetric result with the values of two tiles; the values themselves if one tile has all samples."""
+    if j.stop - i.start == samples and i == j:
+        return values
+    if result is None:
+        result = _native.empty(values, samples, samples, dtype=dtype)
+    result[i, j] = values
+    if i != j:
+        result[j, i] = values.mT
     return result
 
 
 def _connectivity(rows: Rows, x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """`jacobian_connectivity` in plain torch, for devices without that kernel."""
     norms, largest_of = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(2))
+    L: Tensor | None = None
+    scaled, tile = Scaled(rows), _tile_rows(len(x), width)
+    while True:
+        try:
+            for i, j in _tile_places(len(x), tile):
+                second = scaled.divided(rows(j.start, j.stop))
+                if i == j:
+                    first = second
+                    norms[i] = torch.linalg.vector_norm(first, dim=1)
+                    largest_of[i] = torch.linalg.vector_norm(first, math.inf, dim=1)
+                L = _with_tile(L, ops.jacobian_distance(first, second, dtype=dtype), i, j, len(x), dtype)
+                del second
+        except Larger:
+            continue
+        break
+    assert L is not None
+    _to_connectivity(L, norms)
+    # Jacobians so small that their squares vanish beside the others' are compared on their own scale. Samples whose units are
+    # all dead have such.
+    (small,) = ((largest_of > 0) & (largest_of < SMALLEST)).nonzero(as_tuple=True)
+    if len(small) > 1:
 
-    def distances(divided: Rows) -> Tensor:
-        def with_norms(begin: int, end: int) -> Tensor:
-            features = divided(begin, end)
-            norms[begin:end] = torch.linalg.vector_norm(features, dim=1)
-            largest_of[begin:end] = torch.linalg.vector_norm(features, math.inf, dim=1)
-            return features
+        def alone(begin: int, end: int) -> Tensor:
+            return torch.cat([rows(i, i + 1) for i in small[begin:end].tolist()])
 
-        return tiled(with_norms, len(x), width, dtype, partial(ops.jacobian_distance, dtype=dtype))
+        L[small[:, None], small] = _connectivity(alone, x[small], width, dtype)
+    return L
 
-    L = Scaled(rows).of(distances)
+
+def _to_connectivity(L: Tensor, norms: Tensor) -> None:
+    """Makes connectivities of distances (N, N), in place. norms: (N,), of the features."""
     # Distances are divided by norms before they are squared: squares of tiny or huge Jacobians would not be finite.
-    for begin in range(0, len(x), 256):
-        end = min(begin + 256, len(x))
+    for begin in range(0, len(L), 256):
+        end = min(begin + 256, len(L))
         least, largest = (
             choose(norms[begin:end, None], norms[begin:]) for choose in (torch.minimum, torch.maximum)
         )
@@ -397,13 +432,3 @@ def _connectivity(rows: Rows, x: Tensor, width: int, dtype: torch.dtype) -> Tens
         diagonal.copy_(diagonal.triu(1) + diagonal.triu(1).mT).fill_diagonal_(1)
         L[begin:end, begin:] = entries
         L[end:, begin:end] = entries[:, end - begin :].mT
-    # Jacobians so small that their squares vanish beside the others' are compared on their own scale. Samples whose units are
-    # all dead have such.
-    (small,) = ((largest_of > 0) & (largest_of < SMALLEST)).nonzero(as_tuple=True)
-    if len(small) > 1:
-
-        def alone(begin: int, end: int) -> Tensor:
-            return torch.cat([rows(i, i + 1) for i in small[begin:end].tolist()])
-
-        L[small[:, None], small] = _connectivity(alone, x[small], width, dtype)
-    return L

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ._chain import Chain
 from ._enqueue import Enqueued
 from ._identity import PARTS, Identity, identity_of
-from ._measured import measured, reported
+from ._measured import measured, measured_stack, reported
 from ._native import Progress
 from ._pairs import measured_pairs
 from ._plane import Plane
@@ -243,18 +244,22 @@ def summed(tiles: list[Tile], plane: Plane) -> Tile:
     )
 
 
-def measured_by(
+def measurer(group: Any, stacked: Stacked | None = None) -> Callable[..., list[Enqueued]]:
+    """The function of (f, x, settings, progress) that measures: in this process alone, or in those of a group together."""
+    if is_alone(group):
+        return measured if stacked is None else partial(measured_stack, stacked=stacked)
+    refuse_group(group, stacked=stacked)
+    return partial(_measured_by_group, group)
+
+
+def _measured_by_group(
     group: Any,
     f: Callable[[Tensor], Tensor],
     x: Tensor,
     settings: Settings,
-    stacked: Stacked | None = None,
     progress: bool | Progress = False,
 ) -> list[Enqueued]:
-    """`measured`, by this process alone or by those of a group together."""
-    if is_alone(group):
-        return measured(f, x, settings, stacked, progress)
-    refuse_group(group, stacked=stacked)
+    """As `measured`."""
     with reported(progress) as report:
         return [sharded(f, x, settings, group, progress=report)[0]]
 

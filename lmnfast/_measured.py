@@ -47,20 +47,16 @@ def measured(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
     settings: Settings,
-    stacked: Stacked | None = None,
     progress: bool | Progress = False,
     known: Chain | None = None,
     expected: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> list[Enqueued]:
-    """Checked connectivities: one, or one for each of the stacked networks.
+    """One checked connectivity.
 
-    Arguments and errors as in :func:`lmnfast.connectivity`. known, expected, numbers: as of `enqueue`, without
-    `stacked`.
+    Arguments and errors as in :func:`lmnfast.connectivity`. known, expected, numbers: as of `enqueue`.
     """
     with alone(), reported(progress) as report:
-        if stacked is not None:
-            return _measured_stack(f, x, settings, stacked, report)
         how = partial(enqueue, f, x, settings, progress=report, expected=expected, numbers=numbers)
         enqueued = _checked(how(known=known), partial(how, fuse=False))
         if report is not None:
@@ -115,31 +111,35 @@ def _checked(enqueued: Enqueued, again: Callable[[], Enqueued]) -> Enqueued:
     return enqueued
 
 
-def _measured_stack(
+def measured_stack(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
     settings: Settings,
+    progress: bool | Progress = False,
+    *,
     stacked: Stacked,
-    report: Progress | None,
 ) -> list[Enqueued]:
-    """As `measured`. A device gets the work of all networks before this function waits for any of them.
+    """A checked connectivity for each of the stacked networks; arguments and errors as in :func:`lmnfast.connectivity`.
 
-    Chains go in one launch.
+    A device gets the work of all networks before this function waits for any of them. Chains go in one launch.
     """
-    f, networks = _stacked_networks(f, x, stacked)
+    with alone(), reported(progress) as report:
+        f, networks = _stacked_networks(f, x, stacked)
 
-    def one(number: int, fuse: bool = True) -> Enqueued:
-        with loaded(f, stacked, number):
-            return enqueue(f, x[number], settings, progress=share_of(report, number, networks), fuse=fuse)
+        def again(number: int) -> Enqueued:
+            with loaded(f, stacked, number):
+                return enqueue(f, x[number], settings, progress=shares[number], fuse=False)
 
-    results = enqueue_together(f, x, settings, stacked) or []
-    if results and report is not None:
-        report(1.0)
-    for number in range(len(results), networks):
-        results.append(one(number))
-        if report is not None:
-            report((number + 1) / networks)
-    return [_checked(each, partial(one, number, fuse=False)) for number, each in enumerate(results)]
+        shares = [share_of(report, number, networks) for number in range(networks)]
+        results = enqueue_together(f, x, settings, stacked) or []
+        if results and report is not None:
+            report(1.0)
+        for number in range(len(results), networks):
+            with loaded(f, stacked, number):
+                results.append(enqueue(f, x[number], settings, progress=shares[number]))
+            if report is not None:
+                report((number + 1) / networks)
+        return [_checked(each, partial(again, number)) for number, each in enumerate(results)]
 
 
 def warn_of_offsets(each: Sequence[Enqueued], name: str = "f") -> None:

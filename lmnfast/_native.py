@@ -255,17 +255,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     alike = x.dtype in (torch.float32, torch.float64) and all(
         t is None or t.dtype == x.dtype for t in (weight, bias)
     )
-    if alike and on_cuda(x) and x.shape[-2:].numel() * weight.shape[-2] <= SMALL_LINEAR:
-        return _linear(x, weight, bias)
-    if x.dim() == 3:
-        biases = [None] * len(x) if bias is None else bias
-        return torch.stack([linear(*one) for one in zip(x, weight, biases)])
-    if x.device.type != "cpu" or not HAS_CORE:
-        with nullcontext() if HAS_CORE else torch.no_grad():
-            return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if not (alike and on_cuda(x) and x.shape[-2:].numel() * weight.shape[-2] <= SMALL_LINEAR):
+        if x.dim() == 3:
+            biases = [None] * len(x) if bias is None else bias
+            return torch.stack([linear(*one) for one in zip(x, weight, biases)])
+        if x.device.type != "cpu" or not HAS_CORE:
+            with nullcontext() if HAS_CORE else torch.no_grad():
+                return F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     if not alike:
         x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
-    return _linear(x, weight, bias)
+    x, weight, bias = plain(x), plain(weight), None if bias is None else plain(bias)
+    *networks, samples, inputs = x.shape
+    outputs = weight.shape[-2]
+    arrays = x.data_ptr(), weight.data_ptr(), address(bias)
+    call = _C.Linear(x.dtype == torch.float64, *arrays, *(networks or (1,)), samples, inputs, outputs)
+    return run(call, x.new_empty((*networks, samples, outputs), dtype=torch.float64), reports=False)
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -282,15 +286,6 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"bias: expected {tuple(networks + outputs)} on {x.device}, "
             f"got shape {tuple(bias.shape)} on {bias.device}"
         )
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x, weight, bias = plain(x), plain(weight), None if bias is None else plain(bias)
-    *networks, samples, inputs = x.shape
-    outputs = weight.shape[-2]
-    arrays = x.data_ptr(), weight.data_ptr(), address(bias)
-    call = _C.Linear(x.dtype == torch.float64, *arrays, *(networks or (1,)), samples, inputs, outputs)
-    return run(call, x.new_empty((*networks, samples, outputs), dtype=torch.float64), reports=False)
 
 
 # Torch splits a pointwise function's numbers into equal shares, one per thread: for GELU if there are more than SERIAL numbers,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._differentiable import check_differentiable, mean_curvature, with_graph
-from ._group import ALONE, Group, is_alone, measured_by, refuse_group, sharded_pairs
+from ._group import ALONE, Group, is_alone, measurer, refuse_group, sharded_pairs
 from ._kept import html_table
 from ._measured import matrix_of, warn_of_offsets
 from ._pairs import Moments, check_generator, checked_pairs, draw_pairs, measured_pairs
@@ -199,7 +199,7 @@ def curvature(
         warn_of_offsets([found.enqueued])
         return mean_curvature(found.entries)
     if drawn is None:
-        (enqueued,) = measured_by(group, f, x, settings)
+        (enqueued,) = measurer(group)(f, x, settings)
         matrix = matrix_of(enqueued, settings.pooled)
         moments = Moments.of_matrix((1 - matrix).fill_diagonal_(0))
     else:

@@ -16,7 +16,7 @@ from ._differentiable import check_differentiable, with_graph
 from ._eigenvalues import by_magnitude, check_fits, check_negative, check_solver, estimated, solved
 from ._enqueue import Enqueued
 from ._entropy import complexity_with_graph
-from ._group import ALONE, Group, measured_by, refuse_group
+from ._group import ALONE, Group, measurer, refuse_group
 from ._kept import formatted, html_table, read_values, write_values
 from ._krylov import ESTIMATOR, interval
 from ._measured import stacked_matrices, warn_of_offsets
@@ -335,7 +335,7 @@ def measure(
     chosen = Chosen(observables)
     _check_fits(x, solver, group)
     settings = settings_for(chosen, Settings(method, points, rule, budget, stabiliser))
-    each = measured_by(group, f, x, settings, progress=progress)
+    each = measurer(group)(f, x, settings, progress)
     warn_of_offsets(each)
     m = measurement(each[0], settings, negative, solver=solver)
     m, problems = with_observables(m, each[0], chosen, x, f, f if isinstance(f, nn.Module) else None)
@@ -440,7 +440,7 @@ def lmn(
         found = with_graph(f, x, settings)
         warn_of_offsets([found.enqueued])
         return torch.exp2(complexity_with_graph(found.entries, negative))
-    each = measured_by(group, f, x, settings, stacked)
+    each = measurer(group, stacked)(f, x, settings)
     warn_of_offsets(each)
     if solver == "estimate":
         return each[0].L.new_tensor(estimated(each[0].L, negative).lmn, dtype=torch.float64)

@@ -1,8 +1,10 @@
 """Random chains of Linear and activations, shared by the tests of the fused route."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import support
@@ -18,6 +20,35 @@ from lmnfast._settings import PLAIN, Statistic
 from lmnfast._stacked import ChainStack
 from lmnfast.ops.path_connectivity import chain_connectivity, stack_connectivity
 from lmnfast.quadrature import path_nodes
+
+
+def _contents(value: Any) -> Any:
+    """What makes two arguments equal, as a key of a dictionary."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.detach().cpu().contiguous().numpy().tobytes()
+    if isinstance(value, Chain):
+        return tuple(_contents(each) for each in vars(value).values())
+    return tuple(map(_contents, value)) if isinstance(value, (tuple, list)) else value
+
+
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, computed once for equal chains and tensors: a truth is the same on every level. Results are only read."""
+    results: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if not isinstance(arguments[0], Chain):
+            return function(*arguments, **options)
+        key = _contents((*arguments, *options.items()))
+        if key not in results:
+            results[key] = function(*arguments, **options)
+        return results[key]
+
+    return call
+
+
+path_truth = remembered(reference.path_connectivity)
+hermite_truth = remembered(reference.hermite_connectivity)
 
 PARAMETERS = {"leaky_relu": (0.1, 0.0), "elu": (0.7, 0.0), "softplus": (1.5, 20.0)}
 
@@ -216,6 +247,7 @@ def samples(n: int, width: int, *, seed: int = 1) -> Tensor:
     return support.samples(n, width, seed=seed, dtype=torch.float64)
 
 
+@remembered
 def hermite_condition(f: Callable[[Tensor], Tensor], x: Tensor, nodes: Tensor, midpoint: bool) -> Tensor:
     """(N, N): mean over outputs of magnitude over spread along the polynomials' paths, what a rounding of the outputs costs r2.
 
@@ -336,6 +368,7 @@ def nearly_equal(distance: float, width: int = 8, n: int = 10) -> torch.Tensor:
     return torch.cat([x, x * (1 + distance * samples(n, width, seed=2).float())])
 
 
+@remembered
 def condition(chain: Chain, x: torch.Tensor) -> torch.Tensor:
     """(N, N): mean over outputs of magnitude over spread along the path, what a rounding of the output costs r2.
 
@@ -370,13 +403,13 @@ def assert_as_right_as_pytorch(
 
     Returns the kernel's matrix and the reference's.
     """
-    truth = reference.path_connectivity(chain, x, *rule)
+    truth = path_truth(chain, x, *rule)
     ours = measured(chain, x, device, dtype, rule)
     assert torch.equal(ours, ours.mT) and (ours.diagonal() == 1).all()
     error = (ours.double() - truth).abs()
     allowed, roundings = 0.0, 8
     if dtype == torch.float32:
-        plain = reference.path_connectivity(cast(chain, dtype), x.to(dtype), *rule)
+        plain = path_truth(cast(chain, dtype), x.to(dtype), *rule)
         allowed, roundings = 2 * (plain.double() - truth).abs().max(), 4
     assert (error <= allowed + roundings * torch.finfo(dtype).eps * (1 + condition(chain, x))).all()
     return ours, truth

@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -29,15 +30,21 @@ def run_fresh(script: Path, folder: Path, *arguments: str, **environment: str) -
 
     What reads its environment while PyTorch is imported, as OpenMP does, finds the one of the server's start.
     """
-    files = folder / "stdout", folder / "stderr"
-    environment = {**os.environ, **environment}  # the server has those of its start
-    process = CONTEXT.Process(target=_run, args=(script, folder, files, arguments, environment))
-    process.start()
+    process = start_fresh(script, folder, *arguments, **environment)
     process.join(600)
     if process.is_alive():
         process.kill()
         process.join()
-    return Done(process.exitcode, *(file.read_text() for file in files))
+    return Done(process.exitcode, *((folder / name).read_text() for name in ("stdout", "stderr")))
+
+
+def start_fresh(script: Path, folder: Path, *arguments: str, **environment: str) -> BaseProcess:
+    """As `run_fresh`, without waiting for the end. What the process writes is in the folder's files stdout and stderr."""
+    files = folder / "stdout", folder / "stderr"
+    environment = {**os.environ, **environment}  # the server has those of its start
+    process = CONTEXT.Process(target=_run, args=(script, folder, files, arguments, environment))
+    process.start()
+    return process
 
 
 def _run(

@@ -224,21 +224,7 @@ def symmetric_eigenvalues() -> Iterator[Call]:
         yield Call(f"{dtype} {n}", lambda device, A=A: ops.symmetric_eigenvalues(A.to(device)), 1e-12 * n)
 
 
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {
-    f.__name__: f
-    for f in (
-        block_coefficients,
-        check_outputs,
-        hermite_connectivity,
-        jacobian,
-        jacobian_distance,
-        path_connectivity,
-        path_connectivity_backward,
-        path_r2,
-        spectral_entropy,
-        symmetric_eigenvalues,
-    )
-}
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {name: globals()[name] for name in ops.__all__}
 
 
 def error(call: Call, device: str, on_cpu: Tensor) -> float:

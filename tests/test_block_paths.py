@@ -198,13 +198,13 @@ def test_a_large_last_bias_changes_nothing(norm):
 
 def test_tiles_of_few_units_and_many_outputs_are_small(monkeypatch):
     rows = []
-    real = _block_paths.block_coefficients
+    real = torch.ops.lmnfast.block_coefficients
 
     def counting(*arguments, **more):
         rows.append(len(arguments[1]))
         return real(*arguments, **more)
 
-    monkeypatch.setattr(_block_paths, "block_coefficients", counting)
+    monkeypatch.setattr(torch.ops.lmnfast, "block_coefficients", counting)
     f, x = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 2), nn.GELU(), nn.Linear(2, 1000)), samples(60, 12)
     lmnfast.connectivity(f, x, budget=2**22)
     assert 2 < max(rows) <= 2**22 // (4 * 8 * 1000)
@@ -257,8 +257,9 @@ def test_what_is_left_out_is_bounded(seed):
         measured = _block_paths._Measured(block, rows, outputs, nodes, weights)
         first, second = torch.triu_indices(10, 10, 1)
         measured.turn(first[:16], second[:16])
-        normalisation = rows.normalisation(block, first, second)
-        coefficients, energy = measured._coefficients(first, second, normalisation, 0, 20)
+        how = {"polynomials": measured.polynomials, "cross": rows.cross(first, second)}
+        hidden, energy = measured.hidden(first, second, begin=0, end=20, **how)
+        coefficients = outputs.of(hidden)
     whole = outputs.shares(coefficients, first, second)
     weight = f.last.weight.detach()
     directions = weight / weight.norm(dim=1, keepdim=True)
@@ -295,13 +296,13 @@ def _block_of(f: Mlp) -> Block:
 
 def test_few_terms_are_enough_for_a_smooth_layer(monkeypatch):
     taken = []
-    real = _block_paths.block_coefficients
+    real = torch.ops.lmnfast.block_coefficients
 
     def counting(*arguments, begin, end, **more):
         taken.append((len(arguments[1]), begin, end))
         return real(*arguments, begin=begin, end=end, **more)
 
-    monkeypatch.setattr(_block_paths, "block_coefficients", counting)
+    monkeypatch.setattr(torch.ops.lmnfast, "block_coefficients", counting)
     f = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 512))
     x = samples(60, 64)
     L = lmnfast.connectivity(f, x)

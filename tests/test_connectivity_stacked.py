@@ -8,7 +8,7 @@ from torch import nn
 import lmnfast
 from lmnfast import _checks, _measured, _route, _together
 from lmnfast._enqueue import Enqueued, enqueue
-from lmnfast._measured import measured
+from lmnfast._measured import measured, measured_stack
 from lmnfast._settings import DEFAULT
 
 
@@ -170,7 +170,7 @@ def test_a_launch_for_all_costs_no_call_for_each(emulated, monkeypatch):
 
 def test_the_matrices_of_a_stack_are_not_copied(emulated):
     models, stacked, x = stack_of(lambda: mlp(6, 20, 4), 3)
-    each = measured(models[0], x, DEFAULT, stacked)
+    each = measured_stack(models[0], x, DEFAULT, stacked=stacked)
     assert _measured.stacked_matrices(each).data_ptr() == each[0].L.data_ptr()
 
 
@@ -222,7 +222,7 @@ def test_what_a_stack_counts_as_constant_is_that_of_each_network(emulated):
         for values in (dict(models[1].named_parameters()), {k: v[1] for k, v in stacked[0].items()}):
             values["0.weight"][3] = values["2.weight"][0] = 0
             values["0.bias"][3], values["2.weight"][:, 3] = 1e5, 1
-    each = measured(models[0], x, DEFAULT, stacked)
+    each = measured_stack(models[0], x, DEFAULT, stacked=stacked)
     alone = [measured(f, own, DEFAULT)[0] for f, own in zip(models, x)]
     assert [one.constants for one in each] == [one.constants for one in alone] and each[1].constants > 0
     assert [one.offset_problem() for one in each] == [one.offset_problem() for one in alone]

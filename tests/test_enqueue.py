@@ -1,17 +1,89 @@
-"""Work that is enqueued: its checks may be left for later, and then say what immediate ones do."""
+"""How deep a call is. Work that is enqueued: its checks may be left for later, and then say what immediate ones do."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from networks import NAN, WRONG, counted, inputs, mlp
-from support import UNIFORM
+from support import COMPILED, UNIFORM
 from torch import nn
 
 import lmnfast
-from lmnfast import _checks, reference
+from lmnfast import _checks, _native, reference
 from lmnfast._enqueue import Enqueued, enqueue
 from lmnfast._settings import Settings
+
+MOST_FRAMES = 10
+
+
+class Block(nn.Module):
+    """A feed-forward block."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 24), nn.Linear(24, 6)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def functions():
+    """For every route, and for every way to compare Jacobians, a function of six numbers."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(nn.Linear(6, 9), nn.SiLU(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 4))
+    shallow = mlp(6, 20, 4)
+    return {
+        "fused": deep,
+        "one hidden layer": shallow,
+        "block": Block(),
+        "hoisted": lambda x: torch.softmax(deep(x), 1),
+        "generic": lambda x: deep(x * x),
+    }
+
+
+def public_calls(f, x):
+    for method in ("path", "hermite", "hermite-midpoint", "jacobian"):
+        yield lmnfast.connectivity, (f, x), {"method": method}
+        yield lmnfast.lmn, (f, x), {"method": method}
+        yield lmnfast.measure, (f, x), {"method": method}
+        if isinstance(f, nn.Module):
+            parameters, xs = torch.func.stack_module_state([f, f]), x.expand(2, *x.shape)
+            yield lmnfast.connectivity, (f, xs), {"method": method, "stacked": parameters}
+    yield lmnfast.connectivity, (f, x.clone().requires_grad_()), {"differentiable": True}
+    yield lmnfast.jacobians, (f, x), {}
+    yield lmnfast.jacobian_distances, (f, x), {}
+    yield lmnfast.curvature, (f, x), {}
+    L = torch.eye(len(x))
+    for function in (lmnfast.eigenvalues, lmnfast.nonlinear_complexity, lmnfast.linear_mapping_number):
+        yield function, (L,), {}
+
+
+@COMPILED
+@pytest.mark.parametrize("name", functions())
+def test_a_public_call_crosses_few_frames_to_a_kernel(name, monkeypatch):
+    """Counted are the package's own frames, from the public function to `run` of the seam.
+
+    Kernels are those of registered ops. A float64 product (`Linear`) is a step of other computations, as those of torch are.
+    """
+    run, here, depths = _native.run, Path(lmnfast.__file__).parent, {}
+
+    def counted(call, *arguments, **options):
+        frame, names = sys._getframe(1), ["run"]
+        while frame.f_code.co_filename != __file__:
+            if here in Path(frame.f_code.co_filename).parents:
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        if type(call) is not _native._C.Linear:
+            depths[type(call).__name__, names[-1]] = max(names[::-1], depths.get(type(call), []), key=len)
+        return run(call, *arguments, **options)
+
+    monkeypatch.setattr(_native, "run", counted)
+    for function, arguments, options in public_calls(functions()[name], inputs(12, 6)):
+        function(*arguments, **options)
+    assert len(depths) > 5
+    assert {key: names for key, names in depths.items() if len(names) > MOST_FRAMES} == {}
 
 
 class OneReal(nn.Module):

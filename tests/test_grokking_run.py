@@ -3,14 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import start_fresh
 from tiny import TINY
 
 from lmnfast.grokking import training
@@ -65,17 +64,19 @@ def test_a_run_killed_before_or_within_any_write_ends_as_one_never_stopped(finis
 @pytest.mark.parametrize("more", [{}, {"batch": 7}], ids=["all samples", "batches"])
 def test_a_run_ended_by_sigkill_continues_to_the_same_bytes(more, tmp_path):
     config = replace(TINY, steps=1000, every=50, **more)
-    command = [sys.executable, "-m", "lmnfast.cli", "grok", "modular-addition"]
+    script = tmp_path / "command.py"
+    script.write_text("from lmnfast.cli import main; main()")
     for attempt in range(10):  # on a busy machine a run may end before the signal comes
         path = tmp_path / f"killed-{attempt}"
         options = ["--p=5", "--steps=1000", "--every=50", "--threads=1", "--device=cpu", f"--out={path}"]
         options += [f"--{name}={value}" for name, value in more.items()]
-        process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (path / "state.pt").exists() and process.poll() is None:
+        process = start_fresh(script, tmp_path, "grok", "modular-addition", *options)
+        while not (path / "state.pt").exists() and process.is_alive():
             time.sleep(0.01)
         time.sleep(int.from_bytes(os.urandom(1), "big") / 2000)  # up to 0.13 s: anywhere in most of the run
         process.kill()
-        if process.wait() == -signal.SIGKILL and read_run(path).rows[-1]["step"] < 1000:
+        process.join()
+        if process.exitcode == -signal.SIGKILL and read_run(path).rows[-1]["step"] < 1000:
             break
     assert torch.load(path / "state.pt", weights_only=True)["step"] < 1000
     train(config, path)

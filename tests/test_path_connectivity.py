@@ -13,6 +13,7 @@ from chains import (
     cast,
     chain_with,
     measured,
+    path_truth,
     random_chain,
     random_sums,
     raw,
@@ -367,7 +368,7 @@ def test_stabilised_and_pooled_r2(name, device, dtype):
         return ops.path_connectivity(chain, x, *UNIFORM, **options)
 
     def truth(chain, x, **options):
-        return reference.path_connectivity(chain, x, *UNIFORM, **options)
+        return path_truth(chain, x, *UNIFORM, **options)
 
     assert_statistics_right(measured, truth, FOR_STATISTICS[name](), device, dtype)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chains import SUMS, chain_with, random_chain, random_sums, samples
+from chains import SUMS, chain_with, random_chain, random_sums, remembered, samples
 from support import fewer
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -37,6 +37,7 @@ def cast(chain: Chain, dtype: torch.dtype, device: torch.device) -> Chain:
     return with_tensors(chain, [t.to(device, dtype) for t in tensors_of(chain)])
 
 
+@remembered
 def truth_of(
     chain: Chain, x: Tensor, gradient: Tensor, rule=SEVEN, statistic: Statistic = STATISTICS[0]
 ) -> list[Tensor]:

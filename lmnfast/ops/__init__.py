@@ -4,28 +4,20 @@ The ops are registered by ``torch.library.define`` and ``impl``. The ``custom_op
 first call, which takes two seconds.
 """
 
+import sys
+
 from .._chain import Activation as Activation  # an argument of block_coefficients
 from .._recognise import recognise as recognise  # returns the chains that are the ops' arguments
-from .block_coefficients import block_coefficients
-from .check_outputs import check_outputs
-from .hermite_connectivity import hermite_connectivity
-from .jacobian import jacobian
-from .jacobian_distance import jacobian_distance
-from .path_connectivity import path_connectivity
-from .path_connectivity_backward import path_connectivity_backward
-from .path_r2 import path_r2
-from .spectral_entropy import spectral_entropy
-from .symmetric_eigenvalues import symmetric_eigenvalues
+from .block_coefficients import block_coefficients as block_coefficients
+from .check_outputs import check_outputs as check_outputs
+from .hermite_connectivity import hermite_connectivity as hermite_connectivity
+from .jacobian import jacobian as jacobian
+from .jacobian_distance import jacobian_distance as jacobian_distance
+from .path_connectivity import path_connectivity as path_connectivity
+from .path_connectivity_backward import path_connectivity_backward as path_connectivity_backward
+from .path_r2 import path_r2 as path_r2
+from .spectral_entropy import spectral_entropy as spectral_entropy
+from .symmetric_eigenvalues import symmetric_eigenvalues as symmetric_eigenvalues
 
-__all__ = [
-    "block_coefficients",
-    "check_outputs",
-    "hermite_connectivity",
-    "jacobian",
-    "jacobian_distance",
-    "path_connectivity",
-    "path_connectivity_backward",
-    "path_r2",
-    "spectral_entropy",
-    "symmetric_eigenvalues",
-]
+# The ops: every name imported here from a module of the same name.
+__all__ = [name for name in dir() if f"{__name__}.{name}" in sys.modules and not name.startswith("_")]

@@ -1,6 +1,7 @@
 """``lmnfast::jacobian``: Jacobians of a chain of Linear and pointwise activations, fused."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,13 @@ def at_once(chain: Chain, x: Tensor, with_outputs: bool = False) -> tuple[Tensor
         raise ValueError(
             f"x: expected samples of {width} elements on {on}, got shape {tuple(x.shape)} on {x.device}"
         )
-    return _run(*_arguments(chain, x), with_outputs)
+    arguments = _arguments(chain, x)
+    if not _native.HAS_CORE:
+        return _plain(*arguments, with_outputs)
+    call, J, y, kept = _native_call(*arguments, with_outputs)
+    _native.run(call, J, y)
+    del kept
+    return J, y
 
 
 def _arguments(
@@ -84,19 +91,24 @@ def _jacobian(
     parameters: Sequence[float],
 ) -> Tensor:
     _check(x, weights, biases, activations, parameters)
-    return _run(x, weights, biases, activations, parameters)[0]
+    if not _native.HAS_CORE:
+        return _plain(x, weights, biases, activations, parameters, False)[0]
+    call, J, _, kept = _native_call(x, weights, biases, activations, parameters)
+    _native.run(call, J, None)
+    del kept
+    return J
 
 
-def _run(
+def _native_call(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     activations: Sequence[int],
     parameters: Sequence[float],
     with_outputs: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    if not _native.HAS_CORE:
-        return _plain(x, weights, biases, activations, parameters, with_outputs)
+) -> tuple[Any, Tensor, Tensor | None, list[Any]]:
+    """The object of the compiled core for checked arguments, its empty results, and the tensors that must exist until it has
+    run."""
     x, weights = plain(x), [plain(w) for w in weights]
     biases = [None if b is None else plain(b) for b in biases]
     widths = [x.shape[1], *(w.shape[0] for w in weights)]
@@ -111,7 +123,7 @@ def _run(
         x.shape[0],
     )
     outputs = x.new_empty(x.shape[0], widths[-1]) if with_outputs else None
-    return _native.run(call, _native.empty(x, x.shape[0], widths[-1], widths[0]), outputs), outputs
+    return call, _native.empty(x, x.shape[0], widths[-1], widths[0]), outputs, [x, weights, biases]
 
 
 # Numbers of the derivatives of a layer's values that `_plain` holds at a time.
@@ -126,7 +138,7 @@ def _plain(
     parameters: Sequence[float],
     with_outputs: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`_run` in torch and float64, for some samples at a time: ``diag(a_L') W_L ... diag(a_0')`` from the narrower side.
+    """The op in torch and float64, for some samples at a time: ``diag(a_L') W_L ... diag(a_0')`` from the narrower side.
 
     The reference, torch.func.jacrev under vmap, copies each weight for every sample and output.
     """

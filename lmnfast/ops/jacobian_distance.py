@@ -1,6 +1,7 @@
 """``lmnfast::jacobian_distance``: Euclidean distances of features, accurate also for close rows."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,23 +74,36 @@ def _jacobian_distance(first: Tensor, second: Tensor, squared: bool, dtype: torc
     second = first if same else plain(second)
     if first.shape[0] == 0 or second.shape[0] == 0:
         return first.new_empty(len(first), len(second), dtype=dtype)
-    if first.device.type != "cpu":
-        return _measured(first, second, squared, dtype)
-    largest = largest_magnitude(first) if same else largest_magnitude(first, second)
-    if SMALLEST <= largest <= LARGEST or largest == 0:
-        return _measured(first, second, squared, dtype)
-    # The scale is a power of two, so that no digit changes. Inf becomes NaN: with Inf the distance to every row would be 0,
-    # because the squared distance would not be above the rounding of the squared norm.
-    first, second = (v.masked_fill(v.isinf(), math.nan) for v in (first, second))
-    exponent = max(
-        -1000, min(1000, math.frexp(largest_magnitude(first.nan_to_num(0.0), second.nan_to_num(0.0)))[1])
-    )
-    first = first * 2.0**-exponent
-    second = first if same else second * 2.0**-exponent
-    result = _measured(first, second, squared, torch.float64)
+    exponent = None
+    if first.device.type == "cpu":
+        largest = largest_magnitude(first) if same else largest_magnitude(first, second)
+        if not (SMALLEST <= largest <= LARGEST or largest == 0):
+            first, second, exponent = _scaled(first, second)
+    wide = dtype if exponent is None else torch.float64
+    if _native.by_reference(first):
+        with torch.no_grad():
+            result = _plain(first, second, squared).to(wide)
+    else:
+        result = _native.run(*_native_call(first, second, squared, wide))
+    if exponent is None:
+        return result
     for _ in range(1 + squared):
         result.mul_(2.0**exponent)
     return result.to(dtype)
+
+
+def _scaled(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The features divided by 2^exponent, so that their largest magnitude is about 1, and the exponent.
+
+    The scale is a power of two, so that no digit changes. Inf becomes NaN: with Inf the distance to every row would be 0,
+    because the squared distance would not be above the rounding of the squared norm.
+    """
+    same = second is first
+    first, second = (v.masked_fill(v.isinf(), math.nan) for v in (first, second))
+    largest = largest_magnitude(first.nan_to_num(0.0), second.nan_to_num(0.0))
+    exponent = max(-1000, min(1000, math.frexp(largest)[1]))
+    first = first * 2.0**-exponent
+    return first, first if same else second * 2.0**-exponent, exponent
 
 
 def largest_magnitude(*features: Tensor) -> float:
@@ -98,13 +112,13 @@ def largest_magnitude(*features: Tensor) -> float:
     return float(extremes.abs().max())
 
 
-def _measured(
+def _native_call(
     first: Tensor, second: Tensor, squared: bool, dtype: torch.dtype, connectivity: bool = False
-) -> Tensor:
-    """Calls the kernel. connectivity: as in csrc/ops.h; only the CUDA kernels, real or emulated, have it."""
-    if _native.by_reference(first):
-        with torch.no_grad():
-            return _plain(first, second, squared).to(dtype)
+) -> tuple[Any, Tensor]:
+    """The object of the compiled core, and its empty result.
+
+    connectivity: as in csrc/ops.h; only the CUDA kernels, real or emulated, have it.
+    """
     call = _native._C.JacobianDistance(
         dtype == torch.float64,
         first.data_ptr(),
@@ -114,7 +128,7 @@ def _measured(
         squared,
         connectivity,
     )
-    return _native.run(call, _native.empty(first, first.shape[0], second.shape[0], dtype=dtype))
+    return call, _native.empty(first, first.shape[0], second.shape[0], dtype=dtype)
 
 
 def _plain(first: Tensor, second: Tensor, squared: bool) -> Tensor:
@@ -152,7 +166,8 @@ def jacobian_connectivity(first: Tensor, second: Tensor, dtype: torch.dtype) -> 
     """
     _check(first, second, dtype)
     rows = plain(first)
-    return _measured(rows, rows if second is first else plain(second), False, dtype, connectivity=True)
+    second = rows if second is first else plain(second)
+    return _native.run(*_native_call(rows, second, False, dtype, connectivity=True))
 
 
 # Features on CUDA ------------------------------------------------------------------------------------------
