@@ -3,6 +3,7 @@
 METHODS = ("path", "hermite", "hermite-midpoint", "jacobian")
 RULES = ("uniform", "lobatto")
 NEGATIVE = ("absolute", "clip")
+SOLVERS = ("dense", "estimate")  # of the entropy of a matrix
 DEVICES = ("auto", "cpu", "cuda")
 # The observables of the package, in the order of `lmnfast.observables()`.
 OBSERVABLES = (

@@ -1,20 +1,25 @@
 """From a connectivity matrix to its eigenvalues, its entropy, and the linear mapping number."""
 
 import math
+import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import _native, ops
+from . import _choices, _krylov, _native, ops
 from ._checks import all_finite
 from ._choices import NEGATIVE
 from ._entropy import complexity_with_graph, entropy
+from ._memory import available, said_bytes
 from ._settings import check_flag
 from ._threads import one_core_after_fork
 from .ops.symmetric_eigenvalues import fits
 
 SOLVERS = ("auto", "cpu", "cuda")
+# Bytes that the dense solve takes for an entry of the matrix: float64, and LAPACK's copy of it.
+DENSE_BYTES = 16
+LARGE = 4096  # from this N on the memory is looked at, 0.1 ms
 
 
 def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
@@ -42,6 +47,7 @@ def eigenvalues(L: Tensor, solver: str = "auto") -> Tensor:
         tensor([1.5000, 0.5000], dtype=torch.float64)
     """
     check_matrix(L)
+    check_fits(L.shape[-1], L.device)
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if solver == "cuda" and not L.is_cuda:
@@ -100,7 +106,9 @@ def solved(L: Tensor, negative: str) -> tuple[Tensor, str, Tensor]:
     return values, solver, entropy(values, negative)
 
 
-def nonlinear_complexity(L: Tensor, *, negative: str = "absolute", differentiable: bool = False) -> Tensor:
+def nonlinear_complexity(
+    L: Tensor, *, negative: str = "absolute", differentiable: bool = False, solver: str = "dense"
+) -> Tensor:
     """Nonlinear complexity S_NL in bits: the von Neumann entropy of a connectivity matrix.
 
     ``S_NL = -sum p log2 p`` with ``p = |w| / sum |w|`` over the eigenvalues w; 0 log 0 = 0. All of it in float64.
@@ -110,14 +118,21 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute", differentiabl
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
         differentiable: keep L's graph; the derivative is that of docs/mathematics.md, "The gradient". At an eigenvalue that is
             0 the entropy has a kink, and its derivative counts as 0.
+        solver: "dense": all eigenvalues. "estimate": for one matrix of some thousand samples or more, an estimate from products
+            with the matrix, which needs no second matrix and less time: 2 ** S_NL is within 1 % of its value in 95 % of
+            cases or more. :func:`measure` gives the estimate with its errors. The same matrix gives the same estimate.
 
     Returns:
         (...) float64 on L's device, in bits, from 0 to log2 N.
 
     Raises:
         TypeError, ValueError: as :func:`eigenvalues`. ValueError also for another `negative`, and if the entropy is not
-            defined: all eigenvalues are 0, or with "clip" none is above 0.
+            defined: all eigenvalues are 0, or with "clip" none is above 0; for another solver, and for an estimate of several
+            matrices, or with a graph.
         RuntimeError: differentiable, and L has no graph, or gradients are off.
+
+    Warns:
+        UserWarning: an estimate may be further than 1 % from the value.
 
     Source:
         arXiv 2310.05918, Eq. 3.
@@ -126,27 +141,54 @@ def nonlinear_complexity(L: Tensor, *, negative: str = "absolute", differentiabl
         >>> lmnfast.nonlinear_complexity(torch.eye(8))
         tensor(3., dtype=torch.float64)
     """
+    return _complexity(L, negative, differentiable, solver)
+
+
+def _complexity(L: Tensor, negative: str, differentiable: bool, solver: str) -> Tensor:
     check_flag("differentiable", differentiable)
     check_negative(negative)
+    check_solver(solver, differentiable)
     if differentiable:
         check_graph(L)
         return complexity_with_graph(L, negative)
-    return entropy(eigenvalues(L), negative)
+    if solver == "dense":
+        return entropy(eigenvalues(L), negative)
+    check_matrix(L)
+    if L.dim() != 2:
+        raise ValueError(f"L: expected one matrix (N, N) for solver='estimate', got shape {tuple(L.shape)}")
+    return L.new_tensor(estimated(L, negative, stacklevel=4).complexity_bits, dtype=torch.float64)
 
 
-def linear_mapping_number(L: Tensor, *, negative: str = "absolute", differentiable: bool = False) -> Tensor:
+def estimated(L: Tensor, negative: str, stacklevel: int = 3) -> _krylov.SpectralEstimate:
+    """The estimate of a checked matrix (N, N), with a warning if it is less exact than it should be."""
+    found = _krylov.of_matrix(L, negative)
+    bar = found.interval()[1] / found.lmn - 1
+    if bar > 1.25 * _krylov.TOLERANCE:  # a bar varies by a tenth
+        warnings.warn(
+            f"solver: the estimated LMN of {found.lmn:.6g} may be up to {bar:.2%} from its value",
+            stacklevel=stacklevel,
+        )
+    return found
+
+
+def linear_mapping_number(
+    L: Tensor, *, negative: str = "absolute", differentiable: bool = False, solver: str = "dense"
+) -> Tensor:
     """Linear mapping number ``2 ** S_NL`` of a connectivity matrix: 1 for one linear map, N for N unrelated linear maps.
 
     Args:
         L: (..., N, N), floating point, symmetric; without a unit, as r2 has none.
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
-        differentiable: keep L's graph, as in :func:`nonlinear_complexity`.
+        differentiable, solver: as in :func:`nonlinear_complexity`.
 
     Returns:
         (...) float64 on L's device, from 1 to N.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`nonlinear_complexity`.
+
+    Warns:
+        UserWarning: as :func:`nonlinear_complexity`.
 
     Source:
         arXiv 2310.05918, Eq. 3.
@@ -160,13 +202,38 @@ def linear_mapping_number(L: Tensor, *, negative: str = "absolute", differentiab
         >>> f[2].weight.grad.shape
         torch.Size([3, 16])
     """
-    return torch.exp2(nonlinear_complexity(L, negative=negative, differentiable=differentiable))
+    return torch.exp2(_complexity(L, negative, differentiable, solver))
 
 
 def check_negative(negative: str) -> None:
     """Raises ValueError if `lmn` does not accept this `negative`."""
     if negative not in NEGATIVE:
         raise ValueError(f"negative: expected one of {', '.join(NEGATIVE)}, got {negative!r}")
+
+
+def check_solver(solver: str, differentiable: bool = False, stacked: bool = False) -> None:
+    """Raises ValueError if `lmn` does not accept this `solver`, or not with these."""
+    if solver not in _choices.SOLVERS:
+        raise ValueError(f"solver: expected one of {', '.join(_choices.SOLVERS)}, got {solver!r}")
+    for name, given in (("differentiable=True", differentiable), ("stacked networks", stacked)):
+        if given and solver == "estimate":
+            raise ValueError(f"solver: 'estimate' does not go together with {name}; expected 'dense'")
+
+
+def check_fits(samples: int, where: torch.device) -> None:
+    """`check_dense` for matrices so large that memory may be lacking."""
+    if samples >= LARGE:
+        check_dense(samples, where)
+
+
+def check_dense(samples: int, where: torch.device) -> None:
+    """Raises ValueError if the dense solver needs more memory than a device has."""
+    needed, free = DENSE_BYTES * samples**2, available(where)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"solver: 'dense' needs {said_bytes(needed)} of memory for N = {samples}, and {said_bytes(free)} are free on "
+            f"{where}; expected solver 'estimate', or a machine with more memory"
+        )
 
 
 def check_graph(L: Tensor) -> None:

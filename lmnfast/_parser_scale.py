@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from ._choices import METHODS
+from ._choices import METHODS, SOLVERS
 from ._options import (
     INPUTS,
     MODEL,
@@ -56,7 +56,11 @@ def add_tiles(tiles: argparse.ArgumentParser) -> None:
 
 def add_solve(solve: argparse.ArgumentParser) -> None:
     solve.add_argument("folder", metavar="DIR", help="the folder of lmnfast tiles --out")
-    solve.add_argument("--solver", choices=("dense",), help="dense: all eigenvalues, in float64 (dense)")
+    solve.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        help="dense: all eigenvalues, in float64; estimate: LMN with a bar of 1 %%, from products with the matrix (dense)",
+    )
     add_negative(solve, vars(Config))
     add_device(solve)
     add_quiet(solve)

@@ -114,3 +114,11 @@ def check_budget(budget: int | None) -> None:
 
 
 DEFAULT = Settings()  # the paper's
+
+
+def check_level(level: float) -> None:
+    """Raises TypeError or ValueError if an interval cannot have this level."""
+    if isinstance(level, (str, bytes)) or not hasattr(level, "__float__"):
+        raise TypeError(f"level: expected a number above 0 and below 1, got {level!r}")
+    if not 0 < float(level) < (1 - 1e-12):
+        raise ValueError(f"level: expected a number above 0 and below 1, got {level!r}")

@@ -16,7 +16,7 @@ from ._kept import html_table
 from ._measured import matrix_of, warn_of_offsets
 from ._pairs import Moments, check_generator, checked_pairs, draw_pairs, measured_pairs
 from ._samples import checked_samples
-from ._settings import Settings, check_flag
+from ._settings import Settings, check_flag, check_level
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,7 @@ class Estimate:
         Source:
             docs/mathematics.md, "A draw of pairs".
         """
-        if isinstance(level, (str, bytes)) or not hasattr(level, "__float__"):
-            raise TypeError(f"level: expected a number above 0 and below 1, got {level!r}")
-        if not 0 < float(level) < (1 - 1e-12):
-            raise ValueError(f"level: expected a number above 0 and below 1, got {level!r}")
+        check_level(level)
         if of not in ("pairs", "samples"):
             raise ValueError(f"of: expected 'pairs' or 'samples', got {of!r}")
         from statistics import NormalDist  # here, so that importing lmnfast does not load it

@@ -334,9 +334,10 @@ def spectrum(L: Any, *, ax: Any = None) -> Any:
         ('LMN 1.755, N = 2', array([1.5, 0.5]))
     """
     matrix, title, _, negative = _matrix_of(L)
-    w = (L.eigenvalues.detach().cpu() if hasattr(L, "connectivity") else eigenvalues(matrix)).numpy()
+    kept = hasattr(L, "connectivity")
+    w = (L.eigenvalues.detach().cpu() if kept else eigenvalues(matrix)).numpy()
     rank, size = np.arange(1, len(w) + 1), np.abs(w)
-    share = size[w < 0].sum() / size.sum()
+    share = L.negative_share if kept else size[w < 0].sum() / size.sum()
     seen = size > ROUNDING * size.max()
     with panels(ax, size=(6.2, 4.6)) as (axes,):
         below, above = colours(axes, 2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._choices import DEVICES
-from ._eigenvalues import check_negative
+from ._eigenvalues import DENSE_BYTES, check_dense, check_negative, check_solver
 from ._folder import Folder
 from ._group import as_enqueued, measured_tile, summed
 from ._identity import identity_of
@@ -28,9 +28,6 @@ from ._samples import checked_samples
 from ._settings import Settings
 from .spectrum import Measurement, measurement
 
-SOLVERS = ("dense",)
-# Bytes that the dense solve takes for an entry of the matrix: float64, and LAPACK's copy of it.
-DENSE_BYTES = 16
 # The eigenproblem that is solved to know the machine's pace, and the seconds that a measurement takes for that.
 TRIED = 512
 LONG_ENOUGH = 0.3
@@ -155,10 +152,11 @@ def solve(
 
     Args:
         out: the folder of :func:`tiles`.
-        solver: "dense": all eigenvalues by LAPACK or cuSOLVER, in float64.
+        solver: "dense": all eigenvalues by LAPACK or cuSOLVER, in float64. "estimate": as of :func:`measure`, from products
+            with the mapped matrix.
         negative: as in :func:`lmn`.
         device: where to solve: "cpu", "cuda", or "auto", a CUDA device if there is one.
-        say: receives one line before any work: the memory and the time that the solver needs.
+        say: receives one line before any work: the memory and the time that the dense solver needs.
 
     Returns:
         The `Measurement`, equal to that of :func:`measure` of the same network, samples and settings.
@@ -179,23 +177,23 @@ def solve(
         (300, 9, True)
     """
     check_negative(negative)
-    if solver not in SOLVERS:
-        raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+    check_solver(solver)
     where = _solving_device(device)
     folder = Folder.read(Path(out))
     plane, given = folder.plane, folder.identity.settings
-    check_dense(plane.samples, where)
-    if say is not None:
-        say(
-            f"solver dense, N = {plane.samples}: {said_bytes(DENSE_BYTES * plane.samples**2)} of memory, about "
-            f"{said_seconds(dense_seconds(plane.samples, where))}"
-        )
+    if solver == "dense":
+        check_dense(plane.samples, where)
+        if say is not None:
+            say(
+                f"solver dense, N = {plane.samples}: {said_bytes(DENSE_BYTES * plane.samples**2)} of memory, about "
+                f"{said_seconds(dense_seconds(plane.samples, where))}"
+            )
     about = summed(folder.tiles(), plane)
     L = folder.assembled()
     settings = Settings(given["method"], given["points"], given["rule"], stabiliser=given["stabiliser"])
     enqueued = as_enqueued(about, L, None)
     warn_of_offsets([enqueued])
-    return measurement(enqueued, settings, negative, where)
+    return measurement(enqueued, settings, negative, where, solver)
 
 
 def _solving_device(device: str) -> torch.device:
@@ -205,16 +203,6 @@ def _solving_device(device: str) -> torch.device:
     if device == "cuda" and not cuda:
         raise ValueError("device: cuda is not available")
     return torch.device("cuda" if cuda and device != "cpu" else "cpu")
-
-
-def check_dense(samples: int, where: torch.device) -> None:
-    """Raises ValueError if the dense solver needs more memory than a device has."""
-    needed, free = DENSE_BYTES * samples**2, available(where)
-    if free is not None and needed > free:
-        raise ValueError(
-            f"solver: 'dense' needs {said_bytes(needed)} of memory for N = {samples}, and {said_bytes(free)} are free on "
-            f"{where}; expected solver 'estimate', or a machine with more memory"
-        )
 
 
 def dense_seconds(samples: int, where: torch.device) -> float:

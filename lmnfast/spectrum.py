@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from . import plot
 from ._differentiable import check_differentiable, with_graph
-from ._eigenvalues import by_magnitude, check_negative, solved
+from ._eigenvalues import by_magnitude, check_fits, check_negative, check_solver, estimated, solved
 from ._enqueue import Enqueued
 from ._entropy import complexity_with_graph
 from ._group import ALONE, Group, measurer, refuse_group
 from ._kept import formatted, html_table, read_values, write_values
+from ._krylov import ESTIMATOR, interval
 from ._measured import stacked_matrices, warn_of_offsets
 from ._native import Progress
 from ._observables import Chosen, Values, problem_of, settings_for
 from ._observed import Observation, Spectrum
-from ._settings import Settings, check_flag
+from ._settings import Settings, check_flag, check_level
 from ._stacked import Stacked
 
 # A number also depends on these, beside network and samples. Every table has them as columns, named as in `Measurement`.
@@ -51,7 +52,7 @@ class Measurement:
     complexity_bits: float
     """S_NL in bits."""
     eigenvalues: Tensor
-    """(samples,) float64, by falling magnitude, with their signs."""
+    """(samples,) float64, by falling magnitude, with their signs. An estimate has the extreme ones that it found, fewer."""
     connectivity: Tensor
     """(samples, samples); float64 for float64 samples, otherwise float32."""
     samples: int
@@ -71,7 +72,8 @@ class Measurement:
     torch's own products in any other f follow it, too, if the device has units for it. "float64", "bfloat16", "float16": the
     samples' dtype, or the dtype that autocast computes in."""
     solver: str
-    """The solver of the eigenproblem, in float64: "cpu" (LAPACK), "cuda" (the package's kernel) or "cusolver"."""
+    """The solver of the eigenproblem, in float64: "cpu" (LAPACK), "cuda" (the package's kernel) or "cusolver"; or the estimator
+    in place of it, "krylov-chebyshev"."""
     negative: str
     """The treatment of negative eigenvalues: "absolute" or "clip"."""
     constant_share: float
@@ -83,14 +85,38 @@ class Measurement:
     """What was added to the denominators of r2, as in :func:`connectivity`."""
     observables: dict[str, float] = field(default_factory=dict)
     """The observables that were asked for, by name; NaN for one that does not apply."""
+    standard_error: float = 0.0
+    """Of `lmn` as an estimate of the matrix's LMN, from the draw of random vectors. 0 if all eigenvalues were solved."""
+    bound: float = 0.0
+    """The error of an estimated `lmn` beside that, at most. 0 if all eigenvalues were solved."""
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """An interval that contains the LMN of the measured matrix in a share `level` of all draws, or more.
+
+        Args:
+            level: above 0 and below 1.
+
+        Returns:
+            The lower and the upper end; both are `lmn` if all eigenvalues were solved.
+
+        Raises:
+            TypeError: the level is no number.
+            ValueError: a level out of range.
+
+        Source:
+            docs/mathematics.md, "An estimate for large N".
+        """
+        check_level(level)
+        return interval(self.lmn, self.standard_error, self.bound, level)
 
     def __repr__(self) -> str:
-        names = [
-            f.name
-            for f in fields(self)
-            if f.type is not Tensor and (f.name != "observables" or self.observables)
-        ]
+        names = [f.name for f in fields(self) if f.type is not Tensor and f.name not in self._unsaid()]
         return f"Measurement({', '.join(f'{name}={formatted(getattr(self, name))}' for name in names)})"
+
+    def _unsaid(self) -> set[str]:
+        """Fields that a text leaves out, as they say nothing."""
+        errors = set() if self.solver == ESTIMATOR else {"standard_error", "bound"}
+        return errors if self.observables else errors | {"observables"}
 
     def __float__(self) -> float:
         return self.lmn
@@ -156,7 +182,8 @@ class Measurement:
         return plot.matrix_and_spectrum(self, cluster=cluster, ax=ax)
 
     def _repr_html_(self) -> str:
-        plain = {n: v for n, v in self.to_dict().items() if not isinstance(v, (Tensor, dict))}
+        said = {n: v for n, v in self.to_dict().items() if n not in self._unsaid()}
+        plain = {n: v for n, v in said.items() if not isinstance(v, (Tensor, dict))}
         return html_table("Measurement", plain | self.observables)
 
 
@@ -166,7 +193,8 @@ def _checked_fields(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> di
         raise ValueError(f"{wrong[0]} is an array of {arrays[wrong[0]].dtype}")
     given = {**values, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
     kinds = {each.name: dict if each.name == "observables" else each.type for each in fields(Measurement)}
-    if not kinds.keys() - {"stabiliser", "observables"} <= given.keys() <= kinds.keys():
+    later = {"stabiliser", "observables", "standard_error", "bound"}  # than the first version
+    if not kinds.keys() - later <= given.keys() <= kinds.keys():
         raise ValueError(f"it has the fields {', '.join(sorted(given))}")
     if wrong := [name for name, value in given.items() if type(value) is not kinds[name]]:
         raise ValueError(f"{wrong[0]} is a {type(given[wrong[0]]).__name__}")
@@ -177,6 +205,8 @@ def _checked_fields(values: dict[str, Any], arrays: dict[str, np.ndarray]) -> di
     ]:
         raise ValueError(f"the observable {wrong[0]} is no number")
     n, shapes = given["samples"], {name: tuple(given[name].shape) for name in arrays}
+    if given["solver"] == ESTIMATOR and shapes["eigenvalues"] == (len(given["eigenvalues"]),):
+        shapes["eigenvalues"] = (max(n, *shapes["eigenvalues"]),)  # not all of them are known
     if shapes != {"eigenvalues": (n,), "connectivity": (n, n)}:
         raise ValueError(f"its tensors have the shapes {shapes} for {n} samples")
     return given
@@ -194,11 +224,29 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def measurement(
-    enqueued: Enqueued, settings: Settings, negative: str = "absolute", on: torch.device | None = None
+    enqueued: Enqueued,
+    settings: Settings,
+    negative: str = "absolute",
+    on: torch.device | None = None,
+    solver: str = "dense",
 ) -> Measurement:
-    """Solves the eigenproblem of a connectivity (N, N) whose checks have passed. on: where; None: where the matrix is."""
-    values, solver, bits = solved(enqueued.L if on is None else enqueued.L.to(on), negative)
-    values = by_magnitude(values) if solver == "cuda" else values
+    """Solves or estimates the eigenproblem of a connectivity (N, N) whose checks have passed.
+
+    on: where; None: where the matrix is.
+    """
+    L = enqueued.L if on is None else enqueued.L.to(on)
+    if solver == "estimate":
+        found = estimated(L, negative, stacklevel=4)
+        names = "lmn", "complexity_bits", "negative_share", "standard_error", "bound"
+        return Measurement(
+            eigenvalues=found.eigenvalues.to(enqueued.L.device),
+            connectivity=enqueued.L,
+            solver=ESTIMATOR,
+            **{name: getattr(found, name) for name in names},
+            **unsolved(enqueued, settings, negative),
+        )
+    values, by, bits = solved(L, negative)
+    values = by_magnitude(values) if by == "cuda" else values
     below_zero = values.clamp(max=0).abs().sum() / values.abs().sum()
     # Three numbers in one copy: each copy from a card would wait for it.
     lmn, complexity_bits, share = torch.stack([torch.exp2(bits), bits, below_zero]).tolist()
@@ -207,7 +255,7 @@ def measurement(
         complexity_bits=complexity_bits,
         eigenvalues=values.to(enqueued.L.device),
         connectivity=enqueued.L,
-        solver=solver,
+        solver=by,
         negative_share=share,
         **unsolved(enqueued, settings, negative),
     )
@@ -240,6 +288,7 @@ def measure(
     progress: bool | Progress = False,
     stabiliser: float = 0.0,
     observables: str | Sequence[str] = (),
+    solver: str = "dense",
     group: Group = ALONE,
 ) -> Measurement:
     """Linear mapping number of f on the samples x, with its matrix, eigenvalues and settings.
@@ -252,17 +301,21 @@ def measure(
         progress: a bar (True), or a function of the share done, as in :func:`connectivity`.
         stabiliser: as in :func:`connectivity`; 0 is the definition.
         observables: names of numbers to measure beside LMN, as :func:`lmnfast.observables` lists them.
+        solver: "dense": all eigenvalues. "estimate": the measurement has an estimate of the LMN of all samples, with its errors
+            and a bar of 1 % or less, in less time and memory from some thousand samples on; see
+            :func:`nonlinear_complexity`.
         group: as in :func:`connectivity`. Every process of the group solves the eigenproblem and returns the whole measurement.
 
     Returns:
         The `Measurement`. LMN has no unit and lies between 1 and N. It carries no autograd graph.
 
     Raises:
-        TypeError, ValueError: as :func:`connectivity`. ValueError also for another `negative`, and an unknown observable.
+        TypeError, ValueError: as :func:`connectivity`. ValueError also for another `negative` or `solver`, an unknown
+            observable, and for more samples than the memory suffices for with the dense solver.
 
     Warns:
         UserWarning: in 0.2 % of the paths or more, outputs vary so little against their size that rounding hides it; or an
-            observable does not apply.
+            observable does not apply; or the bar of an estimate is above 1 %.
 
     Source:
         arXiv 2310.05918, Eq. 1-3.
@@ -278,15 +331,26 @@ def measure(
         {'curvature': 0.0, 'local_complexity': 0.0}
     """
     check_negative(negative)
+    check_solver(solver)
     chosen = Chosen(observables)
+    _check_fits(x, solver, group)
     settings = settings_for(chosen, Settings(method, points, rule, budget, stabiliser))
     each = measurer(group)(f, x, settings, progress)
     warn_of_offsets(each)
-    m = measurement(each[0], settings, negative)
+    m = measurement(each[0], settings, negative, solver=solver)
     m, problems = with_observables(m, each[0], chosen, x, f, f if isinstance(f, nn.Module) else None)
     for problem in problems:
         warnings.warn(f"f: {problem}", stacklevel=2)
     return m
+
+
+def _check_fits(x: Tensor, solver: str, group: Group) -> None:
+    """Raises ValueError for more samples than the dense solver has memory for. Other checks of the samples follow.
+
+    In a group, one process alone must not raise.
+    """
+    if solver == "dense" and group == ALONE and isinstance(x, Tensor) and x.dim():
+        check_fits(len(x), x.device)
 
 
 def with_observables(
@@ -324,6 +388,7 @@ def lmn(
     negative: str = "absolute",
     stabiliser: float = 0.0,
     differentiable: bool = False,
+    solver: str = "dense",
     group: Group = ALONE,
 ) -> Tensor:
     """Linear mapping number of f on the samples x: ``linear_mapping_number(connectivity(f, x))``.
@@ -337,6 +402,7 @@ def lmn(
         negative: the value that a negative eigenvalue counts as: "absolute" (the paper's) its magnitude, "clip" 0.
         stabiliser: as in :func:`connectivity`; 0 is the definition.
         differentiable: give the number a graph to x and to all tensors behind f that require grad, as in :func:`connectivity`.
+        solver: "dense" or "estimate", as in :func:`nonlinear_complexity`. An estimate is of one network, without a graph.
         group: as in :func:`connectivity`, without `stacked` and `differentiable`.
 
     Returns:
@@ -344,10 +410,12 @@ def lmn(
         unless it is asked for.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`connectivity`. ValueError also for another `negative`.
+        TypeError, ValueError, RuntimeError: as :func:`connectivity`. ValueError also for another `negative` or `solver`, and
+            for more samples than the memory suffices for with the dense solver.
 
     Warns:
-        UserWarning: in 0.2 % of the paths or more, outputs vary so little against their size that rounding hides it.
+        UserWarning: in 0.2 % of the paths or more, outputs vary so little against their size that rounding hides it; or an
+            estimate may be further than 1 % from the value.
 
     Source:
         arXiv 2310.05918, Eq. 1-3.
@@ -362,6 +430,9 @@ def lmn(
     """
     check_flag("differentiable", differentiable)
     check_negative(negative)
+    check_solver(solver, differentiable, stacked is not None)
+    if stacked is None and not differentiable:
+        _check_fits(x, solver, group)
     refuse_group(group, stacked=stacked, differentiable=differentiable)
     settings = Settings(method, points, rule, budget, stabiliser)
     if differentiable:
@@ -371,5 +442,7 @@ def lmn(
         return torch.exp2(complexity_with_graph(found.entries, negative))
     each = measurer(group, stacked)(f, x, settings)
     warn_of_offsets(each)
+    if solver == "estimate":
+        return each[0].L.new_tensor(estimated(each[0].L, negative).lmn, dtype=torch.float64)
     L = each[0].L if stacked is None else stacked_matrices(each)
     return torch.exp2(solved(L, negative)[2].to(L.device))

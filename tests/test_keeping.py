@@ -198,9 +198,8 @@ def test_a_notebook_shows_a_measurement_as_a_table_without_colours(monkeypatch):
     found = table(m)
     assert found["lmn"] == f"{m.lmn:.6g}" and found["method"] == "path" and found["samples"] == "12"
     assert found["curvature"] == f"{m.observables['curvature']:.6g}"
-    assert set(found) == {f.name for f in fields(m)} - {"eigenvalues", "connectivity", "observables"} | {
-        "curvature"
-    }
+    unsaid = {"eigenvalues", "connectivity", "observables", "standard_error", "bound"}
+    assert set(found) == {f.name for f in fields(m)} - unsaid | {"curvature"}
     assert table(replace(m, rule="<b>&"))["rule"] == "<b>&"
     estimate = lmnfast.curvature(F, torch.randn(12, 4))
     assert table(estimate)["value"] == f"{estimate.value:.6g}" and table(estimate)["pairs"] == "66"

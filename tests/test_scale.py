@@ -14,7 +14,7 @@ from support import COMPILED, mlp, samples
 from torch import nn
 
 import lmnfast
-from lmnfast import _folder, _matrix_file, _memory, scale
+from lmnfast import _eigenvalues, _folder, _matrix_file, _memory, scale
 from lmnfast._matrix_file import mapped, read_about, write_matrix
 from lmnfast._plane import Plane
 
@@ -291,7 +291,7 @@ def test_what_is_no_folder_of_tiles_is_refused(folder, tmp_path):
         with pytest.raises(ValueError, match="out: cannot read .*tiles.json: "):
             lmnfast.solve(folder)
     for arguments, said in (
-        ({"solver": "none"}, "solver: expected one of dense, got 'none'"),
+        ({"solver": "none"}, "solver: expected one of dense, estimate, got 'none'"),
         ({"negative": "none"}, "negative: expected one of absolute, clip, got 'none'"),
         ({"device": "none"}, "device: expected one of auto, cpu, cuda, got 'none'"),
     ):
@@ -304,7 +304,7 @@ def test_a_solve_says_what_it_needs_and_refuses_what_does_not_fit(folder, monkey
     lmnfast.solve(folder, say=said.append, device="cpu")
     assert len(said) == 1 and said[0].startswith("solver dense, N = 60: 57.6 kB of memory, about ")
     (folder / "connectivity.npy").unlink()
-    monkeypatch.setattr(scale, "available", lambda _: 50_000)
+    monkeypatch.setattr(_eigenvalues, "available", lambda _: 50_000)
     with pytest.raises(ValueError) as error:
         lmnfast.solve(folder, say=said.append, device="cpu")
     assert str(error.value) == (

@@ -1,0 +1,390 @@
+"""An estimate of the linear mapping number of a matrix from products with it, with its error.
+
+docs/mathematics.md, "An estimate for large N", has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._choices import NEGATIVE
+from ._deflated import ROWS, Deflated, Matrix, deflate
+from ._kink import Kink
+from ._threads import one_core_after_fork
+
+ESTIMATOR = "krylov-chebyshev"  # its name in a `Measurement`
+
+TOLERANCE = 0.01
+PROBES = 32  # in the first draw, and at most in a later one
+MOST_PROBES = 512
+FIRST_DEGREE, MOST_DEGREE = 48, 4096
+CONTROLS = 2  # the known traces: of the matrix, and of its square
+OF_KINK, OF_DEFLATION = 0.2, 0.1  # shares of the tolerance
+
+
+@dataclass(frozen=True)
+class SpectralEstimate:
+    """An estimate of the linear mapping number of a matrix, with its errors.
+
+    ``float(estimate)`` is its LMN.
+    """
+
+    lmn: float
+    complexity_bits: float
+    standard_error: float
+    """Of `lmn`, from the draw of random vectors."""
+    bound: float
+    """The error of `lmn` that is not by chance, at most: of the polynomials, and of the deflated pairs."""
+    negative_share: float
+    """As in `Measurement`, estimated."""
+    eigenvalues: Tensor
+    """(deflated,) float64, on the CPU, by falling magnitude: those that were found one by one."""
+    probes: int
+    """The number of random vectors for the other eigenvalues."""
+    degree: int
+    """Of the polynomials; 0 if there are no other eigenvalues."""
+    products: int
+    """The number of vectors that the matrix was multiplied by."""
+
+    def __float__(self) -> float:
+        return self.lmn
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """An interval that contains the LMN of the matrix in a share `level` of all draws, or more."""
+        return interval(self.lmn, self.standard_error, self.bound, level)
+
+
+def interval(lmn: float, standard_error: float, bound: float, level: float) -> tuple[float, float]:
+    """The ends of an interval, as far from LMN by ratio: Student's quantile of the standard error, and the bound."""
+    reach = (student(level) * standard_error + bound) / lmn
+    return lmn * math.exp(-reach), lmn * math.exp(reach)
+
+
+def student(level: float, degrees: int = PROBES - CONTROLS - 1) -> float:
+    """What the magnitude of Student's variable exceeds with a probability of 1 - level, to 4 digits at 20 degrees of freedom.
+
+    Source:
+        Abramowitz and Stegun, 26.7.5.
+    """
+    from statistics import NormalDist  # here, so that importing lmnfast does not load it
+
+    x = NormalDist().inv_cdf((1 + level) / 2)
+    terms = (
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return x + sum(term / degrees**power for power, term in enumerate(terms, 1))
+
+
+def estimate(
+    product: Callable[[Tensor], Tensor],
+    samples: int,
+    *,
+    squares: float,
+    trace: float | None = None,
+    negative: str = "absolute",
+    tolerance: float = TOLERANCE,
+    dimension: int | None = None,
+    generator: torch.Generator | None = None,
+    like: Tensor | None = None,
+) -> SpectralEstimate:
+    """The linear mapping number of a symmetric matrix L from products with it; it is never that of a part of the matrix.
+
+    Args:
+        product: gives ``L @ v`` for v (samples, b) of the dtype and device of `like`.
+        samples: N.
+        squares: the sum of the squares of all entries of L, exact to rounding in float64.
+        trace: of L; None: N, as for a connectivity.
+        negative: as in :func:`linear_mapping_number`.
+        tolerance: what the 95 % bar is to stay below, as a share of LMN. More random vectors and a higher degree are taken
+            for it, up to MOST_PROBES and MOST_DEGREE; the bar of the result is what was reached.
+        dimension: of the Krylov space; None: a sixteenth of N, at least 256 and at most 1024. N gives all eigenvalues.
+        generator: of the random vectors, on the CPU. None: torch's default generator, whose state then changes.
+        like: a tensor of the dtype and on the device of the vectors; None: float32, on the CPU.
+
+    Returns:
+        The `SpectralEstimate`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, as far as this can be seen; or all eigenvalues are 0.
+    """
+    vectors = torch.empty(0) if like is None else like
+    trace = float(samples) if trace is None else float(trace)
+    _check(samples, squares, trace, negative, tolerance, dimension, vectors)
+    matrix = Matrix(product, samples, vectors, generator)
+    least = max(abs(trace), math.sqrt(squares))  # that sum |w| can be
+    most_moved = (
+        OF_DEFLATION * tolerance * least / _weight(samples, squares, OF_DEFLATION * tolerance * least)
+    )
+    deflated = deflate(matrix, min(samples, dimension or min(max(samples // 16, 256), 1024)), most_moved)
+    sums = _Sums(deflated, squares, trace, negative == "clip", torch.finfo(vectors.dtype).eps)
+    found = _settled(matrix, deflated, sums, tolerance)
+    lmn = math.exp(found.entropy)
+    return SpectralEstimate(
+        lmn=lmn,
+        complexity_bits=found.entropy / math.log(2),
+        standard_error=lmn * found.chance,
+        bound=lmn * found.bound,
+        negative_share=_negative_share(found.total, trace, sums.clip),
+        eigenvalues=deflated.values,
+        probes=found.probes,
+        degree=found.degree,
+        products=matrix.products,
+    )
+
+
+def _weight(samples: int, squares: float, goal: float) -> float:
+    """What the sum of the eigenvalues' moves counts in the entropy, times sum |w|, at most; see `_Sums.of`."""
+    return 1 + math.log(math.sqrt(samples * squares)) + math.log(40 * samples / goal)
+
+
+def _negative_share(total: float, trace: float, clip: bool) -> float:
+    magnitudes = 2 * total - trace if clip else total
+    return max(0.0, (magnitudes - trace) / 2 / magnitudes)
+
+
+def of_matrix(L: Tensor, negative: str) -> SpectralEstimate:
+    """The estimate of a checked connectivity (N, N), in the dtype of the matrix; of the same matrix it is the same.
+
+    Where torch's float32 products are set to be less than float32, all is in float64, with parts of the matrix at a time.
+    """
+    L = L.detach()
+    L = L if L.dtype in (torch.float32, torch.float64) else L.float()
+    parts = L.split(max(1, ROWS**2 // L.shape[1]))
+    exact = L.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+
+    def product(vectors: Tensor) -> Tensor:
+        vectors = vectors.mT.contiguous().mT  # by columns: measured on 2 cores, up to twice as fast
+        return L @ vectors if exact else torch.cat([part.double() @ vectors for part in parts])
+
+    with one_core_after_fork():
+        return estimate(
+            product,
+            len(L),
+            squares=math.fsum(float(part.double().square().sum()) for part in parts),
+            trace=float(L.diagonal().sum(dtype=torch.float64)),
+            negative=negative,
+            generator=torch.Generator().manual_seed(0),
+            like=L if exact else L.new_empty(0, dtype=torch.float64),
+        )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The entropy of a matrix in nats, with the shares of its errors."""
+
+    entropy: float
+    total: float
+    """The sum of the magnitudes."""
+    chance: float
+    """The standard error."""
+    kink: float
+    """Of the polynomials, at most."""
+    other: float
+    """Of the deflated pairs and of the known traces, at most."""
+    probes: int
+    degree: int
+
+    @property
+    def bound(self) -> float:
+        return self.kink + self.other
+
+
+class _Outside(Exception):
+    """An eigenvalue lies outside of the interval of the polynomials."""
+
+    def __init__(self, radius: float) -> None:
+        self.radius = radius
+
+
+def _settled(matrix: Matrix, deflated: Deflated, sums: _Sums, tolerance: float) -> _Found:
+    """The entropy to a tolerance. An eigenvalue outside of the interval makes the interval wider, from the beginning."""
+    if not deflated.rest:
+        return sums.exact()
+    radius = max(deflated.radius, sums.least_radius)
+    while True:
+        try:
+            return _within(matrix, deflated, sums, radius, tolerance)
+        except _Outside as found:
+            radius = found.radius
+
+
+def _within(matrix: Matrix, deflated: Deflated, sums: _Sums, radius: float, tolerance: float) -> _Found:
+    """First the degree for the bound, then the number of random vectors for the standard error (Stein's two stages)."""
+    most = min(MOST_PROBES, deflated.rest)
+    drawn = matrix.orthonormal(matrix.random(min(PROBES, most)), deflated.basis)
+    moments = _Moments(matrix, deflated, drawn, radius, sums.most_radius)
+    degree, found = FIRST_DEGREE, sums.of(moments.to(FIRST_DEGREE), radius)
+    while found.kink > _goal(found, tolerance) and degree < MOST_DEGREE:
+        degree = min(math.ceil(1.2 * degree), MOST_DEGREE)
+        found = sums.of(moments.to(degree), radius)
+    ratio = student(0.95) * found.chance / max(tolerance - found.bound, tolerance / 4)
+    needed = min(math.ceil(PROBES * ratio**2), most)
+    every = [moments.to(degree)]
+    while drawn.shape[1] < needed:
+        count = min(PROBES, needed - drawn.shape[1])
+        more = matrix.orthonormal(matrix.random(count), torch.cat([deflated.basis, drawn], 1))
+        every.append(_Moments(matrix, deflated, more, radius, sums.most_radius).to(degree))
+        drawn = torch.cat([drawn, more], 1)
+    return sums.of(torch.cat(every, 1), radius)
+
+
+def _goal(found: _Found, tolerance: float) -> float:
+    """What the error of the polynomials is to stay below: all that the tolerance leaves, or a fifth of it if it leaves less."""
+    return max(OF_KINK * tolerance, tolerance - student(0.95) * found.chance - found.other)
+
+
+class _Moments:
+    """x^T T_k(L / radius) x for random vectors x in the rest's space, whose squared length is the dimension of that space."""
+
+    def __init__(
+        self, matrix: Matrix, deflated: Deflated, drawn: Tensor, radius: float, most_radius: float
+    ) -> None:
+        self._matrix, self._basis, self._radius, self._most = matrix, deflated.basis, radius, most_radius
+        self._length = float(deflated.rest)
+        self._before = drawn * math.sqrt(deflated.rest)
+        self._now = self._times(self._before)
+        self._found = [_dots(self._before, self._before), _dots(self._before, self._now)]
+
+    def to(self, degree: int) -> Tensor:
+        """The moments up to this degree, (degree + 1, vectors) float64."""
+        zeroth, first = self._found[:2]
+        while len(self._found) <= degree:
+            size = _dots(self._now, self._now)
+            growth = float(size.max()) / self._length
+            if not growth <= 1.01 and self._radius < self._most:
+                ratio = math.sqrt(float((size / _dots(self._before, self._before)).nan_to_num(4.0).max()))
+                ratio = min(max(ratio, 1.5), 100.0)
+                raise _Outside(min(self._radius * (ratio + 1 / ratio) / 2 * 1.02, self._most))
+            following = 2 * self._times(self._now) - self._before
+            self._found += [2 * size - zeroth, 2 * _dots(self._now, following) - first]
+            self._before, self._now = self._now, following
+        return torch.stack(self._found[: degree + 1])
+
+    def _times(self, vectors: Tensor) -> Tensor:
+        images = self._matrix.times(vectors / self._radius)
+        return images - self._basis @ (self._basis.mT @ images)
+
+
+def _dots(one: Tensor, other: Tensor) -> Tensor:
+    return (
+        torch.stack(
+            [(a.double() * b).sum(0) for a, b in zip(one.split(ROWS), other.split(ROWS), strict=True)]
+        )
+        .sum(0)
+        .cpu()
+    )
+
+
+class _Sums:
+    """From the deflated eigenvalues and the moments of the rest to the entropy."""
+
+    def __init__(self, deflated: Deflated, squares: float, trace: float, clip: bool, epsilon: float) -> None:
+        values = deflated.values
+        found = float(values.square().sum())
+        if found > squares * (1 + 1e-3):
+            raise ValueError(
+                f"squares: expected the sum of the squares of all entries, got {squares}, which is less than the "
+                f"{found} of {len(values)} eigenvalues"
+            )
+        counted = values.clamp(min=0) if clip else values.abs()
+        self.clip, self._deflated = clip, deflated
+        self._exact = torch.stack([counted.sum(), torch.special.xlogy(counted, counted).sum()])
+        self._known = torch.stack([trace - values.sum(), squares - values.square().sum()])
+        # What rounding may have done to the known traces of the rest.
+        off = epsilon * float(values.abs().max()) if len(values) else 0.0
+        self._doubt = self._known.new_tensor([math.sqrt(len(values)) * off, 2 * math.sqrt(found) * off])
+        self.least_radius = max(epsilon * math.sqrt(squares), 1e-300)
+        left = max(0.0, squares - found) + float(self._doubt[1]) + epsilon * squares
+        self.most_radius = max(1.01 * math.sqrt(left), self.least_radius)
+
+    def of(self, moments: Tensor, radius: float) -> _Found:
+        """The entropy from the moments (degree + 1, probes) of the rest.
+
+        The means over the probes, or, where this gives a smaller error, the values that a line through the probes has at the
+        known traces.
+        """
+        probes = moments.shape[1]
+        ones = moments.new_ones(probes, 1)
+        traces = torch.stack([radius * moments[1], radius**2 * (moments[0] + moments[2]) / 2], 1)
+        designs = [ones]
+        if 4 * CONTROLS < probes < self._deflated.rest:
+            designs.append(torch.cat([ones, traces - self._known], 1))
+        kink = Kink(len(moments) - 1, radius, self.clip)
+        fits = [self._fitted(moments, kink, design) for design in designs]
+        found, slope = min(fits, key=lambda fit: student(0.95) * fit[0].chance + fit[0].other)
+        upper = moments.mT @ torch.from_numpy(kink.upper(slope))
+        over = float(upper.mean() + 2 * upper.std(correction=0) / math.sqrt(probes))
+        return replace(found, kink=max(0.0, over) / found.total)
+
+    def _fitted(self, moments: Tensor, kink: Kink, design: Tensor) -> tuple[_Found, float]:
+        """The entropy from the constant terms of least squares on the columns of a design (probes, terms), without the error of
+        the polynomials; and the slope of ``|w| (slope - ln |w|)``, whose sum changes as the entropy does, times `total`."""
+        probes, terms = design.shape
+        inverse = torch.linalg.pinv(design)
+        sums = moments.mT @ torch.from_numpy(np.stack([kink.magnitude, kink.logged], 1))
+        total, logged = (self._exact + inverse[0] @ sums).tolist()
+        if not total > 0:
+            raise _no_sum(total)
+        slope = 1 + logged / total
+        each = sums @ sums.new_tensor([slope, -1.0])
+        fit = inverse @ each
+        # The residual of each as if it had no part in the fit.
+        leverage = (design * inverse.mT).sum(1).clamp(max=1 - 1e-6)
+        variance = float((inverse[0] * (each - design @ fit) / (1 - leverage)).square().sum())
+        chance = math.sqrt(variance * (1 - probes / self._deflated.rest)) / total
+        other = (self._moves(slope, total) + float(fit[1:].abs() @ self._doubt[: terms - 1])) / total
+        return _Found(math.log(total) - logged / total, total, chance, 0.0, other, probes, kink.degree), slope
+
+    def exact(self) -> _Found:
+        """The entropy of a matrix without a rest."""
+        total, logged = self._exact.tolist()
+        if not total > 0:
+            raise _no_sum(total)
+        moves = self._moves(1 + logged / total, total) / total
+        return _Found(math.log(total) - logged / total, total, 0.0, 0.0, moves, 0, 0)
+
+    def _moves(self, slope: float, total: float) -> float:
+        """What `moved` and the rounding of sums in float64 change the sum of ``|w| (slope - ln |w|)`` by, at most."""
+        moved, samples = self._deflated.moved, len(self._deflated.basis)
+        moved += samples * torch.finfo(torch.float64).eps * total
+        return moved * (slope + math.log(samples / moved)) if moved else 0.0
+
+
+def _no_sum(total: float) -> ValueError:
+    return ValueError(
+        f"squares: expected a matrix whose eigenvalues' magnitudes have a sum above 0, got {total}"
+    )
+
+
+def _check(
+    samples: int,
+    squares: float,
+    trace: float,
+    negative: str,
+    tolerance: float,
+    dimension: int | None,
+    like: Tensor,
+) -> None:
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
+    if not 0 < squares < math.inf:
+        raise ValueError(f"squares: expected a finite sum of squares above 0, got {squares}")
+    if not math.isfinite(trace):
+        raise ValueError(f"trace: expected a finite number, got {trace}")
+    if negative not in NEGATIVE:
+        raise ValueError(f"negative: expected one of {', '.join(NEGATIVE)}, got {negative!r}")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance: expected a share of LMN above 0 and below 1, got {tolerance}")
+    if dimension is not None and not 1 <= dimension <= samples:
+        raise ValueError(f"dimension: expected 1 to {samples}, the number of samples, got {dimension}")
+    if like.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"like: expected a tensor of float32 or float64, got {like.dtype}")
