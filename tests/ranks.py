@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def on_ranks(count: int, work: Callable[..., Any], folder: Path, *arguments: Any
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(200)
         if process.is_alive():
             process.kill()
             process.join()
@@ -33,7 +34,9 @@ def on_ranks(count: int, work: Callable[..., Any], folder: Path, *arguments: Any
 
 def _run(rank: int, count: int, work: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=count)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/init", timeout=timedelta(seconds=100), rank=rank, world_size=count
+    )
     try:
         result = work(rank, *arguments)
     except Exception as error:

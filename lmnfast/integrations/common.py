@@ -24,7 +24,7 @@ from ..probe import Probe, Writer
 LOW_PRECISION = ("bfloat16", "float16")
 
 # Arguments of a Probe that change no number of a row, or that `Plan.identity` records in another way (inputs).
-NOT_IDENTITY = ("model", "inputs", "every", "budget", "compile", "writers")
+NOT_IDENTITY = ("model", "inputs", "every", "budget", "compile", "writers", "group")
 
 
 def key(layer: str, before: int = 0, name: str = "lmn") -> str:
