@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,6 +36,9 @@ class Folder:
     dtype: str
     command: str
     """What makes the tiles, for messages."""
+    mark: str
+    """Drawn when the manifest is written. Tiles of an earlier manifest are foreign: that of a function that is no module does
+    not say which function it was."""
 
     @classmethod
     def begun(cls, path: Path, identity: Identity, dtype: str, command: str) -> Folder:
@@ -44,7 +48,7 @@ class Folder:
             ValueError: there is a folder with the tiles of another measurement; the message names what differs.
             OSError: it cannot be written.
         """
-        new = cls(path, identity, dtype, command)
+        new = cls(path, identity, dtype, command, uuid.uuid4().hex)
         try:
             path.mkdir(parents=True, exist_ok=True)
             with FileLock(path / ".lock"):
@@ -73,7 +77,8 @@ class Folder:
                     f"its format is {manifest['version']!r}, this version of lmnfast knows {VERSION}"
                 )
             identity = Identity(**manifest["identity"])
-            return cls(path, identity, str(np.dtype(manifest["dtype"])), str(manifest["command"]))
+            dtype, command, mark = (str(manifest[name]) for name in ("dtype", "command", "mark"))
+            return cls(path, identity, str(np.dtype(dtype)), command, mark)
         except FileNotFoundError:
             raise ValueError(f"out: expected a folder of lmnfast tiles, {path} has no {MANIFEST}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -88,7 +93,13 @@ class Folder:
             "identity": self.identity.to_dict(),
             "dtype": self.dtype,
             "command": self.command,
+            "mark": self.mark,
         }
+
+    @property
+    def hash(self) -> str:
+        """What each file of this measurement carries."""
+        return f"{self.identity.hash}-{self.mark}"
 
     @property
     def plane(self) -> Plane:
@@ -100,7 +111,7 @@ class Folder:
     def write(self, number: int, tile: Tile, entries: Tensor) -> Path:
         """Writes a tile. Raises OSError."""
         path, n = self.file(number), len(entries)
-        about = {"hash": self.identity.hash, "tile": number, **asdict(tile)}
+        about = {"hash": self.hash, "tile": number, **asdict(tile)}
         write_matrix(path, [entries.cpu().numpy()], (n, n), self.dtype, about)
         return path
 
@@ -115,7 +126,7 @@ class Folder:
         return self._checked(about, number)
 
     def _checked(self, about: Mapping[str, Any], number: int) -> Tile | str:
-        if about.get("hash") != self.identity.hash:
+        if about.get("hash") != self.hash:
             return "it is of another network, other samples or settings"
         if about.get("tile") != number:
             return f"it is tile {about.get('tile')}"
@@ -143,12 +154,12 @@ class Folder:
         """The matrix (N, N) in connectivity.npy, mapped into memory. It is made of the tiles if it is not there."""
         path = self.path / MATRIX
         try:
-            intact = read_about(path).get("hash") == self.identity.hash
+            intact = read_about(path).get("hash") == self.hash
         except (OSError, ValueError):
             intact = False
         if not intact:
             n = self.plane.samples
-            write_matrix(path, self._strips(), (n, n), self.dtype, {"hash": self.identity.hash})
+            write_matrix(path, self._strips(), (n, n), self.dtype, {"hash": self.hash})
         return torch.from_numpy(mapped(path))
 
     def _strips(self) -> Iterator[np.ndarray]:

@@ -147,8 +147,10 @@ class Rows:
             (N, vectors) of V's dtype, on every process.
 
         Raises:
-            ValueError: V has another shape.
+            TypeError, ValueError: V has another dtype or shape.
         """
+        if not V.is_floating_point():
+            raise TypeError(f"V: expected floating-point numbers, got {V.dtype}")
         if V.dim() != 2 or len(V) != self.samples:
             raise ValueError(f"V: expected ({self.samples}, vectors), got shape {tuple(V.shape)}")
         ranks = Ranks(self.group)
@@ -283,9 +285,14 @@ def sharded(
     ranks = Ranks(group)
     ranks.agree(lambda: identity_of(f, x, settings, gather=gather))
     plane = Plane(len(x))
+    rows = range(len(x))
+    if not gather:
+        rows = range(*(len(x) * place // ranks.count for place in (ranks.rank, ranks.rank + 1)))
     if not any(plane.each()):  # one sample
         (enqueued,) = measured(f, x, settings, known=known, expected=expected)
-        return enqueued, 0
+        L, pooled = (None if m is None else m[rows.start : rows.stop] for m in (enqueued.L, enqueued.pooled))
+        assert L is not None
+        return as_enqueued(about_of(enqueued), L, pooled), rows.start
     own: dict[int, list[Tensor]] = {}
 
     def measure() -> list[Tile]:
@@ -298,10 +305,6 @@ def sharded(
         return found
 
     about = summed([tile for each in ranks.every(measure) for tile in each], plane)
-    rows = range(len(x))
-    if not gather:
-        first, last = (len(x) * place // ranks.count for place in (ranks.rank, ranks.rank + 1))
-        rows = range(first, last)
     matrices = _collected(ranks, plane, own, rows, x, 1 + settings.pooled)
     return as_enqueued(about, matrices[0], matrices[1] if settings.pooled else None), rows.start
 

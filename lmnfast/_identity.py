@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -20,8 +21,8 @@ from ._settings import Settings
 from ._undisturbed import evaluating
 
 PARTS = {"network": "another network", "samples": "other samples", "settings": "other settings"}
-# Outputs of a sample that are compared, spread over all.
-OUTPUTS = 64
+# Samples and outputs of each that are compared, spread over all.
+ROWS, OUTPUTS = 16, 64
 # Bytes of samples that are read at one time.
 CHUNK = 2**26
 
@@ -37,7 +38,9 @@ class Identity:
     outputs: list[list[float]]
     """Some outputs of f at some samples: of a function that is no module they are all that is known."""
     tolerance: float
-    """Up to which outputs count as the same, as a share of the largest: machines round differently."""
+    """Up to which outputs count as the same, as a share of the spread of that output: machines round differently."""
+    rounding: float
+    """The same as a share of that output's size: an offset may be larger than the spread."""
 
     @property
     def hash(self) -> str:
@@ -57,8 +60,11 @@ class Identity:
         mine, others = (torch.tensor(o.outputs, dtype=torch.float64, device="cpu") for o in (self, other))
         if mine.shape != others.shape:
             return False
-        allowed = max(self.tolerance, other.tolerance) * float(mine.nan_to_num().abs().max()) + 1e-30
-        return torch.allclose(mine, others, rtol=0.0, atol=allowed, equal_nan=True)
+        known = mine.nan_to_num()
+        spread, size = known.amax(0) - known.amin(0), known.abs().amax(0)
+        allowed = max(self.tolerance, other.tolerance) * spread + max(self.rounding, other.rounding) * size
+        same = ((mine - others).abs() <= allowed + 1e-30) | (mine.isnan() & others.isnan()) | (mine == others)
+        return bool(same.all())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -70,7 +76,7 @@ def identity_of(f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, **
 
     Raises TypeError or ValueError for samples that `connectivity` refuses, and what f raises.
     """
-    few = sorted({0, len(x) // 2, len(x) - 1}) if isinstance(x, Tensor) and x.dim() else []
+    few = sorted({len(x) * row // ROWS for row in range(ROWS)}) if isinstance(x, Tensor) and x.dim() else []
     checked_samples(f, x)
     samples = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
     for start, chunk in _chunks(x):
@@ -92,12 +98,18 @@ def identity_of(f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, **
             "stabiliser": settings.stabiliser,
             "pooled": settings.pooled,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "autocast": _autocast(x.device.type),
             "lmnfast": version("lmnfast"),
             **more,
         },
         outputs=y.double().tolist(),
-        tolerance=max(rounded, 8 * torch.finfo(y.dtype).eps),
+        tolerance=max(rounded, 2 * torch.finfo(y.dtype).eps),
+        rounding=2 * torch.finfo(y.dtype).eps if y.dtype.itemsize == 2 else 64 * torch.finfo(y.dtype).eps,
     )
+
+
+def _autocast(device: str) -> str | None:
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 def _chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -117,7 +129,8 @@ def _network(f: Any) -> str:
     digest = hashlib.sha256()
     if isinstance(f, nn.Module):
         parts = [
-            f"{name} {type(part).__module__}.{type(part).__qualname__}" for name, part in f.named_modules()
+            f"{name} {type(part).__module__}.{type(part).__qualname__} {_arguments(part)}"
+            for name, part in f.named_modules()
         ]
         tensors: list[tuple[str, Tensor | None]] = [*f.named_parameters(), *f.named_buffers()]
     elif isinstance(f, Chain):
@@ -131,3 +144,10 @@ def _network(f: Any) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _arguments(part: nn.Module) -> str:
+    """What a module shows of its arguments, as the slope of a LeakyReLU."""
+    with suppress(Exception):  # code of the user, for people to read
+        return str(part.extra_repr())
+    return ""

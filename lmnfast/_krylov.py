@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ TOLERANCE = 0.01
 PROBES = 32  # in the first draw, and at most in a later one
 MOST_PROBES = 512
 FIRST_DEGREE, MOST_DEGREE = 48, 4096
+MOST_ROUNDING = 2e-4  # of a product with a random vector, as a share of the eigenvalues that are not deflated
 CONTROLS = 2  # the known traces: of the matrix, and of its square
 OF_KINK, OF_DEFLATION = 0.2, 0.1  # shares of the tolerance
 
@@ -84,6 +87,10 @@ def student(level: float, degrees: int = PROBES - CONTROLS - 1) -> float:
     return x + sum(term / degrees**power for power, term in enumerate(terms, 1))
 
 
+class Rounded(ValueError):
+    """In the dtype of the vectors rounding is larger than the eigenvalues that are to be summed, as of a matrix near ones."""
+
+
 def estimate(
     product: Callable[[Tensor], Tensor],
     samples: int,
@@ -115,6 +122,7 @@ def estimate(
 
     Raises:
         TypeError, ValueError: an argument is not as described, as far as this can be seen; or all eigenvalues are 0.
+        Rounded: the products of this matrix need float64.
     """
     vectors = torch.empty(0) if like is None else like
     trace = float(samples) if trace is None else float(trace)
@@ -125,6 +133,11 @@ def estimate(
         OF_DEFLATION * tolerance * least / _weight(samples, squares, OF_DEFLATION * tolerance * least)
     )
     deflated = deflate(matrix, min(samples, dimension or min(max(samples // 16, 256), 1024)), most_moved)
+    rounding = torch.finfo(vectors.dtype).eps * math.sqrt(squares / samples)
+    if deflated.rest and vectors.dtype != torch.float64 and rounding > MOST_ROUNDING * deflated.radius:
+        raise Rounded(
+            f"like: expected float64, as rounding hides the smaller eigenvalues of this matrix in {vectors.dtype}"
+        )
     sums = _Sums(deflated, squares, trace, negative == "clip", torch.finfo(vectors.dtype).eps)
     found = _settled(matrix, deflated, sums, tolerance)
     lmn = math.exp(found.entropy)
@@ -154,7 +167,8 @@ def _negative_share(total: float, trace: float, clip: bool) -> float:
 def of_matrix(L: Tensor, negative: str) -> SpectralEstimate:
     """The estimate of a checked connectivity (N, N), in the dtype of the matrix; of the same matrix it is the same.
 
-    Where torch's float32 products are set to be less than float32, all is in float64, with parts of the matrix at a time.
+    Where torch's float32 products are set to be less than float32, and for a matrix so near ones that they hide its smaller
+    eigenvalues, all is in float64, with parts of the matrix at a time.
     """
     L = L.detach()
     L = L if L.dtype in (torch.float32, torch.float64) else L.float()
@@ -163,18 +177,24 @@ def of_matrix(L: Tensor, negative: str) -> SpectralEstimate:
 
     def product(vectors: Tensor) -> Tensor:
         vectors = vectors.mT.contiguous().mT  # by columns: measured on 2 cores, up to twice as fast
-        return L @ vectors if exact else torch.cat([part.double() @ vectors for part in parts])
+        if vectors.dtype == L.dtype:
+            return L @ vectors
+        return torch.cat([part.double() @ vectors for part in parts])
+
+    given: dict[str, Any] = {
+        "squares": math.fsum(float(part.double().square().sum()) for part in parts),
+        "trace": float(L.diagonal().sum(dtype=torch.float64)),
+        "negative": negative,
+    }
+
+    def estimated(like: Tensor) -> SpectralEstimate:
+        return estimate(product, len(L), generator=torch.Generator().manual_seed(0), like=like, **given)
 
     with one_core_after_fork():
-        return estimate(
-            product,
-            len(L),
-            squares=math.fsum(float(part.double().square().sum()) for part in parts),
-            trace=float(L.diagonal().sum(dtype=torch.float64)),
-            negative=negative,
-            generator=torch.Generator().manual_seed(0),
-            like=L if exact else L.new_empty(0, dtype=torch.float64),
-        )
+        if exact:
+            with suppress(Rounded):
+                return estimated(L)
+        return estimated(L.new_empty(0, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

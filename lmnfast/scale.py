@@ -366,7 +366,7 @@ def _pair_seconds(f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, 
         found.L[0, 0].item()  # waits for a device
         return time.perf_counter() - started
 
-    n, most = 16, min(most, len(x))
+    n, most = 16, max(2, min(most, len(x)))
     run(min(n, most))  # what a first call alone does
     while True:
         n = min(n, most)

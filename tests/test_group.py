@@ -111,6 +111,10 @@ def rows(rank):
         kept.product(V[1:])
     except ValueError as error:
         said = str(error)
+    one = lmnfast.connectivity(f, x[:1], **FEW, group=dist.group.WORLD, gather=False)
+    assert float(one.product(torch.ones(1, 1))) == 1.0  # one process holds the row
+    with pytest.raises(TypeError, match="V: expected floating-point numbers, got torch.int64"):
+        one.product(torch.ones(1, 1, dtype=torch.int64))
     return kept.first, kept.values, kept.samples, kept.product(V), kept.product(V.float()), said
 
 

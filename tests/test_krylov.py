@@ -312,3 +312,14 @@ def test_too_many_samples_for_the_dense_solver_are_refused_before_any_work(netwo
 def test_tiles_of_a_folder_are_estimated(network, tmp_path, measured):
     lmnfast.tiles(*network, tmp_path / "tiles", points=7, rule="lobatto")
     assert lmnfast.solve(tmp_path / "tiles", solver="estimate", device="cpu") == measured
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-6, 1e-5, 1e-3])
+@pytest.mark.parametrize("n", [300, 640])
+def test_a_matrix_near_ones_has_its_lmn(n, size):
+    u = size * torch.rand(n, n, generator=torch.Generator().manual_seed(0)).triu(1)
+    L = 1 - u - u.T  # float32
+    exact = lmn_of(np.linalg.eigvalsh(L.numpy().astype(float)))
+    found = _krylov.of_matrix(L, "absolute")
+    low, high = found.interval()
+    assert low <= exact <= high and found.lmn >= 1 and found.lmn - 1 == pytest.approx(exact - 1, rel=0.1)

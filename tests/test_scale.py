@@ -33,7 +33,11 @@ def folder(tmp_path):
 
 
 def made(path):
-    return {file.name: file.read_bytes() for file in path.glob("tile-*.npy")}
+    """The entries and the facts of each tile, without the hash, which is the folder's own."""
+    return {
+        file.name: (mapped(file).tobytes(), {**read_about(file), "hash": ""})
+        for file in path.glob("tile-*.npy")
+    }
 
 
 @COMPILED
@@ -381,3 +385,41 @@ def test_bytes_are_said_as_people_say_them(number, said):
 )
 def test_times_are_said_as_people_say_them(number, said):
     assert _memory.said_seconds(number) == said
+
+
+def functions():
+    """Pairs that measure other things, with the difference that a folder cannot see in the parameters."""
+    W, V = samples(6, 5), samples(6, 5) * 2
+    relu, sine = (lambda x: (x @ W).relu()), (lambda x: torch.sin(3 * (x @ V)))
+    large = [lambda x, f=f: torch.cat([1e5 * x[:, :1] + 1e6, f(x)], 1) for f in (relu, sine)]
+    leaky = [nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(slope)).bfloat16() for slope in (0.1, 0.2)]
+    leaky[1].load_state_dict(leaky[0].state_dict())
+    return {"functions": (relu, sine), "one large output": large, "arguments in bfloat16": leaky}
+
+
+@pytest.mark.parametrize("case", functions())
+def test_shards_of_other_functions_are_refused_and_never_taken_after_the_manifest_is_gone(case, tmp_path):
+    one, other = functions()[case]
+    x = samples(60, 6).to(torch.bfloat16 if "bfloat16" in case else torch.float32)
+    lmnfast.tiles(one, x, tmp_path, **FEW)
+    lmnfast.solve(tmp_path)
+    with pytest.raises(ValueError, match="holds tiles of another network"):
+        lmnfast.tiles(other, x, tmp_path, **FEW)
+    (tmp_path / "tiles.json").unlink()
+    lmnfast.tiles(other, x, tmp_path, **FEW)
+    assert lmnfast.solve(tmp_path).lmn == pytest.approx(lmnfast.measure(other, x, **FEW).lmn, rel=1e-6)
+
+
+def test_autocast_is_a_setting(tmp_path):
+    f, x = network(), samples(60, 6)
+    lmnfast.tiles(f, x, tmp_path, shard=(1, 2), **FEW)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="autocast None there, torch.bfloat16 here"),
+    ):
+        lmnfast.tiles(f, x, tmp_path, shard=(2, 2), **FEW)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_plan_of_few_samples(n):
+    assert lmnfast.plan(network(), samples(n, 6), samples=n).samples == n
