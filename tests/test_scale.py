@@ -194,17 +194,17 @@ def killed(path, after):
 
 
 def test_a_killed_process_loses_no_finished_tile(folder, tmp_path, monkeypatch):
-    whole, path = made(folder), tmp_path / "killed"
+    whole, path = contents(folder), tmp_path / "killed"
     process = CONTEXT.Process(target=killed, args=(path, 5))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert len(made(path)) == 5 and len(list(path.glob("*.part"))) == 1
-    assert made(path).items() <= whole.items()
+    assert all(whole[name] == own for name, own in contents(path).items())
     measured, again = scale.measured_tile, []
     monkeypatch.setattr(scale, "measured_tile", lambda *a: (again.append(a[3]), measured(*a))[1])
     lmnfast.tiles(network(), samples(60, 6), path, **FEW)
-    assert made(path) == whole and len(again) == 7 and not list(path.glob("*.part"))
+    assert contents(path) == whole and len(again) == 7 and not list(path.glob("*.part"))
 
 
 def shard_of(path, k):
