@@ -32,7 +32,7 @@ class Identity:
     """A network, samples and settings, as hashes and plain values."""
 
     network: str
-    """A hash of the classes, parameters and buffers of a module, or of a chain; "" for any other function."""
+    """A hash of the classes, shown arguments, parameters and buffers of a module, or of a chain; "" for another function."""
     samples: str
     settings: dict[str, Any]
     outputs: list[list[float]]

@@ -337,7 +337,11 @@ def plan(
     item = 8 if x.dtype == torch.float64 else 4
     size = n / plane.order  # of a tile, but for less than one sample in a block
     pace = _pair_seconds(f, x, settings, math.ceil(size))
-    pairs, tile_bytes, most = size * (size - 1) / 2, math.ceil(size**2) * item, -(-plane.tiles // ranks)
+    pairs, tile_bytes, most = (
+        max(0.0, size * (size - 1) / 2),
+        math.ceil(size**2) * item,
+        -(-plane.tiles // ranks),
+    )
     where = _solving_device("auto")
     return Plan(
         samples=n,

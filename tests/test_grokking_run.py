@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fresh import start_fresh
+from support import GONE, Killed, killed_at
 from tiny import TINY
 
 from lmnfast.grokking import training
@@ -21,35 +22,19 @@ from lmnfast.runs import files as run_files
 from lmnfast.runs import tables
 from lmnfast.runs.files import claimed, read_tensors, save_tensors, write_file
 
-GONE = 2**22 + 1  # no process has this number: Linux counts to 2 ** 22
-
 
 def files(path):
     return {file.relative_to(path): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def test_a_run_killed_before_or_within_any_write_ends_as_one_never_stopped(finished, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    writes, fatal = 0, 0
-
-    def fatal_write(path, content):
-        nonlocal writes
-        writes += 1
-        if writes == fatal:
-            path.parent.mkdir(exist_ok=True)
-            path.with_name(f"{path.name}.{GONE}.part").write_bytes(content[: len(content) // 2])
-            raise Killed
-        write_file(path, content)
-
-    survived = False
+    fatal, survived = 0, False
     while not survived:
         fatal += 1
-        writes, path = 0, tmp_path / f"killed-{fatal}"
+        path, write = tmp_path / f"killed-{fatal}", killed_at(fatal)
         with monkeypatch.context() as patched:
             for place in (run_files, tables):
-                patched.setattr(place, "write_file", fatal_write)
+                patched.setattr(place, "write_file", write)
             try:
                 train(TINY, path)
                 survived = True

@@ -426,4 +426,5 @@ def test_autocast_is_a_setting(tmp_path):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_plan_of_few_samples(n):
-    assert lmnfast.plan(network(), samples(n, 6), samples=n).samples == n
+    plan = lmnfast.plan(network(), samples(n, 6), samples=n)
+    assert plan.samples == n and plan.pairs >= 0 and plan.pair_seconds > 0

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import CUDA
+from support import CUDA, Killed, killed_at
 from tiny import TINY
 from torch.nn.functional import cross_entropy
 
@@ -19,7 +19,7 @@ from lmnfast.grokking.together import bytes_of_a_seed, seeds_at_once, train_toge
 from lmnfast.grokking.training import train
 from lmnfast.runs import files as run_files
 from lmnfast.runs import tables
-from lmnfast.runs.files import read_tensors, write_file
+from lmnfast.runs.files import read_tensors
 
 OBSERVING = replace(TINY, observables=tuple(OBSERVED), points=5, rule="lobatto")
 # The tasks of the paper, with fewer pairs for two of them.
@@ -241,28 +241,16 @@ def test_runs_at_different_steps_meet(tmp_path, monkeypatch):
 
 
 def test_a_kill_before_or_within_any_write_loses_nothing(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     monkeypatch.setattr(together, "MOST_UNWRITTEN", 1)
     never = all_together(TINY, 2, tmp_path / "never")
-    writes, fatal, survived = 0, 0, False
-
-    def fatal_write(path, content):
-        nonlocal writes
-        writes += 1
-        if writes == fatal:
-            path.parent.mkdir(exist_ok=True)
-            path.with_name(f"{path.name}.{2**22 + 1}.part").write_bytes(content[: len(content) // 2])
-            raise Killed
-        write_file(path, content)
+    fatal, survived = 0, False
 
     while not survived:
         fatal += 3
-        writes, out = 0, tmp_path / f"killed-{fatal}"
+        out, write = tmp_path / f"killed-{fatal}", killed_at(fatal)
         with monkeypatch.context() as patched:
             for place in (run_files, tables):
-                patched.setattr(place, "write_file", fatal_write)
+                patched.setattr(place, "write_file", write)
             try:
                 all_together(TINY, 2, out)
                 survived = True

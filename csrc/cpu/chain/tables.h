@@ -5,15 +5,27 @@
 namespace lmn {
 namespace {
 
-template <class T>
-void fill_second_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
+/// exp(factor share(t) z) of the block's own samples, at every node t: [unit][node].
+template <class T, class Share>
+void fill_lanes(const Plan<T>& plan, std::int64_t block, const Share& share, Vector<T>* table) {
   const T factor = exponent_factor<T>(plan.op.activations[0].kind);
   const int interior = plan.op.nodes.interior;
   const Layer<T>& layer = plan.layers[0];
   for (std::int64_t unit = 0; unit < layer.width; ++unit) {
     const Vector<T> z = load<Vector<T>>(layer.z + (block * layer.width + unit) * kLanes<T>);
-    for (int m = 0; m < interior; ++m) s.second_table[unit * interior + m] = exp(z * (-factor * plan.t[m]));
+    for (int m = 0; m < interior; ++m) table[unit * interior + m] = exp(z * (factor * share(plan.t[m])));
   }
+}
+
+/// The tables of a block as second samples, and as the first samples of its triangle. The factor is a power of two, so the
+/// latter has the bits of fill_first_table().
+template <class T>
+void fill_second_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
+  fill_lanes(plan, block, [](T t) { return -t; }, s.second_table);
+}
+template <class T>
+void fill_lanes_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
+  fill_lanes(plan, block, [](T t) { return t - 1; }, s.lanes_table);
 }
 
 template <class T>
@@ -29,20 +41,6 @@ void fill_first_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t beg
         const V value = load_partial<V>(z + unit, at_most(kLanes<T>, width - unit));
         store<V>(row + unit, exp(value * factor * share));
       }
-    }
-  }
-}
-
-/// exp(-(1 - t) z) of the block's own samples, as fill_first_table() computes it.
-template <class T>
-void fill_lanes_table(const Plan<T>& plan, const Scratch<T>& s, std::int64_t block) {
-  const T factor = exponent_factor<T>(plan.op.activations[0].kind);
-  const int interior = plan.op.nodes.interior;
-  const Layer<T>& layer = plan.layers[0];
-  for (std::int64_t unit = 0; unit < layer.width; ++unit) {
-    const Vector<T> z = load<Vector<T>>(layer.z + (block * layer.width + unit) * kLanes<T>);
-    for (int m = 0; m < interior; ++m) {
-      s.lanes_table[unit * interior + m] = exp(z * factor * splat<Vector<T>>(plan.t[m] - 1));
     }
   }
 }
