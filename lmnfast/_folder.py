@@ -60,10 +60,7 @@ class Folder:
         if differing := there.identity.differs(identity):
             said = " and ".join(PARTS[part] for part in differing)
             if "settings" in differing:
-                old, given = there.identity.settings, identity.settings
-                names = [name for name in {**old, **given} if old.get(name) != given.get(name)]
-                values = ", ".join(f"{name} {old.get(name)} there, {given.get(name)} here" for name in names)
-                said += f" ({values})"
+                said += f" ({there.identity.settings_said(identity, 'there', 'here')})"
             raise ValueError(f"out: {path} holds tiles of {said}; expected a folder for each measurement")
         return there
 
