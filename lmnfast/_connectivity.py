@@ -8,7 +8,8 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ._differentiable import check_differentiable, with_graph
-from ._group import ALONE, Group, Rows, is_alone, measurer, refuse_group, refused_together, sharded
+from ._group import ALONE, Group, is_alone, measurer, refuse_group, refused_together, sharded
+from ._group_rows import Rows
 from ._measured import matrix_of, stacked_matrices, warn_of_offsets
 from ._native import Progress
 from ._settings import Settings, check_flag

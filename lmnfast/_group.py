@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._chain import Chain
 from ._enqueue import Enqueued
-from ._identity import PARTS, Identity, hash_of, identity_of
+from ._identity import PARTS, Identity, identity_of
 from ._measured import measured, measured_stack, reported
 from ._native import Progress
 from ._pairs import measured_pairs
@@ -103,6 +103,12 @@ class Ranks:
         """Overwrites the tensor on all ranks by that of its owner."""
         dist.broadcast(tensor, dist.get_global_rank(self.group, owner), group=self.group)
 
+    def told(self, value: T) -> T:
+        """The value of the first rank, on all ranks."""
+        values = [value]
+        dist.broadcast_object_list(values, dist.get_global_rank(self.group, 0), group=self.group)
+        return values[0]
+
     def add(self, tensor: Tensor) -> None:
         """Overwrites the tensor on all ranks by the sum over all."""
         dist.all_reduce(tensor, group=self.group)
@@ -132,82 +138,6 @@ class Ranks:
                 f"group: expected the same network, samples and settings on all ranks, got {' and '.join(said)} than "
                 "on rank 0"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Consecutive rows of a connectivity matrix, whose other rows the other processes of a group hold.
-
-    ``connectivity(..., group=..., gather=False)`` returns it. No process ever holds the whole matrix.
-
-    Example:
-        >>> import torch.distributed as dist
-        >>> dist.init_process_group("gloo", init_method="file:///tmp/lmnfast-rows", rank=0, world_size=1)
-        >>> f = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
-        >>> rows = lmnfast.connectivity(f, torch.randn(50, 8), group=dist.group.WORLD, gather=False)
-        >>> rows.first, rows.values.shape, rows.product(torch.ones(50, 2)).shape  # all rows, as there is one process
-        (0, torch.Size([50, 50]), torch.Size([50, 2]))
-        >>> dist.destroy_process_group()
-    """
-
-    values: Tensor
-    """(rows, N); float64 for float64 samples, otherwise float32."""
-    first: int
-    """The sample that the first row belongs to."""
-    samples: int
-    """N."""
-    group: Any
-    """The process group that holds all rows."""
-
-    def product(self, V: Tensor) -> Tensor:
-        """The matrix times some vectors. All processes of the group call it, with the same vectors.
-
-        Args:
-            V: (N, vectors), floating point, on the rows' device.
-
-        Returns:
-            (N, vectors) of V's dtype, on every process.
-
-        Raises:
-            TypeError, ValueError: V has another dtype or shape; or it is not the same on all processes.
-        """
-        ranks = Ranks(self.group)
-        hashes = ranks.every(lambda: hash_of(self._checked(V)))
-        if other := [rank for rank, found in enumerate(hashes) if found != hashes[0]]:
-            raise ValueError(
-                f"V: expected the same vectors on all ranks, got others on rank {other[0]} than on rank 0"
-            )
-        whole = torch.zeros_like(V)
-        whole[self.first : self.first + len(self.values)] = product(self.values, V)
-        on = whole.to(ranks.device(whole))
-        ranks.add(on)
-        return on.to(V.device)
-
-    def _checked(self, V: Tensor) -> Tensor:
-        if not isinstance(V, Tensor) or not V.is_floating_point():
-            raise TypeError(
-                f"V: expected floating-point numbers, got {getattr(V, 'dtype', type(V).__name__)}"
-            )
-        if V.dim() != 2 or len(V) != self.samples:
-            raise ValueError(f"V: expected ({self.samples}, vectors), got shape {tuple(V.shape)}")
-        if V.device != self.values.device:
-            raise ValueError(
-                f"V: expected vectors on {self.values.device}, where the rows are, got them on {V.device}"
-            )
-        return V
-
-
-# Numbers of a matrix that `product` converts at one time.
-CONVERTED = 2**24
-
-
-def product(L: Tensor, V: Tensor) -> Tensor:
-    """L V, some rows of L at a time: L may be a file that is mapped into memory, and of another dtype than V.
-
-    L: (rows, N). V: (N, vectors). Returns (rows, vectors) of V's dtype.
-    """
-    rows = max(1, CONVERTED // max(1, L.shape[1]))
-    return torch.cat([part.to(V.dtype) @ V for part in L.split(rows)])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import nn
 
 import lmnfast
 from lmnfast import _group
-from lmnfast._group import product
 
 FEW = {"points": 5, "rule": "lobatto"}
 
@@ -133,11 +132,63 @@ def test_each_process_keeps_some_rows(tmp_path):
     assert at == 500
 
 
-def test_a_product_takes_some_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(_group, "CONVERTED", 100)
-    L, V = samples(31, 40), samples(40, 3, dtype=torch.float64)
-    torch.testing.assert_close(product(L, V), L.double() @ V)
-    assert product(L, V.float()).dtype == torch.float32
+def estimates(rank):
+    world, f = dist.group.WORLD, network()
+    x = samples(700, 6)
+    rows = lmnfast.connectivity(f, x, **FEW, group=world, gather=False)
+    V = samples(700, 20)
+    near = lmnfast.connectivity(f, 1e-3 * x, **FEW, group=world, gather=False)
+    return {
+        "product": rows.product(V),
+        "estimate": rows.estimate(),
+        "clipped": rows.estimate(negative="clip"),
+        "near a linear map": near.estimate(),
+        "lmn": lmnfast.lmn(f, x, **FEW, group=world, solver="estimate"),
+        "double": lmnfast.lmn(f.double(), x.double(), **FEW, group=world, solver="estimate"),
+    }
+
+
+@COMPILED
+def test_an_estimate_of_rows_has_the_same_bits_for_any_number_of_processes(tmp_path):
+    (one,) = on_ranks(1, estimates, tmp_path)
+    for of_rank in on_ranks(3, estimates, tmp_path):
+        assert not isinstance(of_rank, Exception), of_rank
+        assert torch.equal(of_rank["product"], one["product"])
+        for name in ("estimate", "clipped", "near a linear map"):
+            mine, other = dict(vars(of_rank[name])), dict(vars(one[name]))
+            assert torch.equal(mine.pop("eigenvalues"), other.pop("eigenvalues")) and mine == other
+        assert (of_rank["lmn"], of_rank["double"]) == (one["lmn"], one["double"])
+    f, x = network(), samples(700, 6)
+    for name, z, how in (
+        ("estimate", x, {}),
+        ("clipped", x, {"negative": "clip"}),
+        ("near a linear map", 1e-3 * x, {}),
+    ):
+        low, high = one[name].interval()
+        assert low <= lmnfast.lmn(f, z, **FEW, **how) <= high < 1.03 * low
+    assert one["lmn"] == one["estimate"].lmn and one["lmn"].dtype == torch.float64
+    assert float(one["double"]) == pytest.approx(one["estimate"].lmn, rel=0.01)
+
+
+def failing_estimate(rank):
+    rows = lmnfast.connectivity(network(), samples(700, 6), **FEW, group=dist.group.WORLD, gather=False)
+    said = []
+    if rank == 1:
+        rows.values[3, 4] = torch.nan
+    for negative in ("none" if rank else "clip", "clip"):
+        try:
+            rows.estimate(negative=negative)
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_estimate_that_fails_on_one_process_ends_on_all(tmp_path):
+    first, second = on_ranks(2, failing_estimate, tmp_path)
+    assert first[0] == f"group: another process failed, rank 1: ValueError: {second[0]}"
+    assert second[0].startswith("negative: expected one of")
+    assert "expected a finite sum of squares" in first[1]
+    assert second[1] == f"group: another process failed, rank 0: ValueError: {first[1]}"
 
 
 def other_things(rank):
