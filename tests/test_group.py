@@ -414,8 +414,8 @@ def test_a_probe_of_a_group_has_the_rows_of_a_probe(tmp_path):
 def test_a_nan_is_named_by_its_number_among_all_samples(tmp_path):
     (said,) = on_ranks(1, with_nan, tmp_path)
     assert said == (
-        "x: NaN or Inf in sample 57, the first of 1",
-        "f(x): NaN or Inf in sample 57, the first of 1",
+        "x: NaN or Inf in sample 57",
+        "f(x): NaN or Inf in sample 57",
     )
 
 
