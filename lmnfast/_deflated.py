@@ -82,50 +82,68 @@ class Deflated:
         """The number of the other eigenvalues."""
         return self.basis.shape[0] - len(self.values)
 
+    @property
+    def misses(self) -> bool:
+        """Whether the radius is far above a block of the deflated eigenvalues: there are more equal ones outside of the space.
 
-def deflate(matrix: Matrix, dimension: int, most_moved: float) -> Deflated:
+        Eigenvalues are found from the outermost inwards, and what comes between has equal ones outside of the space, of which an
+        approximate eigenvalue with a large residual is a part.
+        """
+        return len(self.values) >= BLOCK and float(2 * self.values[-BLOCK].abs()) < self.radius
+
+
+def deflate(matrix: Matrix, dimension: int, most_moved: float, known: Deflated | None = None) -> Deflated:
     """The eigenpairs that a block Krylov space of this dimension approximates, as long as `moved` stays below `most_moved`.
 
-    With the dimension of the whole space it is all of them.
+    With the dimension of the whole space it is all of them. A Krylov space has as many of equal eigenvalues as a block has
+    vectors. More of them are found beside those that are `known`, in a space of new random vectors orthogonal to these, as long
+    as `moved` grows by less than `most_moved`.
 
     Raises:
         ValueError: the products are not finite, or not those of a symmetric matrix.
     """
-    n = matrix.samples
-    space, projected, left = _krylov(matrix, dimension)
+    before = matrix.empty(0) if known is None else known.basis
+    left_over = matrix.samples - before.shape[1]
+    dimension = min(dimension, left_over)
+    space, projected, left = _krylov(matrix, dimension, before)
     values, vectors = torch.linalg.eigh(projected)
     ends = vectors[dimension - left.shape[1] :]
     gram = (left.mT @ left).double().cpu()
     residuals = (ends * (gram @ ends)).sum(0).clamp(min=0).sqrt()
     order = residuals.argsort()
-    count = dimension if dimension == n else int((2 * residuals[order].cumsum(0) <= most_moved).sum())
+    count = dimension if dimension == left_over else int((2 * residuals[order].cumsum(0) <= most_moved).sum())
     chosen, others = order[:count], order[count:]
-    basis = space @ vectors[:, chosen].to(space)
+    basis = space[:, before.shape[1] :] @ vectors[:, chosen].to(space)
     if count:
-        basis = torch.linalg.qr(basis)[0]
+        basis = torch.linalg.qr(torch.cat([before, basis], 1))[0]
+    elif known:
+        basis = before
     del space
     found, moved = _rayleigh(matrix, basis)
     reach = float((values.abs() + residuals)[others].max()) if len(others) else float(residuals.max())
     return Deflated(basis, found, moved, 1.02 * reach)
 
 
-def _krylov(matrix: Matrix, dimension: int) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal basis (N, dimension) of a block Krylov space of random vectors; the matrix in it, float64, on the CPU; and
-    what the products with the last vectors have outside of it."""
-    space = matrix.empty(dimension)
+def _krylov(matrix: Matrix, dimension: int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An orthonormal basis of the span of orthonormal vectors `before` and, behind it, a block Krylov space of so many dimensions
+    of random vectors orthogonal to it, for the matrix's part there; this part in the Krylov space, float64, on the CPU; and what
+    the products with the last vectors have outside of all this."""
+    first = before.shape[1]
+    space = matrix.empty(first + dimension)
+    space[:, :first] = before
     projected = torch.zeros(dimension, dimension, dtype=torch.float64)
     left, largest = matrix.random(min(BLOCK, dimension)), 0.0
     for start in range(0, dimension, BLOCK):
         stop = min(start + BLOCK, dimension)
         least = 10 * torch.finfo(space.dtype).eps * largest
-        space[:, start:stop] = matrix.orthonormal(left[:, : stop - start], space[:, :start], least)
-        known = space[:, :stop]
-        left = matrix.times(known[:, start:].contiguous())
+        earlier, known = space[:, : first + start], space[:, : first + stop]
+        known[:, first + start :] = matrix.orthonormal(left[:, : stop - start], earlier, least)
+        left = matrix.times(known[:, first + start :].contiguous())
         largest = max(largest, float(torch.linalg.vector_norm(left, dim=0).max()))
         for _ in range(2):
             shares = known.mT @ left
             left = left - known @ shares
-            projected[:stop, start:stop] += shares.double().cpu()
+            projected[:stop, start:stop] += shares[first:].double().cpu()
         if not _symmetric(projected[start:stop, start:stop], largest):
             raise ValueError("product: expected the products of a symmetric matrix")
     upper = projected.triu()

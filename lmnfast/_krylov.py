@@ -29,6 +29,7 @@ FIRST_DEGREE, MOST_DEGREE = 48, 4096
 MOST_ROUNDING = 2e-4  # of a product with a random vector, as a share of the eigenvalues that are not deflated
 CONTROLS = 2  # the known traces: of the matrix, and of its square
 OF_KINK, OF_DEFLATION = 0.2, 0.1  # shares of the tolerance
+REPEATED = 3  # further Krylov spaces, at most, where the first has missed equal eigenvalues
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class SpectralEstimate:
     """
 
     lmn: float
+    """From 1 to N."""
     complexity_bits: float
     standard_error: float
     """Of `lmn`, from the draw of random vectors."""
@@ -46,6 +48,8 @@ class SpectralEstimate:
     """The error of `lmn` that is not by chance, at most: of the polynomials, and of the deflated pairs."""
     negative_share: float
     """As in `Measurement`, estimated."""
+    samples: int
+    """N."""
     eigenvalues: Tensor
     """(deflated,) float64, on the CPU, by falling magnitude: those that were found one by one."""
     probes: int
@@ -60,13 +64,17 @@ class SpectralEstimate:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """An interval that contains the LMN of the matrix in a share `level` of all draws, or more."""
-        return interval(self.lmn, self.standard_error, self.bound, level)
+        return interval(self.lmn, self.standard_error, self.bound, level, self.samples)
 
 
-def interval(lmn: float, standard_error: float, bound: float, level: float) -> tuple[float, float]:
-    """The ends of an interval, as far from LMN by ratio: Student's quantile of the standard error, and the bound."""
-    reach = (student(level) * standard_error + bound) / lmn
-    return lmn * math.exp(-reach), lmn * math.exp(reach)
+def interval(
+    lmn: float, standard_error: float, bound: float, level: float, samples: float = math.inf
+) -> tuple[float, float]:
+    """The ends of an interval, as far from LMN by ratio: Student's quantile of the standard error, and the bound. What no LMN
+    can be, below 1 or above the number of samples, is left out."""
+    reach = min((student(level) * standard_error + bound) / lmn, 700.0)  # whose exponential is finite
+    low, high = lmn * math.exp(-reach), lmn * math.exp(reach)
+    return max(low, min(1.0, lmn)), min(high, max(samples, lmn))
 
 
 def student(level: float, degrees: int = PROBES - CONTROLS - 1) -> float:
@@ -132,26 +140,44 @@ def estimate(
     most_moved = (
         OF_DEFLATION * tolerance * least / _weight(samples, squares, OF_DEFLATION * tolerance * least)
     )
-    deflated = deflate(matrix, min(samples, dimension or min(max(samples // 16, 256), 1024)), most_moved)
+    dimension = min(samples, dimension or usual_dimension(samples))
     rounding = torch.finfo(vectors.dtype).eps * math.sqrt(squares / samples)
-    if deflated.rest and vectors.dtype != torch.float64 and rounding > MOST_ROUNDING * deflated.radius:
-        raise Rounded(
-            f"like: expected float64, as rounding hides the smaller eigenvalues of this matrix in {vectors.dtype}"
-        )
-    sums = _Sums(deflated, squares, trace, negative == "clip", torch.finfo(vectors.dtype).eps)
-    found = _settled(matrix, deflated, sums, tolerance)
-    lmn = math.exp(found.entropy)
+
+    def more(known: Deflated | None = None) -> tuple[Deflated, _Sums]:
+        deflated = deflate(matrix, dimension, most_moved / 2 if known else most_moved, known)
+        if deflated.rest and vectors.dtype != torch.float64 and rounding > MOST_ROUNDING * deflated.radius:
+            raise Rounded(
+                f"like: expected float64, as rounding hides the smaller eigenvalues of this matrix in {vectors.dtype}"
+            )
+        return deflated, _Sums(deflated, squares, trace, negative == "clip", torch.finfo(vectors.dtype).eps)
+
+    found, deflated = _settled(matrix, more, tolerance)
+    # No entropy is below 0 or above ln N, so this brings it nearer to the exact one.
+    entropy = min(max(found.entropy, 0.0), math.log(samples))
+    lmn = min(math.exp(entropy), float(samples))
     return SpectralEstimate(
         lmn=lmn,
-        complexity_bits=found.entropy / math.log(2),
+        complexity_bits=entropy / math.log(2),
         standard_error=lmn * found.chance,
         bound=lmn * found.bound,
-        negative_share=_negative_share(found.total, trace, sums.clip),
+        negative_share=_negative_share(found.total, trace, negative == "clip"),
+        samples=samples,
         eigenvalues=deflated.values,
         probes=found.probes,
         degree=found.degree,
         products=matrix.products,
     )
+
+
+def usual_dimension(samples: int) -> int:
+    """Of the Krylov space, by the number of samples."""
+    return min(max(samples // 16, 256), 1024)
+
+
+def usual_products(samples: int) -> float:
+    """About how many vectors a connectivity is multiplied by: two or three for each sample up to N = 3000, and from there on
+    hardly more; docs/mathematics.md has a table."""
+    return min(2.5 * samples, 7500)
 
 
 def _weight(samples: int, squares: float, goal: float) -> float:
@@ -161,34 +187,47 @@ def _weight(samples: int, squares: float, goal: float) -> float:
 
 def _negative_share(total: float, trace: float, clip: bool) -> float:
     magnitudes = 2 * total - trace if clip else total
-    return max(0.0, (magnitudes - trace) / 2 / magnitudes)
+    return min(max((magnitudes - trace) / 2 / magnitudes, 0.0), 1.0)
 
 
 def of_matrix(L: Tensor, negative: str) -> SpectralEstimate:
-    """The estimate of a checked connectivity (N, N), in the dtype of the matrix; of the same matrix it is the same.
+    """The estimate of a checked matrix (N, N), in the dtype of the matrix; of the same matrix it is the same.
 
-    Where torch's float32 products are set to be less than float32, and for a matrix so near ones that they hide its smaller
-    eigenvalues, all is in float64, with parts of the matrix at a time.
+    LMN does not depend on the matrix's scale. The products are those of the matrix over the power of two that is nearest to its
+    largest entry, 1 for a connectivity: so nothing overflows, and L times a power of two gives the same bits. Where torch's
+    float32 products are set to be less than float32, and for a matrix so near ones that they hide its smaller eigenvalues, all
+    is in float64, with parts of the matrix at a time.
     """
     L = L.detach()
     L = L if L.dtype in (torch.float32, torch.float64) else L.float()
     parts = L.split(max(1, ROWS**2 // L.shape[1]))
     exact = L.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    largest = max(float(end.abs()) for part in parts for end in part.aminmax())
+    if largest == 0:
+        raise _no_sum(largest, negative == "clip")
+    # Two factors of about the same size, as one may be beyond the numbers of the dtype.
+    power = -math.frexp(largest * math.sqrt(0.5))[1]
+    before, after = 2.0 ** (power // 2), 2.0 ** (power - power // 2)
+
+    def scaled(entries: Tensor) -> Tensor:
+        return entries.double() if before == after == 1 else entries.double() * before * after
 
     def product(vectors: Tensor) -> Tensor:
-        vectors = vectors.mT.contiguous().mT  # by columns: measured on 2 cores, up to twice as fast
+        # By columns: measured on 2 cores, up to twice as fast.
+        vectors = (vectors * before).mT.contiguous().mT
         if vectors.dtype == L.dtype:
-            return L @ vectors
-        return torch.cat([part.double() @ vectors for part in parts])
+            return (L @ vectors) * after
+        return torch.cat([part.double() @ vectors for part in parts]) * after
 
     given: dict[str, Any] = {
-        "squares": math.fsum(float(part.double().square().sum()) for part in parts),
-        "trace": float(L.diagonal().sum(dtype=torch.float64)),
+        "squares": math.fsum(float(scaled(part).square().sum()) for part in parts),
+        "trace": float(scaled(L.diagonal()).sum()),
         "negative": negative,
     }
 
     def estimated(like: Tensor) -> SpectralEstimate:
-        return estimate(product, len(L), generator=torch.Generator().manual_seed(0), like=like, **given)
+        found = estimate(product, len(L), generator=torch.Generator().manual_seed(0), like=like, **given)
+        return replace(found, eigenvalues=found.eigenvalues / before / after)
 
     with one_core_after_fork():
         if exact:
@@ -225,16 +264,29 @@ class _Outside(Exception):
         self.radius = radius
 
 
-def _settled(matrix: Matrix, deflated: Deflated, sums: _Sums, tolerance: float) -> _Found:
-    """The entropy to a tolerance. An eigenvalue outside of the interval makes the interval wider, from the beginning."""
-    if not deflated.rest:
-        return sums.exact()
-    radius = max(deflated.radius, sums.least_radius)
-    while True:
-        try:
-            return _within(matrix, deflated, sums, radius, tolerance)
-        except _Outside as found:
-            radius = found.radius
+def _settled(
+    matrix: Matrix, more: Callable[..., tuple[Deflated, _Sums]], tolerance: float
+) -> tuple[_Found, Deflated]:
+    """The entropy to a tolerance, and what was deflated for it.
+
+    A Krylov space does not show all of more equal eigenvalues than a block has vectors. Where it seems so, or where an
+    eigenvalue is found to lie outside of the interval, `more` is deflated, with new random vectors. If this shows nothing, or
+    has been done often enough, the interval is as wide as it must be.
+    """
+    deflated, sums = more()
+    radius, repeats = max(deflated.radius, sums.least_radius), REPEATED
+    while deflated.rest:
+        if not (repeats and deflated.misses):
+            try:
+                return _within(matrix, deflated, sums, radius, tolerance), deflated
+            except _Outside as outside:
+                radius = outside.radius
+        if repeats:
+            known = len(deflated.values)
+            deflated, sums = more(deflated)
+            repeats = repeats - 1 if len(deflated.values) > known else 0
+            radius = max(deflated.radius, sums.least_radius)
+    return sums.exact(), deflated
 
 
 def _within(matrix: Matrix, deflated: Deflated, sums: _Sums, radius: float, tolerance: float) -> _Found:
@@ -334,18 +386,20 @@ class _Sums:
         """
         probes = moments.shape[1]
         ones = moments.new_ones(probes, 1)
-        traces = torch.stack([radius * moments[1], radius**2 * (moments[0] + moments[2]) / 2], 1)
+        # Over the radius and its square, so that all columns are of one scale.
+        scale = moments.new_tensor([radius, radius**2])
+        traces = torch.stack([moments[1], (moments[0] + moments[2]) / 2], 1)
         designs = [ones]
         if 4 * CONTROLS < probes < self._deflated.rest:
-            designs.append(torch.cat([ones, traces - self._known], 1))
+            designs.append(torch.cat([ones, traces - self._known / scale], 1))
         kink = Kink(len(moments) - 1, radius, self.clip)
-        fits = [self._fitted(moments, kink, design) for design in designs]
+        fits = [self._fitted(moments, kink, design, self._doubt / scale) for design in designs]
         found, slope = min(fits, key=lambda fit: student(0.95) * fit[0].chance + fit[0].other)
         upper = moments.mT @ torch.from_numpy(kink.upper(slope))
         over = float(upper.mean() + 2 * upper.std(correction=0) / math.sqrt(probes))
         return replace(found, kink=max(0.0, over) / found.total)
 
-    def _fitted(self, moments: Tensor, kink: Kink, design: Tensor) -> tuple[_Found, float]:
+    def _fitted(self, moments: Tensor, kink: Kink, design: Tensor, doubt: Tensor) -> tuple[_Found, float]:
         """The entropy from the constant terms of least squares on the columns of a design (probes, terms), without the error of
         the polynomials; and the slope of ``|w| (slope - ln |w|)``, whose sum changes as the entropy does, times `total`."""
         probes, terms = design.shape
@@ -353,7 +407,7 @@ class _Sums:
         sums = moments.mT @ torch.from_numpy(np.stack([kink.magnitude, kink.logged], 1))
         total, logged = (self._exact + inverse[0] @ sums).tolist()
         if not total > 0:
-            raise _no_sum(total)
+            raise _no_sum(total, self.clip)
         slope = 1 + logged / total
         each = sums @ sums.new_tensor([slope, -1.0])
         fit = inverse @ each
@@ -361,14 +415,14 @@ class _Sums:
         leverage = (design * inverse.mT).sum(1).clamp(max=1 - 1e-6)
         variance = float((inverse[0] * (each - design @ fit) / (1 - leverage)).square().sum())
         chance = math.sqrt(variance * (1 - probes / self._deflated.rest)) / total
-        other = (self._moves(slope, total) + float(fit[1:].abs() @ self._doubt[: terms - 1])) / total
+        other = (self._moves(slope, total) + float(fit[1:].abs() @ doubt[: terms - 1])) / total
         return _Found(math.log(total) - logged / total, total, chance, 0.0, other, probes, kink.degree), slope
 
     def exact(self) -> _Found:
         """The entropy of a matrix without a rest."""
         total, logged = self._exact.tolist()
         if not total > 0:
-            raise _no_sum(total)
+            raise _no_sum(total, self.clip)
         moves = self._moves(1 + logged / total, total) / total
         return _Found(math.log(total) - logged / total, total, 0.0, 0.0, moves, 0, 0)
 
@@ -379,9 +433,10 @@ class _Sums:
         return moved * (slope + math.log(samples / moved)) if moved else 0.0
 
 
-def _no_sum(total: float) -> ValueError:
+def _no_sum(total: float, clip: bool) -> ValueError:
     return ValueError(
-        f"squares: expected a matrix whose eigenvalues' magnitudes have a sum above 0, got {total}"
+        f"L: expected eigenvalues whose magnitudes have a finite sum above 0, got a sum of about {total:.3g} "
+        f"(negative={'clip' if clip else 'absolute'!r})"
     )
 
 
@@ -396,8 +451,8 @@ def _check(
 ) -> None:
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
-    if not 0 < squares < math.inf:
-        raise ValueError(f"squares: expected a finite sum of squares above 0, got {squares}")
+    if not 1e-200 < squares < 1e200:
+        raise ValueError(f"squares: expected a finite sum of squares above 0, 1e-200 to 1e200, got {squares}")
     if not math.isfinite(trace):
         raise ValueError(f"trace: expected a finite number, got {trace}")
     if negative not in NEGATIVE:
