@@ -84,10 +84,10 @@ class Deflated:
 
     @property
     def misses(self) -> bool:
-        """Whether the radius is far above a block of the deflated eigenvalues: there are more equal ones outside of the space.
+        """Whether the radius is more than twice as large as 16 of the deflated eigenvalues.
 
-        Eigenvalues are found from the outermost inwards, and what comes between has equal ones outside of the space, of which an
-        approximate eigenvalue with a large residual is a part.
+        Krylov spaces show eigenvalues from the outermost inwards. So this is of an approximate one with a large residual, a
+        part of an eigenvalue of which more equal ones exist than were found. Of connectivities at most 6 were seen so low.
         """
         return len(self.values) >= BLOCK and float(2 * self.values[-BLOCK].abs()) < self.radius
 
@@ -125,9 +125,9 @@ def deflate(matrix: Matrix, dimension: int, most_moved: float, known: Deflated |
 
 
 def _krylov(matrix: Matrix, dimension: int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal basis of the span of orthonormal vectors `before` and, behind it, a block Krylov space of so many dimensions
-    of random vectors orthogonal to it, for the matrix's part there; this part in the Krylov space, float64, on the CPU; and what
-    the products with the last vectors have outside of all this."""
+    """A block Krylov space of random vectors for the part of the matrix that is orthogonal to the orthonormal vectors `before`:
+    `before` and an orthonormal basis of the space (N, dimension) beside them; the matrix in the space, float64, on the CPU; and
+    what the products with the last vectors have outside of all this."""
     first = before.shape[1]
     space = matrix.empty(first + dimension)
     space[:, :first] = before
@@ -157,7 +157,8 @@ def _symmetric(block: Tensor, largest: float) -> bool:
 def _rayleigh(matrix: Matrix, basis: Tensor) -> tuple[Tensor, float]:
     """The eigenvalues of the matrix in the span of a basis, in float64, and what these and the others are moved by together.
 
-    The product is in the basis's dtype. Its rounding is a part of the residual.
+    The product is in the basis's dtype. Its rounding is a part of the residual, but for that within the span. There the other
+    half of it, which makes the product's part unsymmetric, is counted.
     """
     d = basis.shape[1]
     if d == 0:
@@ -171,7 +172,8 @@ def _rayleigh(matrix: Matrix, basis: Tensor) -> tuple[Tensor, float]:
     within = torch.linalg.solve(overlap, shares)
     squares = sum_of([(w.double() - v.double() @ within).square().sum(0) for v, w in pieces])
     order = values.abs().argsort(descending=True)
-    return values[order].cpu(), 2 * float(squares.sqrt().sum())
+    unsymmetric = torch.linalg.vector_norm(shares - shares.mT, dim=0) / 2
+    return values[order].cpu(), 2 * float(squares.sqrt().sum()) + float(unsymmetric.sum())
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:

@@ -30,6 +30,9 @@ MOST_ROUNDING = 2e-4  # of a product with a random vector, as a share of the eig
 CONTROLS = 2  # the known traces: of the matrix, and of its square
 OF_KINK, OF_DEFLATION = 0.2, 0.1  # shares of the tolerance
 REPEATED = 3  # further Krylov spaces, at most, where the first has missed equal eigenvalues
+PATIENCE = (
+    128  # the degree from which on these are looked for: in many matrices what is missed does not matter
+)
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ class _Found:
 
 
 class _Outside(Exception):
-    """An eigenvalue lies outside of the interval of the polynomials."""
+    """An eigenvalue lies outside of the interval of the polynomials, or it would take too high a degree to keep it within."""
 
     def __init__(self, radius: float) -> None:
         self.radius = radius
@@ -269,18 +272,18 @@ def _settled(
 ) -> tuple[_Found, Deflated]:
     """The entropy to a tolerance, and what was deflated for it.
 
-    A Krylov space does not show all of more equal eigenvalues than a block has vectors. Where it seems so, or where an
-    eigenvalue is found to lie outside of the interval, `more` is deflated, with new random vectors. If this shows nothing, or
-    has been done often enough, the interval is as wide as it must be.
+    A Krylov space does not show all of more equal eigenvalues than a block has vectors. Where it seems so and the degree
+    becomes high, or where an eigenvalue is found to lie outside of the interval, `more` is deflated, with new random vectors.
+    If this shows nothing, or has been done often enough, the interval is as wide as it must be.
     """
     deflated, sums = more()
     radius, repeats = max(deflated.radius, sums.least_radius), REPEATED
     while deflated.rest:
-        if not (repeats and deflated.misses):
-            try:
-                return _within(matrix, deflated, sums, radius, tolerance), deflated
-            except _Outside as outside:
-                radius = outside.radius
+        most = PATIENCE if repeats and deflated.misses else MOST_DEGREE
+        try:
+            return _within(matrix, deflated, sums, radius, tolerance, most), deflated
+        except _Outside as outside:
+            radius = outside.radius
         if repeats:
             known = len(deflated.values)
             deflated, sums = more(deflated)
@@ -289,14 +292,22 @@ def _settled(
     return sums.exact(), deflated
 
 
-def _within(matrix: Matrix, deflated: Deflated, sums: _Sums, radius: float, tolerance: float) -> _Found:
-    """First the degree for the bound, then the number of random vectors for the standard error (Stein's two stages)."""
+def _within(
+    matrix: Matrix, deflated: Deflated, sums: _Sums, radius: float, tolerance: float, most_degree: int
+) -> _Found:
+    """First the degree for the bound, then the number of random vectors for the standard error (Stein's two stages).
+
+    Raises:
+        _Outside: an eigenvalue lies outside; or the degree exceeds `most_degree`, if this is not MOST_DEGREE.
+    """
     most = min(MOST_PROBES, deflated.rest)
     drawn = matrix.orthonormal(matrix.random(min(PROBES, most)), deflated.basis)
     moments = _Moments(matrix, deflated, drawn, radius, sums.most_radius)
     degree, found = FIRST_DEGREE, sums.of(moments.to(FIRST_DEGREE), radius)
     while found.kink > _goal(found, tolerance) and degree < MOST_DEGREE:
         degree = min(math.ceil(1.2 * degree), MOST_DEGREE)
+        if degree > most_degree:
+            raise _Outside(radius)
         found = sums.of(moments.to(degree), radius)
     ratio = student(0.95) * found.chance / max(tolerance - found.bound, tolerance / 4)
     needed = min(math.ceil(PROBES * ratio**2), most)

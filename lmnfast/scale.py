@@ -279,8 +279,8 @@ class Plan:
     estimate_bytes: int
     """Of solver "estimate": the matrix, of which parts may be on disk, and vectors."""
     estimate_seconds: float
-    """About, of solver "estimate" while the matrix is in memory, by some products. The number of products that a matrix needs is
-    known to a factor of 1.5."""
+    """About, of solver "estimate" while the matrix is in memory, by some products. How many a matrix needs is known to a factor
+    of 1.5."""
     free_bytes: int | None
     """Memory that is free where the solver runs; None: not known."""
     device: str
