@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from ._connectivity import connectivity
     from ._eigenvalues import eigenvalues, linear_mapping_number, nonlinear_complexity
     from ._explain import explain
-    from ._group import Rows
+    from ._group_rows import Rows
     from ._history import history
+    from ._krylov import SpectralEstimate
     from ._layers import match_layers
     from ._observables import observables, register_observable
     from ._observed import Observation
@@ -30,8 +31,9 @@ else:  # the same names, but torch is imported when one of them is used
             "_connectivity": "connectivity",
             "_eigenvalues": "eigenvalues linear_mapping_number nonlinear_complexity",
             "_explain": "explain",
-            "_group": "Rows",
+            "_group_rows": "Rows",
             "_history": "history",
+            "_krylov": "SpectralEstimate",
             "_layers": "match_layers",
             "_observables": "observables register_observable",
             "_observed": "Observation",
@@ -56,6 +58,7 @@ __all__ = [
     "Plan",
     "Probe",
     "Rows",
+    "SpectralEstimate",
     "connectivity",
     "curvature",
     "cut",

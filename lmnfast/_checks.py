@@ -187,7 +187,12 @@ def _as_float(bits: int) -> float:
 
 
 def _not_finite(name: str, failing: int, first: int) -> ValueError:
-    return ValueError(f"{name}: NaN or Inf in sample {first}, the first of {failing}")
+    return ValueError(f"{name}: NaN or Inf in {first_sample(first, failing)}")
+
+
+def first_sample(first: int, failing: int) -> str:
+    """The first of the samples that a check has found, for messages. It may have looked at a part of all samples."""
+    return f"sample {first}" + (f", the first of {failing} found" if failing > 1 else "")
 
 
 def _not_finite_path(i: int, j: int) -> ValueError:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._folder import folder_of
 from ._parser_scale import ACTIVATIONS
 from ._settings import Settings
 from .checkpoints import first_samples, load_inputs
@@ -42,7 +42,7 @@ SETTINGS = ("method", "points", "rule", "stabiliser")
 
 def tiles(options: Namespace) -> None:
     given = vars(options)
-    out = Path(given.get("out", "tiles"))
+    out = folder_of(given.get("out", "tiles"))
     refuse_unusable(given.get("device", "auto"))
     settings = Settings(**_settings(given))
     f, x = _network(given, given.get("samples"))
@@ -59,12 +59,15 @@ def solve_folder(options: Namespace) -> None:
     given = vars(options)
     refuse_unusable(given.get("device", "auto"))
     chosen = {name: given[name] for name in ("solver", "negative", "device") if name in given}
-    folder = Path(options.folder)
+    folder = folder_of(options.folder)
     m = solve(folder, **chosen, say=None if options.quiet else lambda line: print(line, file=sys.stderr))
     values = {name: value for name, value in m.to_dict().items() if not isinstance(value, (Tensor, dict))}
-    write_json(folder / "lmn.json", values)
     for name, value in values.items():
         print(f"{name:16}  {value:.6g}" if isinstance(value, float) else f"{name:16}  {value}")
+    try:
+        write_json(folder / "lmn.json", values)
+    except OSError as error:  # the numbers are printed already: a folder may be for reading alone
+        raise OSError(f"out: cannot write {folder / 'lmn.json'}: {error.strerror or error}") from error
     for name in ("lmn.json", "connectivity.npy"):
         print(f"written: {folder / name}")
 
@@ -74,8 +77,12 @@ def plan_for(options: Namespace) -> None:
     refuse_unusable(given.get("device", "auto"))
     widths = given.get("widths")
     if widths is None:
+        if "activation" in given:
+            raise ValueError("activation: expected --widths with it")
         f, x = _network(given, None)
     else:
+        if wrong := [f"--{name.replace('_', '-')}" for name in (*NETWORK, "trust") if name in given]:
+            raise ValueError(f"widths: expected no option of a model with it, got {', '.join(wrong)}")
         f, x = _made_of(widths, given.get("activation", "silu"), settled_device(given.get("device", "auto")))
         if "samples" not in given:
             raise ValueError("samples: expected a number with --widths, as --samples 20000")

@@ -8,8 +8,9 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ._differentiable import check_differentiable, with_graph
-from ._group import ALONE, Group, Rows, is_alone, measurer, refuse_group, sharded
-from ._measured import matrix_of, reported, stacked_matrices, warn_of_offsets
+from ._group import ALONE, Group, is_alone, measurer, refuse_group, refused_together, sharded
+from ._group_rows import Rows
+from ._measured import matrix_of, stacked_matrices, warn_of_offsets
 from ._native import Progress
 from ._settings import Settings, check_flag
 from ._stacked import Stacked
@@ -149,22 +150,26 @@ def connectivity(
         >>> f[0].weight.grad.shape
         torch.Size([16, 8])
     """
-    check_flag("differentiable", differentiable)
-    check_flag("gather", gather)
-    refuse_group(group, stacked=stacked, differentiable=differentiable)
-    if not gather and is_alone(group):
-        raise ValueError(f'gather: expected True with group "{ALONE}", got False')
-    settings = Settings(method, points, rule, budget, stabiliser, bool(pooled))
+    with refused_together(group):
+        check_flag("differentiable", differentiable)
+        check_flag("gather", gather)
+        refuse_group(group, stacked=stacked, differentiable=differentiable)
+        if not gather and is_alone(group):
+            raise ValueError(f'gather: expected True with group "{ALONE}", got False')
+        settings = Settings(method, points, rule, budget, stabiliser, bool(pooled))
+        if differentiable:
+            check_differentiable(settings, stacked)
     if differentiable:
-        check_differentiable(settings, stacked)
         graph = with_graph(f, x, settings, progress=progress)
         warn_of_offsets([graph.enqueued])
         return graph.entries
     if not gather:
-        with reported(progress) as report:
-            found, first = sharded(f, x, settings, group, gather=False, progress=report)
+        found, first = sharded(
+            f, x, settings, group, gather=False, progress=progress, function="connectivity"
+        )
+        warn_of_offsets([found])
         return Rows(matrix_of(found, settings.pooled), first, len(x), group)
-    each = measurer(group, stacked)(f, x, settings, progress)
+    each = measurer(group, stacked, function="connectivity")(f, x, settings, progress)
     warn_of_offsets(each)
     with one_core_after_fork():
         return (

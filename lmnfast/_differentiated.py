@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._checks import Checks, all_finite
+from ._checks import Checks, all_finite, first_sample
 from ._outputs import Calls, out_of_memory, outputs_of, widened
 from ._tiles import CPU_TILE_DIFFERENTIATED
 
@@ -18,7 +18,7 @@ def check_jacobian(J: Tensor, begin: int = 0) -> None:
         return
     good = J.isfinite().flatten(1).all(1)
     first = begin + int((~good).nonzero()[0])
-    raise ValueError(f"f: NaN or Inf in the Jacobian of sample {first}, the first of {int((~good).sum())}")
+    raise ValueError(f"f: NaN or Inf in the Jacobian of {first_sample(first, int((~good).sum()))}")
 
 
 def differentiated_features(

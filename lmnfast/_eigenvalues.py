@@ -162,14 +162,19 @@ def _complexity(L: Tensor, negative: str, differentiable: bool, solver: str) -> 
 def estimated(L: Tensor, negative: str, stacklevel: int = 3) -> _krylov.SpectralEstimate:
     """The estimate of a checked matrix (N, N), with a warning if it is less exact than it should be."""
     found = _krylov.of_matrix(L, negative)
+    warn_of_bar(found, stacklevel)
+    return found
+
+
+def warn_of_bar(found: _krylov.SpectralEstimate, stacklevel: int) -> None:
+    """Warns if an estimate is less exact than it should be."""
     low, high = found.interval()
     bar = max(high / found.lmn, found.lmn / low) - 1
     if bar > 1.25 * _krylov.TOLERANCE:  # a bar varies by a tenth
         warnings.warn(
             f"solver: the estimated LMN of {found.lmn:.6g} may be up to {bar:.2%} from its value",
-            stacklevel=stacklevel,
+            stacklevel=stacklevel + 1,
         )
-    return found
 
 
 def linear_mapping_number(

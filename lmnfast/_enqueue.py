@@ -95,7 +95,8 @@ class Enqueued:
 
     def constant_share(self) -> float:
         """Share of the pairs i < j, over all outputs, that count as constant. Waits for the device."""
-        pairs = len(self.L) * (len(self.L) - 1) // 2 if self.L.dim() == 2 else len(self.L)
+        n = self.L.shape[-1]  # of a matrix, or of some rows of one
+        pairs = n * (n - 1) // 2 if self.L.dim() == 2 else n
         return self.constants / (pairs * self.outputs) if pairs else 0.0
 
     def offset_problem(self) -> str | None:

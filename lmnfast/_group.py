@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -57,6 +58,17 @@ def refuse_group(group: Any, **given: Any) -> None:
                 raise ValueError(f'group: expected "{ALONE}" with {name}, got {group!r}')
 
 
+@contextmanager
+def refused_together(group: Any) -> Iterator[None]:
+    """An error in this block, before any exchange, also ends the other processes of the group in their first one."""
+    try:
+        yield
+    except Exception as error:
+        if dist.is_available() and isinstance(group, dist.ProcessGroup):
+            Ranks(group).tell(error)
+        raise
+
+
 class Ranks:
     """The processes of a group, and what they tell one another. All of them call the same methods in the same order."""
 
@@ -67,22 +79,35 @@ class Ranks:
 
     def every(self, compute: Callable[[], T]) -> list[T]:
         """What a function returns on each rank. Where it fails on one, all raise: that one its own error."""
-        failure: Exception | None = None
         try:
-            own: Any = (True, compute())
+            own = compute()
         except Exception as error:
-            own, failure = (False, f"{type(error).__name__}: {error}"), error
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, own, group=self.group)
-        if failure is not None:
-            raise failure
+            self.tell(error)
+            raise
+        found = self._exchanged((True, own))
         if said := [f"rank {rank}: {value}" for rank, (good, value) in enumerate(found) if not good]:
             raise RuntimeError(f"group: another process failed, {'; '.join(said)}")
         return [value for _, value in found]
 
+    def tell(self, error: Exception) -> None:
+        """Ends the `every` of the other ranks with an error of this one."""
+        with suppress(Exception):  # of a group that is broken; the error that is told counts
+            self._exchanged((False, f"{type(error).__name__}: {error}"))
+
+    def _exchanged(self, own: tuple[bool, Any]) -> list[Any]:
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, own, group=self.group)
+        return found
+
     def send(self, owner: int, tensor: Tensor) -> None:
         """Overwrites the tensor on all ranks by that of its owner."""
         dist.broadcast(tensor, dist.get_global_rank(self.group, owner), group=self.group)
+
+    def told(self, value: T) -> T:
+        """The value of the first rank, on all ranks."""
+        values = [value]
+        dist.broadcast_object_list(values, dist.get_global_rank(self.group, 0), group=self.group)
+        return values[0]
 
     def add(self, tensor: Tensor) -> None:
         """Overwrites the tensor on all ranks by the sum over all."""
@@ -99,79 +124,20 @@ class Ranks:
         """Raises ValueError on every rank if they are about to measure different things."""
         each = self.every(compute)
         differing = {rank: each[0].differs(own) for rank, own in enumerate(each)}
-        where = {part: [str(rank) for rank, parts in differing.items() if part in parts] for part in PARTS}
-        said = [
-            f"{PARTS[part]} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
-            for part, ranks in where.items()
-            if ranks
-        ]
+        said = []
+        for part, name in PARTS.items():
+            ranks = [rank for rank, parts in differing.items() if part in parts]
+            if ranks:
+                which = f"{name} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                if part == "settings":
+                    values = each[0].settings_said(each[ranks[0]], "on rank 0", f"on rank {ranks[0]}")
+                    which += f" ({values})"
+                said.append(which)
         if said:
             raise ValueError(
                 f"group: expected the same network, samples and settings on all ranks, got {' and '.join(said)} than "
                 "on rank 0"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Consecutive rows of a connectivity matrix, whose other rows the other processes of a group hold.
-
-    ``connectivity(..., group=..., gather=False)`` returns it. No process ever holds the whole matrix.
-
-    Example:
-        >>> import torch.distributed as dist
-        >>> dist.init_process_group("gloo", init_method="file:///tmp/lmnfast-rows", rank=0, world_size=1)
-        >>> f = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
-        >>> rows = lmnfast.connectivity(f, torch.randn(50, 8), group=dist.group.WORLD, gather=False)
-        >>> rows.first, rows.values.shape, rows.product(torch.ones(50, 2)).shape  # all rows, as there is one process
-        (0, torch.Size([50, 50]), torch.Size([50, 2]))
-        >>> dist.destroy_process_group()
-    """
-
-    values: Tensor
-    """(rows, N); float64 for float64 samples, otherwise float32."""
-    first: int
-    """The sample that the first row belongs to."""
-    samples: int
-    """N."""
-    group: Any
-    """The process group that holds all rows."""
-
-    def product(self, V: Tensor) -> Tensor:
-        """The matrix times some vectors. All processes of the group call it, with the same vectors.
-
-        Args:
-            V: (N, vectors), floating point, on the rows' device.
-
-        Returns:
-            (N, vectors) of V's dtype, on every process.
-
-        Raises:
-            TypeError, ValueError: V has another dtype or shape.
-        """
-        if not V.is_floating_point():
-            raise TypeError(f"V: expected floating-point numbers, got {V.dtype}")
-        if V.dim() != 2 or len(V) != self.samples:
-            raise ValueError(f"V: expected ({self.samples}, vectors), got shape {tuple(V.shape)}")
-        ranks = Ranks(self.group)
-        whole = torch.zeros_like(V)
-        whole[self.first : self.first + len(self.values)] = product(self.values, V)
-        on = whole.to(ranks.device(whole))
-        ranks.add(on)
-        return on.to(V.device)
-
-
-# Numbers of a matrix that `product` converts at one time.
-CONVERTED = 2**24
-
-
-def product(L: Tensor, V: Tensor) -> Tensor:
-    """L V, some rows of L at a time: L may be a file that is mapped into memory, and of another dtype than V.
-
-    L: (rows, N). V: (N, vectors). Returns (rows, vectors) of V's dtype.
-    """
-    rows = max(1, CONVERTED // max(1, L.shape[1]))
-    return torch.cat([part.to(V.dtype) @ V for part in L.split(rows)])
 
 
 @dataclass(frozen=True)
@@ -246,24 +212,16 @@ def summed(tiles: list[Tile], plane: Plane) -> Tile:
     )
 
 
-def measurer(group: Any, stacked: Stacked | None = None) -> Callable[..., list[Enqueued]]:
-    """The function of (f, x, settings, progress) that measures: in this process alone, or in those of a group together."""
+def measurer(group: Any, stacked: Stacked | None = None, **more: Any) -> Callable[..., list[Enqueued]]:
+    """The function of (f, x, settings, progress) that measures: in this process alone, or in those of a group together.
+
+    more: what else must be the same on all processes of the group, with the settings.
+    """
     if is_alone(group):
         return measured if stacked is None else partial(measured_stack, stacked=stacked)
-    refuse_group(group, stacked=stacked)
-    return partial(_measured_by_group, group)
-
-
-def _measured_by_group(
-    group: Any,
-    f: Callable[[Tensor], Tensor],
-    x: Tensor,
-    settings: Settings,
-    progress: bool | Progress = False,
-) -> list[Enqueued]:
-    """As `measured`."""
-    with reported(progress) as report:
-        return [sharded(f, x, settings, group, progress=report)[0]]
+    return lambda f, x, settings, progress=False: [
+        sharded(f, x, settings, group, progress=progress, **more)[0]
+    ]
 
 
 def sharded(
@@ -273,17 +231,39 @@ def sharded(
     group: ProcessGroup,
     *,
     gather: bool = True,
-    progress: Progress | None = None,
+    progress: bool | Progress = False,
     known: Chain | None = None,
     expected: Tensor | None = None,
+    **more: Any,
 ) -> tuple[Enqueued, int]:
-    """`measured` by all processes of a group together. Arguments and errors as there.
+    """`measured` by all processes of a group together. Arguments and errors as there; more: as of `measurer`.
 
     Returns:
         The connectivity, and the number of its first row: 0. Without `gather` its L and pooled have some rows (rows, N) alone.
     """
     ranks = Ranks(group)
-    ranks.agree(lambda: identity_of(f, x, settings, gather=gather))
+    report: Progress | None = None
+    with ExitStack() as stack:
+
+        def prepared() -> Identity:
+            nonlocal report
+            report = stack.enter_context(reported(progress))
+            return identity_of(f, x, settings, gather=gather, **more)
+
+        ranks.agree(prepared)
+        return _sharded(f, x, settings, ranks, gather, report, known, expected)
+
+
+def _sharded(
+    f: Callable[[Tensor], Tensor],
+    x: Tensor,
+    settings: Settings,
+    ranks: Ranks,
+    gather: bool,
+    progress: Progress | None,
+    known: Chain | None,
+    expected: Tensor | None,
+) -> tuple[Enqueued, int]:
     plane = Plane(len(x))
     rows = range(len(x))
     if not gather:
@@ -340,14 +320,15 @@ def sharded_pairs(
     settings: Settings,
     drawn: tuple[Tensor, Tensor],
     group: ProcessGroup,
+    **more: Any,
 ) -> tuple[Enqueued, tuple[Tensor, Tensor]]:
-    """`measured_pairs` by all processes of a group together. Arguments and errors as there.
+    """`measured_pairs` by all processes of a group together. Arguments and errors as there; more: as of `measurer`.
 
     Returns:
         The entries, and the pairs: those that rank 0 has drawn.
     """
     ranks = Ranks(group)
-    ranks.agree(lambda: identity_of(f, x, settings, pairs=len(drawn[0])))
+    ranks.agree(lambda: identity_of(f, x, settings, gather=True, pairs=len(drawn[0]), **more))
     first, second = ranks.every(lambda: drawn if ranks.rank == 0 else None)[0] or drawn
     pieces = torch.arange(len(first), device="cpu").tensor_split(min(PIECES, len(first)))
 

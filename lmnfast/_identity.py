@@ -56,6 +56,17 @@ class Identity:
             same = (self.network == other.network, *same[1:])
         return [name for name, equal in zip(PARTS, same) if not equal]
 
+    def settings_said(self, other: Identity, here: str, there: str) -> str:
+        """The settings that another one has otherwise, with both values, for messages."""
+        names = [
+            name
+            for name in {**self.settings, **other.settings}
+            if self.settings.get(name) != other.settings.get(name)
+        ]
+        return ", ".join(
+            f"{name} {self.settings.get(name)} {here}, {other.settings.get(name)} {there}" for name in names
+        )
+
     def _same_outputs(self, other: Identity) -> bool:
         mine, others = (torch.tensor(o.outputs, dtype=torch.float64, device="cpu") for o in (self, other))
         if mine.shape != others.shape:
@@ -117,6 +128,13 @@ def _chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     rows = max(1, CHUNK // (x[0].numel() * x.element_size()))
     for start in range(0, len(x), rows):
         yield start, x[start : start + rows]
+
+
+def hash_of(tensor: Tensor) -> str:
+    """A hash of a tensor's dtype, shape and entries."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Any:

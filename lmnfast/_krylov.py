@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from ._choices import NEGATIVE
 from ._deflated import ROWS, Deflated, Matrix, deflate
 from ._kink import Kink
+from ._settings import check_level
 from ._threads import one_core_after_fork
 
 ESTIMATOR = "krylov-chebyshev"  # its name in a `Measurement`
@@ -37,14 +37,26 @@ PATIENCE = (
 
 @dataclass(frozen=True)
 class SpectralEstimate:
-    """An estimate of the linear mapping number of a matrix, with its errors.
+    """An estimate of the linear mapping number of a matrix, with its errors; :meth:`Rows.estimate` returns it.
 
     ``float(estimate)`` is its LMN.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", init_method="file:///tmp/lmnfast-estimate", rank=0, world_size=1)
+        >>> f = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 3))
+        >>> rows = lmnfast.connectivity(f, torch.randn(600, 8), group=dist.group.WORLD, gather=False)
+        >>> estimate = rows.estimate()
+        >>> low, high = estimate.interval()
+        >>> low < float(estimate) < high < 1.05 * low
+        True
+        >>> dist.destroy_process_group()
     """
 
     lmn: float
-    """From 1 to N."""
+    """The linear mapping number, from 1 to N, without a unit."""
     complexity_bits: float
+    """Its binary logarithm, in bits."""
     standard_error: float
     """Of `lmn`, from the draw of random vectors."""
     bound: float
@@ -52,7 +64,7 @@ class SpectralEstimate:
     negative_share: float
     """As in `Measurement`, estimated."""
     samples: int
-    """N."""
+    """N, the number of samples."""
     eigenvalues: Tensor
     """(deflated,) float64, on the CPU, by falling magnitude: those that were found one by one."""
     probes: int
@@ -66,7 +78,22 @@ class SpectralEstimate:
         return self.lmn
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """An interval that contains the LMN of the matrix in a share `level` of all draws, or more."""
+        """An interval that contains the LMN of the matrix in a share `level` of all draws, or more.
+
+        Args:
+            level: above 0 and below 1.
+
+        Returns:
+            The lower and the upper end.
+
+        Raises:
+            TypeError: the level is no number.
+            ValueError: a level out of range.
+
+        Source:
+            docs/mathematics.md, "An estimate for large N".
+        """
+        check_level(level)
         return interval(self.lmn, self.standard_error, self.bound, level, self.samples)
 
 
@@ -204,7 +231,6 @@ def of_matrix(L: Tensor, negative: str) -> SpectralEstimate:
     L = L.detach()
     L = L if L.dtype in (torch.float32, torch.float64) else L.float()
     parts = L.split(max(1, ROWS**2 // L.shape[1]))
-    exact = L.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
     largest = max(float(end.abs()) for part in parts for end in part.aminmax())
     if largest == 0:
         raise _no_sum(largest, negative == "clip")
@@ -222,21 +248,41 @@ def of_matrix(L: Tensor, negative: str) -> SpectralEstimate:
             return (L @ vectors) * after
         return torch.cat([part.double() @ vectors for part in parts]) * after
 
-    given: dict[str, Any] = {
-        "squares": math.fsum(float(scaled(part).square().sum()) for part in parts),
-        "trace": float(scaled(L.diagonal()).sum()),
-        "negative": negative,
-    }
+    squares = math.fsum(float(scaled(part).square().sum()) for part in parts)
+    found = of_product(product, len(L), squares, float(scaled(L.diagonal()).sum()), negative, L)
+    return replace(found, eigenvalues=found.eigenvalues / before / after)
+
+
+def of_product(
+    product: Callable[[Tensor], Tensor],
+    samples: int,
+    squares: float,
+    trace: float,
+    negative: str,
+    like: Tensor,
+) -> SpectralEstimate:
+    """As `of_matrix`, of a matrix of like's dtype that is known by its products with vectors of float32 and float64.
+
+    Its entries are those of a connectivity, or so many times as large that no square of theirs leaves the dtype.
+    """
 
     def estimated(like: Tensor) -> SpectralEstimate:
-        found = estimate(product, len(L), generator=torch.Generator().manual_seed(0), like=like, **given)
-        return replace(found, eigenvalues=found.eigenvalues / before / after)
+        generator = torch.Generator().manual_seed(0)
+        return estimate(
+            product,
+            samples,
+            squares=squares,
+            trace=trace,
+            negative=negative,
+            generator=generator,
+            like=like,
+        )
 
     with one_core_after_fork():
-        if exact:
+        if like.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest":
             with suppress(Rounded):
-                return estimated(L)
-        return estimated(L.new_empty(0, dtype=torch.float64))
+                return estimated(like)
+        return estimated(like.new_empty(0, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -93,4 +93,12 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def mapped(path: Path) -> np.ndarray:
     """The matrix of a file, read where it is used. What is written to it stays in memory."""
-    return np.load(path, mmap_mode="c", allow_pickle=False)
+    return np.lib.format.open_memmap(path, mode="c")
+
+
+def check_matrix(path: Path, shape: tuple[int, int], dtype: str) -> None:
+    """Raises ValueError if the matrix of a file has another shape or dtype; the message is the reason."""
+    matrix = mapped(path)
+    if (matrix.shape, matrix.dtype, matrix.flags.c_contiguous) != (shape, np.dtype(dtype), True):
+        order = "" if matrix.flags.c_contiguous else ", column by column"
+        raise ValueError(f"it holds {matrix.dtype} of shape {matrix.shape}{order}, not {dtype} of {shape}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._differentiable import check_differentiable, mean_curvature, with_graph
-from ._group import ALONE, Group, is_alone, measurer, refuse_group, sharded_pairs
+from ._group import ALONE, Group, is_alone, measurer, refuse_group, refused_together, sharded_pairs
 from ._kept import html_table
 from ._measured import matrix_of, warn_of_offsets
 from ._pairs import Moments, check_generator, checked_pairs, draw_pairs, measured_pairs
@@ -185,28 +185,29 @@ def curvature(
         >>> f[2].weight.grad.shape
         torch.Size([3, 16])
     """
-    settings = Settings("path", points, rule, budget, stabiliser, bool(pooled))
-    check_flag("differentiable", differentiable)
-    refuse_group(group, differentiable=differentiable)
-    if differentiable:
-        check_differentiable(settings)
-    x = checked_samples(f, x, detached=not differentiable)
-    check_generator(generator)
-    count = checked_pairs(pairs, len(x))
-    drawn = None if count is None else draw_pairs(len(x), count, generator)
+    with refused_together(group):
+        settings = Settings("path", points, rule, budget, stabiliser, bool(pooled))
+        check_flag("differentiable", differentiable)
+        refuse_group(group, differentiable=differentiable)
+        if differentiable:
+            check_differentiable(settings)
+        x = checked_samples(f, x, detached=not differentiable)
+        check_generator(generator)
+        count = checked_pairs(pairs, len(x))
+        drawn = None if count is None else draw_pairs(len(x), count, generator)
     if differentiable:
         found = with_graph(f, x, settings, pairs=drawn)
         warn_of_offsets([found.enqueued])
         return mean_curvature(found.entries)
     if drawn is None:
-        (enqueued,) = measurer(group)(f, x, settings)
+        (enqueued,) = measurer(group, function="curvature")(f, x, settings)
         matrix = matrix_of(enqueued, settings.pooled)
         moments = Moments.of_matrix((1 - matrix).fill_diagonal_(0))
     else:
         if is_alone(group):
             enqueued = measured_pairs(f, x, settings, *drawn)
         else:
-            enqueued, drawn = sharded_pairs(f, x, settings, drawn, group)
+            enqueued, drawn = sharded_pairs(f, x, settings, drawn, group, function="curvature")
         entries = matrix_of(enqueued, settings.pooled)
         moments = Moments.of_list(1 - entries.cpu().double(), *drawn, len(x))
     warn_of_offsets([enqueued])

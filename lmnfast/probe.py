@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ._eigenvalues import check_negative
 from ._enqueue import enqueue, on_stream
 from ._extras import required
-from ._group import ALONE, Group, is_alone, sharded
+from ._group import ALONE, Group, is_alone, refused_together, sharded
 from ._layers import for_layers
 from ._layout import plain_layout
 from ._observables import Chosen, Values, problem_of, settings_for
@@ -183,8 +183,7 @@ class Probe:
     def __setstate__(self, state: dict[str, Any]) -> None:
         is_open = state.pop("open")
         vars(self).update(state)
-        self._rows, self._unread, self._waiting = {}, deque(), deque()
-        self._group = None
+        self._rows, self._unread, self._waiting, self._group = {}, deque(), deque(), None
         self._start()
         if not is_open:
             self._solver = None
@@ -257,11 +256,12 @@ class Probe:
 
     def _measure_all(self, step: float, extra: dict[str, Any]) -> None:
         """Measures all layers. The rows are ready when the solver's thread has solved them."""
-        if clash := set(extra) & {*COLUMNS, *self._observables.names}:
-            raise ValueError(f"extra: expected names not the probe's own, got {', '.join(sorted(clash))}")
-        if self._solver is None:
-            raise RuntimeError("probe: closed; expected an open one")
-        extra = {name: self._number(value) for name, value in extra.items()}
+        with refused_together(self._group):
+            if clash := set(extra) & {*COLUMNS, *self._observables.names}:
+                raise ValueError(f"extra: expected names not the probe's own, got {', '.join(sorted(clash))}")
+            if self._solver is None:
+                raise RuntimeError("probe: closed; expected an open one")
+            extra = {name: self._number(value) for name, value in extra.items()}
         with self._timed(), alone():
             state = python_state(self.model, self.inputs)
             pending = [self._enqueue(layer, state, step) for layer in self.layers]
@@ -282,23 +282,25 @@ class Probe:
                 known = replace(self._how, batch_dim=kept[0].layout or plain_layout(self.inputs))
                 samples, output = run_to(self.model, layer, self.inputs, known)
                 with suppress(Exception):  # this tail may be outdated; only an error with a new tail counts
-                    pending = self._measure(kept[0], samples, output)
+                    pending = self._measure(kept[0], samples, output, step=step, layer=layer)
             if pending is None:
-                tail, samples = cut_at(self.model, layer, self.inputs, self._how)
+                with refused_together(self._group):
+                    tail, samples = cut_at(self.model, layer, self.inputs, self._how)
                 self._tails[layer] = Tail(tail, self._settings.method), state
-                pending = self._measure(self._tails[layer][0], samples, None)
+                pending = self._measure(self._tails[layer][0], samples, None, step=step, layer=layer)
             pending.observe_now(self._number)
             return pending
         except (ValueError, TypeError) as error:
             raise type(error)(f"{error} (probe of layer {layer!r}, step {step})") from error
 
-    def _measure(self, tail: Tail, samples: Tensor, output: Tensor | None) -> Pending:
-        """Enqueues the connectivity of a tail. output: the expected outputs; None: not compared."""
+    def _measure(self, tail: Tail, samples: Tensor, output: Tensor | None, **place: Any) -> Pending:
+        """Enqueues the connectivity of a tail. output: the expected outputs; None: not compared. place: step and layer."""
+        chain = tail.chain()
         if self._group is not None:
-            enqueued, _ = sharded(tail.module, samples, self._settings, self._group, known=tail.chain())
+            place |= {"negative": self._negative, "observables": self._observables.names, "function": "Probe"}
+            enqueued, _ = sharded(tail.module, samples, self._settings, self._group, known=chain, **place)
             return Pending(enqueued, None, Values(self._observables), samples, tail.module, self.model)
         stream = self._streams_on(samples.device)[0] if samples.is_cuda else None
-        chain = tail.chain()
         enqueued = enqueue(tail.module, samples, self._settings, expected=output, known=chain, stream=stream)
         done = None
         if stream is not None:
@@ -369,10 +371,8 @@ class Probe:
         """
         self._check_process()
         with self._timed():
-            rows = [
-                *map(dict, self._before),
-                *(dict(row.result()) for rows in list(self._rows.values()) for row in rows),
-            ]
+            rows = [dict(row) for row in self._before]
+            rows += [dict(row.result()) for rows in list(self._rows.values()) for row in rows]
         self._warn()
         return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import time
 import warnings
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ._choices import DEVICES
 from ._eigenvalues import DENSE_BYTES, check_dense, check_negative, check_solver
-from ._folder import Folder
+from ._folder import MOST_SAMPLES, Folder, folder_of
 from ._group import as_enqueued, measured_tile, summed
 from ._identity import identity_of
 from ._krylov import PROBES, usual_dimension, usual_products
@@ -59,8 +60,9 @@ def tiles(
     Args:
         f: as in :func:`connectivity`.
         x: (N, *in), the samples; also a numpy array, as ``numpy.load("x.npy", mmap_mode="r")``, of which only the samples of a
-            tile are in memory at a time.
-        out: the folder. One folder is for one measurement.
+            tile are in memory at a time. Of an array in memory that torch cannot hold as it is (steps below 0, another byte
+            order) a copy is made.
+        out: the folder. One folder is for one measurement. If all tiles of the shard are there, nothing is written.
         shard: (k, n): the k-th of n parts of the tiles, k from 1 to n.
         method, points, rule, budget, stabiliser, progress: as in :func:`connectivity`.
 
@@ -68,9 +70,9 @@ def tiles(
         The files of this shard's tiles.
 
     Raises:
-        TypeError, ValueError: as :func:`connectivity`. ValueError also for a shard out of range, and for a folder with tiles of
-            another network, other samples or settings.
-        OSError: the folder cannot be written, or the disk is full. The tiles before are whole.
+        TypeError, ValueError: as :func:`connectivity`. ValueError also for a shard out of range, for a file in the place of the
+            folder, and for a folder with tiles of another network, other samples or settings, or with a damaged manifest.
+        OSError: tiles are missing and the folder cannot be written, or the disk is full. The tiles before are whole.
 
     Source:
         docs/scale.md.
@@ -85,8 +87,8 @@ def tiles(
     """
     check_shard(shard)
     settings = Settings(method, points, rule, budget, stabiliser)
-    name = os.fspath(out)
-    return make_tiles(f, x, Path(out), shard, settings, progress, f"lmnfast.tiles(f, x, {name!r}, ...)")
+    path = folder_of(out)
+    return make_tiles(f, x, path, shard, settings, progress, f"lmnfast.tiles(f, x, {os.fspath(out)!r}, ...)")
 
 
 def check_shard(shard: Any) -> None:
@@ -112,15 +114,17 @@ def make_tiles(
 ) -> list[Path]:
     """`tiles` with checked arguments. command: what makes the tiles that are missing, for messages."""
     x = _as_tensor(x)
-    if isinstance(x, Tensor) and x.dim() and len(x) == 1:
-        raise ValueError("x: expected two samples or more, got 1")
-    identity = identity_of(f, x, settings)
-    folder = Folder.begun(out, identity, "float64" if x.dtype == torch.float64 else "float32", command)
-    plane = Plane(len(x))
-    mine = plane.of_shard(shard[0] - 1, shard[1])
+    if isinstance(x, Tensor) and x.dim() and not 2 <= len(x) <= MOST_SAMPLES:
+        expected = "two samples or more" if len(x) < 2 else f"{MOST_SAMPLES} samples or fewer"
+        raise ValueError(f"x: expected {expected}, got {len(x)}")
     with reported(progress) as report:
+        identity = identity_of(f, x, settings)
+        folder = Folder.begun(out, identity, "float64" if x.dtype == torch.float64 else "float32", command)
+        plane = Plane(len(x))
+        mine = plane.of_shard(shard[0] - 1, shard[1])
         for done, number in enumerate(mine):
             if isinstance(folder.tile(number), str):
+                folder.check_writable()
                 tile, (L, *_) = measured_tile(f, x, plane, number, settings)
                 folder.write(number, tile, L)
             if report is not None:
@@ -129,15 +133,31 @@ def make_tiles(
 
 
 def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
-    """The samples as a tensor, without a copy."""
+    """The samples as a tensor: without a copy where torch can hold them, and never with a copy of a file."""
     if not isinstance(x, np.ndarray):
         return x
+    masked = isinstance(x, np.ma.MaskedArray)
+    if masked or x.dtype.kind != "f" or x.dtype.itemsize > 8:
+        kind = "one with a mask" if masked else f"one of {x.dtype}"
+        raise TypeError(f"x: expected floating-point samples, a numpy array of at most 64 bits, got {kind}")
     with warnings.catch_warnings():  # torch warns that the samples cannot be written; nothing writes them
         warnings.filterwarnings("ignore", ".*not writable")
         try:
             return torch.from_numpy(x)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"x: expected floating-point samples, got {x.dtype}: {error}") from None
+        except (TypeError, ValueError):  # steps below 0 or between items, or another byte order
+            if _is_of_file(x):
+                raise ValueError(
+                    f"x: is a view of a file that torch cannot hold as it is, with steps of {x.strides} bytes and dtype "
+                    f"{x.dtype.str!r}; numpy.ascontiguousarray(x, dtype={x.dtype.name!r}) reads it into memory"
+                ) from None
+            return torch.from_numpy(np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("=")))
+
+
+def _is_of_file(x: Any) -> bool:
+    """Whether an array, or what it is a view of, is a file that is mapped into memory."""
+    while x is not None and not isinstance(x, mmap.mmap):
+        x = x.obj if isinstance(x, memoryview) else getattr(x, "base", None)
+    return x is not None
 
 
 def solve(
@@ -162,12 +182,14 @@ def solve(
         say: receives one line before any work: the memory and the time that the dense solver needs.
 
     Returns:
-        The `Measurement`, equal to that of :func:`measure` of the same network, samples and settings.
+        The `Measurement` of the network, samples and settings. Of a fused chain it is equal to that of :func:`measure`, and of
+        another function equal to rounding, because f is called on other batches of samples.
 
     Raises:
-        ValueError: no folder of tiles; tiles are missing or damaged, which the message names with what makes them; more memory
-            is needed than there is; an unknown solver, negative or device.
-        OSError: the matrix cannot be written.
+        ValueError: no folder of tiles, or its manifest is damaged; tiles are missing or damaged, which the message names with
+            what makes them; more memory is needed than there is; an unknown solver, negative or device.
+        TypeError: out is no path, or say no function.
+        OSError: the matrix is not there and cannot be written.
 
     Warns:
         UserWarning: as :func:`measure`.
@@ -182,8 +204,10 @@ def solve(
     check_negative(negative)
     check_solver(solver)
     where = _solving_device(device)
-    folder = Folder.read(Path(out))
-    plane, given = folder.plane, folder.identity.settings
+    if say is not None and not callable(say):
+        raise TypeError(f"say: expected a function of a line of text or None, got {say!r}")
+    folder = Folder.read(folder_of(out))
+    plane = folder.plane
     if solver == "dense":
         check_dense(plane.samples, where)
         if say is not None:
@@ -193,10 +217,9 @@ def solve(
             )
     about = summed(folder.tiles(), plane)
     L = folder.assembled()
-    settings = Settings(given["method"], given["points"], given["rule"], stabiliser=given["stabiliser"])
     enqueued = as_enqueued(about, L, None)
     warn_of_offsets([enqueued])
-    return measurement(enqueued, settings, negative, where, solver)
+    return measurement(enqueued, folder.settings, negative, where, solver)
 
 
 def _solving_device(device: str) -> torch.device:

@@ -16,7 +16,8 @@ from ._differentiable import check_differentiable, with_graph
 from ._eigenvalues import by_magnitude, check_fits, check_negative, check_solver, estimated, solved
 from ._enqueue import Enqueued
 from ._entropy import complexity_with_graph
-from ._group import ALONE, Group, measurer, refuse_group
+from ._group import ALONE, Group, is_alone, measurer, refuse_group, refused_together, sharded
+from ._group_rows import Rows
 from ._kept import formatted, html_table, read_values, write_values
 from ._krylov import ESTIMATOR, interval
 from ._measured import stacked_matrices, warn_of_offsets
@@ -330,12 +331,16 @@ def measure(
         >>> {name: round(value, 6) for name, value in m.observables.items()}
         {'curvature': 0.0, 'local_complexity': 0.0}
     """
-    check_negative(negative)
-    check_solver(solver)
-    chosen = Chosen(observables)
-    _check_fits(x, solver, group)
-    settings = settings_for(chosen, Settings(method, points, rule, budget, stabiliser))
-    each = measurer(group)(f, x, settings, progress)
+    with refused_together(group):
+        check_negative(negative)
+        check_solver(solver)
+        chosen = Chosen(observables)
+        _check_fits(x, solver)
+        settings = settings_for(chosen, Settings(method, points, rule, budget, stabiliser))
+        measuring = measurer(
+            group, function="measure", negative=negative, solver=solver, observables=chosen.names
+        )
+    each = measuring(f, x, settings, progress)
     warn_of_offsets(each)
     m = measurement(each[0], settings, negative, solver=solver)
     m, problems = with_observables(m, each[0], chosen, x, f, f if isinstance(f, nn.Module) else None)
@@ -344,12 +349,9 @@ def measure(
     return m
 
 
-def _check_fits(x: Tensor, solver: str, group: Group) -> None:
-    """Raises ValueError for more samples than the dense solver has memory for. Other checks of the samples follow.
-
-    In a group, one process alone must not raise.
-    """
-    if solver == "dense" and group == ALONE and isinstance(x, Tensor) and x.dim():
+def _check_fits(x: Tensor, solver: str) -> None:
+    """Raises ValueError for more samples than the dense solver has memory for. Other checks of the samples follow."""
+    if solver == "dense" and isinstance(x, Tensor) and x.dim():
         check_fits(len(x), x.device)
 
 
@@ -403,7 +405,8 @@ def lmn(
         stabiliser: as in :func:`connectivity`; 0 is the definition.
         differentiable: give the number a graph to x and to all tensors behind f that require grad, as in :func:`connectivity`.
         solver: "dense" or "estimate", as in :func:`nonlinear_complexity`. An estimate is of one network, without a graph.
-        group: as in :func:`connectivity`, without `stacked` and `differentiable`.
+        group: as in :func:`connectivity`, without `stacked` and `differentiable`. With solver "estimate" no process holds the
+            whole matrix.
 
     Returns:
         0-dim float64 tensor on x's device, without a unit, from 1 to N; (B,) with `stacked`. It carries no autograd graph
@@ -428,21 +431,38 @@ def lmn(
         >>> f[0].weight.grad.shape
         torch.Size([16, 8])
     """
-    check_flag("differentiable", differentiable)
-    check_negative(negative)
-    check_solver(solver, differentiable, stacked is not None)
-    if stacked is None and not differentiable:
-        _check_fits(x, solver, group)
-    refuse_group(group, stacked=stacked, differentiable=differentiable)
-    settings = Settings(method, points, rule, budget, stabiliser)
+    with refused_together(group):
+        check_flag("differentiable", differentiable)
+        check_negative(negative)
+        check_solver(solver, differentiable, stacked is not None)
+        if stacked is None and not differentiable:
+            _check_fits(x, solver)
+        refuse_group(group, stacked=stacked, differentiable=differentiable)
+        settings = Settings(method, points, rule, budget, stabiliser)
+        if differentiable:
+            check_differentiable(settings, stacked)
+        measuring = measurer(group, stacked, function="lmn", negative=negative, solver=solver)
     if differentiable:
-        check_differentiable(settings, stacked)
         found = with_graph(f, x, settings)
         warn_of_offsets([found.enqueued])
         return torch.exp2(complexity_with_graph(found.entries, negative))
-    each = measurer(group, stacked)(f, x, settings)
+    if solver == "estimate" and not is_alone(group):
+        return _estimated_by_group(f, x, settings, negative, group)
+    each = measuring(f, x, settings)
     warn_of_offsets(each)
     if solver == "estimate":
         return each[0].L.new_tensor(estimated(each[0].L, negative).lmn, dtype=torch.float64)
     L = each[0].L if stacked is None else stacked_matrices(each)
     return torch.exp2(solved(L, negative)[2].to(L.device))
+
+
+def _estimated_by_group(
+    f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, negative: str, group: Any
+) -> Tensor:
+    """`lmn` by solver "estimate", with the matrix left in rows."""
+    enqueued, first = sharded(
+        f, x, settings, group, gather=False, function="lmn", negative=negative, solver="estimate"
+    )
+    warn_of_offsets([enqueued])
+    found = Rows(enqueued.L, first, len(x), group).estimate(negative=negative)
+    return x.new_tensor(found.lmn, dtype=torch.float64)

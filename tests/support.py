@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmnfast import _native
-from lmnfast._files import write_file
+from lmnfast._files import part_name, write_file
 from lmnfast.quadrature import path_nodes
 
 LEVELS = ["baseline", "avx2", "avx512"] if platform.machine() == "x86_64" else ["baseline"]
@@ -81,7 +81,7 @@ def killed_at(fatal):
         left -= 1
         if left == 0:
             path.parent.mkdir(exist_ok=True)
-            path.with_name(f"{path.name}.{GONE}.part").write_bytes(content[: len(content) // 2])
+            path.with_name(part_name(path.name, GONE)).write_bytes(content[: len(content) // 2])
             raise Killed
         write_file(path, content)
 

@@ -10,7 +10,7 @@ import torch
 from support import COMPILED, samples
 
 import lmnfast
-from lmnfast import cli
+from lmnfast import _commands_scale, cli
 from lmnfast.checkpoints import read_state
 from lmnfast.checkpoints.weights import made
 
@@ -91,6 +91,14 @@ def test_wrong_arguments_are_one_line(at, capsys):
             "model: expected --inputs with it, and --layer or --block",
         ),
         (["plan", "--widths", "6", "3", "--samples=1"], "samples: expected 2 or more, got 1"),
+        (["plan", *HOW, "--activation=relu"], "activation: expected --widths with it"),
+        (["tiles", *HOW, "--samples=61"], "samples: expected 1 to 60, what the inputs have, got 61"),
+        (["tiles", *HOW, "--samples=1"], "x: expected two samples or more, got 1"),
+        (["tiles", *HOW, "--out="], "out: expected the path of a folder, got ''"),
+        (["tiles", *HOW, "--out=x.npy"], "out: expected a folder, x.npy is a file"),
+        (["solve", ""], "out: expected the path of a folder, got ''"),
+        (["solve", "x.npy"], "out: expected a folder, x.npy is a file"),
+        (["solve", "none"], "out: expected a folder of lmnfast tiles, there is no none"),
     ):
         code, out, err = said(capsys, *words)
         assert (code, out) == (2, "") and expected in err and len(err.splitlines()) == 1, err
@@ -114,3 +122,38 @@ def test_the_output_and_the_place_of_a_cut(at, capsys):
     ]
     assert said(capsys, "tiles", *arguments, "--out=d") == (0, "shard 1/1: 12 tiles in d\n", "")
     assert said(capsys, "solve", "d")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "checkpoint=step_3.pt",
+        "inputs=x.npy",
+        "layer=1",
+        "block=1",
+        "until=1",
+        "output=0",
+        "batch-dim=0",
+        "forward=nets:make",
+        "key=model",
+        "trust",
+    ],
+)
+def test_a_plan_of_widths_takes_no_option_of_a_model(option, at, capsys):
+    words = ["plan", "--widths", "6", "9", "3", "--samples=100", "--points=5"]
+    name = option.partition("=")[0]
+    expected = f"lmnfast: error: widths: expected no option of a model with it, got --{name}\n"
+    assert said(capsys, *words, f"--{option}") == (2, "", expected)
+    assert said(capsys, *words, "--rule=lobatto", "--ranks=2", "--device=cpu")[0] == 0
+
+
+def test_a_number_is_printed_also_where_its_file_cannot_be_written(at, capsys, monkeypatch):
+    assert said(capsys, "tiles", *HOW, "--out=d")[0] == 0 and said(capsys, "solve", "d")[0] == 0
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(_commands_scale, "write_json", refused)
+    code, out, err = said(capsys, "solve", "d")
+    assert code == 2 and out.startswith("lmn  ") and "written" not in out
+    assert err == "lmnfast: error: out: cannot write d/lmn.json: Permission denied\n"

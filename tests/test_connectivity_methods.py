@@ -182,7 +182,7 @@ class TestLimitsOfEveryMethod:
     def test_not_finite_samples_are_named(self, method, wrap):
         x = inputs(9, 6)
         x[4, 2] = NAN
-        with pytest.raises(ValueError, match="x: NaN or Inf in sample 4, the first of 1"):
+        with pytest.raises(ValueError, match="x: NaN or Inf in sample 4$"):
             lmnfast.connectivity(wrap(mlp(6, 20, 4)), x, method=method)
 
     def test_checks_left_for_later_change_nothing(self, method, wrap):

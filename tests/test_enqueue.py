@@ -141,7 +141,7 @@ def test_a_call_with_cuda_kernels_is_checked_behind_them(emulated):
     with pytest.raises(RuntimeError, match="not those of the model"):
         enqueue(net, x, expected=2 * net(x).detach(), deferred=True).check()
     x[3, 2] = NAN
-    with pytest.raises(ValueError, match="x: NaN or Inf in sample 3, the first of 1"):
+    with pytest.raises(ValueError, match="x: NaN or Inf in sample 3$"):
         enqueue(net, x, deferred=True).check()
 
 

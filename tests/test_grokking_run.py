@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from fresh import start_fresh
-from support import GONE, Killed, killed_at
+from support import Killed, killed_at
 from tiny import TINY
 
+from lmnfast._files import part_name
 from lmnfast.grokking import training
 from lmnfast.grokking.figures import draw
 from lmnfast.grokking.measure import measure
@@ -20,7 +21,7 @@ from lmnfast.grokking.run import read_run
 from lmnfast.grokking.training import train
 from lmnfast.runs import files as run_files
 from lmnfast.runs import tables
-from lmnfast.runs.files import claimed, read_tensors, save_tensors, write_file
+from lmnfast.runs.files import claimed, read_tensors, save_tensors
 
 
 def files(path):
@@ -105,7 +106,8 @@ def test_force_deletes_only_files_that_a_run_writes(tmp_path):
     path = tmp_path / "run"
     train(replace(TINY, steps=25, seed=1), path)
     draw(path)
-    (path / "state.pt.123.part").touch()
+    for name in ("state.pt", "config.json", "checkpoints/step_00000005.pt"):
+        (path / part_name(name, os.getppid())).touch()
     mine = [
         "notes.txt",
         "measure-mine.csv",
@@ -272,20 +274,6 @@ def test_a_state_that_no_run_writes_is_named(change, finished, tmp_path):
     save_tensors(path / "state.pt", {**state, **change})
     with pytest.raises(ValueError, match=r"^out: cannot read .*state\.pt, .*; --force starts the run anew"):
         train(replace(TINY, steps=25), path)
-
-
-def test_what_a_killed_write_has_left_is_deleted_by_the_next_and_others_parts_are_not(tmp_path):
-    for pid in (GONE, os.getppid()):
-        (tmp_path / f"a.csv.{pid}.part").touch()
-    (tmp_path / f"b.csv.{GONE}.part").touch()
-    write_file(tmp_path / "a.csv", b"x")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "a.csv", f"a.csv.{os.getppid()}.part", f"b.csv.{GONE}.part"
-    }  # fmt: skip
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError):
-        write_file(tmp_path / "folder", b"x")
-    assert not list(tmp_path.glob("folder*part"))
 
 
 def test_a_directory_at_work_is_refused(tmp_path):

@@ -11,7 +11,6 @@ from torch import nn
 
 import lmnfast
 from lmnfast import _group
-from lmnfast._group import product
 
 FEW = {"points": 5, "rule": "lobatto"}
 
@@ -133,11 +132,63 @@ def test_each_process_keeps_some_rows(tmp_path):
     assert at == 500
 
 
-def test_a_product_takes_some_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(_group, "CONVERTED", 100)
-    L, V = samples(31, 40), samples(40, 3, dtype=torch.float64)
-    torch.testing.assert_close(product(L, V), L.double() @ V)
-    assert product(L, V.float()).dtype == torch.float32
+def estimates(rank):
+    world, f = dist.group.WORLD, network()
+    x = samples(700, 6)
+    rows = lmnfast.connectivity(f, x, **FEW, group=world, gather=False)
+    V = samples(700, 20)
+    near = lmnfast.connectivity(f, 1e-3 * x, **FEW, group=world, gather=False)
+    return {
+        "product": rows.product(V),
+        "estimate": rows.estimate(),
+        "clipped": rows.estimate(negative="clip"),
+        "near a linear map": near.estimate(),
+        "lmn": lmnfast.lmn(f, x, **FEW, group=world, solver="estimate"),
+        "double": lmnfast.lmn(f.double(), x.double(), **FEW, group=world, solver="estimate"),
+    }
+
+
+@COMPILED
+def test_an_estimate_of_rows_has_the_same_bits_for_any_number_of_processes(tmp_path):
+    (one,) = on_ranks(1, estimates, tmp_path)
+    for of_rank in on_ranks(3, estimates, tmp_path):
+        assert not isinstance(of_rank, Exception), of_rank
+        assert torch.equal(of_rank["product"], one["product"])
+        for name in ("estimate", "clipped", "near a linear map"):
+            mine, other = dict(vars(of_rank[name])), dict(vars(one[name]))
+            assert torch.equal(mine.pop("eigenvalues"), other.pop("eigenvalues")) and mine == other
+        assert (of_rank["lmn"], of_rank["double"]) == (one["lmn"], one["double"])
+    f, x = network(), samples(700, 6)
+    for name, z, how in (
+        ("estimate", x, {}),
+        ("clipped", x, {"negative": "clip"}),
+        ("near a linear map", 1e-3 * x, {}),
+    ):
+        low, high = one[name].interval()
+        assert low <= lmnfast.lmn(f, z, **FEW, **how) <= high < 1.03 * low
+    assert one["lmn"] == one["estimate"].lmn and one["lmn"].dtype == torch.float64
+    assert float(one["double"]) == pytest.approx(one["estimate"].lmn, rel=0.01)
+
+
+def failing_estimate(rank):
+    rows = lmnfast.connectivity(network(), samples(700, 6), **FEW, group=dist.group.WORLD, gather=False)
+    said = []
+    if rank == 1:
+        rows.values[3, 4] = torch.nan
+    for negative in ("none" if rank else "clip", "clip"):
+        try:
+            rows.estimate(negative=negative)
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_estimate_that_fails_on_one_process_ends_on_all(tmp_path):
+    first, second = on_ranks(2, failing_estimate, tmp_path)
+    assert first[0] == f"group: another process failed, rank 1: ValueError: {second[0]}"
+    assert second[0].startswith("negative: expected one of")
+    assert "expected a finite sum of squares" in first[1]
+    assert second[1] == f"group: another process failed, rank 0: ValueError: {first[1]}"
 
 
 def other_things(rank):
@@ -173,12 +224,12 @@ def test_processes_that_measure_other_things_all_say_so(tmp_path):
         "network": f"{begin}another network on rank 1 than on rank 0",
         "class": f"{begin}another network on rank 2 than on rank 0",
         "samples": f"{begin}other samples on ranks 1, 2 than on rank 0",
-        "settings": f"{begin}other settings on ranks 1, 2 than on rank 0",
+        "settings": f"{begin}other settings on ranks 1, 2 (points 5 on rank 0, 6 on rank 1) than on rank 0",
         "function": f"{begin}another network on ranks 1, 2 than on rank 0",
         "kind": f"{begin}another network on ranks 1, 2 and other samples on ranks 1, 2 and other settings on ranks 1, 2 "
-        "than on rank 0",
+        "(samples 60 on rank 0, 59 on rank 1) than on rank 0",
         "rounding": (60, 60),
-        "pairs": f"{begin}other settings on ranks 1, 2 than on rank 0",
+        "pairs": f"{begin}other settings on ranks 1, 2 (pairs 20 on rank 0, 21 on rank 1) than on rank 0",
     }
     assert on_ranks(3, other_things, tmp_path) == [expected] * 3
 
@@ -210,18 +261,133 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert own == DEAD and isinstance(other, RuntimeError)
 
 
-def wrong_samples(rank):
-    return lmnfast.connectivity(
-        network(), samples(60, 6) if rank else torch.zeros(60, 6).long(), group=dist.group.WORLD
-    )
+def calls_of(rank):
+    """Calls in which rank 1 differs: for each what it is called with there, and elsewhere."""
+    f, x, world = network(), samples(60, 6), dist.group.WORLD
+    rows = lmnfast.connectivity(f, x, **FEW, group=world, gather=False)
+    probe = lmnfast.Probe(f, x, "0", every=1, **FEW, group=world)
+    V = torch.ones(60, 2)
+
+    def one(function, name, odd, usual, *given, **how):
+        return lambda: function(*given, **how, **{name: odd if rank == 1 else usual})
+
+    def probed(**at):
+        return lambda: probe(**(at["odd"] if rank == 1 else at["usual"]))
+
+    of_rank = {"group": world, **FEW}
+    return {
+        "samples": lambda: lmnfast.lmn(f, x if rank != 1 else torch.zeros(60, 6).long(), **of_rank),
+        "points": one(lmnfast.connectivity, "points", 1, 9, f, x, group=world),
+        "gather": one(lmnfast.connectivity, "gather", 1, True, f, x, **of_rank),
+        "progress": one(lmnfast.connectivity, "progress", "yes", False, f, x, **of_rank),
+        "differentiable": one(lmnfast.connectivity, "differentiable", True, False, f, x, **of_rank),
+        "stacked": one(lmnfast.lmn, "stacked", torch.func.stack_module_state([f]), None, f, x, **of_rank),
+        "negative": one(lmnfast.lmn, "negative", "none", "clip", f, x, **of_rank),
+        "observables": one(lmnfast.measure, "observables", ["none"], [], f, x, **of_rank),
+        "pairs": one(lmnfast.curvature, "pairs", 1, None, f, x, **of_rank),
+        "generator": one(lmnfast.curvature, "generator", 3, None, f, x, pairs=9, **of_rank),
+        "V": lambda: rows.product(V if rank != 1 else V[1:]),
+        "extra": probed(odd={"lmn": 3.0}, usual={"loss": 3.0}),
+        "other negative": one(lmnfast.lmn, "negative", "absolute", "clip", f, x, **of_rank),
+        "other solver": one(lmnfast.measure, "solver", "estimate", "dense", f, x, **of_rank),
+        "other observables": one(lmnfast.measure, "observables", ["curvature"], [], f, x, **of_rank),
+        "other pairs": one(lmnfast.curvature, "pairs", 20, None, f, x, **of_rank),
+        "other function": lambda: (lmnfast.lmn if rank == 1 else lmnfast.connectivity)(f, x, **of_rank),
+        "other step": probed(odd={"step": 7}, usual={"step": 8}),
+        "other V": lambda: rows.product(V + (rank == 1)),
+        "none": lambda: lmnfast.lmn(f, x, **of_rank),
+    }
 
 
-def test_samples_that_are_refused_on_one_process_end_the_others(tmp_path):
-    own, other = on_ranks(2, wrong_samples, tmp_path)
-    assert type(own) is TypeError and str(own).startswith("x: expected floating-point samples")
-    assert str(other).startswith(
-        "group: another process failed, rank 0: TypeError: x: expected floating-point"
-    )
+def told(rank):
+    said = {}
+    for name, call in calls_of(rank).items():
+        try:
+            said[name] = call()
+        except (ValueError, TypeError, RuntimeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+REFUSED = {
+    "samples": "TypeError: x: expected floating-point samples",
+    "points": "ValueError: points: expected ",
+    "gather": "TypeError: gather: expected True or False, got 1",
+    "progress": "TypeError: progress: expected ",
+    "differentiable": 'ValueError: group: expected "alone" with differentiable, got ',
+    "stacked": 'ValueError: group: expected "alone" with stacked, got ',
+    "negative": "ValueError: negative: expected one of absolute, clip, got 'none'",
+    "observables": "ValueError: observables: expected among ",
+    "pairs": "ValueError: pairs: ",
+    "generator": "TypeError: generator: ",
+    "V": "ValueError: V: expected (60, vectors), got shape (59, 2)",
+    "extra": "ValueError: extra: expected names not the probe's own, got lmn",
+}
+DIFFERENT = {
+    "other negative": "negative clip on rank 0, absolute on rank 1",
+    "other solver": "solver dense on rank 0, estimate on rank 1",
+    "other observables": "observables () on rank 0, ('curvature',) on rank 1",
+    "other pairs": "pairs None on rank 0, 20 on rank 1",
+    "other function": "function connectivity on rank 0, lmn on rank 1",
+    "other step": "step 8 on rank 0, 7 on rank 1",
+}
+
+
+@COMPILED
+def test_what_one_process_refuses_or_has_otherwise_ends_all_at_once(tmp_path):
+    every = on_ranks(3, told, tmp_path)
+    for rank, said in enumerate(every):
+        assert set(said) == {*REFUSED, *DIFFERENT, "other V", "none"}
+        for name, expected in REFUSED.items():
+            own = f"RuntimeError: group: another process failed, rank 1: {expected}"
+            assert str(said[name]).startswith(expected if rank == 1 else own), said[name]
+        for name, expected in DIFFERENT.items():
+            assert f"got other settings on rank 1 ({expected}" in str(said[name]), said[name]
+        assert said["other V"] == (
+            "ValueError: V: expected the same vectors on all ranks, got others on rank 1 than on rank 0"
+        )
+        assert said["none"] == lmnfast.lmn(network(), samples(60, 6), **FEW)  # the group is in step
+
+
+def cut_on_one(rank):
+    """A probe of a group whose model cannot be cut on rank 1."""
+    model, x = network(), samples(60, 6)
+    said = []
+    with lmnfast.Probe(model, x, "0", every=1, **FEW, group=dist.group.WORLD) as probe:
+        if rank == 1:
+            model[2] = nn.Linear(4, 3)
+        try:
+            probe(0)
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error))
+        model[2] = nn.Linear(10, 3)
+        with torch.no_grad():
+            model[2].weight.fill_(0.5)
+            model[2].bias.zero_()
+        probe(1)
+    return said, [row["lmn"] for row in probe.history]
+
+
+@COMPILED
+def test_a_model_that_one_process_cannot_cut_ends_the_step_of_all(tmp_path):
+    other, own = on_ranks(2, cut_on_one, tmp_path)
+    assert len(own[0]) == 1 and other[0][0].startswith("group: another process failed, rank 1: ")
+    assert own[1] == other[1] and len(own[1]) == 1
+
+
+def with_an_offset(rank):
+    f, x, said = network(), samples(60, 6), []
+    for gather in (False, True):
+        with pytest.warns(UserWarning, match="constant to rounding") as warned:
+            lmnfast.connectivity(lambda z: f(z) * 1e-4 + 1e4, x, **FEW, group=dist.group.WORLD, gather=gather)
+        said += [str(warning.message) for warning in warned]
+    return said
+
+
+def test_rows_warn_of_an_offset_as_the_matrix_does(tmp_path):
+    for of_rank in on_ranks(2, with_an_offset, tmp_path):
+        rows, matrix = of_rank
+        assert rows == matrix
 
 
 def probed(rank):
@@ -248,8 +414,8 @@ def test_a_probe_of_a_group_has_the_rows_of_a_probe(tmp_path):
 def test_a_nan_is_named_by_its_number_among_all_samples(tmp_path):
     (said,) = on_ranks(1, with_nan, tmp_path)
     assert said == (
-        "x: NaN or Inf in sample 57, the first of 1",
-        "f(x): NaN or Inf in sample 57, the first of 1",
+        "x: NaN or Inf in sample 57",
+        "f(x): NaN or Inf in sample 57",
     )
 
 

@@ -256,7 +256,7 @@ def test_bad_input_is_named(measure):
 def test_a_jacobian_that_is_not_finite_names_its_sample(measure):
     x = samples(6, 3).abs()
     x[2, 0] = 0
-    with pytest.raises(ValueError, match="f: NaN or Inf in the Jacobian of sample 2, the first of 1"):
+    with pytest.raises(ValueError, match="f: NaN or Inf in the Jacobian of sample 2$"):
         measure(lambda x: x.sqrt(), x)
 
 
@@ -422,7 +422,7 @@ def test_modules_in_order_give_the_same_whether_they_are_called_or_not(measure, 
     result = measure(f, x)
     assert (measure(Own(f), x) - result).abs().max() <= 1e-12 * result.abs().max()
     x[7, 3] = float("inf")
-    with pytest.raises(ValueError, match="x: NaN or Inf in sample 7, the first of 1"):
+    with pytest.raises(ValueError, match="x: NaN or Inf in sample 7$"):
         measure(f, x)
 
 
@@ -443,7 +443,7 @@ def test_what_is_not_finite_is_named_on_every_device(measure, widths, device):
     bad[4, 1] = float("nan")
     f = network(*widths).to(device)
     for samples_, place in ((bad, 4), (bad[4:5], 0)):
-        with pytest.raises(ValueError, match=f"x: NaN or Inf in sample {place}, the first of 1"):
+        with pytest.raises(ValueError, match=f"x: NaN or Inf in sample {place}$"):
             measure(f, samples_)
     with torch.no_grad():
         f[-1].weight.fill_(3e38)
@@ -454,7 +454,7 @@ def test_what_is_not_finite_is_named_on_every_device(measure, widths, device):
         f[0].weight.fill_(1e20)
         f[0].bias.fill_(1.0)
         f[2].weight.fill_(1e20)
-    with pytest.raises(ValueError, match=r"f: NaN or Inf in the Jacobian of sample \d, the first of"):
+    with pytest.raises(ValueError, match=r"f: NaN or Inf in the Jacobian of sample \d"):
         lmnfast.jacobians(f, 1e-30 * x.abs())
 
 

@@ -162,6 +162,32 @@ def test_a_job_that_fails_ends_no_other_and_those_not_begun_can_be_left(quick, t
     assert kept[0].error is not None and len(kept) < 10
 
 
+def wait_then_die(folder, number):
+    """The second job of two processes dies, when the first has failed and its error is known."""
+    if number == 0:
+        raise ValueError("no")
+    if number == 1:
+        while not Path(folder, "left").exists():
+            time.sleep(0.01)
+        os._exit(1)
+    time.sleep(600)
+
+
+def test_a_process_may_die_after_jobs_were_dropped(quick, tmp_path):
+    with Pool(1) as pool:
+        (outcome,) = (
+            leave(pool, tmp_path, outcome)
+            for outcome in pool.outcomes(wait_then_die, [(str(tmp_path), n) for n in range(30)])
+        )
+    assert outcome.job == (str(tmp_path), 0) and isinstance(outcome.error, ValueError)
+
+
+def leave(pool, folder, outcome):
+    pool.leave_waiting()
+    (folder / "left").touch()
+    return outcome
+
+
 def test_an_error_of_the_caller_ends_the_processes_at_once(quick):
     started = time.monotonic()
     with pytest.raises(KeyError), Pool(1) as pool:

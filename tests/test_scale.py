@@ -15,6 +15,7 @@ from torch import nn
 
 import lmnfast
 from lmnfast import _eigenvalues, _folder, _matrix_file, _memory, scale
+from lmnfast._files import part_name
 from lmnfast._matrix_file import mapped, read_about, write_matrix
 from lmnfast._plane import Plane
 
@@ -184,7 +185,7 @@ def killed(path, after):
         count.append(1)
         if len(count) > after:
             _matrix_file.write_file = lambda path, content: (
-                path.with_name(f"{path.name}.{os.getpid()}-1.part").write_bytes(b"half"),
+                path.with_name(part_name(path.name, os.getpid())).write_bytes(b"half"),
                 os.kill(os.getpid(), signal.SIGKILL),
             )
         return write(self, *arguments)

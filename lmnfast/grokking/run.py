@@ -20,6 +20,7 @@ from pathlib import Path
 from torch import nn
 
 from .._choices import METHODS, RULES
+from .._files import PART
 from .._series import pearson
 from ..runs.files import Unreadable, read_tensors, unreadable
 from ..runs.tables import LacksColumns, joined, read_table, write_table
@@ -339,9 +340,9 @@ _MEASURED = (
 )
 # By folder, the names of the files that a run writes in addition to its config, and of the parts that a killed write leaves.
 OWN = {
-    folder: re.compile(rf"(?:{names})(?:\.\d+\.part)?")
+    folder: re.compile(rf"(?:{names})(?:{PART})?")
     for folder, names in {
-        "": rf"metrics\.csv|state\.pt|config\.json\.\d+\.part|measure{_MEASURED}\.csv",
+        "": rf"metrics\.csv|state\.pt|config\.json{PART}|measure{_MEASURED}\.csv",
         "checkpoints": CHECKPOINT,
         "figures": rf"figure2-{_SOME_LAYERS}\.png|methods{_MEASURED}\.png",
     }.items()

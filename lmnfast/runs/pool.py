@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -47,7 +48,6 @@ class Pool:
         self._preparation = begin, arguments
         self._others = multiprocessing.active_children()
         self._executor: ProcessPoolExecutor | None = None
-        self._futures: dict[Future[Any], tuple[Any, ...]] = {}
         self._leaving = False
 
     def outcomes(
@@ -84,34 +84,43 @@ class Pool:
     def _outcomes(
         self, function: Callable[..., Any], left: list[tuple[Any, ...]], meanwhile: Callable[[], None]
     ) -> Iterator[Outcome]:
-        """As `outcomes`. Removes a job from `left` when it has an outcome. Raises BrokenProcessPool if a process died."""
+        """As `outcomes`. Removes a job from `left` when it has an outcome. Raises BrokenProcessPool if a process died.
+
+        The executor has one job for each process, and one more. No job is ever cancelled: in some versions of Python an
+        executor with a cancelled job that loses a process waits for ever.
+        """
         self._end()
-        self._executor = ProcessPoolExecutor(
+        executor = ProcessPoolExecutor(
             self._processes, multiprocessing.get_context("spawn"), _begin_worker, self._preparation
         )
-        self._futures = {self._executor.submit(function, *job): job for job in left}
-        waiting, broken = set(self._futures), None
-        while waiting and broken is None:
-            done, waiting = wait(waiting, timeout=INTERVAL, return_when=FIRST_COMPLETED)
+        self._executor = executor
+        jobs = iter(list(left))
+        waiting: dict[Future[Any], tuple[Any, ...]] = {}
+
+        def fill() -> None:
+            if not self._leaving:
+                more = islice(jobs, self._processes + 1 - len(waiting))
+                waiting.update({executor.submit(function, *job): job for job in more})
+
+        fill()
+        while waiting:
+            done, _ = wait(waiting, timeout=INTERVAL, return_when=FIRST_COMPLETED)
+            broken = None
             for future in done:
-                if future.cancelled():
-                    continue
-                error = future.exception()
+                job, error = waiting.pop(future), future.exception()
                 if isinstance(error, BrokenProcessPool):
                     broken = error
                     continue
-                job = self._futures[future]
                 left.remove(job)
                 yield Outcome(job, future.result() if error is None else None, error)
             meanwhile()
-        if broken is not None:
-            raise broken
+            if broken is not None:
+                raise broken
+            fill()
 
     def leave_waiting(self) -> None:
         """Drops the jobs that have not begun. The outcomes of the others still come."""
         self._leaving = True
-        for future in self._futures:
-            future.cancel()
 
     def _end(self) -> None:
         if self._executor is not None:
