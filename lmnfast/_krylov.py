@@ -17,6 +17,7 @@ from torch import Tensor
 from ._choices import NEGATIVE
 from ._deflated import ROWS, Deflated, Matrix, deflate
 from ._kink import Kink
+from ._moments import Moments, Outside
 from ._settings import check_level
 from ._threads import one_core_after_fork
 
@@ -306,13 +307,6 @@ class _Found:
         return self.kink + self.other
 
 
-class _Outside(Exception):
-    """An eigenvalue lies outside of the interval of the polynomials, or it would take too high a degree to keep it within."""
-
-    def __init__(self, radius: float) -> None:
-        self.radius = radius
-
-
 def _settled(
     matrix: Matrix, more: Callable[..., tuple[Deflated, _Sums]], tolerance: float
 ) -> tuple[_Found, Deflated]:
@@ -328,7 +322,7 @@ def _settled(
         most = PATIENCE if repeats and deflated.misses else MOST_DEGREE
         try:
             return _within(matrix, deflated, sums, radius, tolerance, most), deflated
-        except _Outside as outside:
+        except Outside as outside:
             radius = outside.radius
         if repeats:
             known = len(deflated.values)
@@ -344,16 +338,16 @@ def _within(
     """First the degree for the bound, then the number of random vectors for the standard error (Stein's two stages).
 
     Raises:
-        _Outside: an eigenvalue lies outside; or the degree exceeds `most_degree`, if this is not MOST_DEGREE.
+        Outside: an eigenvalue lies outside; or the degree exceeds `most_degree`, if this is not MOST_DEGREE.
     """
     most = min(MOST_PROBES, deflated.rest)
     drawn = matrix.orthonormal(matrix.random(min(PROBES, most)), deflated.basis)
-    moments = _Moments(matrix, deflated, drawn, radius, sums.most_radius)
+    moments = Moments(matrix, deflated, drawn, radius, sums.most_radius)
     degree, found = FIRST_DEGREE, sums.of(moments.to(FIRST_DEGREE), radius)
     while found.kink > _goal(found, tolerance) and degree < MOST_DEGREE:
         degree = min(math.ceil(1.2 * degree), MOST_DEGREE)
         if degree > most_degree:
-            raise _Outside(radius)
+            raise Outside(radius)
         found = sums.of(moments.to(degree), radius)
     ratio = student(0.95) * found.chance / max(tolerance - found.bound, tolerance / 4)
     needed = min(math.ceil(PROBES * ratio**2), most)
@@ -361,7 +355,7 @@ def _within(
     while drawn.shape[1] < needed:
         count = min(PROBES, needed - drawn.shape[1])
         more = matrix.orthonormal(matrix.random(count), torch.cat([deflated.basis, drawn], 1))
-        every.append(_Moments(matrix, deflated, more, radius, sums.most_radius).to(degree))
+        every.append(Moments(matrix, deflated, more, radius, sums.most_radius).to(degree))
         drawn = torch.cat([drawn, more], 1)
     return sums.of(torch.cat(every, 1), radius)
 
@@ -369,48 +363,6 @@ def _within(
 def _goal(found: _Found, tolerance: float) -> float:
     """What the error of the polynomials is to stay below: all that the tolerance leaves, or a fifth of it if it leaves less."""
     return max(OF_KINK * tolerance, tolerance - student(0.95) * found.chance - found.other)
-
-
-class _Moments:
-    """x^T T_k(L / radius) x for random vectors x in the rest's space, whose squared length is the dimension of that space."""
-
-    def __init__(
-        self, matrix: Matrix, deflated: Deflated, drawn: Tensor, radius: float, most_radius: float
-    ) -> None:
-        self._matrix, self._basis, self._radius, self._most = matrix, deflated.basis, radius, most_radius
-        self._length = float(deflated.rest)
-        self._before = drawn * math.sqrt(deflated.rest)
-        self._now = self._times(self._before)
-        self._found = [_dots(self._before, self._before), _dots(self._before, self._now)]
-
-    def to(self, degree: int) -> Tensor:
-        """The moments up to this degree, (degree + 1, vectors) float64."""
-        zeroth, first = self._found[:2]
-        while len(self._found) <= degree:
-            size = _dots(self._now, self._now)
-            growth = float(size.max()) / self._length
-            if not growth <= 1.01 and self._radius < self._most:
-                ratio = math.sqrt(float((size / _dots(self._before, self._before)).nan_to_num(4.0).max()))
-                ratio = min(max(ratio, 1.5), 100.0)
-                raise _Outside(min(self._radius * (ratio + 1 / ratio) / 2 * 1.02, self._most))
-            following = 2 * self._times(self._now) - self._before
-            self._found += [2 * size - zeroth, 2 * _dots(self._now, following) - first]
-            self._before, self._now = self._now, following
-        return torch.stack(self._found[: degree + 1])
-
-    def _times(self, vectors: Tensor) -> Tensor:
-        images = self._matrix.times(vectors / self._radius)
-        return images - self._basis @ (self._basis.mT @ images)
-
-
-def _dots(one: Tensor, other: Tensor) -> Tensor:
-    return (
-        torch.stack(
-            [(a.double() * b).sum(0) for a, b in zip(one.split(ROWS), other.split(ROWS), strict=True)]
-        )
-        .sum(0)
-        .cpu()
-    )
 
 
 class _Sums:

@@ -11,7 +11,7 @@ FILE = Path(__file__).parent.parent / "bench" / "coverage.py"
 
 
 @pytest.mark.parametrize(
-    "changed, said", [({"p": 31}, "p is 31 there, 97 here"), ({"unknown": 1}, "unknown")]
+    "changed, said", [({"p": 101}, "p is 101 there, 97 here"), ({"unknown": 1}, "unknown")]
 )
 def test_a_folder_of_another_run_is_refused_in_one_line(changed, said, tmp_path):
     spec = importlib.util.spec_from_file_location("coverage", FILE)

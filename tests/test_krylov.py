@@ -373,3 +373,23 @@ def test_an_interval_has_no_lmn_below_1_or_above_n():
     assert 590 < low < 599 and high == 600
     assert _krylov.interval(2.0, 1e9, 0.0, 0.95, 600) == (1, 600)
     assert _krylov.interval(1 - 1e-12, 0.0, 0.0, 0.95, 600) == (1 - 1e-12, 1 - 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-3])
+def test_an_estimate_is_no_lmn_above_n(size, dtype):
+    """Near as many equal magnitudes as samples the error of the polynomials would lead there."""
+    w = np.sign(np.arange(N) - N / 2 + 0.5) * (1 + size * np.random.default_rng(0).standard_normal(N))
+    found = _krylov.of_matrix(torch.from_numpy(w).diag().to(dtype), "absolute")
+    low, high = found.interval()
+    assert low <= lmn_of(w) <= high == N and found.lmn <= N and found.complexity_bits <= math.log2(N)
+
+
+def test_what_a_product_rounds_within_the_deflated_span_is_in_the_bound():
+    """If all is deflated there is no other error."""
+    for seed in range(20):
+        x = torch.randn(100, 100, generator=torch.Generator().manual_seed(seed))
+        L = x @ x.T / 100
+        L = (L + L.T) / 2
+        low, high = _krylov.of_matrix(L, "absolute").interval()
+        assert low <= lmn_of(np.linalg.eigvalsh(L.double().numpy())) <= high < (1 + 1e-4) * low
