@@ -49,9 +49,12 @@ class Matrix:
         """An orthonormal basis of the vectors without their parts in the span of `against`. Columns that lie in the span of
         those before them, up to a length of `least`, are replaced by random ones."""
         basis, triangle = torch.linalg.qr(without(vectors, against))
-        short = triangle.diagonal().abs() <= least
+        lengths = triangle.diagonal().abs()
+        short = lengths <= least
         if short.any():
             basis[:, short] = self.random(int(short.sum()))
+        # What rounding gives a column that is much shorter than others is not orthogonal to `against`.
+        if lengths.min() <= max(least, math.sqrt(torch.finfo(basis.dtype).eps) * float(lengths.max())):
             for _ in range(2):
                 basis = torch.linalg.qr(without(basis, against))[0]
         return basis

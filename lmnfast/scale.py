@@ -35,6 +35,8 @@ TRIED = 512
 LONG_ENOUGH = 0.3
 # The samples of a matrix that is multiplied to know that pace: 64 MB in float32, more than caches hold.
 MULTIPLIED = 4096
+# What an estimate takes beside products: a share of them for projections, and seconds for polynomials, measured on 2 cores.
+PROJECTED, POLYNOMIALS = 0.15, 0.2
 
 
 def tiles(
@@ -260,8 +262,9 @@ def estimate_seconds(samples: int, like: Tensor) -> float:
         (matrix @ vectors)[0, 0].item()
         return time.perf_counter() - started
 
-    one = min(run() for _ in range(5)) / PROBES * (samples / n) ** 2
-    return usual_products(samples) * one
+    # The fastest of some: other processes only take time.
+    one = min(run() for _ in range(8)) / PROBES * (samples / n) ** 2
+    return usual_products(samples) * one * (1 + PROJECTED) + POLYNOMIALS
 
 
 @dataclass(frozen=True)

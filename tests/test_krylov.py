@@ -166,6 +166,18 @@ def test_more_equal_eigenvalues_than_a_block_has_vectors_are_deflated(multiplici
     assert low <= lmn_of(w.to(dtype).double().numpy()) <= high < 1.02 * low
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_krylov_space_may_end_in_some_of_its_columns(dtype):
+    """Of 30 equal eigenvalues two blocks of 16 vectors see all, and the last two columns are rounding."""
+    w = torch.where(torch.arange(300) < 30, 1.0, -1.0).to(torch.float64)
+    basis = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=w.dtype))[
+        0
+    ]
+    L = (basis * w) @ basis.T
+    found = _krylov.of_matrix(((L + L.T) / 2).to(dtype), "clip")
+    assert found.lmn == pytest.approx(30, rel=1e-5)
+
+
 def test_vectors_of_the_dtype_are_multiplied_and_counted():
     seen = []
     values = torch.rand(300, dtype=torch.float64) + 0.5
