@@ -40,7 +40,13 @@ CONFIG = Config(
 
 def stages(folder: Path) -> dict[str, Tensor]:
     """Connectivities of the largest size: untrained, early, at the largest LMN, and when the test accuracy is 1."""
-    run = train(CONFIG, folder / "run")
+    try:
+        run = train(CONFIG, folder / "run")
+    except ValueError as error:
+        what = str(error).partition("; choose another")[0]  # the way out is that of another command
+        raise SystemExit(
+            f"{folder}: expected an empty folder, or one of this benchmark with the same settings; {what}"
+        ) from None
     peak = max(run.rows, key=lambda row: row["lmn_hidden_1"])["step"]
     task, model = start(run.config)
     inputs = torch.cat([task.train_inputs, task.test_inputs])[: max(SIZES)]

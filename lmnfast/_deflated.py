@@ -49,9 +49,12 @@ class Matrix:
         """An orthonormal basis of the vectors without their parts in the span of `against`. Columns that lie in the span of
         those before them, up to a length of `least`, are replaced by random ones."""
         basis, triangle = torch.linalg.qr(without(vectors, against))
-        short = triangle.diagonal().abs() <= least
+        lengths = triangle.diagonal().abs()
+        short = lengths <= least
         if short.any():
             basis[:, short] = self.random(int(short.sum()))
+        # What rounding gives a column that is much shorter than others is not orthogonal to `against`.
+        if lengths.min() <= max(least, math.sqrt(torch.finfo(basis.dtype).eps) * float(lengths.max())):
             for _ in range(2):
                 basis = torch.linalg.qr(without(basis, against))[0]
         return basis
@@ -82,50 +85,68 @@ class Deflated:
         """The number of the other eigenvalues."""
         return self.basis.shape[0] - len(self.values)
 
+    @property
+    def misses(self) -> bool:
+        """Whether the radius is more than twice as large as 16 of the deflated eigenvalues.
 
-def deflate(matrix: Matrix, dimension: int, most_moved: float) -> Deflated:
+        Krylov spaces show eigenvalues from the outermost inwards. So this is of an approximate one with a large residual, a
+        part of an eigenvalue of which more equal ones exist than were found. Of connectivities at most 6 were seen so low.
+        """
+        return len(self.values) >= BLOCK and float(2 * self.values[-BLOCK].abs()) < self.radius
+
+
+def deflate(matrix: Matrix, dimension: int, most_moved: float, known: Deflated | None = None) -> Deflated:
     """The eigenpairs that a block Krylov space of this dimension approximates, as long as `moved` stays below `most_moved`.
 
-    With the dimension of the whole space it is all of them.
+    With the dimension of the whole space it is all of them. A Krylov space has as many of equal eigenvalues as a block has
+    vectors. More of them are found beside those that are `known`, in a space of new random vectors orthogonal to these, as long
+    as `moved` grows by less than `most_moved`.
 
     Raises:
         ValueError: the products are not finite, or not those of a symmetric matrix.
     """
-    n = matrix.samples
-    space, projected, left = _krylov(matrix, dimension)
+    before = matrix.empty(0) if known is None else known.basis
+    left_over = matrix.samples - before.shape[1]
+    dimension = min(dimension, left_over)
+    space, projected, left = _krylov(matrix, dimension, before)
     values, vectors = torch.linalg.eigh(projected)
     ends = vectors[dimension - left.shape[1] :]
     gram = (left.mT @ left).double().cpu()
     residuals = (ends * (gram @ ends)).sum(0).clamp(min=0).sqrt()
     order = residuals.argsort()
-    count = dimension if dimension == n else int((2 * residuals[order].cumsum(0) <= most_moved).sum())
+    count = dimension if dimension == left_over else int((2 * residuals[order].cumsum(0) <= most_moved).sum())
     chosen, others = order[:count], order[count:]
-    basis = space @ vectors[:, chosen].to(space)
+    basis = space[:, before.shape[1] :] @ vectors[:, chosen].to(space)
     if count:
-        basis = torch.linalg.qr(basis)[0]
+        basis = torch.linalg.qr(torch.cat([before, basis], 1))[0]
+    elif known:
+        basis = before
     del space
     found, moved = _rayleigh(matrix, basis)
     reach = float((values.abs() + residuals)[others].max()) if len(others) else float(residuals.max())
     return Deflated(basis, found, moved, 1.02 * reach)
 
 
-def _krylov(matrix: Matrix, dimension: int) -> tuple[Tensor, Tensor, Tensor]:
-    """An orthonormal basis (N, dimension) of a block Krylov space of random vectors; the matrix in it, float64, on the CPU; and
-    what the products with the last vectors have outside of it."""
-    space = matrix.empty(dimension)
+def _krylov(matrix: Matrix, dimension: int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A block Krylov space of random vectors for the part of the matrix that is orthogonal to the orthonormal vectors `before`:
+    `before` and an orthonormal basis of the space (N, dimension) beside them; the matrix in the space, float64, on the CPU; and
+    what the products with the last vectors have outside of all this."""
+    first = before.shape[1]
+    space = matrix.empty(first + dimension)
+    space[:, :first] = before
     projected = torch.zeros(dimension, dimension, dtype=torch.float64)
     left, largest = matrix.random(min(BLOCK, dimension)), 0.0
     for start in range(0, dimension, BLOCK):
         stop = min(start + BLOCK, dimension)
         least = 10 * torch.finfo(space.dtype).eps * largest
-        space[:, start:stop] = matrix.orthonormal(left[:, : stop - start], space[:, :start], least)
-        known = space[:, :stop]
-        left = matrix.times(known[:, start:].contiguous())
+        earlier, known = space[:, : first + start], space[:, : first + stop]
+        known[:, first + start :] = matrix.orthonormal(left[:, : stop - start], earlier, least)
+        left = matrix.times(known[:, first + start :].contiguous())
         largest = max(largest, float(torch.linalg.vector_norm(left, dim=0).max()))
         for _ in range(2):
             shares = known.mT @ left
             left = left - known @ shares
-            projected[:stop, start:stop] += shares.double().cpu()
+            projected[:stop, start:stop] += shares[first:].double().cpu()
         if not _symmetric(projected[start:stop, start:stop], largest):
             raise ValueError("product: expected the products of a symmetric matrix")
     upper = projected.triu()
@@ -139,7 +160,8 @@ def _symmetric(block: Tensor, largest: float) -> bool:
 def _rayleigh(matrix: Matrix, basis: Tensor) -> tuple[Tensor, float]:
     """The eigenvalues of the matrix in the span of a basis, in float64, and what these and the others are moved by together.
 
-    The product is in the basis's dtype. Its rounding is a part of the residual.
+    The product is in the basis's dtype. Its rounding is a part of the residual, but for that within the span. There the other
+    half of it, which makes the product's part unsymmetric, is counted.
     """
     d = basis.shape[1]
     if d == 0:
@@ -153,7 +175,8 @@ def _rayleigh(matrix: Matrix, basis: Tensor) -> tuple[Tensor, float]:
     within = torch.linalg.solve(overlap, shares)
     squares = sum_of([(w.double() - v.double() @ within).square().sum(0) for v, w in pieces])
     order = values.abs().argsort(descending=True)
-    return values[order].cpu(), 2 * float(squares.sqrt().sum())
+    unsymmetric = torch.linalg.vector_norm(shares - shares.mT, dim=0) / 2
+    return values[order].cpu(), 2 * float(squares.sqrt().sum()) + float(unsymmetric.sum())
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:

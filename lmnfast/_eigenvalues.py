@@ -168,7 +168,8 @@ def estimated(L: Tensor, negative: str, stacklevel: int = 3) -> _krylov.Spectral
 
 def warn_of_bar(found: _krylov.SpectralEstimate, stacklevel: int) -> None:
     """Warns if an estimate is less exact than it should be."""
-    bar = found.interval()[1] / found.lmn - 1
+    low, high = found.interval()
+    bar = max(high / found.lmn, found.lmn / low) - 1
     if bar > 1.25 * _krylov.TOLERANCE:  # a bar varies by a tenth
         warnings.warn(
             f"solver: the estimated LMN of {found.lmn:.6g} may be up to {bar:.2%} from its value",

@@ -17,6 +17,7 @@ from torch import Tensor
 from ._choices import NEGATIVE
 from ._deflated import ROWS, Deflated, Matrix, deflate
 from ._kink import Kink
+from ._moments import Moments, Outside
 from ._settings import check_level
 from ._threads import one_core_after_fork
 
@@ -29,6 +30,10 @@ FIRST_DEGREE, MOST_DEGREE = 48, 4096
 MOST_ROUNDING = 2e-4  # of a product with a random vector, as a share of the eigenvalues that are not deflated
 CONTROLS = 2  # the known traces: of the matrix, and of its square
 OF_KINK, OF_DEFLATION = 0.2, 0.1  # shares of the tolerance
+REPEATED = 3  # further Krylov spaces, at most, where the first has missed equal eigenvalues
+PATIENCE = (
+    128  # the degree from which on these are looked for: in many matrices what is missed does not matter
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class SpectralEstimate:
     """
 
     lmn: float
-    """The linear mapping number, without a unit."""
+    """The linear mapping number, from 1 to N, without a unit."""
     complexity_bits: float
     """Its binary logarithm, in bits."""
     standard_error: float
@@ -59,6 +64,8 @@ class SpectralEstimate:
     """The error of `lmn` that is not by chance, at most: of the polynomials, and of the deflated pairs."""
     negative_share: float
     """As in `Measurement`, estimated."""
+    samples: int
+    """N, the number of samples."""
     eigenvalues: Tensor
     """(deflated,) float64, on the CPU, by falling magnitude: those that were found one by one."""
     probes: int
@@ -88,13 +95,17 @@ class SpectralEstimate:
             docs/mathematics.md, "An estimate for large N".
         """
         check_level(level)
-        return interval(self.lmn, self.standard_error, self.bound, level)
+        return interval(self.lmn, self.standard_error, self.bound, level, self.samples)
 
 
-def interval(lmn: float, standard_error: float, bound: float, level: float) -> tuple[float, float]:
-    """The ends of an interval, as far from LMN by ratio: Student's quantile of the standard error, and the bound."""
-    reach = (student(level) * standard_error + bound) / lmn
-    return lmn * math.exp(-reach), lmn * math.exp(reach)
+def interval(
+    lmn: float, standard_error: float, bound: float, level: float, samples: float = math.inf
+) -> tuple[float, float]:
+    """The ends of an interval, as far from LMN by ratio: Student's quantile of the standard error, and the bound. What no LMN
+    can be, below 1 or above the number of samples, is left out."""
+    reach = min((student(level) * standard_error + bound) / lmn, 700.0)  # whose exponential is finite
+    low, high = lmn * math.exp(-reach), lmn * math.exp(reach)
+    return max(low, min(1.0, lmn)), min(high, max(samples, lmn))
 
 
 def student(level: float, degrees: int = PROBES - CONTROLS - 1) -> float:
@@ -160,26 +171,44 @@ def estimate(
     most_moved = (
         OF_DEFLATION * tolerance * least / _weight(samples, squares, OF_DEFLATION * tolerance * least)
     )
-    deflated = deflate(matrix, min(samples, dimension or min(max(samples // 16, 256), 1024)), most_moved)
+    dimension = min(samples, dimension or usual_dimension(samples))
     rounding = torch.finfo(vectors.dtype).eps * math.sqrt(squares / samples)
-    if deflated.rest and vectors.dtype != torch.float64 and rounding > MOST_ROUNDING * deflated.radius:
-        raise Rounded(
-            f"like: expected float64, as rounding hides the smaller eigenvalues of this matrix in {vectors.dtype}"
-        )
-    sums = _Sums(deflated, squares, trace, negative == "clip", torch.finfo(vectors.dtype).eps)
-    found = _settled(matrix, deflated, sums, tolerance)
-    lmn = math.exp(found.entropy)
+
+    def more(known: Deflated | None = None) -> tuple[Deflated, _Sums]:
+        deflated = deflate(matrix, dimension, most_moved / 2 if known else most_moved, known)
+        if deflated.rest and vectors.dtype != torch.float64 and rounding > MOST_ROUNDING * deflated.radius:
+            raise Rounded(
+                f"like: expected float64, as rounding hides the smaller eigenvalues of this matrix in {vectors.dtype}"
+            )
+        return deflated, _Sums(deflated, squares, trace, negative == "clip", torch.finfo(vectors.dtype).eps)
+
+    found, deflated = _settled(matrix, more, tolerance)
+    # No entropy is below 0 or above ln N, so this brings it nearer to the exact one.
+    entropy = min(max(found.entropy, 0.0), math.log(samples))
+    lmn = min(math.exp(entropy), float(samples))
     return SpectralEstimate(
         lmn=lmn,
-        complexity_bits=found.entropy / math.log(2),
+        complexity_bits=entropy / math.log(2),
         standard_error=lmn * found.chance,
         bound=lmn * found.bound,
-        negative_share=_negative_share(found.total, trace, sums.clip),
+        negative_share=_negative_share(found.total, trace, negative == "clip"),
+        samples=samples,
         eigenvalues=deflated.values,
         probes=found.probes,
         degree=found.degree,
         products=matrix.products,
     )
+
+
+def usual_dimension(samples: int) -> int:
+    """Of the Krylov space, by the number of samples."""
+    return min(max(samples // 16, 256), 1024)
+
+
+def usual_products(samples: int) -> float:
+    """About how many vectors a connectivity is multiplied by: two or three for each sample up to N = 3000, and from there on
+    hardly more; docs/mathematics.md has a table."""
+    return min(2.5 * samples, 7500)
 
 
 def _weight(samples: int, squares: float, goal: float) -> float:
@@ -189,27 +218,40 @@ def _weight(samples: int, squares: float, goal: float) -> float:
 
 def _negative_share(total: float, trace: float, clip: bool) -> float:
     magnitudes = 2 * total - trace if clip else total
-    return max(0.0, (magnitudes - trace) / 2 / magnitudes)
+    return min(max((magnitudes - trace) / 2 / magnitudes, 0.0), 1.0)
 
 
 def of_matrix(L: Tensor, negative: str) -> SpectralEstimate:
-    """The estimate of a checked connectivity (N, N), in the dtype of the matrix; of the same matrix it is the same.
+    """The estimate of a checked matrix (N, N), in the dtype of the matrix; of the same matrix it is the same.
 
-    Where torch's float32 products are set to be less than float32, and for a matrix so near ones that they hide its smaller
-    eigenvalues, all is in float64, with parts of the matrix at a time.
+    LMN does not depend on the matrix's scale. The products are those of the matrix over the power of two that is nearest to its
+    largest entry, 1 for a connectivity: so nothing overflows, and L times a power of two gives the same bits. Where torch's
+    float32 products are set to be less than float32, and for a matrix so near ones that they hide its smaller eigenvalues, all
+    is in float64, with parts of the matrix at a time.
     """
     L = L.detach()
     L = L if L.dtype in (torch.float32, torch.float64) else L.float()
     parts = L.split(max(1, ROWS**2 // L.shape[1]))
+    largest = max(float(end.abs()) for part in parts for end in part.aminmax())
+    if largest == 0:
+        raise _no_sum(largest, negative == "clip")
+    # Two factors of about the same size, as one may be beyond the numbers of the dtype.
+    power = -math.frexp(largest * math.sqrt(0.5))[1]
+    before, after = 2.0 ** (power // 2), 2.0 ** (power - power // 2)
+
+    def scaled(entries: Tensor) -> Tensor:
+        return entries.double() if before == after == 1 else entries.double() * before * after
 
     def product(vectors: Tensor) -> Tensor:
-        vectors = vectors.mT.contiguous().mT  # by columns: measured on 2 cores, up to twice as fast
+        # By columns: measured on 2 cores, up to twice as fast.
+        vectors = (vectors * before).mT.contiguous().mT
         if vectors.dtype == L.dtype:
-            return L @ vectors
-        return torch.cat([part.double() @ vectors for part in parts])
+            return (L @ vectors) * after
+        return torch.cat([part.double() @ vectors for part in parts]) * after
 
-    squares = math.fsum(float(part.double().square().sum()) for part in parts)
-    return of_product(product, len(L), squares, float(L.diagonal().sum(dtype=torch.float64)), negative, L)
+    squares = math.fsum(float(scaled(part).square().sum()) for part in parts)
+    found = of_product(product, len(L), squares, float(scaled(L.diagonal()).sum()), negative, L)
+    return replace(found, eigenvalues=found.eigenvalues / before / after)
 
 
 def of_product(
@@ -220,7 +262,10 @@ def of_product(
     negative: str,
     like: Tensor,
 ) -> SpectralEstimate:
-    """As `of_matrix`, of a matrix of like's dtype that is known by its products with vectors of float32 and float64."""
+    """As `of_matrix`, of a matrix of like's dtype that is known by its products with vectors of float32 and float64.
+
+    Its entries are those of a connectivity, or so many times as large that no square of theirs leaves the dtype.
+    """
 
     def estimated(like: Tensor) -> SpectralEstimate:
         generator = torch.Generator().manual_seed(0)
@@ -262,33 +307,47 @@ class _Found:
         return self.kink + self.other
 
 
-class _Outside(Exception):
-    """An eigenvalue lies outside of the interval of the polynomials."""
+def _settled(
+    matrix: Matrix, more: Callable[..., tuple[Deflated, _Sums]], tolerance: float
+) -> tuple[_Found, Deflated]:
+    """The entropy to a tolerance, and what was deflated for it.
 
-    def __init__(self, radius: float) -> None:
-        self.radius = radius
-
-
-def _settled(matrix: Matrix, deflated: Deflated, sums: _Sums, tolerance: float) -> _Found:
-    """The entropy to a tolerance. An eigenvalue outside of the interval makes the interval wider, from the beginning."""
-    if not deflated.rest:
-        return sums.exact()
-    radius = max(deflated.radius, sums.least_radius)
-    while True:
+    A Krylov space does not show all of more equal eigenvalues than a block has vectors. Where it seems so and the degree
+    becomes high, or where an eigenvalue is found to lie outside of the interval, `more` is deflated, with new random vectors.
+    If this shows nothing, or has been done often enough, the interval is as wide as it must be.
+    """
+    deflated, sums = more()
+    radius, repeats = max(deflated.radius, sums.least_radius), REPEATED
+    while deflated.rest:
+        most = PATIENCE if repeats and deflated.misses else MOST_DEGREE
         try:
-            return _within(matrix, deflated, sums, radius, tolerance)
-        except _Outside as found:
-            radius = found.radius
+            return _within(matrix, deflated, sums, radius, tolerance, most), deflated
+        except Outside as outside:
+            radius = outside.radius
+        if repeats:
+            known = len(deflated.values)
+            deflated, sums = more(deflated)
+            repeats = repeats - 1 if len(deflated.values) > known else 0
+            radius = max(deflated.radius, sums.least_radius)
+    return sums.exact(), deflated
 
 
-def _within(matrix: Matrix, deflated: Deflated, sums: _Sums, radius: float, tolerance: float) -> _Found:
-    """First the degree for the bound, then the number of random vectors for the standard error (Stein's two stages)."""
+def _within(
+    matrix: Matrix, deflated: Deflated, sums: _Sums, radius: float, tolerance: float, most_degree: int
+) -> _Found:
+    """First the degree for the bound, then the number of random vectors for the standard error (Stein's two stages).
+
+    Raises:
+        Outside: an eigenvalue lies outside; or the degree exceeds `most_degree`, if this is not MOST_DEGREE.
+    """
     most = min(MOST_PROBES, deflated.rest)
     drawn = matrix.orthonormal(matrix.random(min(PROBES, most)), deflated.basis)
-    moments = _Moments(matrix, deflated, drawn, radius, sums.most_radius)
+    moments = Moments(matrix, deflated, drawn, radius, sums.most_radius)
     degree, found = FIRST_DEGREE, sums.of(moments.to(FIRST_DEGREE), radius)
     while found.kink > _goal(found, tolerance) and degree < MOST_DEGREE:
         degree = min(math.ceil(1.2 * degree), MOST_DEGREE)
+        if degree > most_degree:
+            raise Outside(radius)
         found = sums.of(moments.to(degree), radius)
     ratio = student(0.95) * found.chance / max(tolerance - found.bound, tolerance / 4)
     needed = min(math.ceil(PROBES * ratio**2), most)
@@ -296,7 +355,7 @@ def _within(matrix: Matrix, deflated: Deflated, sums: _Sums, radius: float, tole
     while drawn.shape[1] < needed:
         count = min(PROBES, needed - drawn.shape[1])
         more = matrix.orthonormal(matrix.random(count), torch.cat([deflated.basis, drawn], 1))
-        every.append(_Moments(matrix, deflated, more, radius, sums.most_radius).to(degree))
+        every.append(Moments(matrix, deflated, more, radius, sums.most_radius).to(degree))
         drawn = torch.cat([drawn, more], 1)
     return sums.of(torch.cat(every, 1), radius)
 
@@ -304,48 +363,6 @@ def _within(matrix: Matrix, deflated: Deflated, sums: _Sums, radius: float, tole
 def _goal(found: _Found, tolerance: float) -> float:
     """What the error of the polynomials is to stay below: all that the tolerance leaves, or a fifth of it if it leaves less."""
     return max(OF_KINK * tolerance, tolerance - student(0.95) * found.chance - found.other)
-
-
-class _Moments:
-    """x^T T_k(L / radius) x for random vectors x in the rest's space, whose squared length is the dimension of that space."""
-
-    def __init__(
-        self, matrix: Matrix, deflated: Deflated, drawn: Tensor, radius: float, most_radius: float
-    ) -> None:
-        self._matrix, self._basis, self._radius, self._most = matrix, deflated.basis, radius, most_radius
-        self._length = float(deflated.rest)
-        self._before = drawn * math.sqrt(deflated.rest)
-        self._now = self._times(self._before)
-        self._found = [_dots(self._before, self._before), _dots(self._before, self._now)]
-
-    def to(self, degree: int) -> Tensor:
-        """The moments up to this degree, (degree + 1, vectors) float64."""
-        zeroth, first = self._found[:2]
-        while len(self._found) <= degree:
-            size = _dots(self._now, self._now)
-            growth = float(size.max()) / self._length
-            if not growth <= 1.01 and self._radius < self._most:
-                ratio = math.sqrt(float((size / _dots(self._before, self._before)).nan_to_num(4.0).max()))
-                ratio = min(max(ratio, 1.5), 100.0)
-                raise _Outside(min(self._radius * (ratio + 1 / ratio) / 2 * 1.02, self._most))
-            following = 2 * self._times(self._now) - self._before
-            self._found += [2 * size - zeroth, 2 * _dots(self._now, following) - first]
-            self._before, self._now = self._now, following
-        return torch.stack(self._found[: degree + 1])
-
-    def _times(self, vectors: Tensor) -> Tensor:
-        images = self._matrix.times(vectors / self._radius)
-        return images - self._basis @ (self._basis.mT @ images)
-
-
-def _dots(one: Tensor, other: Tensor) -> Tensor:
-    return (
-        torch.stack(
-            [(a.double() * b).sum(0) for a, b in zip(one.split(ROWS), other.split(ROWS), strict=True)]
-        )
-        .sum(0)
-        .cpu()
-    )
 
 
 class _Sums:
@@ -378,18 +395,20 @@ class _Sums:
         """
         probes = moments.shape[1]
         ones = moments.new_ones(probes, 1)
-        traces = torch.stack([radius * moments[1], radius**2 * (moments[0] + moments[2]) / 2], 1)
+        # Over the radius and its square, so that all columns are of one scale.
+        scale = moments.new_tensor([radius, radius**2])
+        traces = torch.stack([moments[1], (moments[0] + moments[2]) / 2], 1)
         designs = [ones]
         if 4 * CONTROLS < probes < self._deflated.rest:
-            designs.append(torch.cat([ones, traces - self._known], 1))
+            designs.append(torch.cat([ones, traces - self._known / scale], 1))
         kink = Kink(len(moments) - 1, radius, self.clip)
-        fits = [self._fitted(moments, kink, design) for design in designs]
+        fits = [self._fitted(moments, kink, design, self._doubt / scale) for design in designs]
         found, slope = min(fits, key=lambda fit: student(0.95) * fit[0].chance + fit[0].other)
         upper = moments.mT @ torch.from_numpy(kink.upper(slope))
         over = float(upper.mean() + 2 * upper.std(correction=0) / math.sqrt(probes))
         return replace(found, kink=max(0.0, over) / found.total)
 
-    def _fitted(self, moments: Tensor, kink: Kink, design: Tensor) -> tuple[_Found, float]:
+    def _fitted(self, moments: Tensor, kink: Kink, design: Tensor, doubt: Tensor) -> tuple[_Found, float]:
         """The entropy from the constant terms of least squares on the columns of a design (probes, terms), without the error of
         the polynomials; and the slope of ``|w| (slope - ln |w|)``, whose sum changes as the entropy does, times `total`."""
         probes, terms = design.shape
@@ -397,7 +416,7 @@ class _Sums:
         sums = moments.mT @ torch.from_numpy(np.stack([kink.magnitude, kink.logged], 1))
         total, logged = (self._exact + inverse[0] @ sums).tolist()
         if not total > 0:
-            raise _no_sum(total)
+            raise _no_sum(total, self.clip)
         slope = 1 + logged / total
         each = sums @ sums.new_tensor([slope, -1.0])
         fit = inverse @ each
@@ -405,14 +424,14 @@ class _Sums:
         leverage = (design * inverse.mT).sum(1).clamp(max=1 - 1e-6)
         variance = float((inverse[0] * (each - design @ fit) / (1 - leverage)).square().sum())
         chance = math.sqrt(variance * (1 - probes / self._deflated.rest)) / total
-        other = (self._moves(slope, total) + float(fit[1:].abs() @ self._doubt[: terms - 1])) / total
+        other = (self._moves(slope, total) + float(fit[1:].abs() @ doubt[: terms - 1])) / total
         return _Found(math.log(total) - logged / total, total, chance, 0.0, other, probes, kink.degree), slope
 
     def exact(self) -> _Found:
         """The entropy of a matrix without a rest."""
         total, logged = self._exact.tolist()
         if not total > 0:
-            raise _no_sum(total)
+            raise _no_sum(total, self.clip)
         moves = self._moves(1 + logged / total, total) / total
         return _Found(math.log(total) - logged / total, total, 0.0, 0.0, moves, 0, 0)
 
@@ -423,9 +442,10 @@ class _Sums:
         return moved * (slope + math.log(samples / moved)) if moved else 0.0
 
 
-def _no_sum(total: float) -> ValueError:
+def _no_sum(total: float, clip: bool) -> ValueError:
     return ValueError(
-        f"squares: expected a matrix whose eigenvalues' magnitudes have a sum above 0, got {total}"
+        f"L: expected eigenvalues whose magnitudes have a finite sum above 0, got a sum of about {total:.3g} "
+        f"(negative={'clip' if clip else 'absolute'!r})"
     )
 
 
@@ -440,8 +460,8 @@ def _check(
 ) -> None:
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
-    if not 0 < squares < math.inf:
-        raise ValueError(f"squares: expected a finite sum of squares above 0, got {squares}")
+    if not 1e-200 < squares < 1e200:
+        raise ValueError(f"squares: expected a finite sum of squares above 0, 1e-200 to 1e200, got {squares}")
     if not math.isfinite(trace):
         raise ValueError(f"trace: expected a finite number, got {trace}")
     if negative not in NEGATIVE:

@@ -21,6 +21,7 @@ from ._eigenvalues import DENSE_BYTES, check_dense, check_negative, check_solver
 from ._folder import MOST_SAMPLES, Folder, folder_of
 from ._group import as_enqueued, measured_tile, summed
 from ._identity import identity_of
+from ._krylov import PROBES, usual_dimension, usual_products
 from ._measured import measured, reported, warn_of_offsets
 from ._memory import available, said_bytes, said_seconds
 from ._native import Progress
@@ -32,6 +33,10 @@ from .spectrum import Measurement, measurement
 # The eigenproblem that is solved to know the machine's pace, and the seconds that a measurement takes for that.
 TRIED = 512
 LONG_ENOUGH = 0.3
+# The samples of a matrix that is multiplied to know that pace: 64 MB in float32, more than caches hold.
+MULTIPLIED = 4096
+# What an estimate takes beside products: a share of them for projections, and seconds for polynomials, measured on 2 cores.
+PROJECTED, POLYNOMIALS = 0.15, 0.2
 
 
 def tiles(
@@ -244,6 +249,24 @@ def dense_seconds(samples: int, where: torch.device) -> float:
     return min(run() for _ in range(5)) * (samples / n) ** 3
 
 
+def estimate_seconds(samples: int, like: Tensor) -> float:
+    """About how long solver "estimate" takes for a matrix in memory, by products that are made now.
+
+    like: has the dtype and the device of the matrix.
+    """
+    n = min(MULTIPLIED, samples)
+    matrix, vectors = like.new_ones(n, n), like.new_ones(PROBES, n).mT
+
+    def run() -> float:
+        started = time.perf_counter()
+        (matrix @ vectors)[0, 0].item()
+        return time.perf_counter() - started
+
+    # The fastest of some: other processes only take time.
+    one = min(run() for _ in range(8)) / PROBES * (samples / n) ** 2
+    return usual_products(samples) * one * (1 + PROJECTED) + POLYNOMIALS
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a matrix of many samples takes; :func:`plan` returns it. ``str(plan)`` says it in a few lines.
@@ -279,6 +302,11 @@ class Plan:
     """Of the dense solver."""
     dense_seconds: float
     """About, of the dense solver, by a small matrix."""
+    estimate_bytes: int
+    """Of solver "estimate": the matrix, of which parts may be on disk, and vectors."""
+    estimate_seconds: float
+    """About, of solver "estimate" while the matrix is in memory, by some products. How many a matrix needs is known to a factor
+    of 1.5."""
     free_bytes: int | None
     """Memory that is free where the solver runs; None: not known."""
     device: str
@@ -310,6 +338,8 @@ class Plan:
             f"memory   {said_bytes(self.tile_bytes)} for a tile{group}",
             f"solve    dense: {said_bytes(self.dense_bytes)}, about {said_seconds(self.dense_seconds)} on {self.device}; "
             f"{free} free{fits}",
+            f"estimate {said_bytes(self.estimate_bytes)}, about {said_seconds(self.estimate_seconds)} on {self.device}, "
+            "for a bar of about 1 %",
         )
         return "\n".join(lines)
 
@@ -349,6 +379,7 @@ def plan(
         tiles ...
         memory ...
         solve ...
+        estimate 1.93 GB, about ...
     """
     settings = Settings(method, points, rule, budget, stabiliser)
     x = checked_samples(f, x)
@@ -379,6 +410,10 @@ def plan(
         row_bytes=-(-n // ranks) * n * item + most * tile_bytes,
         dense_bytes=DENSE_BYTES * n**2,
         dense_seconds=dense_seconds(n, where),
+        estimate_bytes=item * n * (n + 4 * usual_dimension(n)),
+        estimate_seconds=estimate_seconds(
+            n, torch.empty(0, dtype=torch.float64 if item == 8 else torch.float32, device=where)
+        ),
         free_bytes=available(where),
         device=str(where),
     )

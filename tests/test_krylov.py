@@ -147,6 +147,37 @@ def test_equal_eigenvalues_that_no_krylov_space_shows_are_seen_by_their_growth(d
     assert low * (1 - 1e-9) <= 600 <= high * (1 + 1e-9)
 
 
+def clusters(multiplicity, bulk):
+    """Eight eigenvalues, each with a multiplicity above that of a block of vectors, and normal others."""
+    normal = np.random.default_rng(1).standard_normal(640 - 8 * multiplicity)
+    return torch.from_numpy(
+        np.concatenate([np.repeat([30.0, -24, 19, -15, 12, -9, 7, 5], multiplicity), bulk * normal])
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("multiplicity, bulk", [(18, 0.05), (20, 0.05), (40, 0.05), (20, 0.0)])
+def test_more_equal_eigenvalues_than_a_block_has_vectors_are_deflated(multiplicity, bulk, dtype):
+    """If they were not, the interval would have to hold them, and the others in it would need degree 4096."""
+    w = clusters(multiplicity, bulk)
+    found = _krylov.of_matrix(w.diag().to(dtype), "absolute")
+    assert found.degree < 1000 and found.products < 15_000
+    low, high = found.interval()
+    assert low <= lmn_of(w.to(dtype).double().numpy()) <= high < 1.02 * low
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_krylov_space_may_end_in_some_of_its_columns(dtype):
+    """Of 30 equal eigenvalues two blocks of 16 vectors see all, and the last two columns are rounding."""
+    w = torch.where(torch.arange(300) < 30, 1.0, -1.0).to(torch.float64)
+    basis = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=w.dtype))[
+        0
+    ]
+    L = (basis * w) @ basis.T
+    found = _krylov.of_matrix(((L + L.T) / 2).to(dtype), "clip")
+    assert found.lmn == pytest.approx(30, rel=1e-5)
+
+
 def test_vectors_of_the_dtype_are_multiplied_and_counted():
     seen = []
     values = torch.rand(300, dtype=torch.float64) + 0.5
@@ -210,6 +241,28 @@ def test_an_estimate_is_kept_and_compared(measured, tmp_path):
     assert lmnfast.Measurement(**measured.to_dict() | {"bound": 0.0}) != measured
 
 
+@pytest.mark.parametrize("power", [-60, -20, 20, 60])
+def test_a_matrix_times_a_power_of_two_has_the_same_estimate_to_the_bit(power, measured):
+    found = _krylov.of_matrix(measured.connectivity * 2.0**power, "absolute")
+    for name in ("lmn", "complexity_bits", "standard_error", "bound", "negative_share"):
+        assert getattr(found, name) == getattr(measured, name)
+    assert torch.equal(found.eigenvalues, measured.eigenvalues * 2.0**power)
+
+
+@pytest.mark.parametrize(
+    "dtype, close, factors",
+    [(torch.float32, 1e-5, (1e7, 1e-7, 1e30, 1e-30)), (torch.float64, 1e-9, (1e7, 1e200, 1e-200))],
+)
+def test_an_lmn_has_no_scale(dtype, close, factors, measured):
+    L = measured.connectivity.to(dtype)
+    first = _krylov.of_matrix(L, "absolute")
+    for factor in factors:
+        found = _krylov.of_matrix(L * factor, "absolute")
+        assert found.lmn == pytest.approx(first.lmn, rel=close)
+        assert found.interval() == pytest.approx(first.interval(), rel=close)
+        assert torch.allclose(found.eigenvalues, first.eigenvalues * factor, rtol=close, atol=0)
+
+
 def test_numbers_by_the_estimate_are_those_of_the_measurement(network, measured):
     before = torch.get_rng_state()
     assert float(lmnfast.lmn(*network, points=7, rule="lobatto", solver="estimate")) == measured.lmn
@@ -254,6 +307,7 @@ WRONG = [
     ),
     ({"squares": 10.0}, ValueError, "squares: expected the sum of the squares of all entries, got 10"),
     ({"squares": 0.0}, ValueError, "squares: expected a finite sum"),
+    ({"squares": 1e210}, ValueError, "squares: expected a finite sum"),
     ({"trace": math.nan}, ValueError, "trace: expected a finite number"),
     ({"samples": 0}, ValueError, "samples: expected at least 1"),
     ({"tolerance": 0.0}, ValueError, "tolerance: expected a share"),
@@ -323,3 +377,31 @@ def test_a_matrix_near_ones_has_its_lmn(n, size):
     found = _krylov.of_matrix(L, "absolute")
     low, high = found.interval()
     assert low <= exact <= high and found.lmn >= 1 and found.lmn - 1 == pytest.approx(exact - 1, rel=0.1)
+
+
+def test_an_interval_has_no_lmn_below_1_or_above_n():
+    assert _krylov.interval(1.0, 0.01, 0.01, 0.95)[0] == 1 < _krylov.interval(1.0, 0.01, 0.01, 0.95)[1]
+    low, high = _krylov.interval(599.0, 1.0, 2.0, 0.95, 600)
+    assert 590 < low < 599 and high == 600
+    assert _krylov.interval(2.0, 1e9, 0.0, 0.95, 600) == (1, 600)
+    assert _krylov.interval(1 - 1e-12, 0.0, 0.0, 0.95, 600) == (1 - 1e-12, 1 - 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-3])
+def test_an_estimate_is_no_lmn_above_n(size, dtype):
+    """Near as many equal magnitudes as samples the error of the polynomials would lead there."""
+    w = np.sign(np.arange(N) - N / 2 + 0.5) * (1 + size * np.random.default_rng(0).standard_normal(N))
+    found = _krylov.of_matrix(torch.from_numpy(w).diag().to(dtype), "absolute")
+    low, high = found.interval()
+    assert low <= lmn_of(w) <= high == N and found.lmn <= N and found.complexity_bits <= math.log2(N)
+
+
+def test_what_a_product_rounds_within_the_deflated_span_is_in_the_bound():
+    """If all is deflated there is no other error."""
+    for seed in range(20):
+        x = torch.randn(100, 100, generator=torch.Generator().manual_seed(seed))
+        L = x @ x.T / 100
+        L = (L + L.T) / 2
+        low, high = _krylov.of_matrix(L, "absolute").interval()
+        assert low <= lmn_of(np.linalg.eigvalsh(L.double().numpy())) <= high < (1 + 1e-4) * low

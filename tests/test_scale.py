@@ -339,11 +339,14 @@ def test_a_plan_counts_what_there_is_to_do(folder):
     assert plan.dense_bytes == 16 * 20_000**2
     assert plan.gathered_bytes == pytest.approx(4 * 20_000**2 * (1 + 1 / 4 * 32 / 31), rel=0.01)
     assert plan.row_bytes == pytest.approx(20_000**2 * (1 + 32 / 31), rel=0.01)
-    assert plan.pair_seconds > 0 and plan.dense_seconds > 0
+    assert plan.estimate_bytes == 4 * 20_000 * (20_000 + 4 * 1024)
+    assert plan.pair_seconds > 0 and plan.dense_seconds > 0 and plan.estimate_seconds > 0
     assert plan.to_dict()["dense_fits"] == plan.dense_fits
     lines = str(plan).splitlines()
-    assert [line.split()[0] for line in lines] == ["N", "tiles", "memory", "solve"]
-    assert "992 tiles" in lines[0] and "1.65 GB" in lines[1] and "6.4 GB" in lines[3]
+    assert [line.split()[0] for line in lines] == ["N", "tiles", "memory", "solve", "estimate"]
+    assert (
+        "992 tiles" in lines[0] and "1.65 GB" in lines[1] and "6.4 GB" in lines[3] and "1.93 GB" in lines[4]
+    )
     small = lmnfast.plan(network(), samples(60, 6), **FEW)
     files = sum(mapped(file).nbytes for file in folder.glob("tile-*.npy"))
     assert (small.samples, small.tiles) == (60, 12)
