@@ -31,12 +31,15 @@ from ._settings import Settings
 from .spectrum import Measurement, measurement
 
 # The eigenproblem that is solved to know the machine's pace, and the seconds that a measurement takes for that.
-TRIED = 512
+TRIED = 1024
 LONG_ENOUGH = 0.3
+# In `dense_seconds`: by the times at N = 1024 to 20 000 with MKL on 2 cores, which it gives to 5 %.
+EXTRA = 2600
 # The samples of a matrix that is multiplied to know that pace: 64 MB in float32, more than caches hold.
 MULTIPLIED = 4096
-# What an estimate takes beside products: a share of them for projections, and seconds for polynomials, measured on 2 cores.
-PROJECTED, POLYNOMIALS = 0.15, 0.2
+# What an estimate takes beside this: a share for projections, and for products with fewer vectors or of larger matrices, which
+# are slower; and seconds for polynomials. Measured on 2 cores.
+PROJECTED, POLYNOMIALS = 0.6, 0.2
 
 
 def tiles(
@@ -234,7 +237,10 @@ def _solving_device(device: str) -> torch.device:
 
 
 def dense_seconds(samples: int, where: torch.device) -> float:
-    """About how long the dense solver takes, by a small matrix that is solved now."""
+    """About how long the dense solver takes, by a small matrix that is solved now.
+
+    LAPACK's time is about a N^2 (N + EXTRA): its steps of N^2 limit small matrices.
+    """
     n = min(TRIED, samples)
     tried = torch.eye(n, dtype=torch.float64, device=where)
     tried += torch.arange(n, dtype=torch.float64, device=where).outer(torch.ones_like(tried[0])).sin() / n
@@ -246,7 +252,7 @@ def dense_seconds(samples: int, where: torch.device) -> float:
         return time.perf_counter() - started
 
     # The fastest of some: other processes only take time.
-    return min(run() for _ in range(5)) * (samples / n) ** 3
+    return min(run() for _ in range(3)) * (samples / n) ** 2 * (samples + EXTRA) / (n + EXTRA)
 
 
 def estimate_seconds(samples: int, like: Tensor) -> float:

@@ -108,7 +108,7 @@ class Measurement:
             docs/mathematics.md, "An estimate for large N".
         """
         check_level(level)
-        return interval(self.lmn, self.standard_error, self.bound, level)
+        return interval(self.lmn, self.standard_error, self.bound, level, self.samples)
 
     def __repr__(self) -> str:
         names = [f.name for f in fields(self) if f.type is not Tensor and f.name not in self._unsaid()]
