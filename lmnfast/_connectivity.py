@@ -167,8 +167,9 @@ def connectivity(
         found, first = sharded(
             f, x, settings, group, gather=False, progress=progress, function="connectivity"
         )
+        rows = Rows.of(matrix_of(found, settings.pooled), first, len(x), group)
         warn_of_offsets([found])
-        return Rows(matrix_of(found, settings.pooled), first, len(x), group)
+        return rows
     each = measurer(group, stacked, function="connectivity")(f, x, settings, progress)
     warn_of_offsets(each)
     with one_core_after_fork():

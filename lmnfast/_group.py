@@ -60,10 +60,10 @@ def refuse_group(group: Any, **given: Any) -> None:
 
 @contextmanager
 def refused_together(group: Any) -> Iterator[None]:
-    """An error in this block, before any exchange, also ends the other processes of the group in their first one."""
+    """An error in this block, before any exchange, also ends the other processes of the group in their next one."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         if dist.is_available() and isinstance(group, dist.ProcessGroup):
             Ranks(group).tell(error)
         raise
@@ -77,36 +77,52 @@ class Ranks:
         self.rank: int = dist.get_rank(group)
         self.count: int = dist.get_world_size(group)
 
-    def every(self, compute: Callable[[], T]) -> list[T]:
-        """What a function returns on each rank. Where it fails on one, all raise: that one its own error."""
+    def every(self, compute: Callable[[], T], what: str = "end of a measurement") -> list[T]:
+        """What a function returns on each rank. Where it fails on one, all raise: that one its own error.
+
+        what: the name of the exchange. Ranks that are in another one raise RuntimeError, as those that they meet there.
+        """
         try:
             own = compute()
-        except Exception as error:
+        except BaseException as error:
             self.tell(error)
             raise
-        found = self._exchanged((True, own))
-        if said := [f"rank {rank}: {value}" for rank, (good, value) in enumerate(found) if not good]:
+        found = self._exchanged((what, own))
+        if said := [f"rank {self.name(n)}: {value}" for n, (kind, value) in enumerate(found) if kind is None]:
             raise RuntimeError(f"group: another process failed, {'; '.join(said)}")
+        if others := [(n, kind) for n, (kind, _) in enumerate(found) if kind != found[0][0]]:
+            rank, kind = others[0]
+            raise RuntimeError(
+                f"group: expected the same calls on all ranks, got a {kind} on rank {self.name(rank)} and a "
+                f"{found[0][0]} on rank {self.name(0)}"
+            )
         return [value for _, value in found]
 
-    def tell(self, error: Exception) -> None:
+    def tell(self, error: BaseException) -> None:
         """Ends the `every` of the other ranks with an error of this one."""
+        said = type(error).__name__
+        with suppress(Exception):  # of code of the user
+            said += f": {error}"
         with suppress(Exception):  # of a group that is broken; the error that is told counts
-            self._exchanged((False, f"{type(error).__name__}: {error}"))
+            self._exchanged((None, said))
 
-    def _exchanged(self, own: tuple[bool, Any]) -> list[Any]:
+    def _exchanged(self, own: tuple[str | None, Any]) -> list[Any]:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, own, group=self.group)
         return found
 
+    def name(self, rank: int) -> int:
+        """A rank of the group as all processes count it."""
+        return dist.get_global_rank(self.group, rank)
+
     def send(self, owner: int, tensor: Tensor) -> None:
         """Overwrites the tensor on all ranks by that of its owner."""
-        dist.broadcast(tensor, dist.get_global_rank(self.group, owner), group=self.group)
+        dist.broadcast(tensor, self.name(owner), group=self.group)
 
     def told(self, value: T) -> T:
         """The value of the first rank, on all ranks."""
         values = [value]
-        dist.broadcast_object_list(values, dist.get_global_rank(self.group, 0), group=self.group)
+        dist.broadcast_object_list(values, self.name(0), group=self.group)
         return values[0]
 
     def add(self, tensor: Tensor) -> None:
@@ -122,21 +138,40 @@ class Ranks:
 
     def agree(self, compute: Callable[[], Identity]) -> None:
         """Raises ValueError on every rank if they are about to measure different things."""
-        each = self.every(compute)
+        each = self.every(compute, "beginning of a measurement")
         differing = {rank: each[0].differs(own) for rank, own in enumerate(each)}
         said = []
         for part, name in PARTS.items():
             ranks = [rank for rank, parts in differing.items() if part in parts]
             if ranks:
-                which = f"{name} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                names = [str(self.name(rank)) for rank in ranks]
+                which = f"{name} on rank{'s' * (len(ranks) > 1)} {', '.join(names)}"
                 if part == "settings":
-                    values = each[0].settings_said(each[ranks[0]], "on rank 0", f"on rank {ranks[0]}")
+                    places = f"on rank {self.name(0)}", f"on rank {names[0]}"
+                    values = each[0].settings_said(each[ranks[0]], *places)
                     which += f" ({values})"
                 said.append(which)
         if said:
             raise ValueError(
                 f"group: expected the same network, samples and settings on all ranks, got {' and '.join(said)} than "
-                "on rank 0"
+                f"on rank {self.name(0)}"
+            )
+
+
+def in_all(group: Any, compute: Callable[[], T], what: str) -> list[T]:
+    """`Ranks.every` of a group; without one, None, what the function returns alone."""
+    return [compute()] if group is None else Ranks(group).every(compute, what)
+
+
+def check_same(group: Any, value: Any, name: str, what: str) -> None:
+    """Raises ValueError on every rank if the value of an argument is not the same on all."""
+    each = in_all(group, lambda: value, what)
+    for rank, other in enumerate(each):
+        if other != each[0]:
+            ranks = Ranks(group)
+            raise ValueError(
+                f"{name}: expected the same on all ranks, got {other!r} on rank {ranks.name(rank)} and {each[0]!r} on rank "
+                f"{ranks.name(0)}"
             )
 
 
@@ -269,7 +304,9 @@ def _sharded(
     if not gather:
         rows = range(*(len(x) * place // ranks.count for place in (ranks.rank, ranks.rank + 1)))
     if not any(plane.each()):  # one sample
-        (enqueued,) = measured(f, x, settings, known=known, expected=expected)
+        kept: list[Enqueued] = []
+        ranks.every(lambda: kept.extend(measured(f, x, settings, known=known, expected=expected)))
+        (enqueued,) = kept
         L, pooled = (None if m is None else m[rows.start : rows.stop] for m in (enqueued.L, enqueued.pooled))
         assert L is not None
         return as_enqueued(about_of(enqueued), L, pooled), rows.start
@@ -329,7 +366,7 @@ def sharded_pairs(
     """
     ranks = Ranks(group)
     ranks.agree(lambda: identity_of(f, x, settings, gather=True, pairs=len(drawn[0]), **more))
-    first, second = ranks.every(lambda: drawn if ranks.rank == 0 else None)[0] or drawn
+    first, second = ranks.every(lambda: drawn if ranks.rank == 0 else None, "draw of pairs")[0] or drawn
     pieces = torch.arange(len(first), device="cpu").tensor_split(min(PIECES, len(first)))
 
     def measure() -> list[tuple[Tile, Tensor, Tensor | None]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._eigenvalues import check_negative, warn_of_bar
-from ._group import Ranks, refused_together
+from ._group import Ranks, check_same, refused_together
 from ._identity import hash_of
 from ._krylov import SpectralEstimate, of_product
 
@@ -47,6 +48,13 @@ class Rows:
     """N."""
     group: Any
     """The process group that holds all rows."""
+    mark: str = field(repr=False)
+    """A random word of the matrix, the same on all processes."""
+
+    @classmethod
+    def of(cls, values: Tensor, first: int, samples: int, group: Any) -> Rows:
+        """The rows of a new matrix. All processes of the group call it."""
+        return cls(values, first, samples, group, Ranks(group).told(uuid.uuid4().hex))
 
     def product(self, V: Tensor) -> Tensor:
         """The matrix times some vectors. All processes of the group call it, with the same vectors.
@@ -58,15 +66,19 @@ class Rows:
             (N, vectors) of V's dtype, on every process, with the same bits for any number of processes.
 
         Raises:
-            TypeError, ValueError: V has another dtype, shape or device; or it is not the same on all processes.
+            TypeError, ValueError: V has another dtype, shape or device; or it is not the same on all
+                processes; or these have rows of different matrices.
         """
         ranks = Ranks(self.group)
-        hashes = ranks.every(lambda: hash_of(self._checked(V)))
+        self._check_matrix(ranks, "product of rows")
+        hashes = ranks.every(lambda: hash_of(self._checked(V)), "product of rows")
         if other := [rank for rank, found in enumerate(hashes) if found != hashes[0]]:
+            names = [ranks.name(rank) for rank in (other[0], 0)]
             raise ValueError(
-                f"V: expected the same vectors on all ranks, got others on rank {other[0]} than on rank 0"
+                f"V: expected the same vectors on all ranks, got others on rank {names[0]} than on rank {names[1]}"
             )
-        return self._product(ranks, V)
+        with torch.no_grad():
+            return self._product(ranks, V)
 
     def estimate(self, *, negative: str = "absolute") -> SpectralEstimate:
         """An estimate of the matrix's linear mapping number, with its errors. All processes of the group call it.
@@ -81,7 +93,7 @@ class Rows:
             The `SpectralEstimate` on every process, with the same bits for any number of processes.
 
         Raises:
-            ValueError: another `negative`; or all eigenvalues are 0.
+            ValueError: another `negative`, or not the same on all processes; or all eigenvalues are 0.
             RuntimeError: another process of the group failed.
 
         Warns:
@@ -91,9 +103,12 @@ class Rows:
             docs/mathematics.md, "An estimate for large N".
         """
         ranks = Ranks(self.group)
+
         with refused_together(self.group):
             check_negative(negative)
-        squares = math.fsum(s for own in ranks.every(self._squares) for s in own)
+        self._check_matrix(ranks, "beginning of an estimate")
+        check_same(self.group, negative, "negative", "negative of an estimate")
+        squares = math.fsum(s for own in ranks.every(self._squares, "squares of rows") for s in own)
 
         def product(V: Tensor) -> Tensor:
             ranks.told((tuple(V.shape), V.dtype))
@@ -111,10 +126,19 @@ class Rows:
                 shape, dtype = meant
                 self._product(ranks, self._sent(ranks, self.values.new_empty(shape, dtype=dtype)))
 
-        found = ranks.every(follow if ranks.rank else lead)[0]
+        found = ranks.every(follow if ranks.rank else lead, "end of an estimate")[0]
         assert found is not None
         warn_of_bar(found, stacklevel=2)
         return found
+
+    def _check_matrix(self, ranks: Ranks, what: str) -> None:
+        """Raises ValueError on every rank if they have rows of different matrices."""
+        marks = ranks.every(lambda: self.mark, what)
+        if other := [rank for rank, mark in enumerate(marks) if mark != marks[0]]:
+            names = [ranks.name(rank) for rank in (other[0], 0)]
+            raise ValueError(
+                f"rows: expected those of one matrix, got others on rank {names[0]} than on rank {names[1]}"
+            )
 
     def _checked(self, V: Tensor) -> Tensor:
         if not isinstance(V, Tensor) or not V.is_floating_point():
@@ -131,8 +155,9 @@ class Rows:
 
     def _product(self, ranks: Ranks, V: Tensor) -> Tensor:
         whole = torch.zeros_like(V, memory_format=torch.contiguous_format)
-        for own, piece, inside in self._pieces():
-            whole[own] = (piece.to(V.dtype) @ V)[inside]
+        with torch.autocast(V.device.type, enabled=False):
+            for own, piece, inside in self._pieces():
+                whole[own] = (piece.to(V.dtype) @ V)[inside]
         on = whole.to(ranks.device(whole))
         ranks.add(on)
         return on.to(V.device)

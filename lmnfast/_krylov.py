@@ -281,7 +281,7 @@ def of_product(
             like=like,
         )
 
-    with one_core_after_fork():
+    with one_core_after_fork(), torch.autocast(like.device.type, enabled=False):
         if like.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest":
             with suppress(Rounded):
                 return estimated(like)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ._eigenvalues import check_negative
 from ._enqueue import enqueue, on_stream
 from ._extras import required
-from ._group import ALONE, Group, is_alone, refused_together, sharded
+from ._group import ALONE, Group, check_same, in_all, is_alone, refused_together, sharded
 from ._layers import for_layers
 from ._layout import plain_layout
 from ._observables import Chosen, Values, problem_of, settings_for
@@ -76,11 +77,10 @@ class Probe:
             them needs eigenvalues, no eigenproblem is solved, and the columns of LMN have None. Observables of the network or
             the model are computed on the calling thread, and on CUDA may wait for the device.
         compile: as in `cut`. Tails are compiled when the probe is made, and again when it cuts again.
-        negative: as in `lmn`.
-        stabiliser: as in `connectivity`.
+        negative, stabiliser: as in `measure`.
         writers: receive finished rows, in order, on the thread that calls the probe: at its next calls, and when the probe is
             closed.
-        group: as in `connectivity`: all its processes call such a probe at the same steps, and each of them has every row.
+        group: as in `connectivity`: all its processes make this probe and call it at the same steps. Each has every row.
 
     Raises:
         ValueError: as `cut`; no layers, a layer named twice, layers and blocks both or neither, every < 1 or without a
@@ -123,25 +123,22 @@ class Probe:
         writers: Sequence[Writer] = (),
         group: Group = ALONE,
     ) -> None:
-        schedule, chosen_observables = Schedule(every), Chosen(observables)
-        self._group = None if is_alone(group) else group
-        named = chosen(layers, blocks, ("layers", "blocks"))
-        argument = "layers" if blocks is None else "blocks"
-        how = Cutting(forward, output, until, blocks is not None, batch_dim, compile)
-        how.check(model)
-        patterns = (named,) if isinstance(named, str) else tuple(named)
-        if not patterns or len(set(patterns)) != len(patterns):
-            raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")
-        settings = settings_for(chosen_observables, Settings(method, points, rule, budget, stabiliser))
-        check_negative(negative)
-        self.model = model
-        self.inputs = inputs
-        self.every = every
+        with refused_together(group):
+            schedule, chosen_observables = Schedule(every), Chosen(observables)
+            self._group = None if is_alone(group) else group
+            named = chosen(layers, blocks, ("layers", "blocks"))
+            argument = "layers" if blocks is None else "blocks"
+            how = Cutting(forward, output, until, blocks is not None, batch_dim, compile)
+            how.check(model)
+            patterns = (named,) if isinstance(named, str) else tuple(named)
+            if not patterns or len(set(patterns)) != len(patterns):
+                raise ValueError(f"{argument}: expected one name or several different ones, got {named!r}")
+            settings = settings_for(chosen_observables, Settings(method, points, rule, budget, stabiliser))
+            check_negative(negative)
+        self.model, self.inputs, self.every = model, inputs, every
         self.seconds = 0.0  # wall time of the calling thread in this class, waiting included
-        self._schedule = schedule
-        self._observables = chosen_observables
-        self._settings = settings
-        self._negative = negative
+        self._schedule, self._observables = schedule, chosen_observables
+        self._settings, self._negative = settings, negative
         # Warnings not given yet, by layer and observable, "" for offsets.
         self._problems: dict[tuple[str, str], str] = {}
         self._warned: set[tuple[str, str]] = set()
@@ -156,11 +153,12 @@ class Probe:
             if hasattr(writer, "expect"):
                 writer.expect(chosen_observables.names)
         self._start()
-        with self._timed(), alone():
+        with self._timed(), alone(), refused_together(group):
             tails = for_layers(model, patterns, self._tail, argument)
             state = python_state(model, inputs)
             self._tails |= {layer: (tail, state) for layer, tail in tails.items()}
             self.layers = tuple(tails)
+        check_same(self._group, self.layers, argument, "beginning of a probe")
 
     def _tail(self, layer: str) -> Tail:
         return Tail(cut_at(self.model, layer, self.inputs, self._how)[0], self._settings.method)
@@ -221,9 +219,10 @@ class Probe:
         step = self.next_step if step is None else plain_step(step)
         due = self._schedule.due(step)
         self.next_step = step + 1
-        self._warn()
         if due:
             self._measure_all(step, extra)
+        else:
+            self._warn()
         self.flush()
         return due
 
@@ -248,7 +247,6 @@ class Probe:
         if due:
             try:
                 self._check_process()
-                self._warn()
                 self._measure_all(step, {})
             except Exception as error:
                 raise RuntimeError(f"LMN at step {step}, layers {', '.join(self.layers)}: {error}") from error
@@ -257,6 +255,7 @@ class Probe:
     def _measure_all(self, step: float, extra: dict[str, Any]) -> None:
         """Measures all layers. The rows are ready when the solver's thread has solved them."""
         with refused_together(self._group):
+            self._warn()
             if clash := set(extra) & {*COLUMNS, *self._observables.names}:
                 raise ValueError(f"extra: expected names not the probe's own, got {', '.join(sorted(clash))}")
             if self._solver is None:
@@ -288,7 +287,7 @@ class Probe:
                     tail, samples = cut_at(self.model, layer, self.inputs, self._how)
                 self._tails[layer] = Tail(tail, self._settings.method), state
                 pending = self._measure(self._tails[layer][0], samples, None, step=step, layer=layer)
-            pending.observe_now(self._number)
+            in_all(self._group, partial(pending.observe_now, self._number), "reading of observables")
             return pending
         except (ValueError, TypeError) as error:
             raise type(error)(f"{error} (probe of layer {layer!r}, step {step})") from error

@@ -463,6 +463,6 @@ def _estimated_by_group(
     enqueued, first = sharded(
         f, x, settings, group, gather=False, function="lmn", negative=negative, solver="estimate"
     )
+    found = Rows.of(enqueued.L, first, len(x), group).estimate(negative=negative)
     warn_of_offsets([enqueued])
-    found = Rows(enqueued.L, first, len(x), group).estimate(negative=negative)
     return x.new_tensor(found.lmn, dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Measurements by the processes of a group: the same bits for any number of them, and one error on all."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -100,95 +101,6 @@ def test_a_group_measures_what_one_process_measures(by_one):
         lmnfast.curvature(f, x, pairs=300, generator=own, **FEW).value, rel=1e-6
     )
     assert every == lmnfast.curvature(f, x, **FEW) and torch.equal(one, torch.ones(1, 1))
-
-
-def rows(rank):
-    f, x = network(), samples(500, 6)
-    kept = lmnfast.connectivity(f, x, **FEW, group=dist.group.WORLD, gather=False)
-    V = samples(500, 2, dtype=torch.float64)
-    try:
-        kept.product(V[1:])
-    except ValueError as error:
-        said = str(error)
-    one = lmnfast.connectivity(f, x[:1], **FEW, group=dist.group.WORLD, gather=False)
-    assert float(one.product(torch.ones(1, 1))) == 1.0  # one process holds the row
-    with pytest.raises(TypeError, match="V: expected floating-point numbers, got torch.int64"):
-        one.product(torch.ones(1, 1, dtype=torch.int64))
-    return kept.first, kept.values, kept.samples, kept.product(V), kept.product(V.float()), said
-
-
-@COMPILED
-def test_each_process_keeps_some_rows(tmp_path):
-    L = lmnfast.connectivity(network(), samples(500, 6), **FEW)
-    V = samples(500, 2, dtype=torch.float64)
-    at = 0
-    for first, values, n, wide, narrow, said in on_ranks(3, rows, tmp_path):
-        assert first == at and n == 500 and len(values) in (166, 167)
-        assert torch.equal(values, L[first : first + len(values)])
-        torch.testing.assert_close(wide, L.double() @ V, rtol=1e-12, atol=1e-10)
-        torch.testing.assert_close(narrow, L @ V.float(), rtol=1e-4, atol=1e-3)
-        assert said == "V: expected (500, vectors), got shape (499, 2)"
-        at += len(values)
-    assert at == 500
-
-
-def estimates(rank):
-    world, f = dist.group.WORLD, network()
-    x = samples(700, 6)
-    rows = lmnfast.connectivity(f, x, **FEW, group=world, gather=False)
-    V = samples(700, 20)
-    near = lmnfast.connectivity(f, 1e-3 * x, **FEW, group=world, gather=False)
-    return {
-        "product": rows.product(V),
-        "estimate": rows.estimate(),
-        "clipped": rows.estimate(negative="clip"),
-        "near a linear map": near.estimate(),
-        "lmn": lmnfast.lmn(f, x, **FEW, group=world, solver="estimate"),
-        "double": lmnfast.lmn(f.double(), x.double(), **FEW, group=world, solver="estimate"),
-    }
-
-
-@COMPILED
-def test_an_estimate_of_rows_has_the_same_bits_for_any_number_of_processes(tmp_path):
-    (one,) = on_ranks(1, estimates, tmp_path)
-    for of_rank in on_ranks(3, estimates, tmp_path):
-        assert not isinstance(of_rank, Exception), of_rank
-        assert torch.equal(of_rank["product"], one["product"])
-        for name in ("estimate", "clipped", "near a linear map"):
-            mine, other = dict(vars(of_rank[name])), dict(vars(one[name]))
-            assert torch.equal(mine.pop("eigenvalues"), other.pop("eigenvalues")) and mine == other
-        assert (of_rank["lmn"], of_rank["double"]) == (one["lmn"], one["double"])
-    f, x = network(), samples(700, 6)
-    for name, z, how in (
-        ("estimate", x, {}),
-        ("clipped", x, {"negative": "clip"}),
-        ("near a linear map", 1e-3 * x, {}),
-    ):
-        low, high = one[name].interval()
-        assert low <= lmnfast.lmn(f, z, **FEW, **how) <= high < 1.03 * low
-    assert one["lmn"] == one["estimate"].lmn and one["lmn"].dtype == torch.float64
-    assert float(one["double"]) == pytest.approx(one["estimate"].lmn, rel=0.01)
-
-
-def failing_estimate(rank):
-    rows = lmnfast.connectivity(network(), samples(700, 6), **FEW, group=dist.group.WORLD, gather=False)
-    said = []
-    if rank == 1:
-        rows.values[3, 4] = torch.nan
-    for negative in ("none" if rank else "clip", "clip"):
-        try:
-            rows.estimate(negative=negative)
-        except (ValueError, RuntimeError) as error:
-            said.append(str(error))
-    return said
-
-
-def test_an_estimate_that_fails_on_one_process_ends_on_all(tmp_path):
-    first, second = on_ranks(2, failing_estimate, tmp_path)
-    assert first[0] == f"group: another process failed, rank 1: ValueError: {second[0]}"
-    assert second[0].startswith("negative: expected one of")
-    assert "expected a finite sum of squares" in first[1]
-    assert second[1] == f"group: another process failed, rank 0: ValueError: {first[1]}"
 
 
 def other_things(rank):
@@ -373,6 +285,85 @@ def test_a_model_that_one_process_cannot_cut_ends_the_step_of_all(tmp_path):
     other, own = on_ranks(2, cut_on_one, tmp_path)
     assert len(own[0]) == 1 and other[0][0].startswith("group: another process failed, rank 1: ")
     assert own[1] == other[1] and len(own[1]) == 1
+
+
+def interrupted(rank):
+    """An interrupt that one process catches."""
+    net, x, world = network(), samples(60, 6), dist.group.WORLD
+
+    class Odd(ValueError):
+        def __str__(self):
+            raise ArithmeticError
+
+    said = []
+    for kind in (KeyboardInterrupt, SystemExit, Odd):
+
+        def f(z, kind=kind):
+            if rank == 1:
+                raise kind
+            return net(z)
+
+        try:
+            lmnfast.lmn(f, x, **FEW, group=world)
+        except BaseException as error:
+            said.append(type(error).__name__ if rank == 1 else str(error))
+    try:
+        lmnfast.lmn(f if rank == 1 else net, x[:1], **FEW, group=world)
+    except (RuntimeError, ValueError) as error:
+        said.append(type(error).__name__)
+    return [*said, lmnfast.lmn(net, x, **FEW, group=world)]
+
+
+@COMPILED
+def test_an_interrupt_of_one_process_ends_the_call_of_all(tmp_path):
+    other, own = on_ranks(2, interrupted, tmp_path)
+    assert own[:2] == ["KeyboardInterrupt", "SystemExit"]
+    for said, kind in zip(other[:3], ("KeyboardInterrupt", "SystemExit", ""), strict=True):
+        assert said.startswith(f"group: another process failed, rank 1: {kind}")
+    assert other[4] == own[4] == lmnfast.lmn(network(), samples(60, 6), **FEW)
+
+
+def odd_probes(rank):
+    """Probes that one process makes or reads in another way."""
+    model, x, world = mlp(6, 8, 8, 3, gain=3.0), samples(60, 6), dist.group.WORLD
+    how = {"every": 1, **FEW, "group": world}
+    said = []
+
+    def note(call):
+        try:
+            call()
+        except (ValueError, RuntimeError, UserWarning) as error:
+            said.append(f"{type(error).__name__}: {error}")
+
+    def raising(o):
+        if rank == 1:
+            raise ArithmeticError("not here")
+        return 1.0
+
+    lmnfast.register_observable("odd", raising, reads=["model"])
+    note(lambda: lmnfast.Probe(model, x, "0" if rank != 1 else "none", **how))
+    note(lambda: lmnfast.Probe(model, x, ["0", "2"] if rank != 1 else ["0"], **how))
+    with lmnfast.Probe(model, x, ["0", "2"], **how) as probe, warnings.catch_warnings():
+        warnings.simplefilter("error" if rank == 1 else "ignore")
+        probe._problems["0", "odd"] = "a warning of an earlier step"
+        note(lambda: probe(0))
+        note(lambda: probe(1))
+    with lmnfast.Probe(model, x, ["0", "2"], **how, observables=["odd"]) as other:
+        note(lambda: other(0))
+    return said, [row["step"] for row in probe.history], lmnfast.lmn(model, x, **FEW, group=world)
+
+
+@COMPILED
+def test_a_probe_that_one_process_makes_otherwise_ends_all(tmp_path):
+    alone = lmnfast.lmn(mlp(6, 8, 8, 3, gain=3.0), samples(60, 6), **FEW)
+    for rank, (said, steps, last) in enumerate(on_ranks(2, odd_probes, tmp_path)):
+        assert len(said) == 4, said
+        assert "none" in said[0] and ("another process failed, rank 1: " in said[0]) is (rank == 0)
+        assert said[1] == (
+            "ValueError: layers: expected the same on all ranks, got ('0',) on rank 1 and ('0', '2') on rank 0"
+        )
+        assert "a warning of an earlier step" in said[2] and "not here" in said[3]
+        assert steps == [1, 1] and last == alone
 
 
 def with_an_offset(rank):
