@@ -108,7 +108,8 @@ def deflate(matrix: Matrix, dimension: int, most_moved: float, known: Deflated |
     before = matrix.empty(0) if known is None else known.basis
     left_over = matrix.samples - before.shape[1]
     dimension = min(dimension, left_over)
-    space, projected, left = _krylov(matrix, dimension, before)
+    largest = float(known.values.abs().max()) if known is not None and len(known.values) else 0.0
+    space, projected, left = _krylov(matrix, dimension, before, largest)
     values, vectors = torch.linalg.eigh(projected)
     ends = vectors[dimension - left.shape[1] :]
     gram = (left.mT @ left).double().cpu()
@@ -127,15 +128,18 @@ def deflate(matrix: Matrix, dimension: int, most_moved: float, known: Deflated |
     return Deflated(basis, found, moved, 1.02 * reach)
 
 
-def _krylov(matrix: Matrix, dimension: int, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _krylov(matrix: Matrix, dimension: int, before: Tensor, largest: float) -> tuple[Tensor, Tensor, Tensor]:
     """A block Krylov space of random vectors for the part of the matrix that is orthogonal to the orthonormal vectors `before`:
     `before` and an orthonormal basis of the space (N, dimension) beside them; the matrix in the space, float64, on the CPU; and
-    what the products with the last vectors have outside of all this."""
+    what the products with the last vectors have outside of all this.
+
+    largest: of the eigenvalues of `before`, by magnitude, whose rounding is in every product.
+    """
     first = before.shape[1]
     space = matrix.empty(first + dimension)
     space[:, :first] = before
     projected = torch.zeros(dimension, dimension, dtype=torch.float64)
-    left, largest = matrix.random(min(BLOCK, dimension)), 0.0
+    left = matrix.random(min(BLOCK, dimension))
     for start in range(0, dimension, BLOCK):
         stop = min(start + BLOCK, dimension)
         least = 10 * torch.finfo(space.dtype).eps * largest

@@ -379,6 +379,20 @@ def test_a_matrix_near_ones_has_its_lmn(n, size):
     assert low <= exact <= high and found.lmn >= 1 and found.lmn - 1 == pytest.approx(exact - 1, rel=0.1)
 
 
+@pytest.mark.parametrize("seed", [1, 24, 28, 34])
+def test_a_matrix_near_ones_with_few_other_entries_has_its_lmn(seed):
+    """Beside an eigenvalue of about N, which is known, a second Krylov space has little but rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.zeros(300, 300)
+    u.view(-1)[torch.randint(90_000, (120,), generator=generator)] = 0.01 * torch.rand(
+        120, generator=generator
+    )
+    L = 1 - (u + u.T).fill_diagonal_(0)
+    exact = lmn_of(np.linalg.eigvalsh(L.numpy().astype(float)))
+    low, high = _krylov.of_matrix(L, "absolute").interval()
+    assert low <= exact <= high
+
+
 def test_an_interval_has_no_lmn_below_1_or_above_n():
     assert _krylov.interval(1.0, 0.01, 0.01, 0.95)[0] == 1 < _krylov.interval(1.0, 0.01, 0.01, 0.95)[1]
     low, high = _krylov.interval(599.0, 1.0, 2.0, 0.95, 600)
