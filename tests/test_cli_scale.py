@@ -162,14 +162,9 @@ def test_widths_that_cannot_be_made_are_one_line(free, capsys, monkeypatch):
     if not free:
         monkeypatch.setattr(_commands_scale, "available", lambda _: None)
     big = 2**53 - 1
-    for widths in (
-        (99999999999, 5),
-        (5, 99999999999),
-        (5, 10**22, 5),
-        (2**32, 2**32),
-        (big, big),
-        (5, 10**400),
-    ):
+    # With the memory unknown only sizes that no address space has: others some systems lend, and kill the process later.
+    large = [(99999999999, 5), (5, 99999999999)] if free else []
+    for widths in (*large, (5, 10**22, 5), (2**32, 2**32), (big, big), (5, 10**400)):
         words = [*map(str, widths)]
         code, out, err = said(capsys, "plan", "--widths", *words, "--samples=100")
         assert code == 2 and out == "" and len(err.splitlines()) == 1
