@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._folder import folder_of
+from ._memory import available, said_bytes
 from ._parser_scale import ACTIVATIONS
 from ._settings import Settings
 from .checkpoints import first_samples, load_inputs
@@ -22,7 +23,7 @@ from .checkpoints.sources import in_one_line
 from .runs.device import refuse_unusable, settled_device
 from .runs.files import write_json
 from .runs.progress import move, progress_bar
-from .scale import make_tiles, plan, solve
+from .scale import check_counts, make_tiles, plan, solve
 
 # The options of a network and of where it is cut.
 NETWORK = (
@@ -38,14 +39,17 @@ NETWORK = (
     "key",
 )
 SETTINGS = ("method", "points", "rule", "stabiliser")
+# Samples that are made for a network of --widths.
+TRIED = 1024
 
 
 def tiles(options: Namespace) -> None:
     given = vars(options)
     out = folder_of(given.get("out", "tiles"))
     refuse_unusable(given.get("device", "auto"))
-    settings = Settings(**_settings(given))
-    f, x = _network(given, given.get("samples"))
+    with _in_one_line():
+        settings = Settings(**_settings(given))
+        f, x = _network(given, given.get("samples"))
     shard = given.get("shard", (1, 1))
     show = not options.quiet and find_spec("tqdm") is not None
     with progress_bar(100, 0, show, "%") as bar, _in_one_line():
@@ -60,7 +64,9 @@ def solve_folder(options: Namespace) -> None:
     refuse_unusable(given.get("device", "auto"))
     chosen = {name: given[name] for name in ("solver", "negative", "device") if name in given}
     folder = folder_of(options.folder)
-    m = solve(folder, **chosen, say=None if options.quiet else lambda line: print(line, file=sys.stderr))
+    say = None if options.quiet else lambda line: print(line, file=sys.stderr)
+    with _in_one_line():
+        m = solve(folder, **chosen, say=say)
     values = {name: value for name, value in m.to_dict().items() if not isinstance(value, (Tensor, dict))}
     for name, value in values.items():
         print(f"{name:16}  {value:.6g}" if isinstance(value, float) else f"{name:16}  {value}")
@@ -75,31 +81,46 @@ def solve_folder(options: Namespace) -> None:
 def plan_for(options: Namespace) -> None:
     given = vars(options)
     refuse_unusable(given.get("device", "auto"))
+    more = {name: given[name] for name in ("samples", "ranks") if name in given}
+    check_counts(**more)
+    with _in_one_line():
+        f, x = _planned(given)
+        print(plan(f, x, **more, **_settings(given)))
+
+
+def _planned(given: Mapping[str, Any]) -> tuple[nn.Module, Tensor]:
+    """The network of a plan, and samples: of a model, or made of widths."""
     widths = given.get("widths")
     if widths is None:
         if "activation" in given:
             raise ValueError("activation: expected --widths with it")
-        f, x = _network(given, None)
-    else:
-        if wrong := [f"--{name.replace('_', '-')}" for name in (*NETWORK, "trust") if name in given]:
-            raise ValueError(f"widths: expected no option of a model with it, got {', '.join(wrong)}")
-        f, x = _made_of(widths, given.get("activation", "silu"), settled_device(given.get("device", "auto")))
-        if "samples" not in given:
-            raise ValueError("samples: expected a number with --widths, as --samples 20000")
-    more = {name: given[name] for name in ("samples", "ranks") if name in given}
-    with _in_one_line():
-        print(plan(f, x, **more, **_settings(given)))
+        return _network(given, None)
+    if wrong := [f"--{name.replace('_', '-')}" for name in (*NETWORK, "trust") if name in given]:
+        raise ValueError(f"widths: expected no option of a model with it, got {', '.join(wrong)}")
+    if "samples" not in given:
+        raise ValueError("samples: expected a number with --widths, as --samples 20000")
+    said = " ".join(map(str, widths))
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"widths: expected two or more of at least 1, got {said}")
+    try:
+        return _made_of(widths, given.get("activation", "silu"), settled_device(given.get("device", "auto")))
+    except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # torch has no one error for it
+        raise ValueError(f"widths: cannot make a network of {said}: {in_one_line(error)}") from error
 
 
 def _made_of(widths: list[int], activation: str, device: str) -> tuple[nn.Module, Tensor]:
-    """A network of Linear layers, and samples."""
-    if len(widths) < 2 or min(widths) < 1:
-        raise ValueError(f"widths: expected two or more of at least 1, got {' '.join(map(str, widths))}")
+    """A network of Linear layers, and samples. Raises MemoryError before memory is taken that is not there."""
+    numbers = TRIED * widths[0] + sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
+    free = available(torch.device("cpu"))
+    if free is not None and 4 * numbers > free:
+        raise MemoryError(
+            f"it takes {said_bytes(4 * numbers)} with its samples, and {said_bytes(free)} are free"
+        )
     generator = torch.Generator().manual_seed(0)
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), getattr(nn, ACTIVATIONS[activation])()]
-    x = torch.randn(1024, widths[0], generator=generator)
+    x = torch.randn(TRIED, widths[0], generator=generator)
     return nn.Sequential(*layers[:-1]).to(device), x.to(device)
 
 
@@ -107,6 +128,8 @@ def _network(given: Mapping[str, Any], samples: int | None) -> tuple[nn.Module, 
     """The tail and its samples."""
     if "inputs" not in given or not {"layer", "block"} & set(given):
         raise ValueError("model: expected --inputs with it, and --layer or --block")
+    if alone := [name for name in ("key", "trust") if name in given and "checkpoint" not in given]:
+        raise ValueError(f"{alone[0]}: expected --checkpoint with it")
     inputs = load_inputs(given["inputs"])
     if samples is not None:
         inputs = first_samples(inputs, samples, given.get("batch_dim"))
@@ -121,10 +144,10 @@ def _network(given: Mapping[str, Any], samples: int | None) -> tuple[nn.Module, 
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Turns the errors of the user's network, which may be any, into one line."""
+    """Turns the errors of the user's network, which may be any, and of lacking memory into one line."""
     try:
         yield
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, MemoryError, OverflowError) as error:
         raise ValueError(in_one_line(error)) from error
 
 

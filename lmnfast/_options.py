@@ -25,7 +25,7 @@ def add_cut(parser: argparse.ArgumentParser) -> None:
         help="dimension of the samples: 1 for an nn.LSTM by default (0)",
     )
     parser.add_argument("--forward", metavar="MODULE:FUNCTION", help="called as function(model, inputs)")
-    parser.add_argument("--key", help="where in a checkpoint the state dict is, as state.ema")
+    parser.add_argument("--key", type=name, help="where in a checkpoint the state dict is, as state.ema")
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -34,7 +34,9 @@ def add_cut(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layers(parser: argparse._ActionsContainer, text: str) -> None:
-    parser.add_argument("--layers", "--layer", nargs="+", action="extend", metavar="LAYER", help=text)
+    parser.add_argument(
+        "--layers", "--layer", nargs="+", action="extend", type=name, metavar="LAYER", help=text
+    )
 
 
 def add_until(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +114,13 @@ def integer(text: str) -> int:
     if not value.is_integer() or abs(value) >= 2**53:  # float64 holds all integers up to there
         raise argparse.ArgumentTypeError(f"expected an integer, as 10000 or 1e4, got {text!r}")
     return int(value)
+
+
+def name(text: str) -> str:
+    """A name, which is not empty: an empty one may come of a variable of a shell that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, got ''")
+    return text
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from ._options import (
     add_until,
     integer,
     methods,
+    name,
 )
 from ._parser_scale import PLAN, SOLVE, TILES, add_plan, add_solve, add_tiles
 from .grokking.choices import (
@@ -304,6 +305,7 @@ def _add_checkpoints(other: argparse.ArgumentParser) -> None:
         "--block",
         nargs="+",
         action="extend",
+        type=name,
         metavar="BLOCK",
         help="in place of layers: modules that are measured alone, also if skip connections go around them",
     )

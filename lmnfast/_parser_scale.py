@@ -14,6 +14,7 @@ from ._options import (
     add_rule,
     add_samples,
     integer,
+    name,
 )
 from .grokking.config import Config
 
@@ -94,9 +95,12 @@ def _add_place(parser: argparse.ArgumentParser, required: bool) -> None:
     """The checkpoint of a model, and where it is cut."""
     parser.add_argument("--checkpoint", metavar="FILE", help="its weights (those that the factory gives)")
     of = parser.add_mutually_exclusive_group(required=required)
-    of.add_argument("--layer", metavar="LAYER", help="a layer's name; inputs: from the model's inputs on")
+    of.add_argument(
+        "--layer", type=name, metavar="LAYER", help="a layer's name; inputs: from the model's inputs on"
+    )
     of.add_argument(
         "--block",
+        type=name,
         metavar="BLOCK",
         help="in place of a layer: a module that is measured alone, as checkpoints does",
     )

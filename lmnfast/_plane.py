@@ -11,7 +11,7 @@ from torch import Tensor
 
 # The order is the largest prime for which a tile has this many samples or more: with fewer a kernel takes longer for a pair.
 LEAST_SAMPLES = 512
-# With many samples tiles are not smaller than needed, but no larger than this, so that a tile fits into memory.
+# With many samples tiles have about this many, so that a tile fits into memory: up to a sixth more, as the order is a prime.
 MOST_SAMPLES = 4096
 LEAST_ORDER, MOST_ORDER = 3, 31
 

@@ -60,7 +60,7 @@ def tiles(
     Any number of processes and machines that share the folder may work at once, each on its shard. Tiles that are there are
     not measured again, so the same call goes on after a stop. A tile is written whole or not at all, and carries a checksum and
     the hash of network, samples and settings. Their numbers have the same bits for any number of shards, and for a fused chain
-    those of :func:`connectivity`.
+    those of :func:`connectivity`; method "jacobian" has them to rounding.
 
     Args:
         f: as in :func:`connectivity`.
@@ -119,9 +119,7 @@ def make_tiles(
 ) -> list[Path]:
     """`tiles` with checked arguments. command: what makes the tiles that are missing, for messages."""
     x = _as_tensor(x)
-    if isinstance(x, Tensor) and x.dim() and not 2 <= len(x) <= MOST_SAMPLES:
-        expected = "two samples or more" if len(x) < 2 else f"{MOST_SAMPLES} samples or fewer"
-        raise ValueError(f"x: expected {expected}, got {len(x)}")
+    _check_length(x)
     with reported(progress) as report:
         identity = identity_of(f, x, settings)
         folder = Folder.begun(out, identity, "float64" if x.dtype == torch.float64 else "float32", command)
@@ -135,6 +133,13 @@ def make_tiles(
             if report is not None:
                 report((done + 1) / len(mine))
     return [folder.file(number) for number in mine]
+
+
+def _check_length(x: Tensor) -> None:
+    """Raises ValueError for samples of which no folder can be. What is no tensor is left to others."""
+    if isinstance(x, Tensor) and x.dim() and not 2 <= len(x) <= MOST_SAMPLES:
+        expected = "two samples or more" if len(x) < 2 else f"{MOST_SAMPLES} samples or fewer"
+        raise ValueError(f"x: expected {expected}, got {len(x)}")
 
 
 def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
@@ -187,8 +192,8 @@ def solve(
         say: receives one line before any work: the memory and the time that the dense solver needs.
 
     Returns:
-        The `Measurement` of the network, samples and settings. Of a fused chain it is equal to that of :func:`measure`, and of
-        another function equal to rounding, because f is called on other batches of samples.
+        The `Measurement` of the network, samples and settings. Of a fused chain it is equal to that of :func:`measure`, except
+        for method "jacobian". That, and another function, is equal to rounding, because the products are of other batches.
 
     Raises:
         ValueError: no folder of tiles, or its manifest is damaged; tiles are missing or damaged, which the message names with
@@ -312,7 +317,7 @@ class Plan:
     """Of solver "estimate": the matrix, of which parts may be on disk, and vectors."""
     estimate_seconds: float
     """About, of solver "estimate" while the matrix is in memory, by some products. How many a matrix needs is known to a factor
-    of 1.5."""
+    of 2."""
     free_bytes: int | None
     """Memory that is free where the solver runs; None: not known."""
     device: str
@@ -350,6 +355,16 @@ class Plan:
         return "\n".join(lines)
 
 
+def check_counts(samples: int | None = None, ranks: int = 1) -> None:
+    """Raises ValueError for numbers that no plan can have."""
+    n = 2 if samples is None else samples
+    for name, value, least in (("samples", n, 2), ("ranks", ranks, 1)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name}: expected {least} or more, got {value!r}")
+    if n > MOST_SAMPLES:
+        raise ValueError(f"samples: expected {MOST_SAMPLES} or fewer, as many as tiles can be of, got {n}")
+
+
 def plan(
     f: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -367,7 +382,7 @@ def plan(
     Args:
         f: as in :func:`connectivity`.
         x: (n, *in), some samples. Two are enough, some hundred give a better time.
-        samples: N. None: as many as x has.
+        samples: N, at most 2^24, as many as :func:`tiles` takes. None: as many as x has.
         ranks: the number of processes, each with as many threads as this one.
         method, points, rule, budget, stabiliser: as in :func:`connectivity`.
 
@@ -388,11 +403,10 @@ def plan(
         estimate 1.93 GB, about ...
     """
     settings = Settings(method, points, rule, budget, stabiliser)
+    check_counts(samples, ranks)
+    _check_length(x)
     x = checked_samples(f, x)
     n = len(x) if samples is None else samples
-    for name, value, least in (("x", len(x), 2), ("samples", n, 2), ("ranks", ranks, 1)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name}: expected {least} or more, got {value!r}")
     plane = Plane(n)
     item = 8 if x.dtype == torch.float64 else 4
     size = n / plane.order  # of a tile, but for less than one sample in a block

@@ -93,6 +93,13 @@ def test_wrong_arguments_are_one_line(at, capsys):
         (["plan", "--widths", "6", "3", "--samples=1"], "samples: expected 2 or more, got 1"),
         (["plan", *HOW, "--activation=relu"], "activation: expected --widths with it"),
         (["tiles", *HOW, "--samples=61"], "samples: expected 1 to 60, what the inputs have, got 61"),
+        (
+            ["tiles", *HOW, "--samples=9", "--batch-dim=-5"],
+            "batch_dim: expected a dimension, counted from 0 on, ",
+        ),
+        (["tiles", *HOW, "--samples=9", "--batch-dim=2"], "of the inputs, which has 2, got 2"),
+        (["tiles", *HOW[:-1], "--points=9007199254740991"], "MemoryError: Unable to allocate "),
+        (["plan", *HOW[:-1], "--points=9007199254740991"], "MemoryError: Unable to allocate "),
         (["tiles", *HOW, "--samples=1"], "x: expected two samples or more, got 1"),
         (["tiles", *HOW, "--out="], "out: expected the path of a folder, got ''"),
         (["tiles", *HOW, "--out=x.npy"], "out: expected a folder, x.npy is a file"),
@@ -102,6 +109,69 @@ def test_wrong_arguments_are_one_line(at, capsys):
     ):
         code, out, err = said(capsys, *words)
         assert (code, out) == (2, "") and expected in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("command", ["tiles", "plan"])
+def test_a_checkpoint_is_one_file_and_its_options_need_it(command, at, capsys):
+    for step in range(10, 15):
+        torch.save({"model": made("nets:make").state_dict()}, f"step_{step}.pt")
+    for words, expected in (
+        (
+            ["--checkpoint=step_*.pt"],
+            "expected one file, got 6: step_3.pt, step_10.pt, step_11.pt, step_12.pt and 2 more",
+        ),
+        (["--checkpoint=step_1[01].pt"], "expected one file, got 2: step_10.pt, step_11.pt"),
+        (["--checkpoint=step_2*.pt"], "no file matches 'step_2*.pt'"),
+    ):
+        assert said(capsys, command, *HOW, *words) == (2, "", f"lmnfast: error: checkpoint: {expected}\n")
+    for words in (["--key=model"], ["--trust"], ["--key=model", "--trust"]):
+        name = words[0].partition("=")[0].removeprefix("--")
+        expected = f"lmnfast: error: {name}: expected --checkpoint with it\n"
+        assert said(capsys, command, *HOW, *words) == (2, "", expected)
+        assert said(capsys, command, *HOW, *words, "--checkpoint=step_[3].pt")[0] == 0
+
+
+@pytest.mark.parametrize("option", ["layer", "block", "key"])
+@pytest.mark.parametrize("command", ["tiles", "plan", "checkpoints"])
+def test_an_empty_name_is_refused(command, option, at, capsys):
+    place = [] if option in ("layer", "block") else ["--layer=1"]
+    words = [command, "--model=nets:make", "--inputs=x.npy", "--checkpoint=step_3.pt", *place, f"--{option}="]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"lmnfast {command}: error: argument --{option}") or f"/--{option}: " in last
+    assert last.endswith(": expected a name, got ''")
+
+
+def test_a_plan_of_too_many_samples_is_refused_before_any_work(at, capsys, monkeypatch):
+    monkeypatch.setattr(_commands_scale, "_planned", lambda _: pytest.fail("a network was made"))
+    for count in (2**24 + 1, 10**12, 10**400):
+        expected = f"samples: expected 16777216 or fewer, as many as tiles can be of, got {count}\n"
+        for words in (["--widths", "5", "5"], HOW):
+            assert said(capsys, "plan", *words, f"--samples={count}") == (
+                2,
+                "",
+                f"lmnfast: error: {expected}",
+            )
+    expected = "lmnfast: error: ranks: expected 1 or more, got 0\n"
+    assert said(capsys, "plan", *HOW, "--ranks=0") == (2, "", expected)
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["memory known", "memory unknown"])
+def test_widths_that_cannot_be_made_are_one_line(free, capsys, monkeypatch):
+    monkeypatch.setattr(_commands_scale, "available", lambda _: 10**9 if free else None)
+    big = 2**53 - 1
+    # With the memory unknown only sizes that no address space has: others some systems lend, and kill the process later.
+    large = [(99999999999, 5), (5, 99999999999)] if free else []
+    for widths in (*large, (5, 10**22, 5), (2**32, 2**32), (big, big), (5, 10**400)):
+        words = [*map(str, widths)]
+        code, out, err = said(capsys, "plan", "--widths", *words, "--samples=100")
+        assert code == 2 and out == "" and len(err.splitlines()) == 1
+        assert err.startswith(f"lmnfast: error: widths: cannot make a network of {' '.join(words)}: ")
+    if free:
+        assert said(capsys, "plan", "--widths", "5", "99999999999", "--samples=100")[2].endswith(
+            " are free\n"
+        )
 
 
 def test_a_plan_of_a_model_and_of_widths(at, capsys):

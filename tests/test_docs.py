@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from fresh import run_fresh
 
 import lmnfast
@@ -61,7 +60,7 @@ def test_two_processes_print_what_the_page_on_many_samples_says(tmp_path):
     """As torchrun starts them, which only sets these variables."""
     page = (ROOT / "docs/scale.md").read_text()
     script = re.search(r"```python\n(# sharded.py\n.*?)```", page, re.DOTALL)[1]
-    said = re.search(r"```text\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    said = re.search(r"torchrun .*?```text\n(.*?)```", page, re.DOTALL)[1].splitlines()
     (tmp_path / "sharded.py").write_text(script)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -93,17 +92,36 @@ def test_the_commands_of_the_page_on_many_samples_run(place, capsys):
         if line.startswith("lmnfast ")
     ]
     assert [command.split()[1] for command in commands] == ["plan", "plan", "tiles", "tiles", "solve"]
+    printed = []
     for command in commands:
         assert cli.main([*shlex.split(command)[1:], "--quiet"]) == 0
-    assert "samples           100" in capsys.readouterr().out
-    f, x = (
-        torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.SiLU(), torch.nn.Linear(9, 3)),
-        torch.randn(50, 4),
-    )
-    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1].replace('"many"', '"again"')
-    names = {"lmnfast": lmnfast, "f": f, "x": x}
-    exec(code, names)
-    assert names["m"] == lmnfast.measure(f, x, points=9, rule="lobatto")
+        printed.append(capsys.readouterr().out)
+    planned, _, found, _ = re.findall(r"```text\n(N =.*?|shard.*?|solver.*?)```", page, re.DOTALL)
+    assert without_times(printed[0]) == without_times(planned)
+    number = r"(?<![\w/])\d+\.?\d*(?!/)"
+    there, said = ("".join(printed[2:]), found)
+    assert re.sub(number, "#", there) == re.sub(number, "#", said)
+    values = ([float(value) for value in re.findall(number, text)] for text in (there, said))
+    assert next(values) == pytest.approx(next(values), rel=0.03)
+
+
+def test_the_python_of_the_page_on_many_samples_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    """Each block alone, as it is pasted."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/scale.md").read_text()
+    blocks = re.findall(r"```python\n(?!# sharded.py)(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) + 1 == page.count("```python") == 3
+    for code, said in blocks:
+        names: dict[str, object] = {}
+        exec(code, names)
+        assert without_times(capsys.readouterr().out) == without_times(said)
+    assert names["m"] == lmnfast.measure(names["f"], names["x"], points=9, rule="lobatto")
+
+
+def without_times(text: str) -> str:
+    """What `plan` and `solve` say, but for the times, and the memory that is free."""
+    text = re.sub(r"[\d.e+-]+ (us|s|minutes|hours|days)\b", "#", text)
+    return re.sub(r"; [\d.]+ \w+ are free.*", "", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

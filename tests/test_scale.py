@@ -26,6 +26,10 @@ def network():
     return mlp(6, 10, 3, gain=3.0)
 
 
+def unused(_):
+    pytest.fail("f was called")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A whole folder of tiles, of `network` on 60 samples."""
@@ -69,6 +73,12 @@ def test_settings_and_kinds_of_samples(tmp_path):
     assert lmnfast.solve(tmp_path / "a") == lmnfast.measure(f, x, **how)
     lmnfast.tiles(f, x, tmp_path / "b", method="hermite-midpoint")
     assert lmnfast.solve(tmp_path / "b") == lmnfast.measure(f, x, method="hermite-midpoint")
+    lmnfast.tiles(f, x, tmp_path / "h", method="hermite")
+    assert lmnfast.solve(tmp_path / "h") == lmnfast.measure(f, x, method="hermite")
+    lmnfast.tiles(f, x, tmp_path / "j", method="jacobian")  # the same to rounding
+    m, whole = lmnfast.solve(tmp_path / "j"), lmnfast.measure(f, x, method="jacobian")
+    torch.testing.assert_close(m.connectivity, whole.connectivity, rtol=0, atol=1e-6)
+    assert m.lmn == pytest.approx(whole.lmn, rel=1e-5) and whole.lmn > 3
     lmnfast.tiles(f.double(), x.double(), tmp_path / "c")
     m = lmnfast.solve(tmp_path / "c")
     assert m.connectivity.dtype == torch.float64 and m == lmnfast.measure(f, x.double())
@@ -352,6 +362,14 @@ def test_a_plan_counts_what_there_is_to_do(folder):
     assert (small.samples, small.tiles) == (60, 12)
     assert small.disk_bytes == pytest.approx(files, rel=0.01)
     assert "does not fit" in str(lmnfast.plan(network(), samples(60, 6), samples=10**7))
+    for many in (2**24 + 1, 10**12):
+        with pytest.raises(ValueError, match=f"^samples: expected 16777216 or fewer, .* got {many}$"):
+            lmnfast.plan(unused, samples(60, 6), samples=many)
+    with pytest.raises(ValueError, match="^x: expected 16777216 samples or fewer, got 16777217$"):
+        lmnfast.plan(unused, torch.zeros(1, 1).expand(2**24 + 1, 1))
+    with pytest.raises(ValueError, match="^x: expected two samples or more, got 1$"):
+        lmnfast.plan(unused, samples(1, 6), samples=100)
+    assert lmnfast.plan(network(), samples(60, 6), samples=2**24).tiles == Plane(2**24).tiles
     for wrong, said in (({"samples": 1}, "samples: expected 2"), ({"ranks": 0}, "ranks: expected 1")):
         with pytest.raises(ValueError, match=f"{said} or more, got"):
             lmnfast.plan(network(), samples(60, 6), **wrong)

@@ -19,7 +19,7 @@ from .._eigenvalues import check_negative
 from .._layers import for_layers, is_pattern, match_layers
 from .._measured import measured, share_of, warn_of_offsets
 from .._native import Progress
-from .._nested import mapped, tensors_in
+from .._nested import first_names, mapped, tensors_in
 from .._observables import Chosen, settings_for
 from .._run_to import Cutting
 from .._settings import Settings
@@ -177,17 +177,19 @@ def tail_at(
 ) -> tuple[nn.Module, Tensor]:
     """The tail of a model behind a layer, or a block, and its samples, as `measure_checkpoints` measures them.
 
-    checkpoint: a file with weights. None: those that the factory gives. Other arguments and errors as in
-    `measure_checkpoints`.
+    checkpoint: a file with weights, or a pattern that matches one file. None: the weights that the factory gives. Other
+    arguments and errors as in `measure_checkpoints`.
     """
     name = chosen(layer, block, ("layer", "block"))
     assert isinstance(name, str)
     call = imported(forward, "forward", "function") if isinstance(forward, str) else forward
     how = Cutting(call, output, until, block is not None, batch_dim)
+    files = [] if checkpoint is None else find_checkpoints([checkpoint])
+    if len(files) > 1:
+        raise ValueError(f"checkpoint: expected one file, got {len(files)}: {first_names(files)}")
     network = made(model)
     how.check(network)
-    if checkpoint is not None:
-        (path,) = find_checkpoints([checkpoint])
+    for path in files:
         load_state(network, read_state(path, key, trust=trust), path)
     network, inputs = _on_device(network, inputs, settled_device(device))
     try:

@@ -258,7 +258,7 @@ def first_samples(inputs: Any, count: int, batch_dim: int | None = None) -> Any:
         The same containers. Other tensors are in them as they are.
 
     Raises:
-        ValueError: there are fewer samples than `count`.
+        ValueError: there are fewer samples than `count`; the first tensor has no dimension `batch_dim`.
 
     Example:
         >>> from lmnfast.checkpoints import first_samples
@@ -268,6 +268,11 @@ def first_samples(inputs: Any, count: int, batch_dim: int | None = None) -> Any:
     """
     tensors = list(tensors_in(inputs))
     along = batch_dim or 0
+    if along and not 0 <= along < tensors[0].ndim:
+        raise ValueError(
+            f"batch_dim: expected a dimension, counted from 0 on, of the first of the inputs, which has {tensors[0].ndim}, "
+            f"got {along}"
+        )
     rows = tensors[0].shape[along] if tensors[0].ndim > along else 0
     if not 1 <= count <= rows:
         raise ValueError(f"samples: expected 1 to {rows}, what the inputs have, got {count}")
