@@ -20,6 +20,7 @@ from ._generic import Paths
 from ._native import Progress
 from ._settings import PLAIN, Statistic
 from ._unresolved import LEAST_ROUNDING, RESOLVED_ULPS, TOTALS, UNRESOLVED, Widened
+from ._whole import Whole
 from .quadrature import orthonormal_polynomials
 from .reference import CONSTANT_ULPS
 
@@ -394,13 +395,14 @@ class BlockPaths(Paths):
         allocated: int,
         progress: Progress | None = None,
         statistic: Statistic = PLAIN,
+        whole: Whole | None = None,
     ) -> None:
         self.positions = math.prod(x.shape[1:-1])
         with torch.no_grad():
             rows = _Rows.of(block, x.reshape(-1, x.shape[-1]))
             # Without the last bias, like the rows: next to a large one float32 rounds all that the outputs vary.
             bare = replace(block, last_bias=None)
-            in_double = Widened(bare, x, bare(x).flatten(1))
+            in_double = Widened(bare, x, bare(x).flatten(1), whole, "block")
             self.outputs = _Outputs(
                 block, rows, self.positions, nodes, weights, in_double.rounding, statistic
             )

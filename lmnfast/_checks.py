@@ -11,6 +11,7 @@ from ._chain import Chain
 from ._outputs import on_device, outputs_of
 from ._samples import same_output
 from ._unresolved import in_double
+from ._whole import Part
 from .ops.check_outputs import find
 
 # The error of a float32 product, as a share of its magnitude, at each precision of torch.set_float32_matmul_precision. The
@@ -221,9 +222,11 @@ def _other_chain() -> NotTheChain:
 class Checks:
     """Checks that raise at once, or, deferred, are collected on the device and read together later."""
 
-    def __init__(self, deferred: bool, numbers: Tensor | None = None) -> None:
-        """numbers: (N,) int64, the caller's numbers of the samples, for messages. None: 0 to N - 1."""
-        self.deferred, self.numbers = deferred, numbers
+    def __init__(self, deferred: bool, part: Part | None = None) -> None:
+        """part: which of the caller's samples these are. None: all."""
+        self.deferred = deferred
+        self.numbers = None if part is None else part.numbers
+        self.whole = None if part is None else part.whole
         self.verdicts: list[Tensor] = []
         self.errors: list[Callable[[int, int], Exception]] = []
         self._repeated: tuple[Tensor, list[int], Tensor, Tensor, float] | None = None

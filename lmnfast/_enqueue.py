@@ -24,6 +24,7 @@ from ._polynomials import generic_polynomials
 from ._prepare import Prepared, prepared
 from ._settings import DEFAULT, Settings
 from ._tiles import tile_bytes
+from ._whole import Part
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 from .reference import CONSTANT_ULPS
 
@@ -130,7 +131,7 @@ def enqueue(
     deferred: bool | None = None,
     stream: torch.cuda.Stream | None = None,
     progress: Progress | None = None,
-    numbers: Tensor | None = None,
+    part: Part | None = None,
 ) -> Enqueued:
     """:func:`lmnfast.connectivity`. For a chain it does not wait for a CUDA device.
 
@@ -147,7 +148,7 @@ def enqueue(
         deferred: leave the checks to `check`. None: only on CUDA.
         stream: a CUDA stream for the work, in place of the current one; see `_on`. x itself must not change.
         progress: receives the share that is done.
-        numbers: as of `Checks`.
+        part: as of `Checks`.
 
     Raises:
         As connectivity; RuntimeError if f(x) is not `expected`; NotTheChain only in `check`: on other devices the chain is
@@ -163,7 +164,7 @@ def enqueue(
             expected=expected,
             deferred=deferred,
             points=settings.points,
-            numbers=numbers,
+            part=part,
         ) as function,
         _on(stream, function),
     ):
@@ -258,7 +259,8 @@ def paths_of(function: Prepared, settings: Settings, progress: Progress | None =
     block, x = function.route.block, function.x
     if block is not None:
         tile = tile_bytes(settings.budget, x.device, of_block=True)
-        return BlockPaths(block, x, *settings.nodes, tile, function.allocated, progress, settings.statistic)
+        own = block, x, *settings.nodes, tile, function.allocated
+        return BlockPaths(*own, progress, settings.statistic, function.checks.whole)
     compiled = original_of(function.calls.f) is not function.calls.f
     tile = tile_bytes(settings.budget, x.device, is_compiled=compiled)
     nodes, weights = settings.nodes

@@ -139,7 +139,7 @@ class GenericPaths(Paths):
             weights,
             statistic,
             max(self.most, BLOCK),
-            Widened(f, x, ends),
+            Widened(f, x, ends, checks.whole),
             tile * len(x) // allocated,
             progress,
         )

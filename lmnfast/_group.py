@@ -21,6 +21,7 @@ from ._pairs import measured_pairs
 from ._plane import Plane
 from ._settings import Settings
 from ._stacked import Stacked
+from ._whole import Part, Whole
 from .ops.path_connectivity import ChainConnectivity
 
 if TYPE_CHECKING:
@@ -217,17 +218,20 @@ def measured_tile(
     settings: Settings,
     known: Chain | None = None,
     expected: Tensor | None = None,
+    *,
+    whole: Whole,
 ) -> tuple[Tile, list[Tensor]]:
     """The connectivity of a tile's samples (n, n), with r2 pooled over the outputs behind it if the settings ask for it."""
     members = plane.members(number)
     own = x[members.to(x.device)]
     given = None if expected is None else expected[members.to(expected.device)]
-    (enqueued,) = measured(f, own, settings, known=known, expected=given, numbers=members)
+    (enqueued,) = measured(f, own, settings, known=known, expected=given, part=Part(members, whole))
     within = 0
     if enqueued.constants and plane.is_last_of_blocks(number):
         for block in plane.blocks(number):
             if len(block) > 1:
-                (alone,) = measured(f, x[block.start : block.stop], settings, known=known)
+                part = Part(torch.arange(block.start, block.stop, device="cpu"), whole)
+                (alone,) = measured(f, x[block.start : block.stop], settings, known=known, part=part)
                 within += alone.constants
     tile = about_of(enqueued, within)
     return tile, [entries for entries in (enqueued.L, enqueued.pooled) if entries is not None]
@@ -311,11 +315,12 @@ def _sharded(
         assert L is not None
         return as_enqueued(about_of(enqueued), L, pooled), rows.start
     own: dict[int, list[Tensor]] = {}
+    whole = Whole(x)
 
     def measure() -> list[Tile]:
         found, mine = [], plane.of_shard(ranks.rank, ranks.count)
         for done, number in enumerate(mine):
-            tile, own[number] = measured_tile(f, x, plane, number, settings, known, expected)
+            tile, own[number] = measured_tile(f, x, plane, number, settings, known, expected, whole=whole)
             found.append(tile)
             if progress is not None:
                 progress((done + 1) / len(mine))
@@ -369,12 +374,14 @@ def sharded_pairs(
     first, second = ranks.every(lambda: drawn if ranks.rank == 0 else None, "draw of pairs")[0] or drawn
     pieces = torch.arange(len(first), device="cpu").tensor_split(min(PIECES, len(first)))
 
+    whole = Whole(x[torch.cat([first, second]).unique().to(x.device)])
+
     def measure() -> list[tuple[Tile, Tensor, Tensor | None]]:
         found = []
         for piece in pieces[
             len(pieces) * ranks.rank // ranks.count : len(pieces) * (ranks.rank + 1) // ranks.count
         ]:
-            one = measured_pairs(f, x, settings, first[piece], second[piece])
+            one = measured_pairs(f, x, settings, first[piece], second[piece], whole=whole)
             found.append((about_of(one), one.L.cpu(), None if one.pooled is None else one.pooled.cpu()))
         return found
 

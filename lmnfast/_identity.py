@@ -19,6 +19,7 @@ from ._outputs import Calls, outputs_of
 from ._samples import checked_samples
 from ._settings import Settings
 from ._undisturbed import evaluating
+from ._whole import Part
 
 PARTS = {"network": "another network", "samples": "other samples", "settings": "other settings"}
 # Samples and outputs of each that are compared, spread over all.
@@ -91,7 +92,8 @@ def identity_of(f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, **
     checked_samples(f, x)
     samples = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
     for start, chunk in _chunks(x):
-        Checks(False, torch.arange(start, start + len(chunk), device="cpu")).finite("x", chunk)
+        numbers = torch.arange(start, start + len(chunk), device="cpu")
+        Checks(False, Part(numbers)).finite("x", chunk)
         samples.update(_bytes(chunk))
     own = x[few].clone()
     with evaluating(f) as kept:

@@ -22,6 +22,7 @@ from ._settings import Settings
 from ._stacked import Stacked, loaded, networks_in
 from ._threads import alone
 from ._together import enqueue_together
+from ._whole import Part
 from .ops.path_connectivity import ChainConnectivity, chain_connectivity
 
 
@@ -50,14 +51,14 @@ def measured(
     progress: bool | Progress = False,
     known: Chain | None = None,
     expected: Tensor | None = None,
-    numbers: Tensor | None = None,
+    part: Part | None = None,
 ) -> list[Enqueued]:
     """One checked connectivity.
 
-    Arguments and errors as in :func:`lmnfast.connectivity`. known, expected, numbers: as of `enqueue`.
+    Arguments and errors as in :func:`lmnfast.connectivity`. known, expected, part: as of `enqueue`.
     """
     with alone(), reported(progress) as report:
-        how = partial(enqueue, f, x, settings, progress=report, expected=expected, numbers=numbers)
+        how = partial(enqueue, f, x, settings, progress=report, expected=expected, part=part)
         enqueued = _checked(how(known=known), partial(how, fuse=False))
         if report is not None:
             report(1.0)

@@ -19,6 +19,7 @@ from ._generic import numbered
 from ._prepare import prepared
 from ._samples import checked_samples
 from ._settings import Settings
+from ._whole import Part, Whole
 from .ops.path_connectivity import chain_pairs
 
 # A permutation of all pairs is drawn if all are at most this many times the number that is asked for. Else pairs are drawn one
@@ -56,11 +57,13 @@ def measured_pairs(
     second: Tensor,
     known: Chain | None = None,
     expected: Tensor | None = None,
+    whole: Whole | None = None,
 ) -> Enqueued:
     """The checked entries of some pairs: `Enqueued` with L and pooled as (pairs,).
 
     f is called on the samples of these pairs alone. Arguments and errors as in :func:`lmnfast.connectivity`: samples that are
     not drawn must be finite, too. known: the chain that f is, if the caller knows it. expected: f(x), if known.
+    whole: all samples of the measurement, if these pairs are a part of a draw.
     """
     x = checked_samples(f, x)
     Checks(deferred=False).finite("x", x)
@@ -68,8 +71,8 @@ def measured_pairs(
     first, second = (ends.to(x.device) for ends in places)
     own = x[used.to(x.device)]
     expected = None if expected is None else expected[used.to(expected.device)]
-    how: dict[str, Any] = {"points": settings.points, "numbers": used, "known": known, "expected": expected}
-    with prepared(f, own, "path", deferred=False, **how) as function:
+    how: dict[str, Any] = {"points": settings.points, "known": known, "expected": expected}
+    with prepared(f, own, "path", deferred=False, part=Part(used, whole), **how) as function:
         if function.chain is not None and not _takes_lists(own):
             function.refute()
         function.settle()

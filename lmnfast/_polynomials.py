@@ -40,11 +40,15 @@ def generic_polynomials(
     sample = torch.arange(len(x), device=x.device)
     differentiated = Differentiated(f, x, ends, allocated, tile // 2, checks)
     moments = _PolynomialMoments(nodes, weights, midpoint, statistic.stabiliser)
-    widened_f = Widened(f, x, ends)
+    widened_f = Widened(f, x, ends, checks.whole)
     # rounding: size of the terms behind each output. least: magnitude below which an output may be rounding alone. Both as in
     # csrc/statistics.h.
     errors = torch.zeros_like(y) if widened_f.errors is None else widened_f.errors.to(y.dtype)
-    rounding, least = y.abs().amax(0) * LEAST_ROUNDING + errors.amax(0), errors / CONSTANT_ULPS
+    seen = widened_f.seen
+    rounding = seen.largest.to(y.dtype) * LEAST_ROUNDING + (
+        0.0 if seen.errors is None else seen.errors.to(y.dtype)
+    )
+    least = errors / CONSTANT_ULPS
     # Two tiles of Jacobians take a quarter of the bytes each, the work on their pairs takes half.
     pair = y.element_size() * (inputs + 8 * outputs) + (-(-allocated // len(x)) if midpoint else 0)
     most = max(1, tile // max(4 * y.element_size() * outputs * inputs, 2 * pair))

@@ -20,6 +20,7 @@ from ._samples import check_dtypes, checked_samples
 from ._selected import selected
 from ._tiles import AllocationCount, bytes_of, outputs_for
 from ._undisturbed import evaluating
+from ._whole import Part
 
 
 @dataclass
@@ -134,6 +135,8 @@ class Prepared:
         calls = Calls(rest, self.calls.begin_anew, self.calls.shape)
         if self.checks.same(outputs_of(calls, x.clone()), self.ends):
             self.calls, self.x = calls, x
+            if self.checks.whole is not None:
+                self.checks.whole = self.checks.whole.behind(first)
         else:
             self.refute()
 
@@ -150,7 +153,7 @@ def prepared(
     deferred: bool | None = None,
     spare: bool = False,
     points: int = 3,
-    numbers: Tensor | None = None,
+    part: Part | None = None,
 ) -> Iterator[Prepared]:
     """f on its checked samples, in eval mode for as long as the context lasts.
 
@@ -161,7 +164,7 @@ def prepared(
         method, fuse, known, points: as in `find_route`.
         expected: f(x), if known.
         deferred: leave the checks to the caller. None: only on CUDA.
-        numbers: as of `Checks`.
+        part: as of `Checks`.
         spare: do not call modules in order whose outputs the chain gives, also for methods without Jacobians.
 
     Raises:
@@ -170,7 +173,7 @@ def prepared(
     if method != "path" and getattr(f, COMPILED, False):
         f = original_of(f)
     x = checked_samples(f, x)
-    checks = Checks(x.is_cuda if deferred is None else deferred, numbers)
+    checks = Checks(x.is_cuda if deferred is None else deferred, part)
     late = _native.on_cuda(x) if method in DIFFERENTIATING else checks.deferred
     with evaluating(f) as kept:
         calls = Calls(f, kept.put_back)

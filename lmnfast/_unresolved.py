@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ._whole import Seen, Whole
 from .reference import CONSTANT_ULPS, hermite_path, pooled_r2_of_outputs, r2_of_outputs
 
 UNRESOLVED = -1.0  # kUnresolved in csrc/statistics.h
@@ -363,10 +364,18 @@ class Widened:
     """Evaluates f in float64, if f can be evaluated there.
 
     f: (B, *in) -> (B, *out), made for x's dtype. x: (N, *in), the samples. ends: (N, K), f(x).
+    whole: all samples, if x is a part of them. kind: of f, among the functions that are called on them.
     """
 
-    def __init__(self, f: Callable[[Tensor], Tensor], x: Tensor, ends: Tensor) -> None:
-        self._f, self._x, self._ends = f, x, ends
+    def __init__(
+        self,
+        f: Callable[[Tensor], Tensor],
+        x: Tensor,
+        ends: Tensor,
+        whole: Whole | None = None,
+        kind: str = "outputs",
+    ) -> None:
+        self._f, self._x, self._ends, self._whole, self._kind = f, x, ends, whole, kind
         self._wide: Callable[[Tensor], Tensor] | None = None
         self._problem, self._largest = "autocast is on", 0.0
         self.errors: Tensor | None = None
@@ -404,13 +413,24 @@ class Widened:
     @cached_property
     def rounding(self) -> Tensor | None:
         """The rounding of the outputs, (2, K), as `torch.ops.lmnfast.path_r2` takes it."""
-        if self.errors is None:
+        if self.seen.errors is None:
             return None
-        own = self.errors.amax(0)
-        least = own / CONSTANT_ULPS
+        least = self.seen.errors / CONSTANT_ULPS
+        return torch.stack([self.seen.errors, torch.where(self.seen.zeros_are_exact, -least, least)])
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What the samples show of f's rounding: all samples, if these are a part of them."""
+        if self._whole is not None and len(self._whole.samples) > len(self._x):
+            f = self._f
+            return self._whole.seen(
+                self._kind, lambda part: Widened(f, part, f(part).flatten(1)).seen, self._x
+            )
+        largest, errors = self._ends.abs().amax(0), self.errors
+        if errors is None:
+            return Seen(largest, None, torch.ones_like(largest, dtype=torch.bool))
         # Behind a ReLU, an output that is 0 is 0 in float64, too.
-        zeros_are_exact = ((self._ends != 0) | (self.errors == 0)).all(0)
-        return torch.stack([own, torch.where(zeros_are_exact, -least, least)])
+        return Seen(largest, errors.amax(0), ((self._ends != 0) | (errors == 0)).all(0))
 
     @cached_property
     def is_exact(self) -> bool:

@@ -28,6 +28,7 @@ from ._native import Progress
 from ._plane import Plane
 from ._samples import checked_samples
 from ._settings import Settings
+from ._whole import Whole
 from .spectrum import Measurement, measurement
 
 # The eigenproblem that is solved to know the machine's pace, and the seconds that a measurement takes for that.
@@ -124,11 +125,11 @@ def make_tiles(
         identity = identity_of(f, x, settings)
         folder = Folder.begun(out, identity, "float64" if x.dtype == torch.float64 else "float32", command)
         plane = Plane(len(x))
-        mine = plane.of_shard(shard[0] - 1, shard[1])
+        mine, whole = plane.of_shard(shard[0] - 1, shard[1]), Whole(x)
         for done, number in enumerate(mine):
             if isinstance(folder.tile(number), str):
                 folder.check_writable()
-                tile, (L, *_) = measured_tile(f, x, plane, number, settings)
+                tile, (L, *_) = measured_tile(f, x, plane, number, settings, whole=whole)
                 folder.write(number, tile, L)
             if report is not None:
                 report((done + 1) / len(mine))

@@ -287,6 +287,28 @@ def test_a_model_that_one_process_cannot_cut_ends_the_step_of_all(tmp_path):
     assert own[1] == other[1] and len(own[1]) == 1
 
 
+def saturated(rank):
+    f, x, world = network_of_shares(), 100 * samples(100, 3), dist.group.WORLD
+    own = torch.Generator().manual_seed(0)
+    drawn = lmnfast.curvature(f, x, pairs=900, generator=own, group=world).value
+    return lmnfast.measure(f, x, group=world), drawn
+
+
+def network_of_shares():
+    torch.manual_seed(14)
+    return nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1))
+
+
+def test_what_is_constant_to_rounding_follows_from_all_samples(tmp_path):
+    f, x = network_of_shares(), 100 * samples(100, 3)
+    alone = lmnfast.measure(f, x)
+    drawn = lmnfast.curvature(f, x, pairs=900, generator=torch.Generator().manual_seed(0)).value
+    assert alone.constant_share > 0.01
+    for m, of_group in on_ranks(2, saturated, tmp_path):
+        assert (m.lmn, m.constant_share) == pytest.approx((alone.lmn, alone.constant_share), rel=1e-4)
+        assert of_group == pytest.approx(drawn, rel=1e-4)
+
+
 def interrupted(rank):
     """An interrupt that one process catches."""
     net, x, world = network(), samples(60, 6), dist.group.WORLD

@@ -213,7 +213,7 @@ def test_a_killed_process_loses_no_finished_tile(folder, tmp_path, monkeypatch):
     assert len(made(path)) == 5 and len(list(path.glob("*.part"))) == 1
     assert all(whole[name] == own for name, own in contents(path).items())
     measured, again = scale.measured_tile, []
-    monkeypatch.setattr(scale, "measured_tile", lambda *a: (again.append(a[3]), measured(*a))[1])
+    monkeypatch.setattr(scale, "measured_tile", lambda *a, **k: (again.append(a[3]), measured(*a, **k))[1])
     lmnfast.tiles(network(), samples(60, 6), path, **FEW)
     assert contents(path) == whole and len(again) == 7 and not list(path.glob("*.part"))
 
@@ -338,6 +338,19 @@ def test_a_warning_for_an_offset_comes_with_the_number(tmp_path):
     with pytest.warns(UserWarning, match="constant to rounding"):
         m = lmnfast.solve(tmp_path)
     assert m.constant_share > 0.002
+
+
+@pytest.mark.parametrize("method", ["path", "hermite-midpoint"])
+def test_what_is_constant_to_rounding_is_the_same_in_tiles_and_at_once(method, tmp_path):
+    """Between samples at which a softmax is saturated, its outputs vary about as much as float32 rounds."""
+    torch.manual_seed(14)
+    f = nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1))
+    x = 100 * torch.randn(100, 3)
+    files = lmnfast.tiles(f, x, tmp_path, method=method)
+    at_once, of_tiles = lmnfast.measure(f, x, method=method), lmnfast.solve(tmp_path, device="cpu")
+    assert at_once.constant_share > 0.01 and len(files) == 12
+    torch.testing.assert_close(of_tiles.connectivity, at_once.connectivity, rtol=0, atol=1e-5)
+    assert of_tiles.constant_share == pytest.approx(at_once.constant_share, rel=1e-3)
 
 
 def test_a_plan_counts_what_there_is_to_do(folder):
