@@ -66,8 +66,8 @@ class Rows:
             (N, vectors) of V's dtype, on every process, with the same bits for any number of processes.
 
         Raises:
-            TypeError, ValueError: V has another dtype, shape or device; or it is not the same on all
-                processes; or these have rows of different matrices.
+            TypeError, ValueError: V has another dtype, shape or device, or is not the same on all processes; or the processes
+                have rows of different matrices.
         """
         ranks = Ranks(self.group)
         self._check_matrix(ranks, "product of rows")
@@ -103,7 +103,6 @@ class Rows:
             docs/mathematics.md, "An estimate for large N".
         """
         ranks = Ranks(self.group)
-
         with refused_together(self.group):
             check_negative(negative)
         self._check_matrix(ranks, "beginning of an estimate")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Samples that are looked at together.
-TOGETHER = 4096
+# Samples that are looked at together. The number is fixed, so that all processes see the same bits, and no larger than most
+# tiles, so that f takes no more memory than it does for a tile.
+TOGETHER = 512
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,11 @@ class Seen:
 
     def joined(self, other: Seen) -> Seen:
         """Of the samples of both."""
-        known = self.errors is not None and other.errors is not None
-        return Seen(
-            torch.maximum(self.largest, other.largest),
-            torch.maximum(self.errors, other.errors) if known else None,  # type: ignore[arg-type]
-            self.zeros_are_exact & other.zeros_are_exact,
-        )
+        errors = None
+        if self.errors is not None and other.errors is not None:
+            errors = torch.maximum(self.errors, other.errors)
+        largest = torch.maximum(self.largest, other.largest)
+        return Seen(largest, errors, self.zeros_are_exact & other.zeros_are_exact)
 
 
 @dataclass(frozen=True, eq=False)

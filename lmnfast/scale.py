@@ -34,7 +34,7 @@ from .spectrum import Measurement, measurement
 # The eigenproblem that is solved to know the machine's pace, and the seconds that a measurement takes for that.
 TRIED = 1024
 LONG_ENOUGH = 0.3
-# In `dense_seconds`: by the times at N = 1024 to 20 000 with MKL on 2 cores, which it gives to 5 %.
+# In `dense_seconds`: by the times at N = 1024 to 20 000 with MKL on 2 cores, which it gives to 15 %.
 EXTRA = 2600
 # The samples of a matrix that is multiplied to know that pace: 64 MB in float32, more than caches hold.
 MULTIPLIED = 4096

@@ -49,9 +49,9 @@ def test_each_process_keeps_some_rows(tmp_path):
 
 def estimates(rank):
     world, f = dist.group.WORLD, network()
-    x = samples(700, 6)
+    x = samples(420, 6)
     rows = lmnfast.connectivity(f, x, **FEW, group=world, gather=False)
-    V = samples(700, 20)
+    V = samples(420, 20)
     near = lmnfast.connectivity(f, 1e-3 * x, **FEW, group=world, gather=False)
     return {
         "product": rows.product(V),
@@ -73,7 +73,7 @@ def test_an_estimate_of_rows_has_the_same_bits_for_any_number_of_processes(tmp_p
             mine, other = dict(vars(of_rank[name])), dict(vars(one[name]))
             assert torch.equal(mine.pop("eigenvalues"), other.pop("eigenvalues")) and mine == other
         assert (of_rank["lmn"], of_rank["double"]) == (one["lmn"], one["double"])
-    f, x = network(), samples(700, 6)
+    f, x = network(), samples(420, 6)
     for name, z, how in (
         ("estimate", x, {}),
         ("clipped", x, {"negative": "clip"}),
@@ -86,7 +86,7 @@ def test_an_estimate_of_rows_has_the_same_bits_for_any_number_of_processes(tmp_p
 
 
 def failing_estimate(rank):
-    rows = lmnfast.connectivity(network(), samples(700, 6), **FEW, group=dist.group.WORLD, gather=False)
+    rows = lmnfast.connectivity(network(), samples(420, 6), **FEW, group=dist.group.WORLD, gather=False)
     said = []
     if rank == 1:
         rows.values[3, 4] = torch.nan
