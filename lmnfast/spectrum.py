@@ -447,7 +447,9 @@ def lmn(
         warn_of_offsets([found.enqueued])
         return torch.exp2(complexity_with_graph(found.entries, negative))
     if solver == "estimate" and not is_alone(group):
-        return _estimated_by_group(f, x, settings, negative, group)
+        value, enqueued = _estimated_by_group(f, x, settings, negative, group)
+        warn_of_offsets([enqueued])
+        return value
     each = measuring(f, x, settings)
     warn_of_offsets(each)
     if solver == "estimate":
@@ -458,11 +460,10 @@ def lmn(
 
 def _estimated_by_group(
     f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, negative: str, group: Any
-) -> Tensor:
-    """`lmn` by solver "estimate", with the matrix left in rows."""
+) -> tuple[Tensor, Enqueued]:
+    """`lmn` by solver "estimate", with the matrix left in rows; and what is known of these."""
     enqueued, first = sharded(
         f, x, settings, group, gather=False, function="lmn", negative=negative, solver="estimate"
     )
     found = Rows.of(enqueued.L, first, len(x), group).estimate(negative=negative)
-    warn_of_offsets([enqueued])
-    return x.new_tensor(found.lmn, dtype=torch.float64)
+    return x.new_tensor(found.lmn, dtype=torch.float64), enqueued
