@@ -104,6 +104,7 @@ VALUES: dict[str, Callable[[Any], bool]] = {
     "identity.settings.stabiliser": _is_size,
     "identity.settings.pooled": lambda value: value is False,
     "identity.settings.float32_matmul_precision": _is_text,
+    "identity.settings.outputs": _is_text,
     "identity.settings.autocast": lambda value: value is None or _is_text(value),
     "identity.settings.lmnfast": _is_text,
 }

@@ -317,41 +317,46 @@ def _sharded(
     own: dict[int, list[Tensor]] = {}
     whole = Whole(x)
 
-    def measure() -> list[Tile]:
+    def measure() -> tuple[list[Tile], set[torch.dtype]]:
         found, mine = [], plane.of_shard(ranks.rank, ranks.count)
         for done, number in enumerate(mine):
             tile, own[number] = measured_tile(f, x, plane, number, settings, known, expected, whole=whole)
             found.append(tile)
             if progress is not None:
                 progress((done + 1) / len(mine))
-        return found
+        return found, {entries.dtype for each in own.values() for entries in each}
 
-    about = summed([tile for each in ranks.every(measure) for tile in each], plane)
-    matrices = _collected(ranks, plane, own, rows, x, 1 + settings.pooled)
+    each = ranks.every(measure)
+    about = summed([tile for tiles, _ in each for tile in tiles], plane)
+    wide = any(torch.float64 in dtypes for _, dtypes in each)
+    empty = x.new_empty(0, dtype=torch.float64 if wide else torch.float32)
+    matrices = _collected(ranks, plane, own, rows, empty, 1 + settings.pooled)
     return as_enqueued(about, matrices[0], matrices[1] if settings.pooled else None), rows.start
 
 
 def _collected(
-    ranks: Ranks, plane: Plane, own: dict[int, list[Tensor]], rows: range, x: Tensor, kinds: int
+    ranks: Ranks, plane: Plane, own: dict[int, list[Tensor]], rows: range, like: Tensor, kinds: int
 ) -> list[Tensor]:
-    """Some rows (rows, N) of the matrices, one for each kind, of which every rank has some tiles. Empties `own`."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    device = ranks.device(x)
-    whole = [torch.zeros(len(rows), plane.samples, dtype=dtype, device=x.device) for _ in range(kinds)]
+    """Some rows (rows, N) of the matrices, one for each kind, of which every rank has some tiles. Empties `own`.
+
+    like: has the dtype and the device of the matrices.
+    """
+    device = ranks.device(like)
+    whole = [like.new_zeros(len(rows), plane.samples) for _ in range(kinds)]
     for matrix in whole:
         matrix[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1.0
     for owner in range(ranks.count):
         for number in plane.of_shard(owner, ranks.count):
             members = plane.members(number)
-            places = ((members >= rows.start) & (members < rows.stop)).nonzero()[:, 0].to(x.device)
-            members = members.to(x.device)
+            places = ((members >= rows.start) & (members < rows.stop)).nonzero()[:, 0].to(like.device)
+            members = members.to(like.device)
             for kind, matrix in enumerate(whole):
                 if owner == ranks.rank:
-                    entries = own[number][kind].to(device).contiguous()
+                    entries = own[number][kind].to(device, like.dtype).contiguous()
                 else:
-                    entries = torch.empty(len(members), len(members), dtype=dtype, device=device)
+                    entries = torch.empty(len(members), len(members), dtype=like.dtype, device=device)
                 ranks.send(owner, entries)
-                matrix[(members[places] - rows.start)[:, None], members] = entries.to(x.device)[places]
+                matrix[(members[places] - rows.start)[:, None], members] = entries.to(like.device)[places]
             own.pop(number, None)
     return whole
 

@@ -112,6 +112,7 @@ def identity_of(f: Callable[[Tensor], Tensor], x: Tensor, settings: Settings, **
             "pooled": settings.pooled,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "autocast": _autocast(x.device.type),
+            "outputs": str(y.dtype),
             "lmnfast": version("lmnfast"),
             **more,
         },

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Samples that are looked at together. The number is fixed, so that all processes see the same bits, and no larger than most
-# tiles, so that f takes no more memory than it does for a tile.
+# Samples that are looked at together, at most. The number is fixed, so that all processes see the same bits, and no larger than
+# most tiles, so that f takes no more memory than it does for a tile.
 TOGETHER = 512
 
 
@@ -62,7 +62,7 @@ class Whole:
         key = kind, self.before is not None, like.dtype, like.device
         if key not in self.kept:
             found: Seen | None = None
-            for part in self.samples.split(TOGETHER):
+            for part in self.samples.tensor_split(-(-len(self.samples) // TOGETHER)):  # none has one sample
                 own = part.to(like.device) if self.before is None else self.before(part.to(like.device))
                 seen = of(own.detach().to(like.dtype))
                 found = seen if found is None else found.joined(seen)

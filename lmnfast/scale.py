@@ -123,7 +123,8 @@ def make_tiles(
     _check_length(x)
     with reported(progress) as report:
         identity = identity_of(f, x, settings)
-        folder = Folder.begun(out, identity, "float64" if x.dtype == torch.float64 else "float32", command)
+        dtype = "float64" if identity.settings["outputs"] == "torch.float64" else "float32"
+        folder = Folder.begun(out, identity, dtype, command)
         plane = Plane(len(x))
         mine, whole = plane.of_shard(shard[0] - 1, shard[1]), Whole(x)
         for done, number in enumerate(mine):

@@ -291,7 +291,16 @@ def saturated(rank):
     f, x, world = network_of_shares(), 100 * samples(100, 3), dist.group.WORLD
     own = torch.Generator().manual_seed(0)
     drawn = lmnfast.curvature(f, x, pairs=900, generator=own, group=world).value
-    return lmnfast.measure(f, x, group=world), drawn
+    others = [
+        lmnfast.connectivity(
+            lambda z, to=to: torch.tanh(3 * z).to(to), samples(40, 6, dtype=of), **FEW, group=world
+        )
+        for of, to in DTYPES
+    ]
+    return lmnfast.measure(f, x, group=world), drawn, others
+
+
+DTYPES = ((torch.float64, torch.float32), (torch.float32, torch.float64))
 
 
 def network_of_shares():
@@ -304,7 +313,12 @@ def test_what_is_constant_to_rounding_follows_from_all_samples(tmp_path):
     alone = lmnfast.measure(f, x)
     drawn = lmnfast.curvature(f, x, pairs=900, generator=torch.Generator().manual_seed(0)).value
     assert alone.constant_share > 0.01
-    for m, of_group in on_ranks(2, saturated, tmp_path):
+    for m, of_group, others in on_ranks(2, saturated, tmp_path):
+        for (of, to), L in zip(DTYPES, others, strict=True):  # outputs of another dtype than the samples
+            one = lmnfast.connectivity(
+                lambda z, to=to: torch.tanh(3 * z).to(to), samples(40, 6, dtype=of), **FEW
+            )
+            torch.testing.assert_close(L, one, rtol=0, atol=1e-6)
         assert (m.lmn, m.constant_share) == pytest.approx((alone.lmn, alone.constant_share), rel=1e-4)
         assert of_group == pytest.approx(drawn, rel=1e-4)
 
@@ -386,21 +400,6 @@ def test_a_probe_that_one_process_makes_otherwise_ends_all(tmp_path):
         )
         assert "a warning of an earlier step" in said[2] and "not here" in said[3]
         assert steps == [1, 1] and last == alone
-
-
-def with_an_offset(rank):
-    f, x, said = network(), samples(60, 6), []
-    for gather in (False, True):
-        with pytest.warns(UserWarning, match="constant to rounding") as warned:
-            lmnfast.connectivity(lambda z: f(z) * 1e-4 + 1e4, x, **FEW, group=dist.group.WORLD, gather=gather)
-        said += [str(warning.message) for warning in warned]
-    return said
-
-
-def test_rows_warn_of_an_offset_as_the_matrix_does(tmp_path):
-    for of_rank in on_ranks(2, with_an_offset, tmp_path):
-        rows, matrix = of_rank
-        assert rows == matrix
 
 
 def probed(rank):

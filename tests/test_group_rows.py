@@ -178,3 +178,18 @@ def test_warnings_as_errors_leave_the_group_in_step(tmp_path):
         == second[1]
         == pytest.approx(float(lmnfast.lmn(network(), samples(300, 6), **FEW)), rel=0.01)
     )
+
+
+def with_an_offset(rank):
+    f, x, said = network(), samples(60, 6), []
+    for gather in (False, True):
+        with pytest.warns(UserWarning, match="constant to rounding") as warned:
+            lmnfast.connectivity(lambda z: f(z) * 1e-4 + 1e4, x, **FEW, group=dist.group.WORLD, gather=gather)
+        said += [str(warning.message) for warning in warned]
+    return said
+
+
+def test_rows_warn_of_an_offset_as_the_matrix_does(tmp_path):
+    for of_rank in on_ranks(2, with_an_offset, tmp_path):
+        rows, matrix = of_rank
+        assert rows == matrix

@@ -353,6 +353,25 @@ def test_what_is_constant_to_rounding_is_the_same_in_tiles_and_at_once(method, t
     assert of_tiles.constant_share == pytest.approx(at_once.constant_share, rel=1e-3)
 
 
+@pytest.mark.parametrize("wide", ["samples", "outputs"])
+def test_outputs_of_another_dtype_than_the_samples(wide, tmp_path):
+    dtypes = (torch.float64, torch.float32) if wide == "samples" else (torch.float32, torch.float64)
+    x = samples(40, 6, dtype=dtypes[0])
+
+    def f(z):
+        return torch.tanh(3 * z.double()).to(dtypes[1])
+
+    lmnfast.tiles(f, x, tmp_path, **FEW)
+    at_once, of_tiles = lmnfast.connectivity(f, x, **FEW), lmnfast.solve(tmp_path, device="cpu").connectivity
+    torch.testing.assert_close(of_tiles, at_once, rtol=0, atol=1e-6)  # the dtypes, too
+
+
+def test_no_batch_of_one_sample_is_called(tmp_path):
+    W = samples(6, 4)
+    files = lmnfast.tiles(lambda z: torch.softmax(z @ W, 1).squeeze(), samples(513, 6), tmp_path, **FEW)
+    assert len(files) == 12
+
+
 def test_a_plan_counts_what_there_is_to_do(folder):
     plan = lmnfast.plan(network(), samples(60, 6), samples=20_000, ranks=4, **FEW)
     assert (plan.samples, plan.ranks, plan.tiles) == (20_000, 4, 992)

@@ -57,6 +57,7 @@ WRONG = {
     "identity.settings.stabiliser": ["x", -1.0, None, float("nan"), True],
     "identity.settings.pooled": [1, None, "x", True],
     "identity.settings.float32_matmul_precision": [5, None],
+    "identity.settings.outputs": [5, None],
     "identity.settings.autocast": [5, False],
     "identity.settings.lmnfast": [1.0, None],
 }
