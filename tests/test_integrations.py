@@ -173,7 +173,7 @@ def test_curves_of_an_earlier_run_are_added_to_only_when_told_to(tmp_path):
 
 
 def wandb_records(folder):
-    """The records of an offline run: LevelDB's log format after seven bytes of their own."""
+    """The records of an offline run that are whole: LevelDB's log format after seven bytes of their own."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = glob.glob(f"{folder}/wandb/offline-run-*/*.wandb")
@@ -183,6 +183,8 @@ def wandb_records(folder):
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        if at + 7 + length > len(data):  # it is being written
+            return
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, the last part of one
