@@ -91,11 +91,11 @@ class Ranks:
         found = self._exchanged((what, own))
         if said := [f"rank {self.name(n)}: {value}" for n, (kind, value) in enumerate(found) if kind is None]:
             raise RuntimeError(f"group: another process failed, {'; '.join(said)}")
-        if others := [(n, kind) for n, (kind, _) in enumerate(found) if kind != found[0][0]]:
-            rank, kind = others[0]
+        kinds = [kind for kind, _ in found]
+        if (other := self.other(kinds)) is not None:
             raise RuntimeError(
-                f"group: expected the same calls on all ranks, got a {kind} on rank {self.name(rank)} and a "
-                f"{found[0][0]} on rank {self.name(0)}"
+                f"group: expected the same calls on all ranks, got a {kinds[other]} on rank {self.name(other)} and a "
+                f"{kinds[0]} on rank {self.name(0)}"
             )
         return [value for _, value in found]
 
@@ -111,6 +111,10 @@ class Ranks:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, own, group=self.group)
         return found
+
+    def other(self, each: list[Any]) -> int | None:
+        """The first rank whose value, one from each, is not that of rank 0; None: all are the same."""
+        return next((rank for rank, value in enumerate(each) if value != each[0]), None)
 
     def name(self, rank: int) -> int:
         """A rank of the group as all processes count it."""
@@ -166,14 +170,15 @@ def in_all(group: Any, compute: Callable[[], T], what: str) -> list[T]:
 
 def check_same(group: Any, value: Any, name: str, what: str) -> None:
     """Raises ValueError on every rank if the value of an argument is not the same on all."""
-    each = in_all(group, lambda: value, what)
-    for rank, other in enumerate(each):
-        if other != each[0]:
-            ranks = Ranks(group)
-            raise ValueError(
-                f"{name}: expected the same on all ranks, got {other!r} on rank {ranks.name(rank)} and {each[0]!r} on rank "
-                f"{ranks.name(0)}"
-            )
+    if group is None:
+        return
+    ranks = Ranks(group)
+    each = ranks.every(lambda: value, what)
+    if (other := ranks.other(each)) is not None:
+        raise ValueError(
+            f"{name}: expected the same on all ranks, got {each[other]!r} on rank {ranks.name(other)} and {each[0]!r} on rank "
+            f"{ranks.name(0)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -378,7 +383,6 @@ def sharded_pairs(
     ranks.agree(lambda: identity_of(f, x, settings, gather=True, pairs=len(drawn[0]), **more))
     first, second = ranks.every(lambda: drawn if ranks.rank == 0 else None, "draw of pairs")[0] or drawn
     pieces = torch.arange(len(first), device="cpu").tensor_split(min(PIECES, len(first)))
-
     whole = Whole(x[torch.cat([first, second]).unique().to(x.device)])
 
     def measure() -> list[tuple[Tile, Tensor, Tensor | None]]:

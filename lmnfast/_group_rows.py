@@ -72,11 +72,9 @@ class Rows:
         ranks = Ranks(self.group)
         self._check_matrix(ranks, "product of rows")
         hashes = ranks.every(lambda: hash_of(self._checked(V)), "product of rows")
-        if other := [rank for rank, found in enumerate(hashes) if found != hashes[0]]:
-            names = [ranks.name(rank) for rank in (other[0], 0)]
-            raise ValueError(
-                f"V: expected the same vectors on all ranks, got others on rank {names[0]} than on rank {names[1]}"
-            )
+        if (other := ranks.other(hashes)) is not None:
+            places = f"rank {ranks.name(other)} than on rank {ranks.name(0)}"
+            raise ValueError(f"V: expected the same vectors on all ranks, got others on {places}")
         with torch.no_grad():
             return self._product(ranks, V)
 
@@ -133,10 +131,9 @@ class Rows:
     def _check_matrix(self, ranks: Ranks, what: str) -> None:
         """Raises ValueError on every rank if they have rows of different matrices."""
         marks = ranks.every(lambda: self.mark, what)
-        if other := [rank for rank, mark in enumerate(marks) if mark != marks[0]]:
-            names = [ranks.name(rank) for rank in (other[0], 0)]
+        if (other := ranks.other(marks)) is not None:
             raise ValueError(
-                f"rows: expected those of one matrix, got others on rank {names[0]} than on rank {names[1]}"
+                f"rows: expected those of one matrix, got others on rank {ranks.name(other)} than on rank {ranks.name(0)}"
             )
 
     def _checked(self, V: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ def usual_dimension(samples: int) -> int:
     """Of the Krylov space, by the number of samples: 16 sqrt(N / 2), so 512 at N = 2048 and 1024 from 8192 on.
 
     Measured on connectivities at initialisation, on 2 cores: a larger space at N = 2048 and 4096 makes the degree smaller by a
-    factor of 4 and the time by 2 to 5, against N / 16; beyond 1024 it takes longer than it saves.
+    factor of 4 to 8 and the time by 2 to 5, against N / 16; beyond 1024 it takes longer than it saves.
     """
     return min(max(BLOCK * math.ceil(math.sqrt(samples / 2)), 256), 1024)
 

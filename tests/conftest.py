@@ -13,9 +13,11 @@ import pytest
 import torch
 from checkpointed import NETS, random_state
 from probed import Network
-from support import EMULATED, LEVELS, has_cuda
+from support import EMULATED, LEVELS, has_cuda, samples
+from tiled import FEW, network
 from tiny import TINY
 
+import lmnfast
 from lmnfast import _native, _threads
 from lmnfast.grokking.training import train
 
@@ -177,3 +179,10 @@ def trained(place):
         torch.save(states[step], f"step_{step}.pt")
     np.save("x.npy", torch.randn(12, 6, generator=generator, dtype=torch.float64).numpy())
     return states
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole folder of tiles, of `network` on 60 samples."""
+    lmnfast.tiles(network(), samples(60, 6), tmp_path / "tiles", **FEW)
+    return tmp_path / "tiles"

@@ -8,16 +8,11 @@ import torch
 import torch.distributed as dist
 from ranks import DEAD, on_ranks
 from support import COMPILED, mlp, samples
+from tiled import FEW, network
 from torch import nn
 
 import lmnfast
 from lmnfast import _group
-
-FEW = {"points": 5, "rule": "lobatto"}
-
-
-def network():
-    return mlp(6, 10, 3, gain=3.0)
 
 
 class Dying(nn.Module):

@@ -6,15 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from support import COMPILED, mlp, samples
+from support import COMPILED, samples
+from tiled import FEW, network
 
 import lmnfast
-
-FEW = {"points": 5, "rule": "lobatto"}
-
-
-def network():
-    return mlp(6, 10, 3, gain=3.0)
 
 
 def rows(rank):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fresh import CONTEXT
 from support import COMPILED, mlp, samples
+from tiled import FEW, made, network, unused
 from torch import nn
 
 import lmnfast
@@ -18,27 +19,6 @@ from lmnfast import _eigenvalues, _folder, _matrix_file, _memory, scale
 from lmnfast._files import part_name
 from lmnfast._matrix_file import mapped, read_about, write_matrix
 from lmnfast._plane import Plane
-
-FEW = {"points": 5, "rule": "lobatto"}
-
-
-def network():
-    return mlp(6, 10, 3, gain=3.0)
-
-
-def unused(_):
-    pytest.fail("f was called")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A whole folder of tiles, of `network` on 60 samples."""
-    lmnfast.tiles(network(), samples(60, 6), tmp_path / "tiles", **FEW)
-    return tmp_path / "tiles"
-
-
-def made(path):
-    return {file.name: file.read_bytes() for file in path.glob("tile-*.npy")}
 
 
 def contents(path):

@@ -8,34 +8,13 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from support import COMPILED, mlp, samples
+from support import COMPILED, samples
+from tiled import FEW, made, network, unused
 
 import lmnfast
 from lmnfast import _files, _folder, scale
 from lmnfast._choices import SOLVERS
 from lmnfast._matrix_file import mapped, read_about, write_matrix
-
-FEW = {"points": 5, "rule": "lobatto"}
-
-
-def network():
-    return mlp(6, 10, 3, gain=3.0)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A whole folder of tiles, of `network` on 60 samples."""
-    lmnfast.tiles(network(), samples(60, 6), tmp_path / "tiles", **FEW)
-    return tmp_path / "tiles"
-
-
-def made(path):
-    return {file.name: file.read_bytes() for file in path.glob("tile-*.npy")}
-
-
-def unused(_):
-    pytest.fail("f was called")
-
 
 MISSING = object()
 WRONG = {
