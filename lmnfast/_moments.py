@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._deflated import ROWS, Deflated, Matrix
+from ._deflated import ROWS, Deflated, Matrix, sum_of
 
 
 class Outside(Exception):
@@ -50,10 +50,5 @@ class Moments:
 
 
 def _dots(one: Tensor, other: Tensor) -> Tensor:
-    return (
-        torch.stack(
-            [(a.double() * b).sum(0) for a, b in zip(one.split(ROWS), other.split(ROWS), strict=True)]
-        )
-        .sum(0)
-        .cpu()
-    )
+    pieces = zip(one.split(ROWS), other.split(ROWS), strict=True)
+    return sum_of([(a.double() * b).sum(0) for a, b in pieces]).cpu()
